@@ -1,0 +1,257 @@
+"""Settings: one frozen dataclass for each process, and the command line made from it.
+
+An option is spelled once, as a dataclass field made by `option`. The parser, the help text, the defaults and the
+command line that the launcher writes for a child (`to_argv`) are all read from there. argparse keeps prefix
+abbreviation on, because FastChat's documents use it (`--controller`, `--worker`, `--model-name`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastserve.errors import StartupError
+
+ConfigT = TypeVar("ConfigT")
+
+CONTROLLER_PORT = 21001
+WORKER_PORT = 21002
+API_SERVER_PORT = 8000
+HEARTBEAT_INTERVAL_S = 1.0
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def json_list(text: str) -> tuple[str, ...]:
+    value = json.loads(text)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("expected a JSON list of strings")
+    return tuple(value)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    nargs: str | None = None,
+    flag: str | None = None,
+    env: str | None = None,
+) -> Any:
+    """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default."""
+    metadata = {"help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env}
+    return field(default=default, metadata=metadata)
+
+
+def flag_of(option_field: dataclasses.Field[Any]) -> str:
+    return option_field.metadata["flag"] or "--" + option_field.name.replace("_", "-")
+
+
+def build_parser(config_class: type[Any], prog: str) -> argparse.ArgumentParser:
+    description = (config_class.__doc__ or "").strip().split("\n")[0]
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        if "help" not in item.metadata:
+            continue
+        kind = _plain_type(hints[item.name])
+        arguments: dict[str, Any] = {"dest": item.name, "default": item.default, "help": item.metadata["help"]}
+        if kind is bool:
+            arguments["action"] = "store_true"
+        else:
+            arguments["type"] = item.metadata["parse"] or kind
+            arguments["choices"] = item.metadata["choices"]
+            arguments["nargs"] = item.metadata["nargs"]
+        parser.add_argument(flag_of(item), **arguments)
+    return parser
+
+
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str] | None, prog: str, environ: typing.Mapping[str, str]
+) -> ConfigT:
+    """Read `argv` (None: the process's own arguments) over the environment over the defaults.
+
+    Raises StartupError when a value that came from the environment cannot be read; a wrong flag ends in argparse's
+    own message and exit code 2.
+    """
+    parser = build_parser(config_class, prog)
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(typing.cast(Any, config_class)):
+        variable = item.metadata.get("env")
+        if variable and environ.get(variable):
+            read = item.metadata["parse"] or _plain_type(hints[item.name])
+            try:
+                parser.set_defaults(**{item.name: read(environ[variable])})
+            except ValueError as error:
+                raise StartupError(f"Environment variable {variable}={environ[variable]!r}: {error}") from error
+    values = vars(parser.parse_args(argv))
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def to_argv(config: Any, *, only: Sequence[str] | None = None, secret: Sequence[str] = ()) -> list[str]:
+    """The command line that `parse_config` reads back as `config`; options at their default are left out.
+
+    `secret` names fields that must reach the child by its environment and never stand in an argument list.
+    """
+    argv: list[str] = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        unwanted = only is not None and item.name not in only
+        if "help" not in item.metadata or unwanted or item.name in secret or value == item.default:
+            continue
+        if isinstance(value, bool):
+            argv.append(flag_of(item))
+        elif item.metadata["parse"] is json_list:
+            argv += [flag_of(item), json.dumps(list(value))]
+        elif isinstance(value, tuple) and item.metadata["nargs"]:
+            argv += [flag_of(item), *map(str, value)]
+        elif isinstance(value, tuple):
+            argv += [flag_of(item), ",".join(map(str, value))]
+        else:
+            argv.append(f"{flag_of(item)}={value}")
+    return argv
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type that a flag's text is read with: `int | None` gives int."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What every HTTP process of fastserve needs."""
+
+    host: str = option("localhost", "address to listen on")
+    port: int = option(API_SERVER_PORT, "port to listen on")
+    ssl: bool = option(False, "serve TLS with the key and certificate named by SSL_KEYFILE and SSL_CERTFILE")
+    drain_timeout_s: float = option(30.0, "seconds that running requests may take to end after SIGTERM")
+    log_level: str = option("info", "logging level", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True)
+class ControllerConfig(ServerConfig):
+    """The controller: knows the workers and says which one takes the next request."""
+
+    port: int = option(CONTROLLER_PORT, "port to listen on")
+    dispatch_method: str = option("shortest_queue", "how a worker is chosen among those that serve the model")
+    heartbeat_expiration_s: float = option(
+        90.0,
+        "seconds of silence after which a worker that does not tell its own heartbeat interval is dropped "
+        "(a fastserve worker tells its interval and is dropped after three of them)",
+        env="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
+    )
+
+
+@dataclass(frozen=True)
+class ApiServerConfig(ServerConfig):
+    """The OpenAI-compatible API server."""
+
+    controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
+    allow_credentials: bool = option(False, "CORS: allow credentials")
+    allowed_origins: tuple[str, ...] = option(("*",), "CORS: allowed origins, a JSON list", parse=json_list)
+    allowed_methods: tuple[str, ...] = option(("*",), "CORS: allowed methods, a JSON list", parse=json_list)
+    allowed_headers: tuple[str, ...] = option(("*",), "CORS: allowed headers, a JSON list", parse=json_list)
+    api_keys: tuple[str, ...] | None = option(
+        None,
+        "comma-separated keys that clients must send as bearer tokens; prefer the environment variable "
+        "FASTSERVE_API_KEYS or --api-keys-file, which do not show in the process list",
+        parse=comma_list,
+        env="FASTSERVE_API_KEYS",
+    )
+    api_keys_file: str | None = option(None, "file with one API key a line")
+    worker_timeout_s: float = option(
+        100.0,
+        "longest silence of a worker, in seconds, before a request to it is given up",
+        env="FASTCHAT_WORKER_API_TIMEOUT",
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model to load and how (FastChat's shared model flags)."""
+
+    model_path: str = option("fastserve-demo", "local folder, Hugging Face repository id, or fastserve-demo")
+    revision: str = option("main", "revision on the Hugging Face hub")
+    device: str | None = option(None, "device; found when not given", choices=("cpu", "cuda", "mps", "xpu", "npu"))
+    gpus: str | None = option(None, "GPU ids to use, such as 1 or 0,2")
+    num_gpus: int = option(1, "number of GPUs to spread the model over")
+    max_gpu_memory: str | None = option(None, "limit of memory per GPU for the weights, such as 13GiB")
+    dtype: str | None = option(
+        None,
+        "dtype of weights and KV cache; unset: float32 on cpu, else the checkpoint's own (float32 becomes float16)",
+        choices=("float32", "float16", "bfloat16"),
+    )
+    load_8bit: bool = option(False, "8-bit weights")
+    cpu_offloading: bool = option(False, "with 8-bit weights: keep what does not fit on the CPU")
+    gptq_ckpt: str | None = option(None, "path of a GPTQ checkpoint")
+    gptq_wbits: int = option(16, "GPTQ bits; 16 is off", choices=(2, 3, 4, 8, 16))
+    gptq_groupsize: int = option(-1, "GPTQ group size; -1 is a full row")
+    gptq_act_order: bool = option(False, "GPTQ with activation order")
+    awq_ckpt: str | None = option(None, "path of an AWQ checkpoint")
+    awq_wbits: int = option(16, "AWQ bits; 16 is off", choices=(4, 16))
+    awq_groupsize: int = option(-1, "AWQ group size; -1 is a full row")
+    enable_exllama: bool = option(False, "use ExLlamaV2")
+    exllama_max_seq_len: int = option(4096, "ExLlamaV2: longest sequence")
+    exllama_gpu_split: str | None = option(None, "ExLlamaV2: GB per GPU, such as 20,7,7")
+    exllama_cache_8bit: bool = option(False, "ExLlamaV2: 8-bit KV cache")
+    enable_xft: bool = option(False, "use xFasterTransformer")
+    xft_max_seq_len: int = option(4096, "xFasterTransformer: longest sequence")
+    xft_dtype: str | None = option(
+        None, "xFasterTransformer: dtype", choices=("fp16", "bf16", "int8", "bf16_fp16", "bf16_int8")
+    )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of the engine."""
+
+    max_model_len: int | None = option(None, "longest prompt and answer together, in tokens; from the model if unset")
+    max_total_tokens: int | None = option(None, "size of the KV cache in tokens; from free memory if unset")
+    gpu_memory_utilization: float = option(0.9, "share of the device's free memory that weights and KV cache may take")
+    block_size: int = option(16, "tokens in a block of the KV cache")
+    max_num_batched_tokens: int = option(2048, "token budget of one engine step")
+    max_num_seqs: int = option(256, "most sequences in one engine step")
+    no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings")
+
+
+@dataclass(frozen=True)
+class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
+    """The model worker: loads one model and generates."""
+
+    port: int = option(WORKER_PORT, "port to listen on")
+    worker_address: str | None = option(None, "address told to the controller; from host and port if unset")
+    controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
+    model_names: tuple[str, ...] | None = option(
+        None, "comma-separated names to serve the model under; last part of the model path if unset", parse=comma_list
+    )
+    conv_template: str | None = option(None, "conversation template by name")
+    chat_template: str | None = option(None, "file with a Jinja chat template to use instead of the model's own")
+    embed_in_truncate: bool = option(False, "embeddings: truncate to the context instead of chunking and pooling")
+    limit_worker_concurrency: int | None = option(
+        None, "most requests that generate at once; bounded by the KV cache alone if unset"
+    )
+    queue_size: int = option(1024, "most requests that may wait; past that the answer is 429")
+    stream_interval: int = option(2, "tokens between two chunks of a stream (the first token is sent at once)")
+    no_register: bool = option(False, "do not register with a controller")
+    seed: int | None = option(None, "seed of requests that bring none")
+    debug: bool = option(False, "print the model")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+    engine: str = option(
+        "native", "which engine generates: native, or fake (scripted, for tests)", choices=("native", "fake")
+    )
+    heartbeat_interval_s: float = option(
+        HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL"
+    )

@@ -1,0 +1,240 @@
+"""What the worker and any engine say to each other: typed messages and the `Engine` protocol. No torch here.
+
+The messages are msgspec structs, sent as msgpack over ZeroMQ (no pickle: bytes from a socket can never become code).
+An engine knows token ids only; text, templates, stop strings and parsers belong to the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token of one request is drawn. Resolved by the worker: no field is left to be guessed.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. `seed`, the choice's index and the position key the
+    noise, so the same request gives the same tokens whatever else is in the batch.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    min_tokens: int = 0
+    """No stop token may be drawn before this many tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Any of them ends the answer with "stop"; the end tokens of the model are among them unless ignored."""
+    logprobs: int | None = None
+    """None: no logprobs. k: the drawn token's, and those of the k likeliest, before temperature and filters."""
+
+
+class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    request_id: str
+    """Unique among the requests of one engine, also among the choices of one client request."""
+    prompt_ids: list[int]
+    """At least one token; with params.max_tokens it fits EngineInfo.max_model_len."""
+    params: SamplingParams
+    choice: int = 0
+    emitted_ids: list[int] = []
+    """Tokens of the answer that another engine has already emitted: taken as given, not emitted again."""
+    priority: int = 0
+    """Lower runs first."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens and their logprobs, best first; as many as asked for."""
+
+
+class RequestOutput(msgspec.Struct, omit_defaults=True):
+    """What one step brought to one request. The one with a finish_reason is the last."""
+
+    request_id: str
+    token_ids: list[int]
+    """New tokens, in order. The stop token that ended the answer is the last of them."""
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when the request was first scheduled."""
+    error: str | None = None
+    """With finish_reason "error": what went wrong."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine tells once it is ready."""
+
+    model_path: str
+    architecture: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    """Longest prompt and answer together, in tokens. Never more than the KV cache holds."""
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    load_s: float
+
+
+class EngineStats(msgspec.Struct, omit_defaults=True):
+    """A snapshot, sent with every batch of outputs and at least every second while idle. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    """Blocks held by running requests; cached blocks that nobody holds are free."""
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of requests that have been scheduled."""
+    cached_tokens: int = 0
+    """Of these, found in the prefix cache."""
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    aborted: int = 0
+    tokens_per_s: float = 0.0
+    """Decode speed on the reference batch: measured at start, corrected by the steps since; 0: not known."""
+    step_s: float = 0.0
+    """Duration of the last step."""
+
+
+# ---- worker to engine -------------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+Command = Submit | Abort | Shutdown
+
+# ---- engine to worker -------------------------------------------------------------------------------------------
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag=True):
+    """`done` of `total` bytes of weights are in memory; `what` says what is going on."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start; `message` is for the person at the terminal."""
+
+    message: str
+
+
+class Outputs(msgspec.Struct, tag=True):
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+Event = LoadProgress | Ready | StartFailed | Outputs
+
+
+# ---- the engine as the worker sees it ---------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """An engine behind the worker. All methods run on the event loop's thread; only `async` ones may wait."""
+
+    async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
+        """Load the model. Raises StartupError with a sentence for the person when that fails.
+
+        May be called again after `wait_dead` returned: the engine starts afresh.
+        """
+        ...
+
+    def generate(self, request: EngineRequest) -> AbstractContextManager[AsyncIterator[RequestOutput]]:
+        """Submit on entering, iterate the outputs inside, abort on leaving if the last output has not come.
+
+        Outputs that came between two looks are merged into one. The iteration raises EngineDeadError when the engine
+        dies, and InternalError when the engine reports an error for this request.
+        """
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return the reason once the engine has died on its own (never after `close`)."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine and wait until it is gone. Running requests get EngineDeadError. May be called twice."""
+        ...
+
+
+class RequestStream:
+    """The receiving end of one request, shared by all engines: a one-slot mailbox that merges what piles up."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.finished = False
+        self._pending: RequestOutput | None = None
+        self._failure: Exception | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        if self._pending is None:
+            self._pending = output
+        else:
+            pending = self._pending
+            pending.token_ids += output.token_ids
+            pending.finish_reason = output.finish_reason
+            pending.error = output.error
+            pending.num_cached_tokens = max(pending.num_cached_tokens, output.num_cached_tokens)
+            if output.logprobs is not None:
+                pending.logprobs = (pending.logprobs or []) + output.logprobs
+        self.finished = output.finish_reason is not None
+        self._wake.set()
+
+    def fail(self, failure: Exception) -> None:
+        self._failure = failure
+        self.finished = True
+        self._wake.set()
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while self._pending is None:
+            if self._failure is not None:
+                raise self._failure
+            if self.finished:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        output, self._pending = self._pending, None
+        return output

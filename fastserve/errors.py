@@ -1,0 +1,129 @@
+"""The error tree of fastserve, and the one place where an error gets its HTTP status and its OpenAI shape.
+
+    FastserveError
+      StartupError                  wrong flag, missing model, port in use: ends a process at start with a sentence
+      RequestError                  the client can mend it (4xx)
+        InvalidRequestError           400  a field is missing, malformed or out of range
+          UnsupportedParameterError   400  a known field that cannot be honoured yet
+          ContextLengthError          400  prompt and answer do not fit the context
+        AuthenticationError           401
+        ModelNotFoundError            404
+        OverloadedError               429  the queue is full; carries Retry-After
+      ServiceError                  the client cannot mend it (5xx); another worker may do better
+        NoWorkerError                 503
+        WorkerLostError               503  a worker went away before or during an answer
+        EngineDeadError               503
+        WorkerTimeoutError            504
+        InternalError                 500
+
+`legacy_code` is FastChat's number for the same case, so that clients of FastChat can read our bodies too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FastserveError(Exception):
+    """Base of everything that fastserve raises on purpose."""
+
+    status = 500
+    type = "internal_error"
+    code: str | None = "internal_error"
+    legacy_code = 50001
+    retry_after_s: float | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object, with FastChat's `object`, `message` and `code` beside it."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error, "object": "error", "message": self.message, "code": self.legacy_code}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+class StartupError(FastserveError):
+    """A process cannot start. The message says what is wrong and what to do; the exit code is 1."""
+
+
+class RequestError(FastserveError):
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    legacy_code = 40001
+
+
+class InvalidRequestError(RequestError):
+    code = "invalid_value"
+    legacy_code = 40302
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    code = "unsupported_parameter"
+
+
+class ContextLengthError(InvalidRequestError):
+    code = "context_length_exceeded"
+    legacy_code = 40303
+
+
+class AuthenticationError(RequestError):
+    status = 401
+    code = "invalid_api_key"
+    legacy_code = 40101
+
+
+class ModelNotFoundError(RequestError):
+    status = 404
+    code = "model_not_found"
+    legacy_code = 40301
+
+
+class OverloadedError(RequestError):
+    status = 429
+    type = "overloaded_error"
+    code = "overloaded"
+    legacy_code = 42903
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServiceError(FastserveError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "service_unavailable"
+
+
+class NoWorkerError(ServiceError):
+    code = "no_worker"
+    legacy_code = 50005
+    retry_after_s = 1.0
+
+
+class WorkerLostError(ServiceError):
+    code = "worker_lost"
+    legacy_code = 50001
+
+
+class EngineDeadError(ServiceError):
+    code = "engine_dead"
+
+
+class WorkerTimeoutError(ServiceError):
+    status = 504
+    type = "timeout_error"
+    code = "worker_timeout"
+    legacy_code = 50006
+
+
+class InternalError(FastserveError):
+    pass

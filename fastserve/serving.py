@@ -1,0 +1,266 @@
+"""What every HTTP process of fastserve does alike: bind, serve, drain, answer errors, stream, notice a client gone.
+
+The port is bound before anything slow happens, so a port in use ends the start at once; requests are accepted (and
+"Uvicorn running on" is logged) when the application's lifespan has started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from fastserve.config import ServerConfig
+from fastserve.errors import FastserveError, InternalError, InvalidRequestError, StartupError
+
+logger = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
+
+# ---- the process ------------------------------------------------------------------------------------------------
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind (not listen) every address that `host` resolves to; families that the machine lacks are passed over.
+
+    Raises StartupError when the port is taken or no address can be bound. With port 0, all addresses share one port.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartupError(f"--host {host}: the name cannot be resolved ({error.strerror}).") from error
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, _, _, _, address in sorted(set(found), key=lambda row: row[0] != socket.AF_INET):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if os.name == "posix":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address[0], port, *address[2:]))
+        except OSError as error:
+            sock.close()
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                missing = error
+                continue
+            for other in sockets:
+                other.close()
+            if error.errno == errno.EADDRINUSE:
+                raise StartupError(
+                    f"Port {port} on {host} is in use by another program: stop it, or choose another port with --port."
+                ) from error
+            raise StartupError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
+        sockets.append(sock)
+        port = sock.getsockname()[1]
+    if not sockets:
+        raise StartupError(f"--host {host}: this machine has no such address ({missing}).")
+    return sockets
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a farewell before the listening sockets close."""
+
+    def __init__(self, config: uvicorn.Config, before_shutdown: Callable[[], Awaitable[None]] | None) -> None:
+        super().__init__(config)
+        self._before_shutdown = before_shutdown
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._before_shutdown is not None:
+            await self._before_shutdown()
+        await super().shutdown(sockets)
+
+
+def serve(
+    app: FastAPI,
+    config: ServerConfig,
+    sockets: list[socket.socket],
+    before_shutdown: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests end, and return.
+
+    Raises StartupError when the application's lifespan failed.
+    """
+    key, certificate = _tls_files() if config.ssl else (None, None)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=sockets[0].getsockname()[1],
+            log_config=None,
+            access_log=False,
+            ssl_keyfile=key,
+            ssl_certfile=certificate,
+            timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
+            timeout_keep_alive=75,
+            backlog=4096,
+        ),
+        before_shutdown,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=sockets)
+    if not server.started:
+        raise StartupError("The service could not start; the lines above say why.")
+
+
+def _tls_files() -> tuple[str, str]:
+    try:
+        return os.environ["SSL_KEYFILE"], os.environ["SSL_CERTFILE"]
+    except KeyError as error:
+        raise StartupError(
+            f"--ssl needs the environment variable {error.args[0]} (SSL_KEYFILE, SSL_CERTFILE)."
+        ) from None
+
+
+def run_entry(run: Callable[[], None]) -> None:
+    """Run an entry's body: a StartupError becomes one line on standard error and exit code 1."""
+    try:
+        run()
+    except StartupError as error:
+        logger.error(error.message)
+        sys.exit(1)
+
+
+def advertised_address(host: str, port: int, *, ssl: bool = False) -> str:
+    """The address under which others reach a server that listens on `host`; a wildcard becomes the machine's own."""
+    if host in ("0.0.0.0", "::", ""):
+        host = _own_address()
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{'https' if ssl else 'http'}://{host}:{port}"
+
+
+def _own_address() -> str:
+    # Connecting a datagram socket sends nothing; it only asks the kernel which of our addresses leads outside.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+            return str(sock.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def error_response(error: FastserveError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every error leaves in OpenAI's shape, whoever raised it."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        return error_response(error if isinstance(error, FastserveError) else InternalError(str(error)))
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        problems = error.errors() if isinstance(error, RequestValidationError) else []
+        return error_response(_explain(problems))
+
+    async def http(_: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        named = InvalidRequestError(str(getattr(error, "detail", error)), code=f"http_{status}")
+        return JSONResponse(named.body(), status_code=status)
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return error_response(InternalError("The server failed on this request; its log has the cause."))
+
+    app.add_exception_handler(FastserveError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(404, http)
+    app.add_exception_handler(405, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _explain(problems: Any) -> InvalidRequestError:
+    """The first of pydantic's findings, as a sentence that names field, value and remedy."""
+    if not problems:
+        return InvalidRequestError("The request body is not valid.")
+    first = problems[0]
+    path = [str(part) for part in first.get("loc", ()) if part != "body"]
+    name = ".".join(path) or "body"
+    if first.get("type") == "missing":
+        return InvalidRequestError(f"Missing required field '{name}'.", param=name, code="missing_required_parameter")
+    if first.get("type") == "json_invalid":
+        return InvalidRequestError(f"The request body is not valid JSON: {first.get('ctx', {}).get('error', '')}.")
+    value = repr(first.get("input"))
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return InvalidRequestError(f"Invalid value for '{name}': {shown}. {first.get('msg', '')}.", param=name)
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+
+async def _wait_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT | None:
+    """Await `work`; cancel it and return None when the client goes away first. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_disconnect(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        for pending in (task, gone):
+            if not pending.done():
+                pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class StreamResponse(Response):
+    """A streamed body that is closed, with its `finally` blocks run, at once when the client goes away.
+
+    `body` is an async generator of bytes. Headers leave with the first piece, so an error that it raises before that
+    still becomes a proper HTTP error; after it, the generator itself has to write its error event.
+    """
+
+    def __init__(self, body: AsyncGenerator[bytes, None], media_type: str = "text/event-stream") -> None:
+        super().__init__(None, media_type=media_type)
+        self._body = body
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pump = asyncio.ensure_future(self._pump(send))
+        gone = asyncio.ensure_future(_wait_disconnect(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            for task in (pump, gone):
+                if not task.done():
+                    task.cancel()
+            await asyncio.gather(pump, gone, return_exceptions=True)
+
+    async def _pump(self, send: Send) -> None:
+        async with aclosing(self._body) as body:
+            started = False
+            async for piece in body:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if not started:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
