@@ -1,0 +1,233 @@
+"""The worker's end of an engine process: starts it, speaks to it over ZeroMQ, notices its death. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from fastserve.engine.contract import (
+    Abort,
+    Command,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    Event,
+    LoadProgress,
+    Outputs,
+    Ready,
+    RequestOutput,
+    RequestStream,
+    Shutdown,
+    StartFailed,
+    Submit,
+)
+from fastserve.engine.settings import EngineConfig
+from fastserve.errors import EngineDeadError, InternalError, StartupError
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class EngineProcess:
+    """An `Engine` (see contract.py) in a process of its own."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Event).decode
+        self._streams: dict[str, RequestStream] = {}
+        self._stats = EngineStats()
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._context: zmq.asyncio.Context | None = None
+        self._folder: str | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._dead: asyncio.Future[str] | None = None
+        self._closing = False
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process; None before the start."""
+        return self._process.pid if self._process else None
+
+    async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
+        self._stats = EngineStats()
+        self._dead = asyncio.get_running_loop().create_future()
+        endpoint = self._open_socket()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "fastserve.engine.process",
+                endpoint,
+                msgspec.json.encode(self._config).decode(),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+            info = await self._wait_ready(self._process, on_progress)
+        except BaseException:
+            await self._tear_down()
+            raise
+        self._receiver = asyncio.create_task(self._receive(self._process))
+        return info
+
+    def _open_socket(self) -> str:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        if os.name == "nt":
+            self._socket.bind("tcp://127.0.0.1:*")
+            return bytes(self._socket.last_endpoint).decode()
+        self._folder = tempfile.mkdtemp(prefix="fastserve-")  # mode 0700: nobody else can join
+        endpoint = f"ipc://{self._folder}/engine"
+        self._socket.bind(endpoint)
+        return endpoint
+
+    async def _wait_ready(
+        self, process: asyncio.subprocess.Process, on_progress: Callable[[LoadProgress], None]
+    ) -> EngineInfo:
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            while True:
+                event = await self._next_event(ended)
+                match event:
+                    case LoadProgress():
+                        on_progress(event)
+                    case Ready(info):
+                        return info
+                    case StartFailed(message):
+                        raise StartupError(message)
+                    case None:
+                        raise StartupError(f"The engine process ended while it started ({_ending(await ended)}).")
+                    case Outputs():
+                        raise InternalError("the engine sent outputs before it was ready")
+        finally:
+            ended.cancel()
+
+    async def _next_event(self, ended: asyncio.Future[int]) -> Event | None:
+        """The next event, or None when the process has ended and said nothing more."""
+        if self._socket is None:
+            return None
+        receiving: asyncio.Future[bytes] = asyncio.ensure_future(self._socket.recv())
+        either: set[asyncio.Future[Any]] = {receiving, ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not receiving.done():
+            # Its last words may still be on their way through the socket.
+            await asyncio.wait({receiving}, timeout=0.2)
+        if receiving.done():
+            event: Event = self._decode(receiving.result())
+            return event
+        receiving.cancel()
+        await asyncio.gather(receiving, return_exceptions=True)
+        return None
+
+    async def _receive(self, process: asyncio.subprocess.Process) -> None:
+        """Hand events to the streams until the process ends."""
+        ended = asyncio.ensure_future(process.wait())
+        ended.add_done_callback(lambda _: self._on_death(process))
+        try:
+            while self._socket is not None:
+                event = self._decode(await self._socket.recv())
+                if isinstance(event, Outputs):
+                    self._stats = event.stats
+                    for output in event.outputs:
+                        self._deliver(output)
+        finally:
+            ended.cancel()
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return  # aborted while this was on its way
+        if output.finish_reason == "error":
+            stream.fail(InternalError(f"The engine refused the request: {output.error}."))
+        else:
+            stream.put(output)
+
+    def _on_death(self, process: asyncio.subprocess.Process) -> None:
+        if self._closing or process is not self._process or self._dead is None or self._dead.done():
+            return
+        reason = f"The engine process died ({_ending(process.returncode)})."
+        self._fail_streams(reason)
+        self._stats = EngineStats()
+        self._dead.set_result(reason)
+
+    def _fail_streams(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream.fail(EngineDeadError(reason))
+
+    @contextlib.contextmanager
+    def generate(self, request: EngineRequest) -> Iterator[AsyncIterator[RequestOutput]]:
+        if self._dead is None or self._dead.done() or self._closing:
+            raise EngineDeadError("The engine is not running.")
+        stream = RequestStream(request.request_id)
+        self._streams[request.request_id] = stream
+        try:
+            self._send(Submit(request))
+            yield stream
+        finally:
+            del self._streams[request.request_id]
+            if not stream.finished:
+                self._send(Abort([request.request_id]))
+
+    def _send(self, command: Command) -> None:
+        # Called where nothing may be awaited. The send is done when it returns, because the queue has no bound
+        # (admission bounds what is in it); only to an engine that has just died it stays undone, and that is no loss.
+        if self._socket is not None:
+            self._socket.send(self._encode(command))
+
+    async def wait_dead(self) -> str:
+        if self._dead is None:
+            raise RuntimeError("the engine has not been started")
+        reason = await asyncio.shield(self._dead)
+        await self._tear_down()
+        return reason
+
+    async def close(self) -> None:
+        self._closing = True
+        self._fail_streams("The engine is shutting down.")
+        process = self._process
+        if process is not None and process.returncode is None:
+            self._send(Shutdown())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _CLOSE_TIMEOUT_S)
+        await self._tear_down()
+
+    async def _tear_down(self) -> None:
+        """Leave nothing behind: process, task, socket, folder."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        if self._receiver is not None:
+            self._receiver.cancel()
+            await asyncio.gather(self._receiver, return_exceptions=True)
+            self._receiver = None
+        if self._context is not None:
+            self._socket = None
+            self._context.destroy(linger=0)
+            self._context = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}; out of memory is the usual cause of SIGKILL"
+    return f"exit code {code}; the lines above say why"

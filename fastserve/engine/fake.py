@@ -1,0 +1,230 @@
+"""A scripted engine: deterministic, no model, no torch. Everything above the engine is tested on it.
+
+It obeys the same contract tests as the real one. What it answers is a function of the request (`Script`), how fast it
+is and how it fails is set in `FakeOptions`, or told to it while it runs (`die`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from fastserve.engine.contract import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    LoadProgress,
+    RequestOutput,
+    RequestStream,
+    TokenLogprob,
+)
+from fastserve.errors import EngineDeadError, InternalError, StartupError
+
+Script = Callable[[EngineRequest, EngineInfo], Sequence[int]]
+"""The whole answer to a request, stop token included. Shorter than max_tokens: end tokens follow."""
+
+
+def echo(request: EngineRequest, info: EngineInfo) -> list[int]:
+    """The prompt's own tokens, without those that would end the answer; then the end token."""
+    ends = {*request.params.stop_token_ids, *info.eos_token_ids}
+    return [token_id for token_id in request.prompt_ids if token_id not in ends]
+
+
+def noise(request: EngineRequest, info: EngineInfo) -> list[int]:
+    """Tokens that depend on seed, choice and position only, never on the end tokens; as many as asked for."""
+    key = b"" if request.params.temperature == 0 else f"{request.params.seed}:{request.choice}".encode()
+    ends = {*request.params.stop_token_ids, *info.eos_token_ids}
+    allowed = [token_id for token_id in range(info.vocab_size) if token_id not in ends]
+    digests = (hashlib.blake2b(b"%d:%b" % (at, key), digest_size=8).digest() for at in range(request.params.max_tokens))
+    return [allowed[int.from_bytes(digest, "big") % len(allowed)] for digest in digests]
+
+
+@dataclass
+class FakeOptions:
+    """Delays in seconds. `start_failures` are the messages that the next starts fail with, one each."""
+
+    script: Script = echo
+    vocab_size: int = 256
+    max_model_len: int = 4096
+    block_size: int = 16
+    num_blocks: int = 4096
+    max_num_seqs: int = 256
+    eos_token_ids: tuple[int, ...] = ()
+    model_path: str = "fake"
+    start_s: float = 0.0
+    first_token_s: float = 0.0
+    token_s: float = 0.0
+    """Duration of a step; each running request gets one token in a step."""
+    start_failures: list[str] = field(default_factory=list)
+
+
+class _Sequence:
+    def __init__(self, request: EngineRequest, answer: Sequence[int], ready_at: float) -> None:
+        self.request = request
+        self.stream = RequestStream(request.request_id)
+        self.answer = answer
+        self.num_emitted = len(request.emitted_ids)
+        self.ready_at = ready_at
+
+
+class FakeEngine:
+    """An `Engine` (see contract.py)."""
+
+    def __init__(self, options: FakeOptions | None = None) -> None:
+        self.options = options or FakeOptions()
+        self.requests: list[EngineRequest] = []
+        """Every request that was ever submitted."""
+        self.starts = 0
+        self._info: EngineInfo | None = None
+        self._sequences: dict[str, _Sequence] = {}
+        self._counters = EngineStats()
+        self._work = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._dead: asyncio.Future[str] | None = None
+
+    async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
+        options = self.options
+        self.starts += 1
+        for done in (0, 50, 100):
+            on_progress(LoadProgress("loading nothing", done, 100))
+            await asyncio.sleep(options.start_s / 3)
+        if options.start_failures:
+            raise StartupError(options.start_failures.pop(0))
+        self._info = EngineInfo(
+            model_path=options.model_path,
+            architecture="fake",
+            device="none",
+            dtype="none",
+            vocab_size=options.vocab_size,
+            max_model_len=options.max_model_len,
+            block_size=options.block_size,
+            num_blocks=options.num_blocks,
+            eos_token_ids=options.eos_token_ids,
+            num_parameters=0,
+            load_s=options.start_s,
+        )
+        self._counters = EngineStats(num_blocks=options.num_blocks)
+        self._dead = asyncio.get_running_loop().create_future()
+        self._loop_task = asyncio.create_task(self._loop(self._info))
+        return self._info
+
+    @contextlib.contextmanager
+    def generate(self, request: EngineRequest) -> Iterator[AsyncIterator[RequestOutput]]:
+        if self._info is None or self._loop_task is None:
+            raise EngineDeadError("The engine is not running.")
+        self.requests.append(request)
+        ready_at = asyncio.get_running_loop().time() + self.options.first_token_s
+        sequence = _Sequence(request, self.options.script(request, self._info), ready_at)
+        self._counters.prompt_tokens += len(request.prompt_ids)
+        self._sequences[request.request_id] = sequence
+        self._work.set()
+        try:
+            yield sequence.stream
+        finally:
+            if self._sequences.pop(request.request_id, None) is not None:
+                self._counters.aborted += 1
+
+    @property
+    def stats(self) -> EngineStats:
+        counters, options = self._counters, self.options
+        running = list(self._sequences.values())[: options.max_num_seqs]
+        return EngineStats(
+            num_running=len(running),
+            num_waiting=len(self._sequences) - len(running),
+            num_blocks=counters.num_blocks,
+            num_used_blocks=sum(map(self._blocks_of, running)),
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            finished=counters.finished,
+            aborted=counters.aborted,
+        )
+
+    def _blocks_of(self, sequence: _Sequence) -> int:
+        return math.ceil((len(sequence.request.prompt_ids) + sequence.num_emitted) / self.options.block_size)
+
+    async def wait_dead(self) -> str:
+        if self._dead is None:
+            raise RuntimeError("the engine has not been started")
+        return await asyncio.shield(self._dead)
+
+    async def close(self) -> None:
+        task, self._loop_task = self._loop_task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._fail_all("The engine was closed.")
+
+    def die(self, reason: str = "The engine was told to die.") -> None:
+        """As if the engine's process had crashed."""
+        task, self._loop_task = self._loop_task, None
+        if task is not None and self._dead is not None:
+            task.cancel()
+            self._fail_all(reason)
+            self._dead.set_result(reason)
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """End one request with an error of the engine."""
+        sequence = self._sequences.pop(request_id)
+        sequence.stream.fail(InternalError(f"The engine refused the request: {reason}."))
+
+    def _fail_all(self, reason: str) -> None:
+        for sequence in self._sequences.values():
+            sequence.stream.fail(EngineDeadError(reason))
+        self._sequences.clear()
+
+    async def _loop(self, info: EngineInfo) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._work.clear()
+            now = loop.time()
+            running = list(self._sequences.values())[: self.options.max_num_seqs]
+            due = [sequence for sequence in running if sequence.ready_at <= now]
+            if not running:
+                await self._work.wait()
+            elif not due:
+                await asyncio.sleep(max(0.0, min(sequence.ready_at for sequence in running) - now))
+            else:
+                self._step(due, info)
+                await asyncio.sleep(self.options.token_s)
+
+    def _step(self, sequences: list[_Sequence], info: EngineInfo) -> None:
+        self._counters.steps += 1
+        for sequence in sequences:
+            output = _next_output(sequence, info)
+            self._counters.generated_tokens += len(output.token_ids)
+            if output.finish_reason is not None:
+                del self._sequences[output.request_id]
+                self._counters.finished += 1
+            sequence.stream.put(output)
+
+
+def _next_output(sequence: _Sequence, info: EngineInfo) -> RequestOutput:
+    request, params = sequence.request, sequence.request.params
+    token_id = _next_token(sequence, info)
+    sequence.num_emitted += 1
+    output = RequestOutput(request.request_id, [token_id])
+    if token_id in params.stop_token_ids:
+        output.finish_reason = "stop"
+    elif sequence.num_emitted >= params.max_tokens:
+        output.finish_reason = "length"
+    if params.logprobs is not None:
+        others = [(token_id + i) % info.vocab_size for i in range(params.logprobs)]
+        output.logprobs = [TokenLogprob(token_id, -0.5, [(other, -0.5 - i) for i, other in enumerate(others)])]
+    return output
+
+
+def _next_token(sequence: _Sequence, info: EngineInfo) -> int:
+    at, params = sequence.num_emitted, sequence.request.params
+    if at < len(sequence.answer):
+        token_id = sequence.answer[at]
+    else:
+        token_id = next(iter(params.stop_token_ids or info.eos_token_ids), 0)
+    if at < params.min_tokens:
+        while token_id in params.stop_token_ids:
+            token_id = (token_id + 1) % info.vocab_size
+    return token_id

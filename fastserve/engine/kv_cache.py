@@ -1,0 +1,121 @@
+"""Paged KV cache, the part without tensors: which block belongs to whom, and which blocks can be reused.
+
+A block holds `block_size` tokens of all layers. A full block whose content is known is registered in the prefix cache
+under the key (parent, tokens): `parent` is the number that the block before it got when it was registered, and numbers
+are never given twice. So a look-up compares the token ids of the whole prefix, block by block, and no hash collision
+can hand out a wrong block. Rejected: keys made of chained hashes alone, which trust the hash.
+
+A block that nobody holds stays registered until it is needed: free blocks are taken in least-recently-used order,
+those without content first. A sequence gives its blocks back last block first, so the end of a prefix is evicted
+before its beginning, which its end cannot be found without.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ROOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """Blocks found in the cache, in order, and the number under which the last of them is registered."""
+
+    block_ids: list[int]
+    parent: int
+
+
+class BlockPool:
+    """All blocks of one engine. Every block is either held (reference count above zero) or in the free queue."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._references = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._registered: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        """(parent, tokens) -> (block id, own number)"""
+        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._next_number = ROOT + 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
+        """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Takes nothing yet."""
+        block_ids: list[int] = []
+        parent = ROOT
+        if self._prefix_cache:
+            size = self.block_size
+            for start in range(0, max_tokens - size + 1, size):
+                found = self._registered.get((parent, tuple(token_ids[start : start + size])))
+                if found is None:
+                    break
+                block_ids.append(found[0])
+                parent = found[1]
+        return PrefixMatch(block_ids, parent)
+
+    def num_free_after(self, match: PrefixMatch) -> int:
+        """Free blocks that would be left once `match` is taken."""
+        return len(self._free) - sum(1 for block_id in match.block_ids if self._references[block_id] == 0)
+
+    def take(self, match: PrefixMatch) -> None:
+        """Hold the blocks of a match."""
+        for block_id in match.block_ids:
+            if self._references[block_id] == 0:
+                del self._free[block_id]
+            self._references[block_id] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Hold `count` blocks of no content. The caller has made sure that as many are free."""
+        block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block_id in block_ids:
+            key = self._key_of.pop(block_id, None)
+            if key is not None:
+                del self._registered[key]
+            self._references[block_id] = 1
+        return block_ids
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Give up one hold on each block of a sequence (in the sequence's order)."""
+        for block_id in reversed(block_ids):
+            self._references[block_id] -= 1
+            if self._references[block_id] == 0:
+                self._free[block_id] = None
+                if block_id not in self._key_of:
+                    self._free.move_to_end(block_id, last=False)
+
+    def register(self, block_id: int, parent: int, tokens: tuple[int, ...]) -> int:
+        """Make a full, computed block findable; return the number that its successor names as parent.
+
+        When the same content is registered already (two sequences computed it side by side), the older block stays
+        the one that is found, and the sequence goes on under its number.
+        """
+        if not self._prefix_cache:
+            return ROOT
+        key = (parent, tokens)
+        found = self._registered.get(key)
+        if found is not None:
+            return found[1]
+        number = self._next_number
+        self._next_number += 1
+        self._registered[key] = (block_id, number)
+        self._key_of[block_id] = key
+        return number
+
+    def check(self, holders: Sequence[Sequence[int]]) -> None:
+        """Raise RuntimeError unless the books agree with the blocks that `holders` hold. For tests and idle times."""
+        counted = [0] * self.num_blocks
+        for block_ids in holders:
+            for block_id in block_ids:
+                counted[block_id] += 1
+        if counted != self._references:
+            raise RuntimeError("reference counts differ from the blocks that sequences hold")
+        if set(self._free) != {block_id for block_id in range(self.num_blocks) if counted[block_id] == 0}:
+            raise RuntimeError("the free queue is not the set of blocks that nobody holds")
+        if {block_id: key for key, (block_id, _) in self._registered.items()} != self._key_of:
+            raise RuntimeError("the prefix index does not agree with its reverse")

@@ -1,0 +1,136 @@
+"""The engine process: one loop of commands, schedule, execute, commit. No asyncio, no HTTP.
+
+Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG`. It ends when told to, or when
+its parent is gone, however that died.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import zmq
+
+from fastserve.engine.contract import (
+    Abort,
+    Command,
+    Event,
+    LoadProgress,
+    Outputs,
+    Ready,
+    RequestOutput,
+    Shutdown,
+    StartFailed,
+    Submit,
+)
+from fastserve.engine.core import EngineCore
+from fastserve.engine.settings import EngineConfig
+from fastserve.errors import StartupError
+from fastserve.observability.logging import setup_logging
+
+logger = logging.getLogger("fastserve.engine")
+
+_IDLE_REPORT_S = 1.0
+_PROGRESS_INTERVAL_S = 0.1
+
+
+class EngineLoop:
+    """Joins a core to a socket."""
+
+    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+        self._core = core
+        self._socket = socket
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Command).decode
+        self._outputs: list[RequestOutput] = []
+
+    def run(self) -> None:
+        """Until Shutdown."""
+        while self._take_commands():
+            if self._core.has_work:
+                self._outputs += self._core.step()
+            self._report()
+
+    def _take_commands(self) -> bool:
+        """Take in all commands that are there; wait for one only when there is nothing else to do."""
+        busy = self._core.has_work or self._outputs
+        if not busy and not self._socket.poll(int(_IDLE_REPORT_S * 1000)):
+            return True
+        while True:
+            try:
+                command = self._decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return True
+            match command:
+                case Submit(request):
+                    refused = self._core.add(request)
+                    if refused is not None:
+                        self._outputs.append(refused)
+                case Abort(request_ids):
+                    for request_id in request_ids:
+                        self._core.abort(request_id)
+                case Shutdown():
+                    return False
+
+    def _report(self) -> None:
+        self._socket.send(self._encode(Outputs(self._outputs, self._core.stats)))
+        self._outputs = []
+
+
+def main() -> None:
+    endpoint, config_json = sys.argv[1:]
+    setup_logging(os.environ.get("FASTSERVE_LOG_LEVEL", "info"))
+    # Ctrl-C at a terminal reaches the whole process group; the parent drains and then says Shutdown.
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    config = msgspec.json.decode(config_json, type=EngineConfig)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(endpoint)
+    try:
+        _serve(config, socket)
+    finally:
+        context.destroy(linger=1000)
+
+
+def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
+    encode = msgspec.msgpack.Encoder().encode
+    last = [0.0]
+
+    def progress(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done in (0, total) or now - last[0] >= _PROGRESS_INTERVAL_S:
+            last[0] = now
+            tell(LoadProgress(what, done, total))
+
+    def tell(event: Event) -> None:
+        socket.send(encode(event))
+
+    try:
+        # torch and transformers take seconds to import: the socket is joined before.
+        from fastserve.engine.build import build_core
+
+        core = build_core(config, progress)
+    except StartupError as error:
+        tell(StartFailed(error.message))
+        sys.exit(1)
+    tell(Ready(core.info))
+    EngineLoop(core, socket).run()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker that was killed cannot say Shutdown; its engine must not hold memory and cores after it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Reading a model from a folder with transformers, and refusing what the paged engine cannot serve rightly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from fastserve.engine.runner.attention import PagedAttention
+from fastserve.errors import StartupError
+
+ATTENTION_NAME = "fastserve_paged"
+Progress = Callable[[str, int, int], None]
+"""what is going on, bytes done, bytes in all"""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: PreTrainedModel
+    attention: PagedAttention
+    device: torch.device
+    dtype: torch.dtype
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, or the best one that this machine has. Raises StartupError when the named one is missing."""
+    available = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+        "cpu": lambda: True,
+    }
+    if name is None:
+        return torch.device(next(kind for kind, is_there in available.items() if is_there()))
+    if name not in available or not available[name]():
+        raise StartupError(
+            f"--device {name}: this machine or this build of torch has no such device; try --device cpu."
+        )
+    return torch.device(name)
+
+
+def load_model(
+    model_dir: str, device_name: str | None, dtype_name: str | None, *, trust_remote_code: bool, progress: Progress
+) -> LoadedModel:
+    """Load the weights of a decoder-only model. Raises StartupError with the reason when that is not possible."""
+    device = find_device(device_name)
+    config = _read_config(model_dir, trust_remote_code)
+    dtype = _choose_dtype(dtype_name, config, device)
+    _refuse_unpageable(config)
+    attention = PagedAttention()
+    name = _register(attention)
+    sizes = _tensor_bytes(model_dir)
+    progress("Loading weights", 0, sum(sizes.values()))
+    try:
+        with _weight_progress(sizes, progress):
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                config=config,
+                dtype=dtype,
+                attn_implementation=name,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise StartupError(f"The model in {model_dir} cannot be loaded: {error}") from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise StartupError(
+            f"{type(model).__name__} cannot be served: its code in transformers does not let the engine replace its "
+            "attention, so its KV cache cannot be paged."
+        )
+    progress("Loading weights", sum(sizes.values()), sum(sizes.values()))
+    model = model.to(device).eval().requires_grad_(False)
+    text_config = config.get_text_config(decoder=True)
+    return LoadedModel(
+        model=model,
+        attention=attention,
+        device=device,
+        dtype=dtype,
+        context_length=_context_length(text_config),
+        eos_token_ids=_eos_token_ids(model),
+    )
+
+
+def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartupError(f"The configuration in {model_dir} cannot be read: {error}") from error
+
+
+def _choose_dtype(name: str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    if name is not None:
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _refuse_unpageable(config: PretrainedConfig) -> None:
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise StartupError(f"{kind} is an encoder-decoder model; only decoder-only models can be served.")
+    text_config = config.get_text_config(decoder=True)
+    for field in ("attention_chunk_size", "mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
+        if getattr(text_config, field, None) is not None:
+            raise StartupError(
+                f"{kind} cannot be served: its layers keep a state ({field}) that the paged KV cache does not hold."
+            )
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    found = model.generation_config.eos_token_id if model.generation_config else None
+    if found is None:
+        found = model.config.get_text_config(decoder=True).eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+
+def _register(attention: PagedAttention) -> str:
+    """Register under a name of its own: several engines may live in one process (in tests)."""
+    name = f"{ATTENTION_NAME}_{id(attention)}"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    # The pages know who may look at what, so the model is told to build no mask.
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *_, **__: None)
+    return name
+
+
+# ---- progress ---------------------------------------------------------------------------------------------------
+
+
+def _tensor_bytes(model_dir: str) -> dict[str, int]:
+    """Bytes of each tensor, from the headers of the safetensors files; other files count as one tensor each."""
+    sizes: dict[str, int] = {}
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[name] = end - begin
+    return sizes or {path.name: os.path.getsize(path) for path in Path(model_dir).glob("*.bin")}
+
+
+@contextlib.contextmanager
+def _weight_progress(sizes: dict[str, int], progress: Progress) -> Iterator[None]:
+    """Turn transformers' own progress bar over the weights into our reports."""
+    total = sum(sizes.values())
+    mean = total // max(1, len(sizes))
+
+    def hook(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return counted(args[0] if args else kwargs.get("iterable", ()))
+
+    def counted(items: Iterable[Any]) -> Iterator[Any]:
+        done = 0
+        for item in items:
+            yield item
+            name = item[0] if isinstance(item, tuple) else item
+            done = min(total, done + sizes.get(name, mean))
+            progress("Loading weights", done, total)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(previous)

@@ -1,0 +1,23 @@
+"""Counter-based noise: one uniform number for (seed, choice, position), with no state to keep or to lose.
+
+So a request draws the same tokens alone and in any batch, before and after preemption, on this worker and on another
+one that takes it over. Counter-based generators: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011);
+the mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+"""
+
+from __future__ import annotations
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(value: int) -> int:
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) for the token at `position` of the answer (0 is its first)."""
+    return (_mix(_mix(_mix(seed & _MASK) ^ choice) ^ position) >> 11) * 2.0**-53

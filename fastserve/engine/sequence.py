@@ -1,0 +1,61 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from fastserve.engine.contract import EngineRequest
+from fastserve.engine.kv_cache import ROOT
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens known and tokens computed: `num_computed` chases `num_tokens`, and nothing else says what is to be done.
+
+    Prefill, chunked prefill, decode, a hit in the prefix cache, the way back from preemption and the takeover of
+    another engine's half-done answer differ only in how far apart the two are.
+    """
+
+    seq_id: int
+    """Order of arrival; unique in the engine."""
+    request: EngineRequest
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed: int = 0
+    status: Status = Status.WAITING
+    block_ids: list[int] = field(default_factory=list)
+    num_registered: int = 0
+    """Leading blocks that the prefix cache knows."""
+    parent: int = ROOT
+    """Number of the last of them."""
+    num_cached: int | None = None
+    """Prompt tokens found in the cache when first scheduled; None before."""
+    in_runner: bool = False
+
+    @classmethod
+    def of(cls, seq_id: int, request: EngineRequest) -> Sequence:
+        return cls(seq_id, request, request.prompt_ids + request.emitted_ids, len(request.prompt_ids))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: priority, then arrival. The last in this order is preempted first."""
+        return (self.request.priority, self.seq_id)
