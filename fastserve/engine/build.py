@@ -47,7 +47,14 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
     )
-    verify_paging(loaded, runner, block_size=config.block_size, max_model_len=max_model_len)
+    verify_paging(
+        loaded,
+        runner,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+    )
     speed = _measure(runner, num_blocks, config)
     model_config = loaded.model.config
     info = EngineInfo(

@@ -90,12 +90,12 @@ def test_random_mixtures_equal_generate(tiny_models: TinyModels, name: str, seed
     for index in range(32):
         prompt = (shared[: rng.randint(8, len(shared))] if rng.random() < 0.5 else []) + random_prompt(rng, vocabulary)
         stop = tuple(eos) if rng.random() < 0.5 else ()
-        requests.append(greedy(prompt, rng.randint(1, 30), f"r{index}", stop))
+        requests.append(greedy(prompt, rng.randint(1, 40), f"r{index}", stop))
     waiting = list(requests)
     answers: dict[str, Answer] = {}
     aborted: set[str] = set()
     while waiting or core.has_work:
-        while waiting and rng.random() < 0.4:
+        while waiting and rng.random() < 0.7:
             request = waiting.pop()
             answers[request.request_id] = Answer()
             assert core.add(request) is None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -73,7 +74,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise StartupError(f"The model in {model_dir} cannot be loaded: {error}") from error
     if not getattr(model, "_supports_attention_backend", False):
         raise StartupError(
@@ -154,8 +155,11 @@ def _tensor_bytes(model_dir: str) -> dict[str, int]:
     """Bytes of each tensor, from the headers of the safetensors files; other files count as one tensor each."""
     sizes: dict[str, int] = {}
     for path in sorted(Path(model_dir).glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except ValueError as error:
+            raise StartupError(f"{path} cannot be loaded: its header is broken or cut off ({error}).") from error
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]

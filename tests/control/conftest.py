@@ -1,0 +1,59 @@
+"""Shared by the controller's tests: a clock that is set by hand, and workers' statuses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from fastserve.control.registry import WorkerRegistry
+from fastserve.protocol import WorkerStatus
+
+
+@dataclass
+class Clock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make_registry(clock: Clock) -> Callable[..., WorkerRegistry]:
+    def make(dispatch_method: str = "shortest_queue", heartbeat_expiration_s: float = 90.0) -> WorkerRegistry:
+        return WorkerRegistry(
+            dispatch_method=dispatch_method,
+            heartbeat_expiration_s=heartbeat_expiration_s,
+            clock=clock,
+            rng=random.Random(0),
+        )
+
+    return make
+
+
+@pytest.fixture
+def registry(make_registry: Callable[..., WorkerRegistry]) -> WorkerRegistry:
+    return make_registry()
+
+
+@pytest.fixture
+def status() -> Callable[..., WorkerStatus]:
+    """A fastserve worker's status: serves "m", beats each second, and has exactly the requests of its leases."""
+
+    def make(*leases: str, models: tuple[str, ...] = ("m",), others: int = 0, **fields: object) -> WorkerStatus:
+        values: dict[str, object] = {
+            "model_names": list(models),
+            "leases": list(leases),
+            "queue_length": len(leases) + others,
+            "heartbeat_interval_s": 1.0,
+        }
+        return WorkerStatus.model_validate(values | fields)
+
+    return make

@@ -1,0 +1,126 @@
+"""The sampler: distributions against their definition, and independence of rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from fastserve.engine.contract import SamplingParams
+from fastserve.engine.sampling import noise
+from fastserve.engine.sampling.row import SamplingRow
+from fastserve.engine.sampling.sampler import sample
+
+VOCABULARY = 6
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
+DRAWS = 4000
+
+
+def row(
+    params: SamplingParams, answer: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), choice: int = 0
+) -> SamplingRow:
+    return SamplingRow(params, choice, np.array(prompt + answer, dtype=np.int32), len(prompt))
+
+
+def frequencies(**settings: float) -> list[float]:
+    """How often each token is drawn over many seeds, all in one batch."""
+    rows = [row(SamplingParams(1, seed=seed, **settings)) for seed in range(DRAWS)]  # type: ignore[arg-type]
+    drawn, _ = sample(LOGITS.expand(DRAWS, -1), rows)
+    counts = Counter(drawn)
+    return [counts[token] / DRAWS for token in range(VOCABULARY)]
+
+
+def assert_close(found: list[float], expected: torch.Tensor) -> None:
+    for share, probability in zip(found, expected.tolist(), strict=True):
+        # Five standard deviations of a binomial share.
+        assert abs(share - probability) <= 5 * math.sqrt(max(probability * (1 - probability), 1e-9) / DRAWS) + 1e-9
+
+
+def renormalised(keep: list[int], temperature: float = 1.0) -> torch.Tensor:
+    probabilities = (LOGITS[0] / temperature).softmax(-1)
+    mask = torch.zeros(VOCABULARY)
+    mask[keep] = 1
+    return probabilities * mask / (probabilities * mask).sum()
+
+
+def test_plain_sampling_follows_the_softmax() -> None:
+    assert_close(frequencies(), LOGITS[0].softmax(-1))
+
+
+def test_temperature_scales() -> None:
+    assert_close(frequencies(temperature=2.0), (LOGITS[0] / 2).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "keep"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.8}, [0, 1, 2]),  # 0.57 and 0.21 are below 0.8 together; the third crosses it
+        ({"top_p": 0.01}, [0]),
+        ({"min_p": 0.2}, [0, 1, 2]),
+        ({"top_k": 3, "top_p": 0.7}, [0, 1]),  # top-p acts on what top-k leaves, renormalised
+    ],
+)
+def test_filters_keep_what_their_definition_keeps(settings: dict[str, float], keep: list[int]) -> None:
+    assert_close(frequencies(**settings), renormalised(keep))
+
+
+def test_temperature_zero_and_top_k_one_are_greedy() -> None:
+    rows = [row(SamplingParams(1, temperature=0.0)), row(SamplingParams(1, top_k=1, seed=3))]
+    assert sample(LOGITS.expand(2, -1), rows)[0] == [0, 0]
+
+
+def test_penalties_count_what_they_are_defined_to_count() -> None:
+    def best(params: SamplingParams, answer: tuple[int, ...], prompt: tuple[int, ...] = (5,)) -> int:
+        return sample(LOGITS, [row(params, answer, prompt)])[0][0]
+
+    greedy = {"temperature": 0.0}
+    assert best(SamplingParams(1, presence_penalty=1.5, **greedy), (0,)) == 1  # type: ignore[arg-type]
+    assert best(SamplingParams(1, presence_penalty=0.9, **greedy), (0, 0, 0)) == 0  # type: ignore[arg-type]
+    assert best(SamplingParams(1, frequency_penalty=0.9, **greedy), (0,)) == 0  # type: ignore[arg-type]
+    assert best(SamplingParams(1, frequency_penalty=0.9, **greedy), (0, 0)) == 1  # type: ignore[arg-type]
+    # Presence and frequency look at the answer only, repetition at the prompt too.
+    assert best(SamplingParams(1, presence_penalty=2.0, **greedy), (), (0,)) == 0  # type: ignore[arg-type]
+    assert best(SamplingParams(1, repetition_penalty=3.0, **greedy), (), (0,)) == 1  # type: ignore[arg-type]
+
+
+def test_bias_and_min_tokens() -> None:
+    biased = SamplingParams(1, temperature=0.0, logit_bias={4: 10.0})
+    assert sample(LOGITS, [row(biased)])[0] == [4]
+    held = SamplingParams(5, temperature=0.0, min_tokens=2, stop_token_ids=(0,))
+    assert sample(LOGITS, [row(held, (3,))])[0] == [1]
+    assert sample(LOGITS, [row(held, (3, 3))])[0] == [0]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    params = SamplingParams(1, temperature=0.0, logit_bias={3: 50.0}, logprobs=2)
+    drawn, told = sample(LOGITS, [row(params)])
+    expected = LOGITS[0].log_softmax(-1).tolist()
+    assert drawn == [3]
+    assert told[0] is not None
+    assert told[0].logprob == pytest.approx(expected[3])
+    assert [token for token, _ in told[0].top] == [0, 1]
+    assert [value for _, value in told[0].top] == pytest.approx(expected[:2])
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(40, 50)
+    rows = [
+        row(SamplingParams(9, temperature=0.5 + index % 3, top_k=index % 4 * 5, top_p=1 - index % 2 * 0.2, seed=index))
+        for index in range(40)
+    ]
+    together = sample(logits, rows)[0]
+    assert together == [sample(logits[index : index + 1], rows[index : index + 1])[0][0] for index in range(40)]
+
+
+def test_noise_is_keyed_by_seed_choice_and_position() -> None:
+    keys = [(seed, choice, position) for seed in range(12) for choice in range(12) for position in range(12)]
+    values = [noise.uniform(*key) for key in keys]
+    assert values == [noise.uniform(*key) for key in keys]
+    assert len(set(values)) == len(values)
+    assert all(0 <= value < 1 for value in values)
+    assert abs(sum(values) / len(values) - 0.5) < 5 / math.sqrt(12 * len(values))

@@ -1,0 +1,184 @@
+"""Requests go on while the controller is away, hung, or back and still empty."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import aiohttp
+import pytest
+
+from fastserve.gateway.table import MISSING_GRACE_S, SUSPECT_S, CachedTable
+from fastserve.protocol import RoutingTable, WorkerEntry, WorkerStatus
+from tests.gateway.cluster import CHAT, Cluster, answer_well, die, stream, until
+
+STREAM = {**CHAT, "stream": True}
+
+
+async def ask(cluster: Cluster, body: Any = None) -> int:
+    async with cluster.post(body) as response:
+        await response.read()
+        return int(response.status)
+
+
+async def error_of(response: aiohttp.ClientResponse) -> tuple[int, str]:
+    return response.status, (await response.json())["error"]["code"]
+
+
+# ---- the table alone --------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def table_of(*rows: tuple[str, int, float]) -> RoutingTable:
+    workers = [
+        WorkerEntry(address=address, status=WorkerStatus(model_names=["m"]), in_flight=in_flight, speed=speed)
+        for address, in_flight, speed in rows
+    ]
+    return RoutingTable(dispatch_method="shortest_queue", workers=workers)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cached(clock: Clock) -> CachedTable:
+    return CachedTable(clock, random.Random(0))
+
+
+def test_the_least_loaded_for_its_speed_is_chosen(cached: CachedTable) -> None:
+    cached.update(table_of(("a", 4, 1.0), ("b", 6, 2.0), ("c", 5, 1.0)), {})
+    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.choose("m", ["b"], {"a": 2}) == "c"
+    assert cached.choose("other", [], {}) == ""
+
+
+def test_own_requests_are_not_counted_twice(cached: CachedTable) -> None:
+    cached.update(table_of(("a", 4, 1.0), ("b", 2, 1.0)), {"a": 4})
+    assert cached.choose("m", [], {"a": 1}) == "a"
+
+
+def test_ties_are_broken_at_random(cached: CachedTable) -> None:
+    cached.update(table_of(("a", 0, 1.0), ("b", 0, 1.0)), {})
+    assert {cached.choose("m", [], {}) for _ in range(50)} == {"a", "b"}
+
+
+def test_a_suspect_comes_last_for_a_while(cached: CachedTable, clock: Clock) -> None:
+    cached.update(table_of(("a", 0, 1.0), ("b", 9, 1.0)), {})
+    cached.suspect("a")
+    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", ["b"], {}) == "a"
+    clock.now += SUSPECT_S
+    assert cached.choose("m", [], {}) == "a"
+
+
+def test_a_worker_missing_from_the_table_is_kept_for_a_while(cached: CachedTable, clock: Clock) -> None:
+    cached.update(table_of(("a", 0, 1.0), ("b", 9, 1.0)), {})
+    clock.now += 3600  # the controller was away for an hour, and forgets a
+    cached.update(table_of(("b", 9, 1.0)), {})
+    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", ["b"], {}) == "a"
+    clock.now += MISSING_GRACE_S
+    cached.update(table_of(("b", 9, 1.0)), {})
+    assert cached.choose("m", ["b"], {}) == ""
+
+
+def test_models_are_listed_from_an_empty_table_only_for_a_while(cached: CachedTable, clock: Clock) -> None:
+    cached.update(table_of(("a", 0, 1.0)), {})
+    cached.update(table_of(), {})
+    assert cached.model_names() == ["m"]
+    clock.now += MISSING_GRACE_S
+    cached.update(table_of(), {})
+    assert cached.model_names() == []
+
+
+# ---- with a controller that comes and goes ----------------------------------------------------------------------
+
+
+async def test_no_request_fails_when_the_controller_is_killed_under_load(cluster: Cluster) -> None:
+    for _ in range(2):
+        await cluster.worker(stream(b"data: 1\n\n", b"data: [DONE]\n\n", delay_s=0.005))
+    await cluster.in_table()
+    statuses: list[int] = []
+    stop = asyncio.Event()
+
+    async def client() -> None:
+        while not stop.is_set():
+            statuses.append(await ask(cluster, STREAM))
+
+    clients = [asyncio.ensure_future(client()) for _ in range(8)]
+    await until(lambda: len(statuses) > 50)
+    await cluster.controller.kill()
+    await asyncio.sleep(0.5)
+    known = dict(cluster.controller.workers)
+    cluster.controller.workers.clear()
+    cluster.controller.in_flight.clear()
+    acquired = len(cluster.controller.acquired)
+    await cluster.controller.start()
+    await asyncio.sleep(1.0)  # empty, as before the first heartbeat
+    assert len(cluster.controller.acquired) > acquired
+    cluster.controller.workers.update(known)
+    await asyncio.sleep(0.3)
+    stop.set()
+    await asyncio.gather(*clients)
+    assert set(statuses) == {200}
+    loads = [len(worker.requests) for worker in cluster.workers]
+    assert min(loads) > 0.3 * sum(loads)
+    await until(lambda: not cluster.controller.in_flight)
+
+
+async def test_without_the_controller_requests_do_not_wait_for_it(cluster: Cluster) -> None:
+    await cluster.worker(answer_well)
+    await cluster.in_table()
+    cluster.controller.hangs = True
+    assert await ask(cluster) == 200
+    began = time.monotonic()
+    for _ in range(5):
+        assert await ask(cluster) == 200
+    assert time.monotonic() - began < 0.5
+    cluster.controller.hangs = False
+    acquired = len(cluster.controller.acquired)
+
+    async with asyncio.timeout(5):
+        while len(cluster.controller.acquired) == acquired:
+            assert await ask(cluster) == 200
+
+
+async def test_without_the_controller_a_failed_worker_is_replaced(cluster: Cluster) -> None:
+    broken = await cluster.worker(die)
+    await cluster.worker(answer_well)
+    await cluster.in_table()
+    await cluster.controller.kill()
+    for _ in range(6):
+        assert await ask(cluster, STREAM) == 200
+    assert len(broken.requests) <= 1  # then it is a suspect
+
+
+async def test_no_table_yet_is_503_with_retry_after(cluster: Cluster) -> None:
+    await cluster.controller.kill()
+    async with cluster.post() as response:
+        assert await error_of(response) == (503, "no_worker")
+        assert int(response.headers["retry-after"]) >= 1
+    async with cluster.http.get(cluster.url + "/ready") as response:
+        assert response.status == 503
+    async with cluster.http.get(cluster.url + "/health") as response:
+        assert response.status == 200
+
+
+async def test_an_unknown_model_is_404_and_a_known_one_without_workers_503(cluster: Cluster) -> None:
+    await cluster.worker(answer_well)
+    async with cluster.post({**CHAT, "model": "nobody"}) as response:
+        assert await error_of(response) == (404, "model_not_found")
+    await cluster.workers[0].kill()
+    async with cluster.post() as response:
+        assert await error_of(response) == (503, "worker_lost")

@@ -1,0 +1,119 @@
+"""Real launches of the stand-in services."""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fastserve import supervisor
+
+HERE = Path(__file__).parent
+LAUNCHER = "from fastserve.launcher import main; main(package='standins')"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [int(sock.getsockname()[1]) for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def dump(port: int) -> dict[str, Any]:
+    """What a stand-in was started with: `argv` and `env`."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/dump")
+        told: dict[str, Any] = json.loads(connection.getresponse().read())
+        return told
+    finally:
+        connection.close()
+
+
+class Place:
+    """A folder to launch in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logs = folder / "logs"
+        self.controller_port, self.server_port, self.worker_port, self.other_port = free_ports(4)
+
+    def model(self, name: str = "model", mood: str = "") -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True)
+        (path / "mood").write_text(mood)
+        return path
+
+    def item(self, model: Path | str, options: str = "", port: int | None = None) -> str:
+        return f"{model}@127.0.0.1@{port or self.worker_port}{options}"
+
+    def start(self, *words: str, **env: str) -> "subprocess.Popen[str]":
+        """Flags given in `words` come after, and so win over, the ports of this place."""
+        flags = [
+            *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
+            *("--server-host", "127.0.0.1", "--server-port", str(self.server_port)),
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, *flags, *words],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(HERE), **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def launch(self, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*words, **env)
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def shutdown(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "fastserve.shutdown", *words]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False)
+
+    def services(self) -> dict[str, int]:
+        """Process ids by kind, as the run files list them."""
+        runs = supervisor.read_runs(self.logs)
+        return {service.kind: service.pid for run in runs for service in run.services}
+
+    def strays(self) -> list[int]:
+        """Processes that were started in this folder and still run."""
+        return [process.pid for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.pid != os.getpid() and process.cwd() == str(self.folder) and is_alive(process.pid)
+        except psutil.Error:
+            return False
+
+    def clear(self) -> None:
+        for pid in self.strays():
+            psutil.Process(pid).kill()

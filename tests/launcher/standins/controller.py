@@ -1,0 +1,5 @@
+from fastserve.config import ControllerConfig
+
+from .service import run
+
+run("controller", ControllerConfig)

@@ -1,0 +1,5 @@
+from fastserve.config import ApiServerConfig
+
+from .service import run
+
+run("openai_api_server", ApiServerConfig)

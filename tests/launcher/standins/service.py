@@ -1,0 +1,76 @@
+"""What the three stand-ins share. The file `mood` in the model's folder, or the variable STANDIN_MOOD of the form
+KIND=MOOD, makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine` (starts a
+process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a controller
+that no worker reaches)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from fastserve.config import ServerConfig, WorkerConfig, parse_config
+
+ENGINE = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('armed', flush=True); time.sleep(600)"
+)
+
+
+def mood_of(kind: str, config: ServerConfig) -> str:
+    name, _, mood = os.environ.get("STANDIN_MOOD", "").partition("=")
+    if name == kind:
+        return mood
+    path = Path(config.model_path) / "mood" if isinstance(config, WorkerConfig) else Path("/nonexistent")
+    return path.read_text().strip() if path.is_file() else ""
+
+
+class Handler(BaseHTTPRequestHandler):
+    workers = 9
+
+    def do_GET(self) -> None:
+        told = {"argv": sys.argv[1:], "env": dict(os.environ)} if self.path == "/dump" else {"workers": self.workers}
+        body = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def log(level: str, message: str) -> None:
+    print(f"2026-01-01 00:00:00 | {level} | standin | {message}", file=sys.stderr, flush=True)
+
+
+def run(kind: str, config_class: type[ServerConfig]) -> None:
+    config = parse_config(config_class, None, kind, os.environ)
+    mood = mood_of(kind, config)
+    log("INFO", "loading the weights: 40 %")
+    if mood == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mood == "die":
+        for number in range(30):
+            log("INFO", f"step {number}")
+        log("ERROR", "The checkpoint has no config.json.")
+        sys.exit(3)
+    if mood == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mood == "mute":
+        time.sleep(600)
+    if mood == "engine":
+        engine = subprocess.Popen([sys.executable, "-c", ENGINE], stdout=subprocess.PIPE)
+        assert engine.stdout is not None
+        engine.stdout.readline()
+        log("INFO", f"engine {engine.pid}")
+    if mood == "lonely":
+        Handler.workers = 0
+    if mood == "late":
+        threading.Timer(0.5, os._exit, (7,)).start()
+    server = ThreadingHTTPServer((config.host, config.port), Handler)
+    log("INFO", f"Uvicorn running on http://{config.host}:{config.port}")
+    server.serve_forever()

@@ -1,0 +1,302 @@
+"""The launcher as a command, with stand-in services: what it starts, what it refuses, how it takes back a launch."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fastserve.launcher import Console
+
+from .launching import Place, dump, free_ports, is_alive, wait_until
+
+
+def test_services_run_on_after_the_launcher_has_gone(place: Place) -> None:
+    model = place.model()
+    result = place.launch("--model-path-address", place.item(model))
+    assert result.returncode == 0, result.stderr
+    assert f"API server  http://127.0.0.1:{place.server_port}" in result.stdout
+    assert f"controller  http://127.0.0.1:{place.controller_port}" in result.stdout
+    assert f"worker      http://127.0.0.1:{place.worker_port}  {model}" in result.stdout
+    assert f"base_url for the OpenAI SDK: http://127.0.0.1:{place.server_port}/v1" in result.stdout
+    order = [result.stdout.index(f"{name} is ready at") for name in ("controller", "openai_api_server")]
+    assert order == sorted(order)
+    pids = place.services()
+    assert set(pids) == {"controller", "model_worker", "openai_api_server"}
+    for pid in pids.values():
+        # A session of its own: neither the terminal's hang-up nor Ctrl-C reaches it.
+        assert os.getsid(pid) == pid
+    for port in (place.controller_port, place.server_port, place.worker_port):
+        assert dump(port)["argv"]
+    names = {path.name for path in place.logs.glob("*.log")}
+    assert names == {
+        "controller.log",
+        "openai_api_server.log",
+        f"worker_model_127_0_0_1_{place.worker_port}.log",
+    }
+
+
+def test_missing_log_folder_is_made_and_old_logs_are_replaced(place: Place) -> None:
+    nested = place.folder / "deep" / "er"
+    assert place.launch("--model-path-address", place.item(place.model()), "--log-dir", "deep/er").returncode == 0
+    place.clear()
+    (nested / "controller.log").write_text("Uvicorn running on an earlier day\n")
+    result = place.launch(
+        "--model-path-address", place.item("model"), "--log-dir", "deep/er", STANDIN_MOOD="controller=die"
+    )
+    assert result.returncode == 1
+    assert "earlier day" not in (nested / "controller.log").read_text()
+
+
+def test_log_folder_that_cannot_be_made(place: Place) -> None:
+    place.logs.write_text("a file")
+    result = place.launch("--model-path-address", place.item(place.model()))
+    assert result.returncode == 1
+    assert result.stderr == "--log-dir logs: the folder cannot be made (File exists).\n"
+
+
+def test_log_that_cannot_be_written(place: Place) -> None:
+    (place.logs / "openai_api_server.log").mkdir(parents=True)
+    result = place.launch("--model-path-address", place.item(place.model()))
+    assert result.returncode == 1
+    assert result.stderr.startswith("openai_api_server cannot be started: ")
+    assert place.services() == {}
+    assert place.strays() == []
+
+
+@pytest.mark.parametrize("kind", ["controller", "model_worker", "openai_api_server"])
+def test_child_that_dies_ends_the_launch_with_its_cause(place: Place, kind: str) -> None:
+    started = time.monotonic()
+    process = place.start("--model-path-address", place.item(place.model()), STANDIN_MOOD=f"{kind}=die")
+    output, errors = process.communicate(timeout=30)
+    assert time.monotonic() - started < 8
+    assert process.returncode == 1
+    name = f"model_worker {place.folder / 'model'}@127.0.0.1@{place.worker_port}" if kind == "model_worker" else kind
+    first, second, *lines = errors.splitlines()
+    assert first == f"{name} ended with exit code 3: The checkpoint has no config.json."
+    assert second.startswith("The last lines of logs/")
+    assert len(lines) == 20
+    assert "step 29" in lines[-2]
+    assert "Taking down what was started: controller" in output
+    assert "fastserve is running" not in output
+    assert place.services() == {}
+    assert not list(place.logs.glob("*.json"))
+    assert place.strays() == []
+
+
+def test_child_killed_by_a_signal_is_told(place: Place) -> None:
+    result = place.launch("--model-path-address", place.item(place.model(mood="killed")))
+    assert result.returncode == 1
+    assert "was killed by SIGKILL" in result.stderr
+    assert place.strays() == []
+
+
+def test_child_that_dies_after_it_served_while_others_load(place: Place) -> None:
+    item = place.item(place.model(mood="mute"))
+    result = place.launch("--model-path-address", item, STANDIN_MOOD="controller=late")
+    assert result.returncode == 1
+    assert "controller ended with exit code 7" in result.stderr
+    assert place.strays() == []
+
+
+def test_timeout_names_the_service_and_takes_down_everything(place: Place) -> None:
+    item = place.item(place.model(mood="mute"))
+    process = place.start("--model-path-address", item, "--wait-timeout-s", "1.5")
+    pids = wait_until(lambda: len(place.services()) == 3 and place.services(), "three services")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "did not serve within 1.5 s (--wait-timeout-s): loading the weights: 40 %" in errors
+    assert not any(is_alive(pid) for pid in pids.values())
+    assert place.strays() == []
+
+
+def test_worker_that_does_not_register(place: Place) -> None:
+    words = ("--model-path-address", place.item(place.model()), "--wait-timeout-s", "3")
+    result = place.launch(*words, STANDIN_MOOD="controller=lonely")
+    assert result.returncode == 1
+    assert "not all of the 1 workers have registered with the controller" in result.stderr
+    assert place.strays() == []
+    assert place.launch(*words, "--no-register", STANDIN_MOOD="controller=lonely").returncode == 0
+
+
+def test_stubborn_services_and_a_workers_engine_are_killed_too(place: Place) -> None:
+    items = [place.item(place.model("a", "engine")), place.item(place.model("b", "die"), port=place.other_port)]
+    result = place.launch("--model-path-address", *items, STANDIN_MOOD="controller=stubborn")
+    assert result.returncode == 1
+    assert place.strays() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signal_during_the_launch_takes_it_back(place: Place, number: signal.Signals) -> None:
+    process = place.start("--model-path-address", place.item(place.model(mood="mute")))
+    wait_until(lambda: len(place.services()) == 3, "three services")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert errors == f"The launch was ended by {number.name}.\n"
+    assert place.services() == {}
+    assert place.strays() == []
+
+
+@pytest.mark.parametrize("flag", ["--controller-port", "--server-port", "--model-path-address"])
+def test_port_in_use_is_refused_at_once(place: Place, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        items = [place.item(place.model())]
+        words = ["--model-path-address", *items]
+        if flag == "--model-path-address":
+            words.append(place.item("model", port=port))
+            flag = f"--model-path-address model@127.0.0.1@{port}"
+        else:
+            words += [flag, str(port)]
+        result = place.launch(*words)
+    assert result.returncode == 1
+    assert result.stderr == f"Cannot listen on 127.0.0.1:{port} ({flag}): the port is in use by another program.\n"
+    assert place.strays() == []
+
+
+def test_refusals_are_one_sentence_and_exit_code_1(place: Place) -> None:
+    place.model()
+    cases = {
+        ("--gpus", "0", "--num-gpus", "2"): "Larger --num-gpus (2) than --gpus 0!\n",
+        ("--model-path-address", place.item("./none")): (
+            "The model './none' is missing: there is no such folder, and it is no Hugging Face id (owner/name).\n"
+        ),
+        ("--model-path-address", "model@127.0.0.1"): (
+            "--model-path-address 'model@127.0.0.1': an item has the form MODEL@HOST@PORT "
+            "or MODEL@HOST@PORT?OPTION=VALUE&OPTION=VALUE.\n"
+        ),
+    }
+    for words, sentence in cases.items():
+        result = place.launch(*words)
+        assert (result.returncode, result.stderr) == (1, sentence)
+    assert place.strays() == []
+
+
+def test_unknown_flag_is_argparses_message(place: Place) -> None:
+    result = place.launch("--colour", "red")
+    assert result.returncode == 2
+    assert "unrecognized arguments: --colour red" in result.stderr
+    result = place.launch("--dispatch-method", "dice")
+    assert result.returncode == 2
+    assert "invalid choice: 'dice'" in result.stderr
+
+
+def test_workers_load_side_by_side_with_their_own_options(place: Place) -> None:
+    ports = free_ports(3)
+    items = [
+        place.item(place.model("a"), "?model-names=x,y&gpus=0,1&num-gpus=2", ports[0]),
+        place.item(place.model("b"), "?device=cpu&dtype=bfloat16", ports[1]),
+        place.item("a", "", ports[2]),
+    ]
+    result = place.launch("--model-path-address", *items, "--model-names", "p,q", CUDA_VISIBLE_DEVICES="2,3")
+    assert result.returncode == 0, result.stderr
+    first, second, third = map(dump, ports)
+    assert first["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert second["env"]["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "x,y" in first["argv"]
+    assert "p,q" in second["argv"]
+    assert "p,q" in third["argv"]
+    assert {"--device=cpu", "--dtype=bfloat16"} <= set(second["argv"])
+    runs = [dump(port)["env"]["FASTSERVE_RUN"] for port in ports]
+    assert len(set(runs)) == 1
+
+
+def test_workers_are_all_started_before_the_first_serves(place: Place) -> None:
+    items = [place.item(place.model("a", "mute")), place.item(place.model("b"), port=place.other_port)]
+    process = place.start("--model-path-address", *items)
+    wait_until(lambda: (place.logs / "openai_api_server.log").exists(), "the API server's start")
+    dump_b = wait_until(lambda: psutil.Process(process.pid).children(), "children")
+    assert dump_b
+    line = f"model_worker {place.folder / 'b'}@127.0.0.1@{place.other_port} is ready"
+    assert process.stdout is not None
+    wait_until(lambda: line in (process.stdout.readline() if process.stdout else ""), line)
+    process.terminate()
+    process.communicate(timeout=20)
+
+
+@pytest.mark.parametrize(
+    "name", ["my models/a b", "$(touch pwned); `touch pwned`& m", "C:\\models\\m", "a@b/m", 'it\'s "m"?']
+)
+def test_any_path_is_harmless(place: Place, name: str) -> None:
+    place.model(name)
+    result = place.launch("--model-path-address", place.item(name))
+    assert result.returncode == 0, result.stderr
+    assert f"--model-path={name}" in dump(place.worker_port)["argv"]
+    assert not (place.folder / "pwned").exists()
+
+
+def test_keys_stand_in_no_process_list_log_or_output(place: Place) -> None:
+    result = place.launch("--model-path-address", place.item(place.model()), "--api-keys", "sk-first,sk-second")
+    assert result.returncode == 0, result.stderr
+    assert dump(place.server_port)["env"]["FASTSERVE_API_KEYS"] == "sk-first,sk-second"
+    assert "FASTSERVE_API_KEYS" not in dump(place.worker_port)["env"]
+    listed = [word for pid in place.services().values() for word in psutil.Process(pid).cmdline()]
+    written = [path.read_text() for path in place.logs.iterdir()]
+    assert not any("sk-" in text for text in (*listed, *written, result.stdout, result.stderr))
+
+
+def test_keys_by_file(place: Place) -> None:
+    (place.folder / "keys.txt").write_text("sk-filed\n")
+    result = place.launch("--model-path-address", place.item(place.model()), "--api-keys-file", "keys.txt")
+    assert result.returncode == 0, result.stderr
+    assert "--api-keys-file=keys.txt" in dump(place.server_port)["argv"]
+
+
+def test_flags_without_effect_are_told(place: Place) -> None:
+    result = place.launch("--model-path-address", place.item(place.model()), "--worker-port", "5")
+    assert "--worker-port has no effect: each item of --model-path-address names its model" in result.stdout
+
+
+def test_a_launch_on_ports_of_an_earlier_one_names_it(place: Place) -> None:
+    words = ("--model-path-address", place.item(place.model()))
+    assert place.launch(*words).returncode == 0
+    result = place.launch(*words)
+    assert result.returncode == 1
+    assert "is in use by the controller of an earlier launch" in result.stderr
+    assert "python -m fastserve.shutdown" in result.stderr
+    assert len(place.services()) == 3
+    assert all(is_alive(pid) for pid in place.services().values())
+
+
+def test_progress_is_a_line_now_and_then(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with path.open("w") as file:
+        console = Console(file)
+        for _ in range(100):
+            console.show_progress("waiting")
+        console.say("done")
+    assert path.read_text() == "done\n"
+
+
+def test_progress_is_rewritten_on_a_terminal(place: Place) -> None:
+    main_end, terminal = os.openpty()
+    item = place.item(place.model(mood="mute"))
+    code = "from fastserve.launcher import main; main(package='standins')"
+    ports = ["--controller-port", str(place.controller_port), "--server-port", str(place.server_port)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *ports, "--model-path-address", item, "--wait-timeout-s", "1.5"],
+        cwd=place.folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(terminal)
+    process.wait(timeout=20)
+    text = os.read(main_end, 65536).decode()
+    os.close(main_end)
+    assert "\r\x1b[Kwaiting 1 s for model_worker" in text
+    assert text.count("\n") < 10
+
+
+def test_the_launcher_itself_is_light() -> None:
+    heavy = ("torch", "fastapi", "uvicorn", "aiohttp")
+    code = f"import sys, fastserve.launcher; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
