@@ -56,7 +56,10 @@ def flag_of(option_field: dataclasses.Field[Any]) -> str:
     return option_field.metadata["flag"] or "--" + option_field.name.replace("_", "-")
 
 
-def build_parser(config_class: type[Any], prog: str) -> argparse.ArgumentParser:
+def build_parser(
+    config_class: type[Any], prog: str, choices: typing.Mapping[str, Sequence[str]] | None = None
+) -> argparse.ArgumentParser:
+    """`choices` gives, by field name, those that only the caller knows: what can be plugged in."""
     description = (config_class.__doc__ or "").strip().split("\n")[0]
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -71,21 +74,25 @@ def build_parser(config_class: type[Any], prog: str) -> argparse.ArgumentParser:
             arguments["action"] = "store_true"
         else:
             arguments["type"] = item.metadata["parse"] or kind
-            arguments["choices"] = item.metadata["choices"]
+            arguments["choices"] = (choices or {}).get(item.name, item.metadata["choices"])
             arguments["nargs"] = item.metadata["nargs"]
         parser.add_argument(flag_of(item), **arguments)
     return parser
 
 
 def parse_config(
-    config_class: type[ConfigT], argv: Sequence[str] | None, prog: str, environ: typing.Mapping[str, str]
+    config_class: type[ConfigT],
+    argv: Sequence[str] | None,
+    prog: str,
+    environ: typing.Mapping[str, str],
+    choices: typing.Mapping[str, Sequence[str]] | None = None,
 ) -> ConfigT:
     """Read `argv` (None: the process's own arguments) over the environment over the defaults.
 
     Raises StartupError when a value that came from the environment cannot be read; a wrong flag ends in argparse's
     own message and exit code 2.
     """
-    parser = build_parser(config_class, prog)
+    parser = build_parser(config_class, prog, choices)
     hints = typing.get_type_hints(config_class)
     for item in dataclasses.fields(typing.cast(Any, config_class)):
         variable = item.metadata.get("env")
@@ -254,4 +261,104 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     )
     heartbeat_interval_s: float = option(
         HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL"
+    )
+
+
+def same_option(config_class: type[Any], name: str, **changes: Any) -> Any:
+    """The option `name` of another process's settings, spelled there; `changes` may give `default` or `help` anew."""
+    original = next(item for item in dataclasses.fields(config_class) if item.name == name)
+    metadata = {**original.metadata, **({"help": changes["help"]} if "help" in changes else {})}
+    return field(default=changes.get("default", original.default), metadata=metadata)
+
+
+def parse_option(config_class: type[Any], name: str, text: str) -> Any:
+    """Read one option's value outside a command line. Raises ValueError with a sentence when it cannot be read."""
+    item = next(item for item in dataclasses.fields(config_class) if item.name == name)
+    kind = _plain_type(typing.get_type_hints(config_class)[name])
+    if kind is bool:
+        if text.lower() not in ("", "true", "false"):
+            raise ValueError(f"{text!r} is neither true nor false")
+        return text.lower() != "false"
+    try:
+        value = (item.metadata["parse"] or kind)(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a valid {kind.__name__}") from None
+    choices = item.metadata["choices"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+    return value
+
+
+@dataclass(frozen=True)
+class ClassicLauncherFlags:
+    """The flags that the launcher has always had. Their abbreviations win over those of newer flags."""
+
+    model_path_address: tuple[str, ...] = option(
+        ("fastserve-demo@localhost@20002",),
+        "one item for each worker: MODEL@HOST@PORT, or MODEL@HOST@PORT?OPTION=VALUE&OPTION=VALUE with options of that "
+        "worker alone, such as device, gpus, num-gpus, model-names, dtype (put it in quotes)",
+        parse=str,
+        nargs="+",
+    )
+    controller_host: str = option("localhost", "address that the controller listens on")
+    controller_port: int = option(CONTROLLER_PORT, "port that the controller listens on")
+    dispatch_method: str = same_option(ControllerConfig, "dispatch_method")
+    worker_host: str = option("localhost", "has no effect: each item of --model-path-address names its host")
+    worker_port: int = option(WORKER_PORT, "has no effect: each item of --model-path-address names its port")
+    model_path: str = option("lmsys/vicuna-7b-v1.3", "has no effect: each item of --model-path-address names its model")
+    revision: str = same_option(WorkerConfig, "revision")
+    device: str | None = same_option(
+        WorkerConfig, "device", help="device; if unset each worker takes the best it finds: cuda, mps, xpu, else cpu"
+    )
+    gpus: str | None = same_option(
+        WorkerConfig, "gpus", help="GPU ids to use, such as 1 or 0,2; CUDA_VISIBLE_DEVICES decides if unset"
+    )
+    num_gpus: int = same_option(WorkerConfig, "num_gpus")
+    max_gpu_memory: str | None = same_option(WorkerConfig, "max_gpu_memory", default="20GiB")
+    load_8bit: bool = same_option(WorkerConfig, "load_8bit")
+    cpu_offloading: bool = same_option(WorkerConfig, "cpu_offloading")
+    gptq_ckpt: str | None = same_option(WorkerConfig, "gptq_ckpt")
+    gptq_wbits: int = same_option(WorkerConfig, "gptq_wbits")
+    gptq_groupsize: int = same_option(WorkerConfig, "gptq_groupsize")
+    gptq_act_order: bool = same_option(WorkerConfig, "gptq_act_order")
+    model_names: tuple[str, ...] | None = same_option(
+        WorkerConfig, "model_names", help="comma-separated names that every worker serves its model under"
+    )
+    limit_worker_concurrency: int | None = same_option(WorkerConfig, "limit_worker_concurrency")
+    stream_interval: int = same_option(WorkerConfig, "stream_interval")
+    no_register: bool = same_option(WorkerConfig, "no_register")
+    server_host: str = option("localhost", "address that the API server listens on")
+    server_port: int = option(8888, "port that the API server listens on")
+    allow_credentials: bool = same_option(ApiServerConfig, "allow_credentials")
+    api_keys: tuple[str, ...] | None = same_option(ApiServerConfig, "api_keys")
+
+
+@dataclass(frozen=True)
+class LauncherConfig(EngineOptions, ClassicLauncherFlags):
+    """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
+
+    dtype: str | None = same_option(WorkerConfig, "dtype")
+    chat_template: str | None = same_option(WorkerConfig, "chat_template")
+    seed: int | None = same_option(WorkerConfig, "seed")
+    trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code")
+    engine: str = same_option(WorkerConfig, "engine")
+    api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file")
+    log_level: str = same_option(ServerConfig, "log_level")
+    log_dir: str = option("logs", "folder of the services' logs and of the file that the shutdown command reads")
+    wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve")
+
+
+SERVICE_KINDS = ("controller", "model_worker", "openai_api_server")
+
+
+@dataclass(frozen=True)
+class ShutdownConfig:
+    """Ends what launchers started: running requests may end first, then what still runs is killed."""
+
+    serve: str = option("all", "which services to end", choices=("all", *SERVICE_KINDS))
+    down: str | None = option(None, "the same as --serve", choices=("all", *SERVICE_KINDS))
+    log_dir: str = option("logs", "the launcher's --log-dir")
+    server_port: int | None = option(None, "end only the launch whose API server has this port")
+    drain_timeout_s: float = option(
+        35.0, "seconds until a service that still runs is killed; a little more than its own time to drain"
     )

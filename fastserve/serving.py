@@ -18,8 +18,9 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -76,6 +77,13 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, before_shutdown: Callable[[], Awaitable[None]] | None) -> None:
         super().__init__(config)
         self._before_shutdown = before_shutdown
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets and self.started:
+            # uvicorn keeps quiet when it is handed bound sockets; launchers wait for this line.
+            scheme = "https" if self.config.ssl_keyfile else "http"
+            logger.info("Uvicorn running on %s://%s:%d", scheme, self.config.host, self.config.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._before_shutdown is not None:
@@ -172,7 +180,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def http(_: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         named = InvalidRequestError(str(getattr(error, "detail", error)), code=f"http_{status}")
-        return JSONResponse(named.body(), status_code=status)
+        headers = error.headers if isinstance(error, HTTPException) else None
+        return JSONResponse(named.body(), status_code=status, headers=headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)

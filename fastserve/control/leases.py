@@ -1,0 +1,98 @@
+"""Which request runs on which worker: the controller's book of leases.
+
+Three parties tell about a lease, and any of them may die: the API server takes and releases it, the worker lists it in
+its heartbeats while it serves the request, and the controller may be restarted and know nothing. So:
+
+- a listed lease that nobody here knows is adopted;
+- a lease that the worker has listed ends when it lists it no more;
+- a lease that the worker has not listed yet may still be on its way, and ends after a grace time;
+- a released lease may still stand in a heartbeat that was written before: for RELEASE_MEMORY_S it is not taken up
+  again. What a worker lists after that really runs there.
+
+Pure: the time, in seconds of any monotonic clock, is an argument.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+RELEASE_MEMORY_S = 5.0
+
+
+@dataclass(slots=True)
+class _Lease:
+    since: float
+    confirmed: bool
+    """The worker has listed it."""
+
+
+class LeaseBook:
+    """Each lease is on one worker at most."""
+
+    def __init__(self) -> None:
+        self._by_worker: dict[str, dict[str, _Lease]] = {}
+        self._owner: dict[str, str] = {}
+        self._released: OrderedDict[str, float] = OrderedDict()
+        """When each lease was released, oldest first."""
+
+    def count(self, worker: str) -> int:
+        return len(self._by_worker.get(worker, ()))
+
+    def owner(self, lease: str) -> str | None:
+        return self._owner.get(lease)
+
+    def grant(self, lease: str, worker: str, now: float) -> None:
+        """Put `lease` on `worker`, and take it from the worker that had it."""
+        self._drop(lease)
+        self._released.pop(lease, None)
+        self._put(lease, worker, _Lease(now, confirmed=False))
+
+    def release(self, leases: Iterable[str], now: float) -> None:
+        """End leases; those that are not known here are remembered too."""
+        self._forget_released(now)
+        for lease in leases:
+            self._drop(lease)
+            self._released[lease] = now
+            self._released.move_to_end(lease)
+
+    def drop_worker(self, worker: str) -> None:
+        for lease in self._by_worker.pop(worker, {}):
+            del self._owner[lease]
+
+    def reconcile(self, worker: str, listed: Collection[str], now: float, grace_s: float) -> None:
+        """Take in the leases that a worker says it serves."""
+        self._forget_released(now)
+        listed = set(listed)
+        for lease, state in list(self._by_worker.get(worker, {}).items()):
+            if lease in listed:
+                state.confirmed = True
+            elif state.confirmed or now - state.since >= grace_s:
+                self._drop(lease)
+        for lease in listed:
+            if lease not in self._owner and lease not in self._released:
+                self._put(lease, worker, _Lease(now, confirmed=True))
+
+    def reconcile_count(self, worker: str, num_requests: int, now: float, grace_s: float) -> None:
+        """The same for a worker that tells only how many requests it has: it cannot have more leases than that, and the
+        oldest are taken to be the ended ones.
+        """
+        held = self._by_worker.get(worker, {})
+        old = [lease for lease, state in held.items() if now - state.since >= grace_s]
+        surplus = max(0, len(held) - num_requests)
+        for lease in old[:surplus]:
+            self._drop(lease)
+
+    def _put(self, lease: str, worker: str, state: _Lease) -> None:
+        self._by_worker.setdefault(worker, {})[lease] = state
+        self._owner[lease] = worker
+
+    def _drop(self, lease: str) -> None:
+        worker = self._owner.pop(lease, None)
+        if worker is not None:
+            del self._by_worker[worker][lease]
+
+    def _forget_released(self, now: float) -> None:
+        while self._released and now - next(iter(self._released.values())) >= RELEASE_MEMORY_S:
+            self._released.popitem(last=False)

@@ -1,0 +1,30 @@
+"""The controller: `python -m fastserve.controller`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from fastserve.config import ControllerConfig, parse_config
+from fastserve.control import dispatch
+from fastserve.control.app import create_app
+from fastserve.observability.logging import setup_logging
+from fastserve.serving import bind, run_entry, serve
+
+__all__ = ["create_app", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_entry(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    choices = {"dispatch_method": dispatch.names()}
+    config = parse_config(ControllerConfig, argv, "fastserve-controller", os.environ, choices)
+    setup_logging(config.log_level)
+    sockets = bind(config.host, config.port)
+    serve(create_app(config), config, sockets)
+
+
+if __name__ == "__main__":
+    main()
