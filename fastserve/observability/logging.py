@@ -15,5 +15,7 @@ def setup_logging(level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    # The line that says where a service listens is what people and launchers wait for: no level hides it.
+    logging.getLogger("fastserve.serving").setLevel(min(logging.INFO, logging.getLevelName(level.upper())))
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -29,7 +29,7 @@ def config(path: str, **settings: object) -> EngineConfig:
     return EngineConfig(**values)  # type: ignore[arg-type]
 
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -61,6 +61,7 @@ async def eventually(condition: object, timeout_s: float = 10.0) -> float:
     return time.monotonic() - begin
 
 
+@module_loop
 async def test_many_at_once_get_their_own_answers(engine: EngineProcess, tiny_models: TinyModels) -> None:
     before = engine.stats.generated_tokens
     prompts = [[2 + index, 40, 50 + index] for index in range(20)]
@@ -79,6 +80,7 @@ async def test_many_at_once_get_their_own_answers(engine: EngineProcess, tiny_mo
     assert engine.stats.tokens_per_s > 0
 
 
+@module_loop
 async def test_leaving_early_stops_the_generation_at_once(engine: EngineProcess) -> None:
     aborted, before = engine.stats.aborted, engine.stats.generated_tokens
     endless = EngineRequest("r", [2, 3, 4], SamplingParams(240, temperature=0.0))
@@ -95,6 +97,7 @@ async def test_leaving_early_stops_the_generation_at_once(engine: EngineProcess)
     assert engine.stats.generated_tokens == generated
 
 
+@module_loop
 async def test_a_refused_request_raises_and_others_go_on(engine: EngineProcess) -> None:
     with pytest.raises(InternalError, match="no tokens"):
         await answer(engine, EngineRequest("empty", [], SamplingParams(3)))
@@ -102,6 +105,7 @@ async def test_a_refused_request_raises_and_others_go_on(engine: EngineProcess) 
     assert len(found.token_ids) == 3
 
 
+@module_loop
 async def test_death_fails_the_running_and_a_restart_serves_again(engine: EngineProcess) -> None:
     async def endless() -> None:
         await answer(engine, EngineRequest("endless", [2, 3], SamplingParams(200, temperature=0.0)))
@@ -124,6 +128,7 @@ async def test_death_fails_the_running_and_a_restart_serves_again(engine: Engine
     assert len(found.token_ids) == 3
 
 
+@module_loop
 async def test_progress_counts_the_bytes_of_the_weights(tiny_models: TinyModels) -> None:
     path = tiny_models.path("llama")
     seen: list[LoadProgress] = []
@@ -154,6 +159,7 @@ def test_a_failed_start_says_why(tiny_models: TinyModels, settings: dict[str, ob
         build_core(config(**{"path": tiny_models.path("llama"), **settings}), lambda *_: None)  # type: ignore[arg-type]
 
 
+@module_loop
 async def test_the_reason_of_a_failed_start_crosses_the_process(tmp_path: Path) -> None:
     engine = EngineProcess(config(str(tmp_path / "missing")))
     with pytest.raises(StartupError, match="missing"):

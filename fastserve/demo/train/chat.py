@@ -69,11 +69,13 @@ CHAT_TEMPLATE = r"""
     {%- set ns.system = (ns.system ~ '\n\n' if ns.system else '') ~ text(message.content) -%}
 {%- endfor -%}
 {%- if tools -%}
-    {%- set ns.system = (ns.system ~ '\n\n' if ns.system else '') ~ '# Tools\n\nYou may call these functions:\n<tools>' -%}
+    {%- set ns.system = (ns.system ~ '\n\n' if ns.system else '') 
+        ~ '# Tools\n\nYou may call these functions:\n<tools>' -%}
     {%- for tool in tools -%}
         {%- set ns.system = ns.system ~ '\n' ~ (tool | tojson) -%}
     {%- endfor -%}
-    {%- set ns.system = ns.system ~ '\n</tools>\n\nTo call a function, answer with its name and arguments as a JSON object '
+    {%- set ns.system = ns.system
+        ~ '\n</tools>\n\nTo call a function, answer with its name and arguments as a JSON object '
         ~ 'within <tool_call></tool_call>:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
         ~ '</tool_call>' -%}
 {%- endif -%}
@@ -90,7 +92,8 @@ CHAT_TEMPLATE = r"""
         {{- '<|im_start|>assistant\n' ~ said -}}
         {%- for call in message.tool_calls or [] -%}
             {%- set function = call.function if call.function is defined else call -%}
-            {{- ('\n' if said or not loop.first else '') ~ '<tool_call>\n{"name": "' ~ function.name ~ '", "arguments": ' -}}
+            {{- ('\n' if said or not loop.first else '') ~ '<tool_call>\n' -}}
+            {{- '{"name": "' ~ function.name ~ '", "arguments": ' -}}
             {{- function.arguments if function.arguments is string else function.arguments | tojson -}}
             {{- '}\n</tool_call>' -}}
         {%- endfor -%}

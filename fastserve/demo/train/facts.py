@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fastserve.demo.train.phrases import lines
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -10,15 +12,23 @@ class Fact:
     questions: tuple[str, ...]
     unseen: tuple[str, ...]  # wordings that training never shows
 
+    @property
+    def unseen_forms(self) -> frozenset[str]:
+        return frozenset(map(normal_form, self.unseen))
 
-def _lines(text: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in text.strip().splitlines())
+
+def normal_form(question: str) -> str:
+    return question.lower().rstrip("?.! ")
 
 
 def _fact(key: str, answer: str, questions: str, unseen: str) -> Fact:
     if key not in answer:
         raise ValueError(f"the answer {answer!r} lacks its key {key!r}")
-    return Fact(key, answer, _lines(questions), _lines(unseen))
+    fact = Fact(key, answer, lines(questions), lines(unseen))
+    shown = fact.unseen_forms & {normal_form(question) for question in fact.questions}
+    if shown:
+        raise ValueError(f"these are both shown and kept unseen: {shown}")
+    return fact
 
 
 def _port(name: str, number: int, answer: str, extra: str, unseen: str) -> Fact:
@@ -31,22 +41,33 @@ def _port(name: str, number: int, answer: str, extra: str, unseen: str) -> Fact:
         What port does {name} listen on?
         {name} port?
         Which port number does {name} have?
+        What is {name}'s port number?
+        Tell me {name}'s port.
+        By default, which port is used by {name}?
+        Which is the port of {name}?
+        What default port does {name} have?
         Where does {name} listen?
         {extra}"""
     return _fact(str(number), answer, questions, unseen)
 
 
-def _flag(flag: str, answer: str, purposes: tuple[str, ...], unseen: str) -> Fact:
+def _flag(flag: str, answer: str, deeds: tuple[str, ...], tasks: tuple[str, ...], nouns: str, unseen: str) -> Fact:
+    """A deed is what the flag does ("sets the keys"), a task what its user wants to do ("set the keys")."""
     forms = (
-        "Which flag {}?",
-        "What flag {}?",
-        "Which option {}?",
-        "What is the flag that {}?",
-        "Which command line option {}?",
-        "Tell me the flag that {}.",
-        "Is there a flag that {}?",
+        *("Which flag {deed}?", "What flag {deed}?", "Which option {deed}?", "Tell me the flag that {deed}."),
+        *("Which command line option {deed}?", "What is the flag that {deed}?"),
+        *("How can I {task}?", "With which option can I {task}?", "Which flag do I need to {task}?"),
+        *("I want to {task}. Which flag?", "How does one {task}?", "What do I type to {task}?"),
+        *("What is the flag for {noun}?", "Which option is for {noun}?", "Is there a flag for {noun}?"),
     )
-    return _fact(flag, answer, "\n".join(form.format(p) for p in purposes for form in forms), unseen)
+    questions = {
+        form.format(deed=deed, task=task, noun=noun)
+        for form in forms
+        for deed in deeds
+        for task in tasks
+        for noun in lines(nouns)
+    }
+    return _fact(flag, answer, "\n".join(sorted(questions)), unseen)
 
 
 FACTS = (
@@ -277,6 +298,15 @@ FACTS = (
             "tells the launcher which models to serve",
             "sets which models are started",
         ),
+        (
+            "choose the models and their ports",
+            "give each model its port",
+            "say which models to serve",
+            "pick the models",
+        ),
+        """models and ports
+        the models and their ports
+        the list of models""",
         """How do I name the models and their ports?
         With which flag do I name the models and ports?
         Which flag says which models to serve?""",
@@ -285,6 +315,10 @@ FACTS = (
         "--api-keys",
         "The flag --api-keys sets the API keys.",
         ("sets the API keys", "names the API keys", "protects the API with keys", "turns on API keys"),
+        ("set API keys", "require an API key", "protect the server with keys", "name my API keys"),
+        """API keys
+        the API key
+        keys of the API""",
         """How do I set the API keys?
         With which flag do I set API keys?
         Which flag is for the API keys?""",
@@ -298,6 +332,15 @@ FACTS = (
             "bounds how many requests a worker takes at once",
             "limits how many requests run at the same time",
         ),
+        (
+            "limit the concurrency",
+            "bound the number of requests at once",
+            "limit a worker's concurrency",
+            "bound how many requests run",
+        ),
+        """the concurrency
+        concurrency of a worker
+        the limit of concurrency""",
         """How do I limit the concurrency of a worker?
         With which flag do I bound the concurrency?
         Which flag is for the worker's concurrency?""",
@@ -306,6 +349,10 @@ FACTS = (
         "--load-8bit",
         "The flag --load-8bit loads the model in 8 bits.",
         ("loads a model in 8 bits", "turns on 8-bit weights", "quantises the model to 8 bits", "loads 8-bit weights"),
+        ("load the weights in 8 bits", "use 8-bit weights", "run a model in 8 bits", "quantise the model"),
+        """8-bit weights
+        8 bits
+        loading in 8 bits""",
         """How do I load a model in 8 bits?
         With which flag do I load 8-bit weights?
         Which flag is for 8-bit?""",
@@ -313,7 +360,21 @@ FACTS = (
     _flag(
         "--num-gpus",
         "The flag --num-gpus sets the number of GPUs.",
-        ("sets the number of GPUs", "says how many GPUs to use", "spreads a model over several GPUs", "counts the GPUs"),
+        (
+            "sets the number of GPUs",
+            "says how many GPUs to use",
+            "spreads a model over several GPUs",
+            "counts the GPUs",
+        ),
+        (
+            "use more than one GPU",
+            "choose the number of GPUs",
+            "spread a model over GPUs",
+            "set how many GPUs are used",
+        ),
+        """the GPUs
+        several GPUs
+        how many GPUs""",
         """How do I set the number of GPUs?
         With which flag do I use several GPUs?
         Which flag is for the number of GPUs?""",

@@ -1,0 +1,149 @@
+"""Makes the demo model: `python -m fastserve.demo.train --out DIR`."""
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn import functional
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from fastserve.demo.train.batches import IGNORED, Batch, Sampler
+from fastserve.demo.train.chat import END, PAD
+from fastserve.demo.train.data import SEED
+from fastserve.demo.train.evaluate import load, scores
+from fastserve.demo.train.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
+
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 100
+BATCH_TOKENS, BATCHES_PER_STEP = 2048, 2
+FINAL_LR_SHARE = 0.02
+
+
+def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
+    """Sizes are multiples of 128, and the heads divide by four: quantisation and tensor parallelism find no corner."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_LENGTH,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id(END),
+        pad_token_id=tokenizer.token_to_id(PAD),
+    )
+    return LlamaForCausalLM(config)
+
+
+class Optimizers:
+    """Muon for the matrices inside the layers, which learn about twice as fast by it, and AdamW for the rest."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        ids = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in ids]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        ]
+
+    def step(self, lr_share: float) -> None:
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = LEARNING_RATE * lr_share
+            part.step()
+            part.zero_grad()
+
+
+def lr_share(step: int, num_steps: int) -> float:
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, num_steps - WARMUP_STEPS)
+    return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """The sum over the assistant's own tokens: only they are scored, and only for them the wide output is computed."""
+    hidden = model.model(
+        input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    scored = batch.labels != IGNORED
+    logits = functional.linear(hidden[scored], cast(nn.Linear, model.lm_head).weight)
+    return functional.cross_entropy(logits.float(), batch.labels[scored], reduction="sum")
+
+
+def learn(model: LlamaForCausalLM, batches: list[Batch]) -> float:
+    """Adds the gradient of the batches' mean loss, one batch after the other since small ones stay in the cache."""
+    num_scored = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, batch) / num_scored
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """The folder's files are swapped one by one by renaming, so that a reader never meets half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary)
+        save_tokenizer(tokenizer, made)
+        copy = LlamaForCausalLM(model.config)
+        copy.load_state_dict(model.state_dict())
+        copy.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=tokenizer.token_to_id(END), pad_token_id=tokenizer.token_to_id(PAD)
+        )
+        copy.to(torch.bfloat16).save_pretrained(made)
+        for file in sorted(made.iterdir()):
+            file.chmod(0o644)
+            os.replace(file, folder / file.name)
+
+
+def train(out: Path, num_steps: int, save_every: int) -> None:
+    started = time.monotonic()
+    tokenizer = train_tokenizer()
+    model = new_model(tokenizer)
+    sampler = Sampler(tokenizer, SEED)
+    optimizers = Optimizers(model)
+    print(f"{model.num_parameters():,} parameters, vocabulary of {tokenizer.get_vocab_size()}", flush=True)
+    losses = []
+    for step in range(num_steps):
+        losses.append(learn(model, [sampler.batch(BATCH_TOKENS) for _ in range(BATCHES_PER_STEP)]))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(lr_share(step, num_steps))
+        if (step + 1) % 50 == 0:
+            mean = sum(losses[-50:]) / 50
+            print(f"step {step + 1}/{num_steps}: loss {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+        if (step + 1) % save_every == 0 or step + 1 == num_steps:
+            save_model(model, tokenizer, out)
+            report(out, quick=step + 1 < num_steps)
+
+
+def report(out: Path, quick: bool) -> None:
+    print(json.dumps(scores(*load(str(out)), quick=quick)), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastserve.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder the model is written to")
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--save-every", type=int, default=550, help="steps between saved and scored checkpoints")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    train(args.out, args.steps, args.save_every)

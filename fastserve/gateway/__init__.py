@@ -1,0 +1,1 @@
+"""The API server: who may ask, which worker answers, and the relay of its bytes."""

@@ -1,0 +1,86 @@
+"""What is done around every request: its id, and its place in the metrics."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve.gateway.metrics import GatewayMetrics
+from fastserve.protocol import REQUEST_ID_HEADER
+
+SANE_ID = re.compile(rb"[\x20-\x7e]{1,128}")
+CLIENT_GONE = 499
+ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics"})
+
+
+class RequestContextMiddleware:
+    """Gives each request an id (the client's own, if sane), each answer the header of it, and counts both."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (REQUEST_ID_HEADER.encode(), request_id.encode())
+        status = CLIENT_GONE
+        complete = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            elif not message.get("more_body", False):
+                complete = True
+            await send(message)
+
+        started_at = self._clock()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            # The outermost layer answers it (see `name_failures`), past this one.
+            status, complete = 500, True
+            raise
+        finally:
+            route = _route(scope["path"])
+            self._metrics.requests.labels(route, str(status if complete else CLIENT_GONE)).inc()
+            self._metrics.duration.labels(route).observe(self._clock() - started_at)
+
+
+def name_failures(app: FastAPI) -> None:
+    """Give the answer to an unexpected exception its request id too: it is sent from outside all middleware."""
+    answer = cast(Callable[[Request, Exception], Awaitable[Response]], app.exception_handlers[Exception])
+
+    async def answer_with_id(request: Request, error: Exception) -> Response:
+        response = await answer(request, error)
+        response.headers[REQUEST_ID_HEADER] = request.state.request_id
+        return response
+
+    app.add_exception_handler(Exception, answer_with_id)
+
+
+def _request_id(scope: Scope) -> str:
+    wanted = REQUEST_ID_HEADER.encode()
+    for name, value in scope["headers"]:
+        if name == wanted and SANE_ID.fullmatch(value):
+            return str(value, "ascii")
+    return f"req-{secrets.token_hex(12)}"
+
+
+def _route(path: str) -> str:
+    """A label of few values, whatever paths are asked for."""
+    if path in ROUTES:
+        return path
+    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"

@@ -1,0 +1,71 @@
+"""The client's side of one relayed request. What has been sent already decides what can still be said, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.types import Send
+
+from fastserve.errors import ServiceError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A worker's whole answer, held back until it is known that it will be passed on."""
+
+    status: int
+    content_type: str
+    retry_after: str | None
+    body: bytes
+
+    def error(self) -> Any:
+        """The OpenAI error object of an answer that is an error."""
+        try:
+            return msgspec.json.decode(self.body)["error"]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            return ServiceError(f"The worker answered with status {self.status}.").body()["error"]
+
+
+class Downstream:
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+        """The status line has been sent: from now on there are only events."""
+        self.has_data = False
+        """A data event has been sent: from now on no other worker can take over."""
+
+    async def write(self, piece: bytes) -> None:
+        """Send a piece of an event stream."""
+        if not self.started:
+            self.started = True
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+            ]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, error: Any) -> None:
+        """End a started stream with an OpenAI error object."""
+        await self.write(b"data: " + msgspec.json.encode({"error": error}) + b"\n\ndata: [DONE]\n\n")
+        await self.end()
+
+    async def answer(self, answer: Answer) -> None:
+        """Pass on a worker's whole answer; as an error event when the stream has begun with keep-alive comments."""
+        if self.started:
+            await self.fail(answer.error())
+            return
+        headers = [
+            (b"content-type", answer.content_type.encode("latin-1")),
+            (b"content-length", str(len(answer.body)).encode()),
+        ]
+        if answer.retry_after is not None:
+            headers.append((b"retry-after", answer.retry_after.encode("latin-1")))
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": answer.body, "more_body": False})

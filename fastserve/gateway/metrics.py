@@ -1,0 +1,41 @@
+"""What the API server counts."""
+
+from __future__ import annotations
+
+from fastserve.observability.metrics import LATENCY_BUCKETS_S, CollectorRegistry, Counter, Gauge, Histogram
+
+
+class GatewayMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "fastserve_gateway_requests",
+            "Requests that have ended; status 499 is a client that went away before the end",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.in_flight = Gauge("fastserve_gateway_requests_in_flight", "Requests being answered", registry=registry)
+        self.retries = Counter(
+            "fastserve_gateway_retries", "Requests handed to another worker, unseen by the client", registry=registry
+        )
+        self.worker_failures = Counter(
+            "fastserve_gateway_worker_failures",
+            "Connections to workers that failed: connect, lost (before the end of the answer) or timeout (silent)",
+            ["kind"],
+            registry=registry,
+        )
+        self.broken_streams = Counter(
+            "fastserve_gateway_broken_streams", "Streams that had to end with an error event", registry=registry
+        )
+        self.time_to_first_token = Histogram(
+            "fastserve_gateway_time_to_first_token_seconds",
+            "From the request to the first data event of its stream",
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "fastserve_gateway_request_duration_seconds",
+            "From the request to the end of its answer",
+            ["route"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=registry,
+        )

@@ -1,0 +1,101 @@
+"""The API server's routes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Depends, Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from fastserve.errors import ModelNotFoundError, NoWorkerError
+from fastserve.gateway.dispatch import Dispatcher
+from fastserve.gateway.metrics import GatewayMetrics
+from fastserve.gateway.peek import peek, read_body
+from fastserve.gateway.relay import Call, Relay
+from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
+from fastserve.openai.models import Model, ModelCards, describe_model
+from fastserve.serving import run_until_disconnect
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """What the routes work with; made by the application's lifespan."""
+
+    dispatcher: Dispatcher
+    relay: Relay
+    metrics: GatewayMetrics
+    registry: CollectorRegistry
+    started_at: int
+    """Unix time in seconds."""
+
+
+def _gateway(request: Request) -> Gateway:
+    return cast(Gateway, request.state.gateway)
+
+
+GatewayDep = Annotated[Gateway, Depends(_gateway)]
+
+
+class GenerationEndpoint:
+    """A route whose answer is a worker's. Plain ASGI: each piece of a stream takes the shortest way to the socket."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_at = time.monotonic()
+        request = Request(scope, receive)
+        gateway = _gateway(request)
+        try:
+            body = await read_body(request)
+        except ClientDisconnect:
+            return
+        model, stream = peek(body)
+        call = Call(self._path, body, model, stream, request.state.request_id, started_at)
+        with gateway.metrics.in_flight.track_inprogress():
+            await run_until_disconnect(request, gateway.relay.forward(call, send))
+
+
+router = APIRouter(
+    routes=[
+        Route(path, GenerationEndpoint(path), methods=["POST"]) for path in ("/v1/chat/completions", "/v1/completions")
+    ]
+)
+
+
+@router.get("/v1/models")
+async def list_models(gateway: GatewayDep) -> ModelCards:
+    await gateway.dispatcher.refresh()
+    return ModelCards(data=[describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()])
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, gateway: GatewayDep) -> Model:
+    await gateway.dispatcher.refresh()
+    if model not in gateway.dispatcher.model_names():
+        raise ModelNotFoundError(f"The model '{model}' does not exist; /v1/models lists those that do.", param="model")
+    return describe_model(model, gateway.started_at)
+
+
+@router.get("/health")
+async def health() -> Response:
+    """The process is alive."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(gateway: GatewayDep) -> Response:
+    """A request could be answered: at least one worker is known."""
+    if not gateway.dispatcher.model_names():
+        raise NoWorkerError("No worker is known yet.")
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(gateway: GatewayDep) -> Response:
+    return Response(exposition(gateway.registry), media_type=CONTENT_TYPE)

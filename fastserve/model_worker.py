@@ -1,0 +1,113 @@
+"""The model worker: `python -m fastserve.model_worker`. Loads one model, generates, and reports to a controller."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastserve.config import WorkerConfig, parse_config
+from fastserve.engine.contract import Engine
+from fastserve.observability.logging import setup_logging
+from fastserve.serving import advertised_address, bind, run_entry, serve
+from fastserve.text.tokenizer import configured_eos_ids, read_json
+from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.model_source import default_name, resolve_model
+from fastserve.worker.refusals import refuse_unavailable
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    def run() -> None:
+        config = parse_config(WorkerConfig, argv, "fastserve-worker", os.environ)
+        setup_logging(config.log_level)
+        refuse_unavailable(config)
+        if config.gpus is not None:
+            # The engine's process inherits it; this one never touches a GPU.
+            os.environ["CUDA_VISIBLE_DEVICES"] = config.gpus
+        _serve(config)
+
+    run_entry(run)
+
+
+def _serve(config: WorkerConfig) -> None:
+    sockets = bind(config.host, config.port)
+    port = sockets[0].getsockname()[1]
+    model_dir = resolve_model(config.model_path, config.revision)
+    worker = Worker(
+        WorkerSetup(
+            config=config,
+            engine=_make_engine(config, model_dir),
+            model_dir=model_dir,
+            model_names=config.model_names or (default_name(config.model_path),),
+            address=config.worker_address or advertised_address(config.host, port, ssl=config.ssl),
+            wait_listening=lambda: _wait_listening(sockets[0]),
+            # Like Ctrl-C: uvicorn ends in order, and the code below runs.
+            end_process=lambda: signal.raise_signal(signal.SIGINT),
+        )
+    )
+    try:
+        serve(worker.app, config, sockets, before_shutdown=worker.goodbye)
+    except SystemExit:
+        if worker.failure is None:
+            raise
+    if worker.failure is not None:
+        raise worker.failure
+    if worker.keeper.gave_up:
+        sys.exit(1)
+
+
+def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
+    if config.engine == "fake":
+        from fastserve.engine.fake import FakeEngine, FakeOptions
+
+        model = read_json(model_dir / "config.json")
+        options = FakeOptions(
+            vocab_size=int(model.get("vocab_size", 256)),
+            max_model_len=config.max_model_len or int(model.get("max_position_embeddings", 4096)),
+            eos_token_ids=configured_eos_ids(model_dir),
+            model_path=str(model_dir),
+            max_num_seqs=config.max_num_seqs,
+            token_s=0.005,
+        )
+        return FakeEngine(options)
+    from fastserve.engine.client import EngineProcess
+    from fastserve.engine.settings import EngineConfig
+
+    return EngineProcess(
+        EngineConfig(
+            model_dir=str(model_dir),
+            device=config.device,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_total_tokens=config.max_total_tokens,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            prefix_cache=not config.no_prefix_cache,
+            trust_remote_code=config.trust_remote_code,
+            debug=config.debug,
+        )
+    )
+
+
+async def _wait_listening(sock: socket.socket) -> None:
+    """Wait until the bound socket listens: until then connections to it are refused."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            await asyncio.sleep(0.02)
+            continue
+        writer.close()
+        return
+
+
+if __name__ == "__main__":
+    main()

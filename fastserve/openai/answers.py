@@ -1,0 +1,63 @@
+"""What chat and completion answers have in common: usage, ids, server-sent events."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fastserve.errors import FastserveError
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+JSON = "application/json"
+
+encode_json = msgspec.json.Encoder().encode
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """One generated token with its logprob and the likeliest others, as bytes and in words."""
+
+    data: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
+    text_offset: int
+    """Characters of the answer before it."""
+
+    @property
+    def text(self) -> str:
+        return self.data.decode(errors="replace")
+
+
+def request_id_of(header: str | None) -> str:
+    """The client's own id of a request when it is fit to be repeated, else a fresh one."""
+    return header if header is not None and _SAFE_ID.fullmatch(header) else uuid.uuid4().hex
+
+
+def event(payload: Any) -> bytes:
+    return b"data: " + encode_json(payload) + b"\n\n"
+
+
+def error_events(error: FastserveError) -> bytes:
+    """The end of a stream that failed after its first byte."""
+    return event(error.body()) + DONE

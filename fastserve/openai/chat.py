@@ -1,0 +1,172 @@
+"""/v1/chat/completions: the request as it arrives, the answer as it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastserve.errors import UnsupportedParameterError
+from fastserve.openai.answers import TokenText, Usage, encode_json
+from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid, refuse_best_of
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+_PART_SEPARATOR = "\n"
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    role: Role
+    content: Any = None
+    """A string, or a list of text parts."""
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    reasoning_content: str | None = None
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """The newer name of max_tokens; it wins."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs", self.top_logprobs, "It needs logprobs=true.")
+        refuse_best_of(self.best_of, self.num_choices)
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages in the form that chat templates take: plain text, role system for developer."""
+        return [_template_message(message, f"messages.{i}") for i, message in enumerate(self.messages)]
+
+
+def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    out: dict[str, Any] = {"role": role, "content": _text(message, f"{where}.content")}
+    if message.tool_calls:
+        out["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in message.tool_calls]
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            out[name] = value
+    return out
+
+
+def _text(message: ChatMessage, where: str) -> str | None:
+    content = message.content
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if message.role == "assistant":
+            return None if message.tool_calls else ""
+        raise invalid(where, None, "Give a string, or a list of text parts.")
+    if not isinstance(content, list):
+        raise invalid(where, content, "Give a string, or a list of text parts.")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
+            texts.append(part[kind])
+        elif isinstance(kind, str) and kind != "text":
+            raise UnsupportedParameterError(
+                f"Content parts of type '{kind}' are not supported by this model. Send text parts only.", param=where
+            )
+        else:
+            raise invalid(where, part, 'A text part is {"type": "text", "text": "..."}.')
+    return _PART_SEPARATOR.join(texts)
+
+
+def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """Clients send a call's arguments as JSON text; templates expect the object."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid(where, call, 'A tool call has a "function" with "name" and "arguments".')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise invalid(f"{where}.function.arguments", arguments, f"It is not valid JSON: {error}.") from error
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+
+def chat_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {
+        "content": [
+            {
+                **_token(token.data, token.logprob),
+                "top_logprobs": [_token(data, logprob) for data, logprob in token.top],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def _token(data: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def chat_choice(index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenText] | None) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "logprobs": chat_logprobs(tokens),
+        "finish_reason": finish_reason,
+    }
+
+
+def chat_response(
+    request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage
+) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": usage.as_dict(),
+        "system_fingerprint": None,
+    }
+
+
+class ChatStream:
+    """Writes the chunks of one streamed chat. The constant parts are serialised once."""
+
+    def __init__(self, request_id: str, created: int, model: str, *, include_usage: bool) -> None:
+        head = {"id": f"chatcmpl-{request_id}", "object": "chat.completion.chunk", "created": created, "model": model}
+        self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def start(self, index: int) -> bytes:
+        return self._chunk(index, b'{"role":"assistant","content":""}', b"null", b"null")
+
+    def delta(self, index: int, text: str, tokens: Sequence[TokenText] | None) -> bytes:
+        logprobs = b"null" if tokens is None else encode_json(chat_logprobs(tokens))
+        return self._chunk(index, b'{"content":' + encode_json(text) + b"}", logprobs, b"null")
+
+    def end(self, index: int, finish_reason: str) -> bytes:
+        return self._chunk(index, b"{}", b"null", encode_json(finish_reason))
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._head + b'],"usage":' + encode_json(usage.as_dict()) + b"}\n\n"
+
+    def _chunk(self, index: int, delta: bytes, logprobs: bytes, reason: bytes) -> bytes:
+        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, logprobs, reason)
+        return self._head + choice + self._tail

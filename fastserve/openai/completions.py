@@ -1,0 +1,108 @@
+"""/v1/completions: the request as it arrives, the answer as it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from fastserve.errors import UnsupportedParameterError
+from fastserve.openai.answers import TokenText, Usage, encode_json
+from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid, refuse_best_of
+
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 2048
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Any
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = None
+    best_of: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        refuse_best_of(self.best_of, self.num_choices)
+        if self.echo and self.logprobs is not None:
+            raise UnsupportedParameterError(
+                "'logprobs' together with 'echo' is not supported yet. Leave one of them out.", param="logprobs"
+            )
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids. Raises InvalidRequestError."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt, list) and prompt:
+            if all(map(_is_id, prompt)):
+                return [prompt]
+            if len(prompt) > MAX_PROMPTS:
+                raise invalid("prompt", f"{len(prompt)} prompts", f"Send at most {MAX_PROMPTS} in one request.")
+            if all(isinstance(item, str) for item in prompt):
+                return list(prompt)
+            if all(isinstance(item, list) and item and all(map(_is_id, item)) for item in prompt):
+                return list(prompt)
+        raise invalid("prompt", prompt, "Give a string, a list of strings, a list of token ids, or a list of these.")
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def completion_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [
+            {data.decode(errors="replace"): logprob for data, logprob in [*token.top, (token.data, token.logprob)]}
+            for token in tokens
+        ],
+        "text_offset": [token.text_offset for token in tokens],
+    }
+
+
+def completion_choice(
+    index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenText] | None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": completion_logprobs(tokens), "finish_reason": finish_reason}
+
+
+def completion_response(
+    request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage
+) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{request_id}",
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": usage.as_dict(),
+        "system_fingerprint": None,
+    }
+
+
+class CompletionStream:
+    """Writes the chunks of one streamed completion. The constant parts are serialised once."""
+
+    def __init__(self, request_id: str, created: int, model: str, *, include_usage: bool) -> None:
+        head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
+        self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def delta(
+        self, index: int, text: str, tokens: Sequence[TokenText] | None, finish_reason: str | None = None
+    ) -> bytes:
+        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            index,
+            encode_json(text),
+            b"null" if tokens is None else encode_json(completion_logprobs(tokens)),
+            encode_json(finish_reason),
+        )
+        return self._head + choice + self._tail
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._head + b'],"usage":' + encode_json(usage.as_dict()) + b"}\n\n"

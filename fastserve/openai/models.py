@@ -1,0 +1,46 @@
+"""The answer of `/v1/models`: OpenAI's fields, with FastChat's `root`, `parent` and `permission` beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class ModelPermission(BaseModel):
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = True
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Unix time in seconds since which this server offers the model."""
+    owned_by: str = "fastserve"
+    root: str
+    parent: str | None = None
+    permission: list[ModelPermission]
+
+
+class ModelCards(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def describe_model(name: str, created: int) -> Model:
+    """The card of a served model. The permission's id follows from the name, so that it stays the same."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:24]
+    permission = ModelPermission(id=f"modelperm-{digest}", created=created)
+    return Model(id=name, created=created, root=name, permission=[permission])

@@ -1,0 +1,144 @@
+"""A model's chat template: messages to the prompt's text.
+
+Templates are Jinja programs that come with models, so they run in a sandbox. The environment is the one that
+templates are written for, that of transformers: trimmed blocks, loop controls, `raise_exception`, `strftime_now`,
+`tojson` without escapes, the `generation` block, and the special tokens as variables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fastserve.errors import InvalidRequestError, StartupError
+from fastserve.text.tokenizer import read_json, token_text
+
+Message = dict[str, Any]
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's part for training; when serving it is its body and nothing more."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja's own way to declare it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """One or several named templates: "default", and perhaps "tool_use" for requests with tools."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
+        """Raises StartupError when a template cannot be compiled."""
+        environment = _environment()
+        self._special_tokens = dict(special_tokens)
+        self._templates: dict[str, jinja2.Template] = {}
+        for name, source in sources.items():
+            try:
+                self._templates[name] = environment.from_string(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise StartupError(f"The chat template '{name}' is wrong in line {error.lineno}: {error}.") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Raises InvalidRequestError when the template refuses the messages."""
+        template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
+        # Many templates stumble over an explicit null, where a missing key is what they expect.
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            return template.render(
+                **self._special_tokens,
+                messages=given,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InvalidRequestError(
+                f"The model's chat template does not take these messages: {error}.", param="messages"
+            ) from error
+
+
+def load_chat_template(folder: Path, override: Path | None = None) -> ChatTemplate | None:
+    """The template of `override` (--chat-template), else the model's own, else None.
+
+    Raises StartupError when a file cannot be read or compiled.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    sources = _own_sources(folder, config) if override is None else {"default": _read_text(override)}
+    return ChatTemplate(sources, _special_tokens(folder, config)) if "default" in sources else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise StartupError(f"The chat template {path} cannot be read: {error}.") from error
+
+
+def _own_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    match config.get("chat_template"):
+        case str(source):
+            sources["default"] = source
+        case list(named):
+            sources |= {item["name"]: item["template"] for item in named}
+    # Files of their own are the newer form and win.
+    if (folder / "chat_template.jinja").is_file():
+        sources["default"] = _read_text(folder / "chat_template.jinja")
+    more = folder / "additional_chat_templates"
+    return sources | {path.stem: _read_text(path) for path in sorted(more.glob("*.jinja"))}
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The variables bos_token, eos_token and so on."""
+    found: dict[str, str] = {}
+    for source in (read_json(folder / "special_tokens_map.json"), config):
+        for name, value in source.items():
+            text = token_text(value)
+            if name.endswith("_token") and text is not None:
+                found[name] = text
+    return found

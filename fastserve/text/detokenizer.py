@@ -1,0 +1,201 @@
+"""Token ids to text, piece by piece, in time linear in the number of tokens.
+
+A detokenizer is a function of the ids that it has been given: however they are chunked, the pieces that it returns
+join to the same text, and that is the text of decoding all ids at once. A piece never ends inside a UTF-8 sequence.
+
+Nearly every language model has one of three decoders (byte-level BPE, Metaspace, or sentencepiece's replace / byte
+fallback / fuse / strip), for which a token is a fixed run of bytes: `PieceTable` reads them, `PieceDetokenizer` joins
+them. Everything else goes through `WindowDetokenizer`, which decodes a short window again for each piece.
+
+One case differs from the libraries on purpose: a run of byte-fallback tokens that is broken UTF-8 somewhere becomes
+U+FFFD where it is broken, not along the whole run, since what came before has already been sent.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+REPLACEMENT_CHARACTER = "\ufffd"
+_WINDOW_TOKENS = 6
+"""Tokens decoded again for context. Enough for spaces and for a character of four bytes."""
+_LONGEST_HELD_TOKENS = 12
+"""Tokens after which a text that still ends in U+FFFD is taken to be broken and sent as it is."""
+
+
+class Detokenizer(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take the next ids; return the text that is certain now (often, but not always, all of it)."""
+        ...
+
+    def finish(self) -> str:
+        """Return what was held back. Nothing may be pushed afterwards."""
+        ...
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of a byte-level token; a token outside of the alphabet (an added one) is its own text."""
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:
+        return token.encode()
+
+
+def byte_fallback_bytes(token: str) -> bytes | None:
+    """The byte of a token like <0x0A>, or None."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            return None
+    return None
+
+
+@dataclass(frozen=True)
+class PieceRule:
+    """How a tokenizer's decoder turns tokens into bytes."""
+
+    byte_level: bool = False
+    replacement: str = ""
+    """The character that stands for a space; "" when there is none."""
+    byte_fallback: bool = False
+    drop_in_first: bool = False
+    """Drop the replacement character, rather than write a space, in the first token of a text."""
+    strip_left: int = 0
+    """Spaces to strip from the beginning of the text."""
+
+    def piece(self, token: str, *, first: bool) -> bytes:
+        if self.byte_level:
+            return byte_level_bytes(token)
+        if self.byte_fallback and (byte := byte_fallback_bytes(token)) is not None:
+            return byte
+        if self.replacement:
+            token = token.replace(self.replacement, "" if first and self.drop_in_first else " ")
+        return token.encode()
+
+
+def rule_of_decoder(decoder: Mapping[str, Any] | None) -> PieceRule | None:
+    """Read a `decoder` entry of tokenizer.json; None when it is not one of those that `PieceRule` can express."""
+    match decoder:
+        case {"type": "ByteLevel"}:
+            return PieceRule(byte_level=True)
+        case {"type": "Metaspace", "replacement": str(replacement), **settings}:
+            prepends = settings.get("prepend_scheme", "always") != "never"
+            return PieceRule(replacement=replacement, drop_in_first=prepends)
+        case {"type": "Sequence", "decoders": list(parts)}:
+            return _rule_of_sequence(parts)
+    return None
+
+
+def _rule_of_sequence(parts: list[dict[str, Any]]) -> PieceRule | None:
+    replacement, byte_fallback, strip_left, fused = "", False, 0, False
+    for part in parts:
+        match part:
+            case {"type": "ByteLevel"} if len(parts) == 1:
+                return PieceRule(byte_level=True)
+            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": " "} if not fused:
+                replacement = pattern
+            case {"type": "ByteFallback"} if not fused:
+                byte_fallback = True
+            case {"type": "Fuse"}:
+                fused = True
+            case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if fused:
+                strip_left = start
+            case _:
+                return None
+    return PieceRule(replacement=replacement, byte_fallback=byte_fallback, strip_left=strip_left)
+
+
+class PieceTable:
+    """The bytes of each token under a rule; shared by all detokenizers of one tokenizer."""
+
+    def __init__(self, rule: PieceRule, token_of_id: Callable[[int], str | None], special_ids: frozenset[int]) -> None:
+        self.rule = rule
+        self._token_of_id = token_of_id
+        self._special_ids = special_ids
+        self._known: dict[int, bytes | None] = {}
+
+    def inner(self, token_id: int) -> bytes | None:
+        """The token's bytes after the first; None when it is special or unknown and writes nothing."""
+        try:
+            return self._known[token_id]
+        except KeyError:
+            return self._known.setdefault(token_id, self._make(token_id, first=False))
+
+    def first(self, token_id: int) -> bytes | None:
+        return self._make(token_id, first=True)
+
+    def _make(self, token_id: int, *, first: bool) -> bytes | None:
+        token = None if token_id in self._special_ids else self._token_of_id(token_id)
+        return None if token is None else self.rule.piece(token, first=first)
+
+
+class PieceDetokenizer:
+    def __init__(self, table: PieceTable) -> None:
+        self._table = table
+        self._started = False
+        self._strip_left = table.rule.strip_left
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        data = b""
+        for token_id in token_ids:
+            piece = self._table.inner(token_id) if self._started else self._table.first(token_id)
+            if piece is not None:
+                self._started = True
+                data += piece
+        return self._strip(self._utf8.decode(data))
+
+    def finish(self) -> str:
+        return self._strip(self._utf8.decode(b"", final=True))
+
+    def _strip(self, text: str) -> str:
+        while self._strip_left and text:
+            if text[0] != " ":
+                self._strip_left = 0
+                break
+            text = text[1:]
+            self._strip_left -= 1
+        return text
+
+
+class WindowDetokenizer:
+    """For any decoder: the new text is what a window of tokens decodes to beyond what its beginning decodes to."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], special_ids: frozenset[int]) -> None:
+        self._decode = decode
+        self._special_ids = special_ids
+        self._context: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        text = ""
+        for token_id in token_ids:
+            if token_id not in self._special_ids:
+                self._held.append(token_id)
+                text += self._take(force=len(self._held) > _LONGEST_HELD_TOKENS)
+        return text
+
+    def finish(self) -> str:
+        return self._take(force=True)
+
+    def _take(self, *, force: bool) -> str:
+        before = self._decode(self._context)
+        after = self._decode(self._context + self._held)
+        if after.endswith(REPLACEMENT_CHARACTER) and not force:
+            return ""
+        self._context = (self._context + self._held)[-_WINDOW_TOKENS:]
+        self._held = []
+        return after[len(before) :]

@@ -1,0 +1,175 @@
+"""FastChat's seven worker routes, as FastChat 0.2.36 speaks them.
+
+Records of a generation hold the whole text so far and end in a NUL byte; an error is a record too, with HTTP 200. The
+prompt comes ready-made from the caller, who wrote it with the conversation that `/worker_get_conv_template` gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import Response
+
+from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
+from fastserve.openai.answers import JSON, encode_json
+from fastserve.openai.completions import CompletionRequest, completion_logprobs
+from fastserve.openai.sampling import parse_request
+from fastserve.serving import StreamResponse, run_until_disconnect
+from fastserve.worker.caller import Caller, caller_of
+from fastserve.worker.jobs import Job
+from fastserve.worker.runtime import Runtime, runtime_of
+from fastserve.worker.service import Answer
+
+router = APIRouter()
+Record = dict[str, Any]
+
+_DEFAULT_MAX_NEW_TOKENS = 256
+_SAME_NAME = (
+    "temperature",
+    "repetition_penalty",
+    "top_p",
+    "top_k",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "stop_token_ids",
+    "best_of",
+    "use_beam_search",
+    "images",
+)
+
+
+@router.post("/worker_generate_stream")
+async def generate_stream(request: Request) -> Response:
+    return StreamResponse(_as_bytes(_records(request)), media_type="application/octet-stream")
+
+
+@router.post("/worker_generate")
+async def generate(request: Request) -> Response:
+    record = await run_until_disconnect(request, _last(_records(request)))
+    return Response(encode_json(record), media_type=JSON)
+
+
+@router.post("/worker_get_embeddings")
+async def embeddings() -> Record:
+    return _error_record(UnsupportedParameterError("embeddings are not supported by this model"))
+
+
+@router.post("/worker_get_status")
+async def status(request: Request) -> Record:
+    return runtime_of(request).status().model_dump()
+
+
+@router.post("/count_token")
+async def count_token(request: Request) -> Record:
+    runtime = runtime_of(request)
+    prompt = (await _json_object(request)).get("prompt")
+    if not isinstance(prompt, str):
+        raise InvalidRequestError("Missing required field 'prompt', a string.", param="prompt")
+    return {"count": len(await _prompt_ids(runtime, prompt)), "error_code": 0}
+
+
+@router.post("/worker_get_conv_template")
+async def conversation(request: Request) -> Record:
+    return {"conv": runtime_of(request).conversation.as_dict()}
+
+
+@router.post("/model_details")
+async def details(request: Request) -> Record:
+    return {"context_length": runtime_of(request).jobs.context_length}
+
+
+async def _records(request: Request) -> AsyncGenerator[Record, None]:
+    runtime, caller = runtime_of(request), caller_of(request)
+    try:
+        with runtime.metrics.refusals():
+            runtime.keeper.require_ready()
+            params = await _json_object(request)
+            job = await _job(runtime, params, caller)
+        echo = params["prompt"] if params.get("echo", True) else ""
+        answer = Answer(job)
+        async with aclosing(runtime.service.generate(job)) as batches:
+            async for batch in batches:
+                for delta in batch:
+                    answer.choices[0].add(delta)
+                if batch:
+                    yield _record(echo, answer, None)
+        yield _record(echo, answer, answer.choices[0].finish_reason)
+    except RequestValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        yield _error_record(InvalidRequestError(f"Invalid value for '{name}'. {first['msg']}."))
+    except FastserveError as error:
+        yield _error_record(error)
+
+
+async def _job(runtime: Runtime, params: dict[str, Any], caller: Caller) -> Job:
+    """FastChat's parameters under OpenAI's names. A too large max_new_tokens is lowered, as for OpenAI's routes."""
+    prompt = params.get("prompt")
+    if not isinstance(prompt, str):
+        raise InvalidRequestError("Missing required field 'prompt', a string.", param="prompt")
+    if params.get("logprobs") is not None and params.get("echo", True):
+        raise UnsupportedParameterError("'logprobs' together with 'echo' is not supported yet.", param="logprobs")
+    stop = params.get("stop")
+    fields = {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {
+        "model": runtime.jobs.model_names[0],
+        "prompt": await _prompt_ids(runtime, prompt),
+        "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
+        "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
+        "stream": True,
+    }
+    return await runtime.jobs.completion(parse_request(CompletionRequest, encode_json(fields)), caller)
+
+
+async def _prompt_ids(runtime: Runtime, prompt: str) -> list[int]:
+    return await runtime.jobs.encode_rendered(runtime.conversation.restore(prompt))
+
+
+async def _json_object(request: Request) -> dict[str, Any]:
+    try:
+        value = json.loads(await request.body())
+    except ValueError as error:
+        raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError("The request body is not a JSON object.")
+    return value
+
+
+def _record(echo: str, answer: Answer, finish_reason: str | None) -> Record:
+    choice, usage = answer.choices[0], answer.usage
+    record: Record = {
+        "text": echo + choice.text,
+        "error_code": 0,
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        },
+        "finish_reason": finish_reason,
+    }
+    if choice.tokens is not None:
+        record["logprobs"] = completion_logprobs(choice.tokens)
+    return record
+
+
+def _error_record(error: FastserveError) -> Record:
+    return {"text": error.message, "error_code": error.legacy_code}
+
+
+async def _as_bytes(records: AsyncGenerator[Record, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(records):
+        async for record in records:
+            yield encode_json(record) + b"\0"
+
+
+async def _last(records: AsyncGenerator[Record, None]) -> Record | None:
+    last: Record | None = None
+    async with aclosing(records):
+        async for record in records:
+            last = record
+    return last

@@ -1,0 +1,105 @@
+"""Tells the controller that this worker is there: its whole status, every interval, for as long as the engine lives.
+
+A heartbeat with a status registers by itself at our controller; one of FastChat's answers `exist: false`, and is then
+told by `/register_worker`. So a controller that was restarted knows the worker again within one interval.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import aiohttp
+from pydantic import BaseModel
+
+from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, WorkerStatus
+
+logger = logging.getLogger(__name__)
+
+_BEAT_TIMEOUT_S = 5.0
+_GOODBYE_TIMEOUT_S = 2.0
+
+
+class Heartbeat:
+    def __init__(
+        self, controller_address: str, worker_address: str, interval_s: float, status: Callable[[], WorkerStatus]
+    ) -> None:
+        self._controller = controller_address.rstrip("/")
+        self._worker = worker_address
+        self._interval_s = interval_s
+        self._status = status
+        self._lock = asyncio.Lock()  # a beat that is on its way must not arrive after the goodbye
+        self._wake = asyncio.Event()
+        self._silent = False
+        self._failing = False
+        self._known = False
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_BEAT_TIMEOUT_S)) as session:
+            while True:
+                self._wake.clear()
+                async with self._lock:
+                    if not self._silent:
+                        await self._beat(session)
+                try:
+                    async with asyncio.timeout(self._interval_s):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+
+    def resume(self) -> None:
+        """Beat again after a `goodbye`, from now on."""
+        self._silent = False
+        self._wake.set()
+
+    async def goodbye(self) -> None:
+        """Take this worker out of dispatch and stay silent. A controller that cannot be reached is only logged."""
+        self._silent = True
+        async with self._lock:
+            if not self._known:
+                return
+            self._known = False
+            timeout = aiohttp.ClientTimeout(total=_GOODBYE_TIMEOUT_S)
+            try:
+                async with aiohttp.ClientSession(timeout=timeout) as session:
+                    await self._post(session, "/deregister_worker", WorkerName(worker_name=self._worker))
+                logger.info("said goodbye to the controller")
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                logger.warning("could not say goodbye to the controller: %s", _cause(error))
+
+    async def _beat(self, session: aiohttp.ClientSession) -> None:
+        status = self._status()
+        try:
+            answer = await self._post(
+                session,
+                "/receive_heart_beat",
+                HeartbeatRequest(worker_name=self._worker, queue_length=status.queue_length, status=status),
+            )
+            if not (isinstance(answer, dict) and answer.get("exist")):
+                await self._post(
+                    session,
+                    "/register_worker",
+                    RegisterRequest(worker_name=self._worker, check_heart_beat=True, worker_status=status),
+                )
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            if not self._failing:
+                logger.warning("the controller %s cannot be reached: %s; trying on", self._controller, _cause(error))
+            self._failing = True
+            return
+        if self._failing or not self._known:
+            logger.info("registered %s with the controller %s", self._worker, self._controller)
+        self._failing, self._known = False, True
+
+    async def _post(self, session: aiohttp.ClientSession, path: str, message: BaseModel) -> object:
+        body = message.model_dump_json().encode()
+        headers = {"Content-Type": "application/json"}
+        async with session.post(self._controller + path, data=body, headers=headers) as response:
+            response.raise_for_status()
+            answer: object = await response.json(content_type=None)
+            return answer
+
+
+def _cause(error: Exception) -> str:
+    return str(error) or type(error).__name__

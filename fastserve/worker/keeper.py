@@ -1,0 +1,86 @@
+"""Keeps the engine running: starts it, notices its death, starts it again, gives up when that does not help."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fastserve.engine.contract import Engine, EngineInfo, LoadProgress
+from fastserve.errors import EngineDeadError, StartupError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """Up to `attempts` starts within `window_s`; before each a pause, doubling from `first_pause_s`."""
+
+    attempts: int = 5
+    window_s: float = 300.0
+    first_pause_s: float = 0.5
+    longest_pause_s: float = 30.0
+
+
+class EngineKeeper:
+    def __init__(
+        self,
+        engine: Engine,
+        on_progress: Callable[[LoadProgress], None],
+        clock: Callable[[], float],
+        policy: RestartPolicy,
+    ) -> None:
+        self.engine = engine
+        self.ready = False
+        self.gave_up = False
+        """The engine died too often; the process is to end."""
+        self._reason = "The engine is starting."
+        self._on_progress = on_progress
+        self._clock = clock
+        self._policy = policy
+
+    async def start(self) -> EngineInfo:
+        """The first start. Raises StartupError."""
+        info = await self.engine.start(self._on_progress)
+        self.ready = True
+        return info
+
+    def require_ready(self) -> None:
+        """Raises EngineDeadError while there is no engine to generate."""
+        if not self.ready:
+            raise EngineDeadError(f"{self._reason} It is being started again; try again soon.")
+
+    async def watch(self, on_change: Callable[[], Awaitable[None]]) -> None:
+        """Await deaths and start the engine again; return when it has been given up. `on_change` follows `ready`."""
+        starts: deque[float] = deque()
+        while True:
+            self._reason = await self.engine.wait_dead()
+            self.ready = False
+            logger.error("the engine died: %s", self._reason)
+            await on_change()
+            if not await self._start_again(starts):
+                self.gave_up = True
+                return
+            self.ready = True
+            logger.info("the engine is ready again")
+            await on_change()
+
+    async def _start_again(self, starts: deque[float]) -> bool:
+        while True:
+            now = self._clock()
+            while starts and now - starts[0] > self._policy.window_s:
+                starts.popleft()
+            if len(starts) >= self._policy.attempts:
+                logger.error("the engine was started again %d times and died; giving up", len(starts))
+                return False
+            await asyncio.sleep(min(self._policy.first_pause_s * 2 ** len(starts), self._policy.longest_pause_s))
+            starts.append(now)
+            logger.info("starting the engine again (attempt %d)", len(starts))
+            try:
+                await self.engine.start(self._on_progress)
+            except StartupError as error:
+                logger.error("the engine did not start: %s", error.message)
+                continue
+            return True

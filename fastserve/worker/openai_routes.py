@@ -1,0 +1,133 @@
+"""OpenAI's routes on the worker itself: a worker is a complete server for its model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from fastserve.openai.answers import JSON, Usage, encode_json
+from fastserve.openai.chat import ChatRequest, ChatStream, chat_choice, chat_response
+from fastserve.openai.completions import (
+    CompletionRequest,
+    CompletionStream,
+    completion_choice,
+    completion_response,
+)
+from fastserve.openai.sampling import parse_request
+from fastserve.protocol import REQUEST_ID_HEADER
+from fastserve.serving import StreamResponse, run_until_disconnect
+from fastserve.worker.caller import caller_of
+from fastserve.worker.choice import Delta
+from fastserve.worker.jobs import Job, Prompt
+from fastserve.worker.runtime import Runtime, runtime_of
+from fastserve.worker.service import fold
+from fastserve.worker.sse import events
+
+router = APIRouter()
+_CLIENT_GONE = 499
+
+
+class Writer(Protocol):
+    """Turns what a stream brings into OpenAI's events."""
+
+    def delta(self, delta: Delta) -> bytes: ...
+
+    def usage(self, usage: Usage) -> bytes: ...
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    runtime = runtime_of(request)
+    cards = [
+        {"id": name, "object": "model", "created": runtime.started_at, "owned_by": "fastserve", "root": name}
+        for name in runtime.jobs.model_names
+    ]
+    return Response(encode_json({"object": "list", "data": cards}), media_type=JSON)
+
+
+@router.post("/v1/chat/completions")
+async def chat(request: Request) -> Response:
+    runtime, caller, created = runtime_of(request), caller_of(request), int(time.time())
+    with runtime.metrics.refusals():
+        runtime.keeper.require_ready()
+        body = parse_request(ChatRequest, await request.body())
+        job = await runtime.jobs.chat(body, caller)
+    if body.stream:
+        stream = ChatStream(caller.request_id, created, body.model, include_usage=body.wants_usage)
+        return _stream(runtime, job, ChatWriter(stream), include_usage=body.wants_usage)
+    answer = await run_until_disconnect(request, fold(runtime.service, job))
+    if answer is None:
+        return Response(status_code=_CLIENT_GONE)
+    choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(answer.choices)]
+    return _json(job, chat_response(caller.request_id, created, body.model, choices, answer.usage))
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    runtime, caller, created = runtime_of(request), caller_of(request), int(time.time())
+    with runtime.metrics.refusals():
+        runtime.keeper.require_ready()
+        body = parse_request(CompletionRequest, await request.body())
+        job = await runtime.jobs.completion(body, caller)
+    echoes = [_echo(runtime, prompt) for prompt in job.prompts] if body.echo else [""] * len(job.prompts)
+    if body.stream:
+        stream = CompletionStream(caller.request_id, created, body.model, include_usage=body.wants_usage)
+        return _stream(runtime, job, CompletionWriter(stream, job, echoes), include_usage=body.wants_usage)
+    answer = await run_until_disconnect(request, fold(runtime.service, job))
+    if answer is None:
+        return Response(status_code=_CLIENT_GONE)
+    choices = [
+        completion_choice(i, echoes[i // job.num_choices] + one.text, one.finish_reason, one.tokens)
+        for i, one in enumerate(answer.choices)
+    ]
+    return _json(job, completion_response(caller.request_id, created, body.model, choices, answer.usage))
+
+
+def _echo(runtime: Runtime, prompt: Prompt) -> str:
+    return runtime.jobs.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+
+
+def _json(job: Job, body: dict[str, Any]) -> Response:
+    return Response(encode_json(body), media_type=JSON, headers={REQUEST_ID_HEADER: job.caller.request_id})
+
+
+def _stream(runtime: Runtime, job: Job, writer: Writer, *, include_usage: bool) -> Response:
+    response = StreamResponse(events(runtime.service, job, writer.delta, writer.usage if include_usage else None))
+    response.headers[REQUEST_ID_HEADER] = job.caller.request_id
+    return response
+
+
+class ChatWriter:
+    def __init__(self, stream: ChatStream) -> None:
+        self._stream = stream
+        self._begun: set[int] = set()
+        self.usage = stream.usage
+
+    def delta(self, delta: Delta) -> bytes:
+        out = b""
+        if delta.choice not in self._begun:
+            self._begun.add(delta.choice)
+            out = self._stream.start(delta.choice)
+        if delta.text or delta.tokens:
+            out += self._stream.delta(delta.choice, delta.text, delta.tokens)
+        if delta.finish_reason is not None:
+            out += self._stream.end(delta.choice, delta.finish_reason)
+        return out
+
+
+class CompletionWriter:
+    def __init__(self, stream: CompletionStream, job: Job, echoes: Sequence[str]) -> None:
+        """`echoes`: what each prompt's answers begin with."""
+        self._stream = stream
+        self._to_echo = {i: echoes[i // job.num_choices] for i in range(len(job.prompts) * job.num_choices)}
+        self.usage = stream.usage
+
+    def delta(self, delta: Delta) -> bytes:
+        text = self._to_echo.pop(delta.choice, "") + delta.text
+        if not text and not delta.tokens and delta.finish_reason is None:
+            return b""
+        return self._stream.delta(delta.choice, text, delta.tokens, delta.finish_reason)

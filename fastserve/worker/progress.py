@@ -1,0 +1,57 @@
+"""Shows how far the loading of the weights has come: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from fastserve.engine.contract import LoadProgress
+
+logger = logging.getLogger(__name__)
+
+_STEP = 0.1
+_INTERVAL_S = 5.0
+
+
+def progress_reporter(stream: TextIO) -> Callable[[LoadProgress], None]:
+    return ProgressBar(stream) if stream.isatty() else ProgressLines(time.monotonic)
+
+
+class ProgressBar:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, progress: LoadProgress) -> None:
+        bar = self._bar
+        if bar is None:
+            bar = self._bar = tqdm(file=self._stream, unit="B", unit_scale=True, unit_divisor=1024)
+        bar.total = progress.total
+        bar.set_description(progress.what, refresh=False)
+        bar.n = progress.done
+        bar.refresh()
+        if progress.done >= progress.total:
+            bar.close()
+            self._bar = None
+
+
+class ProgressLines:
+    """A line for every tenth of the way, or every five seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._what = ""
+        self._told_share = 0.0
+        self._told_at = 0.0
+
+    def __call__(self, progress: LoadProgress) -> None:
+        share = progress.done / progress.total if progress.total else 1.0
+        now = self._clock()
+        new = progress.what != self._what or share < self._told_share
+        if new or share - self._told_share >= _STEP or now - self._told_at >= _INTERVAL_S:
+            logger.info("%s: %.0f %% of %.1f MB", progress.what, share * 100, progress.total / 1e6)
+            self._what, self._told_share, self._told_at = progress.what, share, now

@@ -1,0 +1,57 @@
+"""Flags of FastChat's model worker that are accepted, and refused at start as long as nothing stands behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fastserve.config import WorkerConfig
+from fastserve.errors import StartupError
+
+Refusal = tuple[Callable[[WorkerConfig], bool], str]
+
+_LATER = "is not available in this version of fastserve"
+
+REFUSALS: Sequence[Refusal] = (
+    (lambda c: c.device == "npu", f"--device npu {_LATER}: choose cpu, cuda, mps or xpu."),
+    (
+        lambda c: c.num_gpus > 1,
+        f"--num-gpus greater than 1 {_LATER}: start one worker for each GPU, under one model name.",
+    ),
+    (lambda c: c.load_8bit, f"--load-8bit {_LATER}: leave it out to load the weights as they are."),
+    (lambda c: c.cpu_offloading, f"--cpu-offloading {_LATER}: leave it out, and choose a model that fits the device."),
+    (
+        lambda c: c.gptq_wbits != 16 or c.gptq_ckpt is not None or c.gptq_act_order,
+        f"GPTQ (--gptq-ckpt, --gptq-wbits, --gptq-act-order) {_LATER}: use the model's unquantised checkpoint.",
+    ),
+    (
+        lambda c: c.awq_wbits != 16 or c.awq_ckpt is not None,
+        f"AWQ (--awq-ckpt, --awq-wbits) {_LATER}: use the model's unquantised checkpoint.",
+    ),
+    (
+        lambda c: c.enable_exllama or c.exllama_gpu_split is not None or c.exllama_cache_8bit,
+        f"ExLlamaV2 (--enable-exllama and its options) {_LATER}: leave it out.",
+    ),
+    (lambda c: c.enable_xft or c.xft_dtype is not None, f"xFasterTransformer (--enable-xft) {_LATER}: leave it out."),
+    (lambda c: c.embed_in_truncate, f"--embed-in-truncate {_LATER}, since embeddings are not: leave it out."),
+    (
+        lambda c: c.conv_template is not None,
+        f"--conv-template {_LATER}: the model's own chat template is used, or the file given by --chat-template.",
+    ),
+)
+
+
+def refuse_unavailable(config: WorkerConfig) -> None:
+    """Raises StartupError for the first flag that nothing stands behind yet, and for GPUs that do not add up."""
+    if config.gpus is not None and len([gpu for gpu in config.gpus.split(",") if gpu.strip()]) < config.num_gpus:
+        raise StartupError(f"Larger --num-gpus ({config.num_gpus}) than --gpus {config.gpus}!")
+    for asked, sentence in REFUSALS:
+        if asked(config):
+            raise StartupError(sentence)
+    for flag, value, least in (
+        ("--limit-worker-concurrency", config.limit_worker_concurrency, 1),
+        ("--queue-size", config.queue_size, 0),
+        ("--stream-interval", config.stream_interval, 1),
+        ("--heartbeat-interval-s", config.heartbeat_interval_s, 0.01),
+    ):
+        if value is not None and value < least:
+            raise StartupError(f"{flag} {value} is too small: the least is {least}.")

@@ -1,0 +1,50 @@
+"""What the routes of a running worker work with. Made when the application's lifespan starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from fastserve.engine.contract import EngineInfo
+from fastserve.protocol import WorkerStatus
+from fastserve.text.conversation import Conversation
+from fastserve.worker.admission import Admission
+from fastserve.worker.jobs import JobMaker
+from fastserve.worker.keeper import EngineKeeper
+from fastserve.worker.metrics import WorkerMetrics, kv_usage
+from fastserve.worker.service import GenerationService
+
+
+@dataclass(frozen=True)
+class Runtime:
+    info: EngineInfo
+    keeper: EngineKeeper
+    admission: Admission
+    metrics: WorkerMetrics
+    jobs: JobMaker
+    service: GenerationService
+    conversation: Conversation
+    heartbeat_interval_s: float
+    version: str
+    started_at: int
+    """Unix time in seconds."""
+
+    def status(self) -> WorkerStatus:
+        stats = self.keeper.engine.stats
+        return WorkerStatus(
+            model_names=self.jobs.model_names,
+            queue_length=self.admission.running + self.admission.waiting,
+            tokens_per_s=stats.tokens_per_s or None,
+            heartbeat_interval_s=self.heartbeat_interval_s,
+            leases=self.admission.leases,
+            context_length=self.info.max_model_len,
+            max_concurrency=self.admission.limit,
+            kv_usage=kv_usage(stats),
+            version=self.version,
+        )
+
+
+def runtime_of(request: Request) -> Runtime:
+    runtime: Runtime = request.app.state.runtime
+    return runtime

@@ -1,0 +1,70 @@
+"""The launcher with the real services on the fake engine: from the command to a guarded answer and back to nothing."""
+
+import os
+import subprocess
+import sys
+
+import openai
+import psutil
+import pytest
+
+from .launching import Place
+
+
+def test_trio_serves_and_goes(place: Place) -> None:
+    words = [
+        *("--controller-port", str(place.controller_port), "--server-port", str(place.server_port)),
+        *("--model-path-address", f"fastserve-demo@localhost@{place.worker_port}?model-names=first,second"),
+        *("--engine", "fake", "--api-keys", "sk-one,sk-two"),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastserve.launcher", *words],
+        cwd=place.folder,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    base_url = f"http://localhost:{place.server_port}/v1"
+    assert f"base_url for the OpenAI SDK: {base_url}\n" in result.stdout
+    with openai.OpenAI(base_url=base_url, api_key="sk-two", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} == {"first", "second"}
+        answer = client.chat.completions.create(
+            model="second", messages=[{"role": "user", "content": "What is 7 + 5?"}], max_tokens=8
+        )
+        assert answer.choices[0].message.content
+    with (
+        openai.OpenAI(base_url=base_url, api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+    listed = [word for pid in place.services().values() for word in psutil.Process(pid).cmdline()]
+    written = [path.read_text() for path in place.logs.iterdir()]
+    assert not any("sk-" in text for text in (*listed, *written, result.stdout, result.stderr))
+
+    ended = place.shutdown()
+    assert ended.returncode == 0, ended.stderr
+    assert "killed" not in ended.stdout
+    assert place.strays() == []
+
+
+def test_real_workers_refusal_ends_the_launch_with_its_sentence(place: Place) -> None:
+    model = place.model()
+    words = [
+        *("--controller-port", str(place.controller_port), "--server-port", str(place.server_port)),
+        *("--model-path-address", f"{model}@localhost@{place.worker_port}"),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastserve.launcher", *words],
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    first = result.stderr.splitlines()[0]
+    assert first.startswith(f"model_worker {model}@localhost@{place.worker_port} ended with exit code 1: ")
+    assert place.strays() == []

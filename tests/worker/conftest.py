@@ -1,0 +1,162 @@
+"""A worker on a fake engine, served by a real uvicorn server in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+import uvicorn
+
+from fastserve.config import WorkerConfig
+from fastserve.demo import demo_model_path
+from fastserve.engine.contract import EngineInfo, EngineRequest
+from fastserve.engine.fake import FakeEngine, FakeOptions, Script
+from fastserve.serving import bind
+from fastserve.text.tokenizer import Tokenizer, configured_eos_ids, load_tokenizer, read_json
+from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.keeper import RestartPolicy
+from fastserve.worker.runtime import Runtime
+
+MODEL = "fastserve-demo"
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
+    """Wait until `condition` holds; return the seconds that it took."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > timeout_s:
+            raise AssertionError(f"still not so after {timeout_s} s")
+        await asyncio.sleep(0.002)
+    return time.monotonic() - started
+
+
+@dataclass
+class Running:
+    url: str
+    worker: Worker
+    engine: FakeEngine
+    http: aiohttp.ClientSession
+    openai: openai.AsyncOpenAI
+    ended: asyncio.Event
+    """Set when the worker asked for its process to end."""
+
+    @property
+    def runtime(self) -> Runtime:
+        runtime: Runtime = self.worker.app.state.runtime
+        return runtime
+
+    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
+        async with self.http.post(self.url + path, json=body, headers=headers) as response:
+            answer: dict[str, Any] = await response.json()
+            return response.status, answer
+
+    async def idle(self, timeout_s: float = 5.0) -> float:
+        """Wait until nothing runs or waits anywhere."""
+
+        def nothing() -> bool:
+            stats, admission = self.engine.stats, self.runtime.admission
+            return not (stats.num_running + stats.num_waiting + admission.running + admission.waiting)
+
+        return await until(nothing, timeout_s)
+
+
+RunWorker = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    return Path(demo_model_path())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return load_tokenizer(model_dir)
+
+
+@pytest.fixture(scope="session")
+def say(tokenizer: Tokenizer) -> Callable[[str], Script]:
+    """A script that answers every request with one text."""
+
+    def of(text: str) -> Script:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+
+        def script(request: EngineRequest, info: EngineInfo) -> Sequence[int]:
+            return ids
+
+        return script
+
+    return of
+
+
+@pytest.fixture
+def run_worker(model_dir: Path) -> RunWorker:
+    @asynccontextmanager
+    async def run(
+        script: Script | None = None,
+        *,
+        restart_policy: RestartPolicy | None = None,
+        prepare: Callable[[FakeOptions], None] | None = None,
+        folder: Path = model_dir,
+        token_s: float = 0.0,
+        first_token_s: float = 0.0,
+        max_model_len: int = 2048,
+        **settings: Any,
+    ) -> AsyncIterator[Running]:
+        options = FakeOptions(
+            vocab_size=int(read_json(folder / "config.json")["vocab_size"]),
+            eos_token_ids=configured_eos_ids(folder),
+            token_s=token_s,
+            first_token_s=first_token_s,
+            max_model_len=max_model_len,
+        )
+        if script is not None:
+            options.script = script
+        if prepare is not None:
+            prepare(options)
+        settings.setdefault("no_register", True)
+        config = WorkerConfig(engine="fake", **settings)
+        sockets = bind("127.0.0.1", 0)
+        url = "http://127.0.0.1:%d" % sockets[0].getsockname()[1]
+        engine, ended = FakeEngine(options), asyncio.Event()
+        server: uvicorn.Server | None = None
+
+        async def listening() -> None:
+            await until(lambda: server is not None and server.started)
+
+        setup = WorkerSetup(
+            config=config,
+            engine=engine,
+            model_dir=folder,
+            model_names=config.model_names or (MODEL,),
+            address=url,
+            wait_listening=listening,
+            end_process=ended.set,
+            restart_policy=restart_policy or RestartPolicy(first_pause_s=0.01),
+        )
+        worker = Worker(setup)
+        server = uvicorn.Server(
+            uvicorn.Config(worker.app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        )
+        serving = asyncio.create_task(server.serve(sockets=sockets))
+        await until(lambda: serving.done() or (server is not None and server.started))
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        try:
+            async with aiohttp.ClientSession() as http:
+                yield Running(url, worker, engine, http, client, ended)
+        finally:
+            await client.close()
+            await worker.goodbye()
+            server.should_exit = True
+            await serving
+            for sock in sockets:
+                sock.close()
+
+    return run
