@@ -35,10 +35,9 @@ def echo(request: EngineRequest, info: EngineInfo) -> list[int]:
 
 
 def noise(request: EngineRequest, info: EngineInfo) -> list[int]:
-    """Tokens that depend on seed, choice and position only, never on the end tokens; as many as asked for."""
+    """As many tokens as asked for, by seed, choice and position only; the model's own end tokens are not among them."""
     key = b"" if request.params.temperature == 0 else f"{request.params.seed}:{request.choice}".encode()
-    ends = {*request.params.stop_token_ids, *info.eos_token_ids}
-    allowed = [token_id for token_id in range(info.vocab_size) if token_id not in ends]
+    allowed = [token_id for token_id in range(info.vocab_size) if token_id not in info.eos_token_ids]
     digests = (hashlib.blake2b(b"%d:%b" % (at, key), digest_size=8).digest() for at in range(request.params.max_tokens))
     return [allowed[int.from_bytes(digest, "big") % len(allowed)] for digest in digests]
 
