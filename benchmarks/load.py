@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -20,8 +21,21 @@ from typing import Any
 
 import aiohttp
 
-WORDS = ("alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec "
-         "romeo sierra tango uniform victor whiskey xray yankee zulu").split()  # fmt: skip
+WORDS = [
+    "alpha",
+    "bravo",
+    "charlie",
+    "delta",
+    "echo",
+    "golf",
+    "hotel",
+    "india",
+    "kilo",
+    "lima",
+    "mike",
+    "oscar",
+    "papa",
+]
 
 
 @dataclass
@@ -82,7 +96,7 @@ async def send(session: aiohttp.ClientSession, args: argparse.Namespace, index: 
     if not times:
         outcome.errors.append("the answer was empty")
         return
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     outcome.samples.append(Sample(times[0] - begin, time.perf_counter() - begin, num_tokens or len(times), gaps))
 
 
