@@ -92,17 +92,19 @@ def parse_config(
     Raises StartupError when a value that came from the environment cannot be read; a wrong flag ends in argparse's
     own message and exit code 2.
     """
-    parser = build_parser(config_class, prog, choices)
     hints = typing.get_type_hints(config_class)
+    # What stands in the namespace before goes over argparse's defaults and under the flags. It is not made a default:
+    # the help text shows those, and a variable may hold a secret.
+    namespace = argparse.Namespace()
     for item in dataclasses.fields(typing.cast(Any, config_class)):
         variable = item.metadata.get("env")
         if variable and environ.get(variable):
             read = item.metadata["parse"] or _plain_type(hints[item.name])
             try:
-                parser.set_defaults(**{item.name: read(environ[variable])})
+                setattr(namespace, item.name, read(environ[variable]))
             except ValueError as error:
-                raise StartupError(f"Environment variable {variable}={environ[variable]!r}: {error}") from error
-    values = vars(parser.parse_args(argv))
+                raise StartupError(f"The environment variable {variable} cannot be read: {error}") from error
+    values = vars(build_parser(config_class, prog, choices).parse_args(argv, namespace))
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

@@ -8,6 +8,7 @@
           ContextLengthError          400  prompt and answer do not fit the context
         AuthenticationError           401
         ModelNotFoundError            404
+        BodyTooLargeError             413
         OverloadedError               429  the queue is full; carries Retry-After
       ServiceError                  the client cannot mend it (5xx); another worker may do better
         NoWorkerError                 503
@@ -84,6 +85,11 @@ class ModelNotFoundError(RequestError):
     status = 404
     code = "model_not_found"
     legacy_code = 40301
+
+
+class BodyTooLargeError(RequestError):
+    status = 413
+    code = "request_too_large"
 
 
 class OverloadedError(RequestError):

@@ -5,14 +5,9 @@ from __future__ import annotations
 import msgspec
 from starlette.requests import Request
 
-from fastserve.errors import InvalidRequestError, RequestError
+from fastserve.errors import BodyTooLargeError, InvalidRequestError
 
 MAX_BODY_BYTES = 64 * 2**20
-
-
-class BodyTooLargeError(RequestError):
-    status = 413
-    code = "request_too_large"
 
 
 class Peek(msgspec.Struct):

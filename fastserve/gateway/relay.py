@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import msgspec
 from starlette.types import Send
 
 from fastserve.errors import (
     ModelNotFoundError,
     NoWorkerError,
+    OverloadedError,
     RequestError,
     ServiceError,
     WorkerLostError,
@@ -36,6 +38,8 @@ CONNECT_TIMEOUT_S = 3.0
 REFUSALS = frozenset({429, 502, 503, 504})
 """Statuses of a worker that cannot answer now, where another one may."""
 BLANK_LINES = (b"\n\n", b"\r\n\r\n")
+REFUSAL_TYPES = frozenset({ServiceError.type, OverloadedError.type, WorkerTimeoutError.type})
+"""The same as REFUSALS, for an error event that comes after keep-alive comments."""
 DONE_MARKS = (b"data: [DONE]", b"data:[DONE]")
 
 
@@ -118,8 +122,7 @@ class Relay:
             try:
                 if response.status != 200 or response.content_type != "text/event-stream":
                     return await _read_answer(response)
-                await self._relay_events(response.content, call, client)
-                return None
+                return await self._relay_events(response.content, call, client)
             finally:
                 response.close()
         except WORKER_FAILURES as error:
@@ -177,12 +180,14 @@ class Relay:
                 if not self._dispatcher.is_serving(lease):
                     raise TimeoutError
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
-    async def _relay_events(self, content: aiohttp.StreamReader, call: Call, client: Downstream) -> None:
-        """Relay a stream to its end. Raises one of WORKER_FAILURES when it ends before `[DONE]`."""
+    async def _relay_events(self, content: aiohttp.StreamReader, call: Call, client: Downstream) -> Answer | None:
+        """Relay a stream to its end; an Answer is a refusal that stood in the place of the first data event.
+
+        Raises one of WORKER_FAILURES when the stream ends before `[DONE]`.
+        """
         last = b""
         held = b""
         try:
@@ -195,7 +200,9 @@ class Relay:
                     piece, held = piece[:cut], piece[cut:]
                     if not piece:
                         continue
-                if not client.has_data and not _only_comments(piece):
+                if not client.has_data and (data := _first_data(piece)):
+                    if _is_refusal(data):
+                        return Answer(ServiceError.status, "application/json", None, data)
                     client.has_data = True
                     self._metrics.time_to_first_token.observe(self._clock() - call.started_at)
                 last = piece
@@ -208,6 +215,7 @@ class Relay:
         if held:
             await client.write(held)
         await client.end()
+        return None
 
 
 async def _give_up(client: Downstream, last: Answer | ServiceError | RequestError) -> None:
@@ -237,8 +245,20 @@ def _end_of_events(piece: bytes) -> int:
     return max((at + len(mark) for mark in BLANK_LINES if (at := piece.rfind(mark)) >= 0), default=0)
 
 
-def _only_comments(events: bytes) -> bool:
-    return all(not line or line.startswith(b":") for line in events.splitlines())
+def _first_data(events: bytes) -> bytes:
+    """The first line that is no comment, without its field name; empty when there are only comments."""
+    lines = (line for line in events.splitlines() if line and not line.startswith(b":"))
+    return next(lines, b"").removeprefix(b"data:").strip()
+
+
+def _is_refusal(data: bytes) -> bool:
+    """Whether the data of a first event says that this worker cannot answer now, where another one may."""
+    if not data.startswith(b'{"error"'):
+        return False
+    try:
+        return msgspec.json.decode(data)["error"]["type"] in REFUSAL_TYPES
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return False
 
 
 def _is_done(end: bytes) -> bool:

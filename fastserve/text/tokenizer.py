@@ -138,7 +138,8 @@ class FastTokenizer:
         return self._bos_text
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Not `encode`: that one holds the interpreter's lock, so that a thread would be no help, and it is slower.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return [self._missing_bos, *ids] if add_special_tokens and self._missing_bos is not None else ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

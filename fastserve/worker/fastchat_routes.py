@@ -37,7 +37,6 @@ _SAME_NAME = (
     "presence_penalty",
     "frequency_penalty",
     "logprobs",
-    "stop_token_ids",
     "best_of",
     "use_beam_search",
     "images",
@@ -121,9 +120,19 @@ async def _job(runtime: Runtime, params: dict[str, Any], caller: Caller) -> Job:
         "prompt": await _prompt_ids(runtime, prompt),
         "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
         "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
+        "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
     }
     return await runtime.jobs.completion(parse_request(CompletionRequest, encode_json(fields)), caller)
+
+
+def _known_ids(stop_token_ids: Any, vocab_size: int) -> Any:
+    """Without the ids that the model never makes: FastChat's clients take the list from the conversation that *they*
+    know under the model's name, so it may be meant for a larger vocabulary.
+    """
+    if not isinstance(stop_token_ids, list):
+        return stop_token_ids
+    return [item for item in stop_token_ids if not isinstance(item, int) or 0 <= item < vocab_size]
 
 
 async def _prompt_ids(runtime: Runtime, prompt: str) -> list[int]:

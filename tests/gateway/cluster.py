@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import uvicorn
 from aiohttp import web
+from fastapi import FastAPI
 
 from fastserve.config import ApiServerConfig
 from fastserve.gateway.app import create_app
@@ -281,17 +282,18 @@ async def start_cluster(**options: Any) -> AsyncIterator[Cluster]:
         await controller.start()
         stack.push_async_callback(controller.kill)
         settings = ApiServerConfig(host="127.0.0.1", controller_address=controller.address, **options)
-        url = await stack.enter_async_context(serve_gateway(settings))
+        url = await stack.enter_async_context(serve_app(create_app(settings)))
         headers = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
         http = await stack.enter_async_context(aiohttp.ClientSession(headers=headers))
         yield Cluster(controller, url, http, stack)
 
 
 @asynccontextmanager
-async def serve_gateway(settings: ApiServerConfig) -> AsyncIterator[str]:
+async def serve_app(app: FastAPI) -> AsyncIterator[str]:
+    """Serve on loopback in this event loop, without uvicorn's signal handlers and ticks; gives the base address."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
@@ -299,5 +301,8 @@ async def serve_gateway(settings: ApiServerConfig) -> AsyncIterator[str]:
     try:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
+        # Clients have closed by now; to shut down while the server still thinks otherwise takes a tick of 0.1 s.
+        with contextlib.suppress(TimeoutError):
+            await until(lambda: not server.server_state.connections, timeout=0.05)
         await server.shutdown(sockets=[sock])
         sock.close()

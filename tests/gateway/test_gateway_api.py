@@ -20,10 +20,10 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from fastserve.config import ApiServerConfig
-from fastserve.errors import StartupError
+from fastserve.errors import BodyTooLargeError, StartupError
 from fastserve.gateway.app import create_app
 from fastserve.gateway.auth import PUBLIC_PATHS, load_keys
-from fastserve.gateway.peek import BodyTooLargeError, read_body
+from fastserve.gateway.peek import read_body
 from fastserve.gateway.routes import router
 from tests.gateway.cluster import (
     CHAT,

@@ -10,9 +10,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from fastserve.config import ApiServerConfig, ControllerConfig
+from fastserve.controller import create_app as create_controller
+from fastserve.gateway.app import create_app
 from fastserve.gateway.table import MISSING_GRACE_S, SUSPECT_S, CachedTable
-from fastserve.protocol import RoutingTable, WorkerEntry, WorkerStatus
-from tests.gateway.cluster import CHAT, Cluster, answer_well, die, stream, until
+from fastserve.protocol import HeartbeatRequest, RoutingTable, WorkerEntry, WorkerStatus
+from tests.gateway.cluster import CHAT, Cluster, StubWorker, answer_well, die, serve_app, stream, until
 
 STREAM = {**CHAT, "stream": True}
 
@@ -182,3 +185,46 @@ async def test_an_unknown_model_is_404_and_a_known_one_without_workers_503(clust
     await cluster.workers[0].kill()
     async with cluster.post() as response:
         assert await error_of(response) == (503, "worker_lost")
+
+
+# ---- with the real controller -----------------------------------------------------------------------------------
+
+
+async def test_with_the_real_controller_leases_come_and_go_and_a_failed_worker_leaves() -> None:
+    async with (
+        serve_app(create_controller(ControllerConfig())) as controller,
+        serve_app(create_app(ApiServerConfig(controller_address=controller))) as url,
+        aiohttp.ClientSession() as http,
+    ):
+        worker = StubWorker(answer_well)
+        await worker.start()
+
+        async def in_flight() -> list[int]:
+            async with http.get(controller + "/workers") as response:
+                table = RoutingTable.model_validate_json(await response.read())
+            return [row.in_flight for row in table.workers]
+
+        async def ask_once() -> int:
+            async with http.post(url + "/v1/chat/completions", json=STREAM) as response:
+                await response.read()
+                return response.status
+
+        assert await ask_once() == 404
+        status = WorkerStatus(model_names=["demo"], heartbeat_interval_s=60.0)
+        beat = HeartbeatRequest(worker_name=worker.address, queue_length=0, status=status)
+        async with http.post(controller + "/receive_heart_beat", data=beat.model_dump_json()) as response:
+            assert response.status == 200
+        assert await ask_once() == 200
+        worker.script = stream(b": alive\n\n", then="hang")
+        async with http.post(url + "/v1/chat/completions", json=STREAM) as response:
+            await response.content.readuntil(b"\n\n")
+            assert await in_flight() == [1]
+        async with asyncio.timeout(5):
+            while True:
+                if await in_flight() == [0]:
+                    break
+                await asyncio.sleep(0.01)
+        await worker.kill()
+        assert await ask_once() == 503
+        async with http.post(controller + "/get_worker_address", json={"model": "demo"}) as response:
+            assert (await response.json())["address"] == ""

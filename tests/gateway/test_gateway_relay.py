@@ -160,6 +160,18 @@ async def test_a_worker_that_refuses_is_replaced_but_not_reported(cluster: Clust
     assert not cluster.controller.failures
 
 
+async def test_a_refusal_after_comments_is_retried_but_another_error_event_is_not(cluster: Cluster) -> None:
+    def tell(error_type: str) -> bytes:
+        return b'data: {"error": {"message": "gone", "type": "%s"}}\n\n' % error_type.encode()
+
+    first = await cluster.worker(stream(b": alive\n\n", tell("service_unavailable_error"), DONE, delay_s=0.02))
+    await cluster.worker(answer_well)
+    assert await ask(cluster, STREAM) == (200, b": alive\n\n" + WHOLE)
+    first.script = stream(b": alive\n\n", tell("invalid_request_error"), DONE, delay_s=0.02)
+    assert await ask(cluster, STREAM) == (200, b": alive\n\n" + tell("invalid_request_error") + DONE)
+    assert not cluster.controller.failures
+
+
 async def test_a_whole_answer_cut_short_is_retried(cluster: Cluster) -> None:
     async def cut(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "application/json", "content-length": "100"})

@@ -74,7 +74,7 @@ def test_child_that_dies_ends_the_launch_with_its_cause(place: Place, kind: str)
     started = time.monotonic()
     process = place.start("--model-path-address", place.item(place.model()), STANDIN_MOOD=f"{kind}=die")
     output, errors = process.communicate(timeout=30)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 15
     assert process.returncode == 1
     name = f"model_worker {place.folder / 'model'}@127.0.0.1@{place.worker_port}" if kind == "model_worker" else kind
     first, second, *lines = errors.splitlines()
@@ -106,17 +106,17 @@ def test_child_that_dies_after_it_served_while_others_load(place: Place) -> None
 
 def test_timeout_names_the_service_and_takes_down_everything(place: Place) -> None:
     item = place.item(place.model(mood="mute"))
-    process = place.start("--model-path-address", item, "--wait-timeout-s", "1.5")
+    process = place.start("--model-path-address", item, "--wait-timeout-s", "4")
     pids = wait_until(lambda: len(place.services()) == 3 and place.services(), "three services")
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "did not serve within 1.5 s (--wait-timeout-s): loading the weights: 40 %" in errors
+    assert "did not serve within 4 s (--wait-timeout-s): loading the weights: 40 %" in errors
     assert not any(is_alive(pid) for pid in pids.values())
     assert place.strays() == []
 
 
 def test_worker_that_does_not_register(place: Place) -> None:
-    words = ("--model-path-address", place.item(place.model()), "--wait-timeout-s", "3")
+    words = ("--model-path-address", place.item(place.model()), "--wait-timeout-s", "5")
     result = place.launch(*words, STANDIN_MOOD="controller=lonely")
     assert result.returncode == 1
     assert "not all of the 1 workers have registered with the controller" in result.stderr
@@ -280,7 +280,7 @@ def test_progress_is_rewritten_on_a_terminal(place: Place) -> None:
     code = "from fastserve.launcher import main; main(package='standins')"
     ports = ["--controller-port", str(place.controller_port), "--server-port", str(place.server_port)]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *ports, "--model-path-address", item, "--wait-timeout-s", "1.5"],
+        [sys.executable, "-c", code, *ports, "--model-path-address", item, "--wait-timeout-s", "4"],
         cwd=place.folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         stdin=subprocess.DEVNULL,

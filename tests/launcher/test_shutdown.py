@@ -82,7 +82,7 @@ def test_stubborn_service_is_killed_with_its_engine_after_the_drain(place: Place
     result = place.shutdown("--drain-timeout-s", "0.5")
     assert result.returncode == 0, result.stderr
     assert "openai_api_server was killed after 0.5 s" in result.stdout
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     assert not is_alive(engine)
     assert place.strays() == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ def say(tokenizer: Tokenizer) -> Callable[[str], Script]:
     return of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_worker(model_dir: Path) -> RunWorker:
     @asynccontextmanager
     async def run(
@@ -124,7 +124,7 @@ def run_worker(model_dir: Path) -> RunWorker:
         settings.setdefault("no_register", True)
         config = WorkerConfig(engine="fake", **settings)
         sockets = bind("127.0.0.1", 0)
-        url = "http://127.0.0.1:%d" % sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         engine, ended = FakeEngine(options), asyncio.Event()
         server: uvicorn.Server | None = None
 

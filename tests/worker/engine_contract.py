@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 def request(
     prompt: list[int] | None = None, *, choice: int = 0, emitted: list[int] | None = None, **params: Any
-) -> Any:
+) -> EngineRequest:
     sampling = SamplingParams(**{"max_tokens": 8, "temperature": 0.0} | params)
     return EngineRequest(f"r{next(_numbers)}", prompt or PROMPT, sampling, choice=choice, emitted_ids=emitted or [])
 
@@ -44,7 +44,7 @@ async def run(engine: Engine, engine_request: EngineRequest) -> RequestOutput:
 
 async def wait_stats(engine: Engine, condition: Callable[[EngineStats], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition(engine.stats):
+        while not condition(engine.stats):  # noqa: ASYNC110  engines have no event for this
             await asyncio.sleep(0.005)
 
 
@@ -80,7 +80,12 @@ class EngineContract:
             assert answer.finish_reason == "length"
 
     async def test_greedy_and_seeded_answers_repeat(self, engine: Engine) -> None:
-        for params in ({}, {"temperature": 1.0, "seed": 7}, {"temperature": 1.0, "seed": 2**63 - 1, "choice": 3}):
+        cases: list[dict[str, Any]] = [
+            {},
+            {"temperature": 1.0, "seed": 7},
+            {"temperature": 1.0, "seed": 2**63 - 1, "choice": 3},
+        ]
+        for params in cases:
             first, second = await run(engine, request(**params)), await run(engine, request(**params))
             assert first.token_ids == second.token_ids
 
@@ -118,7 +123,7 @@ class EngineContract:
         assert [entry.top for entry in bare.logprobs] == [[], []]
 
     async def test_a_half_done_answer_is_taken_over(self, engine: Engine) -> None:
-        params = {"max_tokens": 8, "temperature": 1.0, "seed": 11}
+        params: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "seed": 11}
         whole = (await run(engine, request(**params))).token_ids
         rest = await run(engine, request(emitted=whole[:3], **params))
         assert rest.token_ids == whole[3:]

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from engine_contract import EngineContract, request, run
 
 from fastserve.engine.contract import Engine
 from fastserve.engine.fake import FakeEngine, FakeOptions, noise
 from fastserve.errors import EngineDeadError, InternalError, StartupError
+from tests.worker.engine_contract import EngineContract, request, run
 
 
 class TestFakeEngine(EngineContract):

@@ -6,6 +6,9 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +24,22 @@ from fastserve.demo.train.data import SEED
 from fastserve.demo.train.evaluate import load, scores
 from fastserve.demo.train.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
 
-LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 BATCH_TOKENS, BATCHES_PER_STEP = 2048, 2
 FINAL_LR_SHARE = 0.02
+SAVE_EVERY_STEPS = 550
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A warm-up and a cosine, with fresh optimisers and fresh data, from the weights that the phase before stored."""
+
+    seed: int
+    num_steps: int
+    learning_rate: float
+
+
+PHASES = (Phase(SEED, 2200, 3e-3), Phase(SEED + 1, 1100, 1.5e-3))
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -49,21 +64,22 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 class Optimizers:
-    """Muon for the matrices inside the layers, which learn about twice as fast by it, and AdamW for the rest."""
+    """Muon for the matrices inside the layers, which learn faster by it, and AdamW for the rest."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
         matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
         ids = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in ids]
         self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
         ]
 
     def step(self, lr_share: float) -> None:
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = LEARNING_RATE * lr_share
+                group["lr"] = self._learning_rate * lr_share
             part.step()
             part.zero_grad()
 
@@ -114,36 +130,41 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
             os.replace(file, folder / file.name)
 
 
-def train(out: Path, num_steps: int, save_every: int) -> None:
+def train(out: Path, first_phase: int) -> None:
     started = time.monotonic()
     tokenizer = train_tokenizer()
     model = new_model(tokenizer)
-    sampler = Sampler(tokenizer, SEED)
-    optimizers = Optimizers(model)
     print(f"{model.num_parameters():,} parameters, vocabulary of {tokenizer.get_vocab_size()}", flush=True)
-    losses = []
-    for step in range(num_steps):
+    for number, phase in enumerate(PHASES[first_phase:], start=first_phase):
+        if number > 0:
+            model, _ = load(str(out))
+            model.train()
+        for step, loss in enumerate(run_phase(model, tokenizer, phase), start=1):
+            if step % 50 == 0:
+                seconds = time.monotonic() - started
+                print(f"phase {number}, step {step}/{phase.num_steps}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
+            if step % SAVE_EVERY_STEPS == 0 or step == phase.num_steps:
+                save_model(model, tokenizer, out)
+                print(json.dumps(scores(*load(str(out)), quick=step < phase.num_steps)), flush=True)
+
+
+def run_phase(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase) -> Iterator[float]:
+    """Yields the mean loss of the last steps after each step."""
+    sampler = Sampler(tokenizer, phase.seed)
+    optimizers = Optimizers(model, phase.learning_rate)
+    losses: deque[float] = deque(maxlen=50)
+    for step in range(phase.num_steps):
         losses.append(learn(model, [sampler.batch(BATCH_TOKENS) for _ in range(BATCHES_PER_STEP)]))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizers.step(lr_share(step, num_steps))
-        if (step + 1) % 50 == 0:
-            mean = sum(losses[-50:]) / 50
-            print(f"step {step + 1}/{num_steps}: loss {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True)
-        if (step + 1) % save_every == 0 or step + 1 == num_steps:
-            save_model(model, tokenizer, out)
-            report(out, quick=step + 1 < num_steps)
-
-
-def report(out: Path, quick: bool) -> None:
-    print(json.dumps(scores(*load(str(out)), quick=quick)), flush=True)
+        optimizers.step(lr_share(step, phase.num_steps))
+        yield sum(losses) / len(losses)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastserve.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder the model is written to")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--save-every", type=int, default=550, help="steps between saved and scored checkpoints")
+    parser.add_argument("--first-phase", type=int, default=0, help="1 goes on from the weights that --out holds")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    train(args.out, args.steps, args.save_every)
+    train(args.out, args.first_phase)

@@ -1,0 +1,122 @@
+"""FastChat in a Python environment of its own: its requirements and ours do not go together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "FASTSERVE_FSCHAT_PYTHON"
+"""Names the Python of an environment that has FastChat; unset, the tests make one."""
+PACKAGE = "fschat==0.2.36"
+REQUIREMENTS = Path(__file__).with_name("requirements-fastchat.txt")
+MAKING_TIMEOUT_S = 240.0
+
+_VERSIONS = """
+import json, sys
+from importlib.metadata import version
+print(json.dumps({"python": list(sys.version_info[:2]), "fschat": version("fschat"), "pydantic": version("pydantic")}))
+"""
+_WITH_OUR_PACKAGES = """
+import runpy, sys
+sys.path.append(sys.argv.pop(1))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+class CannotMakeError(Exception):
+    """The environment cannot be made here; the message says why."""
+
+
+@dataclass(frozen=True)
+class FastChat:
+    python: str
+    python_version: tuple[int, int]
+    pydantic_version: str
+
+    @property
+    def can_stream(self) -> bool:
+        return self.pydantic_version.startswith("1.")
+
+    @property
+    def can_borrow(self) -> bool:
+        """Whether it can import what is installed for the tests' own interpreter."""
+        return self.python_version == sys.version_info[:2]
+
+    def env(self) -> dict[str, str]:
+        """Empty LOGDIR: no log files. No proxy may come between processes of one machine."""
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return own | {"LOGDIR": "", "NO_PROXY": "localhost,127.0.0.1", "PYTHONUNBUFFERED": "1"}
+
+    def command(self, module: str, *arguments: str) -> list[str]:
+        return [self.python, "-m", f"fastchat.serve.{module}", *arguments]
+
+    def run(self, module: str, *arguments: str, cwd: Path) -> str:
+        """Run to the end; what it printed."""
+        return _output(self.command(module, *arguments), cwd=cwd, env=self.env())
+
+    def run_with_torch(self, module: str, *arguments: str, cwd: Path) -> str:
+        """The same for a module that wants torch and transformers: these are lent from the tests' own packages."""
+        packages = sysconfig.get_path("purelib")
+        command = [self.python, "-c", _WITH_OUR_PACKAGES, packages, f"fastchat.serve.{module}", *arguments]
+        return _output(command, cwd=cwd, env=self.env())
+
+
+def find_or_make(environ: Mapping[str, str], folder: Path) -> FastChat:
+    """The environment that `VARIABLE` names, else the one in `folder`, made on first use. Raises CannotMakeError."""
+    python = environ.get(VARIABLE) or str(_made_in(folder))
+    versions = json.loads(_output([python, "-c", _VERSIONS]))
+    assert versions["fschat"] == PACKAGE.partition("==")[2], f"{python} has FastChat {versions['fschat']}"
+    major, minor = versions["python"]
+    return FastChat(python, (major, minor), versions["pydantic"])
+
+
+def _made_in(folder: Path) -> Path:
+    if sys.version_info >= (3, 14):
+        raise CannotMakeError("FastChat 0.2.36 needs pydantic 1, which ends with Python 3.13")
+    recipe = hashlib.sha256(REQUIREMENTS.read_bytes() + f"{PACKAGE} {sys.version}".encode()).hexdigest()
+    place = folder / recipe[:16]
+    if not place.exists():
+        # Made aside and moved, so that a run that was broken off leaves nothing that looks whole.
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            made = Path(aside) / "env"
+            _make(made)
+            try:
+                made.rename(place)
+            except OSError:
+                if not place.exists():  # another run was faster
+                    raise
+    return _python_of(place)
+
+
+def _make(place: Path) -> None:
+    pip = [str(_python_of(place)), "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+    for command in (
+        [sys.executable, "-m", "venv", str(place)],
+        [*pip, "install", "--quiet", "--requirement", str(REQUIREMENTS)],
+        [*pip, "install", "--quiet", "--no-deps", PACKAGE],
+    ):
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=MAKING_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise CannotMakeError(f"making it took longer than {MAKING_TIMEOUT_S:g} s") from error
+        if ended.returncode:
+            last = (ended.stderr or ended.stdout).strip().splitlines()[-1:]
+            raise CannotMakeError(f"{' '.join(command[1:4])} failed: {''.join(last)}")
+
+
+def _python_of(place: Path) -> Path:
+    return place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _output(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=cwd, env=env)
+    assert ended.returncode == 0, f"{command} ended with {ended.returncode}:\n{ended.stderr[-3000:]}"
+    return ended.stdout

@@ -1,0 +1,52 @@
+"""Settings: flags over environment over defaults, and back to a command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastserve.config import ApiServerConfig, WorkerConfig, parse_config, to_argv
+from fastserve.errors import StartupError
+
+KEYS = {"FASTSERVE_API_KEYS": "hush-1,hush-2"}
+
+
+def test_flags_go_over_the_environment_over_defaults() -> None:
+    assert parse_config(ApiServerConfig, [], "x", {}).api_keys is None
+    assert parse_config(ApiServerConfig, [], "x", KEYS).api_keys == ("hush-1", "hush-2")
+    assert parse_config(ApiServerConfig, ["--api-keys", "flag"], "x", KEYS).api_keys == ("flag",)
+
+
+def test_help_shows_no_secret_from_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(ApiServerConfig, ["--help"], "x", KEYS)
+    shown = capsys.readouterr().out
+    assert "--api-keys" in shown
+    assert "hush" not in shown
+
+
+def test_a_bad_variable_is_named() -> None:
+    with pytest.raises(StartupError, match="FASTCHAT_WORKER_HEART_BEAT_INTERVAL"):
+        parse_config(WorkerConfig, [], "x", {"FASTCHAT_WORKER_HEART_BEAT_INTERVAL": "soon"})
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--controller", "http://c:1", "--model-name", "a,b", "--worker", "http://w:2"],  # FastChat's abbreviations
+        ["--model-path", "C:\\my models\\m; rm -rf $(x)", "--gpus", "0,2", "--num-gpus", "2"],
+        ["--load-8bit", "--no-register", "--seed", "-1", "--dtype", "bfloat16"],
+    ],
+)
+def test_to_argv_is_read_back_as_the_same(argv: list[str]) -> None:
+    config = parse_config(WorkerConfig, argv, "x", {})
+    assert config != WorkerConfig()
+    assert parse_config(WorkerConfig, to_argv(config), "x", {}) == config
+
+
+def test_json_lists_and_secrets() -> None:
+    argv = ["--allowed-origins", '["http://a", "http://b,c"]', "--api-keys", "k1,k2", "--allow-credentials"]
+    config = parse_config(ApiServerConfig, argv, "x", {})
+    assert config.allowed_origins == ("http://a", "http://b,c")
+    line = to_argv(config, secret=("api_keys",))
+    assert not any("k1" in part for part in line)
+    assert parse_config(ApiServerConfig, line, "x", {"FASTSERVE_API_KEYS": "k1,k2"}) == config

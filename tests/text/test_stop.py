@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastserve.text.stop import StopStrings
+
+texts = st.text(alphabet="abc", max_size=30)
+stop_lists = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3)
+
+
+def first_stop(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+    """The meaning, spelled out: look at ever longer beginnings until one ends in a stop string."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+@settings(max_examples=500, deadline=None)
+@given(texts, stop_lists, st.lists(st.integers(0, 5), max_size=20), st.booleans())
+def test_any_chunking_gives_the_same(text: str, stops: list[str], cuts: list[int], include: bool) -> None:
+    window = StopStrings(stops, include=include)
+    out, at = "", 0
+    expected, stop = first_stop(text, stops, include)
+    for cut in [*cuts, len(text)]:
+        out += window.push(text[at : at + cut])
+        at += cut
+        assert expected.startswith(out), "nothing may be sent that has to be taken back"
+    out += window.finish()
+    assert (out, window.stopped) == (expected, stop)
+
+
+def test_only_what_may_become_a_stop_is_held_back() -> None:
+    window = StopStrings(["</end>"])
+    assert window.push("hello <") == "hello "
+    assert window.push("/en") == ""
+    assert window.push("ough</e") == "</enough"
+    assert window.push("nd> more") == ""
+    assert window.stopped == "</end>"
+    assert window.push("later") == ""
+    assert window.finish() == ""
+
+
+def test_no_stops_hold_nothing_back() -> None:
+    window = StopStrings([])
+    assert window.push("abc") == "abc"
+    assert window.finish() == ""
+
+
+def test_an_empty_stop_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        StopStrings([""])

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from fastserve.errors import StartupError
+from fastserve.text.slow_tokenizer import SlowTokenizer
+from fastserve.text.tokenizer import encode_off_loop, load_tokenizer
+from tests.text import tiny_tokenizers as tiny
+
+
+def test_special_tokens_and_end_tokens(save: tiny.Save) -> None:
+    folder = save(
+        tiny.sentencepiece(),
+        tokenizer_config={"bos_token": "<s>", "eos_token": {"content": "</s>"}},
+        config={"eos_token_id": 9},
+        generation_config={"eos_token_id": [4, 2]},
+    )
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_token_ids == (4, 2)
+    assert tokenizer.encode("the", add_special_tokens=True)[0] == 1
+    assert tokenizer.encode("the", add_special_tokens=False)[0] != 1
+    (folder / "generation_config.json").unlink()
+    assert load_tokenizer(folder).eos_token_ids == (9, 2)
+    assert tokenizer.vocab_size == 1 + max(tiny.sentencepiece().get_vocab().values())
+
+
+def test_a_bos_asked_for_by_the_configuration_is_put(save: tiny.Save) -> None:
+    folder = save(tiny.byte_level(), tokenizer_config={"bos_token": "<s>", "add_bos_token": True})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("hi", add_special_tokens=True) == [0, *tokenizer.encode("hi", add_special_tokens=False)]
+    assert tokenizer.bos_text == "<s>"
+    assert load_tokenizer(save(tiny.byte_level(), tokenizer_config={})).bos_text is None
+
+
+def test_padding_and_truncation_of_the_file_are_off(save: tiny.Save) -> None:
+    raw = tiny.byte_level()
+    raw.enable_truncation(3)
+    raw.enable_padding(length=64)
+    tokenizer = load_tokenizer(save(raw))
+    assert 3 < len(tokenizer.encode("hello world, how are you", add_special_tokens=False)) < 64
+
+
+async def test_long_texts_are_encoded_off_the_loop(save: tiny.Save) -> None:
+    tokenizer = load_tokenizer(save(tiny.byte_level()))
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.001)
+
+    ticking = asyncio.create_task(tick())
+    ids = await encode_off_loop(tokenizer, "hello world " * 60_000, add_special_tokens=False)
+    ticking.cancel()
+    assert tokenizer.decode(ids) == "hello world " * 60_000
+    assert ticks > 3
+
+
+def test_a_broken_folder_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(StartupError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_without_tokenizer_json_transformers_reads_it(tmp_path: Path, save: tiny.Save) -> None:
+    with pytest.raises(StartupError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    folder = save(tiny.byte_level())
+    PreTrainedTokenizerFast(tokenizer_object=tiny.byte_level(), eos_token="</s>").save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    slow, fast = SlowTokenizer(folder, trust_remote_code=False), load_tokenizer(folder)
+    ids = fast.encode("hello 世界", add_special_tokens=False)
+    assert slow.encode("hello 世界", add_special_tokens=False) == ids
+    assert slow.eos_token_ids == fast.eos_token_ids == (1,)
+    assert slow.vocab_size == fast.vocab_size
+    assert slow.bos_text is None
+    assert slow.token_bytes(ids[0]) == fast.token_bytes(ids[0])
+    detokenizer = slow.detokenizer()
+    assert "".join([*(detokenizer.push([token_id]) for token_id in ids), detokenizer.finish()]) == "hello 世界"
+
+
+def test_the_normal_path_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, fastserve.model_worker, fastserve.worker.app, fastserve.engine.client\n"
+        "print(sorted(sys.modules.keys() & {'torch', 'transformers', 'numpy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

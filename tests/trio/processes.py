@@ -1,0 +1,170 @@
+"""The trio as real processes: a controller, two workers of the demo model on the native engine, an API server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from fastserve.protocol import RoutingTable
+
+START_TIMEOUT_S = 90.0
+"""A worker imports torch and measures itself, which a busy machine may take long over."""
+STOP_TIMEOUT_S = 45.0
+"""A little more than a service's own time to drain."""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(sock.getsockname()[1]) for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def is_running(pid: int) -> bool:
+    """A zombie has ended: it only waits for whoever inherited it to take notice."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def get(url: str) -> bytes | None:
+    """The body of a 200, None for anything else."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bytes(response.read())
+    except OSError:
+        return None
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+class Service:
+    """One process of the trio, which can be started again with the same command."""
+
+    def __init__(self, name: str, module: str, flags: list[str], folder: Path) -> None:
+        [port] = free_ports(1)
+        self.name = name
+        self.address = f"http://127.0.0.1:{port}"
+        self._command = [
+            sys.executable,
+            "-m",
+            f"fastserve.{module}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *flags,
+        ]
+        self._log = folder / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, f"{self.name} has not been started"
+        return self._process
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def start(self) -> None:
+        # One thread for each engine: two of them share the cores of a small machine.
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def serves(self, path: str = "/health") -> bool:
+        """Whether the route answers with 200. Fails when the process has ended."""
+        assert self.running, f"{self.name} ended with exit code {self.process.returncode}:\n{self.log[-2000:]}"
+        return get(self.address + path) is not None
+
+    def wait_serving(self, path: str = "/health") -> None:
+        wait_until(lambda: self.serves(path), f"{self.name} serves {path}", START_TIMEOUT_S)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for a process that does not mind it, with all that it started."""
+        if not self.running:
+            return
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        for child in children:
+            if is_running(child.pid):
+                child.kill()
+
+    def engine_pid(self) -> int:
+        """Of a worker's engine process."""
+        children = psutil.Process(self.process.pid).children()
+        [engine] = [child.pid for child in children if "fastserve.engine.process" in child.cmdline()]
+        return engine
+
+    def rss_mb(self) -> float:
+        return float(psutil.Process(self.process.pid).memory_info().rss) / 1e6
+
+
+class Trio:
+    def __init__(self, folder: Path) -> None:
+        self.controller = Service("controller", "controller", [], folder)
+        to_controller = ["--controller-address", self.controller.address]
+        # Left to itself each worker would take 2 GB for the KV cache.
+        sizes = ["--max-total-tokens", "32768"]
+        self.workers = [
+            Service(f"worker-{number}", "model_worker", [*to_controller, *sizes], folder) for number in (1, 2)
+        ]
+        self.server = Service("server", "openai_api_server", to_controller, folder)
+
+    @property
+    def services(self) -> list[Service]:
+        return [self.controller, *self.workers, self.server]
+
+    def make_whole(self) -> None:
+        """Start what does not run, and wait until requests can reach both workers."""
+        for service in self.services:
+            if not service.running:
+                service.start()
+        for service in self.services:
+            service.wait_serving()
+        wait_until(lambda: self.table() == {worker.address for worker in self.workers}, "both registered", 15.0)
+        self.server.wait_serving("/ready")
+
+    def table(self) -> set[str]:
+        """The workers that the controller would give requests to."""
+        body = get(self.controller.address + "/workers")
+        return set() if body is None else {row.address for row in RoutingTable.model_validate_json(body).workers}
+
+    def stop(self) -> None:
+        for service in (self.server, *self.workers, self.controller):
+            service.stop()

@@ -1,0 +1,242 @@
+"""Processes die under load, and the clients notice nothing that could be spared them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+import pytest
+
+from .clients import Client, Eyes, Outcome, eventually, steady_load
+from .processes import START_TIMEOUT_S, Service, Trio, is_running
+
+Answers = dict[str, str]
+Record = Callable[[str, object], None]
+
+OUT_OF_DISPATCH_S = 2.0
+HEARTBEAT_S = 1.0
+SLACK_S = 1.5
+"""What a busy machine may add to a heartbeat interval."""
+
+
+@pytest.fixture
+def texts(solo_answers: Answers) -> list[str]:
+    """Long answers, so that there is always something to break, and as many short ones."""
+    by_length = sorted(solo_answers, key=lambda text: len(solo_answers[text]))
+    long, short = by_length[-12:], by_length[::18]
+    return [text for pair in zip(long, short, strict=False) for text in pair]
+
+
+def check(outcomes: Sequence[Outcome], answers: Answers, *, may_cut: bool) -> int:
+    """Every request was answered rightly; with `may_cut`, streams that had begun may end in an error. Returns these."""
+    assert outcomes, "no request was made"
+    cut = [one for one in outcomes if one.is_cut]
+    failed = [one for one in outcomes if not one.is_complete and not (may_cut and one.is_cut)]
+    assert not failed, f"{len(failed)} of {len(outcomes)} requests failed: {failed[:3]}"
+    wrong = [one for one in outcomes if one.is_complete and one.text != answers[one.question]]
+    assert not wrong, f"{len(wrong)} of {len(outcomes)} answers are not the ones to their questions: {wrong[:3]}"
+    mixed = [one for one in cut if not answers[one.question].startswith(one.text)]
+    assert not mixed, f"what came before the cut is not the answer's beginning: {mixed[:3]}"
+    return len(cut)
+
+
+async def more_answers(outcomes: list[Outcome], count: int) -> None:
+    goal = len(outcomes) + count
+
+    async def came() -> bool:
+        return len(outcomes) >= goal
+
+    await eventually(came, f"{count} more answers under load", 60.0)
+
+
+async def in_the_middle_of_work(eyes: Eyes, worker: Service) -> None:
+    async def works() -> bool:
+        seen = await eyes.metrics(worker.address)
+        return seen["fastserve_worker_requests_running"] >= 2 and seen["fastserve_engine_num_running"] >= 2
+
+    await eventually(works, f"{worker.name} has requests to lose", 30.0)
+
+
+async def gets_traffic(eyes: Eyes, worker: Service) -> None:
+    before = (await eyes.dispatched())[worker.address]
+
+    async def got() -> bool:
+        return (await eyes.dispatched())[worker.address] >= before + 3
+
+    await eventually(got, f"{worker.name} gets requests again", 20.0)
+
+
+async def hidden_failures(eyes: Eyes, trio: Trio) -> float:
+    """How many requests the API server had to hand to another worker, or could not."""
+    seen = await eyes.metrics(trio.server.address)
+    return seen["fastserve_gateway_retries_total"] + seen["fastserve_gateway_broken_streams_total"]
+
+
+async def leaves_dispatch(eyes: Eyes, worker: Service, since: float, within_s: float) -> float:
+    """Seconds from `since` until the controller gives the worker no more requests."""
+
+    async def is_out() -> bool:
+        return not await eyes.in_dispatch(worker.address)
+
+    await eventually(is_out, f"{worker.name} is out of dispatch", within_s)
+    return time.monotonic() - since
+
+
+async def test_worker_killed_under_load(
+    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
+) -> None:
+    victim, other = trio.workers
+    engine = victim.engine_pid()
+    async with steady_load(client, texts) as outcomes:
+        at_first = await eyes.dispatched()
+        await more_answers(outcomes, 60)
+        now = await eyes.dispatched()
+        shares = {address: now[address] - at_first[address] for address in now}
+        assert min(shares.values()) >= 0.05 * sum(shares.values()), f"the load is not shared: {shares}"
+
+        noticed = await hidden_failures(eyes, trio)
+        await in_the_middle_of_work(eyes, victim)
+        victim.kill()
+        killed = time.monotonic()
+        out_s = await leaves_dispatch(eyes, victim, killed, OUT_OF_DISPATCH_S)
+        await more_answers(outcomes, 40)
+        assert await hidden_failures(eyes, trio) > noticed, "no request was lost, so nothing was shown"
+
+        async def engine_is_gone() -> bool:
+            return not is_running(engine)
+
+        await eventually(engine_is_gone, "the dead worker's engine process ends", 5.0)
+
+        victim.start()
+
+        async def is_back() -> bool:
+            return victim.serves() if victim.running else False
+
+        await eventually(is_back, f"{victim.name} serves again", START_TIMEOUT_S)
+        await eventually(lambda: eyes.in_dispatch(victim.address), f"{victim.name} is in dispatch again", 5.0)
+        await gets_traffic(eyes, victim)
+    cut = check(outcomes, solo_answers, may_cut=True)
+    print(f"{len(outcomes)} requests, {cut} streams cut; out of dispatch after {out_s * 1000:.0f} ms; shares {shares}")
+    record_property("out_of_dispatch_ms", round(out_s * 1000))
+    await eyes.all_zero()
+
+
+async def test_controller_killed_under_load(
+    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
+) -> None:
+    async with asyncio.TaskGroup() as group, steady_load(client, texts) as outcomes:
+        await more_answers(outcomes, 20)
+        enduring = [
+            group.create_task(client.ask(texts[0], stream=number % 2 == 0, ignore_eos=True, max_tokens=1500))
+            for number in range(4)
+        ]
+        trio.controller.kill()
+        await more_answers(outcomes, 40)
+
+        trio.controller.start()
+        await eventually(eyes.table, "the controller answers again", 30.0)
+        began = time.monotonic()
+        still_running = [task for task in enduring if not task.done()]
+
+        async def is_whole() -> bool:
+            table = await eyes.table()
+            return table is not None and {row.address for row in table.workers} == {w.address for w in trio.workers}
+
+        await eventually(is_whole, "the restarted controller knows both workers", HEARTBEAT_S + SLACK_S)
+        whole_s = time.monotonic() - began
+        table = await eyes.table()
+        assert table is not None
+        known = sum(row.in_flight for row in table.workers)
+        still_running = [task for task in still_running if not task.done()]
+        assert still_running, "the long requests ended too early for this test to show anything"
+        assert known >= len(still_running), f"{len(still_running)} long requests run, the controller knows of {known}"
+        leases = {lease for row in table.workers for lease in row.status.leases}
+        assert len(leases) >= len(still_running), f"{len(still_running)} long requests run, but its leases are {leases}"
+        await more_answers(outcomes, 20)
+    check(outcomes, solo_answers, may_cut=False)
+    for task in enduring:
+        outcome = task.result()
+        assert outcome.is_complete, f"a long request failed: {outcome}"
+        assert outcome.finish_reason == "length", f"a long request ended early: {outcome}"
+    print(f"{len(outcomes)} requests; the controller was whole {whole_s * 1000:.0f} ms after it served again")
+    record_property("whole_after_ms", round(whole_s * 1000))
+    await eyes.all_zero()
+
+
+async def test_worker_told_to_stop_under_load(
+    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str]
+) -> None:
+    leaving = trio.workers[1]
+    async with steady_load(client, texts) as outcomes:
+        await more_answers(outcomes, 20)
+        await in_the_middle_of_work(eyes, leaving)
+        leaving.process.terminate()
+        told = time.monotonic()
+        out_s = await leaves_dispatch(eyes, leaving, told, OUT_OF_DISPATCH_S)
+
+        async def has_ended() -> bool:
+            return not leaving.running
+
+        await eventually(has_ended, f"{leaving.name} ends", 40.0)
+        ended_s = time.monotonic() - told
+        await more_answers(outcomes, 20)
+    check(outcomes, solo_answers, may_cut=False)
+    assert leaving.process.returncode == 0, (
+        f"it ended with exit code {leaving.process.returncode}:\n{leaving.log[-2000:]}"
+    )
+    print(f"{len(outcomes)} requests; out of dispatch after {out_s * 1000:.0f} ms, ended after {ended_s:.1f} s")
+    trio.make_whole()
+    await eyes.all_zero()
+
+
+async def test_engine_killed_under_load(
+    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
+) -> None:
+    victim = trio.workers[0]
+    before = (await eyes.metrics(victim.address))["fastserve_worker_engine_restarts_total"]
+    async with steady_load(client, texts) as outcomes:
+        await more_answers(outcomes, 20)
+        noticed = await hidden_failures(eyes, trio)
+        await in_the_middle_of_work(eyes, victim)
+        engine = victim.engine_pid()
+        psutil.Process(engine).kill()
+        killed = time.monotonic()
+
+        async def recovered() -> bool:
+            seen = await eyes.metrics(victim.address)
+            return seen["fastserve_worker_engine_restarts_total"] > before
+
+        await eventually(recovered, f"{victim.name} has started its engine again", START_TIMEOUT_S)
+        recovered_s = time.monotonic() - killed
+        assert victim.engine_pid() != engine
+        await gets_traffic(eyes, victim)
+        await more_answers(outcomes, 20)
+    cut = check(outcomes, solo_answers, may_cut=True)
+    assert cut + await hidden_failures(eyes, trio) > noticed, "no request was lost, so nothing was shown"
+    print(f"{len(outcomes)} requests, {cut} streams cut; the engine was back after {recovered_s:.1f} s")
+    record_property("engine_back_s", round(recovered_s, 1))
+    await eyes.all_zero()
+
+
+async def test_death_of_the_only_worker_is_told_in_openais_shape(
+    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers
+) -> None:
+    """The counterpart of the tests above: where nothing can be spared the client, it is told, at once and typed."""
+    only, other = trio.workers
+    other.stop()
+    asking = [
+        asyncio.create_task(client.ask("Say the alphabet.", stream=stream, ignore_eos=True, max_tokens=1900))
+        for stream in (True, False)
+    ]
+    await in_the_middle_of_work(eyes, only)
+    only.kill()
+    streamed, whole = await asyncio.wait_for(asyncio.gather(*asking), 10.0)
+    assert streamed.is_cut, f"not a typed error event: {streamed}"
+    assert whole.trouble is not None
+    assert whole.trouble.startswith("status 503"), whole
+    trio.make_whole()
+    again = await client.ask("Say the alphabet.", stream=True)
+    assert again.text == solo_answers["Say the alphabet."]
+    await eyes.all_zero()

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from fastserve.errors import OverloadedError
+from fastserve.worker.admission import Admission
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_past_the_queue_it_says_no_at_once() -> None:
+    clock = Clock()
+    admission = Admission(2, 3, clock)
+    release = asyncio.Event()
+
+    async def hold() -> None:
+        async with admission.permit():
+            await release.wait()
+
+    holders = [asyncio.create_task(hold()) for _ in range(5)]
+    await asyncio.sleep(0)
+    assert (admission.running, admission.waiting) == (2, 3)
+    with pytest.raises(OverloadedError) as caught:
+        async with admission.permit():
+            pass
+    assert caught.value.status == 429
+    assert caught.value.headers() == {"Retry-After": "1"}
+    release.set()
+    await asyncio.gather(*holders)
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+async def test_retry_after_follows_the_throughput() -> None:
+    clock = Clock()
+    admission = Admission(1, 10, clock)
+    for _ in range(5):  # one request in four seconds
+        async with admission.permit():
+            clock.now += 4
+    async with admission.permit():
+        waiting = [asyncio.create_task(admission.permit().__aenter__()) for _ in range(10)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as caught:
+            async with admission.permit():
+                pass
+        assert caught.value.retry_after_s == pytest.approx(10 / (5 / 16))
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_first_come_first_served() -> None:
+    admission = Admission(1, 10, Clock())
+    order = []
+
+    async def run(number: int) -> None:
+        async with admission.permit():
+            order.append(number)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(run(i) for i in range(8)))
+    assert order == list(range(8))
+
+
+async def test_leases_are_known_while_they_run_or_wait() -> None:
+    admission = Admission(1, 10, Clock())
+    async with admission.permit("a"):
+        waiting = asyncio.create_task(admission.permit("b").__aenter__())
+        await asyncio.sleep(0)
+        assert sorted(admission.leases) == ["a", "b"]
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert admission.leases == ["a"]
+    assert admission.leases == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_random_cancellations_leak_nothing(seed: int) -> None:
+    randomly = random.Random(seed)
+    admission = Admission(3, 1000, Clock())
+    most = 0
+
+    async def request(number: int) -> None:
+        nonlocal most
+        async with admission.permit(f"lease-{number % 40}"):
+            most = max(most, admission.running)
+            for _ in range(randomly.randrange(4)):
+                await asyncio.sleep(0)
+            if randomly.random() < 0.2:
+                raise ValueError("the request failed")
+
+    tasks = [asyncio.create_task(request(i)) for i in range(200)]
+    while not all(task.done() for task in tasks):
+        randomly.choice(tasks).cancel()
+        for _ in range(randomly.randrange(3)):
+            await asyncio.sleep(0)
+    assert (admission.running, admission.waiting, admission.leases) == (0, 0, [])
+    assert most <= 3
+    async with asyncio.timeout(1), admission.permit():
+        assert admission.running == 1

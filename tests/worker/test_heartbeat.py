@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from fastserve.worker.keeper import RestartPolicy
+from tests.worker.conftest import RunWorker, until
+
+FAST = 0.03
+
+
+class StubController:
+    """Remembers what it is told. `fastchat`: like FastChat's, it knows only who came by /register_worker."""
+
+    def __init__(self, *, fastchat: bool = False) -> None:
+        self.fastchat = fastchat
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.known: set[str] = set()
+        self._runner: web.AppRunner | None = None
+        self._port = 0
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_post("/{path}", self._take)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        await site.start()
+        self._port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        self.known.clear()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls]
+
+    async def _take(self, request: web.Request) -> web.Response:
+        path, body = request.match_info["path"], await request.json()
+        self.calls.append((path, body))
+        name = body["worker_name"]
+        if path == "deregister_worker":
+            self.known.discard(name)
+        elif path == "register_worker" or not self.fastchat:
+            self.known.add(name)
+        return web.json_response({"exist": name in self.known} if path == "receive_heart_beat" else None)
+
+
+@contextlib.asynccontextmanager
+async def controller(*, fastchat: bool = False) -> AsyncIterator[StubController]:
+    stub = StubController(fastchat=fastchat)
+    await stub.start()
+    try:
+        yield stub
+    finally:
+        await stub.stop()
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    return {"no_register": False, "heartbeat_interval_s": FAST}
+
+
+async def test_whole_status_every_interval_and_goodbye(run_worker: RunWorker, settings: dict[str, Any]) -> None:
+    async with controller() as stub:
+        async with run_worker(controller_address=stub.url + "/", model_names=("a", "b"), **settings) as running:
+            await until(lambda: len(stub.calls) >= 3)
+            assert set(stub.paths()) == {"receive_heart_beat"}
+            body = stub.calls[-1][1]
+            assert body["worker_name"] == running.url
+            assert body["queue_length"] == 0
+            status = body["status"]
+            assert status["model_names"] == ["a", "b"]
+            assert status["heartbeat_interval_s"] == FAST
+            assert status["context_length"] == 2048
+            assert status["leases"] == []
+            assert stub.known == {running.url}
+        assert stub.known == set()
+        assert stub.paths()[-1] == "deregister_worker"
+
+
+async def test_a_fastchat_controller_is_registered_with(run_worker: RunWorker, settings: dict[str, Any]) -> None:
+    async with controller(fastchat=True) as stub, run_worker(controller_address=stub.url, **settings) as running:
+        await until(lambda: stub.known == {running.url})
+        await until(lambda: len(stub.calls) >= 5)
+        assert stub.paths().count("register_worker") == 1
+        body = next(body for path, body in stub.calls if path == "register_worker")
+        assert body["check_heart_beat"] is True
+        assert body["worker_status"].keys() >= {"model_names", "speed", "queue_length"}
+
+
+async def test_a_restarted_controller_knows_it_again(
+    run_worker: RunWorker, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for fastchat in (False, True):
+        async with controller(fastchat=fastchat) as stub:
+            caplog.clear()
+            async with run_worker(controller_address=stub.url, **settings) as running:
+                await until(lambda: stub.known == {running.url})
+                await stub.stop()
+                await asyncio.sleep(FAST * 5)
+                assert caplog.text.count("cannot be reached") == 1
+                await stub.start()
+                assert await until(lambda: stub.known == {running.url}) < FAST * 10
+                await until(lambda: caplog.text.count("cannot be reached") == 1)
+
+
+async def test_nothing_is_told_before_requests_are_accepted(run_worker: RunWorker, settings: dict[str, Any]) -> None:
+    async with controller() as stub, run_worker(controller_address=stub.url, **settings) as running:
+        async with running.http.get(running.url + "/ready") as response:
+            assert response.status == 200
+        await until(lambda: bool(stub.calls))
+    async with controller() as stub, run_worker(controller_address=stub.url, no_register=True):
+        await asyncio.sleep(FAST * 3)
+        assert stub.calls == []
+
+
+async def test_a_dead_engine_takes_the_worker_out(run_worker: RunWorker, settings: dict[str, Any]) -> None:
+    async with controller() as stub:
+        policy = RestartPolicy(first_pause_s=0.2)
+        async with run_worker(controller_address=stub.url, restart_policy=policy, **settings) as running:
+            await until(lambda: stub.known == {running.url})
+            running.engine.die("crashed")
+            await until(lambda: stub.known == set())
+            await asyncio.sleep(FAST * 3)
+            assert stub.paths()[-1] == "deregister_worker"
+            await until(lambda: running.worker.keeper.ready)
+            await until(lambda: stub.known == {running.url})
+
+
+async def test_an_absent_controller_holds_nothing_up(
+    run_worker: RunWorker, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with run_worker(controller_address="http://127.0.0.1:9", **settings) as running:
+        await until(lambda: "cannot be reached" in caplog.text)
+        status, _ = await running.post("/v1/completions", {"model": "fastserve-demo", "prompt": "x"})
+        assert status == 200

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from fastserve.demo import demo_model_path
+from fastserve.errors import StartupError
+from fastserve.worker.model_source import default_name, resolve_model
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("fastserve-demo", "fastserve-demo"),
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/models/llama 2/", "llama 2"),
+        ("C:\\models\\llama", "llama"),
+    ],
+)
+def test_the_name_is_the_last_component(path: str, name: str) -> None:
+    assert default_name(path) == name
+
+
+def test_demo_and_folders(tmp_path: Path) -> None:
+    assert resolve_model("fastserve-demo", "main") == Path(demo_model_path())
+    with pytest.raises(StartupError, match=r"no config\.json"):
+        resolve_model(str(tmp_path), "main")
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path), "main") == tmp_path
+    with pytest.raises(StartupError, match="is a file"):
+        resolve_model(str(tmp_path / "config.json"), "main")
+    for missing in (str(tmp_path / "missing"), "./no/such/folder", "C:\\no\\such", "a/b/c"):
+        with pytest.raises(StartupError, match="no such folder"):
+            resolve_model(missing, "main")
+
+
+class Hub:
+    """Stands for the hub: a cache, and what can be downloaded."""
+
+    def __init__(self, folder: Path, *, weights: str, cached: bool, online: bool) -> None:
+        self.folder, self.weights, self.cached, self.online = folder, weights, cached, online
+        self.calls: list[tuple[bool, bool]] = []
+
+    def __call__(self, repository: str, *, revision: str, ignore_patterns: list[str], local_files_only: bool) -> str:
+        assert (repository, revision) == ("org/model", "v2")
+        with_bin = "*.bin" not in ignore_patterns
+        self.calls.append((local_files_only, with_bin))
+        if local_files_only and not self.cached:
+            raise LocalEntryNotFoundError("not in the cache")
+        if not local_files_only and not self.online:
+            raise LocalEntryNotFoundError("no connection to the hub\nmore text")
+        (self.folder / "config.json").write_text("{}")
+        if self.weights.endswith(".safetensors") or with_bin:
+            (self.folder / self.weights).write_text("")
+        return str(self.folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls"),
+    [
+        ({"weights": "m.safetensors", "cached": True, "online": False}, [(True, False)]),
+        ({"weights": "m.safetensors", "cached": False, "online": True}, [(True, False), (False, False)]),
+        ({"weights": "m.bin", "cached": False, "online": True}, [(True, False), (False, False), (False, True)]),
+    ],
+)
+def test_the_hub_is_asked_after_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], calls: list[tuple[bool, bool]]
+) -> None:
+    hub = Hub(tmp_path, **settings)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert resolve_model("org/model", "v2") == tmp_path
+    assert hub.calls == calls
+
+
+def test_a_hub_that_does_not_answer_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", Hub(tmp_path, weights="m.bin", cached=False, online=False)
+    )
+    with pytest.raises(StartupError, match="org/model.*no connection to the hub$"):
+        resolve_model("org/model", "v2")

@@ -1,0 +1,120 @@
+"""`python -m fastserve.model_worker` as a real process, on the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.worker.conftest import MODEL, until
+from tests.worker.test_heartbeat import controller
+
+STARTED = re.compile(r"Uvicorn running on (http://localhost:\d+)")
+
+
+class Process:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.log = ""
+        self.address = ""
+
+    async def read(self) -> None:
+        assert self.process.stderr is not None
+        while line := await self.process.stderr.readline():
+            self.log += line.decode()
+            if found := STARTED.search(self.log):
+                self.address = found[1]
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def start(*argv: str) -> AsyncIterator[Process]:
+    arguments = ["-m", "fastserve.model_worker", "--engine", "fake", "--port", "0", *argv]
+    process = Process(await asyncio.create_subprocess_exec(sys.executable, *arguments, stderr=asyncio.subprocess.PIPE))
+    reading = asyncio.create_task(process.read())
+    try:
+        yield process
+    finally:
+        if process.process.returncode is None:
+            process.process.kill()
+        await process.process.wait()
+        await reading
+
+
+async def test_it_serves_registers_and_says_goodbye_on_sigterm() -> None:
+    async with (
+        controller() as stub,
+        start("--controller-address", stub.url, "--heartbeat-interval-s", "0.05") as worker,
+        aiohttp.ClientSession() as http,
+    ):
+        await until(lambda: bool(worker.address), 20)
+        await until(lambda: stub.known == {worker.address})
+        ready = next(line for line in worker.log.splitlines() if "ready:" in line)
+        assert all(part in ready for part in (MODEL, worker.address, "context of 2048 tokens", "KV cache of"))
+        body = {"model": MODEL, "prompt": "word " * 200, "stream": True, "max_tokens": 150}
+        async with http.post(worker.address + "/v1/completions", json=body) as response:
+            assert response.status == 200
+            await response.content.readline()
+            worker.process.send_signal(signal.SIGTERM)
+            await until(lambda: stub.known == set())
+            rest = (await response.content.read()).decode()
+        assert rest.endswith("data: [DONE]\n\n"), "a running stream ends in its own time"
+        assert '"finish_reason":"length"' in rest
+        assert await worker.ended() in (0, -signal.SIGTERM)
+    assert stub.paths()[-1] == "deregister_worker"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--load-8bit",), "--load-8bit is not available"),
+        (("--model-path", "./no/such/model"), "./no/such/model: there is no such folder"),
+        (("--gpus", "0", "--num-gpus", "2"), "Larger --num-gpus (2) than --gpus 0!"),
+    ],
+)
+async def test_a_wrong_flag_ends_with_its_sentence(argv: tuple[str, ...], words: str) -> None:
+    async with start("--no-register", *argv) as worker:
+        assert await worker.ended() == 1
+    assert words in worker.log
+    assert "Traceback" not in worker.log
+
+
+async def test_a_model_that_cannot_be_read_ends_with_its_sentence(tmp_path: Path, model_dir: Path) -> None:
+    folder = tmp_path / "my model"
+    shutil.copytree(model_dir, folder)
+    (folder / "tokenizer.json").write_text("{")
+    async with start("--no-register", "--model-path", str(folder)) as worker:
+        assert await worker.ended() == 1
+    assert "tokenizer.json cannot be read" in worker.log.splitlines()[-1]
+    assert "Traceback" not in worker.log
+    assert "Uvicorn running" not in worker.log
+
+
+async def test_names_and_the_advertised_address(tmp_path: Path, model_dir: Path) -> None:
+    folder = tmp_path / "my model"
+    shutil.copytree(model_dir, folder)
+    async with (
+        controller() as stub,
+        start(
+            *("--controller", stub.url, "--worker-address", "http://example.invalid:1", "--model-path", str(folder))
+        ) as worker,
+        aiohttp.ClientSession() as http,
+    ):
+        await until(lambda: bool(worker.address), 20)
+        await until(lambda: stub.known == {"http://example.invalid:1"})
+        async with http.get(worker.address + "/v1/models") as response:
+            assert [card["id"] for card in json.loads(await response.text())["data"]] == ["my model"]
+        worker.process.send_signal(signal.SIGINT)
+        assert await worker.ended() == 0

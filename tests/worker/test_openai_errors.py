@@ -1,0 +1,155 @@
+"""What is refused, and how it is said. One worker serves the whole file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+
+from tests.worker.conftest import MODEL, Running, RunWorker
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(run_worker: RunWorker) -> AsyncIterator[Running]:
+    """A worker on the echoing engine, with all defaults."""
+    async with run_worker() as running:
+        yield running
+
+
+CHAT: dict[str, Any] = {"model": MODEL, "messages": HELLO}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"temperature": 2.5}, "temperature", "2.5"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
+        ({"top_k": -2}, "top_k", "-2"),
+        ({"min_p": 2}, "min_p", "2"),
+        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "-2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "1"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "128"),
+        ({"stop": ["x"] * 17}, "stop", "up to 16"),
+        ({"stop": ""}, "stop", "none of them empty"),
+        ({"stop": 3}, "stop", "string"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids", "run from 0"),
+        ({"logit_bias": {"5": 200}}, "logit_bias.5", "-100 to 100"),
+        ({"logit_bias": {"-5": 2}}, "logit_bias", "run from 0"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "max_tokens"),
+        ({"best_of": 1, "n": 2}, "best_of", "less than n"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "robot"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "string"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", "text part"),
+        ({"messages": None}, "messages", "array"),
+        ({"model": None}, "model", "string"),
+    ],
+)
+async def test_errors_name_field_value_and_remedy(
+    shared: Running, changes: dict[str, Any], param: str, words: str
+) -> None:
+    status, body = await shared.post("/v1/chat/completions", CHAT | changes)
+    assert status == 400
+    assert body["error"]["param"] == param
+    assert body["error"]["type"] == "invalid_request_error"
+    assert words in body["error"]["message"]
+    assert param.split(".")[0] in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param"),
+    [
+        ("chat", {"tools": [{"type": "function"}]}, "tools"),
+        ("chat", {"tool_choice": "auto"}, "tool_choice"),
+        ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("chat", {"functions": [{}]}, "functions"),
+        ("chat", {"audio": {"voice": "x"}}, "audio"),
+        ("chat", {"modalities": ["text", "audio"]}, "modalities"),
+        ("chat", {"web_search_options": {}}, "web_search_options"),
+        ("chat", {"prediction": {"type": "content"}}, "prediction"),
+        ("chat", {"service_tier": "flex"}, "service_tier"),
+        ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
+        ("chat", {"guided_json": {}}, "guided_json"),
+        ("chat", {"best_of": 2}, "best_of"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ("text", {"suffix": "x"}, "suffix"),
+        ("text", {"best_of": 3}, "best_of"),
+        ("text", {"use_beam_search": True}, "use_beam_search"),
+        ("text", {"echo": True, "logprobs": 1}, "logprobs"),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(
+    shared: Running, path: str, changes: dict[str, Any], param: str
+) -> None:
+    if path == "chat":
+        status, answer = await shared.post("/v1/chat/completions", CHAT | changes)
+    else:
+        status, answer = await shared.post("/v1/completions", {"model": MODEL, "prompt": "x"} | changes)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", param)
+    assert f"'{param}'" in answer["error"]["message"] or "image_url" in answer["error"]["message"]
+
+
+async def test_neutral_and_harmless_values_pass(shared: Running) -> None:
+    names = ("temperature", "top_p", "stop", "max_tokens", "n", "seed", "logit_bias", "tools", "response_format")
+    body = (
+        CHAT
+        | dict.fromkeys(names)
+        | {
+            "user": "u",
+            "metadata": {"a": "b"},
+            "store": False,
+            "tools": [],
+            "tool_choice": "none",
+            "response_format": {"type": "text"},
+            "modalities": ["text"],
+            "service_tier": "auto",
+            "stop": [],
+            "stream": False,
+        }
+    )
+    status, answer = await shared.post("/v1/chat/completions", body)
+    assert (status, answer.get("error")) == (200, None)
+
+
+async def test_unknown_fields_are_logged_once_and_counted(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        status, _ = await shared.post("/v1/chat/completions", CHAT | {"brand_new": 1})
+        assert status == 200
+    assert caplog.text.count("brand_new") == 1
+    async with shared.http.get(shared.url + "/metrics") as response:
+        assert 'fastserve_worker_unknown_fields_total{field="brand_new"} 2.0' in await response.text()
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [1, "x"], {"a": 1}, [-1], [10**7], True, None])
+async def test_prompts_that_make_no_sense(shared: Running, prompt: Any) -> None:
+    status, answer = await shared.post("/v1/completions", {"model": MODEL, "prompt": prompt})
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+
+
+async def test_other_errors(shared: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="other") as caught:
+        await shared.openai.chat.completions.create(model="other", messages=HELLO)
+    assert caught.value.code == "model_not_found"
+    async with shared.http.post(shared.url + "/v1/chat/completions", data=b"{not json") as response:
+        assert response.status == 400
+        assert "not valid JSON" in (await response.json())["error"]["message"]
+    async with shared.http.post(shared.url + "/v1/completions", data=b"[1]") as response:
+        assert response.status == 400
+    status, answer = await shared.post("/v1/completions", {"model": MODEL})
+    assert (status, answer["error"]["code"]) == (400, "missing_required_parameter")
+    assert (await shared.post("/nowhere", {}))[0] == 404

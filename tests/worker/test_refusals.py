@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastserve.config import WorkerConfig
+from fastserve.errors import StartupError
+from fastserve.worker.refusals import refuse_unavailable
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"device": "npu"}, "--device npu"),
+        ({"num_gpus": 2}, "--num-gpus"),
+        ({"load_8bit": True}, "--load-8bit"),
+        ({"cpu_offloading": True}, "--cpu-offloading"),
+        ({"gptq_wbits": 4}, "--gptq-wbits"),
+        ({"gptq_ckpt": "x"}, "--gptq-ckpt"),
+        ({"gptq_act_order": True}, "--gptq-act-order"),
+        ({"awq_wbits": 4}, "--awq-wbits"),
+        ({"awq_ckpt": "x"}, "--awq-ckpt"),
+        ({"enable_exllama": True}, "--enable-exllama"),
+        ({"exllama_cache_8bit": True}, "ExLlamaV2"),
+        ({"exllama_gpu_split": "20"}, "ExLlamaV2"),
+        ({"enable_xft": True}, "--enable-xft"),
+        ({"xft_dtype": "bf16"}, "xFasterTransformer"),
+        ({"embed_in_truncate": True}, "--embed-in-truncate"),
+        ({"conv_template": "vicuna"}, "--conv-template"),
+        ({"limit_worker_concurrency": 0}, "--limit-worker-concurrency 0"),
+        ({"queue_size": -1}, "--queue-size -1"),
+        ({"stream_interval": 0}, "--stream-interval 0"),
+        ({"heartbeat_interval_s": 0.0}, "--heartbeat-interval-s 0.0"),
+    ],
+)
+def test_each_flag_has_its_sentence(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        refuse_unavailable(WorkerConfig(**settings))
+    assert words in caught.value.message
+    assert caught.value.message.endswith(".")
+    assert "\n" not in caught.value.message
+
+
+def test_gpus_that_do_not_add_up() -> None:
+    with pytest.raises(StartupError) as caught:
+        refuse_unavailable(WorkerConfig(gpus="0,1", num_gpus=3))
+    assert caught.value.message == "Larger --num-gpus (3) than --gpus 0,1!"
+
+
+def test_what_a_launcher_gives_by_default_passes() -> None:
+    refuse_unavailable(WorkerConfig())
+    refuse_unavailable(
+        WorkerConfig(
+            gpus="0", num_gpus=1, max_gpu_memory="20GiB", gptq_wbits=16, gptq_groupsize=-1, limit_worker_concurrency=5
+        )
+    )

@@ -1,0 +1,116 @@
+"""The small parts: one choice, sampling defaults, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastserve.demo import demo_model_path
+from fastserve.engine.contract import LoadProgress, RequestOutput, SamplingParams, TokenLogprob
+from fastserve.text.tokenizer import load_tokenizer
+from fastserve.worker.choice import Choice, Delta
+from fastserve.worker.mailbox import Mailbox
+from fastserve.worker.progress import ProgressBar, ProgressLines, progress_reporter
+from fastserve.worker.sampling import SamplingDefaults, read_defaults
+
+TOKENIZER = load_tokenizer(Path(demo_model_path()))
+EOS = TOKENIZER.eos_token_ids[0]
+
+
+def fold(ids: list[int], cuts: list[int], interval: int, logprobs: int | None, stops: list[str]) -> list[Delta]:
+    params = SamplingParams(max_tokens=len(ids), stop_token_ids=(EOS,), logprobs=logprobs)
+    choice = Choice(0, TOKENIZER, params, stops, include_stop=False, interval=interval)
+    deltas, at = [], 0
+    for cut in [*cuts, len(ids)]:
+        part = ids[at : at + cut]
+        at += cut
+        ended = at >= len(ids)
+        output = RequestOutput("r", part, ("stop" if part[-1:] == [EOS] else "length") if ended else None)
+        if logprobs is not None:
+            output.logprobs = [TokenLogprob(token_id, -1.0, []) for token_id in part]
+        delta = choice.push(output)
+        if delta is not None:
+            deltas.append(delta)
+        if ended or (delta is not None and delta.finish_reason):
+            break
+    return deltas
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_chunks_intervals_and_logprobs_change_no_text(data: st.DataObject) -> None:
+    words = data.draw(st.lists(st.sampled_from(["hello", " world", " 世界", "😀", "12", "\n", " stop"]), max_size=12))
+    ids = TOKENIZER.encode("".join(words), add_special_tokens=False) + data.draw(st.sampled_from([[EOS], [5]]))
+    stops = data.draw(st.sampled_from([[], ["world"], [" stop", "12"]]))
+    cuts = data.draw(st.lists(st.integers(1, 4), max_size=30))
+    (plain,) = fold(ids, [], 10**9, None, stops)
+    deltas = fold(ids, cuts, data.draw(st.integers(1, 5)), data.draw(st.sampled_from([None, 0])), stops)
+    assert "".join(delta.text for delta in deltas) == plain.text
+    assert (deltas[-1].finish_reason, deltas[-1].num_tokens) == (plain.finish_reason, plain.num_tokens)
+    tokens = [token for delta in deltas for token in delta.tokens or []]
+    if tokens and plain.finish_reason == "stop":
+        written = b"".join(token.data for token in tokens).decode(errors="replace")
+        assert written.startswith(plain.text)
+        assert all(token.text_offset < len(plain.text) for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, SamplingDefaults()),
+        ({"temperature": 0.6, "top_k": 20}, SamplingDefaults(temperature=0.6, top_k=20)),
+        ({"do_sample": True, "top_p": 0.95}, SamplingDefaults(top_p=0.95)),
+        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, SamplingDefaults(repetition_penalty=1.1)),
+        ({"temperature": None}, SamplingDefaults()),
+    ],
+)
+def test_the_models_own_defaults(tmp_path: Path, config: dict[str, Any] | None, expected: SamplingDefaults) -> None:
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert read_defaults(tmp_path) == expected
+
+
+def test_progress_in_a_log(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    lines = ProgressLines(lambda: now)
+    with caplog.at_level(logging.INFO):
+        for done in range(1001):
+            lines(LoadProgress("loading weights", done * 1000, 1_000_000))
+        assert len(caplog.records) == 11
+        now = 6.0
+        lines(LoadProgress("loading weights", 1_000_000, 1_000_000))
+    assert caplog.records[1].message == "loading weights: 10 % of 1.0 MB"
+    assert len(caplog.records) == 12
+
+
+def test_progress_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    report = progress_reporter(stream)
+    assert isinstance(report, ProgressBar)
+    for done in (0, 50, 100):
+        report(LoadProgress("loading weights", done, 100))
+    assert "loading weights: 100%" in stream.getvalue()
+    assert isinstance(progress_reporter(io.StringIO()), ProgressLines)
+
+
+async def test_a_mailbox_gives_everything_then_ticks_then_ends() -> None:
+    box: Mailbox[int] = Mailbox()
+    box.put(1)
+    box.put(2)
+    assert await box.take(1) == [1, 2]
+    assert await box.take(0.001) == []
+    box.put(3)
+    box.close()
+    assert await box.take(1) == [3]
+    assert await box.take(1) is None

@@ -1,0 +1,174 @@
+"""What happens to streams when clients leave, queues fill and engines fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+
+from fastserve.engine.fake import noise
+from tests.worker.conftest import MODEL, Running, RunWorker, until
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+LONG: dict[str, Any] = {"model": MODEL, "messages": HELLO, "max_tokens": 1500}
+
+
+@pytest.mark.parametrize("body", [LONG, LONG | {"stream": True}, LONG | {"stream": True, "n": 3}])
+async def test_a_client_that_leaves_stops_the_engine(run_worker: RunWorker, body: dict[str, Any]) -> None:
+    async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
+        async with aiohttp.ClientSession() as http:
+            request = asyncio.create_task(http.post(running.url + "/v1/chat/completions", json=body))
+            await until(lambda: running.engine.stats.generated_tokens > 3)
+            request.cancel()
+        assert await running.idle() < 0.2
+        generated = running.engine.stats.generated_tokens
+        assert running.engine.stats.aborted == body.get("n", 1)
+        await asyncio.sleep(0.05)
+        assert running.engine.stats.generated_tokens == generated
+
+
+async def test_a_client_that_leaves_the_queue_is_forgotten(run_worker: RunWorker) -> None:
+    async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
+        async with aiohttp.ClientSession() as http:
+            for body in (LONG, LONG | {"stream": True}, LONG):
+                asyncio.ensure_future(http.post(running.url + "/v1/chat/completions", json=body))  # noqa: RUF006
+            await until(lambda: running.runtime.admission.waiting == 2)
+        assert await running.idle() < 0.2
+        assert len(running.engine.requests) == 1
+
+
+async def test_a_full_queue_is_429_with_retry_after(run_worker: RunWorker) -> None:
+    settings = {"limit_worker_concurrency": 1, "queue_size": 1}
+    async with run_worker(noise, token_s=0.01, **settings) as running, aiohttp.ClientSession() as http:
+        held = [
+            asyncio.create_task(http.post(running.url + "/v1/chat/completions", json=LONG | {"stream": True}))
+            for _ in range(2)
+        ]
+        await until(lambda: running.runtime.admission.waiting == 1)
+        for stream in (True, False):
+            with pytest.raises(openai.RateLimitError, match="busy") as caught:
+                await running.openai.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
+            assert int(caught.value.response.headers["retry-after"]) >= 1
+            assert caught.value.code == "overloaded"
+        async with http.get(running.url + "/metrics") as response:
+            text = await response.text()
+            assert "fastserve_worker_requests_running 1.0" in text
+            assert "fastserve_worker_requests_waiting 1.0" in text
+            assert 'fastserve_worker_requests_total{outcome="overloaded"} 2.0' in text
+        for task in held:
+            task.cancel()
+
+
+async def test_keep_alive_comments_while_waiting(run_worker: RunWorker) -> None:
+    async with run_worker(limit_worker_concurrency=1, first_token_s=1.3) as running:
+        body = {"model": MODEL, "prompt": "one two", "stream": True}
+
+        async def events() -> list[str]:
+            async with running.http.post(running.url + "/v1/completions", json=body) as response:
+                assert response.status == 200
+                return (await response.text()).split("\n\n")
+
+        first, queued = await asyncio.gather(events(), events())
+        for stream, least in ((first, 1), (queued, 2)):
+            comments = [event for event in stream if event.startswith(":")]
+            assert comments == [": keep-alive"] * len(comments)
+            assert len(comments) >= least
+            data = [event.removeprefix("data: ") for event in stream if event.startswith("data: ")]
+            assert data[-1] == "[DONE]"
+            assert "".join(json.loads(item)["choices"][0]["text"] for item in data[:-1]) == "one two"
+
+
+async def test_an_error_after_the_first_byte_is_the_last_event(run_worker: RunWorker) -> None:
+    async with run_worker(noise, token_s=0.01) as running:
+
+        async def read(http: aiohttp.ClientSession) -> list[str]:
+            async with http.post(running.url + "/v1/chat/completions", json=LONG | {"stream": True}) as response:
+                return (await response.text()).split("\n\n")
+
+        reading = asyncio.create_task(read(running.http))
+        await until(lambda: running.engine.stats.generated_tokens > 4)
+        running.engine.die("The engine fell over.")
+        *_, error, done, _ = await reading
+        assert done == "data: [DONE]"
+        told = json.loads(error.removeprefix("data: "))
+        assert told["error"]["message"] == "The engine fell over."
+        assert told["error"]["code"] == "engine_dead"
+        await until(lambda: running.worker.keeper.ready)
+        stream = await running.openai.chat.completions.create(stream=True, **LONG)
+        await anext(stream)
+        running.engine.fail(running.engine.requests[-1].request_id, "too hot")
+        with pytest.raises(openai.APIError, match="too hot"):
+            await _exhaust(stream)
+        status, answer = await running.post("/v1/chat/completions", LONG | {"max_tokens": 3})
+        assert status == 200
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
+async def _exhaust(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+async def test_leases_in_flight_are_told(run_worker: RunWorker) -> None:
+    async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
+        async with aiohttp.ClientSession() as http:
+            for i in range(3):
+                headers = {"x-fastserve-lease": f"lease-{i}"}
+                asyncio.ensure_future(  # noqa: RUF006
+                    http.post(running.url + "/v1/chat/completions", json=LONG, headers=headers)
+                )
+            await until(lambda: running.runtime.admission.waiting == 2)
+            status = running.runtime.status()
+            assert sorted(status.leases) == ["lease-0", "lease-1", "lease-2"]
+            assert status.queue_length == 3
+            assert status.max_concurrency == 1
+            assert status.kv_usage > 0
+        await running.idle()
+        assert running.runtime.status().leases == []
+
+
+async def test_three_hundred_requests_with_random_disconnects(run_worker: RunWorker) -> None:
+    randomly = random.Random(3)
+    outcomes: list[str] = []
+
+    async def one(running: Running, http: aiohttp.ClientSession, number: int) -> None:
+        prompt, stream = f"request number {number}", randomly.random() < 0.7
+        patience = randomly.choice([0.01, 0.05, 0.2, 30])
+        body = {"model": MODEL, "prompt": prompt, "stream": stream, "n": randomly.choice([1, 1, 3]), "max_tokens": 40}
+        try:
+            async with asyncio.timeout(patience), http.post(running.url + "/v1/completions", json=body) as response:
+                assert response.status == 200
+                raw = (await response.read()).decode()
+        except TimeoutError:
+            outcomes.append("left")
+            return
+        texts = [""] * 3
+        if stream:
+            events = [event.removeprefix("data: ") for event in raw.split("\n\n") if event.startswith("data: ")]
+            assert events[-1] == "[DONE]"
+            for event in events[:-1]:
+                choice = json.loads(event)["choices"][0]
+                texts[choice["index"]] += choice["text"]
+        else:
+            for choice in json.loads(raw)["choices"]:
+                texts[choice["index"]] = choice["text"]
+        assert [text for text in texts if text] == [prompt] * int(str(body["n"]))
+        outcomes.append("complete")
+
+    async with run_worker(token_s=0.003, limit_worker_concurrency=32) as running:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as http:
+            await asyncio.gather(*(one(running, http, i) for i in range(300)))
+            assert await running.idle() < 1
+        assert outcomes.count("left") > 30
+        assert outcomes.count("complete") > 30
+        stats = running.engine.stats
+        assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+        assert running.runtime.admission.leases == []
+        status, _ = await running.post("/v1/completions", {"model": MODEL, "prompt": "still well"})
+        assert status == 200
