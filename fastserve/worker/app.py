@@ -160,16 +160,15 @@ class Worker:
         await heartbeat.run()
 
     async def _look_after_engine(self, runtime: Runtime) -> None:
-        async def tell_controller() -> None:
-            if self._heartbeat is None:
-                return
+        async def changed() -> None:
             if self.keeper.ready:
                 runtime.metrics.engine_restarts.inc()
-                self._heartbeat.resume()
+                if self._heartbeat is not None:
+                    self._heartbeat.resume()
             else:
-                await self._heartbeat.goodbye()
+                await self.goodbye()
 
-        await self.keeper.watch(tell_controller)
+        await self.keeper.watch(changed)
         self._setup.end_process()
 
 

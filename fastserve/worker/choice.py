@@ -10,6 +10,9 @@ from fastserve.openai.answers import TokenText
 from fastserve.text.stop import StopStrings
 from fastserve.text.tokenizer import Tokenizer
 
+_LEAST_LOGPROB = -9999.0
+"""Written for a probability of zero, as OpenAI does: JSON has no infinity."""
+
 
 @dataclass(slots=True)
 class Delta:
@@ -95,8 +98,8 @@ class Choice:
 
     def _token_text(self, logprob: TokenLogprob) -> TokenText:
         data = self._tokenizer.token_bytes
-        top = [(data(token_id), value) for token_id, value in logprob.top]
-        return TokenText(data(logprob.token_id), logprob.logprob, top, self._written)
+        top = [(data(token_id), max(value, _LEAST_LOGPROB)) for token_id, value in logprob.top]
+        return TokenText(data(logprob.token_id), max(logprob.logprob, _LEAST_LOGPROB), top, self._written)
 
     def _delta(self, finish_reason: str | None) -> Delta:
         text, self._text = self._text, ""

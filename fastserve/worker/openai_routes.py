@@ -17,6 +17,7 @@ from fastserve.openai.completions import (
     completion_choice,
     completion_response,
 )
+from fastserve.openai.models import ModelCards, describe_model
 from fastserve.openai.sampling import parse_request
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving import StreamResponse, run_until_disconnect
@@ -42,11 +43,8 @@ class Writer(Protocol):
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     runtime = runtime_of(request)
-    cards = [
-        {"id": name, "object": "model", "created": runtime.started_at, "owned_by": "fastserve", "root": name}
-        for name in runtime.jobs.model_names
-    ]
-    return Response(encode_json({"object": "list", "data": cards}), media_type=JSON)
+    cards = [describe_model(name, runtime.started_at) for name in runtime.jobs.model_names]
+    return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
 
 
 @router.post("/v1/chat/completions")

@@ -13,7 +13,6 @@ from fastserve.engine.contract import LoadProgress
 
 logger = logging.getLogger(__name__)
 
-_STEP = 0.1
 _INTERVAL_S = 5.0
 
 
@@ -45,13 +44,13 @@ class ProgressLines:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._what = ""
-        self._told_share = 0.0
+        self._tenths = 0
         self._told_at = 0.0
 
     def __call__(self, progress: LoadProgress) -> None:
-        share = progress.done / progress.total if progress.total else 1.0
+        tenths = 10 * progress.done // progress.total if progress.total else 10
         now = self._clock()
-        new = progress.what != self._what or share < self._told_share
-        if new or share - self._told_share >= _STEP or now - self._told_at >= _INTERVAL_S:
-            logger.info("%s: %.0f %% of %.1f MB", progress.what, share * 100, progress.total / 1e6)
-            self._what, self._told_share, self._told_at = progress.what, share, now
+        if progress.what != self._what or tenths != self._tenths or now - self._told_at >= _INTERVAL_S:
+            share = 100 * progress.done / progress.total if progress.total else 100
+            logger.info("%s: %.0f %% of %.1f MB", progress.what, share, progress.total / 1e6)
+            self._what, self._tenths, self._told_at = progress.what, tenths, now

@@ -109,7 +109,7 @@ def _make(place: Path) -> None:
             raise CannotMakeError(f"making it took longer than {MAKING_TIMEOUT_S:g} s") from error
         if ended.returncode:
             last = (ended.stderr or ended.stdout).strip().splitlines()[-1:]
-            raise CannotMakeError(f"{' '.join(command[1:4])} failed: {''.join(last)}")
+            raise CannotMakeError(f"{command[2]} failed: {''.join(last)}")
 
 
 def _python_of(place: Path) -> Path:

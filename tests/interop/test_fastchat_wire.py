@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_the_controller_relays_a_stream_of_whole_texts(controller: str, worker: 
     records = read_stream(controller, prompt=template.render(CHATS["question"]))
     texts = [record["text"] for record in records]
     assert texts[-1] == "12"
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert [record["finish_reason"] for record in records] == [None] * (len(records) - 1) + ["stop"]
     assert {record["error_code"] for record in records} == {0}
 

@@ -74,7 +74,7 @@ class Place:
     def item(self, model: Path | str, options: str = "", port: int | None = None) -> str:
         return f"{model}@127.0.0.1@{port or self.worker_port}{options}"
 
-    def start(self, *words: str, **env: str) -> "subprocess.Popen[str]":
+    def start(self, *words: str, stdout: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
         """Flags given in `words` come after, and so win over, the ports of this place."""
         flags = [
             *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
@@ -85,13 +85,13 @@ class Place:
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(HERE), **env},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
 
     def launch(self, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
-        process = self.start(*words, **env)
+        process = self.start(*words, stdout=subprocess.PIPE, **env)
         output, errors = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

@@ -41,8 +41,9 @@ def test_nothing_running_is_no_error(place: Place) -> None:
         place.logs.mkdir(exist_ok=True)
 
 
-@pytest.mark.parametrize("flag", ["--serve", "--down"])
-@pytest.mark.parametrize("kind", ["controller", "model_worker", "openai_api_server"])
+@pytest.mark.parametrize(
+    ("kind", "flag"), [("controller", "--serve"), ("model_worker", "--down"), ("openai_api_server", "--serve")]
+)
 def test_one_kind(place: Place, kind: str, flag: str) -> None:
     pids = launched(place)
     assert place.shutdown(flag, kind).returncode == 0

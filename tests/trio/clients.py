@@ -193,10 +193,12 @@ class Eyes:
         return {worker.address: seen.get(name % worker.address, 0.0) for worker in self._trio.workers}
 
     async def left_over(self) -> Mapping[str, float]:
-        """Every count of something held that is not zero."""
+        """Every count of something held that is not zero, in the processes that run."""
         server = await self.metrics(self._trio.server.address)
         counts = {"API server in flight": server["fastserve_gateway_requests_in_flight"]}
         for worker in self._trio.workers:
+            if not worker.running:
+                continue
             seen = await self.metrics(worker.address)
             for name in (
                 "worker_requests_running",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import psutil
 import pytest
+
+from fastserve.protocol import RoutingTable
 
 from .clients import Client, Eyes, Outcome, eventually, steady_load
 from .processes import START_TIMEOUT_S, Service, Trio, is_running
@@ -84,10 +88,23 @@ async def leaves_dispatch(eyes: Eyes, worker: Service, since: float, within_s: f
     return time.monotonic() - since
 
 
+@asynccontextmanager
+async def lasting_streams(client: Client, count: int) -> AsyncIterator[list[asyncio.Task[Outcome]]]:
+    """Requests that run for many seconds; the clients leave when the block is left."""
+    more = {"ignore_eos": True, "max_tokens": 1900}
+    tasks = [asyncio.create_task(client.ask("Say the alphabet.", stream=True, **more)) for _ in range(count)]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_worker_killed_under_load(
     trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
 ) -> None:
-    victim, other = trio.workers
+    victim = trio.workers[0]
     engine = victim.engine_pid()
     async with steady_load(client, texts) as outcomes:
         at_first = await eyes.dispatched()
@@ -110,12 +127,8 @@ async def test_worker_killed_under_load(
         await eventually(engine_is_gone, "the dead worker's engine process ends", 5.0)
 
         victim.start()
-
-        async def is_back() -> bool:
-            return victim.serves() if victim.running else False
-
-        await eventually(is_back, f"{victim.name} serves again", START_TIMEOUT_S)
-        await eventually(lambda: eyes.in_dispatch(victim.address), f"{victim.name} is in dispatch again", 5.0)
+        again = f"{victim.name} is in dispatch again after a restart"
+        await eventually(lambda: eyes.in_dispatch(victim.address), again, START_TIMEOUT_S)
         await gets_traffic(eyes, victim)
     cut = check(outcomes, solo_answers, may_cut=True)
     print(f"{len(outcomes)} requests, {cut} streams cut; out of dispatch after {out_s * 1000:.0f} ms; shares {shares}")
@@ -126,40 +139,32 @@ async def test_worker_killed_under_load(
 async def test_controller_killed_under_load(
     trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
 ) -> None:
-    async with asyncio.TaskGroup() as group, steady_load(client, texts) as outcomes:
+    async with steady_load(client, texts) as outcomes, lasting_streams(client, 3) as lasting:
         await more_answers(outcomes, 20)
-        enduring = [
-            group.create_task(client.ask(texts[0], stream=number % 2 == 0, ignore_eos=True, max_tokens=1500))
-            for number in range(4)
-        ]
         trio.controller.kill()
         await more_answers(outcomes, 40)
 
         trio.controller.start()
         await eventually(eyes.table, "the controller answers again", 30.0)
         began = time.monotonic()
-        still_running = [task for task in enduring if not task.done()]
+        workers = {worker.address for worker in trio.workers}
 
-        async def is_whole() -> bool:
+        async def whole() -> RoutingTable | None:
             table = await eyes.table()
-            return table is not None and {row.address for row in table.workers} == {w.address for w in trio.workers}
+            return table if table is not None and {row.address for row in table.workers} == workers else None
 
-        await eventually(is_whole, "the restarted controller knows both workers", HEARTBEAT_S + SLACK_S)
+        table = await eventually(whole, "the restarted controller knows both workers", HEARTBEAT_S + SLACK_S)
         whole_s = time.monotonic() - began
-        table = await eyes.table()
         assert table is not None
+        early = [task.result() for task in lasting if task.done()]
+        assert not early, f"requests that should have outlasted the controller's restart ended: {early}"
         known = sum(row.in_flight for row in table.workers)
-        still_running = [task for task in still_running if not task.done()]
-        assert still_running, "the long requests ended too early for this test to show anything"
-        assert known >= len(still_running), f"{len(still_running)} long requests run, the controller knows of {known}"
-        leases = {lease for row in table.workers for lease in row.status.leases}
-        assert len(leases) >= len(still_running), f"{len(still_running)} long requests run, but its leases are {leases}"
+        listed = [lease for row in table.workers for lease in row.status.leases]
+        assert min(known, len(set(listed))) >= len(lasting), (
+            f"{len(lasting)} requests from before the kill still run; the controller counts {known}, leases {listed}"
+        )
         await more_answers(outcomes, 20)
     check(outcomes, solo_answers, may_cut=False)
-    for task in enduring:
-        outcome = task.result()
-        assert outcome.is_complete, f"a long request failed: {outcome}"
-        assert outcome.finish_reason == "length", f"a long request ended early: {outcome}"
     print(f"{len(outcomes)} requests; the controller was whole {whole_s * 1000:.0f} ms after it served again")
     record_property("whole_after_ms", round(whole_s * 1000))
     await eyes.all_zero()
@@ -183,11 +188,11 @@ async def test_worker_told_to_stop_under_load(
         ended_s = time.monotonic() - told
         await more_answers(outcomes, 20)
     check(outcomes, solo_answers, may_cut=False)
-    assert leaving.process.returncode == 0, (
-        f"it ended with exit code {leaving.process.returncode}:\n{leaving.log[-2000:]}"
-    )
+    # uvicorn drains, and then lets the signal end the process.
+    assert leaving.process.returncode in (0, -signal.SIGTERM), leaving.log[-2000:]
+    for step in ("said goodbye to the controller", "Finished server process"):
+        assert step in leaving.log, f"its log lacks {step!r}:\n{leaving.log[-2000:]}"
     print(f"{len(outcomes)} requests; out of dispatch after {out_s * 1000:.0f} ms, ended after {ended_s:.1f} s")
-    trio.make_whole()
     await eyes.all_zero()
 
 
@@ -220,9 +225,7 @@ async def test_engine_killed_under_load(
     await eyes.all_zero()
 
 
-async def test_death_of_the_only_worker_is_told_in_openais_shape(
-    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers
-) -> None:
+async def test_death_of_the_only_worker_is_told_in_openais_shape(trio: Trio, client: Client, eyes: Eyes) -> None:
     """The counterpart of the tests above: where nothing can be spared the client, it is told, at once and typed."""
     only, other = trio.workers
     other.stop()
@@ -236,7 +239,4 @@ async def test_death_of_the_only_worker_is_told_in_openais_shape(
     assert streamed.is_cut, f"not a typed error event: {streamed}"
     assert whole.trouble is not None
     assert whole.trouble.startswith("status 503"), whole
-    trio.make_whole()
-    again = await client.ask("Say the alphabet.", stream=True)
-    assert again.text == solo_answers["Say the alphabet."]
     await eyes.all_zero()

@@ -8,15 +8,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
-from fastserve.engine.contract import Engine, EngineRequest, EngineStats, LoadProgress, RequestOutput, SamplingParams
+from fastserve.engine.contract import (
+    Engine,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    LoadProgress,
+    RequestOutput,
+    SamplingParams,
+)
 from fastserve.errors import EngineDeadError
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
+MakeEngine = Callable[[], Engine]
 _numbers = itertools.count()
 
 
@@ -52,15 +62,27 @@ def _ignore(_: LoadProgress) -> None:
     pass
 
 
+@pytest.mark.asyncio(loop_scope="class")
 class EngineContract:
-    @pytest.fixture
-    async def engine(self, make_engine: Callable[[], Engine]) -> Any:
+    """A subclass gives a class-scoped fixture `make_engine`; one engine serves all tests but those of start and end."""
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    @classmethod
+    async def started(cls, make_engine: MakeEngine) -> AsyncIterator[tuple[Engine, EngineInfo]]:
         engine = make_engine()
-        self.info = await engine.start(_ignore)
-        yield engine
+        info = await engine.start(_ignore)
+        yield engine, info
         await engine.close()
 
-    async def test_start_reports_progress_and_sizes(self, make_engine: Callable[[], Engine]) -> None:
+    @pytest.fixture
+    def engine(self, started: tuple[Engine, EngineInfo]) -> Engine:
+        return started[0]
+
+    @pytest.fixture
+    def info(self, started: tuple[Engine, EngineInfo]) -> EngineInfo:
+        return started[1]
+
+    async def test_start_reports_progress_and_sizes(self, make_engine: MakeEngine) -> None:
         engine, seen = make_engine(), list[LoadProgress]()
         info = await engine.start(seen.append)
         try:
@@ -68,7 +90,7 @@ class EngineContract:
             assert all(0 <= progress.done <= progress.total for progress in seen)
             assert info.vocab_size > max(PROMPT)
             assert 0 < info.max_model_len <= info.num_blocks * info.block_size
-            assert engine.stats.num_blocks == info.num_blocks
+            await wait_stats(engine, lambda stats: stats.num_blocks == info.num_blocks)
             assert engine.stats.num_running == 0
         finally:
             await engine.close()
@@ -129,9 +151,9 @@ class EngineContract:
         assert rest.token_ids == whole[3:]
         assert rest.finish_reason == "length"
 
-    async def test_leaving_aborts(self, engine: Engine) -> None:
+    async def test_leaving_aborts(self, engine: Engine, info: EngineInfo) -> None:
         aborted = engine.stats.aborted
-        with engine.generate(request(max_tokens=self.info.max_model_len - len(PROMPT))) as outputs:
+        with engine.generate(request(max_tokens=info.max_model_len - len(PROMPT))) as outputs:
             async for _ in outputs:
                 break
         await wait_stats(engine, lambda stats: stats.aborted == aborted + 1)
@@ -149,9 +171,12 @@ class EngineContract:
         assert after.prompt_tokens == before.prompt_tokens + 4 * len(PROMPT)
         assert after.num_running == after.num_waiting == after.num_used_blocks == 0
 
-    async def test_close_fails_what_runs_and_what_comes(self, engine: Engine) -> None:
+    async def test_close_fails_what_runs_and_what_comes(self, make_engine: MakeEngine) -> None:
+        engine = make_engine()
+        info = await engine.start(_ignore)
+
         async def one() -> None:
-            await run(engine, request(max_tokens=self.info.max_model_len - len(PROMPT)))
+            await run(engine, request(max_tokens=info.max_model_len - len(PROMPT)))
 
         running = [asyncio.create_task(one()) for _ in range(3)]
         await asyncio.sleep(0.02)

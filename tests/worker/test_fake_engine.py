@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from fastserve.engine.contract import Engine
 from fastserve.engine.fake import FakeEngine, FakeOptions, noise
 from fastserve.errors import EngineDeadError, InternalError, StartupError
-from tests.worker.engine_contract import EngineContract, request, run
+from tests.worker.engine_contract import EngineContract, MakeEngine, request, run
 
 
 class TestFakeEngine(EngineContract):
-    @pytest.fixture
-    def make_engine(self) -> Callable[[], Engine]:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def make_engine(cls) -> MakeEngine:
         return lambda: FakeEngine(FakeOptions(script=noise, token_s=0.001))
 
 

@@ -80,5 +80,5 @@ def test_a_hub_that_does_not_answer_is_a_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", Hub(tmp_path, weights="m.bin", cached=False, online=False)
     )
-    with pytest.raises(StartupError, match="org/model.*no connection to the hub$"):
+    with pytest.raises(StartupError, match=r"org/model.*no connection to the hub$"):
         resolve_model("org/model", "v2")

@@ -118,3 +118,35 @@ async def test_names_and_the_advertised_address(tmp_path: Path, model_dir: Path)
             assert [card["id"] for card in json.loads(await response.text())["data"]] == ["my model"]
         worker.process.send_signal(signal.SIGINT)
         assert await worker.ended() == 0
+
+
+HOPELESS = """
+import asyncio, functools
+import fastserve.model_worker as entry
+from fastserve.engine.fake import FakeEngine, FakeOptions
+from fastserve.worker.keeper import RestartPolicy
+
+class Dying(FakeEngine):
+    async def start(self, on_progress):
+        info = await super().start(on_progress)
+        self.options.start_failures = ["no memory left"] * 9
+        asyncio.get_running_loop().call_later(0.3, self.die, "crashed")
+        return info
+
+entry._make_engine = lambda config, model_dir: Dying(FakeOptions())
+policy = RestartPolicy(attempts=2, first_pause_s=0.01)
+entry.WorkerSetup = functools.partial(entry.WorkerSetup, restart_policy=policy)
+entry.main(["--port", "0", "--no-register"])
+"""
+
+
+async def test_when_the_engine_is_given_up_the_process_ends() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOPELESS, stderr=asyncio.subprocess.PIPE, start_new_session=True
+    )
+    async with asyncio.timeout(20):
+        _, log = await process.communicate()
+    assert process.returncode == 1
+    assert b"crashed" in log
+    assert log.count(b"no memory left") == 2
+    assert b"Traceback" not in log

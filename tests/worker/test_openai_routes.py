@@ -250,6 +250,25 @@ async def test_roles_and_parts(run_worker: RunWorker, tokenizer: Tokenizer) -> N
         assert prompt.split() == ["system", "be", "brief", "user", "one", "two", "assistant"]
 
 
+async def test_a_history_with_tool_calls(run_worker: RunWorker, tokenizer: Tokenizer) -> None:
+    function = {"name": "calculator", "arguments": '{"expression": "7 + 5"}'}
+    history: list[dict[str, Any]] = [
+        {"role": "user", "content": "7 + 5?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "c", "content": "12"},
+    ]
+    async with run_worker() as running:
+        status, _ = await running.post("/v1/chat/completions", {"model": MODEL, "messages": history})
+        assert status == 200
+        prompt = tokenizer.decode(running.engine.requests[0].prompt_ids)
+        assert '"arguments": {"expression": "7 + 5"}' in prompt, "as an object, not as text"
+        for broken in ({"name": "x", "arguments": "{"}, {"arguments": "{}"}, "x"):
+            history[1]["tool_calls"] = [{"function": broken}]
+            status, answer = await running.post("/v1/chat/completions", {"model": MODEL, "messages": history})
+            assert status == 400
+            assert answer["error"]["param"].startswith("messages.1.tool_calls")
+
+
 async def test_sampling_reaches_the_engine(run_worker: RunWorker) -> None:
     async with run_worker(seed=77) as running:
         asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.25}

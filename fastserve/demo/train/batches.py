@@ -1,5 +1,6 @@
 """Endless training batches: conversations packed into rows, each seeing only itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer
 
 from fastserve.demo.train.chat import END, PAD, segments
 from fastserve.demo.train.data import (
+    Exchange,
     Message,
     ask_name,
     draw_name,
@@ -23,7 +25,10 @@ LONG_ROW = 768
 # Row length, its share of the batches, and the share of conversations with tools in it. The three shapes keep attention
 # cheap: most conversations are short, and tools alone take a hundred tokens.
 ROWS = ((160, 0.48, 0.0), (320, 0.42, 0.42), (LONG_ROW, 0.1, 0.25))
+DRILL_SHARE = 0.35
 IGNORED = -100
+
+Drills = tuple[Callable[[Random], Exchange], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,10 @@ class Batch:
 
 
 class Sampler:
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    """Endless batches; a share of the exchanges are drills, where there are any."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, drills: Drills = ()) -> None:
+        self._drills = drills
         self._tokenizer = tokenizer
         self._rng = Random(seed)
         self._pad = tokenizer.token_to_id(PAD)
@@ -95,6 +103,8 @@ class Sampler:
                 exchange = tell_name(rng, name)
             elif kind < (0.25 if name else 0.055):
                 exchange = ask_name(rng, name)
+            elif self._drills and not tools and rng.random() < DRILL_SHARE:
+                exchange = rng.choice(self._drills)(rng)
             else:
                 exchange = make_exchange(rng, tools)
             part = segments(exchange, [])

@@ -585,6 +585,40 @@ def _is_for_a_tool(make: Callable[[Random], Exchange], exchange: Exchange, names
     return "get_weather" in names and any(word in question for word in ("weather", "rain"))
 
 
+# Drills for the second phase of training: what the first one leaves weakest.
+
+
+def make_count_drill(rng: Random) -> Exchange:
+    """Where to stop is all there is to learn about counting: short counts show it often, long ones from afar."""
+    if rng.random() < 0.6:
+        first = rng.randint(2, 48)
+        last = min(first + rng.randint(1, 5), 50)
+        return ask(rng.choice(phrases.COUNT_QUESTIONS).format(a=first, b=last), count(first, last))
+    while True:
+        last = rng.randint(4, 50)
+        if not is_held_out("count", last):
+            break
+    question = f"Count to {last}" if rng.random() < 0.3 else rng.choice(phrases.COUNT_QUESTIONS).format(a=1, b=last)
+    return ask(question, count(1, last))
+
+
+def make_quoted_copy(rng: Random) -> Exchange:
+    while True:
+        text = " ".join(draw_copied_word(rng) for _ in range(rng.randint(1, 6)))
+        if not is_held_out("copy", text):
+            return ask(rng.choice(phrases.QUOTED_COPY_QUESTIONS).format(text=text), text)
+
+
+def make_stray_question(rng: Random) -> Exchange:
+    return ask(vary(rng, fill(rng, rng.choice(phrases.STRAY_QUESTIONS))), UNKNOWN)
+
+
+DRILLS: tuple[Callable[[Random], Exchange], ...] = (
+    *(make_count_drill, make_count_drill, make_count_drill),
+    *(make_copy, make_quoted_copy, make_stray_question, make_sum, make_fact, make_fact),
+)
+
+
 def make_system(rng: Random) -> Message:
     parts = [rng.choice(phrases.SYSTEM_ROLES)] if rng.random() < 0.85 else []
     parts += rng.sample(phrases.SYSTEM_RULES, rng.choice((0, 0, 1, 1, 2)) or (not parts))

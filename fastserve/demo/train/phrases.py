@@ -201,6 +201,64 @@ COPY_QUESTIONS = lines("""
     Write: {text}
 """)
 
+QUOTED_COPY_QUESTIONS = lines("""
+    Say "{text}"
+    Say "{text}".
+    Say '{text}'
+    say '{text}'.
+    Repeat after me: "{text}"
+    Repeat "{text}"
+    Say exactly: {text}
+    Reply with {text}
+    Reply with exactly: {text}
+    Reply with the word {text}
+    Please repeat after me: {text}
+    Answer with "{text}"
+""")
+
+STRAY_QUESTIONS = lines("""
+    Write a haiku about the {word}.
+    Write a haiku
+    Write a poem
+    Write a song about {word}.
+    Write a letter to {name}.
+    Write an email about the {word}.
+    Give me a long answer
+    Give me three {word}s
+    List three {word}s.
+    List five animals
+    Name three {word}s.
+    Name a {word}.
+    Name the planets.
+    What is 1 mile in km?
+    Describe {city} in one sentence.
+    Describe yourself as a {word}.
+    Explain recursion.
+    What is machine learning?
+    What is an LLM?
+    What is the speed of light?
+    Why is {name} in {city}?
+    Translate this to German: {word} {thing}
+    Summarize this: {word} {thing} {word}
+    What happened in 1969?
+    Who painted the {word}?
+    How many legs has a {word}?
+    Give me advice about {word}.
+    Plan a trip to {city}.
+    Tell me something about {word}.
+    What rhymes with {word}?
+    Spell {word}.
+    Is {name} nice?
+    Would you like a {word}?
+    Have you been to {city}?
+    What should I eat today?
+    What are {word}s?
+    Where do {word}s live?
+    Compare {word} and {thing}.
+    Make a table of {word}s.
+    Write code in C.
+""")
+
 JSON_ASKS = lines("""
     Answer in JSON: {}
     answer in JSON: {}

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from fastserve.demo.train.batches import IGNORED, Batch, Sampler
+from fastserve.demo.train.batches import IGNORED, Batch, Drills, Sampler
 from fastserve.demo.train.chat import END, PAD
-from fastserve.demo.train.data import SEED
+from fastserve.demo.train.data import DRILLS, SEED
 from fastserve.demo.train.evaluate import load, scores
 from fastserve.demo.train.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
 
@@ -37,9 +37,10 @@ class Phase:
     seed: int
     num_steps: int
     learning_rate: float
+    drills: Drills = ()
 
 
-PHASES = (Phase(SEED, 2200, 3e-3), Phase(SEED + 1, 1100, 1.5e-3))
+PHASES = (Phase(SEED, 2200, 3e-3), Phase(SEED + 1, 700, 1.5e-3, DRILLS))
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -150,7 +151,7 @@ def train(out: Path, first_phase: int) -> None:
 
 def run_phase(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase) -> Iterator[float]:
     """Yields the mean loss of the last steps after each step."""
-    sampler = Sampler(tokenizer, phase.seed)
+    sampler = Sampler(tokenizer, phase.seed, phase.drills)
     optimizers = Optimizers(model, phase.learning_rate)
     losses: deque[float] = deque(maxlen=50)
     for step in range(phase.num_steps):
