@@ -99,7 +99,7 @@ class EngineProcess:
         self._socket.set_hwm(0)
         if os.name == "nt":
             self._socket.bind("tcp://127.0.0.1:*")
-            return bytes(self._socket.last_endpoint).decode()
+            return str(self._socket.get_string(zmq.LAST_ENDPOINT))
         self._folder = tempfile.mkdtemp(prefix="fastserve-")  # mode 0700: nobody else can join
         endpoint = f"ipc://{self._folder}/engine"
         self._socket.bind(endpoint)

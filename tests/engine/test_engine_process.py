@@ -50,6 +50,10 @@ async def answer(engine: EngineProcess, request: EngineRequest) -> RequestOutput
     return whole
 
 
+def weights_bytes(path: str) -> int:
+    return os.path.getsize(Path(path) / "model.safetensors")
+
+
 async def eventually(condition: object, timeout_s: float = 10.0) -> float:
     """Wait until the condition holds; the seconds it took."""
     assert callable(condition)
@@ -131,6 +135,7 @@ async def test_death_fails_the_running_and_a_restart_serves_again(engine: Engine
 @module_loop
 async def test_progress_counts_the_bytes_of_the_weights(tiny_models: TinyModels) -> None:
     path = tiny_models.path("llama")
+    size = weights_bytes(path)
     seen: list[LoadProgress] = []
     engine = EngineProcess(config(path))
     try:
@@ -139,7 +144,7 @@ async def test_progress_counts_the_bytes_of_the_weights(tiny_models: TinyModels)
         await engine.close()
     assert seen[0].done == 0
     assert seen[-1].done == seen[-1].total
-    assert 0 < seen[-1].total <= os.path.getsize(Path(path) / "model.safetensors")
+    assert 0 < seen[-1].total <= size
     assert info.num_blocks * info.block_size == 4096
     assert info.max_model_len == 256
 

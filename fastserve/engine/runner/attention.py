@@ -2,8 +2,8 @@
 
 transformers' own model code calls it layer by layer with one packed batch: the new tokens of all sequences of the
 step, one after the other. It stores their keys and values in the pages, and lets every token look at its sequence's
-pages only. This is the form in plain torch operations, for any device; the batch is laid out so that a kernel can take
-its place: first `num_decodes` sequences of one token each, then the chunks.
+pages only. On a CPU with a compiler a kernel does both (engine/kernels); what stands here in plain torch operations
+does the same on any device.
 """
 
 from __future__ import annotations
@@ -11,40 +11,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from fastserve.engine.kernels.paged_attention import KernelStep, PagedAttentionKernel
 
-@dataclass(frozen=True, slots=True)
-class ChunkSpan:
-    """A sequence with several new tokens: rows [start, start + count) of the batch, the last of them at position
-    context - 1 of the sequence."""
-
-    start: int
-    count: int
-    context: int
-    slots: torch.Tensor
-    """(context,) where the sequence's tokens lie in the pages"""
+IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
 class StepContext:
-    """Where the tokens of a step lie."""
+    """Where the tokens of a step lie. Sequences of one new token come before those of several."""
 
-    slots: torch.Tensor
-    """(tokens,) where each new token's key and value go: block id * block size + offset"""
-    num_decodes: int
-    decode_slots: torch.Tensor
-    """(num_decodes, longest context) slots of each decoding sequence's tokens; padded with any valid slot"""
-    decode_contexts: torch.Tensor
-    """(num_decodes,) tokens in each context, the new one included"""
-    chunks: list[ChunkSpan]
-    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
-    """Made by the first layer that needs it, used by all: (-1 or index of chunk, window) -> mask"""
+    starts: IntArray
+    """(sequences,) row of the batch of each sequence's first new token"""
+    counts: IntArray
+    """(sequences,) new tokens"""
+    positions: IntArray
+    """(sequences,) position in the sequence of the first new token"""
+    block_table: IntArray
+    """(sequences, most blocks) blocks of each sequence; beyond its own stands any valid block"""
+    token_block: IntArray
+    """(tokens,) block that each new token's key and value go to"""
+    token_offset: IntArray
+    """(tokens,) and place in it"""
+    cache: dict[Any, Any] = field(default_factory=dict)
+    """What the first layer makes of this for all layers."""
+
+    @property
+    def num_decodes(self) -> int:
+        return int((self.counts == 1).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
+    num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
@@ -61,19 +64,32 @@ class PagedAttention:
         self.context: StepContext | None = None
         self.shapes: dict[int, LayerShape] = {}
         self._pages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kernel: PagedAttentionKernel | None = None
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         elements = sum(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes.values())
         size: int = dtype.itemsize
         return elements * size
 
-    def allocate(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the pages. Zeroed, because masked values are multiplied by 0, and 0 times garbage may be NaN; on the
-        CPU the memory is not really taken before it is written."""
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, *, use_kernel: bool = True
+    ) -> None:
+        """Make the pages: keys (blocks, KV heads, key dim, block size), values (blocks, KV heads, block size, value
+        dim)."""
         for layer, shape in self.shapes.items():
-            keys = torch.zeros(num_slots, shape.num_kv_heads, shape.key_dim, dtype=dtype, device=device)
-            values = torch.zeros(num_slots, shape.num_kv_heads, shape.value_dim, dtype=dtype, device=device)
+            keys = _zeros((num_blocks, shape.num_kv_heads, shape.key_dim, block_size), dtype, device)
+            values = _zeros((num_blocks, shape.num_kv_heads, block_size, shape.value_dim), dtype, device)
             self._pages[layer] = (keys, values)
+        self._kernel = None
+        if use_kernel and device.type == "cpu":
+            kernel = PagedAttentionKernel.load()
+            if kernel is not None and all(
+                kernel.supports(
+                    dtype, block_size, shape.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim
+                )
+                for shape in self.shapes.values()
+            ):
+                self._kernel = kernel
 
     def __call__(
         self,
@@ -92,58 +108,124 @@ class PagedAttention:
         """`query` (1, heads, tokens, key dim), `key` and `value` (1, KV heads, tokens, dim) -> (1, tokens, heads,
         value dim)."""
         layer: int = module.layer_idx
-        tokens, heads = query.shape[2], query.shape[1]
-        out = query.new_zeros(tokens, heads, value.shape[-1])
         context = self.context
         if context is None:
-            self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-            return out.unsqueeze(0), None
-        keys, values = self._pages[layer]
-        keys.index_copy_(0, context.slots, key[0].transpose(0, 1))
-        values.index_copy_(0, context.slots, value[0].transpose(0, 1))
-        rows = query[0].transpose(0, 1)
+            self.shapes[layer] = LayerShape(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
-        attend = _Attend(scaling, softcap, s_aux)
-        count = context.num_decodes
-        if count:
-            mask = self._decode_mask(context, sliding_window)
-            out[:count] = attend(
-                rows[:count].unsqueeze(1), keys[context.decode_slots], values[context.decode_slots], mask
-            ).squeeze(1)
-        for index, span in enumerate(context.chunks):
-            part = slice(span.start, span.start + span.count)
-            mask = self._chunk_mask(context, index, sliding_window)
-            out[part] = attend(
-                rows[part].unsqueeze(0), keys[span.slots].unsqueeze(0), values[span.slots].unsqueeze(0), mask
-            ).squeeze(0)
+        keys, values = self._pages[layer]
+        new = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+        if self._kernel is not None:
+            step = self._kernel_step(self._kernel, context, query.shape[1] // key.shape[1])
+            out = self._kernel(
+                step, *new, keys, values, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
+            )
+        else:
+            out = _attend_with_torch(context, *new, keys, values, _Attend(scaling, softcap, s_aux), sliding_window)
         return out.unsqueeze(0), None
 
-    def _decode_mask(self, context: StepContext, window: int | None) -> torch.Tensor:
-        found = context.masks.get((-1, window))
+    def _kernel_step(self, kernel: PagedAttentionKernel, context: StepContext, group: int) -> KernelStep:
+        found: KernelStep | None = context.cache.get(group)
         if found is None:
-            place = torch.arange(context.decode_slots.shape[1], device=context.slots.device)
-            last = context.decode_contexts.unsqueeze(1)
-            found = place < last
-            if window is not None:
-                found &= place >= last - window
-            found = found[:, None, None, :]
-            context.masks[-1, window] = found
+            found = kernel.make_step(
+                context.starts,
+                context.counts,
+                context.positions,
+                context.block_table,
+                context.token_block,
+                context.token_offset,
+                group,
+            )
+            context.cache[group] = found
         return found
 
-    def _chunk_mask(self, context: StepContext, index: int, window: int | None) -> torch.Tensor:
-        found = context.masks.get((index, window))
-        if found is None:
-            span = context.chunks[index]
-            device = context.slots.device
-            row = torch.arange(span.context - span.count, span.context, device=device).unsqueeze(1)
-            place = torch.arange(span.context, device=device)
-            found = place <= row
-            if window is not None:
-                found &= place > row - window
-            found = found[None, None]
-            context.masks[index, window] = found
-        return found
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, because masked values are multiplied by 0, and 0 times garbage may be NaN. On a CPU, numpy's come from the
+    kernel as untouched pages: the memory is taken when it is written, not now, as with torch's."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+# ---- the form in torch operations -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The context as tensors on the device."""
+
+    token_block: torch.Tensor
+    token_offset: torch.Tensor
+    block_table: torch.Tensor
+    contexts: torch.Tensor
+    """(sequences,) tokens in each context, the new ones included"""
+
+    @classmethod
+    def of(cls, context: StepContext, device: torch.device) -> _Places:
+        arrays = (context.token_block, context.token_offset, context.block_table, context.positions + context.counts)
+        return cls(*(torch.from_numpy(array.astype(np.int64)).to(device) for array in arrays))
+
+
+def _attend_with_torch(
+    context: StepContext,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attend: _Attend,
+    window: int | None,
+) -> torch.Tensor:
+    """Shapes as for the kernel. The decoding sequences are one padded batch, each chunk is a batch of its own."""
+    places: _Places | None = context.cache.get("places")
+    if places is None:
+        places = context.cache["places"] = _Places.of(context, query.device)
+    keys[places.token_block, :, :, places.token_offset] = key
+    values[places.token_block, :, places.token_offset] = value
+    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    count = context.num_decodes
+    if count:
+        longest = int((context.positions[:count] + 1).max())
+        blocks = places.block_table[:count, : -(-longest // keys.shape[3])]
+        mask = _mask(context, places, slice(0, count), longest, window)
+        out[:count] = attend(query[:count].unsqueeze(1), *_gather(keys, values, blocks, longest), mask).squeeze(1)
+    for index in range(count, len(context.counts)):
+        start, rows = int(context.starts[index]), int(context.counts[index])
+        length = int(context.positions[index]) + rows
+        blocks = places.block_table[index : index + 1, : -(-length // keys.shape[3])]
+        mask = _mask(context, places, slice(index, index + 1), length, window)
+        part = slice(start, start + rows)
+        out[part] = attend(query[part].unsqueeze(0), *_gather(keys, values, blocks, length), mask).squeeze(0)
+    return out
+
+
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of `blocks` (batch, blocks) as keys and values (batch, KV heads, length, dim)."""
+    found_keys = keys[blocks].permute(0, 2, 1, 4, 3).flatten(2, 3)
+    found_values = values[blocks].transpose(1, 2).flatten(2, 3)
+    return found_keys[:, :, :length], found_values[:, :, :length]
+
+
+def _mask(context: StepContext, places: _Places, which: slice, length: int, window: int | None) -> torch.Tensor:
+    """(batch, 1, rows, length) for sequences with equally many new tokens: True where a row may look."""
+    key = (which.start, window)
+    found: torch.Tensor | None = context.cache.get(key)
+    if found is None:
+        rows = int(context.counts[which.start])
+        device = places.contexts.device
+        back = torch.arange(rows - 1, -1, -1, device=device)
+        row = (places.contexts[which].unsqueeze(1) - 1 - back).unsqueeze(2)
+        place = torch.arange(length, device=device)
+        found = place <= row
+        if window is not None:
+            found &= place > row - window
+        found = context.cache[key] = found.unsqueeze(1)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +237,14 @@ class _Attend:
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """`query` (batch, rows, heads, dim), `keys` and `values` (batch, context, KV heads, dim), `mask` (batch or 1,
-        1, rows, context), True where a row may look -> (batch, rows, heads, value dim)."""
+        """`query` (batch, rows, heads, dim), `keys` and `values` (batch, KV heads, context, dim), `mask` (batch, 1,
+        rows, context), True where a row may look -> (batch, rows, heads, value dim)."""
         batch, rows, heads, _ = query.shape
-        kv_heads = keys.shape[2]
+        kv_heads = keys.shape[1]
         group = heads // kv_heads
         # The query heads that share a KV head become further rows of it: no copy of keys and values for each of them.
         folded = query.reshape(batch, rows, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = mask.expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if self.softcap is None and self.sinks is None:
             out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=self.scaling)
         else:

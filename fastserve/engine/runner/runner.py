@@ -16,7 +16,7 @@ import torch
 
 from fastserve.engine.contract import SamplingParams
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
-from fastserve.engine.runner.attention import ChunkSpan, PagedAttention, StepContext
+from fastserve.engine.runner.attention import PagedAttention, StepContext
 from fastserve.engine.runner.loading import LoadedModel
 from fastserve.engine.sampling.row import SamplingRow
 from fastserve.engine.sampling.sampler import sample
@@ -42,7 +42,7 @@ class ModelRunner:
         self._attention: PagedAttention = loaded.attention
         self._device = loaded.device
         self._block_size = block_size
-        self._attention.allocate(num_blocks * block_size, loaded.dtype, loaded.device)
+        self._attention.allocate(num_blocks, block_size, loaded.dtype, loaded.device)
         # Pages of these tables that no sequence has reached are never touched, so they cost no memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -111,35 +111,20 @@ class ModelRunner:
         starts = np.array([chunk.start for chunk in chunks])
         counts = np.array([chunk.num_tokens for chunk in chunks])
         ends = np.cumsum(counts)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        firsts = ends - counts
         rows = np.repeat(index, counts)
-        positions = np.repeat(starts, counts) + offsets
-        slots = self._slots(rows, positions)
-        num_decodes = int((counts == 1).sum())
-        contexts = starts + counts
-        longest = int(contexts[:num_decodes].max(initial=1))
-        spans = [
-            ChunkSpan(
-                start=int(ends[place] - counts[place]),
-                count=int(counts[place]),
-                context=int(contexts[place]),
-                slots=self._to_device(self._slots(index[place], np.arange(contexts[place]))),
-            )
-            for place in range(num_decodes, len(chunks))
-        ]
+        positions = np.repeat(starts - firsts, counts) + np.arange(ends[-1])
+        num_blocks = -(-int((starts + counts).max()) // self._block_size)
         self._attention.context = StepContext(
-            slots=self._to_device(slots),
-            num_decodes=num_decodes,
-            # Beyond a sequence's context stands whatever its row last held: valid slots, masked out.
-            decode_slots=self._to_device(self._slots(index[:num_decodes, None], np.arange(longest)[None])),
-            decode_contexts=self._to_device(contexts[:num_decodes]),
-            chunks=spans,
+            starts=firsts.astype(np.int32),
+            counts=counts.astype(np.int32),
+            positions=starts.astype(np.int32),
+            # Beyond a sequence's blocks stands whatever its row last held: valid blocks, masked out.
+            block_table=self._blocks[index, :num_blocks],
+            token_block=self._blocks[rows, positions // self._block_size],
+            token_offset=(positions % self._block_size).astype(np.int32),
         )
         return self._tokens[rows, positions].astype(np.int64), positions, ends - 1
-
-    def _slots(self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        blocks = self._blocks[rows, positions // self._block_size].astype(np.int64)
-        return blocks * self._block_size + positions % self._block_size
 
     def _to_device(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

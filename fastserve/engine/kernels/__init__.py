@@ -1,0 +1,1 @@
+"""Kernels in C++ for CPUs: built at the first start where a compiler is, cached, called through ctypes."""
