@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -46,9 +47,15 @@ def option(
     nargs: str | None = None,
     flag: str | None = None,
     env: str | None = None,
+    added: bool = False,
 ) -> Any:
-    """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default."""
-    metadata = {"help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env}
+    """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default.
+
+    `added`: the program that ours takes the place of has no such flag. Its users' abbreviations still mean its flags.
+    """
+    metadata = {
+        "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env, "added": added
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -104,8 +111,21 @@ def parse_config(
                 setattr(namespace, item.name, read(environ[variable]))
             except ValueError as error:
                 raise StartupError(f"The environment variable {variable} cannot be read: {error}") from error
-    values = vars(build_parser(config_class, prog, choices).parse_args(argv, namespace))
+    words = expand_abbreviations(config_class, sys.argv[1:] if argv is None else argv)
+    values = vars(build_parser(config_class, prog, choices).parse_args(words, namespace))
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[str]:
+    """Write out abbreviations that are unique among the flags not `added`, so that none of these can break them."""
+    flags = {flag_of(item): item.metadata["added"] for item in dataclasses.fields(config_class)}
+    expanded = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        matches = [name for name, added in flags.items() if name.startswith(flag) and not added]
+        is_abbreviation = flag.startswith("--") and len(flag) > 2 and flag not in flags
+        expanded.append(matches[0] + equals + value if is_abbreviation and len(matches) == 1 else word)
+    return expanded
 
 
 def to_argv(config: Any, *, only: Sequence[str] | None = None, secret: Sequence[str] = ()) -> list[str]:
@@ -146,8 +166,8 @@ class ServerConfig:
     host: str = option("localhost", "address to listen on")
     port: int = option(API_SERVER_PORT, "port to listen on")
     ssl: bool = option(False, "serve TLS with the key and certificate named by SSL_KEYFILE and SSL_CERTFILE")
-    drain_timeout_s: float = option(30.0, "seconds that running requests may take to end after SIGTERM")
-    log_level: str = option("info", "logging level", choices=("debug", "info", "warning", "error"))
+    drain_timeout_s: float = option(30.0, "seconds that running requests may take to end after SIGTERM", added=True)
+    log_level: str = option("info", "logging level", choices=("debug", "info", "warning", "error"), added=True)
 
 
 @dataclass(frozen=True)
@@ -161,6 +181,7 @@ class ControllerConfig(ServerConfig):
         "seconds of silence after which a worker that does not tell its own heartbeat interval is dropped "
         "(a fastserve worker tells its interval and is dropped after three of them)",
         env="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
+        added=True,
     )
 
 
@@ -180,11 +201,12 @@ class ApiServerConfig(ServerConfig):
         parse=comma_list,
         env="FASTSERVE_API_KEYS",
     )
-    api_keys_file: str | None = option(None, "file with one API key a line")
+    api_keys_file: str | None = option(None, "file with one API key a line", added=True)
     worker_timeout_s: float = option(
         100.0,
         "longest silence of a worker, in seconds, before a request to it is given up",
         env="FASTCHAT_WORKER_API_TIMEOUT",
+        added=True,
     )
 
 
@@ -227,13 +249,17 @@ class ModelConfig:
 class EngineOptions:
     """Sizes of the engine."""
 
-    max_model_len: int | None = option(None, "longest prompt and answer together, in tokens; from the model if unset")
-    max_total_tokens: int | None = option(None, "size of the KV cache in tokens; from free memory if unset")
-    gpu_memory_utilization: float = option(0.9, "share of the device's free memory that weights and KV cache may take")
-    block_size: int = option(16, "tokens in a block of the KV cache")
-    max_num_batched_tokens: int = option(2048, "token budget of one engine step")
-    max_num_seqs: int = option(256, "most sequences in one engine step")
-    no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings")
+    max_model_len: int | None = option(
+        None, "longest prompt and answer together, in tokens; from the model if unset", added=True
+    )
+    max_total_tokens: int | None = option(None, "size of the KV cache in tokens; from free memory if unset", added=True)
+    gpu_memory_utilization: float = option(
+        0.9, "share of the device's free memory that weights and KV cache may take", added=True
+    )
+    block_size: int = option(16, "tokens in a block of the KV cache", added=True)
+    max_num_batched_tokens: int = option(2048, "token budget of one engine step", added=True)
+    max_num_seqs: int = option(256, "most sequences in one engine step", added=True)
+    no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings", added=True)
 
 
 @dataclass(frozen=True)
@@ -247,29 +273,34 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
         None, "comma-separated names to serve the model under; last part of the model path if unset", parse=comma_list
     )
     conv_template: str | None = option(None, "conversation template by name")
-    chat_template: str | None = option(None, "file with a Jinja chat template to use instead of the model's own")
+    chat_template: str | None = option(
+        None, "file with a Jinja chat template to use instead of the model's own", added=True
+    )
     embed_in_truncate: bool = option(False, "embeddings: truncate to the context instead of chunking and pooling")
     limit_worker_concurrency: int | None = option(
         None, "most requests that generate at once; bounded by the KV cache alone if unset"
     )
-    queue_size: int = option(1024, "most requests that may wait; past that the answer is 429")
+    queue_size: int = option(1024, "most requests that may wait; past that the answer is 429", added=True)
     stream_interval: int = option(2, "tokens between two chunks of a stream (the first token is sent at once)")
     no_register: bool = option(False, "do not register with a controller")
     seed: int | None = option(None, "seed of requests that bring none")
     debug: bool = option(False, "print the model")
-    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model", added=True)
     engine: str = option(
-        "native", "which engine generates: native, or fake (scripted, for tests)", choices=("native", "fake")
+        "native",
+        "which engine generates: native, or fake (scripted, for tests)",
+        choices=("native", "fake"),
+        added=True,
     )
     heartbeat_interval_s: float = option(
-        HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL"
+        HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL", added=True
     )
 
 
 def same_option(config_class: type[Any], name: str, **changes: Any) -> Any:
-    """The option `name` of another process's settings, spelled there; `changes` may give `default` or `help` anew."""
+    """The option `name` of another process's settings, spelled there; `changes`: default, help, added."""
     original = next(item for item in dataclasses.fields(config_class) if item.name == name)
-    metadata = {**original.metadata, **({"help": changes["help"]} if "help" in changes else {})}
+    metadata = {**original.metadata, **{key: value for key, value in changes.items() if key != "default"}}
     return field(default=changes.get("default", original.default), metadata=metadata)
 
 
@@ -339,15 +370,17 @@ class ClassicLauncherFlags:
 class LauncherConfig(EngineOptions, ClassicLauncherFlags):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
 
-    dtype: str | None = same_option(WorkerConfig, "dtype")
-    chat_template: str | None = same_option(WorkerConfig, "chat_template")
-    seed: int | None = same_option(WorkerConfig, "seed")
-    trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code")
-    engine: str = same_option(WorkerConfig, "engine")
-    api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file")
-    log_level: str = same_option(ServerConfig, "log_level")
-    log_dir: str = option("logs", "folder of the services' logs and of the file that the shutdown command reads")
-    wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve")
+    dtype: str | None = same_option(WorkerConfig, "dtype", added=True)
+    chat_template: str | None = same_option(WorkerConfig, "chat_template", added=True)
+    seed: int | None = same_option(WorkerConfig, "seed", added=True)
+    trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code", added=True)
+    engine: str = same_option(WorkerConfig, "engine", added=True)
+    api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file", added=True)
+    log_level: str = same_option(ServerConfig, "log_level", added=True)
+    log_dir: str = option(
+        "logs", "folder of the services' logs and of the file that the shutdown command reads", added=True
+    )
+    wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve", added=True)
 
 
 SERVICE_KINDS = ("controller", "model_worker", "openai_api_server")

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(argv: Sequence[str] | None) -> None:
     choices = {"dispatch_method": dispatch.names()}
     config = parse_config(ControllerConfig, argv, "fastserve-controller", os.environ, choices)
-    setup_logging(config.log_level)
+    setup_logging(config.log_level, "controller", os.environ)
     sockets = bind(config.host, config.port)
     serve(create_app(config), config, sockets)
 

@@ -25,11 +25,9 @@ from typing import Any, TextIO
 from fastserve import supervisor
 from fastserve.config import (
     ApiServerConfig,
-    ClassicLauncherFlags,
     ControllerConfig,
     LauncherConfig,
     WorkerConfig,
-    flag_of,
     parse_config,
     parse_option,
     to_argv,
@@ -306,19 +304,6 @@ def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> st
 # ---- launching --------------------------------------------------------------------------------------------------
 
 
-def expand_abbreviations(argv: Sequence[str]) -> list[str]:
-    """Write out the abbreviations that were unique among the classic flags, so that newer flags cannot break them."""
-    classic = [flag_of(item) for item in dataclasses.fields(ClassicLauncherFlags)]
-    known = {flag_of(item) for item in dataclasses.fields(LauncherConfig)}
-    expanded = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        matches = [name for name in classic if name.startswith(flag)]
-        is_abbreviation = flag.startswith("--") and len(flag) > 2 and flag not in known
-        expanded.append(matches[0] + equals + value if is_abbreviation and len(matches) == 1 else word)
-    return expanded
-
-
 def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console, *, package: str = "fastserve") -> None:
     """Start everything and return when all of it serves.
 
@@ -367,9 +352,8 @@ def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> No
     """The command. `package` is where the services' modules are found."""
     console = Console(sys.stdout)
     try:
-        words = expand_abbreviations(sys.argv[1:] if argv is None else argv)
         choices = {"dispatch_method": dispatch.names()}
-        config = parse_config(LauncherConfig, words, "fastserve.launcher", os.environ, choices)
+        config = parse_config(LauncherConfig, argv, "fastserve.launcher", os.environ, choices)
         launch(config, os.environ, console, package=package)
     except StartupError as error:
         print(error.message, file=sys.stderr, flush=True)

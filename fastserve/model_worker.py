@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from fastserve.config import WorkerConfig, parse_config
 from fastserve.engine.contract import Engine
+from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.serving import advertised_address, bind, run_entry, serve
 from fastserve.text.tokenizer import configured_eos_ids, read_json
@@ -23,7 +25,7 @@ from fastserve.worker.refusals import refuse_unavailable
 def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         config = parse_config(WorkerConfig, argv, "fastserve-worker", os.environ)
-        setup_logging(config.log_level)
+        setup_logging(config.log_level, f"model_worker_{secrets.token_hex(4)}", os.environ)
         refuse_unavailable(config)
         if config.gpus is not None:
             # The engine's process inherits it; this one never touches a GPU.
@@ -51,11 +53,8 @@ def _serve(config: WorkerConfig) -> None:
     )
     try:
         serve(worker.app, config, sockets, before_shutdown=worker.goodbye)
-    except SystemExit:
-        if worker.failure is None:
-            raise
-    if worker.failure is not None:
-        raise worker.failure
+    except StartupError as error:
+        raise worker.failure or error from None
     if worker.keeper.gave_up:
         sys.exit(1)
 
@@ -91,6 +90,7 @@ def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
             prefix_cache=not config.no_prefix_cache,
             trust_remote_code=config.trust_remote_code,
             debug=config.debug,
+            log_level=config.log_level,
         )
     )
 

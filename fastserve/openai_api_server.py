@@ -17,7 +17,7 @@ __all__ = ["create_app", "main"]
 def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         config = parse_config(ApiServerConfig, argv, "fastserve-api", os.environ)
-        setup_logging(config.log_level)
+        setup_logging(config.log_level, "openai_api_server", os.environ)
         sockets = bind(config.host, config.port)
         config = dataclasses.replace(config, port=sockets[0].getsockname()[1])
         serve(create_app(config), config, sockets)

@@ -7,7 +7,6 @@ The port is bound before anything slow happens, so a port in use ends the start 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -117,8 +116,14 @@ def serve(
         ),
         before_shutdown,
     )
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         server.run(sockets=sockets)
+    except KeyboardInterrupt:
+        pass
+    except SystemExit:
+        # uvicorn's way to say that the lifespan failed.
+        if server.started:
+            raise
     if not server.started:
         raise StartupError("The service could not start; the lines above say why.")
 

@@ -50,3 +50,17 @@ def test_json_lists_and_secrets() -> None:
     line = to_argv(config, secret=("api_keys",))
     assert not any("k1" in part for part in line)
     assert parse_config(ApiServerConfig, line, "x", {"FASTSERVE_API_KEYS": "k1,k2"}) == config
+
+
+@pytest.mark.parametrize(
+    ("config_class", "short", "field"),
+    [
+        (ApiServerConfig, "--api-key", "api_keys"),
+        (WorkerConfig, "--gpu", "gpus"),
+        (WorkerConfig, "--max", "max_gpu_memory"),
+        (WorkerConfig, "--lim", "limit_worker_concurrency"),
+    ],
+)
+def test_flags_that_we_added_break_no_old_abbreviation(config_class: type[object], short: str, field: str) -> None:
+    config = parse_config(config_class, [short, "3"], "x", {})
+    assert getattr(config, field) in ("3", 3, ("3",))

@@ -85,12 +85,12 @@ class EngineLoop:
 
 def main() -> None:
     endpoint, config_json = sys.argv[1:]
-    setup_logging(os.environ.get("FASTSERVE_LOG_LEVEL", "info"))
     # Ctrl-C at a terminal reaches the whole process group; the parent drains and then says Shutdown.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     config = msgspec.json.decode(config_json, type=EngineConfig)
+    setup_logging(config.log_level)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)

@@ -20,3 +20,4 @@ class EngineConfig(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     trust_remote_code: bool = False
     debug: bool = False
+    log_level: str = "info"

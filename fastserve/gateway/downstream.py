@@ -20,6 +20,11 @@ class Answer:
     retry_after: str | None
     body: bytes
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it says that the worker has no such route at all, rather than that it has no such model."""
+        return self.status in (404, 405) and b'"error"' not in self.body
+
     def error(self) -> Any:
         """The OpenAI error object of an answer that is an error."""
         try:

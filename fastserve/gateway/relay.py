@@ -109,6 +109,11 @@ class Relay:
                     return
             elif outcome.status in REFUSALS:
                 refusal = outcome
+            elif outcome.is_foreign:
+                failure = NoWorkerError(
+                    f"The workers of the model '{call.model}' do not speak OpenAI's API (a FastChat worker is one of "
+                    "those); only FastChat's own API server reaches them."
+                )
             else:
                 await client.answer(outcome)
                 return

@@ -151,6 +151,19 @@ async def test_a_refused_connection_is_retried_elsewhere(cluster: Cluster, body:
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+async def test_a_worker_without_openai_routes_is_passed_over(cluster: Cluster, body: Any) -> None:
+    """FastChat's workers register like ours, but speak only FastChat's protocol."""
+    foreign = await cluster.worker(say(404, {"detail": "Not Found"}))
+    status, answer = await ask(cluster, body)
+    assert status == 503
+    assert b"FastChat" in answer
+    await cluster.worker(answer_well)
+    assert (await ask(cluster, body))[0] == 200
+    assert not cluster.controller.failures
+    assert foreign.requests
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 async def test_a_worker_that_refuses_is_replaced_but_not_reported(cluster: Cluster, body: Any, status: int) -> None:
     first = await cluster.worker(say(status, FULL))

@@ -13,16 +13,17 @@ from fastserve.config import (
     LauncherConfig,
     WorkerConfig,
     build_parser,
+    expand_abbreviations,
     flag_of,
     parse_config,
 )
 from fastserve.errors import StartupError
-from fastserve.launcher import Plan, check, expand_abbreviations, parse_item, plan, summary
+from fastserve.launcher import Plan, check, parse_item, plan, summary
 from fastserve.supervisor import ChildSpec
 
 
 def parse(*words: str, environ: dict[str, str] | None = None) -> LauncherConfig:
-    return parse_config(LauncherConfig, expand_abbreviations(words), "launcher", environ or {})
+    return parse_config(LauncherConfig, words, "launcher", environ or {})
 
 
 def planned(*words: str, environ: dict[str, str] | None = None) -> Plan:
@@ -279,7 +280,7 @@ def test_refused_before_anything_starts(words: list[str], message: str) -> None:
     ],
 )
 def test_classic_abbreviations_are_not_broken_by_newer_flags(short: str, full: str) -> None:
-    assert expand_abbreviations([short]) == [full]
+    assert expand_abbreviations(LauncherConfig, [short]) == [full]
 
 
 def test_every_unique_prefix_of_the_classic_flags_stays_unique() -> None:
@@ -289,12 +290,12 @@ def test_every_unique_prefix_of_the_classic_flags_stays_unique() -> None:
         prefixes = [flag[:length] for length in range(3, len(flag))]
         for prefix in prefixes:
             if prefix not in known and sum(other.startswith(prefix) for other in classic) == 1:
-                assert expand_abbreviations([prefix]) == [flag]
+                assert expand_abbreviations(LauncherConfig, [prefix]) == [flag]
 
 
 def test_full_flags_and_values_are_left_alone() -> None:
     words = ["--model-path", "--api-keys-file", "x", "--log-dir", "y", "--max-model-len=5", "-h", "--", "--c"]
-    assert expand_abbreviations(words) == words
+    assert expand_abbreviations(LauncherConfig, words) == words
     assert build_parser(LauncherConfig, "x").parse_args(["--log-dir", "y"]).log_dir == "y"
 
 

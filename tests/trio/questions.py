@@ -1,4 +1,4 @@
-"""Two hundred questions whose answers differ, so that a mixed-up answer cannot pass for the right one."""
+"""Questions whose answers differ, so that a mixed-up answer cannot pass for the right one."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def others(count: int) -> list[str]:
     return [*counting, *stories, *(f"Repeat after me: {text}" for text in texts)]
 
 
-def two_hundred() -> list[str]:
-    known = [*sums(), *facts()]
-    return [*known, *others(200 - len(known))]
+def all_questions() -> list[str]:
+    """Some more than the tests need."""
+    return [*sums(), *facts(), *others(100)]

@@ -1,0 +1,19 @@
+"""The real engine passes the contract tests that the fake one passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastserve.engine.client import EngineProcess
+from fastserve.engine.settings import EngineConfig
+from tests.worker.engine_contract import EngineContract, MakeEngine
+
+from .conftest import TinyModels
+
+
+class TestEngineProcess(EngineContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def make_engine(cls, tiny_models: TinyModels) -> MakeEngine:
+        config = EngineConfig(model_dir=tiny_models.path("llama"), device="cpu", max_total_tokens=4096)
+        return lambda: EngineProcess(config)
