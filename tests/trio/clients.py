@@ -74,10 +74,13 @@ class Client:
     def __init__(self, http: aiohttp.ClientSession, url: str) -> None:
         self._http = http
         self._url = url + "/v1/chat/completions"
+        self.num_whole = 0
+        """Requests that are not streamed and wait for their answer now."""
 
     async def ask(self, text: str, *, stream: bool, leave_after: int | None = None, **more: Any) -> Outcome:
         """Never raises for what the servers do. `leave_after`: hang up after so many data events of a stream."""
         outcome = Outcome(text, stream)
+        self.num_whole += not stream
         try:
             async with self._http.post(self._url, json=chat(text, stream=stream, **more)) as response:
                 if response.status != 200:
@@ -88,6 +91,8 @@ class Client:
                     _read_answer(await response.json(), outcome)
         except (aiohttp.ClientError, OSError, ValueError, KeyError) as error:
             outcome.trouble = f"{type(error).__name__}: {error}"
+        finally:
+            self.num_whole -= not stream
         return outcome
 
 
@@ -132,7 +137,7 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, leave
 async def steady_load(
     client: Client, questions: Sequence[str], clients: int = 8, pause_s: float = 0.01
 ) -> AsyncIterator[list[Outcome]]:
-    """So many clients ask one question after the other, each in turn streamed and not, until the block is left.
+    """So many clients ask one question after the other, every third one streamed, until the block is left.
 
     The list grows as answers end; on leaving, the running ones are waited for.
     """
@@ -144,7 +149,7 @@ async def steady_load(
             if stopping.is_set():
                 return
             text = questions[(number * clients + start) % len(questions)]
-            outcomes.append(await client.ask(text, stream=number % 2 == 0))
+            outcomes.append(await client.ask(text, stream=(number + start) % 3 == 0))
             await asyncio.sleep(pause_s)
 
     tasks = [asyncio.create_task(ask_on(start)) for start in range(clients)]
