@@ -67,7 +67,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         block_size=config.block_size,
         num_blocks=num_blocks,
         eos_token_ids=loaded.eos_token_ids,
-        num_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        num_parameters=loaded.weights.num_parameters,
         load_s=time.perf_counter() - begin,
     )
     return EngineCore(

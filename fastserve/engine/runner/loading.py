@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from fastserve.engine.runner.attention import PagedAttention
+from fastserve.engine.runner.weights import WeightTable
 from fastserve.errors import StartupError
 
 ATTENTION_NAME = "fastserve_paged"
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 class LoadedModel:
     model: PreTrainedModel
     attention: PagedAttention
+    weights: WeightTable
     device: torch.device
     dtype: torch.dtype
     context_length: int
@@ -87,6 +89,7 @@ def load_model(
     return LoadedModel(
         model=model,
         attention=attention,
+        weights=WeightTable.install(model),
         device=device,
         dtype=dtype,
         context_length=_context_length(text_config),

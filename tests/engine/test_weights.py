@@ -1,0 +1,89 @@
+"""Every weight of every architecture can be read and replaced by its Hugging Face name, packed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastserve.demo import demo_model_path
+from fastserve.engine.runner.linear import Linear, PackedWeight
+from fastserve.engine.runner.loading import LoadedModel, load_model
+from fastserve.engine.runner.runner import probe_shapes
+
+from .conftest import CONFIGS, TinyModels
+
+
+def load(path: str, dtype: str = "float32") -> LoadedModel:
+    return load_model(path, "cpu", dtype, trust_remote_code=False, progress=lambda *_: None)
+
+
+def linears(loaded: LoadedModel) -> list[Linear]:
+    return [module for module in loaded.model.modules() if isinstance(module, Linear)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*CONFIGS, "demo"])
+def test_round_trip_by_name(tiny_models: TinyModels, name: str, dtype: str) -> None:
+    path = demo_model_path() if name == "demo" else tiny_models.path(name)
+    expected = dict(
+        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).named_parameters(remove_duplicate=False)
+    )
+    loaded = load(path, dtype)
+    assert linears(loaded)
+    assert set(loaded.weights.names()) == set(expected)
+    assert loaded.weights.num_parameters == sum({id(p): p.numel() for p in expected.values()}.values())
+    generator = torch.Generator().manual_seed(1)
+    for weight_name, weight in expected.items():
+        assert torch.equal(loaded.weights.get(weight_name), weight)
+    for weight_name, weight in expected.items():
+        fresh = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        loaded.weights.set(weight_name, fresh)
+        assert torch.equal(loaded.weights.get(weight_name), fresh)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_replaced_weights_are_the_ones_that_compute(tiny_models: TinyModels, tmp_path: Path, name: str) -> None:
+    """Setting all weights to those of another model gives that model's logits, ties and transposed layers included."""
+    torch.manual_seed(99)
+    other = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    loaded = load(tiny_models.path(name))
+    for weight_name, weight in other.named_parameters():
+        loaded.weights.set(weight_name, weight)
+    loaded.model.set_attn_implementation("eager")
+    other.set_attn_implementation("eager")
+    tokens = torch.randint(2, 160, (1, 17))
+    with torch.inference_mode():
+        expected, found = (model(input_ids=tokens, use_cache=False).logits for model in (other, loaded.model))
+    assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_wrong_names_and_shapes_are_refused(tiny_models: TinyModels) -> None:
+    weights = load(tiny_models.path("llama")).weights
+    with pytest.raises(KeyError, match="no weight 'nothing'"):
+        weights.get("nothing")
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = weights.get(name).clone()
+    with pytest.raises(ValueError, match=r"\(96, 48\), not \(48, 96\)"):
+        weights.set(name, torch.zeros(48, 96))
+    assert torch.equal(weights.get(name), before)
+
+
+def test_weights_are_packed_where_that_is_possible(tiny_models: TinyModels) -> None:
+    loaded = load(tiny_models.path("qwen2"))
+    forms = {type(linear.form) for linear in linears(loaded)}
+    assert forms == {PackedWeight}
+    probe_shapes(loaded)
+    assert len(loaded.attention.shapes) == 3
+
+
+def test_a_delta_is_added_to_the_product() -> None:
+    weight = torch.randn(6, 4)
+    linear = Linear(PackedWeight(weight), None)
+    x = torch.randn(1, 5, 4)
+    plain = linear(x)
+    linear.delta = lambda rows: torch.full((*rows.shape[:-1], 6), 2.0)
+    assert torch.allclose(linear(x), plain + 2.0)
+    assert torch.allclose(plain, x @ weight.t(), atol=1e-5)
