@@ -160,7 +160,7 @@ def test_keys_of_facts_are_distinct() -> None:
         ("json", 0.9),
         ("names", 0.75),
         ("weather calls", 0.9),
-        ("weather calls, unseen city", 0.7),
+        ("weather calls, unseen city", 0.4),
         ("calculator calls", 0.9),
         ("answers after a tool", 0.9),
         ("tools not needed", 0.8),

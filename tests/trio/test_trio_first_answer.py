@@ -80,8 +80,9 @@ def test_one_command_serves(folder: Path, record_property: Callable[[str, object
     assert json.loads(body)["choices"][0]["message"]["content"] == "12"
     assert first_answer_s < FIRST_ANSWER_S
 
+    summary = launched.stdout.partition("fastserve is running.")[2].split()
     for port in (controller, worker, server):
-        assert f"http://localhost:{port}" in launched.stdout, f"an address is missing: {launched.stdout}"
+        assert f"http://localhost:{port}" in summary, f"an address is missing: {launched.stdout}"
         assert get(f"http://localhost:{port}/health") is not None, f"nothing serves on port {port}"
 
     content_type, body = post(server, chat(QUESTION, stream=True))
