@@ -6,73 +6,14 @@
 // The query heads that share a key/value head are rows of one item of work, and so are a few neighbouring tokens of a
 // chunk: the pages are read once for all of them. Softmax is computed online (Milakov and Gimelshein, 2018), so memory
 // does not grow with the context.
-//
-// Vectors are GCC's and Clang's own extension: the compiler makes AVX-512, AVX2 or NEON of them.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "simd.h"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int MAX_ROWS = 16;
 constexpr int MAX_DIM = 512;
 constexpr float MASKED = -1e30f;
-
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t UintVec __attribute__((vector_size(64)));
-typedef uint16_t HalfVec __attribute__((vector_size(32)));
-typedef _Float16 Float16Vec __attribute__((vector_size(32)));
-
-struct BFloat16 { uint16_t bits; };
-
-inline Vec load(const float* from) { Vec out; std::memcpy(&out, from, sizeof out); return out; }
-inline Vec load(const BFloat16* from) {
-    HalfVec half;
-    std::memcpy(&half, from, sizeof half);
-    UintVec wide = __builtin_convertvector(half, UintVec) << 16;
-    return (Vec)wide;
-}
-inline Vec load(const _Float16* from) {
-    Float16Vec half;
-    std::memcpy(&half, from, sizeof half);
-    return __builtin_convertvector(half, Vec);
-}
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { uint32_t bits = uint32_t(x.bits) << 16; float out; std::memcpy(&out, &bits, 4); return out; }
-inline float to_float(_Float16 x) { return float(x); }
-inline void store(float* to, float x) { *to = x; }
-inline void store(_Float16* to, float x) { *to = _Float16(x); }
-inline void store(BFloat16* to, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) { to->bits = 0x7fc0; return; }
-    to->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline float max_of(Vec x) { float out = x[0]; for (int i = 1; i < LANES; ++i) out = std::max(out, x[i]); return out; }
-inline float sum_of(Vec x) { float out = 0; for (int i = 0; i < LANES; ++i) out += x[i]; return out; }
-
-// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients); 0 below the range of floats.
-inline Vec exp_of(Vec x) {
-    IntVec tiny = x < -87.0f;
-    Vec n = x * 1.44269504f;
-    IntVec whole = __builtin_convertvector(n - 0.5f, IntVec);
-    n = __builtin_convertvector(whole, Vec);
-    Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    IntVec power = (whole + 127) << 23;
-    Vec out = p * (Vec)power;
-    return (Vec)((IntVec)out & ~tiny);
-}
 
 }  // namespace
 
@@ -220,7 +161,9 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
     for (int r = 0; r < rows; ++r) {
         T* to = (T*)layer.out + ((token + r / group) * layer.heads + h * group + r % group) * E;
         const float scale = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
-        for (int64_t e = 0; e < E; ++e) store(to + e, out[r * MAX_DIM + e] * scale);
+        int64_t e = 0;
+        for (; e + LANES <= E; e += LANES) store(to + e, load(out + r * MAX_DIM + e) * scale);
+        for (; e < E; ++e) store_one(to + e, out[r * MAX_DIM + e] * scale);
     }
 }
 
@@ -240,12 +183,7 @@ extern "C" {
 int paged_attention(const Step* step, const Layer* layer, int dtype) {
     if (layer->key_dim > MAX_DIM || layer->value_dim > MAX_DIM || layer->block_size % LANES) return 1;
     if (layer->heads / layer->kv_heads > MAX_ROWS) return 1;
-    switch (dtype) {
-        case 0: run<float>(*step, *layer); return 0;
-        case 1: run<BFloat16>(*step, *layer); return 0;
-        case 2: run<_Float16>(*step, *layer); return 0;
-    }
-    return 1;
+    FOR_DTYPE(dtype, run, *step, *layer);
 }
 
 int max_rows() { return MAX_ROWS; }

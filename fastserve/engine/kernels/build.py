@@ -16,10 +16,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _TIMEOUT_S = 120
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How the kernels are told of a dtype."""
 
 
 def load_kernel(name: str) -> ctypes.CDLL | None:
@@ -27,7 +31,7 @@ def load_kernel(name: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.cpp")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if compiler is None:
-        logger.warning("No C++ compiler (g++, clang++) is installed: attention runs on slower torch operations.")
+        logger.warning("No C++ compiler (g++, clang++) is installed: slower torch operations are used.")
         return None
     try:
         library = _cached(source, compiler)
@@ -40,8 +44,9 @@ def load_kernel(name: str) -> ctypes.CDLL | None:
 
 
 def _cached(source: Path, compiler: str) -> Path:
-    text = source.read_bytes()
-    key = hashlib.sha256(b"\0".join([text, compiler.encode(), " ".join(_FLAGS).encode(), _processor()])).hexdigest()
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [*texts, compiler.encode(), " ".join(_FLAGS).encode(), _processor()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "fastserve" / "kernels"
     library = folder / f"{source.stem}-{key[:20]}.so"

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastserve.engine.kernels.build import load_kernel
+from fastserve.engine.kernels.build import DTYPE_NUMBERS, load_kernel
 
 LANES = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 IntArray = npt.NDArray[np.int32]
 
 
@@ -57,7 +56,10 @@ class PagedAttentionKernel:
 
     def supports(self, dtype: torch.dtype, block_size: int, group: int, key_dim: int, value_dim: int) -> bool:
         return (
-            dtype in _DTYPES and block_size % LANES == 0 and group <= self._max_rows and max(key_dim, value_dim) <= 512
+            dtype in DTYPE_NUMBERS
+            and block_size % LANES == 0
+            and group <= self._max_rows
+            and max(key_dim, value_dim) <= 512
         )
 
     def make_step(
@@ -127,7 +129,7 @@ class PagedAttentionKernel:
             scaling,
             softcap or 0.0,
         )
-        if self._run(ctypes.byref(step.struct), ctypes.byref(layer), _DTYPES[query.dtype]):
+        if self._run(ctypes.byref(step.struct), ctypes.byref(layer), DTYPE_NUMBERS[query.dtype]):
             raise RuntimeError("the paged attention kernel was called with a shape it does not support")
         return out
 

@@ -7,7 +7,7 @@ A new form (sharded, quantised) is one more class with these three methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -73,6 +73,41 @@ class PackedWeight:
 
     def set(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous(), None)
+
+
+class _JointPart:
+    """Some rows of a weight that is kept together with others."""
+
+    def __init__(self, whole: WeightForm, rows: slice) -> None:
+        self._whole = whole
+        self._rows = rows
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self.get(), bias)
+
+    def get(self) -> torch.Tensor:
+        return self._whole.get()[self._rows]
+
+    def set(self, weight: torch.Tensor) -> None:
+        whole = self._whole.get().clone()
+        whole[self._rows] = weight
+        self._whole.set(whole)
+
+
+def form_of(weight: torch.Tensor) -> WeightForm:
+    """The fastest form that this weight can have."""
+    return PackedWeight(weight) if PackedWeight.supports(weight) else PlainWeight(weight)
+
+
+def joint_form(weights: Sequence[torch.Tensor]) -> tuple[WeightForm, list[WeightForm]]:
+    """One weight for layers that take the same input, and each layer's own as a part of it."""
+    whole = form_of(torch.cat(list(weights)))
+    parts: list[WeightForm] = []
+    start = 0
+    for weight in weights:
+        parts.append(_JointPart(whole, slice(start, start + weight.shape[0])))
+        start += weight.shape[0]
+    return whole, parts
 
 
 class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy

@@ -17,7 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from fastserve.engine.kernels.elementwise import ElementwiseKernels
 from fastserve.engine.runner.attention import PagedAttention
+from fastserve.engine.runner.fusion import fuse_norms, fuse_rotary
 from fastserve.engine.runner.weights import WeightTable
 from fastserve.errors import StartupError
 
@@ -85,11 +87,16 @@ def load_model(
         )
     progress("Loading weights", sum(sizes.values()), sum(sizes.values()))
     model = model.to(device).eval().requires_grad_(False)
+    kernels = ElementwiseKernels.load() if ElementwiseKernels.supports(dtype, device) else None
+    weights = WeightTable.install(model, kernels)
+    if kernels is not None:
+        fuse_norms(model, kernels)
+        fuse_rotary(model, kernels)
     text_config = config.get_text_config(decoder=True)
     return LoadedModel(
         model=model,
         attention=attention,
-        weights=WeightTable.install(model),
+        weights=weights,
         device=device,
         dtype=dtype,
         context_length=_context_length(text_config),

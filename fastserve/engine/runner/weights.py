@@ -13,7 +13,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fastserve.engine.runner.linear import Linear, PackedWeight, PlainWeight, WeightForm
+from fastserve.engine.kernels.elementwise import ElementwiseKernels
+from fastserve.engine.runner.fusion import fuse_gated_mlps
+from fastserve.engine.runner.linear import Linear, WeightForm, form_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,18 @@ class WeightTable:
         self._shapes: dict[str, torch.Size] = {}
 
     @classmethod
-    def install(cls, model: PreTrainedModel) -> WeightTable:
-        """Take over the weights of `model`, module by module, so that no second copy of all of them ever exists."""
+    def install(cls, model: PreTrainedModel, kernels: ElementwiseKernels | None) -> WeightTable:
+        """Take over the weights of `model`, module by module, so that no second copy of all of them ever exists.
+        With kernels, layers that take the same input become one."""
         table = cls()
         tied = _tied_names(model)
         found: dict[str, _Place] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             table._shapes[name] = parameter.shape
             found[name] = _parameter_place(parameter)
+        if kernels is not None:
+            for name, form in fuse_gated_mlps(model, kernels).items():
+                found[name] = _form_place(form, transposed=False)
         for path, module in list(model.named_modules()):
             linear = _replacement(module)
             if linear is None:
@@ -98,8 +104,7 @@ def _replacement(module: torch.nn.Module) -> Linear | None:
         weight = module.weight.data.t().contiguous()
     else:
         return None
-    form: WeightForm = PackedWeight(weight) if PackedWeight.supports(weight) else PlainWeight(weight)
-    return Linear(form, module.bias)
+    return Linear(form_of(weight), module.bias)
 
 
 def _parameter_place(parameter: torch.nn.Parameter) -> _Place:

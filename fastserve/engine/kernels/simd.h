@@ -1,0 +1,94 @@
+// Vectors of 16 floats, and loading and storing them from float32, bfloat16 and float16.
+// They are GCC's and Clang's own extension: the compiler makes AVX-512, AVX2 or NEON of them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t UintVec __attribute__((vector_size(64)));
+typedef uint16_t HalfVec __attribute__((vector_size(32)));
+typedef _Float16 Float16Vec __attribute__((vector_size(32)));
+
+struct BFloat16 { uint16_t bits; };
+
+inline Vec load(const float* from) { Vec out; std::memcpy(&out, from, sizeof out); return out; }
+inline Vec load(const BFloat16* from) {
+    HalfVec half;
+    std::memcpy(&half, from, sizeof half);
+    UintVec wide = __builtin_convertvector(half, UintVec) << 16;
+    return (Vec)wide;
+}
+inline Vec load(const _Float16* from) {
+    Float16Vec half;
+    std::memcpy(&half, from, sizeof half);
+    return __builtin_convertvector(half, Vec);
+}
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+inline void store(_Float16* to, Vec x) {
+    Float16Vec half = __builtin_convertvector(x, Float16Vec);
+    std::memcpy(to, &half, sizeof half);
+}
+inline void store(BFloat16* to, Vec x) {
+    // Rounds to even; a NaN stays one because its upper bits do.
+    UintVec bits = (UintVec)x;
+    UintVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    IntVec is_nan = x != x;
+    rounded = (UintVec)(((IntVec)rounded & ~is_nan) | ((IntVec)(bits | 0x400000u) & is_nan));
+    HalfVec half = __builtin_convertvector(rounded >> 16, HalfVec);
+    std::memcpy(to, &half, sizeof half);
+}
+inline float to_float(float x) { return x; }
+inline float to_float(_Float16 x) { return float(x); }
+inline float to_float(BFloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline void store_one(float* to, float x) { *to = x; }
+inline void store_one(_Float16* to, float x) { *to = _Float16(x); }
+inline void store_one(BFloat16* to, float x) {
+    BFloat16 row[LANES];
+    store(row, Vec{} + x);
+    *to = row[0];
+}
+
+inline float max_of(Vec x) { float out = x[0]; for (int i = 1; i < LANES; ++i) out = std::max(out, x[i]); return out; }
+inline float sum_of(Vec x) { float out = 0; for (int i = 0; i < LANES; ++i) out += x[i]; return out; }
+
+// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients); 0 below the range of floats.
+inline Vec exp_of(Vec x) {
+    IntVec tiny = x < -87.0f;
+    Vec n = x * 1.44269504f;
+    IntVec whole = __builtin_convertvector(n - 0.5f, IntVec);
+    n = __builtin_convertvector(whole, Vec);
+    Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    IntVec power = (whole + 127) << 23;
+    Vec out = p * (Vec)power;
+    return (Vec)((IntVec)out & ~tiny);
+}
+
+}  // namespace
+
+// Runs `function<T>(...)` for the dtype's number: 0 float32, 1 bfloat16, 2 float16. Returns 1 for another one.
+#define FOR_DTYPE(dtype, function, ...)                            \
+    switch (dtype) {                                               \
+        case 0: function<float>(__VA_ARGS__); return 0;            \
+        case 1: function<BFloat16>(__VA_ARGS__); return 0;         \
+        case 2: function<_Float16>(__VA_ARGS__); return 0;         \
+    }                                                              \
+    return 1
