@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -116,16 +117,29 @@ def serve(
         ),
         before_shutdown,
     )
+    # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
+    # orderly end look like a crash.
+    previous = signal.signal(signal.SIGTERM, _end_in_order)
     try:
         server.run(sockets=sockets)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _TerminatedError):
         pass
     except SystemExit:
         # uvicorn's way to say that the lifespan failed.
         if server.started:
             raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     if not server.started:
         raise StartupError("The service could not start; the lines above say why.")
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, after or before uvicorn has taken care of it."""
+
+
+def _end_in_order(*_: object) -> None:
+    raise _TerminatedError
 
 
 def _tls_files() -> tuple[str, str]:

@@ -20,8 +20,8 @@ class SpeedMeter:
         self._slowdown = 1.0
 
     def record(self, num_tokens: int, seconds: float) -> None:
-        """Take in one step. Only steps that are no larger than what was measured are comparable."""
-        if num_tokens <= 2 * REFERENCE_BATCH:
+        """Take in one step. Much larger ones than what was measured are not comparable."""
+        if num_tokens <= 8 * REFERENCE_BATCH:
             self._slowdown += _SMOOTHING * (seconds / self._expected_s(num_tokens) - self._slowdown)
 
     def _expected_s(self, num_tokens: int) -> float:

@@ -21,6 +21,11 @@ class Answer:
     body: bytes
 
     @property
+    def is_broken(self) -> bool:
+        """Whether the worker failed without an error of its own making, as one does that is made to end."""
+        return self.status >= 500 and b'"error"' not in self.body
+
+    @property
     def is_foreign(self) -> bool:
         """Whether it says that the worker has no such route at all, rather than that it has no such model."""
         return self.status in (404, 405) and b'"error"' not in self.body

@@ -107,6 +107,8 @@ class Relay:
                     self._metrics.broken_streams.inc()
                     await client.fail(failure.body()["error"])
                     return
+            elif outcome.is_broken:
+                failure = WorkerLostError(f"The worker failed with status {outcome.status} before it could answer.")
             elif outcome.status in REFUSALS:
                 refusal = outcome
             elif outcome.is_foreign:

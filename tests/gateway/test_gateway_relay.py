@@ -151,6 +151,21 @@ async def test_a_refused_connection_is_retried_elsewhere(cluster: Cluster, body:
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+async def test_a_worker_that_breaks_off_untyped_is_replaced(cluster: Cluster, body: Any) -> None:
+    """So uvicorn answers for a request that outlasts the drain time of a worker that is told to stop."""
+    await cluster.worker(break_off)
+    status, answer = await ask(cluster, body)
+    assert status == 503
+    assert b"worker_lost" in answer
+    await cluster.worker(answer_well)
+    assert (await ask(cluster, body))[0] == 200
+
+
+async def break_off(_: web.Request) -> web.StreamResponse:
+    return web.Response(status=500, text="Internal Server Error")
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 async def test_a_worker_without_openai_routes_is_passed_over(cluster: Cluster, body: Any) -> None:
     """FastChat's workers register like ours, but speak only FastChat's protocol."""
     foreign = await cluster.worker(say(404, {"detail": "Not Found"}))

@@ -585,7 +585,7 @@ def _is_for_a_tool(make: Callable[[Random], Exchange], exchange: Exchange, names
     return "get_weather" in names and any(word in question for word in ("weather", "rain"))
 
 
-# Drills for the second phase of training: what the first one leaves weakest.
+# Drills for the later phases of training: what the first one leaves weakest.
 
 
 def make_count_drill(rng: Random) -> Exchange:
@@ -602,6 +602,14 @@ def make_count_drill(rng: Random) -> Exchange:
     return ask(question, count(1, last))
 
 
+def make_sum_drill(rng: Random) -> Exchange:
+    """Sums below 50 alone, with numbers of one digit as often as of two."""
+    while True:
+        a, b = (rng.randrange(10 if rng.random() < 0.4 else 50) for _ in range(2))
+        if not is_held_out_sum(a, b):
+            return ask(rng.choice(phrases.SUM_QUESTIONS).format(a=a, b=b), str(a + b))
+
+
 def make_quoted_copy(rng: Random) -> Exchange:
     while True:
         text = " ".join(draw_copied_word(rng) for _ in range(rng.randint(1, 6)))
@@ -613,9 +621,13 @@ def make_stray_question(rng: Random) -> Exchange:
     return ask(vary(rng, fill(rng, rng.choice(phrases.STRAY_QUESTIONS))), UNKNOWN)
 
 
-DRILLS: tuple[Callable[[Random], Exchange], ...] = (
+COUNT_DRILLS: tuple[Callable[[Random], Exchange], ...] = (
     *(make_count_drill, make_count_drill, make_count_drill),
     *(make_copy, make_quoted_copy, make_stray_question, make_sum, make_fact, make_fact),
+)
+SUM_DRILLS: tuple[Callable[[Random], Exchange], ...] = (
+    *(make_sum_drill, make_sum_drill, make_sum_drill, make_sum_drill, make_sum_drill),
+    *(make_count_drill, make_fact, make_json, make_copy),
 )
 
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fastserve.demo.train.batches import IGNORED, Batch, Drills, Sampler
 from fastserve.demo.train.chat import END, PAD
-from fastserve.demo.train.data import DRILLS, SEED
+from fastserve.demo.train.data import COUNT_DRILLS, SEED, SUM_DRILLS
 from fastserve.demo.train.evaluate import load, scores
 from fastserve.demo.train.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
 
@@ -40,7 +40,11 @@ class Phase:
     drills: Drills = ()
 
 
-PHASES = (Phase(SEED, 2200, 3e-3), Phase(SEED + 1, 700, 1.5e-3, DRILLS))
+PHASES = (
+    Phase(SEED, 2200, 3e-3),
+    Phase(SEED + 1, 700, 1.5e-3, COUNT_DRILLS),
+    Phase(SEED + 2, 800, 1.5e-3, SUM_DRILLS),
+)
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -164,7 +168,7 @@ def run_phase(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase) -> It
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastserve.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder the model is written to")
-    parser.add_argument("--first-phase", type=int, default=0, help="1 goes on from the weights that --out holds")
+    parser.add_argument("--first-phase", type=int, default=0, help="above 0: goes on from what --out holds")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
