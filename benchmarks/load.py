@@ -22,20 +22,21 @@ from typing import Any
 import aiohttp
 
 WORDS = [
-    "alpha",
-    "bravo",
-    "charlie",
-    "delta",
-    "echo",
-    "golf",
-    "hotel",
-    "india",
-    "kilo",
-    "lima",
-    "mike",
-    "oscar",
-    "papa",
+    "self",
+    "return",
+    "value",
+    "import",
+    "class",
+    "list",
+    "index",
+    "string",
+    "file",
+    "path",
+    "error",
+    "test",
+    "name",
 ]
+"""One token each for most tokenizers."""
 
 
 @dataclass

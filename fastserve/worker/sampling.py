@@ -2,7 +2,7 @@
 
 Defaults: temperature 1 and top_p 1 as OpenAI's, unless the model's generation_config.json recommends other values of
 temperature, top_p, top_k, min_p or repetition_penalty: these are what its makers tested it with. A file that says
-`"do_sample": false` recommends nothing about sampling, so only its repetition_penalty is taken.
+`"do_sample": false` recommends greedy answers, so the temperature is 0 for requests that do not say one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ class SamplingDefaults:
 def read_defaults(folder: Path) -> SamplingDefaults:
     """What generation_config.json of a model folder recommends."""
     config = read_json(folder / "generation_config.json")
-    names = ["repetition_penalty"]
-    if config.get("do_sample") is not False:
-        names += ["temperature", "top_p", "top_k", "min_p"]
-    found = {name: config[name] for name in names if isinstance(config.get(name), int | float)}
-    return SamplingDefaults(**found)
+    if config.get("do_sample") is False:
+        config = {"repetition_penalty": config.get("repetition_penalty"), "temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return SamplingDefaults(**{name: config[name] for name in names if isinstance(config.get(name), int | float)})
 
 
 def resolve(

@@ -67,7 +67,10 @@ def test_chunks_intervals_and_logprobs_change_no_text(data: st.DataObject) -> No
         (None, SamplingDefaults()),
         ({"temperature": 0.6, "top_k": 20}, SamplingDefaults(temperature=0.6, top_k=20)),
         ({"do_sample": True, "top_p": 0.95}, SamplingDefaults(top_p=0.95)),
-        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, SamplingDefaults(repetition_penalty=1.1)),
+        (
+            {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1},
+            SamplingDefaults(temperature=0.0, repetition_penalty=1.1),
+        ),
         ({"temperature": None}, SamplingDefaults()),
     ],
 )
