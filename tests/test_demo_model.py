@@ -34,9 +34,10 @@ def tokenizer(loaded: tuple[Any, Any]) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing by a second one, and loses much where other work runs beside it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -44,6 +44,7 @@ PHASES = (
     Phase(SEED, 2200, 3e-3),
     Phase(SEED + 1, 700, 1.5e-3, COUNT_DRILLS),
     Phase(SEED + 2, 800, 1.5e-3, SUM_DRILLS),
+    Phase(SEED + 3, 500, 1e-3, (*COUNT_DRILLS, *SUM_DRILLS)),
 )
 
 
@@ -142,15 +143,35 @@ def train(out: Path, first_phase: int) -> None:
     print(f"{model.num_parameters():,} parameters, vocabulary of {tokenizer.get_vocab_size()}", flush=True)
     for number, phase in enumerate(PHASES[first_phase:], start=first_phase):
         if number > 0:
-            model, _ = load(str(out))
+            model, _ = load(str(phase_folder(out, number - 1)))
             model.train()
+        folder = phase_folder(out, number)
         for step, loss in enumerate(run_phase(model, tokenizer, phase), start=1):
             if step % 50 == 0:
                 seconds = time.monotonic() - started
                 print(f"phase {number}, step {step}/{phase.num_steps}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
             if step % SAVE_EVERY_STEPS == 0 or step == phase.num_steps:
-                save_model(model, tokenizer, out)
-                print(json.dumps(scores(*load(str(out)), quick=step < phase.num_steps)), flush=True)
+                save_model(model, tokenizer, folder)
+                report(folder, quick=step < phase.num_steps)
+    drilled = [phase_folder(out, number) for number, phase in enumerate(PHASES) if phase.drills]
+    save_model(mean_of([load(str(folder))[0] for folder in drilled]), tokenizer, out / "model")
+    report(out / "model", quick=False)
+
+
+def phase_folder(out: Path, number: int) -> Path:
+    return out / f"phase-{number}"
+
+
+def mean_of(models: list[LlamaForCausalLM]) -> LlamaForCausalLM:
+    """Phases with different drills err in different places; the mean of their weights does better than each."""
+    states = [model.state_dict() for model in models]
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    models[0].load_state_dict(mean)
+    return models[0]
+
+
+def report(folder: Path, quick: bool) -> None:
+    print(json.dumps(scores(*load(str(folder)), quick=quick)), flush=True)
 
 
 def run_phase(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase) -> Iterator[float]:
@@ -167,8 +188,8 @@ def run_phase(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase) -> It
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastserve.demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder the model is written to")
-    parser.add_argument("--first-phase", type=int, default=0, help="above 0: goes on from what --out holds")
+    parser.add_argument("--out", type=Path, required=True, help="gets a folder for each phase, and the folder model")
+    parser.add_argument("--first-phase", type=int, default=0, help="above 0: goes on from the phases in --out")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
