@@ -62,9 +62,9 @@ def loads(tokens: int) -> list[Load]:
     return [
         Load("1 client, tokens/s", client(1, 4), rate),
         Load("8 clients, tokens/s", client(8, 18), rate),
-        Load("32 clients, tokens/s", client(32, 66), rate),
-        Load("32 clients, TTFT p99, s", client(32, 66), "ttft_p99_s", higher_is_better=False),
-        Load("16 clients, 512 shared, tokens/s", client(16, 48, 32, "--shared-prefix", "512"), rate),
+        Load("32 clients, tokens/s", client(32, 64), rate),
+        Load("32 clients, TTFT p99, s", client(32, 64), "ttft_p99_s", higher_is_better=False),
+        Load("16 clients, 512 shared, tokens/s", client(16, 32, 32, "--shared-prefix", "512"), rate),
         Load("gap p99 beside prompts of 2000, s", client(4, 12), "gap_p99_s", higher_is_better=False, beside=long),
     ]
 

@@ -60,6 +60,11 @@ def make_prompt(args: argparse.Namespace, index: int) -> str:
     return " ".join(words + [own.choice(WORDS) for _ in range(args.prompt_words)])
 
 
+def brings_token(choice: dict[str, Any]) -> bool:
+    """A chat's first event may only tell the role. Text may be empty: a token can be part of a character."""
+    return "text" in choice or "content" in choice.get("delta", {}) or choice.get("finish_reason") is not None
+
+
 async def send(session: aiohttp.ClientSession, args: argparse.Namespace, index: int, outcome: Outcome) -> None:
     body: dict[str, Any] = {
         "model": args.model,
@@ -89,7 +94,7 @@ async def send(session: aiohttp.ClientSession, args: argparse.Namespace, index: 
                     outcome.errors.append(str(event["error"])[:200])
                     return
                 num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
-                if any(choice.get("text") or choice.get("delta", {}).get("content") for choice in event["choices"]):
+                if any(brings_token(choice) for choice in event["choices"]):
                     times.append(time.perf_counter())
     except (aiohttp.ClientError, TimeoutError) as error:
         outcome.errors.append(f"{type(error).__name__}: {error}")

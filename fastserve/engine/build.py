@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -13,7 +15,7 @@ from fastserve.engine.core import EngineCore
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.runner.loading import LoadedModel, Progress, load_model
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
-from fastserve.engine.runner.verify import verify_paging
+from fastserve.engine.runner.verify import verify
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.errors import StartupError
@@ -36,7 +38,8 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     )
     if config.debug:
         logger.info("%s", loaded.model)
-    probe_shapes(loaded)
+    with _told_in_a_sentence(type(loaded.model).__name__):
+        probe_shapes(loaded)
     if not loaded.attention.shapes:
         raise StartupError(f"{type(loaded.model).__name__} cannot be served: it has no attention that can be paged.")
     max_model_len, num_blocks = _sizes(config, loaded)
@@ -47,14 +50,18 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
     )
-    verify_paging(
-        loaded,
-        runner,
-        block_size=config.block_size,
-        num_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-    )
+    name = type(loaded.model).__name__
+    with _told_in_a_sentence(name):
+        verify(
+            loaded.reference,
+            runner,
+            name,
+            loaded.dtype,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+        )
     speed = _measure(runner, num_blocks, config)
     model_config = loaded.model.config
     info = EngineInfo(
@@ -78,6 +85,16 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache,
     )
+
+
+@contextlib.contextmanager
+def _told_in_a_sentence(name: str) -> Iterator[None]:
+    """Model code that fails when it is first run ends the start with a sentence; the log has the rest."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        logger.exception("%s failed when it was tried", name)
+        raise StartupError(f"{name} cannot be served: its code failed when it was tried ({error}).") from error
 
 
 def _sizes(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int]:

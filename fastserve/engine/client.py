@@ -83,6 +83,7 @@ class EngineProcess:
                 "fastserve.engine.process",
                 endpoint,
                 msgspec.json.encode(self._config).decode(),
+                str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
                 env=_ENGINE_DEFAULTS | os.environ,
             )

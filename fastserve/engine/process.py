@@ -1,7 +1,7 @@
 """The engine process: one loop of commands, schedule, execute, commit. No asyncio, no HTTP.
 
-Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG`. It ends when told to, or when
-its parent is gone, however that died.
+Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends when told
+to, or when its parent is gone, however that died.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class EngineLoop:
 
 
 def main() -> None:
-    endpoint, config_json = sys.argv[1:]
+    endpoint, config_json, parent = sys.argv[1:]
     # Ctrl-C at a terminal reaches the whole process group; the parent drains and then says Shutdown.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
     config = msgspec.json.decode(config_json, type=EngineConfig)
     setup_logging(config.log_level)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,23 +30,23 @@ DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def load_kernel(name: str) -> ctypes.CDLL | None:
     """The library made from `name`.cpp, or None (with a line in the log) where it cannot be built or loaded."""
     source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if not found:
         logger.warning("No C++ compiler (g++, clang++) is installed: slower torch operations are used.")
         return None
     try:
-        library = _cached(source, compiler)
+        library = _cached(source, shlex.split(found))
         return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         logger.warning("%s does not compile here, slower torch operations are used: %s", source.name, error.stderr)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         logger.warning("%s cannot be used, slower torch operations are used instead: %s", source.name, error)
     return None
 
 
-def _cached(source: Path, compiler: str) -> Path:
+def _cached(source: Path, compiler: list[str]) -> Path:
     texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    parts = [*texts, compiler.encode(), " ".join(_FLAGS).encode(), _processor()]
+    parts = [*texts, " ".join([*compiler, *_FLAGS]).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "fastserve" / "kernels"
@@ -55,7 +56,7 @@ def _cached(source: Path, compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
             subprocess.run(
-                [compiler, *_FLAGS, "-o", str(made), str(source)],
+                [*compiler, *_FLAGS, "-o", str(made), str(source)],
                 check=True,
                 capture_output=True,
                 text=True,

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from fastserve.engine.kernels.paged_attention import KernelStep, PagedAttentionKernel
 
 IntArray = npt.NDArray[np.int32]
+_MOST_GATHERED_TOKENS = 1 << 16
+"""Of a padded batch of contexts, in the form in torch operations."""
 
 
 @dataclass(slots=True)
@@ -142,8 +144,8 @@ class PagedAttention:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, because masked values are multiplied by 0, and 0 times garbage may be NaN. On a CPU, numpy's come from the
-    kernel as untouched pages: the memory is taken when it is written, not now, as with torch's."""
+    """On a CPU, numpy's zeros come from the kernel as untouched pages: the memory is taken when it is written, not now,
+    as with torch's."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = int(np.prod(shape)) * dtype.itemsize
@@ -179,7 +181,7 @@ def _attend_with_torch(
     attend: _Attend,
     window: int | None,
 ) -> torch.Tensor:
-    """Shapes as for the kernel. The decoding sequences are one padded batch, each chunk is a batch of its own."""
+    """Shapes as for the kernel. The decoding sequences are padded batches, each chunk is a batch of its own."""
     places: _Places | None = context.cache.get("places")
     if places is None:
         places = context.cache["places"] = _Places.of(context, query.device)
@@ -187,36 +189,54 @@ def _attend_with_torch(
     values[places.token_block, :, places.token_offset] = value
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
     count = context.num_decodes
-    if count:
-        longest = int((context.positions[:count] + 1).max())
-        blocks = places.block_table[:count, : -(-longest // keys.shape[3])]
-        mask = _mask(context, places, slice(0, count), longest, window)
-        out[:count] = attend(query[:count].unsqueeze(1), *_gather(keys, values, blocks, longest), mask).squeeze(1)
+    for group in _groups(context, count):
+        which = torch.from_numpy(group).to(query.device)
+        longest = int(context.positions[group].max()) + 1
+        mask = _mask(context, places, which, 1, longest, window)
+        blocks = places.block_table[which, : -(-longest // keys.shape[3])]
+        out[which] = attend(query[which].unsqueeze(1), *_gather(keys, values, blocks, mask), mask).squeeze(1)
     for index in range(count, len(context.counts)):
         start, rows = int(context.starts[index]), int(context.counts[index])
         length = int(context.positions[index]) + rows
-        blocks = places.block_table[index : index + 1, : -(-length // keys.shape[3])]
-        mask = _mask(context, places, slice(index, index + 1), length, window)
+        which = torch.tensor([index], device=query.device)
+        mask = _mask(context, places, which, rows, length, window)
+        blocks = places.block_table[which, : -(-length // keys.shape[3])]
         part = slice(start, start + rows)
-        out[part] = attend(query[part].unsqueeze(0), *_gather(keys, values, blocks, length), mask).squeeze(0)
+        out[part] = attend(query[part].unsqueeze(0), *_gather(keys, values, blocks, mask), mask).squeeze(0)
     return out
 
 
+def _groups(context: StepContext, count: int) -> list[npt.NDArray[np.int64]]:
+    """The decoding sequences in groups of similar length, so that padding to the longest stays bounded."""
+    groups: list[list[int]] = []
+    width = 0
+    for index in np.argsort(-context.positions[:count], kind="stable").tolist():
+        if not groups or (len(groups[-1]) + 1) * width > _MOST_GATHERED_TOKENS:
+            groups.append([])
+            width = int(context.positions[index]) + 1
+        groups[-1].append(index)
+    return [np.array(group) for group in groups]
+
+
 def _gather(
-    keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int
+    keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages of `blocks` (batch, blocks) as keys and values (batch, KV heads, length, dim)."""
-    found_keys = keys[blocks].permute(0, 2, 1, 4, 3).flatten(2, 3)
-    found_values = values[blocks].transpose(1, 2).flatten(2, 3)
-    return found_keys[:, :, :length], found_values[:, :, :length]
+    """Pages of `blocks` (batch, blocks) as keys and values (batch, KV heads, length, dim), zero where no row may look:
+    whatever a block held before, such as the NaN of another request, is not multiplied by 0 but gone."""
+    length = mask.shape[3]
+    seen = mask.any(dim=2).unsqueeze(3)
+    found_keys = keys[blocks].permute(0, 2, 1, 4, 3).flatten(2, 3)[:, :, :length]
+    found_values = values[blocks].transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return found_keys.masked_fill(~seen, 0), found_values.masked_fill(~seen, 0)
 
 
-def _mask(context: StepContext, places: _Places, which: slice, length: int, window: int | None) -> torch.Tensor:
+def _mask(
+    context: StepContext, places: _Places, which: torch.Tensor, rows: int, length: int, window: int | None
+) -> torch.Tensor:
     """(batch, 1, rows, length) for sequences with equally many new tokens: True where a row may look."""
-    key = (which.start, window)
+    key = (int(which[0]), rows, length, window)
     found: torch.Tensor | None = context.cache.get(key)
     if found is None:
-        rows = int(context.counts[which.start])
         device = places.contexts.device
         back = torch.arange(rows - 1, -1, -1, device=device)
         row = (places.contexts[which].unsqueeze(1) - 1 - back).unsqueeze(2)

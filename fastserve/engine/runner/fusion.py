@@ -1,12 +1,13 @@
 """Replaces hot parts of a model by fused ones, where they compute the same.
 
 Nothing here knows architectures. A part is recognised by its shape (a norm with a weight and an epsilon, a gated MLP, a
-forward that calls `apply_rotary_pos_emb`), tried on random input beside the fused form, and replaced only when both
-agree to rounding. So a model that does something of its own keeps its own code.
+forward that calls `apply_rotary_pos_emb`), tried in float32 on random input beside the fused form, and replaced only
+when both agree to rounding. So a model that does something of its own keeps its own code.
 """
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,19 +17,24 @@ import torch
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
 from fastserve.engine.runner.linear import Linear, WeightForm, joint_form
 
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_TOLERANCE = 1e-5
+"""Of trials in float32, relative to the largest entry."""
 _ROTARY = "apply_rotary_pos_emb"
 
 
 class FusedRMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    def __init__(self, weight: torch.nn.Parameter, eps: float, offset: float, kernels: ElementwiseKernels) -> None:
+    def __init__(self, norm: torch.nn.Module, eps: float, offset: float, kernels: ElementwiseKernels) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = norm.weight
         self._eps = eps
         self._offset = offset
         self._kernels = kernels
+        self._own = (norm,)  # in a tuple, so that it is no child, whose weight would have a second name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype:
+            out: torch.Tensor = self._own[0](x)
+            return out
         return self._kernels.rms_norm(x, self.weight, self._eps, self._offset)
 
 
@@ -56,39 +62,50 @@ def fuse_norms(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
         if not isinstance(eps, float) or weight is None or weight.dim() != 1 or not _is_leaf(module):
             continue
         if type(module) not in offsets:
-            offsets[type(module)] = _norm_offset(module, weight, eps, kernels)
+            offsets[type(module)] = _norm_offset(module, eps, kernels)
         offset = offsets[type(module)]
         if offset is not None:
-            _replace(model, path, FusedRMSNorm(weight, eps, offset, kernels))
+            _replace(model, path, FusedRMSNorm(module, eps, offset, kernels))
             count += 1
     return count
 
 
-def _norm_offset(
-    module: torch.nn.Module, weight: torch.Tensor, eps: float, kernels: ElementwiseKernels
-) -> float | None:
+def _norm_offset(module: torch.nn.Module, eps: float, kernels: ElementwiseKernels) -> float | None:
     """What the norm adds to its weight (1 in Gemma), or None when it is no plain RMS norm."""
-    x = torch.randn(3, weight.shape[0]).to(weight.dtype)
-    expected = module(x)
-    return next((offset for offset in (0.0, 1.0) if _agree(expected, kernels.rms_norm(x, weight, eps, offset))), None)
+    norm = copy.deepcopy(module).float()
+    with torch.no_grad():
+        norm.weight.add_(torch.rand_like(norm.weight))
+    # Rows of very different sizes, with means far from 0: a norm that subtracts the mean is found out.
+    x = (torch.randn(4, norm.weight.shape[0]) + 2.0) * torch.tensor([[1e-2], [1.0], [30.0], [1e3]])
+    expected = norm(x)
+    forms = ((offset, kernels.rms_norm(x, norm.weight, eps, offset)) for offset in (0.0, 1.0))
+    return next((offset for offset, found in forms if _agree(expected, found)), None)
 
 
 def fuse_gated_mlps(model: torch.nn.Module, kernels: ElementwiseKernels) -> dict[str, WeightForm]:
     """Replace modules of the form down_proj(act_fn(gate_proj(x)) * up_proj(x)) by a fused one, where the activation is
     SiLU; return the forms of the weights that became one, by name."""
     forms: dict[str, WeightForm] = {}
+    same: dict[tuple[type[torch.nn.Module], type[torch.nn.Module]], bool] = {}
     for path, module in list(model.named_modules()):
         if not _is_gated_mlp(module):
             continue
-        gate, up = module.gate_proj.weight.data, module.up_proj.weight.data
-        whole, parts = joint_form([gate, up])
-        fused = FusedGatedMLP(Linear(whole, None), module.down_proj, kernels)
-        x = torch.randn(3, gate.shape[1]).to(gate.dtype)
-        if _agree(module(x), fused(x)):
-            _replace(model, path, fused)
+        kind = (type(module), type(module.act_fn))
+        if kind not in same:
+            same[kind] = _is_plain_gated_mlp(module, kernels)
+        if same[kind]:
+            whole, parts = joint_form([module.gate_proj.weight.data, module.up_proj.weight.data])
+            _replace(model, path, FusedGatedMLP(Linear(whole, None), module.down_proj, kernels))
             names = (f"{path}.gate_proj.weight", f"{path}.up_proj.weight")
             forms |= dict(zip(names, parts, strict=True))
     return forms
+
+
+def _is_plain_gated_mlp(module: torch.nn.Module, kernels: ElementwiseKernels) -> bool:
+    trial = copy.deepcopy(module).float()
+    x = torch.randn(4, trial.gate_proj.in_features) * 3.0
+    gate_up = torch.cat([trial.gate_proj(x), trial.up_proj(x)], dim=-1)
+    return _agree(trial(x), trial.down_proj(kernels.silu_and_mul(gate_up)))
 
 
 def _is_gated_mlp(module: torch.nn.Module) -> bool:
@@ -103,18 +120,21 @@ def _is_gated_mlp(module: torch.nn.Module) -> bool:
 
 def fuse_rotary(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
     """Have the attention modules' own forward call our rotary embedding; return how many do."""
-
-    def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
-
     count = 0
+    found: dict[tuple[Callable[..., Any], int], Callable[..., Any] | None] = {}
     for module in model.modules():
         forward = type(module).forward
         known = getattr(forward, "__globals__", {})
         if _ROTARY not in getattr(forward, "__code__", _NO_CODE).co_names or _ROTARY not in known:
             continue
-        dim, dtype = getattr(module, "head_dim", None), next(model.parameters()).dtype
-        if not isinstance(dim, int) or not _same_rotary(known[_ROTARY], ours, dim, dtype):
+        dim = getattr(module, "head_dim", None)
+        if not isinstance(dim, int):
+            continue
+        key = (known[_ROTARY], dim)
+        if key not in found:
+            found[key] = _rotary_like(known[_ROTARY], dim, kernels)
+        ours = found[key]
+        if ours is None:
             continue
         # The same code with one global name bound anew, for this instance alone: the library stays as it is.
         bound = types.FunctionType(
@@ -129,22 +149,34 @@ def fuse_rotary(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
 _NO_CODE = (lambda: None).__code__
 
 
-def _same_rotary(theirs: Callable[..., Any], ours: Callable[..., Any], dim: int, dtype: torch.dtype) -> bool:
-    q, k = torch.randn(1, 5, 3, dim).to(dtype), torch.randn(1, 2, 3, dim).to(dtype)
+def _rotary_like(theirs: Callable[..., Any], dim: int, kernels: ElementwiseKernels) -> Callable[..., Any] | None:
+    """A function in the place of `theirs` that is fused where that computes the same, or None when it never does."""
+
+    def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
+        plain = not more and not named and q.dim() == 4 and q.shape[0] == k.shape[0] == 1 and cos.dim() == 3
+        # Some models turn only a part of the head, or keep cos and sin in float32.
+        fits = cos.shape[-1] == sin.shape[-1] == q.shape[-1] == k.shape[-1] and cos.shape[1] == q.shape[2] == k.shape[2]
+        if plain and fits and q.dtype == k.dtype == cos.dtype == sin.dtype:
+            return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
+        return theirs(q, k, cos, sin, *more, **named)
+
+    q, k = torch.randn(1, 5, 3, dim), torch.randn(1, 2, 3, dim)
     half = torch.randn(1, 3, dim // 2)
-    cos, sin = (torch.cat([wave, wave], dim=-1).to(dtype) for wave in (half.cos(), half.sin()))
+    cos, sin = (torch.cat([wave, wave], dim=-1) for wave in (half.cos(), half.sin()))
     try:
         expected = theirs(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError, IndexError):
-        return False  # it takes something else
-    return all(_agree(one, other) for one, other in zip(expected, ours(q, k, cos, sin), strict=True))
+        return None  # it takes something else
+    same = all(_agree(one, other) for one, other in zip(expected, ours(q, k, cos, sin), strict=True))
+    return ours if same else None
 
 
 def _agree(expected: torch.Tensor, found: torch.Tensor) -> bool:
     if expected.shape != found.shape:
         return False
-    scale = expected.abs().max().clamp_min(1e-6)
-    return bool((expected - found).abs().max() <= _TOLERANCE[expected.dtype] * scale)
+    # Row by row: a large row must not hide what is wrong in a small one.
+    scale = expected.abs().amax(dim=-1, keepdim=True).clamp_min(1e-20)
+    return bool(((expected - found).abs() <= _TOLERANCE * scale).all())
 
 
 def _is_leaf(module: torch.nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from transformers.utils import logging as transformers_logging
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
 from fastserve.engine.runner.attention import PagedAttention
 from fastserve.engine.runner.fusion import fuse_norms, fuse_rotary
+from fastserve.engine.runner.reference import Reference, own_logits
 from fastserve.engine.runner.weights import WeightTable
 from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "fastserve_paged"
 Progress = Callable[[str, int, int], None]
@@ -33,6 +37,7 @@ class LoadedModel:
     model: PreTrainedModel
     attention: PagedAttention
     weights: WeightTable
+    reference: Reference
     device: torch.device
     dtype: torch.dtype
     context_length: int
@@ -87,19 +92,22 @@ def load_model(
         )
     progress("Loading weights", sum(sizes.values()), sum(sizes.values()))
     model = model.to(device).eval().requires_grad_(False)
+    text_config = config.get_text_config(decoder=True)
+    context_length = _context_length(text_config)
+    reference = own_logits(model, device, context_length)
     kernels = ElementwiseKernels.load() if ElementwiseKernels.supports(dtype, device) else None
     weights = WeightTable.install(model, kernels)
     if kernels is not None:
         fuse_norms(model, kernels)
         fuse_rotary(model, kernels)
-    text_config = config.get_text_config(decoder=True)
     return LoadedModel(
         model=model,
         attention=attention,
         weights=weights,
         device=device,
         dtype=dtype,
-        context_length=_context_length(text_config),
+        reference=reference,
+        context_length=context_length,
         eos_token_ids=_eos_token_ids(model),
     )
 
@@ -136,8 +144,25 @@ def _context_length(config: PretrainedConfig) -> int:
     for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
         value = getattr(config, field, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return _within_rope(config, value)
     return 2048
+
+
+def _within_rope(config: PretrainedConfig, context_length: int) -> int:
+    """LongRoPE takes other frequencies for the whole batch as soon as one sequence in it is long: a long request would
+    change the answers of short ones. So the context ends where the short frequencies do."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for part in parts:
+        if part.get("rope_type", part.get("type")) == "longrope":
+            stated = part.get("original_max_position_embeddings")
+            original = stated or getattr(config, "original_max_position_embeddings", None) or context_length
+            if original < context_length:
+                logger.warning(
+                    "Context of %d tokens instead of %d: LongRoPE's long form is not served.", original, context_length
+                )
+                return int(original)
+    return context_length
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

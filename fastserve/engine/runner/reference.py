@@ -1,0 +1,49 @@
+"""What a model's own code computes, taken down before anything of it is replaced (see verify.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+_LENGTHS = (19, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Prompts, and the logits (prompts, vocabulary) of the model's own code after each of them."""
+
+    prompts: list[list[int]]
+    logits: torch.Tensor
+    noise: float
+    """How far the logits move, in standard deviations, when the embeddings are rounded otherwise: what rounding alone
+    can do to this model in its dtype."""
+
+
+def own_logits(model: PreTrainedModel, device: torch.device, context_length: int) -> Reference:
+    """Run the model as it was loaded, with its own attention."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, context_length) for length in _LENGTHS]
+    prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            tokens = [torch.tensor([prompt], device=device) for prompt in prompts]
+            logits = torch.stack([model(input_ids=ids, use_cache=False).logits[0, -1] for ids in tokens]).float()
+            shaken = torch.stack(
+                [model(inputs_embeds=_rounded_otherwise(model, ids), use_cache=False).logits[0, -1] for ids in tokens]
+            ).float()
+    finally:
+        model.set_attn_implementation(ours)
+    noise = float((shaken - logits).abs().max() / logits.std().clamp_min(1e-6))
+    return Reference(prompts, logits, noise)
+
+
+def _rounded_otherwise(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    embeddings: torch.Tensor = model.get_input_embeddings()(ids)
+    generator = torch.Generator().manual_seed(1)
+    shake = torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * torch.finfo(embeddings.dtype).eps
+    return (embeddings.float() * (1 + shake)).to(embeddings.dtype)
