@@ -219,7 +219,9 @@ class ModelConfig:
     device: str | None = option(None, "device; found when not given", choices=("cpu", "cuda", "mps", "xpu", "npu"))
     gpus: str | None = option(None, "GPU ids to use, such as 1 or 0,2")
     num_gpus: int = option(1, "number of GPUs to spread the model over")
-    max_gpu_memory: str | None = option(None, "limit of memory per GPU for the weights, such as 13GiB")
+    max_gpu_memory: str | None = option(
+        None, "of memory per GPU for the weights, such as 13GiB; used with several GPUs only"
+    )
     dtype: str | None = option(
         None,
         "dtype of weights and KV cache; unset: float32 on cpu, else the checkpoint's own (float32 becomes float16)",
@@ -257,7 +259,9 @@ class EngineOptions:
         0.9, "share of the device's free memory that weights and KV cache may take", added=True
     )
     block_size: int = option(16, "tokens in a block of the KV cache", added=True)
-    max_num_batched_tokens: int = option(2048, "token budget of one engine step", added=True)
+    max_num_batched_tokens: int | None = option(
+        None, "token budget of one engine step; if unset 256 on a CPU, 2048 elsewhere", added=True
+    )
     max_num_seqs: int = option(256, "most sequences in one engine step", added=True)
     no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings", added=True)
 

@@ -4,8 +4,8 @@
 
 What each service is started with is decided by `plan`, a pure function; `check` refuses what cannot work before
 anything is started; `launch` does it. An item may end in options of its own worker, named like the worker's flags and
-given as in a URL: `MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. Host and port are read from the
-right, so the model's path may contain anything.
+given as in a URL: `MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. In their values %26 stands for &,
+%40 for @, and so on. Host and port are read from the right, so the model's path may contain anything.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import unquote
 
 from fastserve import supervisor
 from fastserve.config import (
@@ -86,7 +87,7 @@ def parse_item(text: str) -> Item:
         if name not in WORKER_OPTIONS:
             raise StartupError(f"--model-path-address {text!r}: a worker has no option {flag!r} ({ITEM_FORM}).")
         try:
-            options[name] = parse_option(WorkerConfig, name, value)
+            options[name] = parse_option(WorkerConfig, name, unquote(value))
         except ValueError as error:
             raise StartupError(f"--model-path-address {text!r}: {flag}: {error}.") from None
     return Item(os.path.expanduser(match["model"]), match["host"], int(match["port"]), options)
@@ -201,6 +202,11 @@ def check(config: LauncherConfig, items: Sequence[Item], running: Sequence[super
         if worker.gpus and len(worker.gpus.split(",")) < worker.num_gpus:
             raise StartupError(f"Larger --num-gpus ({worker.num_gpus}) than --gpus {worker.gpus}!")
         check_model(item.model)
+    if config.api_keys is not None and not config.api_keys:
+        # As from "$UNSET": a server that was meant to be guarded must not open.
+        raise StartupError(
+            "--api-keys (or FASTSERVE_API_KEYS) holds no key: name at least one, or leave it out to serve without keys."
+        )
     if config.api_keys_file is not None and not Path(config.api_keys_file).is_file():
         raise StartupError(f"--api-keys-file {config.api_keys_file}: there is no such file.")
     claims = [

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
@@ -22,7 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastserve.config import ServerConfig
 from fastserve.errors import FastserveError, InternalError, InvalidRequestError, StartupError
@@ -71,12 +72,58 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, with a farewell before the listening sockets close."""
+class _Application:
+    """The application as uvicorn sees it, with a start that can be cancelled: loading a model takes minutes."""
 
-    def __init__(self, config: uvicorn.Config, before_shutdown: Callable[[], Awaitable[None]] | None) -> None:
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._starting: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self._live(scope, receive, send) if scope["type"] == "lifespan" else self._app(scope, receive, send)
+
+    def cancel_start(self) -> None:
+        """From a signal handler. Does nothing once the application has started."""
+        self._is_cancelled = True
+        if self._starting is not None:
+            self._starting.get_loop().call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            self._starting = None
+            # A start that was cancelled failed for no reason that a traceback could tell.
+            is_cancelled = self._is_cancelled and message["type"] == "lifespan.startup.failed"
+            await send({"type": message["type"]} if is_cancelled else message)
+
+        if self._is_cancelled:
+            await tell({"type": "lifespan.startup.failed"})
+            return
+        self._starting = asyncio.current_task()
+        await self._app(scope, receive, tell)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a start that signals end at once, and a farewell before the listening sockets close."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        cancel_start: Callable[[], None],
+        before_shutdown: Callable[[], Awaitable[None]] | None,
+    ) -> None:
         super().__init__(config)
+        self._cancel_start = cancel_start
         self._before_shutdown = before_shutdown
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn only takes a note, and reads it when the application has started.
+        super().handle_exit(sig, frame)
+        self._cancel_start()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -99,12 +146,15 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests end, and return.
 
-    Raises StartupError when the application's lifespan failed.
+    A signal that comes before the application has started cancels its lifespan, and `serve` returns when the lifespan
+    has cleaned up. Raises StartupError when the application's lifespan failed.
     """
     key, certificate = _tls_files() if config.ssl else (None, None)
+    application = _Application(app)
     server = _Server(
         uvicorn.Config(
-            app,
+            application,
+            interface="asgi3",
             host=config.host,
             port=sockets[0].getsockname()[1],
             log_config=None,
@@ -115,6 +165,7 @@ def serve(
             timeout_keep_alive=75,
             backlog=4096,
         ),
+        application.cancel_start,
         before_shutdown,
     )
     # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
@@ -123,14 +174,18 @@ def serve(
     try:
         server.run(sockets=sockets)
     except (KeyboardInterrupt, _TerminatedError):
-        pass
+        return
     except SystemExit:
         # uvicorn's way to say that the lifespan failed.
         if server.started:
             raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if not server.started:
+    if server.started:
+        return
+    if server.should_exit:
+        logger.info("The start was ended by a signal.")
+    else:
         raise StartupError("The service could not start; the lines above say why.")
 
 

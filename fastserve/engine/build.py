@@ -22,6 +22,9 @@ from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
+_BATCHED_TOKENS = {True: 256, False: 2048}
+"""The token budget on a CPU and elsewhere: as few as still make full use of the device, since all answers wait for a step
+to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
 _CPU_SHARE = 0.5
 """Of the memory that --gpu-memory-utilization allows, what the KV cache takes on a CPU, which it shares with others."""
 
@@ -81,7 +84,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         info,
         runner,
         speed,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens or _BATCHED_TOKENS[loaded.device.type == "cpu"],
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache,
     )

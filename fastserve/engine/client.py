@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
 _ENGINE_DEFAULTS = {
     # Threads that spin while they wait for each other take the core from the very thread they wait for as soon as
-    # another process wants it too: on 2 busy cores steps took 15 times as long as with threads that sleep.
-    "OMP_WAIT_POLICY": "passive",
+    # another process wants it too; threads that sleep at once wake too late for the next product (docs/performance.md).
+    "GOMP_SPINCOUNT": "1000",
 }
 
 

@@ -13,7 +13,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -32,6 +32,7 @@ CONTROLLER_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 POLL_INTERVAL_S = 1.0
 POLL_INTERVAL_AWAY_S = 0.2
 RELEASE_RETRY_S = 0.2
+RESTART_PAUSE_S = 1.0
 RELEASE_LIFETIME_S = 10.0
 """A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
 
@@ -210,17 +211,24 @@ async def open_dispatcher(session: aiohttp.ClientSession, controller_address: st
     """A dispatcher whose background tasks live as long as the block; the first table has been asked for on entering."""
     dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random())
     await dispatcher.refresh()
-    tasks = [asyncio.ensure_future(dispatcher.poll()), asyncio.ensure_future(dispatcher.send_releases())]
+    tasks = [asyncio.ensure_future(_keep_running(loop)) for loop in (dispatcher.poll, dispatcher.send_releases)]
     try:
         yield dispatcher
     finally:
         for task in tasks:
             task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await dispatcher.flush()
-        for outcome in ended:
-            if isinstance(outcome, Exception):
-                raise outcome
+
+
+async def _keep_running(loop: Callable[[], Awaitable[None]]) -> None:
+    """Start the loop again when a defect ends it: requests would go on, by a table that gets older and older."""
+    while True:
+        try:
+            await loop()
+        except Exception:
+            logger.exception("A background task of the dispatcher failed; it is started again.")
+        await asyncio.sleep(RESTART_PAUSE_S)
 
 
 def _parse(kind: type[AnswerT], content: bytes) -> AnswerT:

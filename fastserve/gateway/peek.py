@@ -42,7 +42,7 @@ def peek(body: bytes) -> tuple[str, bool]:
         # msgspec names the place as a path, such as "- at `$.stream`".
         param = str(error).rpartition("`$.")[2].rstrip("`") if "`$." in str(error) else None
         raise InvalidRequestError(f"The request body is not valid: {error}.", param=param) from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}.", code="invalid_json") from error
     if not seen.model:
         raise InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastserve.errors import UnsupportedParameterError
 from fastserve.openai.answers import TokenText, Usage, encode_json
+from fastserve.openai.parameters import OF_MESSAGE, KnownFields
 from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid, refuse_best_of
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -17,7 +18,7 @@ _PART_SEPARATOR = "\n"
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     role: Role
     content: Any = None
@@ -41,6 +42,11 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", self.top_logprobs, "It needs logprobs=true.")
         refuse_best_of(self.best_of, self.num_choices)
+
+    def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
+        yield from super().undeclared()
+        for i, message in enumerate(self.messages):
+            yield f"messages.{i}.", OF_MESSAGE, message.model_extra or {}
 
     @property
     def token_limit(self) -> int | None:

@@ -1,6 +1,6 @@
-"""What is done with parameters that the schemas do not declare: three lists, and nothing is ignored in silence.
+"""What is done with fields that the schemas do not declare: lists for each place, and nothing is ignored in silence.
 
-A parameter is either without effect on the answer (accepted), or known but not honoured yet (refused by name, unless
+A field is either without effect on the answer (accepted), or known but not honoured yet (refused by name, unless
 its value asks for nothing), or not known at all (accepted, and reported by the caller: OpenAI's clients send new ones
 before servers know them).
 """
@@ -8,11 +8,43 @@ before servers know them).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastserve.errors import UnsupportedParameterError
 
-WITHOUT_EFFECT = frozenset(
+
+@dataclass(frozen=True)
+class KnownFields:
+    """Fields that one place of a request may have beside those that its schema declares."""
+
+    place: str
+    """Where they stand, with a dot at the end; empty for the request itself."""
+    without_effect: frozenset[str]
+    unsupported: Mapping[str, tuple[Any, ...]]
+    """The values, besides null, that ask for nothing."""
+
+    def refuse_unsupported(self, given: Mapping[str, Any], where: str) -> None:
+        """Raises UnsupportedParameterError for the first field that is known and asks for what we cannot do."""
+        for name, value in given.items():
+            if name in self.unsupported and value is not None and not _asks_for_nothing(value, self.unsupported[name]):
+                shown = repr(value)
+                raise UnsupportedParameterError(
+                    f"'{where}{name}' is not supported yet (given: {shown if len(shown) <= 80 else shown[:77] + '...'}"
+                    "). Leave it out.",
+                    param=where + name,
+                )
+
+    def unknown(self, given: Iterable[str]) -> list[str]:
+        return [self.place + name for name in given if name not in self.without_effect and name not in self.unsupported]
+
+
+def _asks_for_nothing(value: Any, neutral: Iterable[Any]) -> bool:
+    # bool is an int in Python: True must not pass for 1.
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
+
+
+_WITHOUT_EFFECT = frozenset(
     {
         "user",
         "metadata",
@@ -25,8 +57,7 @@ WITHOUT_EFFECT = frozenset(
 )
 
 _TEXT_FORMAT = {"type": "text"}
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    # name: the values, besides null, that ask for nothing
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (),
     "allowed_token_ids": ([],),
@@ -68,23 +99,13 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-
-def refuse_unsupported(given: Mapping[str, Any]) -> None:
-    """Raises UnsupportedParameterError for the first parameter that is known and asks for what we cannot do."""
-    for name, value in given.items():
-        if name in UNSUPPORTED and value is not None and not _asks_for_nothing(value, UNSUPPORTED[name]):
-            shown = repr(value)
-            raise UnsupportedParameterError(
-                f"'{name}' is not supported yet (given: {shown if len(shown) <= 80 else shown[:77] + '...'}). "
-                f"Leave it out.",
-                param=name,
-            )
-
-
-def _asks_for_nothing(value: Any, neutral: Iterable[Any]) -> bool:
-    # bool is an int in Python: True must not pass for 1.
-    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
-
-
-def unknown_parameters(given: Iterable[str]) -> list[str]:
-    return [name for name in given if name not in WITHOUT_EFFECT and name not in UNSUPPORTED]
+OF_REQUEST = KnownFields("", _WITHOUT_EFFECT, _UNSUPPORTED)
+OF_STREAM_OPTIONS = KnownFields(
+    "stream_options.", frozenset(), {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+)
+OF_MESSAGE = KnownFields(
+    "messages.",
+    frozenset({"annotations"}),
+    # Null or empty in the answers that clients send back as they got them.
+    {"audio": (), "function_call": (), "prefix": (False,), "refusal": ("",)},
+)

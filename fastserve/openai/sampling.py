@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fastserve.errors import InvalidRequestError, UnsupportedParameterError
-from fastserve.openai.parameters import refuse_unsupported, unknown_parameters
+from fastserve.openai.parameters import OF_REQUEST, OF_STREAM_OPTIONS, KnownFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -32,13 +33,14 @@ def parse_request(request_class: type[RequestT], body: bytes) -> RequestT:
         request = request_class.model_validate_json(body)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False)) from error
-    refuse_unsupported(request.model_extra or {})
+    for where, known, given in request.undeclared():
+        known.refuse_unsupported(given, where)
     request.check()
     return request
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     include_usage: bool | None = None
 
 
@@ -104,9 +106,16 @@ class GenerationRequest(BaseModel):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
+        """The fields that no schema declares, place by place; first its name in errors."""
+        yield "", OF_REQUEST, self.model_extra or {}
+        if self.stream_options is not None:
+            yield "stream_options.", OF_STREAM_OPTIONS, self.stream_options.model_extra or {}
+
     @property
     def unknown(self) -> list[str]:
-        return unknown_parameters(self.model_extra or {})
+        """Each name once, without the numbers of messages."""
+        return list(dict.fromkeys(name for _, known, given in self.undeclared() for name in known.unknown(given)))
 
 
 def refuse_best_of(best_of: int | None, num_choices: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ class WorkerSetup:
     wait_listening: Callable[[], Awaitable[None]]
     """Returns when requests are accepted: not before is the worker registered."""
     end_process: Callable[[], None]
-    """Called when the engine has been given up."""
+    """Called when the engine has been given up, or a task that the worker cannot live without has failed."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
 
 
@@ -97,10 +97,10 @@ class Worker:
                 self.failure = error
                 raise
             app.state.runtime = runtime
-            tasks = [asyncio.create_task(self._look_after_engine(runtime))]
+            tasks = [asyncio.create_task(self._vital("engine watch", self._look_after_engine(runtime)))]
             if not self._setup.config.no_register:
                 self._heartbeat = self._make_heartbeat(runtime)
-                tasks.append(asyncio.create_task(self._register(self._heartbeat)))
+                tasks.append(asyncio.create_task(self._vital("heartbeat", self._register(self._heartbeat))))
             stack.push_async_callback(_end, tasks)
             yield
 
@@ -117,7 +117,11 @@ class Worker:
         metrics = WorkerMetrics()
         admission = Admission(_limit(config, info), config.queue_size, time.monotonic)
         metrics.watch(admission, lambda: setup.engine.stats)
-        eos = tuple(dict.fromkeys([*info.eos_token_ids, *tokenizer.eos_token_ids]))
+        # A tokenizer may know tokens that the model has no row for; the engine takes none of these.
+        known_eos = [
+            token_id for token_id in (*info.eos_token_ids, *tokenizer.eos_token_ids) if token_id < info.vocab_size
+        ]
+        eos = tuple(dict.fromkeys(known_eos))
         jobs = JobMaker(
             model_names=setup.model_names,
             tokenizer=tokenizer,
@@ -126,6 +130,7 @@ class Worker:
             eos_token_ids=eos,
             vocab_size=info.vocab_size,
             context_length=info.max_model_len,
+            max_sequences=config.max_num_seqs,
             stream_interval=config.stream_interval,
             seed=config.seed,
             metrics=metrics,
@@ -154,6 +159,15 @@ class Worker:
     def _make_heartbeat(self, runtime: Runtime) -> Heartbeat:
         config = self._setup.config
         return Heartbeat(config.controller_address, self._setup.address, config.heartbeat_interval_s, runtime.status)
+
+    async def _vital(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`, and end the process when it fails: without it nobody would restart or reach this worker."""
+        try:
+            await work
+        except Exception:
+            logger.exception("the %s failed; this worker ends", name)
+            self.keeper.gave_up = True
+            self._setup.end_process()
 
     async def _register(self, heartbeat: Heartbeat) -> None:
         await self._setup.wait_listening()

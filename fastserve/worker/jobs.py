@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Sequence
@@ -61,10 +62,12 @@ class JobMaker:
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         context_length: int,
+        max_sequences: int,
         stream_interval: int,
         seed: int | None,
         metrics: WorkerMetrics,
     ) -> None:
+        """`max_sequences`: the most that one request may ask for, all its prompts and choices together."""
         self.model_names = list(model_names)
         self.tokenizer = tokenizer
         self.context_length = context_length
@@ -72,6 +75,7 @@ class JobMaker:
         self._defaults = defaults
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
+        self._max_sequences = max_sequences
         self._stream_interval = stream_interval
         self._seed = seed
         self._metrics = metrics
@@ -85,9 +89,11 @@ class JobMaker:
                 "--chat-template FILE.",
                 param="messages",
             )
+        self._check_size(1, request.num_choices)
         text = self._template.render(request.template_messages())
         # Templates write the special tokens themselves.
         ids = await encode_off_loop(self.tokenizer, text, add_special_tokens=False)
+        self._check_encoded(ids, "messages")
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         room = self._room(len(ids), "messages")
         max_tokens = room if request.token_limit is None else min(request.token_limit, room)
@@ -97,9 +103,10 @@ class JobMaker:
     async def completion(self, request: CompletionRequest, caller: Caller) -> Job:
         self._check_model(request.model)
         seed = self._pick_seed()
+        given = request.prompts()
+        self._check_size(len(given), request.num_choices)
         prompts = []
-        for given in request.prompts():
-            text, ids = await self._encode(given)
+        for text, ids in await self._encode(given):
             max_tokens = min(request.token_limit or DEFAULT_MAX_TOKENS, self._room(len(ids), "prompt"))
             prompts.append(Prompt(text, ids, self._params(request, max_tokens, seed, request.logprobs)))
         return self._job(request, caller, prompts)
@@ -110,16 +117,52 @@ class JobMaker:
         has_bos = bos is not None and text.startswith(bos)
         return await encode_off_loop(self.tokenizer, text, add_special_tokens=not has_bos)
 
-    async def _encode(self, prompt: str | list[int]) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            ids = await encode_off_loop(self.tokenizer, prompt, add_special_tokens=True)
-            if not ids:
-                raise invalid("prompt", prompt, "It has no tokens; give at least one character.")
-            return prompt, ids
-        for token_id in prompt:
+    async def _encode(self, prompts: list[str | list[int]]) -> list[tuple[str | None, list[int]]]:
+        """Text (None when the client sent ids) and ids of each prompt."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(await self._encode_texts(texts))
+        return [
+            (prompt, self._check_encoded(next(encoded), "prompt"))
+            if isinstance(prompt, str)
+            else (None, self._check_given(prompt))
+            for prompt in prompts
+        ]
+
+    async def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+        if len(texts) <= 1:
+            return [await encode_off_loop(self.tokenizer, text, add_special_tokens=True) for text in texts]
+        # Many short texts would hold up the event loop as one long text does: one thread takes them all.
+        return await asyncio.to_thread(lambda: [self.tokenizer.encode(text, add_special_tokens=True) for text in texts])
+
+    def _check_given(self, ids: list[int]) -> list[int]:
+        for token_id in ids:
             if not 0 <= token_id < self._vocab_size:
                 raise invalid("prompt", token_id, f"Token ids of this model run from 0 to {self._vocab_size - 1}.")
-        return None, prompt
+        return ids
+
+    def _check_encoded(self, ids: list[int], param: str) -> list[int]:
+        """A tokenizer may know added tokens that the model has no row for: these would be the engine's death."""
+        if not ids:
+            raise invalid(param, "", "It has no tokens; give at least one character.")
+        if max(ids) >= self._vocab_size:
+            token_id = next(token_id for token_id in ids if token_id >= self._vocab_size)
+            token = self.tokenizer.token_bytes(token_id).decode(errors="replace")
+            raise InvalidRequestError(
+                f"Invalid value for '{param}': the tokenizer makes token id {token_id} of {token!r}, but ids of this "
+                f"model run from 0 to {self._vocab_size - 1}. Leave this text out.",
+                param=param,
+            )
+        return ids
+
+    def _check_size(self, num_prompts: int, num_choices: int) -> None:
+        """Admission counts requests: one of them must not bring more sequences than the engine runs at once."""
+        if num_prompts * num_choices > self._max_sequences:
+            raise invalid(
+                "prompt" if num_prompts > self._max_sequences else "n",
+                f"{num_prompts} prompts, n={num_choices}" if num_prompts > 1 else num_choices,
+                f"This worker takes at most {self._max_sequences} sequences (prompts times n) in one request; split "
+                "the request.",
+            )
 
     def _check_model(self, name: str) -> None:
         if name not in self.model_names:

@@ -35,7 +35,7 @@ class EngineKeeper:
         self.engine = engine
         self.ready = False
         self.gave_up = False
-        """The engine died too often; the process is to end."""
+        """The engine died too often, or what looks after the worker failed; the process is to end."""
         self._reason = "The engine is starting."
         self._on_progress = on_progress
         self._clock = clock
@@ -82,5 +82,7 @@ class EngineKeeper:
                 await self.engine.start(self._on_progress)
             except StartupError as error:
                 logger.error("the engine did not start: %s", error.message)
-                continue
-            return True
+            except Exception:  # no memory for a process, a first message that cannot be read: the next may succeed
+                logger.exception("the engine did not start")
+            else:
+                return True

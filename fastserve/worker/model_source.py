@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastserve.demo import demo_model_path
 from fastserve.errors import StartupError
+from fastserve.text.tokenizer import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,30 @@ def _download(repository: str, revision: str, *, cached_only: bool) -> Path:
     folder = _snapshot(repository, revision, ["*.bin", *_NOT_NEEDED], cached_only=cached_only)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(repository, revision, _NOT_NEEDED, cached_only=cached_only)
-    if not (folder / "config.json").is_file() or not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        raise FileNotFoundError(f"{repository} has no config.json or no weights")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{repository} has no config.json")
+    missing = _missing_weights(folder)
+    if missing is not None:
+        raise FileNotFoundError(f"{repository} has no {missing}")
     return folder
+
+
+def _missing_weights(folder: Path) -> str | None:
+    """What a model's folder lacks, as a download that was interrupted leaves it; None when all is there."""
+    for suffix in (".safetensors", ".bin"):
+        # An index stands for its shards, unless the whole is there in one file.
+        indices = [path for path in folder.glob(f"*{suffix}.index.json") if not _indexed(path).is_file()]
+        for index in indices:
+            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+                if not (folder / shard).is_file():
+                    return f"{shard}, which {index.name} names"
+        if indices or any(path.is_file() for path in folder.glob(f"*{suffix}")):
+            return None
+    return "weights"
+
+
+def _indexed(index: Path) -> Path:
+    return index.with_name(index.name.removesuffix(".index.json"))
 
 
 def _snapshot(repository: str, revision: str, ignore: Sequence[str], *, cached_only: bool) -> Path:

@@ -20,18 +20,27 @@ REFUSALS: Sequence[Refusal] = (
     (lambda c: c.load_8bit, f"--load-8bit {_LATER}: leave it out to load the weights as they are."),
     (lambda c: c.cpu_offloading, f"--cpu-offloading {_LATER}: leave it out, and choose a model that fits the device."),
     (
-        lambda c: c.gptq_wbits != 16 or c.gptq_ckpt is not None or c.gptq_act_order,
-        f"GPTQ (--gptq-ckpt, --gptq-wbits, --gptq-act-order) {_LATER}: use the model's unquantised checkpoint.",
+        lambda c: c.gptq_wbits != 16 or c.gptq_ckpt is not None or c.gptq_act_order or c.gptq_groupsize != -1,
+        f"GPTQ (--gptq-ckpt, --gptq-wbits, --gptq-groupsize, --gptq-act-order) {_LATER}: use the model's unquantised "
+        "checkpoint.",
     ),
     (
-        lambda c: c.awq_wbits != 16 or c.awq_ckpt is not None,
-        f"AWQ (--awq-ckpt, --awq-wbits) {_LATER}: use the model's unquantised checkpoint.",
+        lambda c: c.awq_wbits != 16 or c.awq_ckpt is not None or c.awq_groupsize != -1,
+        f"AWQ (--awq-ckpt, --awq-wbits, --awq-groupsize) {_LATER}: use the model's unquantised checkpoint.",
     ),
     (
-        lambda c: c.enable_exllama or c.exllama_gpu_split is not None or c.exllama_cache_8bit,
+        lambda c: (
+            c.enable_exllama
+            or c.exllama_gpu_split is not None
+            or c.exllama_cache_8bit
+            or c.exllama_max_seq_len != WorkerConfig.exllama_max_seq_len
+        ),
         f"ExLlamaV2 (--enable-exllama and its options) {_LATER}: leave it out.",
     ),
-    (lambda c: c.enable_xft or c.xft_dtype is not None, f"xFasterTransformer (--enable-xft) {_LATER}: leave it out."),
+    (
+        lambda c: c.enable_xft or c.xft_dtype is not None or c.xft_max_seq_len != WorkerConfig.xft_max_seq_len,
+        f"xFasterTransformer (--enable-xft and its options) {_LATER}: leave it out.",
+    ),
     (lambda c: c.embed_in_truncate, f"--embed-in-truncate {_LATER}, since embeddings are not: leave it out."),
     (
         lambda c: c.conv_template is not None,
@@ -52,6 +61,11 @@ def refuse_unavailable(config: WorkerConfig) -> None:
         ("--queue-size", config.queue_size, 0),
         ("--stream-interval", config.stream_interval, 1),
         ("--heartbeat-interval-s", config.heartbeat_interval_s, 0.01),
+        ("--max-num-batched-tokens", config.max_num_batched_tokens, 1),
+        ("--max-num-seqs", config.max_num_seqs, 1),
+        ("--block-size", config.block_size, 1),
+        ("--max-model-len", config.max_model_len, 2),  # a token of the prompt and one of the answer
+        ("--max-total-tokens", config.max_total_tokens, 1),
     ):
         if value is not None and value < least:
             raise StartupError(f"{flag} {value} is too small: the least is {least}.")

@@ -92,6 +92,7 @@ async def test_the_sdk_sees_each_error_as_its_kind(cluster: Cluster) -> None:
         (b"{", None),
         (b"[1]", None),
         (b"\xff\xfe", None),
+        (b'{"model":"a\xff"}', None),
         (b"[" * 100_000, None),
         (b'{"messages":[]}', "model"),
         (b'{"model":null}', "model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 
 from fastserve.config import ApiServerConfig, ControllerConfig
 from fastserve.controller import create_app as create_controller
+from fastserve.gateway import dispatch
 from fastserve.gateway.app import create_app
+from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.table import MISSING_GRACE_S, SUSPECT_S, CachedTable
 from fastserve.protocol import HeartbeatRequest, RoutingTable, WorkerEntry, WorkerStatus
 from tests.gateway.cluster import CHAT, Cluster, StubWorker, answer_well, die, serve_app, stream, until
@@ -103,6 +106,29 @@ def test_models_are_listed_from_an_empty_table_only_for_a_while(cached: CachedTa
     clock.now += MISSING_GRACE_S
     cached.update(table_of(), {})
     assert cached.model_names() == []
+
+
+# ---- the background tasks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["poll", "send_releases"])
+async def test_a_background_task_that_fails_is_logged_and_started_again(
+    task: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    starts = 0
+
+    async def broken(_: Dispatcher) -> None:
+        nonlocal starts
+        starts += 1
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(Dispatcher, task, broken)
+    monkeypatch.setattr(dispatch, "RESTART_PAUSE_S", 0.01)
+    async with aiohttp.ClientSession() as session, open_dispatcher(session, "http://127.0.0.1:9"):
+        await until(lambda: starts >= 3)
+    record = next(record for record in caplog.records if record.levelno == logging.ERROR)
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], KeyError)
 
 
 # ---- with a controller that comes and goes ----------------------------------------------------------------------

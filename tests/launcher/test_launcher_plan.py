@@ -192,6 +192,15 @@ def test_items_have_options_of_their_own() -> None:
     assert (third.model_names, third.load_8bit) == (("all",), True)
 
 
+def test_option_values_are_written_as_in_a_url() -> None:
+    item = parse_item("m@h@1?chat-template=/a%20b/c%26d%40e.jinja&model-names=x%2fy,z&conv-template=plain+100%")
+    assert item.options == {
+        "chat_template": "/a b/c&d@e.jinja",
+        "model_names": ("x/y", "z"),
+        "conv_template": "plain+100%",
+    }
+
+
 @pytest.mark.parametrize(
     ("item", "model", "log"),
     [
@@ -255,6 +264,8 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
         (["--model-path-address", "a/b/c@localhost@5001"], "The model 'a/b/c' is missing"),
         (["--model-path-address", f"{__file__}@localhost@5001"], "is a file: give the folder of the checkpoint."),
         (["--api-keys-file", "/missing/keys"], "--api-keys-file /missing/keys: there is no such file."),
+        (["--api-keys", ""], "--api-keys (or FASTSERVE_API_KEYS) holds no key"),
+        (["--api-keys", " , "], "--api-keys (or FASTSERVE_API_KEYS) holds no key"),
         (["--controller-host", "no.such.host.invalid"], "the host name no.such.host.invalid cannot be resolved"),
         (["--server-host", "192.0.2.7"], "this machine has no address 192.0.2.7"),
     ],
@@ -264,6 +275,12 @@ def test_refused_before_anything_starts(words: list[str], message: str) -> None:
     with pytest.raises(StartupError) as caught:
         check(config, [parse_item(text) for text in config.model_path_address], [])
     assert message in caught.value.message
+
+
+def test_a_variable_that_holds_no_key_is_refused_and_an_empty_one_is_as_good_as_none() -> None:
+    with pytest.raises(StartupError, match="FASTSERVE_API_KEYS"):
+        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], [])
+    assert parse(environ={"FASTSERVE_API_KEYS": ""}).api_keys is None
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from .clients import MODEL, chat
 from .processes import free_ports, get, is_running
 
 QUESTION = "What is 7 + 5?"
-FIRST_ANSWER_S = 60.0
-"""Twenty on a quiet machine with two cores; a test machine may be anything but quiet."""
+FIRST_ANSWER_S = 20.0
+ATTEMPTS = 2
+"""A machine with two cores and something else to do may be too slow once."""
 
 
 def strays(folder: Path) -> dict[int, list[str]]:
@@ -60,8 +61,9 @@ def post(port: int, body: dict[str, Any]) -> tuple[str, bytes]:
         connection.close()
 
 
-def test_one_command_serves(folder: Path, record_property: Callable[[str, object], None]) -> None:
-    controller, worker, server = free_ports(3)
+def launch_and_ask(folder: Path, ports: list[int]) -> tuple[str, float]:
+    """What the launcher said, and the seconds from the command to the first answer."""
+    controller, worker, server = ports
     begin = time.monotonic()
     launched = run(
         folder,
@@ -74,15 +76,32 @@ def test_one_command_serves(folder: Path, record_property: Callable[[str, object
 
     content_type, body = post(server, chat(QUESTION, stream=False))
     first_answer_s = time.monotonic() - begin
-    record_property("first_answer_s", round(first_answer_s, 1))
     print(f"the launcher took {serves_s:.1f} s; the first answer came {first_answer_s:.1f} s after the command")
     assert content_type == "application/json"
     assert json.loads(body)["choices"][0]["message"]["content"] == "12"
+    return launched.stdout, first_answer_s
+
+
+def shut_down(folder: Path) -> None:
+    ended = run(folder, "shutdown", "--serve", "all")
+    assert ended.returncode == 0, ended.stderr
+    assert strays(folder) == {}, "the shutdown left processes behind"
+
+
+def test_one_command_serves(folder: Path, record_property: Callable[[str, object], None]) -> None:
+    controller, worker, server = ports = free_ports(3)
+    output, first_answer_s = launch_and_ask(folder, ports)
+    for _ in range(ATTEMPTS - 1):
+        if first_answer_s < FIRST_ANSWER_S:
+            break
+        shut_down(folder)
+        output, first_answer_s = launch_and_ask(folder, ports)
+    record_property("first_answer_s", round(first_answer_s, 1))
     assert first_answer_s < FIRST_ANSWER_S
 
-    summary = launched.stdout.partition("fastserve is running.")[2].split()
+    summary = output.partition("fastserve is running.")[2].split()
     for port in (controller, worker, server):
-        assert f"http://localhost:{port}" in summary, f"an address is missing: {launched.stdout}"
+        assert f"http://localhost:{port}" in summary, f"an address is missing: {output}"
         assert get(f"http://localhost:{port}/health") is not None, f"nothing serves on port {port}"
 
     content_type, body = post(server, chat(QUESTION, stream=True))
@@ -105,9 +124,7 @@ def test_one_command_serves(folder: Path, record_property: Callable[[str, object
         assert chunks[-1].choices[0].finish_reason == "stop"
 
     assert len(strays(folder)) >= 4, "controller, worker, engine and API server should outlive the launcher"
-    ended = run(folder, "shutdown", "--serve", "all")
-    assert ended.returncode == 0, ended.stderr
-    assert strays(folder) == {}, "the shutdown left processes behind"
+    shut_down(folder)
     assert all(get(f"http://localhost:{port}/health") is None for port in (controller, worker, server))
 
 

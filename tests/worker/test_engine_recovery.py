@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
-from fastserve.worker.keeper import RestartPolicy
+from fastserve.engine.contract import EngineInfo, LoadProgress
+from fastserve.worker.heartbeat import Heartbeat
+from fastserve.worker.keeper import EngineKeeper, RestartPolicy
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -71,3 +74,42 @@ async def test_old_deaths_are_forgiven(run_worker: RunWorker) -> None:
             await until(lambda: running.engine.starts > starts and running.worker.keeper.ready)  # noqa: B023
             await asyncio.sleep(0.06)
         assert not running.worker.keeper.gave_up
+
+
+async def test_whatever_stops_a_restart_is_a_failed_attempt(
+    run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with run_worker(restart_policy=RestartPolicy(first_pause_s=0.001)) as running:
+        start, causes = running.engine.start, [OSError(12, "Cannot allocate memory"), ValueError("malformed")]
+
+        async def flaky(on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
+            if causes:
+                raise causes.pop(0)
+            return await start(on_progress)
+
+        monkeypatch.setattr(running.engine, "start", flaky)
+        running.engine.die("crashed")
+        await until(lambda: running.engine.starts == 2 and running.worker.keeper.ready)
+        assert (await running.post("/v1/completions", {"model": MODEL, "prompt": "x"}))[0] == 200
+        assert not running.ended.is_set()
+    assert "Cannot allocate memory" in caplog.text
+    assert "malformed" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["watch", "heartbeat"])
+async def test_a_worker_without_its_tasks_ends(
+    run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    if broken == "watch":
+        monkeypatch.setattr(EngineKeeper, "watch", fail)
+    else:
+        monkeypatch.setattr(Heartbeat, "run", fail)
+    async with run_worker(no_register=False, controller_address="http://127.0.0.1:9") as running:
+        async with asyncio.timeout(5):
+            await running.ended.wait()
+        assert running.worker.keeper.gave_up, "the exit code is to be 1"
+    assert broken in caplog.text
+    assert "a bug of ours" in caplog.text

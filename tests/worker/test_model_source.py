@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,39 @@ def test_a_hub_that_does_not_answer_is_a_sentence(tmp_path: Path, monkeypatch: p
     )
     with pytest.raises(StartupError, match=r"org/model.*no connection to the hub$"):
         resolve_model("org/model", "v2")
+
+
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [("model.safetensors.index.json", "m-{}.safetensors"), ("pytorch_model.bin.index.json", "m-{}.bin")],
+)
+def test_an_interrupted_download_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str, shard: str
+) -> None:
+    first, second = (shard.format(i) for i in (1, 2))
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": first, "b": second}}))
+    (tmp_path / first).write_text("")
+    hub = Hub(tmp_path, weights=first, cached=True, online=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(StartupError, match="no connection to the hub"):
+        resolve_model("org/model", "v2")
+    hub.online = True
+    with pytest.raises(StartupError, match=f"has no {second}"):
+        resolve_model("org/model", "v2")
+    hub.weights = second
+    assert resolve_model("org/model", "v2") == tmp_path
+    hub.calls.clear()
+    assert resolve_model("org/model", "v2") == tmp_path
+    assert all(cached_only for cached_only, _ in hub.calls)
+
+
+def test_a_cache_without_weights_is_not_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_config(*_: object, local_files_only: bool, **__: object) -> str:
+        (tmp_path / "config.json").write_text("{}")
+        if not local_files_only:
+            (tmp_path / "model.safetensors").write_text("")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", only_config)
+    assert resolve_model("org/model", "v2") == tmp_path
+    assert (tmp_path / "model.safetensors").is_file()

@@ -87,6 +87,16 @@ async def test_errors_name_field_value_and_remedy(
         ("chat", {"guided_json": {}}, "guided_json"),
         ("chat", {"best_of": 2}, "best_of"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (
+            "chat",
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        (
+            "chat",
+            {"messages": [*HELLO, {"role": "assistant", "function_call": {"name": "f"}}]},
+            "messages.1.function_call",
+        ),
         ("text", {"suffix": "x"}, "suffix"),
         ("text", {"best_of": 3}, "best_of"),
         ("text", {"use_beam_search": True}, "use_beam_search"),
@@ -120,6 +130,19 @@ async def test_neutral_and_harmless_values_pass(shared: Running) -> None:
             "service_tier": "auto",
             "stop": [],
             "stream": False,
+            "messages": [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": "hi",
+                    "refusal": None,
+                    "annotations": [],
+                    "audio": None,
+                    "function_call": None,
+                    "tool_calls": None,
+                },
+                *HELLO,
+            ],
         }
     )
     status, answer = await shared.post("/v1/chat/completions", body)
@@ -133,6 +156,19 @@ async def test_unknown_fields_are_logged_once_and_counted(shared: Running, caplo
     assert caplog.text.count("brand_new") == 1
     async with shared.http.get(shared.url + "/metrics") as response:
         assert 'fastserve_worker_unknown_fields_total{field="brand_new"} 2.0' in await response.text()
+
+
+async def test_unknown_fields_inside_are_told_by_their_place(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+    messages = [{"role": "user", "content": "hello", "mood": "good"}] * 3
+    body = {"messages": messages, "stream_options": {"colour": 1, "continuous_usage_stats": False}, "stream": True}
+    async with shared.http.post(shared.url + "/v1/chat/completions", json=CHAT | body) as response:
+        assert response.status == 200
+        await response.read()
+    assert caplog.text.count("'messages.mood'") == caplog.text.count("'stream_options.colour'") == 1
+    async with shared.http.get(shared.url + "/metrics") as response:
+        text = await response.text()
+    assert 'fastserve_worker_unknown_fields_total{field="messages.mood"} 1.0' in text
+    assert 'fastserve_worker_unknown_fields_total{field="stream_options.colour"} 1.0' in text
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [1, "x"], {"a": 1}, [-1], [10**7], True, None])

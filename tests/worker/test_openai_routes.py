@@ -104,6 +104,7 @@ async def test_stream_interval(run_worker: RunWorker) -> None:
 async def test_two_choices_are_interleaved_and_whole(run_worker: RunWorker) -> None:
     async with run_worker(noise, token_s=0.002) as running:
         arguments: dict[str, Any] = {"model": MODEL, "messages": HELLO, "n": 2, "seed": 5, "max_tokens": 40}
+        arguments["temperature"] = 1.0
         whole = await running.openai.chat.completions.create(**arguments)
         texts = [choice.message.content for choice in whole.choices]
         assert [choice.index for choice in whole.choices] == [0, 1]

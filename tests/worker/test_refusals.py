@@ -32,6 +32,15 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"queue_size": -1}, "--queue-size -1"),
         ({"stream_interval": 0}, "--stream-interval 0"),
         ({"heartbeat_interval_s": 0.0}, "--heartbeat-interval-s 0.0"),
+        ({"gptq_groupsize": 128}, "--gptq-groupsize"),
+        ({"awq_groupsize": 128}, "--awq-groupsize"),
+        ({"exllama_max_seq_len": 2048}, "ExLlamaV2"),
+        ({"xft_max_seq_len": 2048}, "xFasterTransformer"),
+        ({"max_num_batched_tokens": 0}, "--max-num-batched-tokens 0"),
+        ({"max_num_seqs": 0}, "--max-num-seqs 0"),
+        ({"block_size": 0}, "--block-size 0"),
+        ({"max_model_len": 1}, "--max-model-len 1"),
+        ({"max_total_tokens": 0}, "--max-total-tokens 0"),
     ],
 )
 def test_each_flag_has_its_sentence(settings: dict[str, Any], words: str) -> None:
