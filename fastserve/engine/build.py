@@ -23,8 +23,8 @@ from fastserve.errors import StartupError
 logger = logging.getLogger(__name__)
 
 _BATCHED_TOKENS = {True: 256, False: 2048}
-"""The token budget on a CPU and elsewhere: as few as still make full use of the device, since all answers wait for a step
-to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
+"""The token budget on a CPU and elsewhere: as few as still make full use of the device, since all answers wait for a
+step to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
 _CPU_SHARE = 0.5
 """Of the memory that --gpu-memory-utilization allows, what the KV cache takes on a CPU, which it shares with others."""
 
