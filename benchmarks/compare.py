@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("--vllm", help="vLLM's program")
     parser.add_argument("--ours", nargs="*", default=[], help="more flags for fastserve's worker")
     args = parser.parse_args()
+    # An end from outside must not leave servers behind: it unwinds `serving`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.llama_server and not (args.gguf and Path(args.gguf).exists()):
         parser.error("--llama-server needs --gguf with the converted model")
     arms, rows = make_arms(args), loads(args.max_tokens)

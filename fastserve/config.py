@@ -128,16 +128,15 @@ def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[s
     return expanded
 
 
-def to_argv(config: Any, *, only: Sequence[str] | None = None, secret: Sequence[str] = ()) -> list[str]:
+def to_argv(config: Any) -> list[str]:
     """The command line that `parse_config` reads back as `config`; options at their default are left out.
 
-    `secret` names fields that must reach the child by its environment and never stand in an argument list.
+    It holds all that `config` holds: a secret is to be left at its default and passed by the environment.
     """
     argv: list[str] = []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        unwanted = only is not None and item.name not in only
-        if "help" not in item.metadata or unwanted or item.name in secret or value == item.default:
+        if "help" not in item.metadata or value == item.default:
             continue
         if isinstance(value, bool):
             argv.append(flag_of(item))
