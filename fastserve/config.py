@@ -263,6 +263,19 @@ class EngineOptions:
     )
     max_num_seqs: int = option(256, "most sequences in one engine step", added=True)
     no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings", added=True)
+    speculative_method: str = option(
+        "ngram",
+        "how next tokens are guessed, to be checked together where that is faster: ngram (what followed the last tokens "
+        "before), or off; answers are the same",
+        choices=("ngram", "off"),
+        added=True,
+    )
+    num_speculative_tokens: int = option(8, "most guesses for one sequence in one step", added=True)
+    speculative_model: str | None = option(
+        None,
+        "small model of the same vocabulary that guesses in place of --speculative-method: folder or repository id",
+        added=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -288,11 +301,21 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     no_register: bool = option(False, "do not register with a controller")
     seed: int | None = option(None, "seed of requests that bring none")
     debug: bool = option(False, "print the model")
+    profile_steps: int = option(
+        0, "record so many engine steps under load and write a trace that torch's tools and Perfetto open", added=True
+    )
+    profile_dir: str = option("logs", "folder of the traces", added=True)
     trust_remote_code: bool = option(False, "run Python code that comes with the model", added=True)
     engine: str = option(
         "native",
         "which engine generates: native, or fake (scripted, for tests)",
         choices=("native", "fake"),
+        added=True,
+    )
+    engine_timeout_s: float = option(
+        120.0,
+        "seconds without a sign of life from the engine, which gives one each step and each second while idle, after "
+        "which it counts as hung: it is killed, its requests fail, and it is started again",
         added=True,
     )
     heartbeat_interval_s: float = option(

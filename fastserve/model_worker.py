@@ -88,11 +88,23 @@ def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             prefix_cache=not config.no_prefix_cache,
+            speculative_method=config.speculative_method,
+            num_speculative_tokens=config.num_speculative_tokens,
+            speculative_model_dir=_draft_dir(config),
             trust_remote_code=config.trust_remote_code,
+            profile_steps=config.profile_steps,
+            profile_dir=config.profile_dir,
             debug=config.debug,
             log_level=config.log_level,
-        )
+        ),
+        timeout_s=config.engine_timeout_s,
     )
+
+
+def _draft_dir(config: WorkerConfig) -> str | None:
+    if config.speculative_model is None:
+        return None
+    return str(resolve_model(config.speculative_model, "main", flag="--speculative-model"))
 
 
 async def _wait_listening(sock: socket.socket) -> None:

@@ -7,72 +7,51 @@ import logging
 import time
 from collections.abc import Iterator
 
-import psutil
-import torch
-
 from fastserve.engine.contract import EngineInfo, SamplingParams
-from fastserve.engine.core import EngineCore
+from fastserve.engine.core import EngineCore, Executor
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.runner.loading import LoadedModel, Progress, load_model
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.twin import twin_agrees
 from fastserve.engine.runner.verify import verify
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.sizing import Sizes, find_sizes
+from fastserve.engine.speculation.controller import Controller
+from fastserve.engine.speculation.draft_model import DraftingExecutor, DraftModel
+from fastserve.engine.speculation.ngram import NgramProposer
+from fastserve.engine.speculation.speculator import OpenProposer, Speculator
+from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-_BATCHED_TOKENS = {True: 256, False: 2048}
-"""The token budget on a CPU and elsewhere: as few as still make full use of the device, since all answers wait for a
-step to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
-_CPU_SHARE = 0.5
-"""Of the memory that --gpu-memory-utilization allows, what the KV cache takes on a CPU, which it shares with others."""
-
 
 def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     """Load the model and make everything ready. Raises StartupError with a sentence for the person."""
     begin = time.perf_counter()
-    loaded = load_model(
-        config.model_dir,
-        config.device,
-        config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-    )
-    if config.debug:
-        logger.info("%s", loaded.model)
-    with _told_in_a_sentence(type(loaded.model).__name__):
-        probe_shapes(loaded)
-    if not loaded.attention.shapes:
-        raise StartupError(f"{type(loaded.model).__name__} cannot be served: it has no attention that can be paged.")
-    max_model_len, num_blocks = _sizes(config, loaded)
-    runner = ModelRunner(
-        loaded,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-    )
-    name = type(loaded.model).__name__
-    with _told_in_a_sentence(name):
-        verify(
-            loaded.reference,
-            runner,
-            name,
-            loaded.dtype,
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=max_model_len,
+    if config.num_speculative_tokens < 1:
+        raise StartupError(
+            f"--num-speculative-tokens {config.num_speculative_tokens} must be at least 1; "
+            "--speculative-method off turns speculation off."
         )
+    loaded = _load(config, config.model_dir, progress)
+    draft = _load_draft(config, loaded, progress)
+    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
+    num_blocks, max_model_len = sizes.num_blocks, sizes.max_model_len
+    runner = _make_runner(config, loaded, sizes)
     speed = _measure(runner, num_blocks, config)
-    model_config = loaded.model.config
+    executor: Executor = runner
+    draft_model = None
+    if draft is not None:
+        draft_model = _make_draft_model(config, draft, sizes, _vocab_size(loaded))
+        executor = DraftingExecutor(draft_model, runner)
     info = EngineInfo(
         model_path=config.model_dir,
         architecture=type(loaded.model).__name__,
         device=str(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
-        vocab_size=model_config.get_text_config(decoder=True).vocab_size,
+        vocab_size=_vocab_size(loaded),
         max_model_len=max_model_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -82,12 +61,88 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     )
     return EngineCore(
         info,
-        runner,
+        executor,
         speed,
-        max_num_batched_tokens=config.max_num_batched_tokens or _BATCHED_TOKENS[loaded.device.type == "cpu"],
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache,
+        speculator=_make_speculator(config, speed, draft_model),
     )
+
+
+def _load(config: EngineConfig, model_dir: str, progress: Progress) -> LoadedModel:
+    loaded = load_model(
+        model_dir, config.device, config.dtype, trust_remote_code=config.trust_remote_code, progress=progress
+    )
+    if config.debug:
+        logger.info("%s", loaded.model)
+    name = type(loaded.model).__name__
+    with _told_in_a_sentence(name):
+        probe_shapes(loaded)
+    if not loaded.attention.shapes:
+        raise StartupError(f"{name} cannot be served: it has no attention that can be paged.")
+    return loaded
+
+
+def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -> LoadedModel | None:
+    if config.speculative_model_dir is None:
+        return None
+    draft = _load(config, config.speculative_model_dir, progress)
+    require_same_vocabulary(config.model_dir, config.speculative_model_dir, _vocab_size(loaded), _vocab_size(draft))
+    return draft
+
+
+def _vocab_size(loaded: LoadedModel) -> int:
+    size: int = loaded.model.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_size: int | None = None) -> ModelRunner:
+    """A runner that has shown that it computes what the model's own code does."""
+    runner = ModelRunner(
+        loaded,
+        num_blocks=sizes.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+        vocab_size=vocab_size,
+    )
+    name = type(loaded.model).__name__
+    if runner.decoder is not None and not twin_agrees(loaded.model.config):
+        runner.decoder = None
+    with _told_in_a_sentence(name):
+        verify(
+            loaded.reference,
+            runner,
+            name,
+            loaded.dtype,
+            block_size=config.block_size,
+            num_blocks=sizes.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=min(sizes.max_model_len, loaded.context_length),
+        )
+    return runner
+
+
+def _make_draft_model(config: EngineConfig, draft: LoadedModel, sizes: Sizes, vocab_size: int) -> DraftModel:
+    runner = _make_runner(config, draft, sizes, vocab_size)
+    return DraftModel(
+        runner,
+        _measure(runner, sizes.num_blocks, config),
+        num_blocks=sizes.num_blocks,
+        block_size=config.block_size,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        context_length=min(sizes.max_model_len, draft.context_length),
+    )
+
+
+def _make_speculator(config: EngineConfig, speed: SpeedMeter, draft_model: DraftModel | None) -> Speculator | None:
+    most = config.num_speculative_tokens
+    if draft_model is not None:
+        return Speculator(OpenProposer(), Controller(speed.step_s, draft_model.step_s), most)
+    if config.speculative_method == "ngram":
+        return Speculator(NgramProposer(), Controller(speed.step_s), most)
+    return None
 
 
 @contextlib.contextmanager
@@ -100,57 +155,14 @@ def _told_in_a_sentence(name: str) -> Iterator[None]:
         raise StartupError(f"{name} cannot be served: its code failed when it was tried ({error}).") from error
 
 
-def _sizes(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int]:
-    """(longest sequence in tokens, number of KV blocks)"""
-    if config.max_model_len is not None and config.max_model_len > loaded.context_length:
-        raise StartupError(
-            f"--max-model-len {config.max_model_len} exceeds the model's context of {loaded.context_length} tokens."
-        )
-    max_model_len = config.max_model_len or loaded.context_length
-    per_token = loaded.attention.bytes_per_token(loaded.dtype)
-    if config.max_total_tokens is not None:
-        total_tokens = config.max_total_tokens
-    else:
-        affordable = _free_bytes(loaded.device, config.gpu_memory_utilization) // per_token
-        # More than every sequence at its longest is never used.
-        total_tokens = min(affordable, config.max_num_seqs * max_model_len)
-    num_blocks = total_tokens // config.block_size
-    if num_blocks < 2:
-        raise StartupError(
-            f"The KV cache would hold {total_tokens} tokens only ({per_token} bytes each): free memory, or raise "
-            "--gpu-memory-utilization or --max-total-tokens."
-        )
-    capacity = num_blocks * config.block_size
-    if max_model_len > capacity:
-        if config.max_model_len is not None:
-            raise StartupError(
-                f"--max-model-len {max_model_len} does not fit the KV cache of {capacity} tokens: lower it, or raise "
-                "--max-total-tokens."
-            )
-        logger.warning("Context shortened from %d to %d tokens: the KV cache holds no more.", max_model_len, capacity)
-        max_model_len = capacity
-    return max_model_len, num_blocks
-
-
-def _free_bytes(device: torch.device, utilization: float) -> int:
-    if not 0 < utilization <= 1:
-        raise StartupError(f"--gpu-memory-utilization {utilization} must lie between 0 and 1.")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - (1 - utilization) * total))
-    if device.type == "xpu":
-        free, total = torch.xpu.mem_get_info(device)
-        return max(0, int(free - (1 - utilization) * total))
-    return int(psutil.virtual_memory().available * utilization * _CPU_SHARE)
-
-
 def _measure(runner: ModelRunner, num_blocks: int, config: EngineConfig) -> SpeedMeter:
     """Time steps of one and of a few sequences' single tokens; also warms up what the first request would wait for."""
-    count = max(1, min(2 * REFERENCE_BATCH, config.max_num_seqs, num_blocks))
-    small = _time_decode(runner, 1)
-    if count == 1:
-        return SpeedMeter((1, small), (2, 2 * small))
-    return SpeedMeter((1, small), (count, _time_decode(runner, count)))
+    most = max(1, min(2 * REFERENCE_BATCH, config.max_num_seqs, num_blocks))
+    counts = sorted({1, min(REFERENCE_BATCH // 2, most), most})
+    measured = [(count, _time_decode(runner, count)) for count in counts]
+    if most == 1:
+        measured.append((2, 2 * measured[0][1]))
+    return SpeedMeter(*measured)
 
 
 def _time_decode(runner: ModelRunner, count: int, repeats: int = 3) -> float:

@@ -1,4 +1,4 @@
-"""The worker's end of an engine process: starts it, speaks to it over ZeroMQ, notices its death. No torch here."""
+"""The worker's end of an engine process: starts it, speaks to it, notices its death and its silence. No torch here."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ from fastserve.engine.contract import (
     StartFailed,
     Submit,
 )
+from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import EngineDeadError, InternalError, StartupError
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 5.0
+_LOOKS = 10
+"""Times that the engine is looked after until it counts as hung."""
 _ENGINE_DEFAULTS = {
     # Threads that spin while they wait for each other take the core from the very thread they wait for as soon as
     # another process wants it too; threads that sleep at once wake too late for the next product (docs/performance.md).
@@ -49,8 +52,11 @@ _ENGINE_DEFAULTS = {
 class EngineProcess:
     """An `Engine` (see contract.py) in a process of its own."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, timeout_s: float = 120.0) -> None:
+        """`timeout_s`: silence after which the engine counts as hung; it speaks each step and each idle second."""
         self._config = config
+        self._timeout_s = timeout_s
+        self._silent_looks = 0
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
         self._streams: dict[str, RequestStream] = {}
@@ -60,6 +66,7 @@ class EngineProcess:
         self._context: zmq.asyncio.Context | None = None
         self._folder: str | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
         self._closing = False
 
@@ -92,6 +99,7 @@ class EngineProcess:
             await self._tear_down()
             raise
         self._receiver = asyncio.create_task(self._receive(self._process))
+        self._watcher = asyncio.create_task(self._watch(self._process))
         return info
 
     def _open_socket(self) -> str:
@@ -151,6 +159,7 @@ class EngineProcess:
         try:
             while self._socket is not None:
                 event = self._decode(await self._socket.recv())
+                self._silent_looks = 0
                 if isinstance(event, Outputs):
                     self._stats = event.stats
                     for output in event.outputs:
@@ -167,10 +176,28 @@ class EngineProcess:
         else:
             stream.put(output)
 
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """End an engine that lives but says nothing: a step that does not return, a device that does not answer.
+
+        Looks are counted, not the time: when this process itself was stopped or busy, that is one look.
+        """
+        self._silent_looks = 0
+        while self._silent_looks < _LOOKS:
+            await asyncio.sleep(self._timeout_s / _LOOKS)
+            self._silent_looks += 1
+        if process.returncode is None:
+            process.kill()
+        self._declare_dead(
+            process,
+            f"The engine hung: it gave no sign of life for {self._timeout_s:g} s (--engine-timeout-s) and was killed.",
+        )
+
     def _on_death(self, process: asyncio.subprocess.Process) -> None:
+        self._declare_dead(process, f"The engine process died ({_ending(process.returncode)}).")
+
+    def _declare_dead(self, process: asyncio.subprocess.Process, reason: str) -> None:
         if self._closing or process is not self._process or self._dead is None or self._dead.done():
             return
-        reason = f"The engine process died ({_ending(process.returncode)})."
         self._fail_streams(reason)
         self._stats = EngineStats()
         self._dead.set_result(reason)
@@ -220,11 +247,15 @@ class EngineProcess:
         """Leave nothing behind: process, task, socket, folder."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
-            await self._process.wait()
-        if self._receiver is not None:
-            self._receiver.cancel()
-            await asyncio.gather(self._receiver, return_exceptions=True)
-            self._receiver = None
+            try:
+                await asyncio.wait_for(self._process.wait(), _CLOSE_TIMEOUT_S)
+            except TimeoutError:  # it hangs in its device's driver, out of reach even for SIGKILL
+                logger.error("the engine process %d cannot be killed; it may keep its memory", self._process.pid)
+        tasks = [task for task in (self._receiver, self._watcher) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._receiver = self._watcher = None
         if self._context is not None:
             self._socket = None
             self._context.destroy(linger=0)
@@ -236,5 +267,7 @@ class EngineProcess:
 
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}; out of memory is the usual cause of SIGKILL"
+        return f"killed by {signal.Signals(-code).name}; out of memory is the usual cause of SIGKILL and of SIGABRT"
+    if code == OUT_OF_MEMORY_EXIT_CODE:
+        return "it ran out of memory in a step"
     return f"exit code {code}; the lines above say why"

@@ -7,6 +7,7 @@ An engine knows token ids only; text, templates, stop strings and parsers belong
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol
@@ -19,7 +20,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token of one request is drawn. Resolved by the worker: no field is left to be guessed.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. `seed`, the choice's index and the position key the
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and typical_p 1 are off. `seed`, the choice's index and the position key the
     noise, so the same request gives the same tokens whatever else is in the batch.
     """
 
@@ -28,6 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -39,6 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Any of them ends the answer with "stop"; the end tokens of the model are among them unless ignored."""
     logprobs: int | None = None
     """None: no logprobs. k: the drawn token's, and those of the k likeliest, before temperature and filters."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, each given those before it."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,6 +73,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """New tokens, in order. The stop token that ended the answer is the last of them."""
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Of the prompt's tokens from the second on, once all are computed; with the first output that has tokens."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the request was first scheduled."""
     error: str | None = None
@@ -92,6 +98,28 @@ class EngineInfo(msgspec.Struct, frozen=True):
     load_s: float
 
 
+STEP_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+STEP_SIZE_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+"""Of tokens and of sequences."""
+
+
+class Histogram(msgspec.Struct, array_like=True):
+    """How many values lay between which bounds, since the engine started. The bounds belong to its name."""
+
+    counts: list[int] = []
+    """Up to the first bound (itself included), up to the second, ..., beyond the last; empty when there was no value."""
+    total: float = 0.0
+
+    def add(self, value: float, bounds: tuple[float, ...]) -> None:
+        if not self.counts:
+            self.counts = [0] * (len(bounds) + 1)
+        self.counts[bisect_left(bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> Histogram:
+        return Histogram(self.counts.copy(), self.total)
+
+
 class EngineStats(msgspec.Struct, omit_defaults=True):
     """A snapshot, sent with every batch of outputs and at least every second while idle. Counters only grow."""
 
@@ -106,6 +134,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     cached_tokens: int = 0
     """Of these, found in the prefix cache."""
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    """Guesses that were checked (speculative decoding)."""
+    accepted_tokens: int = 0
+    """Of these, the right ones; they are among the generated tokens."""
     preemptions: int = 0
     finished: int = 0
     aborted: int = 0
@@ -113,6 +145,12 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Decode speed on the reference batch: measured at start, corrected by the steps since; 0: not known."""
     step_s: float = 0.0
     """Duration of the last step."""
+    step_seconds: Histogram = msgspec.field(default_factory=Histogram)
+    """Durations of all steps, between STEP_SECONDS_BOUNDS. Counted here, because a reader sees not every snapshot."""
+    step_tokens: Histogram = msgspec.field(default_factory=Histogram)
+    """Tokens of the steps, between STEP_SIZE_BOUNDS."""
+    step_sequences: Histogram = msgspec.field(default_factory=Histogram)
+    """Sequences of the steps, between STEP_SIZE_BOUNDS."""
 
 
 # ---- worker to engine -------------------------------------------------------------------------------------------
@@ -204,7 +242,9 @@ class RequestStream:
         self.finished = False
         self._pending: RequestOutput | None = None
         self._failure: Exception | None = None
-        self._wake = asyncio.Event()
+        # A bare future: an Event asks for the running loop at each wait, which is a system call (getpid).
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: RequestOutput) -> None:
         if self._pending is None:
@@ -218,12 +258,16 @@ class RequestStream:
             if output.logprobs is not None:
                 pending.logprobs = (pending.logprobs or []) + output.logprobs
         self.finished = output.finish_reason is not None
-        self._wake.set()
+        self._wake()
 
     def fail(self, failure: Exception) -> None:
         self._failure = failure
         self.finished = True
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -234,7 +278,7 @@ class RequestStream:
                 raise self._failure
             if self.finished:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            self._waiter = self._loop.create_future()
+            await self._waiter
         output, self._pending = self._pending, None
         return output

@@ -212,9 +212,17 @@ def _next_output(sequence: _Sequence, info: EngineInfo) -> RequestOutput:
     elif sequence.num_emitted >= params.max_tokens:
         output.finish_reason = "length"
     if params.logprobs is not None:
-        others = [(token_id + i) % info.vocab_size for i in range(params.logprobs)]
-        output.logprobs = [TokenLogprob(token_id, -0.5, [(other, -0.5 - i) for i, other in enumerate(others)])]
+        output.logprobs = [_logprob(token_id, params.logprobs, info)]
+    if params.prompt_logprobs is not None and sequence.num_emitted == 1:
+        output.prompt_logprobs = [_logprob(item, params.prompt_logprobs, info) for item in request.prompt_ids[1:]]
     return output
+
+
+def _logprob(token_id: int, num_top: int, info: EngineInfo) -> TokenLogprob:
+    """The token itself is the likeliest; larger ids are less likely."""
+    logprob = -0.5 - token_id / info.vocab_size
+    others = [(token_id + i) % info.vocab_size for i in range(num_top)]
+    return TokenLogprob(token_id, logprob, [(other, logprob - i) for i, other in enumerate(others)])
 
 
 def _next_token(sequence: _Sequence, info: EngineInfo) -> int:

@@ -6,6 +6,9 @@ import msgspec
 
 from fastserve.engine.contract import SamplingParams, TokenLogprob
 
+OPEN_DRAFT = -1
+"""A draft that the draft model fills in when the step is executed."""
+
 
 class NewSequence(msgspec.Struct, frozen=True):
     """A sequence that the runner does not hold: new, or back after preemption. Sent in full, once."""
@@ -19,15 +22,30 @@ class NewSequence(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Compute tokens [start, start + num_tokens) of a sequence."""
+    """Compute tokens [start, start + num_tokens) of a sequence, and the drafts behind them."""
 
     seq_id: int
     start: int
     num_tokens: int
     new_block_ids: list[int]
-    """Blocks to append to the sequence's block table before this step."""
+    """Blocks that come behind the first `num_held_blocks` of the sequence's block table, before this step."""
     sample: bool
     """The chunk reaches the last known token, so the next one is drawn. The runner appends it to its own copy."""
+    num_held_blocks: int = 0
+    draft_ids: list[int] = []
+    """Guesses at the tokens after the last known one (speculation): after each that is right, one more is drawn."""
+    score_begin: int = 0
+    score_end: int = 0
+    """The prompt tokens after positions [score_begin, score_end), which lie in the chunk, get logprobs."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the packed batch."""
+        return self.num_tokens + len(self.draft_ids)
+
+    @property
+    def num_scored(self) -> int:
+        return self.score_end - self.score_begin
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -38,12 +56,20 @@ class StepPlan(msgspec.Struct, frozen=True):
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        """Drafts included."""
+        return sum(chunk.num_rows for chunk in self.chunks)
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """One drawn token for each chunk that samples, keyed by sequence."""
+    """What a step brought, keyed by sequence."""
 
-    token_ids: dict[int, int]
-    logprobs: dict[int, TokenLogprob]
-    """For the sequences that asked for them."""
+    token_ids: dict[int, list[int]] = {}
+    """For each chunk that samples: the drafts that were right, in order, and the token drawn after them."""
+    logprobs: dict[int, list[TokenLogprob]] = {}
+    """Of these tokens, for the sequences that asked for them."""
+    prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+    """For each chunk that scores."""
+    num_drafts: dict[int, int] = {}
+    """Drafts that were tried, for each chunk that had any."""
+    draft_s: float = 0.0
+    """Of the step's time, what the draft model took."""

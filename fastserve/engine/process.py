@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -30,9 +32,13 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.core import EngineCore
+from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE, free_host_memory, is_out_of_memory
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
+
+if TYPE_CHECKING:
+    from fastserve.engine.profiling import StepProfiler
 
 logger = logging.getLogger("fastserve.engine")
 
@@ -43,19 +49,25 @@ _PROGRESS_INTERVAL_S = 0.1
 class EngineLoop:
     """Joins a core to a socket."""
 
-    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes], profiler: StepProfiler | None = None) -> None:
         self._core = core
+        self._profiler = profiler
         self._socket = socket
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Command).decode
         self._outputs: list[RequestOutput] = []
 
     def run(self) -> None:
-        """Until Shutdown."""
+        """Until Shutdown. Raises whatever a step raises: what the runner holds is then unknown, so the process is to
+        end; the worker tells its requests and starts it again."""
         while self._take_commands():
             if self._core.has_work:
                 self._outputs += self._core.step()
+                if self._profiler is not None:
+                    self._profiler.step_done()
             self._report()
+        if self._profiler is not None:
+            self._profiler.close()
 
     def _take_commands(self) -> bool:
         """Take in all commands that are there; wait for one only when there is nothing else to do."""
@@ -119,15 +131,39 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         from fastserve.engine.build import build_core
 
         core = build_core(config, progress)
-    except StartupError as error:
-        tell(StartFailed(error.message))
+    except (StartupError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        if is_out_of_memory(error):
+            tell(StartFailed(_no_memory_to_start(config, error)))
+        elif isinstance(error, StartupError):
+            tell(StartFailed(error.message))
+        else:
+            raise
         sys.exit(1)
     # Model and libraries live as long as the process. Looking through their objects would stop a step for a fifth of a
     # second now and then, and the end of the process for two seconds.
     gc.collect()
     gc.freeze()
     tell(Ready(core.info))
-    EngineLoop(core, socket).run()
+    profiler = None
+    if config.profile_steps > 0:
+        from fastserve.engine.profiling import StepProfiler
+
+        profiler = StepProfiler(config.profile_steps, Path(config.profile_dir))
+    try:
+        EngineLoop(core, socket, profiler).run()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.exception("the engine ran out of memory in a step, and ends")
+        sys.exit(OUT_OF_MEMORY_EXIT_CODE)
+
+
+def _no_memory_to_start(config: EngineConfig, error: BaseException) -> str:
+    free = free_host_memory()
+    return (
+        f"Not enough memory to load the model in {config.model_dir}: {free.num_bytes / 1e6:.0f} MB are left "
+        f"{free.where} ({error}). Free memory, raise the limit, or take a smaller model or --dtype."
+    )
 
 
 def _end_with_parent(parent: int) -> None:

@@ -1,10 +1,17 @@
 """The scheduler: which tokens of which sequences the next step computes. No phases, no tensors.
 
 Each step is a map from sequences to token counts under one token budget. Running sequences come first (those that
-decode before those that still prefill, so a long prompt never holds up an answer), then waiting ones in the order of
-priority and arrival. When blocks run out, the running sequence that is last in that order gives up its blocks and waits
-again, keeping its tokens: its KV is computed anew, mostly from the prefix cache. The first in order can always finish,
-because one sequence never needs more than the whole pool, so nobody starves.
+decode before those that still prefill, so a long prompt never holds up an answer), then waiting ones, in one order.
+When blocks run out, the running sequence that is last in that order gives up its blocks and waits again, keeping its
+tokens: its KV is computed anew, mostly from the prefix cache. The first in order can always finish, because one
+sequence never needs more than the whole pool.
+
+The order is that of arrival, each level of priority counting as a later arrival by PRIORITY_LEVEL_S. So a request goes
+before those of lower priority that are waiting, is passed by those of higher priority for a time that has a bound, and
+nobody starves, whatever arrives. Waiting lifts everybody alike, so the order of two requests never changes.
+
+Drafts (speculation/) take what budget and blocks the step has left, and hold no block after it. So they never preempt
+or delay another sequence, and a sequence has the same blocks with and without them.
 
 The idea of one counter chasing another instead of prefill and decode phases is vLLM's (its v1 scheduler).
 """
@@ -12,26 +19,84 @@ The idea of one counter chasing another instead of prefill and decode phases is 
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
 
 from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.sequence import Sequence, Status
 
+PRIORITY_LEVEL_S = 10.0
+"""A request passes those that are one level lower and came up to this many seconds earlier."""
+
+
+class Drafting(Protocol):
+    """Where the scheduler gets drafts (speculation/speculator.py)."""
+
+    def draft(self, sequences: list[Sequence], limits: list[int], budget: int) -> dict[int, list[int]]:
+        """Drafts by sequence, at most `limits` each and `budget` in all, for those worth it."""
+        ...
+
+    def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
+        """After a step: sequences that could have had drafts, and (drafts, right ones) of those that had."""
+        ...
+
+    def forget(self, seq_id: int) -> None: ...
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan in the making."""
+
+    budget: int
+    extra_rows: int
+    """Rows of logits that may be computed beyond one for each sequence."""
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.seq_id] = chunk
+        self.budget -= chunk.num_tokens
+        self.extra_rows -= chunk.num_scored
+
+    def take_back(self, seq_id: int) -> None:
+        chunk = self.chunks.pop(seq_id, None)
+        if chunk is not None:
+            self.budget += chunk.num_tokens
+            self.extra_rows += chunk.num_scored
+
 
 class Scheduler:
     """Owns the queues and the block pool. `add`, `abort`, `schedule`, `commit` run between steps, never during one."""
 
-    def __init__(self, pool: BlockPool, *, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_extra_rows: int,
+        drafting: Drafting | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_extra_rows` bounds the logits of a step, for prompt logprobs and drafts, and with them its memory."""
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ValueError("one sequence of max_model_len tokens must fit the block pool")
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
+        self.max_extra_rows = max_extra_rows
+        self._drafting = drafting
+        self._clock = clock
         self.running: list[Sequence] = []
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting: list[tuple[tuple[float, int], Sequence]] = []
         self._sequences: dict[str, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}
         self._dropped: list[int] = []
@@ -58,7 +123,7 @@ class Scheduler:
         problem = self._problem(request)
         if problem is not None:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
-        sequence = Sequence.of(self._next_id, request)
+        sequence = Sequence.of(self._next_id, request, self._clock() + request.priority * PRIORITY_LEVEL_S)
         self._next_id += 1
         reason = self._finish_reason(sequence) if request.emitted_ids else None
         if reason is not None:
@@ -96,6 +161,8 @@ class Scheduler:
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
         del self._by_id[sequence.seq_id]
+        if self._drafting is not None:
+            self._drafting.forget(sequence.seq_id)
 
     def _release(self, sequence: Sequence) -> None:
         """Give up a running sequence's blocks, and have the runner forget it."""
@@ -111,47 +178,53 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Decide the next step. The plan may have no chunks: then nothing is to be computed."""
-        budget = self.max_num_batched_tokens
-        chunks: dict[int, Chunk] = {}
+        step = _Step(self.max_num_batched_tokens, self.max_extra_rows)
+        preempted = self._go_on(step)
+        if not preempted:
+            self._admit(step)
+        if self._drafting is not None:
+            self._add_drafts(step, self._drafting)
+        new = [self._introduce(self._by_id[seq_id]) for seq_id in step.chunks if not self._by_id[seq_id].in_runner]
+        dropped, self._dropped = self._dropped, []
+        return StepPlan(dropped, new, list(step.chunks.values()))
+
+    def _go_on(self, step: _Step) -> bool:
+        """Chunks of running sequences; tells whether one had to give up its blocks."""
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed != 1]
         preempted = False
         for sequence in decoding + prefilling:
-            if budget == 0:
+            if step.budget == 0:
                 break
             if sequence.status is not Status.RUNNING:
                 continue
-            count = min(sequence.num_uncomputed, budget)
+            count = self._count(sequence, sequence.num_computed, step)
             while self._blocks_needed(sequence, count) > self.pool.num_free:
                 victim = self.running[-1]
                 self._preempt(victim)
                 preempted = True
-                undone = chunks.pop(victim.seq_id, None)
-                budget += undone.num_tokens if undone else 0
+                step.take_back(victim.seq_id)
                 if victim is sequence:
                     break
-            if sequence.status is Status.RUNNING:
-                chunks[sequence.seq_id] = self._chunk(sequence, count)
-                budget -= count
-        if not preempted:
-            self._admit(chunks, budget)
-        new = [self._introduce(self._by_id[seq_id]) for seq_id in chunks if not self._by_id[seq_id].in_runner]
-        dropped, self._dropped = self._dropped, []
-        return StepPlan(dropped, new, list(chunks.values()))
+            if sequence.status is Status.RUNNING and count > 0:
+                step.add(self._chunk(sequence, count))
+        return preempted
 
-    def _admit(self, chunks: dict[int, Chunk], budget: int) -> None:
+    def _admit(self, step: _Step) -> None:
         """Start waiting sequences in order while budget, places and blocks last."""
-        while self._waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self._waiting and step.budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self._waiting[0][1]
             if sequence.status is not Status.WAITING:
                 heapq.heappop(self._waiting)
                 continue
-            # The last token is always computed: its logits are what the next one is drawn from.
-            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1)
+            # The last token is always computed: its logits are what the next one is drawn from. So are the tokens from
+            # whose logits prompt tokens are still to be scored.
+            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored)
             cached = len(match.block_ids) * self.pool.block_size
+            count = self._count(sequence, cached, step)
             needed = self._blocks_for(sequence.num_tokens) - len(match.block_ids)
             # One block for each running sequence is kept back, or the next steps would preempt what was just admitted.
-            if self.running and self.pool.num_free_after(match) - needed < len(self.running):
+            if count == 0 or (self.running and self.pool.num_free_after(match) - needed < len(self.running)):
                 break
             heapq.heappop(self._waiting)
             self.pool.take(match)
@@ -165,9 +238,40 @@ class Scheduler:
                 sequence.num_cached = min(cached, sequence.num_prompt_tokens)
                 self.cached_tokens += sequence.num_cached
                 self.prompt_tokens += sequence.num_prompt_tokens
-            count = min(sequence.num_uncomputed, budget)
-            chunks[sequence.seq_id] = self._chunk(sequence, count)
-            budget -= count
+            step.add(self._chunk(sequence, count))
+
+    def _add_drafts(self, step: _Step, drafting: Drafting) -> None:
+        """Put drafts behind the single tokens of decoding sequences, as far as budget and blocks are left."""
+        sequences = [
+            self._by_id[chunk.seq_id] for chunk in step.chunks.values() if chunk.sample and chunk.num_tokens == 1
+        ]
+        budget = min(step.budget, step.extra_rows)
+        if not sequences or budget == 0:
+            return
+        limits = [
+            # A step draws one token more than drafts are right.
+            min(sequence.request.params.max_tokens - sequence.num_generated, self.max_model_len - sequence.num_tokens)
+            - 1
+            for sequence in sequences
+        ]
+        for seq_id, draft_ids in drafting.draft(sequences, limits, budget).items():
+            sequence = self._by_id[seq_id]
+            room = (len(sequence.block_ids) + self.pool.num_free) * self.pool.block_size - sequence.num_tokens
+            draft_ids = draft_ids[:room]
+            if draft_ids:
+                more = self.pool.allocate(self._blocks_needed(sequence, 1 + len(draft_ids)))
+                sequence.block_ids += more
+                chunk = step.chunks[seq_id]
+                step.chunks[seq_id] = msgspec.structs.replace(
+                    chunk, new_block_ids=chunk.new_block_ids + more, draft_ids=draft_ids
+                )
+
+    def _count(self, sequence: Sequence, computed: int, step: _Step) -> int:
+        """Tokens to compute next of a sequence of which `computed` are."""
+        count = min(sequence.num_tokens - computed, step.budget)
+        if sequence.num_unscored > step.extra_rows:
+            count = min(count, max(computed, sequence.score_begin) + step.extra_rows - computed)
+        return count
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
@@ -176,12 +280,19 @@ class Scheduler:
         return self._blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
-        new_block_ids = self.pool.allocate(self._blocks_needed(sequence, count))
-        sequence.block_ids += new_block_ids
-        if not sequence.in_runner:
-            new_block_ids = list(sequence.block_ids)
+        num_held = len(sequence.block_ids) if sequence.in_runner else 0
+        sequence.block_ids += self.pool.allocate(self._blocks_needed(sequence, count))
+        start, end = sequence.num_computed, sequence.num_computed + count
+        score_begin = max(start, sequence.score_begin)
         return Chunk(
-            sequence.seq_id, sequence.num_computed, count, new_block_ids, sample=count == sequence.num_uncomputed
+            sequence.seq_id,
+            start,
+            count,
+            sequence.block_ids[num_held:],
+            sample=end == sequence.num_tokens,
+            num_held_blocks=num_held,
+            score_begin=score_begin,
+            score_end=max(score_begin, min(end, sequence.num_prompt_tokens - 1)),
         )
 
     def _introduce(self, sequence: Sequence) -> NewSequence:
@@ -200,25 +311,49 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in what the step computed; return what there is to tell."""
+        if self._drafting is not None:
+            _tell(self._drafting, plan, result)
         outputs: list[RequestOutput] = []
         for chunk in plan.chunks:
             sequence = self._by_id[chunk.seq_id]
+            scores = result.prompt_logprobs.get(chunk.seq_id)
+            if scores is not None and sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs += scores
+                sequence.num_unscored -= len(scores)
             sequence.num_computed += chunk.num_tokens
-            self._register_full_blocks(sequence)
-            if not chunk.sample:
-                continue
-            token_id = result.token_ids[chunk.seq_id]
-            sequence.token_ids.append(token_id)
-            self.generated_tokens += 1
-            output = RequestOutput(sequence.request.request_id, [token_id], num_cached_tokens=sequence.num_cached or 0)
-            if chunk.seq_id in result.logprobs:
-                output.logprobs = [result.logprobs[chunk.seq_id]]
-            output.finish_reason = self._finish_reason(sequence)
-            if output.finish_reason is not None:
+            if chunk.sample:
+                outputs.append(self._take_tokens(sequence, result))
+            self._settle_blocks(sequence)
+            if chunk.sample and outputs[-1].finish_reason is not None:
                 self._remove(sequence)
                 self.finished += 1
-            outputs.append(output)
         return outputs
+
+    def _take_tokens(self, sequence: Sequence, result: StepResult) -> RequestOutput:
+        """Append the tokens that the step drew for a sequence, up to the one that ends it."""
+        drawn = result.token_ids[sequence.seq_id]
+        output = RequestOutput(sequence.request.request_id, [], num_cached_tokens=sequence.num_cached or 0)
+        for token_id in drawn:
+            sequence.token_ids.append(token_id)
+            output.token_ids.append(token_id)
+            output.finish_reason = self._finish_reason(sequence)
+            if output.finish_reason is not None:
+                break
+        count = len(output.token_ids)
+        # All but the last of them were drafts, so they have been computed.
+        sequence.num_computed += count - 1
+        self.generated_tokens += count
+        if sequence.seq_id in result.logprobs:
+            output.logprobs = result.logprobs[sequence.seq_id][:count]
+        output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        return output
+
+    def _settle_blocks(self, sequence: Sequence) -> None:
+        """Give back the blocks of drafts that were wrong; register those that are full now."""
+        needed = self._blocks_for(sequence.num_computed)
+        self.pool.free(sequence.block_ids[needed:])
+        del sequence.block_ids[needed:]
+        self._register_full_blocks(sequence)
 
     def _register_full_blocks(self, sequence: Sequence) -> None:
         size = self.pool.block_size
@@ -241,5 +376,11 @@ class Scheduler:
         for sequence in self._sequences.values():
             if sequence.status is not Status.RUNNING and sequence.block_ids:
                 raise RuntimeError(f"sequence {sequence.seq_id} waits but holds blocks")
-            if len(sequence.block_ids) < self._blocks_for(sequence.num_computed):
-                raise RuntimeError(f"sequence {sequence.seq_id} has computed more tokens than its blocks hold")
+            if len(sequence.block_ids) != self._blocks_for(sequence.num_computed):
+                raise RuntimeError(f"sequence {sequence.seq_id} does not hold the blocks of its computed tokens")
+
+
+def _tell(drafting: Drafting, plan: StepPlan, result: StepResult) -> None:
+    num_sequences = sum(1 for chunk in plan.chunks if chunk.sample and chunk.num_tokens == 1)
+    tried = {seq_id: (count, len(result.token_ids[seq_id]) - 1) for seq_id, count in result.num_drafts.items()}
+    drafting.learn(num_sequences, tried)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from fastserve.engine.contract import EngineRequest
+from fastserve.engine.contract import EngineRequest, TokenLogprob
 from fastserve.engine.kv_cache import ROOT
 
 
@@ -28,6 +28,8 @@ class Sequence:
     request: EngineRequest
     token_ids: list[int]
     num_prompt_tokens: int
+    due: float
+    """Arrival on the scheduler's clock in seconds, and what the priority adds: who goes first."""
     num_computed: int = 0
     status: Status = Status.WAITING
     block_ids: list[int] = field(default_factory=list)
@@ -38,10 +40,19 @@ class Sequence:
     num_cached: int | None = None
     """Prompt tokens found in the cache when first scheduled; None before."""
     in_runner: bool = False
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """Found so far; None when not wanted, or when they have been told."""
+    num_unscored: int = 0
+    """Prompt tokens whose logprobs are still to be found, always the last ones."""
 
     @classmethod
-    def of(cls, seq_id: int, request: EngineRequest) -> Sequence:
-        return cls(seq_id, request, request.prompt_ids + request.emitted_ids, len(request.prompt_ids))
+    def of(cls, seq_id: int, request: EngineRequest, due: float) -> Sequence:
+        sequence = cls(seq_id, request, request.prompt_ids + request.emitted_ids, len(request.prompt_ids), due)
+        # With the first of its tokens, another engine has told the prompt's logprobs too.
+        if request.params.prompt_logprobs is not None and not request.emitted_ids:
+            sequence.prompt_logprobs = []
+            sequence.num_unscored = sequence.num_prompt_tokens - 1
+        return sequence
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +67,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: priority, then arrival. The last in this order is preempted first."""
-        return (self.request.priority, self.seq_id)
+    def score_begin(self) -> int:
+        """Position whose logits score the first unscored prompt token; the last prompt position when none is left."""
+        return self.num_prompt_tokens - 1 - self.num_unscored
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Who goes first. The last in this order is preempted first."""
+        return (self.due, self.seq_id)

@@ -18,6 +18,13 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int | None = None
     max_num_seqs: int = 256
     prefix_cache: bool = True
+    speculative_method: str = "ngram"
+    """ngram or off"""
+    num_speculative_tokens: int = 8
+    speculative_model_dir: str | None = None
+    """Of a draft model, which then takes the place of the method."""
     trust_remote_code: bool = False
+    profile_steps: int = 0
+    profile_dir: str = "logs"
     debug: bool = False
     log_level: str = "info"

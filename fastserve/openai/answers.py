@@ -36,13 +36,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenText:
-    """One generated token with its logprob and the likeliest others, as bytes and in words."""
+    """One token with its logprob and the likeliest others, as bytes and in words."""
 
     data: bytes
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt, which nothing comes before."""
     top: list[tuple[bytes, float]]
     text_offset: int
-    """Characters of the answer before it."""
+    """Characters of the text before it."""
 
     @property
     def text(self) -> str:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastserve.errors import UnsupportedParameterError
 from fastserve.openai.answers import TokenText, Usage, encode_json
 from fastserve.openai.parameters import OF_MESSAGE, KnownFields
-from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid, refuse_best_of
+from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _PART_SEPARATOR = "\n"
@@ -35,13 +35,11 @@ class ChatRequest(GenerationRequest):
     """The newer name of max_tokens; it wins."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    best_of: int | None = None
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", self.top_logprobs, "It needs logprobs=true.")
-        refuse_best_of(self.best_of, self.num_choices)
 
     def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
         yield from super().undeclared()
@@ -125,7 +123,7 @@ def chat_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | None:
     }
 
 
-def _token(data: bytes, logprob: float) -> dict[str, Any]:
+def _token(data: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
 
@@ -139,8 +137,10 @@ def chat_choice(index: int, text: str, finish_reason: str | None, tokens: Sequen
 
 
 def chat_response(
-    request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage
+    request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage, prompt_logprobs: Any = None
 ) -> dict[str, Any]:
+    """`prompt_logprobs`: vLLM's field, which stands beside the choices of a chat; left out when it is None."""
+    extension = {} if prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs}
     return {
         "id": f"chatcmpl-{request_id}",
         "object": "chat.completion",
@@ -149,6 +149,7 @@ def chat_response(
         "choices": choices,
         "usage": usage.as_dict(),
         "system_fingerprint": None,
+        **extension,
     }
 
 
@@ -164,7 +165,7 @@ class ChatStream:
         return self._chunk(index, b'{"role":"assistant","content":""}', b"null", b"null")
 
     def delta(self, index: int, text: str, tokens: Sequence[TokenText] | None) -> bytes:
-        logprobs = b"null" if tokens is None else encode_json(chat_logprobs(tokens))
+        logprobs = encode_json(chat_logprobs(tokens)) if tokens else b"null"
         return self._chunk(index, b'{"content":' + encode_json(text) + b"}", logprobs, b"null")
 
     def end(self, index: int, finish_reason: str) -> bytes:

@@ -7,9 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from fastserve.errors import UnsupportedParameterError
 from fastserve.openai.answers import TokenText, Usage, encode_json
-from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid, refuse_best_of
+from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 2048
@@ -18,17 +17,22 @@ MAX_PROMPTS = 2048
 class CompletionRequest(GenerationRequest):
     prompt: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    max_tokens: int | None = Field(None, ge=0)
+    """0 asks for what is known of the prompt alone."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
-    best_of: int | None = None
+    """The text begins with the prompt, and the logprobs with those of the prompt's tokens."""
 
     def check(self) -> None:
         super().check()
-        refuse_best_of(self.best_of, self.num_choices)
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedParameterError(
-                "'logprobs' together with 'echo' is not supported yet. Leave one of them out.", param="logprobs"
-            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise invalid("max_tokens", 0, "Give at least 1; 0 is allowed with echo=true or prompt_logprobs only.")
+
+    @property
+    def asked_of_prompt(self) -> int | None:
+        """How many of the likeliest tokens to tell at each place of the prompt; None: the prompt has no logprobs."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in asked if count is not None), default=None)
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or as token ids. Raises InvalidRequestError."""
@@ -57,18 +61,33 @@ def completion_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | 
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            {data.decode(errors="replace"): logprob for data, logprob in [*token.top, (token.data, token.logprob)]}
-            for token in tokens
-        ],
+        "top_logprobs": [_top_logprobs(token) for token in tokens],
         "text_offset": [token.text_offset for token in tokens],
     }
 
 
+def _top_logprobs(token: TokenText) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    return {data.decode(errors="replace"): logprob for data, logprob in [*token.top, (token.data, token.logprob)]}
+
+
 def completion_choice(
-    index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenText] | None
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    tokens: Sequence[TokenText] | None,
+    prompt_logprobs: Any = None,
 ) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": completion_logprobs(tokens), "finish_reason": finish_reason}
+    """`prompt_logprobs`: vLLM's field; left out when it is None."""
+    extension = {} if prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs}
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": completion_logprobs(tokens),
+        "finish_reason": finish_reason,
+        **extension,
+    }
 
 
 def completion_response(
@@ -99,7 +118,7 @@ class CompletionStream:
         choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
             index,
             encode_json(text),
-            b"null" if tokens is None else encode_json(completion_logprobs(tokens)),
+            encode_json(completion_logprobs(tokens)) if tokens else b"null",
             encode_json(finish_reason),
         )
         return self._head + choice + self._tail

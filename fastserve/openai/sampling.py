@@ -8,11 +8,13 @@ from typing import Annotated, Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fastserve.errors import InvalidRequestError, UnsupportedParameterError
+from fastserve.errors import InvalidRequestError
 from fastserve.openai.parameters import OF_REQUEST, OF_STREAM_OPTIONS, KnownFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 128
+MOST_URGENT, LEAST_URGENT = -100, 100
 _MAX_BIAS = 100.0
 
 RequestT = TypeVar("RequestT", bound="GenerationRequest")
@@ -51,13 +53,17 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=128)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """Choices that are generated; the n of them with the highest mean log probability of a token are the answer."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     """0 is greedy."""
     top_k: int | None = Field(None, ge=-1)
     """-1 or 0 is off."""
     min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    """1 is off."""
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: float | None = Field(None, gt=0, le=100)
@@ -68,6 +74,10 @@ class GenerationRequest(BaseModel):
     stop_token_ids: tuple[int, ...] | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """How many of the likeliest tokens are told at each place of the prompt, beside the prompt's own."""
+    priority: int | None = Field(None, ge=MOST_URGENT, le=LEAST_URGENT)
+    """Lower runs first; 0 when not given."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -93,6 +103,18 @@ class GenerationRequest(BaseModel):
             raise invalid("stream_options", {"include_usage": self.wants_usage}, "It is allowed with stream=true only.")
         if self.min_tokens and self.token_limit is not None and self.min_tokens > self.token_limit:
             raise invalid("min_tokens", self.min_tokens, f"It may not exceed max_tokens, which is {self.token_limit}.")
+        if self.best_of is not None and self.best_of < self.num_choices:
+            raise invalid("best_of", self.best_of, f"It may not be less than n, which is {self.num_choices}.")
+        if self.stream and self.num_runs > self.num_choices:
+            raise invalid(
+                "best_of",
+                self.best_of,
+                f"With stream=true it may not exceed n, which is {self.num_choices}: the best are known at the end.",
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise invalid(
+                "prompt_logprobs", self.prompt_logprobs, "It is told in whole answers only: leave out stream."
+            )
 
     @property
     def token_limit(self) -> int | None:
@@ -100,7 +122,13 @@ class GenerationRequest(BaseModel):
 
     @property
     def num_choices(self) -> int:
+        """How many are told."""
         return self.n or 1
+
+    @property
+    def num_runs(self) -> int:
+        """How many are generated."""
+        return self.best_of or self.num_choices
 
     @property
     def wants_usage(self) -> bool:
@@ -116,13 +144,3 @@ class GenerationRequest(BaseModel):
     def unknown(self) -> list[str]:
         """Each name once, without the numbers of messages."""
         return list(dict.fromkeys(name for _, known, given in self.undeclared() for name in known.unknown(given)))
-
-
-def refuse_best_of(best_of: int | None, num_choices: int) -> None:
-    if best_of is not None and best_of > num_choices:
-        raise UnsupportedParameterError(
-            f"'best_of' greater than 'n' is not supported yet (given: {best_of} and {num_choices}). Leave it out.",
-            param="best_of",
-        )
-    if best_of is not None and best_of < num_choices:
-        raise invalid("best_of", best_of, f"It may not be less than n, which is {num_choices}.")

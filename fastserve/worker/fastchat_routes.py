@@ -21,7 +21,8 @@ from fastserve.openai.completions import CompletionRequest, completion_logprobs
 from fastserve.openai.sampling import parse_request
 from fastserve.serving import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import Caller, caller_of
-from fastserve.worker.jobs import Job
+from fastserve.worker.jobs import Job, Prompt
+from fastserve.worker.prompts import Echo, with_echo
 from fastserve.worker.runtime import Runtime, runtime_of
 from fastserve.worker.service import Answer
 
@@ -90,15 +91,15 @@ async def _records(request: Request) -> AsyncGenerator[Record, None]:
             runtime.keeper.require_ready()
             params = await _json_object(request)
             job = await _job(runtime, params, caller)
-        echo = params["prompt"] if params.get("echo", True) else ""
+        echo = _echo(runtime, params, job) if params.get("echo", True) else None
         answer = Answer(job)
         async with aclosing(runtime.service.generate(job)) as batches:
             async for batch in batches:
                 for delta in batch:
-                    answer.choices[0].add(delta)
+                    answer.runs[0].add(delta)
                 if batch:
                     yield _record(echo, answer, None)
-        yield _record(echo, answer, answer.choices[0].finish_reason)
+        yield _record(echo, answer, answer.runs[0].finish_reason)
     except RequestValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -112,13 +113,12 @@ async def _job(runtime: Runtime, params: dict[str, Any], caller: Caller) -> Job:
     prompt = params.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequestError("Missing required field 'prompt', a string.", param="prompt")
-    if params.get("logprobs") is not None and params.get("echo", True):
-        raise UnsupportedParameterError("'logprobs' together with 'echo' is not supported yet.", param="logprobs")
     stop = params.get("stop")
     fields = {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {
         "model": runtime.jobs.model_names[0],
         "prompt": await _prompt_ids(runtime, prompt),
         "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
+        "echo": bool(params.get("echo", True)),
         "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
         "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
@@ -149,10 +149,17 @@ async def _json_object(request: Request) -> dict[str, Any]:
     return value
 
 
-def _record(echo: str, answer: Answer, finish_reason: str | None) -> Record:
-    choice, usage = answer.choices[0], answer.usage
+def _echo(runtime: Runtime, params: Record, job: Job) -> Echo:
+    """The caller's own text, not what it was restored to; the tokens are those that the model got."""
+    prompt = Prompt(params["prompt"], job.prompts[0].token_ids, job.prompts[0].params)
+    return Echo(runtime.jobs.tokenizer, prompt, params.get("logprobs") or 0)
+
+
+def _record(echo: Echo | None, answer: Answer, finish_reason: str | None) -> Record:
+    choice, usage = answer.runs[0], answer.usage
+    text, tokens = with_echo(echo, choice)
     record: Record = {
-        "text": echo + choice.text,
+        "text": text,
         "error_code": 0,
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
@@ -161,8 +168,8 @@ def _record(echo: str, answer: Answer, finish_reason: str | None) -> Record:
         },
         "finish_reason": finish_reason,
     }
-    if choice.tokens is not None:
-        record["logprobs"] = completion_logprobs(choice.tokens)
+    if tokens is not None:
+        record["logprobs"] = completion_logprobs(tokens)
     return record
 
 

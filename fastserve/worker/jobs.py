@@ -16,6 +16,7 @@ from fastserve.openai.sampling import GenerationRequest, invalid
 from fastserve.text.chat_template import ChatTemplate
 from fastserve.text.tokenizer import Tokenizer, encode_off_loop
 from fastserve.worker.caller import Caller
+from fastserve.worker.choice import Telling
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling import SEED_MASK, SamplingDefaults, resolve
 
@@ -36,15 +37,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """One client request, checked and ready to run. Choice i belongs to prompt i // num_choices."""
+    """One client request, checked and ready to run. Run i belongs to prompt i // num_runs."""
 
     caller: Caller
     prompts: list[Prompt]
+    num_runs: int
+    """Choices that are generated for each prompt."""
     num_choices: int
-    stops: tuple[str, ...]
-    include_stop: bool
-    interval: int
-    """Tokens between two deltas."""
+    """How many of them are told: the best."""
+    telling: Telling
+    priority: int
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,7 +69,7 @@ class JobMaker:
         seed: int | None,
         metrics: WorkerMetrics,
     ) -> None:
-        """`max_sequences`: the most that one request may ask for, all its prompts and choices together."""
+        """`max_sequences`: the most that one request may ask for, all its prompts and runs together."""
         self.model_names = list(model_names)
         self.tokenizer = tokenizer
         self.context_length = context_length
@@ -89,7 +91,7 @@ class JobMaker:
                 "--chat-template FILE.",
                 param="messages",
             )
-        self._check_size(1, request.num_choices)
+        self._check_size(1, request)
         text = self._template.render(request.template_messages())
         # Templates write the special tokens themselves.
         ids = await encode_off_loop(self.tokenizer, text, add_special_tokens=False)
@@ -97,19 +99,21 @@ class JobMaker:
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         room = self._room(len(ids), "messages")
         max_tokens = room if request.token_limit is None else min(request.token_limit, room)
-        prompt = Prompt(text, ids, self._params(request, max_tokens, self._pick_seed(), logprobs))
-        return self._job(request, caller, [prompt])
+        params = self._params(request, max_tokens, self._pick_seed(), logprobs, request.prompt_logprobs)
+        return self._job(request, caller, [Prompt(text, ids, params)], logprobs)
 
     async def completion(self, request: CompletionRequest, caller: Caller) -> Job:
         self._check_model(request.model)
         seed = self._pick_seed()
         given = request.prompts()
-        self._check_size(len(given), request.num_choices)
+        self._check_size(len(given), request)
         prompts = []
         for text, ids in await self._encode(given):
-            max_tokens = min(request.token_limit or DEFAULT_MAX_TOKENS, self._room(len(ids), "prompt"))
-            prompts.append(Prompt(text, ids, self._params(request, max_tokens, seed, request.logprobs)))
-        return self._job(request, caller, prompts)
+            asked = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
+            max_tokens = min(asked, self._room(len(ids), "prompt"))
+            params = self._params(request, max_tokens, seed, request.logprobs, request.asked_of_prompt)
+            prompts.append(Prompt(text, ids, params))
+        return self._job(request, caller, prompts, request.logprobs)
 
     async def encode_rendered(self, text: str) -> list[int]:
         """The ids of a prompt that a FastChat client has written: BOS is put first unless the text has it."""
@@ -154,14 +158,15 @@ class JobMaker:
             )
         return ids
 
-    def _check_size(self, num_prompts: int, num_choices: int) -> None:
+    def _check_size(self, num_prompts: int, request: GenerationRequest) -> None:
         """Admission counts requests: one of them must not bring more sequences than the engine runs at once."""
-        if num_prompts * num_choices > self._max_sequences:
+        if num_prompts * request.num_runs > self._max_sequences:
+            name = "n" if request.best_of is None else "best_of"
             raise invalid(
-                "prompt" if num_prompts > self._max_sequences else "n",
-                f"{num_prompts} prompts, n={num_choices}" if num_prompts > 1 else num_choices,
-                f"This worker takes at most {self._max_sequences} sequences (prompts times n) in one request; split "
-                "the request.",
+                "prompt" if num_prompts > self._max_sequences else name,
+                f"{num_prompts} prompts, {name}={request.num_runs}" if num_prompts > 1 else request.num_runs,
+                f"This worker takes at most {self._max_sequences} sequences (prompts times {name}) in one request; "
+                "split the request.",
             )
 
     def _check_model(self, name: str) -> None:
@@ -184,27 +189,37 @@ class JobMaker:
     def _pick_seed(self) -> int:
         return random.getrandbits(63) & SEED_MASK if self._seed is None else self._seed
 
-    def _params(self, request: GenerationRequest, max_tokens: int, seed: int, logprobs: int | None) -> SamplingParams:
+    def _params(
+        self,
+        request: GenerationRequest,
+        max_tokens: int,
+        seed: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> SamplingParams:
+        if logprobs is None and request.num_runs > request.num_choices:
+            logprobs = 0  # by which the best are chosen
         return resolve(
             request,
             self._defaults,
             max_tokens=max_tokens,
             seed=seed,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             eos_token_ids=self._eos_token_ids,
             vocab_size=self._vocab_size,
         )
 
-    def _job(self, request: GenerationRequest, caller: Caller, prompts: list[Prompt]) -> Job:
+    def _job(self, request: GenerationRequest, caller: Caller, prompts: list[Prompt], logprobs: int | None) -> Job:
         self._report_unknown(request.unknown)
-        return Job(
-            caller=caller,
-            prompts=prompts,
-            num_choices=request.num_choices,
+        telling = Telling(
             stops=request.stop or (),
             include_stop=bool(request.include_stop_str_in_output),
             interval=self._stream_interval if request.stream else _ONLY_AT_THE_END,
+            logprobs=logprobs is not None,
+            answer=request.token_limit != 0,
         )
+        return Job(caller, prompts, request.num_runs, request.num_choices, telling, request.priority or 0)
 
     def _report_unknown(self, names: Sequence[str]) -> None:
         for name in names:

@@ -11,10 +11,15 @@ T = TypeVar("T")
 class Mailbox(Generic[T]):
     """Any number of writers on the event loop, one reader. A slow reader gets more at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, tick_s: float) -> None:
+        """`tick_s`: how long the reader waits for something, in seconds, until it is told that there is nothing."""
+        self._tick_s = tick_s
+        self._loop = asyncio.get_running_loop()
         self._items: list[T] = []
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._waiting_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: T) -> None:
         self._items.append(item)
@@ -23,23 +28,36 @@ class Mailbox(Generic[T]):
     def close(self) -> None:
         """Nothing more will be put."""
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._wake()
 
-    async def take(self, timeout_s: float) -> list[T] | None:
-        """Everything there is, as soon as there is something; [] after `timeout_s`; None at the end."""
+    async def take(self) -> list[T] | None:
+        """Everything there is, as soon as there is something; [] after `tick_s`; None at the end."""
         if not self._items and not self._closed:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            timer = loop.call_later(timeout_s, self._wake)
+            self._waiting_since = self._loop.time()
+            if self._timer is None:
+                self._timer = self._loop.call_later(self._tick_s, self._tick)
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
-                timer.cancel()
                 self._waiter = None
         if not self._items and self._closed:
             return None
         items, self._items = self._items, []
         return items
+
+    def _tick(self) -> None:
+        # One timer outlives many waits: to set and cancel one for each would cost more than the wait.
+        self._timer = None
+        if self._waiter is None:
+            return
+        left_s = self._waiting_since + self._tick_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._tick)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

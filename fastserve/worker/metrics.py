@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 from fastapi.exceptions import RequestValidationError
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from fastserve.engine.contract import EngineStats
+from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats
+from fastserve.engine.contract import Histogram as EngineHistogram
 from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.metrics import LATENCY_BUCKETS_S, CollectorRegistry, Counter, Gauge, Histogram, exposition
 from fastserve.worker.admission import Admission
@@ -30,10 +33,16 @@ class WorkerMetrics:
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
-        self.inter_token = Histogram(
-            "fastserve_worker_inter_token_seconds",
+        self.inter_token = QuickHistogram(
+            "fastserve_worker_inter_token_latency_seconds",
             "Time between two tokens of one answer.",
-            buckets=_INTER_TOKEN_BUCKETS_S,
+            _INTER_TOKEN_BUCKETS_S,
+        )
+        registry.register(self.inter_token)
+        self.queue_time = Histogram(
+            "fastserve_worker_request_queue_time_seconds",
+            "From the arrival of a request to its permit to run.",
+            buckets=LATENCY_BUCKETS_S,
             registry=registry,
         )
         self.unknown_fields = Counter(
@@ -72,21 +81,47 @@ class WorkerMetrics:
         return exposition(self._registry)
 
 
+class QuickHistogram(Collector):
+    """For what is observed with each token: prometheus_client's own takes several locks each time. For one thread."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = bounds
+        self._histogram = EngineHistogram()
+
+    def observe(self, value: float) -> None:
+        self._histogram.add(value, self._bounds)
+
+    def collect(self) -> Iterator[Metric]:
+        buckets = _cumulative(self._histogram, self._bounds)
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._histogram.total)
+
+
 _GAUGES = {
-    "num_running": "Sequences that run.",
-    "num_waiting": "Sequences that wait.",
-    "num_blocks": "Blocks of the KV cache.",
-    "num_used_blocks": "Blocks that running sequences hold.",
-    "tokens_per_s": "Decode speed on the reference batch.",
+    "num_requests_running": ("num_running", "Sequences that run."),
+    "num_requests_waiting": ("num_waiting", "Sequences that wait in the engine."),
+    "num_blocks": ("num_blocks", "Blocks of the KV cache."),
+    "num_used_blocks": ("num_used_blocks", "Blocks that running sequences hold."),
+    "tokens_per_s": ("tokens_per_s", "Decode speed on the reference batch."),
 }
+"""Metric: field of EngineStats, text. Where vLLM has a metric for the same, ours is named like it."""
 _COUNTERS = {
-    "steps": "Steps.",
-    "prompt_tokens": "Prompt tokens that were scheduled.",
-    "cached_tokens": "Prompt tokens found in the prefix cache.",
-    "generated_tokens": "Tokens generated.",
-    "preemptions": "Preemptions.",
-    "finished": "Sequences that ended by themselves.",
-    "aborted": "Sequences that were aborted.",
+    "steps": ("steps", "Steps."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests that were scheduled."),
+    "prefix_cache_queries": ("prompt_tokens", "Prompt tokens looked for in the prefix cache."),
+    "prefix_cache_hits": ("cached_tokens", "Of these, found there."),
+    "generation_tokens": ("generated_tokens", "Tokens generated."),
+    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens that speculative decoding guessed."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Of these, the right ones."),
+    "num_preemptions": ("preemptions", "Preemptions."),
+    "finished": ("finished", "Sequences that ended by themselves."),
+    "aborted": ("aborted", "Sequences that were aborted."),
+}
+_HISTOGRAMS = {
+    "step_duration_seconds": ("step_seconds", STEP_SECONDS_BOUNDS, "Duration of a step."),
+    "iteration_tokens_total": ("step_tokens", STEP_SIZE_BOUNDS, "Tokens that a step computed."),
+    "step_sequences": ("step_sequences", STEP_SIZE_BOUNDS, "Sequences that a step computed tokens of."),
 }
 
 
@@ -98,12 +133,24 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats, name))
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats, name))
+        for name, (field, text) in _GAUGES.items():
+            yield GaugeMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats, field))
+        for name, (field, text) in _COUNTERS.items():
+            yield CounterMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats, field))
+        for name, (field, bounds, text) in _HISTOGRAMS.items():
+            histogram: EngineHistogram = getattr(stats, field)
+            yield HistogramMetricFamily(
+                f"fastserve_engine_{name}", text, buckets=_cumulative(histogram, bounds), sum_value=histogram.total
+            )
         usage = kv_usage(stats)
-        yield GaugeMetricFamily("fastserve_engine_kv_usage", "Share of the KV cache in use.", value=usage)
+        yield GaugeMetricFamily("fastserve_engine_kv_cache_usage_perc", "Used KV cache; 1 is all of it.", value=usage)
+
+
+def _cumulative(histogram: EngineHistogram, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
+    """Prometheus counts in each bucket all that is not above its bound."""
+    counts = histogram.counts or [0] * (len(bounds) + 1)
+    names = [*(floatToGoString(bound) for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 
 def kv_usage(stats: EngineStats) -> float:

@@ -24,23 +24,23 @@ def default_name(model_path: str) -> str:
     return re.split(r"[/\\]", model_path.rstrip("/\\"))[-1] or model_path
 
 
-def resolve_model(model_path: str, revision: str) -> Path:
-    """The folder of a model. Raises StartupError that says why there is none."""
+def resolve_model(model_path: str, revision: str, *, flag: str = "--model-path") -> Path:
+    """The folder of a model, which `flag` names. Raises StartupError that says why there is none."""
     if model_path == DEMO_MODEL and not Path(model_path).is_dir():
         return Path(demo_model_path())
     folder = Path(model_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise StartupError(f"--model-path {model_path}: the folder has no config.json, so it is not a model.")
+            raise StartupError(f"{flag} {model_path}: the folder has no config.json, so it is not a model.")
         return folder
     if folder.exists():
-        raise StartupError(f"--model-path {model_path}: this is a file; give the model's folder.")
+        raise StartupError(f"{flag} {model_path}: this is a file; give the model's folder.")
     if not _REPOSITORY_ID.fullmatch(model_path):
-        raise StartupError(f"--model-path {model_path}: there is no such folder.")
-    return _from_hub(model_path, revision)
+        raise StartupError(f"{flag} {model_path}: there is no such folder.")
+    return _from_hub(model_path, revision, flag)
 
 
-def _from_hub(repository: str, revision: str) -> Path:
+def _from_hub(repository: str, revision: str, flag: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -52,7 +52,7 @@ def _from_hub(repository: str, revision: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise StartupError(
-            f"--model-path {repository}: there is no such folder, and the Hugging Face hub did not give a model of "
+            f"{flag} {repository}: there is no such folder, and the Hugging Face hub did not give a model of "
             f"that name (revision {revision}): {cause}"
         ) from error
 

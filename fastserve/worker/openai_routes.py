@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
@@ -23,9 +22,10 @@ from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import caller_of
 from fastserve.worker.choice import Delta
-from fastserve.worker.jobs import Job, Prompt
+from fastserve.worker.jobs import Job
+from fastserve.worker.prompts import Echo, logprobs_by_id, with_echo
 from fastserve.worker.runtime import Runtime, runtime_of
-from fastserve.worker.service import fold
+from fastserve.worker.service import ChoiceAnswer, fold
 from fastserve.worker.sse import events
 
 router = APIRouter()
@@ -60,8 +60,10 @@ async def chat(request: Request) -> Response:
     answer = await run_until_disconnect(request, fold(runtime.service, job))
     if answer is None:
         return Response(status_code=_CLIENT_GONE)
-    choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(answer.choices)]
-    return _json(job, chat_response(caller.request_id, created, body.model, choices, answer.usage))
+    told = answer.choices
+    choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(told)]
+    prompt_logprobs = _prompt_logprobs(runtime, told[0], body.prompt_logprobs)
+    return _json(job, chat_response(caller.request_id, created, body.model, choices, answer.usage, prompt_logprobs))
 
 
 @router.post("/v1/completions")
@@ -71,22 +73,25 @@ async def completions(request: Request) -> Response:
         runtime.keeper.require_ready()
         body = parse_request(CompletionRequest, await request.body())
         job = await runtime.jobs.completion(body, caller)
-    echoes = [_echo(runtime, prompt) for prompt in job.prompts] if body.echo else [""] * len(job.prompts)
+    echoes = [Echo(runtime.jobs.tokenizer, prompt, body.logprobs or 0) if body.echo else None for prompt in job.prompts]
     if body.stream:
         stream = CompletionStream(caller.request_id, created, body.model, include_usage=body.wants_usage)
-        return _stream(runtime, job, CompletionWriter(stream, job, echoes), include_usage=body.wants_usage)
+        per_choice = [echo for echo in echoes for _ in range(job.num_choices)]
+        return _stream(runtime, job, CompletionWriter(stream, per_choice), include_usage=body.wants_usage)
     answer = await run_until_disconnect(request, fold(runtime.service, job))
     if answer is None:
         return Response(status_code=_CLIENT_GONE)
-    choices = [
-        completion_choice(i, echoes[i // job.num_choices] + one.text, one.finish_reason, one.tokens)
-        for i, one in enumerate(answer.choices)
-    ]
+    choices = []
+    for i, one in enumerate(answer.choices):
+        text, tokens = with_echo(echoes[i // job.num_choices], one)
+        prompt_logprobs = _prompt_logprobs(runtime, one, body.prompt_logprobs)
+        choices.append(completion_choice(i, text, one.finish_reason, tokens, prompt_logprobs))
     return _json(job, completion_response(caller.request_id, created, body.model, choices, answer.usage))
 
 
-def _echo(runtime: Runtime, prompt: Prompt) -> str:
-    return runtime.jobs.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+def _prompt_logprobs(runtime: Runtime, choice: ChoiceAnswer, num_top: int | None) -> Any:
+    """vLLM's field, when it was asked for."""
+    return None if num_top is None else logprobs_by_id(runtime.jobs.tokenizer, choice.prompt_logprobs or [], num_top)
 
 
 def _json(job: Job, body: dict[str, Any]) -> Response:
@@ -110,7 +115,8 @@ class ChatWriter:
         if delta.choice not in self._begun:
             self._begun.add(delta.choice)
             out = self._stream.start(delta.choice)
-        if delta.text or delta.tokens:
+        # A chunk also for tokens that have no text yet: it tells the client that the answer goes on.
+        if delta.finish_reason is None or delta.text or delta.tokens:
             out += self._stream.delta(delta.choice, delta.text, delta.tokens)
         if delta.finish_reason is not None:
             out += self._stream.end(delta.choice, delta.finish_reason)
@@ -118,14 +124,19 @@ class ChatWriter:
 
 
 class CompletionWriter:
-    def __init__(self, stream: CompletionStream, job: Job, echoes: Sequence[str]) -> None:
-        """`echoes`: what each prompt's answers begin with."""
+    def __init__(self, stream: CompletionStream, echoes: list[Echo | None]) -> None:
+        """`echoes`: what each choice begins with."""
         self._stream = stream
-        self._to_echo = {i: echoes[i // job.num_choices] for i in range(len(job.prompts) * job.num_choices)}
+        self._echoes = echoes
+        self._begun: set[int] = set()
         self.usage = stream.usage
 
     def delta(self, delta: Delta) -> bytes:
-        text = self._to_echo.pop(delta.choice, "") + delta.text
-        if not text and not delta.tokens and delta.finish_reason is None:
-            return b""
-        return self._stream.delta(delta.choice, text, delta.tokens, delta.finish_reason)
+        text, tokens, echo = delta.text, delta.tokens, self._echoes[delta.choice]
+        if echo is not None:
+            if delta.choice not in self._begun:
+                self._begun.add(delta.choice)
+                text, tokens = with_echo(echo, delta)
+            elif tokens:
+                tokens = echo.shift(tokens)
+        return self._stream.delta(delta.choice, text, tokens, delta.finish_reason)

@@ -61,6 +61,7 @@ def refuse_unavailable(config: WorkerConfig) -> None:
         ("--queue-size", config.queue_size, 0),
         ("--stream-interval", config.stream_interval, 1),
         ("--heartbeat-interval-s", config.heartbeat_interval_s, 0.01),
+        ("--engine-timeout-s", config.engine_timeout_s, 2),  # an idle engine speaks each second
         ("--max-num-batched-tokens", config.max_num_batched_tokens, 1),
         ("--max-num-seqs", config.max_num_seqs, 1),
         ("--block-size", config.block_size, 1),

@@ -1,8 +1,8 @@
 """From what a client asked for to the engine's SamplingParams, in which nothing is left open.
 
 Defaults: temperature 1 and top_p 1 as OpenAI's, unless the model's generation_config.json recommends other values of
-temperature, top_p, top_k, min_p or repetition_penalty: these are what its makers tested it with. A file that says
-`"do_sample": false` recommends greedy answers, so the temperature is 0 for requests that do not say one.
+temperature, top_p, top_k, min_p, typical_p or repetition_penalty: these are what its makers tested it with. A file that
+says `"do_sample": false` recommends greedy answers, so the temperature is 0 for requests that do not say one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
 
 
@@ -36,7 +37,7 @@ def read_defaults(folder: Path) -> SamplingDefaults:
     config = read_json(folder / "generation_config.json")
     if config.get("do_sample") is False:
         config = {"repetition_penalty": config.get("repetition_penalty"), "temperature": 0.0}
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
     return SamplingDefaults(**{name: config[name] for name in names if isinstance(config.get(name), int | float)})
 
 
@@ -47,6 +48,7 @@ def resolve(
     max_tokens: int,
     seed: int,
     logprobs: int | None,
+    prompt_logprobs: int | None,
     eos_token_ids: Iterable[int],
     vocab_size: int,
 ) -> SamplingParams:
@@ -64,6 +66,7 @@ def resolve(
         top_p=1.0 if greedy else top_p,
         top_k=max(0, _or(request.top_k, defaults.top_k)),
         min_p=_or(request.min_p, defaults.min_p),
+        typical_p=_or(request.typical_p, defaults.typical_p),
         repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
@@ -74,6 +77,7 @@ def resolve(
             dict.fromkeys([*(request.stop_token_ids or ()), *(() if request.ignore_eos else eos_token_ids)])
         ),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

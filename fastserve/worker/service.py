@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from fastserve.engine.contract import EngineRequest
+from fastserve.engine.contract import EngineRequest, TokenLogprob
 from fastserve.errors import FastserveError, InternalError
 from fastserve.openai.answers import TokenText, Usage
 from fastserve.text.tokenizer import Tokenizer
@@ -43,12 +43,12 @@ class GenerationService:
         Holds the permit and the engine's requests; both end with the generator, however that ends. Raises
         OverloadedError or EngineDeadError before the first batch, EngineDeadError or InternalError also later.
         """
-        box: Mailbox[Delta] = Mailbox()
+        box: Mailbox[Delta] = Mailbox(tick_s)
         work = asyncio.create_task(self._run(job, box))
         work.add_done_callback(lambda _: box.close())
         outcome = "disconnected"
         try:
-            while (batch := await box.take(tick_s)) is not None:
+            while (batch := await box.take()) is not None:
                 yield batch
             await work
             outcome = "completed"
@@ -61,16 +61,15 @@ class GenerationService:
             self._metrics.requests.labels(outcome).inc()
 
     async def _run(self, job: Job, box: Mailbox[Delta]) -> None:
-        async with self._admission.permit(job.caller.lease):
+        async with self._admission.permit(job.caller.lease, job.priority):
             self._keeper.require_ready()  # it may have died while we waited
+            self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived)
             self._metrics.prompt_tokens.inc(job.prompt_tokens)
             number = next(self._numbers)
             runs = [
-                self._run_choice(
-                    job, prompt, f"{job.caller.request_id}-{number}-{at}-{i}", at * job.num_choices + i, box
-                )
+                self._run_choice(job, prompt, f"{job.caller.request_id}-{number}-{at}-{i}", at * job.num_runs + i, box)
                 for at, prompt in enumerate(job.prompts)
-                for i in range(job.num_choices)
+                for i in range(job.num_runs)
             ]
             if len(runs) == 1:
                 await runs[0]
@@ -83,15 +82,10 @@ class GenerationService:
                 raise errors.exceptions[0] from errors
 
     async def _run_choice(self, job: Job, prompt: Prompt, request_id: str, index: int, box: Mailbox[Delta]) -> None:
-        choice = Choice(
-            index,
-            self._tokenizer,
-            prompt.params,
-            job.stops,
-            include_stop=job.include_stop,
-            interval=job.interval,
+        choice = Choice(index, self._tokenizer, prompt.params, job.telling)
+        request = EngineRequest(
+            request_id, prompt.token_ids, prompt.params, choice=index % job.num_runs, priority=job.priority
         )
-        request = EngineRequest(request_id, prompt.token_ids, prompt.params, choice=index % job.num_choices)
         last = job.caller.arrived
         first = True
         with self._keeper.engine.generate(request) as outputs:
@@ -119,11 +113,16 @@ class ChoiceAnswer:
     finish_reason: str | None = None
     num_tokens: int = 0
     cached_tokens: int = 0
+    logprob_sum: float = 0.0
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         if delta.tokens is not None:
-            self.tokens = [*(self.tokens or []), *delta.tokens]
+            self.tokens = self.tokens or []
+            self.tokens += delta.tokens
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         self.count(delta)
 
     def count(self, delta: Delta) -> None:
@@ -131,6 +130,12 @@ class ChoiceAnswer:
         self.finish_reason = delta.finish_reason
         self.num_tokens = delta.num_tokens
         self.cached_tokens = delta.cached_tokens
+        self.logprob_sum = delta.logprob_sum
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, the stop token included."""
+        return self.logprob_sum / max(1, self.num_tokens)
 
 
 @dataclass
@@ -138,16 +143,29 @@ class Answer:
     """What a stream has brought so far."""
 
     job: Job
-    choices: list[ChoiceAnswer] = field(init=False)
+    runs: list[ChoiceAnswer] = field(init=False)
+    """Every choice that was generated."""
 
     def __post_init__(self) -> None:
-        self.choices = [ChoiceAnswer() for _ in range(len(self.job.prompts) * self.job.num_choices)]
+        self.runs = [ChoiceAnswer() for _ in range(len(self.job.prompts) * self.job.num_runs)]
+
+    @property
+    def choices(self) -> list[ChoiceAnswer]:
+        """Those that are told: of each prompt's runs the likeliest, best first. Equal ones keep their order."""
+        job = self.job
+        if job.num_runs == job.num_choices:
+            return self.runs
+        told: list[ChoiceAnswer] = []
+        for at in range(0, len(self.runs), job.num_runs):
+            best = sorted(self.runs[at : at + job.num_runs], key=lambda run: run.mean_logprob, reverse=True)
+            told += best[: job.num_choices]
+        return told
 
     @property
     def usage(self) -> Usage:
         # A prompt is computed once for all of its choices, so it counts once, and so does what was cached of it.
-        cached = sum(choice.cached_tokens for choice in self.choices[:: self.job.num_choices])
-        return Usage(self.job.prompt_tokens, sum(choice.num_tokens for choice in self.choices), cached)
+        cached = sum(run.cached_tokens for run in self.runs[:: self.job.num_runs])
+        return Usage(self.job.prompt_tokens, sum(run.num_tokens for run in self.runs), cached)
 
 
 async def fold(service: GenerationService, job: Job) -> Answer:
@@ -156,5 +174,5 @@ async def fold(service: GenerationService, job: Job) -> Answer:
     async with aclosing(service.generate(job)) as batches:
         async for batch in batches:
             for delta in batch:
-                answer.choices[delta.choice].add(delta)
+                answer.runs[delta.choice].add(delta)
     return answer

@@ -28,7 +28,7 @@ async def events(
         async with aclosing(service.generate(job)) as batches:
             async for batch in batches:
                 for delta in batch:
-                    answer.choices[delta.choice].count(delta)
+                    answer.runs[delta.choice].count(delta)
                 piece = b"".join(map(write, batch)) if batch else KEEP_ALIVE
                 if piece:
                     started = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 # Two threads gain nothing on models this small, and lose much beside other processes.
@@ -48,6 +57,23 @@ CONFIGS: dict[str, PretrainedConfig] = {
         initializer_range=0.25,
     ),
     "gpt_oss": GptOssConfig(**SHAPE, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    ),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=12),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE, head_dim=12, query_pre_attn_scalar=12, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": Phi3Config(**SHAPE),
+    "gpt_neox": GPTNeoXConfig(**{**SHAPE, "num_key_value_heads": 4}, rotary_pct=0.5),
+    "olmo2": Olmo2Config(**SHAPE),
+    "opt": OPTConfig(
+        vocab_size=160, hidden_size=48, word_embed_proj_dim=48, ffn_dim=96, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        init_std=0.25,
+    ),
+    "starcoder2": Starcoder2Config(**SHAPE, sliding_window=12),
 }  # fmt: skip
 
 
@@ -61,7 +87,7 @@ class TinyModels:
     def path(self, name: str) -> str:
         path = self._folder / name
         if not path.exists():
-            torch.manual_seed(sorted(CONFIGS).index(name))
+            torch.manual_seed(zlib.crc32(name.encode()))
             AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).save_pretrained(path)
         return str(path)
 

@@ -9,12 +9,24 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     Cohere2Config,
     CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    FalconConfig,
+    GPTJConfig,
+    JambaConfig,
+    Lfm2Config,
+    MambaConfig,
+    MptConfig,
     OlmoConfig,
+    OlmoeConfig,
     Phi3Config,
     PretrainedConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -27,6 +39,15 @@ from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 
 from .conftest import SHAPE, TinyModels
+
+MLA: dict[str, Any] = {
+    **SHAPE, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "vocab_size": 160, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.25
+}  # fmt: skip
 
 
 def save(config: PretrainedConfig, folder: Path) -> str:
@@ -52,8 +73,11 @@ def start(path: str, dtype: str = "float32", **settings: Any) -> EngineCore:
         Cohere2Config(**SHAPE),
         OlmoConfig(**SHAPE),  # keeps cos and sin in float32
         Phi3Config(**SHAPE, partial_rotary_factor=0.5),  # turns a part of each head only
+        OlmoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2),  # norms over all heads together
+        DeepseekV2Config(**MLA, q_lora_rank=None),  # values are shorter than keys
+        DeepseekV3Config(**MLA, q_lora_rank=16, n_shared_experts=1),
     ],
-    ids=["cohere", "cohere2", "olmo", "phi3-partial"],
+    ids=["cohere", "cohere2", "olmo", "phi3-partial", "olmoe", "deepseek-v2", "deepseek-v3"],
 )
 def test_unusual_models_are_served_rightly(config: PretrainedConfig, dtype: str, tmp_path: Path) -> None:
     assert start(save(config, tmp_path), dtype).info.dtype == dtype
@@ -84,14 +108,40 @@ def test_wrong_fusion_is_found(tiny_models: TinyModels, monkeypatch: pytest.Monk
         start(tiny_models.path("llama"))
 
 
-def test_models_that_cannot_be_paged_are_refused(tmp_path: Path) -> None:
-    bloom = BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4)
-    with pytest.raises(StartupError, match="BloomForCausalLM cannot be served: its code in transformers"):
-        start(save(bloom, tmp_path / "bloom"))
+OWN_ATTENTION = "does not let the engine replace its attention"
+REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
+    "bloom": (BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=4), OWN_ATTENTION),
+    "mpt": (MptConfig(vocab_size=100, d_model=32, n_layers=1, n_heads=4), OWN_ATTENTION),
+    "falcon-alibi": (FalconConfig(**SMALL, alibi=True), OWN_ATTENTION),
+    "falcon": (FalconConfig(**SMALL, alibi=False), OWN_ATTENTION),
+    "gptj": (GPTJConfig(vocab_size=160, n_embd=48, n_layer=2, n_head=4, rotary_dim=8), OWN_ATTENTION),
+    "mamba": (MambaConfig(vocab_size=160, hidden_size=48, num_hidden_layers=2, state_size=8), "keep a state"),
+    "jamba": (JambaConfig(**SHAPE, num_experts=2, attn_layer_period=2, attn_layer_offset=1), "keep a state"),
+    "lfm2": (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention", "conv"]), r"its layers \(conv\) keep a state"),
+    "qwen3-next": (
+        Qwen3NextConfig(**SHAPE, num_experts=2, moe_intermediate_size=16), r"its layers \(linear_attention\) keep"
+    ),
+    "recurrent-gemma": (
+        RecurrentGemmaConfig(**SMALL, lru_width=48, attention_window_size=16), r"its layers \(linear_attention\) keep"
+    ),
+    # Attention that looks ahead: nothing in the settings tells, the logits do.
+    "bert": (BertConfig(**SMALL, intermediate_size=96), "logits differ"),
+    "contradictory": (DeepseekV3Config(**{**MLA, "num_key_value_heads": 2}, q_lora_rank=16), "its own code fails"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_models_that_cannot_be_paged_are_refused(name: str, tmp_path: Path) -> None:
+    config, words = REFUSED[name]
+    with pytest.raises(StartupError, match=rf"^\S+ cannot be served: .*{words}"):
+        start(save(config, tmp_path))
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     T5ForConditionalGeneration(T5Config(vocab_size=100, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)) \
-        .save_pretrained(tmp_path / "t5")  # fmt: skip
+        .save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(StartupError, match="encoder-decoder"):
-        start(str(tmp_path / "t5"))
+        start(str(tmp_path))
 
 
 def test_a_model_that_fails_when_tried_is_a_sentence(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers import TypicalLogitsWarper
 
 from fastserve.engine.contract import SamplingParams
-from fastserve.engine.sampling import noise
+from fastserve.engine.sampling import noise, typical
 from fastserve.engine.sampling.row import SamplingRow
 from fastserve.engine.sampling.sampler import sample
 
@@ -124,3 +125,37 @@ def test_noise_is_keyed_by_seed_choice_and_position() -> None:
     assert len(set(values)) == len(values)
     assert all(0 <= value < 1 for value in values)
     assert abs(sum(values) / len(values) - 0.5) < 5 / math.sqrt(12 * len(values))
+
+
+TYPICAL = torch.tensor([[1.0, 0.1, 0.05, 0.0, -0.05, -0.1]])
+"""Its likeliest token (0.35) surprises much less than a token on average."""
+
+
+@pytest.mark.parametrize("typical_p", [0.05, 0.2, 0.3, 0.5, 0.9, 0.99])
+def test_typical_p_alone_keeps_what_transformers_keeps(typical_p: float) -> None:
+    torch.manual_seed(1)
+    logits = torch.cat([TYPICAL.expand(1, -1), LOGITS, 3 * torch.randn(30, VOCABULARY)])
+    logits[3] = logits[3].round()  # tokens that are equally likely stand or fall together
+    expected = TypicalLogitsWarper(typical_p)(torch.zeros(1, 1, dtype=torch.long), logits).isfinite()
+    found = typical.keep_mask(logits.softmax(-1), torch.full((len(logits), 1), typical_p))
+    assert found.tolist() == expected.tolist()
+    assert 0 < expected.sum() < expected.numel()
+
+
+def test_typical_p_may_cut_off_the_likeliest_and_comes_after_the_other_filters() -> None:
+    def drawn(**settings: float) -> set[int]:
+        rows = [row(SamplingParams(1, seed=seed, **settings)) for seed in range(500)]  # type: ignore[arg-type]
+        return set(sample(TYPICAL.expand(500, -1), rows)[0])
+
+    assert drawn(typical_p=0.1) == {1}
+    assert drawn(typical_p=1.0) == set(range(VOCABULARY))
+    # Of tokens 0 and 1 alone, the likeliest is the nearest to their entropy: what top-k cut no longer counts.
+    assert drawn(typical_p=0.1, top_k=2) == {0}
+
+
+def test_typical_p_of_one_row_leaves_its_neighbours_alone() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(20, 50)
+    rows = [row(SamplingParams(9, top_k=30, typical_p=(1.0, 0.3)[index % 2], seed=index)) for index in range(20)]
+    together = sample(logits, rows)[0]
+    assert together == [sample(logits[index : index + 1], rows[index : index + 1])[0][0] for index in range(20)]

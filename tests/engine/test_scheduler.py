@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.engine.contract import EngineRequest, SamplingParams
+from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingParams, TokenLogprob
 from fastserve.engine.kv_cache import BlockPool
-from fastserve.engine.plan import StepPlan, StepResult
-from fastserve.engine.scheduler import Scheduler
+from fastserve.engine.plan import Chunk, StepPlan, StepResult
+from fastserve.engine.scheduler import PRIORITY_LEVEL_S, Drafting, Scheduler
+from fastserve.engine.sequence import Sequence
 
-BUDGET, MAX_SEQS, BLOCK, BLOCKS, MAX_LEN = 11, 5, 4, 12, 40
+BUDGET, MAX_SEQS, BLOCK, BLOCKS, MAX_LEN, EXTRA_ROWS = 11, 5, 4, 12, 40, 7
 
 
 class Memory:
@@ -26,7 +27,8 @@ class Memory:
         self.blocks: dict[int, list[int]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
-        drawn: dict[int, int] = {}
+        drawn: dict[int, list[int]] = {}
+        scored: dict[int, list[TokenLogprob]] = {}
         for seq_id in plan.dropped:
             del self.tokens[seq_id], self.blocks[seq_id]
         for new in plan.new:
@@ -34,16 +36,69 @@ class Memory:
             self.blocks[new.seq_id] = []
         for chunk in plan.chunks:
             tokens, blocks = self.tokens[chunk.seq_id], self.blocks[chunk.seq_id]
-            blocks += chunk.new_block_ids
-            for position in range(chunk.start, chunk.start + chunk.num_tokens):
-                self.slots[blocks[position // BLOCK] * BLOCK + position % BLOCK] = (position, tokens[position])
+            blocks[chunk.num_held_blocks :] = chunk.new_block_ids
+            guessed = tokens + chunk.draft_ids
+            for position in range(chunk.start, chunk.start + chunk.num_rows):
+                self.slots[blocks[position // BLOCK] * BLOCK + position % BLOCK] = (position, guessed[position])
+            context = range(chunk.start + chunk.num_rows)
+            seen = [self.slots[blocks[place // BLOCK] * BLOCK + place % BLOCK] for place in context]
+            assert seen == list(enumerate(guessed))[: len(context)], "the pages do not hold the sequence's own tokens"
+            if chunk.num_scored:
+                scored[chunk.seq_id] = score(tokens, chunk)
             if chunk.sample:
-                context = range(chunk.start + chunk.num_tokens)
-                seen = [self.slots[blocks[place // BLOCK] * BLOCK + place % BLOCK] for place in context]
-                assert seen == list(enumerate(tokens)), "the pages do not hold the sequence's own tokens"
-                drawn[chunk.seq_id] = next_token(tokens)
-                tokens.append(drawn[chunk.seq_id])
-        return StepResult(drawn, {})
+                assert chunk.start + chunk.num_tokens == len(tokens)
+                drawn[chunk.seq_id] = [next_token(tokens)]
+                for draft in chunk.draft_ids:
+                    if draft != drawn[chunk.seq_id][-1]:
+                        break
+                    drawn[chunk.seq_id].append(next_token(tokens + drawn[chunk.seq_id]))
+                tokens += drawn[chunk.seq_id]
+        tried = {chunk.seq_id: len(chunk.draft_ids) for chunk in plan.chunks if chunk.draft_ids}
+        return StepResult(drawn, prompt_logprobs=scored, num_drafts=tried)
+
+
+def score(tokens: list[int], chunk: Chunk) -> list[TokenLogprob]:
+    """Logprobs that tell which tokens they were computed from."""
+    assert chunk.start <= chunk.score_begin < chunk.score_end <= chunk.start + chunk.num_tokens
+    return [expected_score(tokens, place) for place in range(chunk.score_begin + 1, chunk.score_end + 1)]
+
+
+def expected_score(tokens: list[int], place: int) -> TokenLogprob:
+    return TokenLogprob(tokens[place], -float(next_token(tokens[:place])), [])
+
+
+class Guesser:
+    """Drafts of every quality, in every amount that the scheduler allows."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self.tried = 0
+        self.right = 0
+        self.known: set[int] = set()
+
+    def draft(self, sequences: list[Sequence], limits: list[int], budget: int) -> dict[int, list[int]]:
+        drafts: dict[int, list[int]] = {}
+        for sequence, limit in zip(sequences, limits, strict=True):
+            guessed = list(sequence.token_ids)
+            quality = self._rng.choice([0.0, 0.5, 1.0])
+            for _ in range(min(self._rng.randint(0, 9), limit, budget)):
+                guessed.append(next_token(guessed) if self._rng.random() < quality else self._rng.randrange(6))
+            found = guessed[sequence.num_tokens :]
+            if found:
+                drafts[sequence.seq_id] = found
+                budget -= len(found)
+                self.known.add(sequence.seq_id)
+        return drafts
+
+    def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
+        assert len(tried) <= num_sequences
+        for drafts, right in tried.values():
+            assert 0 <= right <= drafts
+            self.tried += drafts
+            self.right += right
+
+    def forget(self, seq_id: int) -> None:
+        self.known.discard(seq_id)
 
 
 def next_token(tokens: list[int]) -> int:
@@ -59,19 +114,58 @@ def alone(request: EngineRequest) -> list[int]:
     return tokens[len(request.prompt_ids) :]
 
 
-def make_scheduler(blocks: int = BLOCKS) -> Scheduler:
-    pool = BlockPool(blocks, BLOCK)
-    return Scheduler(pool, max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN)
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_scheduler(
+    blocks: int = BLOCKS, drafting: Drafting | None = None, clock: Clock | None = None, *, prefix_cache: bool = True
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(blocks, BLOCK, prefix_cache=prefix_cache),
+        max_num_batched_tokens=BUDGET,
+        max_num_seqs=MAX_SEQS,
+        max_model_len=MAX_LEN,
+        max_extra_rows=EXTRA_ROWS,
+        drafting=drafting,
+        clock=clock or Clock(),
+    )
+
+
+def check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
+    assert plan.num_tokens <= BUDGET
+    assert sum(len(chunk.draft_ids) + chunk.num_scored for chunk in plan.chunks) <= EXTRA_ROWS
+    assert len(scheduler.running) <= MAX_SEQS
+    assert all(chunk.num_tokens > 0 for chunk in plan.chunks)
+    assert plan.chunks or not scheduler.has_work, "work waits but the step is empty"
+
+
+def check_prompt_logprobs(request: EngineRequest, told: list[list[TokenLogprob] | None]) -> None:
+    """They come once, with the first tokens, and are of the prompt's own."""
+    if request.params.prompt_logprobs is None:
+        assert told == [None] * len(told)
+        return
+    prompt = request.prompt_ids
+    assert told[1:] == [None] * (len(told) - 1)
+    assert told[:1] == [[expected_score(prompt, place) for place in range(1, len(prompt))]][: len(told)]
 
 
 requests = st.builds(
     # Few different tokens, so that prompts share beginnings and prefix hits are common.
-    lambda prompt, repeat, count, stop, priority: EngineRequest(
-        "", (prompt * repeat)[:24], SamplingParams(count, stop_token_ids=(0,) if stop else ()), priority=priority
+    lambda prompt, repeat, count, stop, scored, priority: EngineRequest(
+        "",
+        (prompt * repeat)[:24],
+        SamplingParams(count, stop_token_ids=(0,) if stop else (), prompt_logprobs=0 if scored else None),
+        priority=priority,
     ),
     st.lists(st.integers(0, 2), min_size=1, max_size=6),
     st.integers(1, 5),
     st.integers(1, 16),
+    st.booleans(),
     st.booleans(),
     st.integers(0, 1),
 )
@@ -80,23 +174,26 @@ actions = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=
 
 
 @settings(max_examples=300, deadline=None)
-@given(actions)
-def test_any_history_keeps_the_books_and_the_answers(history: list[EngineRequest | int | None]) -> None:
-    scheduler, memory = make_scheduler(), Memory()
+@given(actions, st.none() | st.integers(0, 9))
+def test_any_history_keeps_the_books_and_the_answers(
+    history: list[EngineRequest | int | None], seed: int | None
+) -> None:
+    guesser = None if seed is None else Guesser(seed)
+    scheduler, memory = make_scheduler(drafting=guesser), Memory()
     sent: list[EngineRequest] = []
     answers: dict[str, list[int]] = {}
+    scores: dict[str, list[list[TokenLogprob] | None]] = {}
     finished: set[str] = set()
     aborted: set[str] = set()
 
     def step() -> None:
         plan = scheduler.schedule()
-        assert plan.num_tokens <= BUDGET
-        assert len(scheduler.running) <= MAX_SEQS
-        assert all(chunk.num_tokens > 0 for chunk in plan.chunks)
-        assert plan.chunks or not scheduler.has_work, "work waits but the step is empty"
+        check_plan(plan, scheduler)
         for output in scheduler.commit(plan, memory.execute(plan)):
             assert output.request_id not in finished | aborted
+            assert output.token_ids
             answers[output.request_id] += output.token_ids
+            scores[output.request_id].append(output.prompt_logprobs)
             if output.finish_reason:
                 finished.add(output.request_id)
         scheduler.check()
@@ -106,6 +203,7 @@ def test_any_history_keeps_the_books_and_the_answers(history: list[EngineRequest
             request = EngineRequest(f"r{len(sent)}", action.prompt_ids, action.params, priority=action.priority)
             sent.append(request)
             answers[request.request_id] = []
+            scores[request.request_id] = []
             assert scheduler.add(request) is None
         elif isinstance(action, int):
             if action < len(sent) and f"r{action}" not in finished:
@@ -125,7 +223,9 @@ def test_any_history_keeps_the_books_and_the_answers(history: list[EngineRequest
             assert answers[request.request_id] == alone(request)
         else:
             assert answers[request.request_id] == alone(request)[: len(answers[request.request_id])]
+        check_prompt_logprobs(request, scores[request.request_id])
     assert scheduler.pool.num_free == BLOCKS
+    assert guesser is None or not guesser.known, "what is known of sequences that ended is kept"
 
 
 def test_decoding_comes_before_prefill() -> None:
@@ -192,29 +292,185 @@ def test_a_pool_smaller_than_one_sequence_is_refused() -> None:
         make_scheduler(blocks=9)
 
 
-def test_ten_thousand_random_steps() -> None:
+@pytest.mark.parametrize("speculates", [False, True])
+def test_ten_thousand_random_steps(speculates: bool) -> None:
     rng = random.Random(0)
     beginnings = [[rng.randrange(3) for _ in range(16)] for _ in range(4)]
-    scheduler, memory = make_scheduler(), Memory()
+    guesser = Guesser(1)
+    scheduler, memory = make_scheduler(drafting=guesser if speculates else None), Memory()
     alive: dict[str, EngineRequest] = {}
     answers: dict[str, list[int]] = {}
+    scores: dict[str, list[list[TokenLogprob] | None]] = {}
+    waited: dict[str, int] = {}
     for step in range(10_000):
         if rng.random() < 0.3 and len(alive) < 40:
             begin = rng.choice(beginnings)[: rng.randint(0, 16)]
             prompt = begin + [rng.randrange(3) for _ in range(rng.randint(1, 8))]
-            request = EngineRequest(f"r{step}", prompt, SamplingParams(rng.randint(1, 16)), priority=rng.randint(0, 2))
+            params = SamplingParams(rng.randint(1, 16), prompt_logprobs=0 if rng.random() < 0.2 else None)
+            request = EngineRequest(f"r{step}", prompt, params, priority=rng.randint(0, 2))
             alive[request.request_id] = request
             answers[request.request_id] = []
+            scores[request.request_id] = []
+            waited[request.request_id] = step
             scheduler.add(request)
         if alive and rng.random() < 0.02:
             victim = rng.choice(sorted(alive))
             del alive[victim]
             scheduler.abort(victim)
         plan = scheduler.schedule()
+        check_plan(plan, scheduler)
         for output in scheduler.commit(plan, memory.execute(plan)):
             answers[output.request_id] += output.token_ids
+            scores[output.request_id].append(output.prompt_logprobs)
             if output.finish_reason:
-                assert answers[output.request_id] == alone(alive.pop(output.request_id))
+                request = alive.pop(output.request_id)
+                assert answers[output.request_id] == alone(request)
+                check_prompt_logprobs(request, scores[output.request_id])
         scheduler.check()
+        check_cache(scheduler, memory)
     assert scheduler.preemptions > 100
     assert scheduler.cached_tokens > 1000
+    if speculates:
+        assert 1000 < guesser.right < guesser.tried
+
+
+def check_cache(scheduler: Scheduler, memory: Memory) -> None:
+    """What the prefix cache would hand out is in the pages."""
+    for (_, tokens), (block_id, _) in scheduler.pool._registered.items():
+        held = [memory.slots[block_id * BLOCK + offset][1] for offset in range(BLOCK)]
+        assert held == list(tokens), "a block is registered under tokens that it does not hold"
+
+
+class Oracle(Guesser):
+    """Drafts that are all right, as many as allowed."""
+
+    def draft(self, sequences: list[Sequence], limits: list[int], budget: int) -> dict[int, list[int]]:
+        drafts: dict[int, list[int]] = {}
+        for sequence, limit in zip(sequences, limits, strict=True):
+            guessed = list(sequence.token_ids)
+            for _ in range(min(limit, budget)):
+                guessed.append(next_token(guessed))
+            drafts[sequence.seq_id] = guessed[sequence.num_tokens :]
+            budget -= len(drafts[sequence.seq_id])
+        return drafts
+
+
+def finish(scheduler: Scheduler, memory: Memory) -> list[list[RequestOutput]]:
+    """The outputs of each step until nothing is left."""
+    steps = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        steps.append(scheduler.commit(plan, memory.execute(plan)))
+        scheduler.check()
+    return steps
+
+
+def test_right_drafts_bring_several_tokens_a_step_and_end_where_the_answer_ends() -> None:
+    scheduler, memory = make_scheduler(drafting=Oracle(0)), Memory()
+    request = EngineRequest("r", [1, 2, 3], SamplingParams(20))
+    scheduler.add(request)
+    steps = finish(scheduler, memory)
+    # The prompt, then as many drafts as rows of logits are allowed, and one more token.
+    assert [len(outputs[0].token_ids) for outputs in steps] == [1, EXTRA_ROWS + 1, EXTRA_ROWS + 1, 3]
+    assert [token for outputs in steps for token in outputs[0].token_ids] == alone(request)
+
+    stop = alone(request)[4]
+    stopping = EngineRequest("s", [1, 2, 3], SamplingParams(20, stop_token_ids=(stop,)))
+    scheduler.add(stopping)
+    steps = finish(scheduler, memory)
+    assert [token for outputs in steps for token in outputs[0].token_ids] == alone(stopping)
+    assert steps[-1][0].finish_reason == "stop"
+
+
+def test_drafts_take_only_what_the_step_has_left() -> None:
+    """With every sequence decoding and a prompt to compute, chunks are the same with and without drafts."""
+    plans = []
+    for drafting in (None, Oracle(0)):
+        scheduler, memory = make_scheduler(drafting=drafting), Memory()
+        for index in range(2):
+            scheduler.add(EngineRequest(f"r{index}", [1, index], SamplingParams(3)))
+        plan = scheduler.schedule()
+        scheduler.commit(plan, memory.execute(plan))
+        scheduler.add(EngineRequest("long", [2] * 8, SamplingParams(2)))
+        plan = scheduler.schedule()
+        plans.append(plan)
+        check_plan(plan, scheduler)
+    without, with_drafts = plans
+    assert [len(chunk.draft_ids) for chunk in with_drafts.chunks] == [1, 0, 0]
+    assert [(chunk.seq_id, chunk.start, chunk.num_tokens) for chunk in with_drafts.chunks] == [
+        (chunk.seq_id, chunk.start, chunk.num_tokens) for chunk in without.chunks
+    ]
+
+
+class Wrong(Guesser):
+    """Drafts that are all wrong, as many as allowed."""
+
+    def draft(self, sequences: list[Sequence], limits: list[int], budget: int) -> dict[int, list[int]]:
+        drafts: dict[int, list[int]] = {}
+        for sequence, limit in zip(sequences, limits, strict=True):
+            drafts[sequence.seq_id] = [6] * min(limit, budget)
+            budget -= len(drafts[sequence.seq_id])
+        return drafts
+
+
+def test_wrong_drafts_change_nothing_else() -> None:
+    """With a pool too small for all: the same chunks in the same steps, the same preemptions, as without drafts."""
+    histories = []
+    for drafting in (None, Wrong(0)):
+        rng = random.Random(4)
+        # Without a prefix cache: drafts may evict what nobody holds.
+        scheduler, memory = make_scheduler(drafting=drafting, prefix_cache=False), Memory()
+        for index in range(12):
+            prompt = [rng.randrange(3) for _ in range(rng.randint(1, 12))]
+            scheduler.add(EngineRequest(f"r{index}", prompt, SamplingParams(rng.randint(4, 24))))
+        history = []
+        while scheduler.has_work:
+            plan = scheduler.schedule()
+            scheduler.commit(plan, memory.execute(plan))
+            scheduler.check()
+            history.append([(chunk.seq_id, chunk.start, chunk.num_tokens) for chunk in plan.chunks])
+        assert scheduler.preemptions > 0
+        assert drafting is None or drafting.tried > 100
+        histories.append(history)
+    assert histories[0] == histories[1]
+
+
+def test_priority_is_a_head_start_and_no_more() -> None:
+    """Under an endless load of high priority, low priority waits for as long as its levels say, and then runs."""
+    clock = Clock()
+    scheduler, memory = make_scheduler(clock=clock), Memory()
+    scheduler.add(EngineRequest("low", [1] * 8, SamplingParams(4), priority=2))
+    waits: dict[str, float] = {}
+    begun: dict[str, float] = {"low": 0.0}
+    number = 0
+    while "low" not in waits:
+        assert clock.now_s < 100, "low priority starves"
+        while scheduler.num_waiting < 10:
+            scheduler.add(EngineRequest(f"high{number}", [2] * 8, SamplingParams(4)))
+            begun[f"high{number}"] = clock.now_s
+            number += 1
+        clock.now_s += 0.1
+        plan = scheduler.schedule()
+        for output in scheduler.commit(plan, memory.execute(plan)):
+            if output.finish_reason:
+                waits[output.request_id] = clock.now_s - begun[output.request_id]
+    assert waits.pop("low") == pytest.approx(2 * PRIORITY_LEVEL_S, abs=2)
+    # Those of high priority that came later than its head start lasts are behind it, none earlier.
+    assert max(waits.values()) < 3
+
+
+def test_scored_prompts_take_no_cached_blocks_and_leave_theirs() -> None:
+    scheduler, memory = make_scheduler(), Memory()
+    prompt = [1, 2, 0, 1, 2, 1, 0, 0, 1, 2]
+    for request_id, wanted in (("plain", None), ("scored", 1), ("again", None)):
+        params = SamplingParams(2, prompt_logprobs=wanted)
+        scheduler.add(EngineRequest(request_id, prompt, params))
+        outputs = [output for outputs in finish(scheduler, memory) for output in outputs]
+        assert outputs[0].num_cached_tokens == (8 if request_id == "again" else 0)
+        check_prompt_logprobs(EngineRequest("", prompt, params), [output.prompt_logprobs for output in outputs])
+
+
+def test_a_prompt_that_another_engine_has_scored_is_not_scored_again() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(EngineRequest("r", [1, 2, 0], SamplingParams(4, prompt_logprobs=1), emitted_ids=[1]))
+    assert [output.prompt_logprobs for outputs in finish(scheduler, Memory()) for output in outputs] == [None] * 3

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastserve.demo import demo_model_path
-from fastserve.engine.runner.linear import Linear, PackedWeight
+from fastserve.engine.runner.linear import GroupedWeight, Linear, OneDnnWeight
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.runner import probe_shapes
 
@@ -74,14 +74,14 @@ def test_wrong_names_and_shapes_are_refused(tiny_models: TinyModels) -> None:
 def test_weights_are_packed_where_that_is_possible(tiny_models: TinyModels) -> None:
     loaded = load(tiny_models.path("qwen2"))
     forms = {type(linear.form) for linear in linears(loaded)}
-    assert forms == {PackedWeight}
+    assert forms == {GroupedWeight}
     probe_shapes(loaded)
     assert len(loaded.attention.shapes) == 3
 
 
 def test_a_delta_is_added_to_the_product() -> None:
     weight = torch.randn(6, 4)
-    linear = Linear(PackedWeight(weight), None)
+    linear = Linear(OneDnnWeight(weight), None)
     x = torch.randn(1, 5, 4)
     plain = linear(x)
     linear.delta = lambda rows: torch.full((*rows.shape[:-1], 6), 2.0)

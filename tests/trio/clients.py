@@ -208,8 +208,8 @@ class Eyes:
             for name in (
                 "worker_requests_running",
                 "worker_requests_waiting",
-                "engine_num_running",
-                "engine_num_waiting",
+                "engine_num_requests_running",
+                "engine_num_requests_waiting",
                 "engine_num_used_blocks",
             ):
                 counts[f"{worker.name} {name}"] = seen[f"fastserve_{name}"]

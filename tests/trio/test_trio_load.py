@@ -139,7 +139,7 @@ async def test_generation_stops_when_its_client_leaves(
 
 
 async def seconds_to_last_token(trio: Trio, eyes: Eyes, stream: bool) -> float:
-    counter = "fastserve_engine_generated_tokens_total"
+    counter = "fastserve_engine_generation_tokens_total"
     before = {worker.address: (await eyes.metrics(worker.address))[counter] for worker in trio.workers}
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector) as session:

@@ -63,7 +63,7 @@ async def in_the_middle_of_work(eyes: Eyes, client: Client, worker: Service) -> 
         assert table is not None
         elsewhere = sum(row.in_flight for row in table.workers if row.address != worker.address)
         # More requests that are not streamed than the others have in all: at least one of them is here.
-        return seen["fastserve_engine_num_running"] >= 2 and client.num_whole > elsewhere
+        return seen["fastserve_engine_num_requests_running"] >= 2 and client.num_whole > elsewhere
 
     await eventually(works, f"{worker.name} has requests to lose", 30.0)
 

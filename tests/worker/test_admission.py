@@ -106,3 +106,40 @@ async def test_random_cancellations_leak_nothing(seed: int) -> None:
     assert most <= 3
     async with asyncio.timeout(1), admission.permit():
         assert admission.running == 1
+
+
+async def test_lower_priorities_go_first_and_each_in_order_of_arrival() -> None:
+    admission = Admission(1, 100, Clock())
+    order: list[tuple[int, int]] = []
+
+    async def run(priority: int, number: int) -> None:
+        async with admission.permit(priority=priority):
+            order.append((priority, number))
+            await asyncio.sleep(0)
+
+    async with admission.permit(priority=100):  # what runs is not interrupted
+        waiting = [asyncio.create_task(run(number % 3 - 1, number)) for number in range(12)]
+        await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (1, 12)
+    # The permit was handed on in that moment: who comes now has to wait, however urgent.
+    late = asyncio.create_task(run(-5, 99))
+    await asyncio.gather(late, *waiting)
+    first, *rest = order
+    assert first == (-1, 0)
+    assert rest == sorted([(-5, 99), *((number % 3 - 1, number) for number in range(1, 12))])
+
+
+async def test_a_turn_that_comes_with_a_cancellation_is_handed_on() -> None:
+    admission = Admission(1, 10, Clock())
+    ran: list[str] = []
+
+    async def run(name: str) -> None:
+        async with admission.permit():
+            ran.append(name)
+
+    async with admission.permit():
+        first, second = asyncio.create_task(run("first")), asyncio.create_task(run("second"))
+        await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert (ran, admission.running, admission.waiting) == (["second"], 0, 0)

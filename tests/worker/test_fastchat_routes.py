@@ -55,6 +55,11 @@ async def test_generate_is_the_last_record_and_echoes_by_default(run_worker: Run
         _, record = await running.post("/worker_generate", {"prompt": "Q", "echo": False, "logprobs": 1})
         assert "".join(record["logprobs"]["tokens"]) == ANSWER
         assert len(record["logprobs"]["token_logprobs"]) == len(record["logprobs"]["text_offset"])
+        _, record = await running.post("/worker_generate", {"prompt": "Q: ", "logprobs": 1})
+        told = record["logprobs"]
+        assert "".join(told["tokens"]) == record["text"] == "Q: " + ANSWER
+        assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
+        assert all(value < 0 for value in told["token_logprobs"][1:])
         params = {"prompt": "Q", "top_k": -1, "top_p": 1.0, "presence_penalty": 0.0, "best_of": None, "stop": None}
         _, record = await running.post("/worker_generate", params | {"stop_token_ids": None, "use_beam_search": False})
         assert record["error_code"] == 0
@@ -92,7 +97,7 @@ async def test_a_prompt_by_fastchats_rule_becomes_the_templates(run_worker: RunW
         ({}, 40302, "prompt"),
         ({"prompt": "x", "temperature": 9}, 40302, "temperature"),
         ({"prompt": "word " * 600}, 40303, "maximum context length"),
-        ({"prompt": "x", "logprobs": 1}, 40302, "logprobs"),
+        ({"prompt": "x", "best_of": 2}, 40302, "best_of"),
         ({"prompt": "x", "use_beam_search": True}, 40302, "use_beam_search"),
         ({"prompt": "x", "images": ["data:"]}, 40302, "images"),
         ([1], 40302, "JSON object"),

@@ -52,6 +52,17 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": HELLO}
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "max_tokens"),
         ({"best_of": 1, "n": 2}, "best_of", "less than n"),
+        ({"best_of": 0}, "best_of", "greater than or equal to 1"),
+        ({"best_of": 129}, "best_of", "128"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of", "may not exceed n, which is 2"),
+        ({"typical_p": 0}, "typical_p", "greater than 0"),
+        ({"typical_p": 1.1}, "typical_p", "less than or equal to 1"),
+        ({"priority": 101}, "priority", "less than or equal to 100"),
+        ({"priority": -101}, "priority", "-100"),
+        ({"priority": "high"}, "priority", "integer"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "leave out stream"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "robot"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "string"),
@@ -85,7 +96,6 @@ async def test_errors_name_field_value_and_remedy(
         ("chat", {"service_tier": "flex"}, "service_tier"),
         ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("chat", {"guided_json": {}}, "guided_json"),
-        ("chat", {"best_of": 2}, "best_of"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         (
             "chat",
@@ -98,9 +108,7 @@ async def test_errors_name_field_value_and_remedy(
             "messages.1.function_call",
         ),
         ("text", {"suffix": "x"}, "suffix"),
-        ("text", {"best_of": 3}, "best_of"),
         ("text", {"use_beam_search": True}, "use_beam_search"),
-        ("text", {"echo": True, "logprobs": 1}, "logprobs"),
     ],
 )
 async def test_what_is_not_supported_is_refused_by_name(
@@ -112,6 +120,18 @@ async def test_what_is_not_supported_is_refused_by_name(
         status, answer = await shared.post("/v1/completions", {"model": MODEL, "prompt": "x"} | changes)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", param)
     assert f"'{param}'" in answer["error"]["message"] or "image_url" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"echo": False}, {"stream": True}])
+async def test_no_tokens_at_all_are_refused_where_nothing_would_be_told(
+    shared: Running, changes: dict[str, Any]
+) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 0}
+    status, answer = await shared.post("/v1/completions", body | changes)
+    assert (status, answer["error"]["param"]) == (400, "max_tokens")
+    assert "echo=true" in answer["error"]["message"]
+    status, answer = await shared.post("/v1/completions", body | {"echo": True, "min_tokens": 1})
+    assert (status, answer["error"]["param"]) == (400, "min_tokens")
 
 
 async def test_neutral_and_harmless_values_pass(shared: Running) -> None:

@@ -273,6 +273,7 @@ async def test_a_history_with_tool_calls(run_worker: RunWorker, tokenizer: Token
 async def test_sampling_reaches_the_engine(run_worker: RunWorker) -> None:
     async with run_worker(seed=77) as running:
         asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.25}
+        asked |= {"typical_p": 0.7}
         asked |= {"frequency_penalty": -0.5, "repetition_penalty": 1.5}
         await running.post("/v1/chat/completions", CHAT | asked | {"logit_bias": {"5": 3}, "seed": -1})
         params = running.engine.requests[-1].params

@@ -50,6 +50,8 @@ async def test_end_tokens_that_the_model_does_not_have_are_left_out(run_worker: 
     [
         ("/v1/completions", {"prompt": ["a"] * 9}, "prompt"),
         ("/v1/completions", {"prompt": [[5]] * 3, "n": 3}, "n"),
+        ("/v1/completions", {"prompt": [[5]] * 3, "n": 2, "best_of": 3}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 9}, "best_of"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 9}, "n"),
     ],
 )

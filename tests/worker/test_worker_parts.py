@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import Histogram, Metric
 
 from fastserve.demo import demo_model_path
 from fastserve.engine.contract import LoadProgress, RequestOutput, SamplingParams, TokenLogprob
 from fastserve.text.tokenizer import load_tokenizer
-from fastserve.worker.choice import Choice, Delta
+from fastserve.worker.choice import Choice, Delta, Telling
 from fastserve.worker.mailbox import Mailbox
+from fastserve.worker.metrics import QuickHistogram
 from fastserve.worker.progress import ProgressBar, ProgressLines, progress_reporter
 from fastserve.worker.sampling import SamplingDefaults, read_defaults
 
@@ -26,7 +29,8 @@ EOS = TOKENIZER.eos_token_ids[0]
 
 def fold(ids: list[int], cuts: list[int], interval: int, logprobs: int | None, stops: list[str]) -> list[Delta]:
     params = SamplingParams(max_tokens=len(ids), stop_token_ids=(EOS,), logprobs=logprobs)
-    choice = Choice(0, TOKENIZER, params, stops, include_stop=False, interval=interval)
+    telling = Telling(tuple(stops), interval=interval, logprobs=logprobs is not None)
+    choice = Choice(0, TOKENIZER, params, telling)
     deltas, at = [], 0
     for cut in [*cuts, len(ids)]:
         part = ids[at : at + cut]
@@ -66,7 +70,7 @@ def test_chunks_intervals_and_logprobs_change_no_text(data: st.DataObject) -> No
     [
         (None, SamplingDefaults()),
         ({"temperature": 0.6, "top_k": 20}, SamplingDefaults(temperature=0.6, top_k=20)),
-        ({"do_sample": True, "top_p": 0.95}, SamplingDefaults(top_p=0.95)),
+        ({"do_sample": True, "top_p": 0.95, "typical_p": 0.9}, SamplingDefaults(top_p=0.95, typical_p=0.9)),
         (
             {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1},
             SamplingDefaults(temperature=0.0, repetition_penalty=1.1),
@@ -107,13 +111,36 @@ def test_progress_on_a_terminal() -> None:
     assert isinstance(progress_reporter(io.StringIO()), ProgressLines)
 
 
+def test_the_quick_histogram_tells_what_prometheus_own_tells() -> None:
+    bounds, values = (0.001, 0.25, 2.5), [0.0005, 0.001, 0.0011, 0.3, 0.3, 7.0]
+    own, quick = Histogram("gap", "Gaps.", buckets=bounds, registry=None), QuickHistogram("gap", "Gaps.", bounds)
+    for value in values:
+        own.observe(value)
+        quick.observe(value)
+    ((expected,), (found,)) = own.collect(), quick.collect()
+
+    def told(metric: Metric) -> dict[tuple[str, str], float]:
+        samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+        return {(sample.name, sample.labels.get("le", "")): sample.value for sample in samples}
+
+    assert told(found) == pytest.approx(told(expected))
+    assert told(found)["gap_bucket", "0.25"] == 3
+
+
 async def test_a_mailbox_gives_everything_then_ticks_then_ends() -> None:
-    box: Mailbox[int] = Mailbox()
+    box: Mailbox[int] = Mailbox(tick_s=0.05)
     box.put(1)
     box.put(2)
-    assert await box.take(1) == [1, 2]
-    assert await box.take(0.001) == []
-    box.put(3)
-    box.close()
-    assert await box.take(1) == [3]
-    assert await box.take(1) is None
+    assert await box.take() == [1, 2]
+    loop = asyncio.get_running_loop()
+    for _ in range(3):  # the timer of one wait must not cut the next one short
+        loop.call_later(0.03, box.put, 3)
+        assert await box.take() == [3]
+    for _ in range(2):
+        began = loop.time()
+        assert await box.take() == []
+        assert 0.045 < loop.time() - began < 1
+    loop.call_soon(box.put, 4)
+    loop.call_soon(box.close)
+    assert await box.take() == [4]
+    assert await box.take() is None

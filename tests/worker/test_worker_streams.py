@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 
-from fastserve.engine.fake import noise
+from fastserve.engine.fake import Script, noise
+from fastserve.text.tokenizer import Tokenizer
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -107,6 +109,53 @@ async def test_an_error_after_the_first_byte_is_the_last_event(run_worker: RunWo
         status, answer = await running.post("/v1/chat/completions", LONG | {"max_tokens": 3})
         assert status == 200
         assert answer["choices"][0]["finish_reason"] == "length"
+
+
+async def test_every_token_has_its_chunk_even_without_text(
+    run_worker: RunWorker, say: Callable[[str], Script], tokenizer: Tokenizer
+) -> None:
+    text = "世界 😀 12"
+    num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    async with run_worker(say(text), token_s=0.002, stream_interval=1) as running:
+        chat = await running.openai.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        role, *parts, end = [chunk.choices[0] async for chunk in chat]
+        assert (role.delta.role, role.delta.content) == ("assistant", "")
+        assert end.finish_reason == "stop"
+        contents = [part.delta.content for part in parts]
+        assert len(contents) == num_tokens
+        assert "".join(content or "" for content in contents) == text
+        assert contents[0] == "", "the first byte of a character: no text yet, but the answer has begun"
+        assert None not in contents
+        completion = await running.openai.completions.create(model=MODEL, prompt="x", stream=True)
+        texts = [chunk.choices[0].text async for chunk in completion]
+        assert texts == [*contents, ""]
+        held = await running.openai.completions.create(model=MODEL, prompt="x", stream=True, stop=text + " not", n=2)
+        mine = [chunk.choices[0] async for chunk in held if chunk.choices[0].index == 1]
+        assert [choice.text for choice in mine] == [""] * num_tokens + [text], "withheld until it is decided"
+        with_logprobs = await running.openai.chat.completions.create(
+            model=MODEL, messages=HELLO, stream=True, logprobs=True, stop=text + " not"
+        )
+        first = [chunk.choices[0] async for chunk in with_logprobs][1]
+        assert (first.delta.content, first.logprobs) == ("", None)
+
+
+async def test_the_queue_follows_priorities(run_worker: RunWorker) -> None:
+    async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
+        first = asyncio.create_task(
+            running.post("/v1/completions", {"model": MODEL, "prompt": "first", "max_tokens": 20})
+        )
+        await until(lambda: running.runtime.admission.running == 1)
+        waiting: list[asyncio.Task[Any]] = []
+        for at, priority in enumerate([5, None, -5, 0, 5, -100]):
+            extra: dict[str, Any] = {} if priority is None else {"priority": priority}
+            create: Any = (running.openai.completions if at % 2 else running.openai.chat.completions).create
+            body: dict[str, Any] = {"prompt": "x"} if at % 2 else {"messages": HELLO}
+            waiting.append(asyncio.create_task(create(model=MODEL, max_tokens=1, seed=at, extra_body=extra, **body)))
+            await until(lambda: running.runtime.admission.waiting == len(waiting))
+        assert (await first)[0] == 200
+        await asyncio.gather(*waiting)
+        ran = [(request.priority, request.params.seed) for request in running.engine.requests[1:]]
+        assert ran == [(-100, 5), (-5, 2), (0, 1), (0, 3), (5, 0), (5, 4)]
 
 
 async def _exhaust(stream: Any) -> None:

@@ -1,4 +1,4 @@
-"""The binding of attention.cpp: numpy arrays and tensors in, plain C structures out."""
+"""The binding of attention.h: numpy arrays and tensors in, plain C structures out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastserve.engine.kernels.build import DTYPE_NUMBERS, load_kernel
+from fastserve.engine.kernels.build import cpu_library
 
 LANES = 16
 IntArray = npt.NDArray[np.int32]
@@ -50,17 +50,12 @@ class PagedAttentionKernel:
         self._max_rows: int = library.max_rows()
 
     @classmethod
-    def load(cls) -> PagedAttentionKernel | None:
-        library = load_kernel("attention")
+    def load(cls, dtype: torch.dtype) -> PagedAttentionKernel | None:
+        library = cpu_library(dtype)
         return None if library is None else cls(library)
 
-    def supports(self, dtype: torch.dtype, block_size: int, group: int, key_dim: int, value_dim: int) -> bool:
-        return (
-            dtype in DTYPE_NUMBERS
-            and block_size % LANES == 0
-            and group <= self._max_rows
-            and max(key_dim, value_dim) <= 512
-        )
+    def supports(self, block_size: int, group: int, key_dim: int, value_dim: int) -> bool:
+        return block_size % LANES == 0 and group <= self._max_rows and max(key_dim, value_dim) <= 512
 
     def make_step(
         self,
@@ -112,7 +107,8 @@ class PagedAttentionKernel:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """`query` (tokens, heads, dim), `key` and `value` (tokens, KV heads, dim), any strides with a dense last
-        dimension; `keys` (blocks, KV heads, dim, block size), `values` (blocks, KV heads, block size, dim)."""
+        dimension; `keys` (blocks, KV heads, dim, block size), `values` (blocks, KV heads, block size, dim), both dims
+        padded and in the order of attention.h."""
         query, key, value = (_dense(tensor) for tensor in (query, key, value))
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         sinks = None if sinks is None else sinks.float().contiguous()
@@ -124,12 +120,12 @@ class PagedAttentionKernel:
             key.shape[1],
             key.shape[2],
             value.shape[2],
-            keys.shape[3],
+            values.shape[2],
             window or 0,
             scaling,
             softcap or 0.0,
         )
-        if self._run(ctypes.byref(step.struct), ctypes.byref(layer), DTYPE_NUMBERS[query.dtype]):
+        if self._run(ctypes.byref(step.struct), ctypes.byref(layer)):
             raise RuntimeError("the paged attention kernel was called with a shape it does not support")
         return out
 

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int LANES = 16;
@@ -37,6 +41,10 @@ inline void store(_Float16* to, Vec x) {
     std::memcpy(to, &half, sizeof half);
 }
 inline void store(BFloat16* to, Vec x) {
+#ifdef __AVX512BF16__
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &half, sizeof half);
+#else
     // Rounds to even; a NaN stays one because its upper bits do.
     UintVec bits = (UintVec)x;
     UintVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -44,6 +52,7 @@ inline void store(BFloat16* to, Vec x) {
     rounded = (UintVec)(((IntVec)rounded & ~is_nan) | ((IntVec)(bits | 0x400000u) & is_nan));
     HalfVec half = __builtin_convertvector(rounded >> 16, HalfVec);
     std::memcpy(to, &half, sizeof half);
+#endif
 }
 inline float to_float(float x) { return x; }
 inline float to_float(_Float16 x) { return float(x); }
@@ -61,8 +70,37 @@ inline void store_one(BFloat16* to, float x) {
     *to = row[0];
 }
 
-inline float max_of(Vec x) { float out = x[0]; for (int i = 1; i < LANES; ++i) out = std::max(out, x[i]); return out; }
-inline float sum_of(Vec x) { float out = 0; for (int i = 0; i < LANES; ++i) out += x[i]; return out; }
+// The first `count` of 16; the others read as 0.
+template <class T>
+inline Vec load_some(const T* from, int count) {
+    if (count == LANES) return load(from);
+    T row[LANES] = {};
+    std::memcpy(row, from, count * sizeof(T));
+    return load(row);
+}
+template <class T>
+inline void store_some(T* to, Vec x, int count) {
+    if (count == LANES) return store(to, x);
+    T row[LANES];
+    store(row, x);
+    std::memcpy(to, row, count * sizeof(T));
+}
+
+// Halves are folded onto each other, in an order that does not depend on the processor.
+inline float max_of(Vec x) {
+    float row[LANES];
+    store(row, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) row[i] = row[i] > row[i + half] ? row[i] : row[i + half];
+    return row[0];
+}
+inline float sum_of(Vec x) {
+    float row[LANES];
+    store(row, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) row[i] += row[i + half];
+    return row[0];
+}
 
 // e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients); 0 below the range of floats.
 inline Vec exp_of(Vec x) {
@@ -83,12 +121,3 @@ inline Vec exp_of(Vec x) {
 }
 
 }  // namespace
-
-// Runs `function<T>(...)` for the dtype's number: 0 float32, 1 bfloat16, 2 float16. Returns 1 for another one.
-#define FOR_DTYPE(dtype, function, ...)                            \
-    switch (dtype) {                                               \
-        case 0: function<float>(__VA_ARGS__); return 0;            \
-        case 1: function<BFloat16>(__VA_ARGS__); return 0;         \
-        case 2: function<_Float16>(__VA_ARGS__); return 0;         \
-    }                                                              \
-    return 1

@@ -8,15 +8,22 @@ does the same on any device.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from fastserve.engine.kernels.paged_attention import KernelStep, PagedAttentionKernel
+from fastserve.engine.kernels.device_step import DeviceStep
+from fastserve.engine.kernels.paged_attention import LANES, KernelStep, PagedAttentionKernel
+
+if TYPE_CHECKING:
+    from fastserve.engine.kernels.triton_attention import TritonPagedAttention
 
 IntArray = npt.NDArray[np.int32]
 _MOST_GATHERED_TOKENS = 1 << 16
@@ -46,6 +53,15 @@ class StepContext:
     def num_decodes(self) -> int:
         return int((self.counts == 1).sum())
 
+    def on_device(self, block_size: int, device: torch.device) -> DeviceStep:
+        """The same for a kernel on a GPU; made once for all layers."""
+        found: DeviceStep | None = self.cache.get("device")
+        if found is None:
+            slots = self.token_block * block_size + self.token_offset
+            arrays = (self.starts, self.counts, self.positions, self.block_table, slots)
+            found = self.cache["device"] = DeviceStep.of(*arrays, device)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -53,23 +69,44 @@ class LayerShape:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    scaling: float = 1.0
+    softcap: float | None = None
+    window: int | None = None
+    has_sinks: bool = False
+
+    @property
+    def padded_dims(self) -> tuple[int, int]:
+        """Of keys and values in the pages of the kernel for CPUs (see attention.h)."""
+        return -(-self.key_dim // 2) * 2, -(-self.value_dim // LANES) * LANES
+
+    def like(self) -> LayerShape:
+        """The same without a window: what differs between the layers of one model."""
+        return dataclasses.replace(self, window=None)
 
 
 class PagedAttention:
     """Holds the pages of all layers. The runner sets `context` before each forward pass.
 
-    While `context` is None it only takes down the shapes that the layers ask for (`shapes`) and returns zeros: that is
-    how the runner learns what a model needs before the pages are made.
+    While `context` is None it only takes down what the layers ask for (`shapes`) and returns zeros: that is how the
+    runner learns what a model needs before the pages are made.
     """
 
     def __init__(self) -> None:
-        self.context: StepContext | None = None
+        self.context: StepContext | DeviceStep | None = None
         self.shapes: dict[int, LayerShape] = {}
+        self.block_size = 0
         self._pages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._kernel: PagedAttentionKernel | None = None
+        self._gpu_kernel: TritonPagedAttention | None = None
+
+    @property
+    def takes_device_steps(self) -> bool:
+        """Whether `context` may be a DeviceStep, all of whose arrays are on the device."""
+        return self._gpu_kernel is not None
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        elements = sum(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes.values())
+        """Of the pages; with the padding of the kernel for CPUs, whether it will be used or not."""
+        elements = sum(shape.num_kv_heads * sum(shape.padded_dims) for shape in self.shapes.values())
         size: int = dtype.itemsize
         return elements * size
 
@@ -77,21 +114,18 @@ class PagedAttention:
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, *, use_kernel: bool = True
     ) -> None:
         """Make the pages: keys (blocks, KV heads, key dim, block size), values (blocks, KV heads, block size, value
-        dim)."""
+        dim). The Triton kernel has keys as it has values; the kernel for CPUs has an order of its own, and pads."""
+        self.block_size = block_size
+        self._gpu_kernel = _find_gpu_kernel(self.shapes.values(), dtype, device) if use_kernel else None
+        use_cpu_kernel = use_kernel and self._gpu_kernel is None
+        self._kernel = _find_kernel(self.shapes.values(), block_size, dtype, device) if use_cpu_kernel else None
         for layer, shape in self.shapes.items():
-            keys = _zeros((num_blocks, shape.num_kv_heads, shape.key_dim, block_size), dtype, device)
-            values = _zeros((num_blocks, shape.num_kv_heads, block_size, shape.value_dim), dtype, device)
+            padded = self._kernel is not None
+            key_dim, value_dim = shape.padded_dims if padded else (shape.key_dim, shape.value_dim)
+            side_by_side = (key_dim, block_size) if self._gpu_kernel is None else (block_size, key_dim)
+            keys = _zeros((num_blocks, shape.num_kv_heads, *side_by_side), dtype, device)
+            values = _zeros((num_blocks, shape.num_kv_heads, block_size, value_dim), dtype, device)
             self._pages[layer] = (keys, values)
-        self._kernel = None
-        if use_kernel and device.type == "cpu":
-            kernel = PagedAttentionKernel.load()
-            if kernel is not None and all(
-                kernel.supports(
-                    dtype, block_size, shape.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim
-                )
-                for shape in self.shapes.values()
-            ):
-                self._kernel = kernel
 
     def __call__(
         self,
@@ -111,15 +145,25 @@ class PagedAttention:
         value dim)."""
         layer: int = module.layer_idx
         context = self.context
-        if context is None:
-            self.shapes[layer] = LayerShape(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
-            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
+        if context is None:
+            self.shapes[layer] = LayerShape(
+                query.shape[1], key.shape[1], key.shape[-1], value.shape[-1],
+                scaling, softcap, sliding_window, has_sinks=s_aux is not None,
+            )  # fmt: skip
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
         keys, values = self._pages[layer]
         new = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-        if self._kernel is not None:
-            step = self._kernel_step(self._kernel, context, query.shape[1] // key.shape[1])
+        if self._gpu_kernel is not None:
+            on_device = context if isinstance(context, DeviceStep) else context.on_device(keys.shape[2], query.device)
+            out = self._gpu_kernel(
+                on_device, *new, keys, values, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
+            )
+        elif isinstance(context, DeviceStep):
+            raise TypeError("only the kernel for GPUs takes a DeviceStep")
+        elif self._kernel is not None:
+            step = self.kernel_step(context, query.shape[1] // key.shape[1])
             out = self._kernel(
                 step, *new, keys, values, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
             )
@@ -127,10 +171,23 @@ class PagedAttention:
             out = _attend_with_torch(context, *new, keys, values, _Attend(scaling, softcap, s_aux), sliding_window)
         return out.unsqueeze(0), None
 
-    def _kernel_step(self, kernel: PagedAttentionKernel, context: StepContext, group: int) -> KernelStep:
+    @property
+    def uses_kernel(self) -> bool:
+        """Whether the kernel for CPUs computes it."""
+        return self._kernel is not None
+
+    def pages(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, in the layers' order."""
+        return [self._pages[layer] for layer in sorted(self._pages)]
+
+    def kernel_step(self, context: StepContext, group: int) -> KernelStep:
+        """The context as the kernel for CPUs takes it, for `group` query heads to a KV head; made once for all
+        layers."""
         found: KernelStep | None = context.cache.get(group)
         if found is None:
-            found = kernel.make_step(
+            if self._kernel is None:
+                raise RuntimeError("this attention has no kernel")
+            found = self._kernel.make_step(
                 context.starts,
                 context.counts,
                 context.positions,
@@ -141,6 +198,33 @@ class PagedAttention:
             )
             context.cache[group] = found
         return found
+
+
+def _find_gpu_kernel(
+    shapes: Iterable[LayerShape], dtype: torch.dtype, device: torch.device
+) -> TritonPagedAttention | None:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from fastserve.engine.kernels.triton_attention import TritonPagedAttention
+
+    fits = all(
+        TritonPagedAttention.supports(dtype, shape.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim)
+        for shape in shapes
+    )
+    return TritonPagedAttention(device) if fits else None
+
+
+def _find_kernel(
+    shapes: Iterable[LayerShape], block_size: int, dtype: torch.dtype, device: torch.device
+) -> PagedAttentionKernel | None:
+    kernel = PagedAttentionKernel.load(dtype) if device.type == "cpu" else None
+    if kernel is None:
+        return None
+    fits = all(
+        kernel.supports(block_size, shape.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim)
+        for shape in shapes
+    )
+    return kernel if fits else None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

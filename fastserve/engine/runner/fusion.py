@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fastserve.engine.kernels.elementwise import ElementwiseKernels
+from fastserve.engine.kernels.fused_steps import FusedSteps
 from fastserve.engine.runner.linear import Linear, WeightForm, joint_form
 
 _TOLERANCE = 1e-5
@@ -23,11 +23,11 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 class FusedRMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    def __init__(self, norm: torch.nn.Module, eps: float, offset: float, kernels: ElementwiseKernels) -> None:
+    def __init__(self, norm: torch.nn.Module, eps: float, offset: float, kernels: FusedSteps) -> None:
         super().__init__()
         self.weight = norm.weight
-        self._eps = eps
-        self._offset = offset
+        self.eps = eps
+        self.offset = offset
         self._kernels = kernels
         self._own = (norm,)  # in a tuple, so that it is no child, whose weight would have a second name
 
@@ -35,15 +35,19 @@ class FusedRMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not follo
         if x.dtype != self.weight.dtype:
             out: torch.Tensor = self._own[0](x)
             return out
-        return self._kernels.rms_norm(x, self.weight, self._eps, self._offset)
+        return self._kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class FusedGatedMLP(torch.nn.Module):  # type: ignore[misc]
     """down(silu(gate(x)) * up(x)), with gate and up as one product."""
 
-    def __init__(self, gate_up: Linear, down: torch.nn.Module, kernels: ElementwiseKernels) -> None:
+    def __init__(
+        self, gate_up: Linear, parts: Sequence[WeightForm], down: torch.nn.Module, kernels: FusedSteps
+    ) -> None:
         super().__init__()
         self.gate_up = gate_up
+        self.parts = parts
+        """The forms of gate and up."""
         self.down_proj = down
         self._kernels = kernels
 
@@ -52,14 +56,15 @@ class FusedGatedMLP(torch.nn.Module):  # type: ignore[misc]
         return out
 
 
-def fuse_norms(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
+def fuse_norms(model: torch.nn.Module, kernels: FusedSteps) -> int:
     """Replace RMS norms; return how many."""
     offsets: dict[type[torch.nn.Module], float | None] = {}
     count = 0
     for path, module in list(model.named_modules()):
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        weight = getattr(module, "weight", None)
-        if not isinstance(eps, float) or weight is None or weight.dim() != 1 or not _is_leaf(module):
+        if not isinstance(eps, float) or not _is_leaf(module) or getattr(module, "weight", None) is None:
+            continue
+        if module.weight.dim() != 1:
             continue
         if type(module) not in offsets:
             offsets[type(module)] = _norm_offset(module, eps, kernels)
@@ -70,19 +75,20 @@ def fuse_norms(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
     return count
 
 
-def _norm_offset(module: torch.nn.Module, eps: float, kernels: ElementwiseKernels) -> float | None:
+def _norm_offset(module: torch.nn.Module, eps: float, kernels: FusedSteps) -> float | None:
     """What the norm adds to its weight (1 in Gemma), or None when it is no plain RMS norm."""
     norm = copy.deepcopy(module).float()
     with torch.no_grad():
         norm.weight.add_(torch.rand_like(norm.weight))
     # Rows of very different sizes, with means far from 0: a norm that subtracts the mean is found out.
-    x = (torch.randn(4, norm.weight.shape[0]) + 2.0) * torch.tensor([[1e-2], [1.0], [30.0], [1e3]])
+    sizes = torch.tensor([[1e-2], [1.0], [30.0], [1e3]], device=norm.weight.device)
+    x = (torch.randn(4, norm.weight.shape[0], device=norm.weight.device) + 2.0) * sizes
     expected = norm(x)
     forms = ((offset, kernels.rms_norm(x, norm.weight, eps, offset)) for offset in (0.0, 1.0))
     return next((offset for offset, found in forms if _agree(expected, found)), None)
 
 
-def fuse_gated_mlps(model: torch.nn.Module, kernels: ElementwiseKernels) -> dict[str, WeightForm]:
+def fuse_gated_mlps(model: torch.nn.Module, kernels: FusedSteps) -> dict[str, WeightForm]:
     """Replace modules of the form down_proj(act_fn(gate_proj(x)) * up_proj(x)) by a fused one, where the activation is
     SiLU; return the forms of the weights that became one, by name."""
     forms: dict[str, WeightForm] = {}
@@ -95,15 +101,15 @@ def fuse_gated_mlps(model: torch.nn.Module, kernels: ElementwiseKernels) -> dict
             same[kind] = _is_plain_gated_mlp(module, kernels)
         if same[kind]:
             whole, parts = joint_form([module.gate_proj.weight.data, module.up_proj.weight.data])
-            _replace(model, path, FusedGatedMLP(Linear(whole, None), module.down_proj, kernels))
+            _replace(model, path, FusedGatedMLP(Linear(whole, None), parts, module.down_proj, kernels))
             names = (f"{path}.gate_proj.weight", f"{path}.up_proj.weight")
             forms |= dict(zip(names, parts, strict=True))
     return forms
 
 
-def _is_plain_gated_mlp(module: torch.nn.Module, kernels: ElementwiseKernels) -> bool:
+def _is_plain_gated_mlp(module: torch.nn.Module, kernels: FusedSteps) -> bool:
     trial = copy.deepcopy(module).float()
-    x = torch.randn(4, trial.gate_proj.in_features) * 3.0
+    x = torch.randn(4, trial.gate_proj.in_features, device=trial.gate_proj.weight.device) * 3.0
     gate_up = torch.cat([trial.gate_proj(x), trial.up_proj(x)], dim=-1)
     return _agree(trial(x), trial.down_proj(kernels.silu_and_mul(gate_up)))
 
@@ -118,10 +124,11 @@ def _is_gated_mlp(module: torch.nn.Module) -> bool:
     )
 
 
-def fuse_rotary(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
+def fuse_rotary(model: torch.nn.Module, kernels: FusedSteps) -> int:
     """Have the attention modules' own forward call our rotary embedding; return how many do."""
     count = 0
     found: dict[tuple[Callable[..., Any], int], Callable[..., Any] | None] = {}
+    device = next(model.parameters()).device
     for module in model.modules():
         forward = type(module).forward
         known = getattr(forward, "__globals__", {})
@@ -132,7 +139,7 @@ def fuse_rotary(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
             continue
         key = (known[_ROTARY], dim)
         if key not in found:
-            found[key] = _rotary_like(known[_ROTARY], dim, kernels)
+            found[key] = _rotary_like(known[_ROTARY], dim, kernels, device)
         ours = found[key]
         if ours is None:
             continue
@@ -149,7 +156,9 @@ def fuse_rotary(model: torch.nn.Module, kernels: ElementwiseKernels) -> int:
 _NO_CODE = (lambda: None).__code__
 
 
-def _rotary_like(theirs: Callable[..., Any], dim: int, kernels: ElementwiseKernels) -> Callable[..., Any] | None:
+def _rotary_like(
+    theirs: Callable[..., Any], dim: int, kernels: FusedSteps, device: torch.device
+) -> Callable[..., Any] | None:
     """A function in the place of `theirs` that is fused where that computes the same, or None when it never does."""
 
     def ours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any) -> Any:
@@ -160,8 +169,8 @@ def _rotary_like(theirs: Callable[..., Any], dim: int, kernels: ElementwiseKerne
             return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
         return theirs(q, k, cos, sin, *more, **named)
 
-    q, k = torch.randn(1, 5, 3, dim), torch.randn(1, 2, 3, dim)
-    half = torch.randn(1, 3, dim // 2)
+    q, k = torch.randn(1, 5, 3, dim, device=device), torch.randn(1, 2, 3, dim, device=device)
+    half = torch.randn(1, 3, dim // 2, device=device)
     cos, sin = (torch.cat([wave, wave], dim=-1) for wave in (half.cos(), half.sin()))
     try:
         expected = theirs(q, k, cos, sin)

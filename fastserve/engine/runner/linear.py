@@ -1,17 +1,20 @@
 """The one linear layer class, and the forms in which it keeps its weight.
 
-On a CPU, oneDNN multiplies with a weight in a blocked layout of its own; reordering the weight once instead of at each
-call makes the product two to three times as fast (see docs/performance.md). The plain form is dropped, not kept beside.
-A new form (sharded, quantised) is one more class with these three methods.
+On a CPU, products are two to three times as fast with a weight in an order of its own (see docs/performance.md). The
+plain form is dropped, not kept beside. A new form (sharded, quantised) is one more class with these methods.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
+from fastserve.engine.kernels.packed_linear import LANES, PackedLinearKernel, WeightStruct
 
 
 class WeightForm(Protocol):
@@ -27,6 +30,10 @@ class WeightForm(Protocol):
 
     def set(self, weight: torch.Tensor) -> None:
         """Replace it by `weight` (out, in)."""
+        ...
+
+    def part(self, rows: slice) -> WeightForm:
+        """Some outputs of it, as a form that shares its memory."""
         ...
 
 
@@ -45,23 +52,64 @@ class PlainWeight:
     def set(self, weight: torch.Tensor) -> None:
         self._weight.copy_(weight)
 
+    def part(self, rows: slice) -> WeightForm:
+        return PlainWeight(self._weight[rows])
 
-class PackedWeight:
-    """Reordered for oneDNN (CPU)."""
+
+class GroupedWeight:
+    """In groups of 16 outputs, for our own kernel (CPU with a compiler)."""
+
+    def __init__(self, packed: torch.Tensor, out: int, width: int, kernel: PackedLinearKernel) -> None:
+        self._packed = packed
+        self._shape = (out, width)
+        self._kernel = kernel
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> GroupedWeight | None:
+        """None where the kernel cannot multiply with it."""
+        kernel = PackedLinearKernel.load(weight.dtype)
+        if kernel is None or not kernel.supports(weight):
+            return None
+        return cls(kernel.pack(weight), *weight.shape, kernel)
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct:
+        """What kernels are told of it. It stays where it is as long as this object lives, also when it is set."""
+        return WeightStruct(self._packed.data_ptr(), None if bias is None else bias.data_ptr(), *self._shape)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._kernel.product(x, self.struct(bias), self._shape[0])
+
+    def get(self) -> torch.Tensor:
+        return self._kernel.unpack(self._packed, *self._shape)
+
+    def set(self, weight: torch.Tensor) -> None:
+        self._kernel.pack(weight.to(self._packed.dtype), self._packed)
+
+    def part(self, rows: slice) -> WeightForm:
+        if rows.start % LANES or (rows.stop % LANES and rows.stop != self._shape[0]):
+            return _Rows(self, rows)
+        width = self._shape[1]
+        stop = -(-rows.stop // LANES) * LANES
+        return GroupedWeight(self._packed[rows.start * width : stop * width], rows.stop - rows.start, width, self._kernel)
+
+
+class OneDnnWeight:
+    """Reordered for oneDNN: for CPUs without a compiler, and for those with matrix units (AMX), which it knows."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._dtype = weight.dtype
         self.set(weight)
 
-    @staticmethod
-    def supports(weight: torch.Tensor) -> bool:
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> OneDnnWeight | None:
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return False
-        if weight.dtype is torch.bfloat16:
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if weight.dtype is torch.float16:
-            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-        return weight.dtype is torch.float32
+            return None
+        can = {
+            torch.float32: lambda: True,
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        }
+        return cls(weight) if weight.dtype in can and can[weight.dtype]() else None
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
@@ -74,9 +122,12 @@ class PackedWeight:
     def set(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous(), None)
 
+    def part(self, rows: slice) -> WeightForm:
+        return _Rows(self, rows)
 
-class _JointPart:
-    """Some rows of a weight that is kept together with others."""
+
+class _Rows:
+    """Some rows of a weight that can only be taken apart as a whole."""
 
     def __init__(self, whole: WeightForm, rows: slice) -> None:
         self._whole = whole
@@ -93,21 +144,29 @@ class _JointPart:
         whole[self._rows] = weight
         self._whole.set(whole)
 
+    def part(self, rows: slice) -> WeightForm:
+        return _Rows(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))
+
 
 def form_of(weight: torch.Tensor) -> WeightForm:
     """The fastest form that this weight can have."""
-    return PackedWeight(weight) if PackedWeight.supports(weight) else PlainWeight(weight)
+    orders = (OneDnnWeight, GroupedWeight) if _has_matrix_unit(weight.dtype) else (GroupedWeight, OneDnnWeight)
+    return orders[0].of(weight) or orders[1].of(weight) or PlainWeight(weight)
+
+
+@functools.cache
+def _has_matrix_unit(dtype: torch.dtype) -> bool:
+    if dtype is not torch.bfloat16:
+        return False
+    has_amx: bool = torch.cpu._is_amx_tile_supported()
+    return has_amx
 
 
 def joint_form(weights: Sequence[torch.Tensor]) -> tuple[WeightForm, list[WeightForm]]:
     """One weight for layers that take the same input, and each layer's own as a part of it."""
     whole = form_of(torch.cat(list(weights)))
-    parts: list[WeightForm] = []
-    start = 0
-    for weight in weights:
-        parts.append(_JointPart(whole, slice(start, start + weight.shape[0])))
-        start += weight.shape[0]
-    return whole, parts
+    ends = list(itertools.accumulate(weight.shape[0] for weight in weights))
+    return whole, [whole.part(slice(begin, end)) for begin, end in itertools.pairwise([0, *ends])]
 
 
 class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy

@@ -18,8 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from fastserve.engine.kernels.elementwise import ElementwiseKernels
+from fastserve.engine.kernels.fused_steps import find_fused_steps
 from fastserve.engine.runner.attention import PagedAttention
+from fastserve.engine.runner.context import context_length
 from fastserve.engine.runner.fusion import fuse_norms, fuse_rotary
 from fastserve.engine.runner.reference import Reference, own_logits
 from fastserve.engine.runner.weights import WeightTable
@@ -28,6 +29,8 @@ from fastserve.errors import StartupError
 logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "fastserve_paged"
+_STATEFUL_LAYERS = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
+"""`layer_types` of hybrid models that are no attention."""
 Progress = Callable[[str, int, int], None]
 """what is going on, bytes done, bytes in all"""
 
@@ -70,7 +73,7 @@ def load_model(
     dtype = _choose_dtype(dtype_name, config, device)
     _refuse_unpageable(config)
     attention = PagedAttention()
-    name = _register(attention)
+    name = register(attention)
     sizes = _tensor_bytes(model_dir)
     progress("Loading weights", 0, sum(sizes.values()))
     try:
@@ -84,18 +87,22 @@ def load_model(
                 local_files_only=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, KeyError) and error.args == (name,):  # looked up in the model's own table of attentions
+            raise _own_attention(config.model_type) from error
         raise StartupError(f"The model in {model_dir} cannot be loaded: {error}") from error
     if not getattr(model, "_supports_attention_backend", False):
-        raise StartupError(
-            f"{type(model).__name__} cannot be served: its code in transformers does not let the engine replace its "
-            "attention, so its KV cache cannot be paged."
-        )
+        raise _own_attention(type(model).__name__)
     progress("Loading weights", sum(sizes.values()), sum(sizes.values()))
-    model = model.to(device).eval().requires_grad_(False)
-    text_config = config.get_text_config(decoder=True)
-    context_length = _context_length(text_config)
-    reference = own_logits(model, device, context_length)
-    kernels = ElementwiseKernels.load() if ElementwiseKernels.supports(dtype, device) else None
+    return prepare(model.to(device), attention, dtype)
+
+
+def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype) -> LoadedModel:
+    """Take over a model that has `attention` as its own: note what it computes, then replace what we do faster."""
+    model = model.eval().requires_grad_(False)
+    device = model.device
+    longest = context_length(model.config.get_text_config(decoder=True))
+    reference = own_logits(model, device, longest)
+    kernels = find_fused_steps(dtype, device)
     weights = WeightTable.install(model, kernels)
     if kernels is not None:
         fuse_norms(model, kernels)
@@ -107,8 +114,15 @@ def load_model(
         device=device,
         dtype=dtype,
         reference=reference,
-        context_length=context_length,
+        context_length=longest,
         eos_token_ids=_eos_token_ids(model),
+    )
+
+
+def _own_attention(name: str) -> StartupError:
+    return StartupError(
+        f"{name} cannot be served: its code in transformers does not let the engine replace its attention, so its KV "
+        "cache cannot be paged."
     )
 
 
@@ -133,36 +147,17 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise StartupError(f"{kind} is an encoder-decoder model; only decoder-only models can be served.")
     text_config = config.get_text_config(decoder=True)
+    stateful = _STATEFUL_LAYERS.intersection(getattr(text_config, "layer_types", None) or ())
+    if stateful:
+        raise StartupError(
+            f"{kind} cannot be served: its layers ({', '.join(sorted(stateful))}) keep a state that the paged KV cache "
+            "does not hold."
+        )
     for field in ("attention_chunk_size", "mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
         if getattr(text_config, field, None) is not None:
             raise StartupError(
                 f"{kind} cannot be served: its layers keep a state ({field}) that the paged KV cache does not hold."
             )
-
-
-def _context_length(config: PretrainedConfig) -> int:
-    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len"):
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > 0:
-            return _within_rope(config, value)
-    return 2048
-
-
-def _within_rope(config: PretrainedConfig, context_length: int) -> int:
-    """LongRoPE takes other frequencies for the whole batch as soon as one sequence in it is long: a long request would
-    change the answers of short ones. So the context ends where the short frequencies do."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    for part in parts:
-        if part.get("rope_type", part.get("type")) == "longrope":
-            stated = part.get("original_max_position_embeddings")
-            original = stated or getattr(config, "original_max_position_embeddings", None) or context_length
-            if original < context_length:
-                logger.warning(
-                    "Context of %d tokens instead of %d: LongRoPE's long form is not served.", original, context_length
-                )
-                return int(original)
-    return context_length
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -174,7 +169,7 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, list | tuple) else (found,)
 
 
-def _register(attention: PagedAttention) -> str:
+def register(attention: PagedAttention) -> str:
     """Register under a name of its own: several engines may live in one process (in tests)."""
     name = f"{ATTENTION_NAME}_{id(attention)}"
     ALL_ATTENTION_FUNCTIONS.register(name, attention)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 _LENGTHS = (19, 8)
 
@@ -22,7 +27,8 @@ class Reference:
 
 
 def own_logits(model: PreTrainedModel, device: torch.device, context_length: int) -> Reference:
-    """Run the model as it was loaded, with its own attention."""
+    """Run the model as it was loaded, with its own attention. Raises StartupError when its code fails on plain tokens:
+    then the settings contradict each other, or it needs more than tokens."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, context_length) for length in _LENGTHS]
@@ -36,6 +42,10 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
             shaken = torch.stack(
                 [model(inputs_embeds=_rounded_otherwise(model, ids), use_cache=False).logits[0, -1] for ids in tokens]
             ).float()
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        name = type(model).__name__
+        logger.exception("%s failed on plain tokens", name)
+        raise StartupError(f"{name} cannot be served: its own code fails on plain tokens ({error}).") from error
     finally:
         model.set_attn_implementation(ours)
     noise = float((shaken - logits).abs().max() / logits.std().clamp_min(1e-6))

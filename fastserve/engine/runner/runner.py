@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastserve.engine.contract import SamplingParams
+from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.attention import PagedAttention, StepContext
+from fastserve.engine.runner.decode_graphs import record_decode_graphs
+from fastserve.engine.runner.decoder import NativeDecoder
 from fastserve.engine.runner.loading import LoadedModel
+from fastserve.engine.sampling.logprobs import gather
 from fastserve.engine.sampling.row import SamplingRow
 from fastserve.engine.sampling.sampler import sample
 
@@ -29,66 +32,159 @@ class _Row:
     choice: int
     num_prompt_tokens: int
     num_tokens: int
-    num_blocks: int = 0
 
 
 class ModelRunner:
     """Owns the model's tensors. One thread calls it, between steps of one scheduler."""
 
     def __init__(
-        self, loaded: LoadedModel, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        loaded: LoadedModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab_size: int | None = None,
     ) -> None:
+        """`vocab_size`: tokens are drawn from so many entries of the logits (of a draft model, whose vocabulary may be
+        padded otherwise than the model's); None: from all."""
         self._model = loaded.model
         self._attention: PagedAttention = loaded.attention
         self._device = loaded.device
         self._block_size = block_size
+        self._vocab_size = vocab_size
         self._attention.allocate(num_blocks, block_size, loaded.dtype, loaded.device)
+        self.decoder = NativeDecoder.build(loaded.model, loaded.attention, loaded.dtype, max_model_len + 1)
+        """Set to None where it turns out to compute something else than the model."""
         # Pages of these tables that no sequence has reached are never touched, so they cost no memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._rows: dict[int, _Row] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._decode_graphs = record_decode_graphs(
+            loaded.model, loaded.attention, loaded.device,
+            max_rows=max_num_seqs, max_blocks=self._blocks.shape[1],
+        )  # fmt: skip
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. What it computes is what the plan says and nothing else."""
-        sampling = [chunk for chunk in plan.chunks if chunk.sample]
         logits = self.forward(plan)
-        if not sampling:
-            return StepResult({}, {})
-        rows = [self._rows[chunk.seq_id] for chunk in sampling]
-        token_ids, logprobs = sample(logits, [self._sampling_row(row) for row in rows])
-        for row, token_id in zip(rows, token_ids, strict=True):
-            self._tokens[row.index, row.num_tokens] = token_id
-            row.num_tokens += 1
-        drawn = dict(zip((chunk.seq_id for chunk in sampling), token_ids, strict=True))
-        told = {chunk.seq_id: item for chunk, item in zip(sampling, logprobs, strict=True) if item is not None}
-        return StepResult(drawn, told)
+        sampling = [chunk for chunk in plan.chunks if chunk.sample]
+        scoring = [chunk for chunk in plan.chunks if chunk.num_scored]
+        num_drawn = sum(1 + len(chunk.draft_ids) for chunk in sampling)
+        token_ids, logprobs = self._draw(logits[:num_drawn], sampling) if sampling else ({}, {})
+        return StepResult(
+            token_ids,
+            logprobs,
+            prompt_logprobs=self._score(logits[num_drawn:], scoring) if scoring else {},
+            num_drafts={chunk.seq_id: len(chunk.draft_ids) for chunk in sampling if chunk.draft_ids},
+        )
 
-    def forward(self, plan: StepPlan) -> torch.Tensor:
-        """Take in the plan's changes and run the model: logits (sampling chunks, vocabulary), in the plan's order."""
+    def _draw(
+        self, logits: torch.Tensor, chunks: Sequence[Chunk]
+    ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprob]]]:
+        """Draw after the last known token and, as if they were right, after each draft; keep what holds."""
+        if self._vocab_size not in (None, logits.shape[1]):
+            missing = self._vocab_size - logits.shape[1]
+            logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        rows = [
+            self._sampling_row(self._rows[chunk.seq_id], num_drafts)
+            for chunk in chunks
+            for num_drafts in range(1 + len(chunk.draft_ids))
+        ]
+        drawn, drawn_logprobs = sample(logits, rows)
+        token_ids: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
+        begin = 0
+        for chunk in chunks:
+            num_right = 0
+            for draft, token in zip(chunk.draft_ids, drawn[begin:], strict=False):
+                if draft != token:
+                    break
+                num_right += 1
+            kept = slice(begin, begin + num_right + 1)
+            token_ids[chunk.seq_id] = drawn[kept]
+            told = [item for item in drawn_logprobs[kept] if item is not None]
+            if told:
+                logprobs[chunk.seq_id] = told
+            self.correct(chunk.seq_id, self._rows[chunk.seq_id].num_tokens, drawn[kept])
+            begin += 1 + len(chunk.draft_ids)
+        return token_ids, logprobs
+
+    def _score(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> dict[int, list[TokenLogprob]]:
+        """Logprobs of the prompt tokens that follow the scored positions; `logits` are those of these positions."""
+        found: dict[int, list[TokenLogprob]] = {}
+        begin = 0
+        for chunk in chunks:
+            row = self._rows[chunk.seq_id]
+            targets = self._tokens[row.index, chunk.score_begin + 1 : chunk.score_end + 1].astype(np.int64)
+            counts = [row.params.prompt_logprobs or 0] * len(targets)
+            scored = logits[begin : begin + len(targets)].float()
+            found[chunk.seq_id] = gather(scored, self._to_device(targets), counts)
+            begin += len(targets)
+        return found
+
+    def take_in(self, plan: StepPlan) -> None:
+        """Forget, meet, and note the blocks and drafts of sequences, as the plan says."""
         self.forget(plan.dropped)
         for sequence in plan.new:
             self._introduce(sequence)
         for chunk in plan.chunks:
             row = self._rows[chunk.seq_id]
-            end = row.num_blocks + len(chunk.new_block_ids)
-            self._blocks[row.index, row.num_blocks : end] = chunk.new_block_ids
-            row.num_blocks = end
+            end = chunk.num_held_blocks + len(chunk.new_block_ids)
+            self._blocks[row.index, chunk.num_held_blocks : end] = chunk.new_block_ids
+            self._tokens[row.index, row.num_tokens : row.num_tokens + len(chunk.draft_ids)] = chunk.draft_ids
+
+    def correct(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
+        """Let a sequence have these tokens from `start` on, and none after them."""
+        row = self._rows[seq_id]
+        row.num_tokens = start + len(token_ids)
+        self._tokens[row.index, start : row.num_tokens] = token_ids
+
+    def forward(self, plan: StepPlan) -> torch.Tensor:
+        """Take in the plan's changes and run the model: logits (rows, vocabulary).
+
+        The rows are those of each sampling chunk's last known token and drafts, in the plan's order, and then the
+        scored ones of each chunk.
+        """
+        self.take_in(plan)
         # Single tokens lie before longer chunks, as attention wants them; `order` leads back to the plan's order.
-        order = sorted(range(len(plan.chunks)), key=lambda index: plan.chunks[index].num_tokens != 1)
+        order = sorted(range(len(plan.chunks)), key=lambda index: plan.chunks[index].num_rows != 1)
         chunks = [plan.chunks[index] for index in order]
-        input_ids, positions, ends = self._inputs(chunks)
-        last_of = dict(zip(order, ends, strict=True))
-        wanted = [last_of[index] for index, chunk in enumerate(plan.chunks) if chunk.sample]
+        input_ids, positions, firsts, context = self._inputs(chunks)
+        first_of = dict(zip(order, firsts, strict=True))
+        wanted: list[int] = []
+        for index, chunk in enumerate(plan.chunks):
+            if chunk.sample:
+                wanted += range(first_of[index] + chunk.num_tokens - 1, first_of[index] + chunk.num_rows)
+        for index, chunk in enumerate(plan.chunks):
+            first = first_of[index] - chunk.start
+            wanted += range(first + chunk.score_begin, first + chunk.score_end)
+        if self._decode_graphs is not None and self._decode_graphs.fits(context):
+            logits = self._decode_graphs.run(input_ids, positions, context, self._block_size)
+            # Picking rows by number would wait for the device.
+            return logits if wanted == list(range(len(logits))) else logits[wanted]
+        return self._logits(self._to_device(input_ids), self._to_device(positions), wanted, context)
+
+    def _logits(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, wanted: list[int], context: StepContext
+    ) -> torch.Tensor:
+        """`input_ids`, `positions` (tokens,) -> logits (wanted rows, vocabulary)"""
+        rows = torch.tensor(wanted or [0], device=self._device)
         with torch.inference_mode():
-            output = self._model(
-                input_ids=self._to_device(input_ids).unsqueeze(0),
-                position_ids=self._to_device(positions).unsqueeze(0),
-                use_cache=False,
-                # transformers takes row numbers here: the head is computed for no rows but those drawn from.
-                logits_to_keep=torch.tensor(wanted or [0], device=self._device),
-            )
-        logits: torch.Tensor = output.logits[0]
+            if self.decoder is not None and self.decoder.is_usable:
+                logits = self.decoder(input_ids, positions, rows, context)
+            else:
+                self._attention.context = context
+                # transformers takes row numbers: the head is computed for no rows but those drawn from.
+                output = self._model(
+                    input_ids=input_ids.unsqueeze(0),
+                    position_ids=positions.unsqueeze(0),
+                    use_cache=False,
+                    logits_to_keep=rows,
+                )
+                logits = output.logits[0]
         return logits if wanted else logits[:0]
 
     def forget(self, seq_ids: Sequence[int]) -> None:
@@ -105,17 +201,17 @@ class ModelRunner:
 
     def _inputs(
         self, chunks: Sequence[Chunk]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Token ids and positions of the packed batch, and where each chunk's last token lies; sets the context."""
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], StepContext]:
+        """Token ids and positions of the packed batch, where each chunk's first token lies, and the context."""
         index = np.array([self._rows[chunk.seq_id].index for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
-        counts = np.array([chunk.num_tokens for chunk in chunks])
+        counts = np.array([chunk.num_rows for chunk in chunks])
         ends = np.cumsum(counts)
         firsts = ends - counts
         rows = np.repeat(index, counts)
         positions = np.repeat(starts - firsts, counts) + np.arange(ends[-1])
         num_blocks = -(-int((starts + counts).max()) // self._block_size)
-        self._attention.context = StepContext(
+        context = StepContext(
             starts=firsts.astype(np.int32),
             counts=counts.astype(np.int32),
             positions=starts.astype(np.int32),
@@ -124,13 +220,13 @@ class ModelRunner:
             token_block=self._blocks[rows, positions // self._block_size],
             token_offset=(positions % self._block_size).astype(np.int32),
         )
-        return self._tokens[rows, positions].astype(np.int64), positions, ends - 1
+        return self._tokens[rows, positions].astype(np.int64), positions, firsts, context
 
     def _to_device(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _sampling_row(self, row: _Row) -> SamplingRow:
-        token_ids = self._tokens[row.index, : row.num_tokens]
+    def _sampling_row(self, row: _Row, num_drafts: int) -> SamplingRow:
+        token_ids = self._tokens[row.index, : row.num_tokens + num_drafts]
         return SamplingRow(row.params, row.choice, token_ids, row.num_prompt_tokens)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fastserve.engine.kernels.elementwise import ElementwiseKernels
+from fastserve.engine.kernels.fused_steps import FusedSteps
 from fastserve.engine.runner.fusion import fuse_gated_mlps
 from fastserve.engine.runner.linear import Linear, WeightForm, form_of
 
@@ -34,7 +34,7 @@ class WeightTable:
         self._shapes: dict[str, torch.Size] = {}
 
     @classmethod
-    def install(cls, model: PreTrainedModel, kernels: ElementwiseKernels | None) -> WeightTable:
+    def install(cls, model: PreTrainedModel, kernels: FusedSteps | None) -> WeightTable:
         """Take over the weights of `model`, module by module, so that no second copy of all of them ever exists.
         With kernels, layers that take the same input become one."""
         table = cls()

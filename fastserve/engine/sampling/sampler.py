@@ -1,8 +1,8 @@
 """The sampler: logits of a batch in, one token for each row out.
 
 The order of the transforms is part of their meaning: bias and penalties change the logits, temperature scales them,
-top-k, top-p and min-p cut the sorted probabilities, and one uniform number for each row picks from what is left by
-inverting the cumulative distribution. Each row's result is a function of that row alone.
+top-k, top-p, min-p and then typical-p cut the sorted probabilities, and one uniform number for each row picks from what
+is left by inverting the cumulative distribution. Each row's result is a function of that row alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastserve.engine.contract import SamplingParams, TokenLogprob
-from fastserve.engine.sampling import bias, filters, logprobs, noise, penalties
+from fastserve.engine.sampling import bias, filters, logprobs, noise, penalties, typical
 from fastserve.engine.sampling.row import SamplingRow
 
 
@@ -52,7 +52,7 @@ def _changes_logits(row: SamplingRow) -> bool:
 
 
 def _is_unfiltered(params: SamplingParams) -> bool:
-    return params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0
+    return params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0 and params.typical_p >= 1.0
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
@@ -87,5 +87,7 @@ def _draw_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.T
         _column([row.params.top_p for row in rows], logits),
         _column([row.params.min_p for row in rows], logits),
     )
+    if any(row.params.typical_p < 1.0 for row in rows):
+        keep &= typical.keep_mask(probabilities * keep, _column([row.params.typical_p for row in rows], logits))
     index = _invert(probabilities * keep, rows)
     return ids.gather(1, index.unsqueeze(1)).squeeze(1)

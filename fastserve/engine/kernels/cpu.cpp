@@ -1,0 +1,59 @@
+// The kernels for CPUs and one dtype, behind a C interface: built at the first start by build.py, called through ctypes.
+// SCALAR names the type: float, BFloat16 or _Float16.
+
+#include "attention.h"
+#include "decoder.h"
+#include "elementwise.h"
+#include "linear.h"
+
+typedef SCALAR Scalar;
+
+extern "C" {
+
+void set_threads(int count) {
+    if (team().size() != count) team_slot() = new Team(count);
+}
+
+int max_rows() { return MAX_ROWS; }
+
+int paged_attention(const Step* step, const Layer* layer) {
+    if (!is_supported(*layer)) return 1;
+    attention_of<Scalar>(*step, *layer);
+    return 0;
+}
+
+void rms_norm(const Scalar* x, const Scalar* weight, Scalar* out, int64_t rows, int64_t size, int64_t stride, float eps,
+              float offset) {
+    norm_of(x, weight, out, rows, size, stride, eps, offset);
+}
+
+void silu_and_mul(const Scalar* x, Scalar* out, int64_t rows, int64_t size) { silu_of(x, out, rows, size); }
+
+void rotary(const Scalar* x, const Scalar* cos, const Scalar* sin, Scalar* out, int64_t tokens, int64_t heads,
+            int64_t dim, int64_t token_stride, int64_t head_stride) {
+    rotate_of(x, cos, sin, out, tokens, heads, dim, token_stride, head_stride);
+}
+
+// How many inputs of an output lie side by side in a packed weight: `in` must be a multiple of it.
+int pair() { return PAIR<Scalar>; }
+
+void pack_weight(const Scalar* weight, Scalar* to, int64_t out, int64_t in) {
+    on_team([&](Team& team) { pack(team, weight, to, out, in); });
+}
+
+void unpack_weight(const Scalar* from, Scalar* weight, int64_t out, int64_t in) {
+    on_team([&](Team& team) { unpack(team, from, weight, out, in); });
+}
+
+void linear(const Scalar* x, int64_t x_stride, int64_t rows, const Weight* weight, Scalar* y) {
+    linear_of(x, x_stride, rows, *weight, y);
+}
+
+void decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
+            const int64_t* positions, const int64_t* wanted, int64_t num_wanted, float* logits) {
+    on_team([&](Team& team) {
+        Run<Scalar>(team, *model, *step, *space, tokens, positions, wanted, num_wanted, logits)();
+    });
+}
+
+}

@@ -1,0 +1,175 @@
+// A whole step of a decoder-only model: token ids in, logits out, with the team meeting between the parts.
+//
+// One call for a step, because a call from Python for each part leaves all threads but one idle meanwhile: that is what
+// a step of few tokens spends its time on, once products run as fast as weights can be read.
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace {
+
+struct DecoderLayer {
+    Weight query, key, value, output, gate, up, down;
+    // Norms before and after attention and MLP; any may be null. Those of queries and keys are for each head, or for all
+    // of a token's heads together.
+    const void *attention_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *query_norm, *key_norm;
+    int64_t query_norm_size, key_norm_size;
+    void *keys, *values;          // pages, as in Layer
+    const void *cos, *sin;        // [positions][rotary dim]
+    int64_t window;               // 0: none
+};
+
+struct Decoder {
+    DecoderLayer* layers;
+    Weight head;
+    const void *embedding, *norm;
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, block_size, activation;
+    float eps, norm_offset, embedding_scale, scaling, softcap, logit_softcap;
+};
+
+// Activations of a step, for as many tokens as it may have.
+struct Workspace {
+    void *hidden;      // [tokens][hidden] the residual stream
+    void *normed;      // [tokens][max(hidden, heads * head dim)]
+    void *query;       // [tokens][heads * head dim]
+    void *key, *value; // [tokens][KV heads * head dim]
+    void *inner;       // [tokens][intermediate]
+};
+
+template <class T>
+class Run {
+  public:
+    Run(Team& team, const Decoder& model, const Step& step, const Workspace& space, const int64_t* tokens,
+        const int64_t* positions, const int64_t* wanted, int64_t num_wanted, float* logits)
+        : team(team), m(model), step(step), hidden((T*)space.hidden), normed((T*)space.normed), query((T*)space.query),
+          key((T*)space.key), value((T*)space.value), inner((T*)space.inner), tokens(tokens), positions(positions),
+          wanted(wanted), num_wanted(num_wanted), logits(logits), rows(step.tokens) {}
+
+    void operator()() {
+        embed();
+        for (int64_t i = 0; i < m.num_layers; ++i) {
+            const DecoderLayer& layer = m.layers[i];
+            attention(layer);
+            mlp(layer);
+        }
+        head();
+    }
+
+  private:
+    Team& team;
+    const Decoder& m;
+    const Step& step;
+    T *hidden, *normed, *query, *key, *value, *inner;
+    const int64_t *tokens, *positions, *wanted;
+    const int64_t num_wanted;
+    float* logits;
+    const int64_t rows;
+
+    void embed() {
+        const float scale = m.embedding_scale;
+        team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
+            const T* from = (const T*)m.embedding + tokens[r] * m.hidden;
+            T* to = hidden + r * m.hidden;
+            if (scale == 1.0f) std::memcpy(to, from, m.hidden * sizeof(T));
+            else for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(from[i]) * scale);
+        });
+    }
+
+    // What the norm (or none) makes of the residual stream.
+    const T* before(const void* norm) {
+        if (!norm) return hidden;
+        team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
+            norm_row(hidden + r * m.hidden, (const T*)norm, normed + r * m.hidden, m.hidden, m.eps, m.norm_offset);
+        });
+        return normed;
+    }
+
+    // Adds a product to the residual stream, through a norm or none.
+    void add(const T* x, const Weight& weight, const void* norm) {
+        T* to = norm ? normed : hidden;
+        products(team, x, weight.in, rows, &weight, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+            T* out = to + r * m.hidden + at;
+            // Rounded before it is added, as a model's own code does.
+            if (!norm) {
+                T rounded[LANES];
+                store(rounded, sums);
+                sums = load(rounded) + load_some(out, outs);
+            }
+            store_some(out, sums, outs);
+        });
+        if (!norm) return;
+        team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
+            T* row = normed + r * m.hidden;
+            T* out = hidden + r * m.hidden;
+            norm_row(row, (const T*)norm, row, m.hidden, m.eps, m.norm_offset);
+            for (int64_t i = 0; i < m.hidden; i += LANES) {
+                const int outs = int(std::min<int64_t>(LANES, m.hidden - i));
+                store_some(out + i, load_some(out + i, outs) + load_some(row + i, outs), outs);
+            }
+        });
+    }
+
+    void attention(const DecoderLayer& layer) {
+        const int64_t D = m.head_dim, Q = m.heads * D, K = m.kv_heads * D;
+        const T* x = before(layer.attention_norm);
+        const Weight weights[3] = {layer.query, layer.key, layer.value};
+        T* const to[3] = {query, key, value};
+        const int64_t strides[3] = {Q, K, K};
+        products(team, x, m.hidden, rows, weights, 3, [&](int which, int64_t r, int64_t at, Vec sums, int outs) {
+            store_some(to[which] + r * strides[which] + at, sums, outs);
+        });
+        const Layer pages = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
+                             m.heads, m.kv_heads, D, D, m.block_size, layer.window, m.scaling, m.softcap};
+        team.share(rows, rows_at_once(Q), [&](int64_t r) {
+            turn(query + r * Q, m.heads, layer.query_norm, layer.query_norm_size, layer, r);
+            turn(key + r * K, m.kv_heads, layer.key_norm, layer.key_norm_size, layer, r);
+            store_token<T>(step, pages, r);
+        });
+        attend_all<T>(team, step, pages);
+        add(normed_to_query(), layer.output, layer.attention_out_norm);
+    }
+
+    // The output of attention lies where the norm after it would write, so it changes places with the queries.
+    const T* normed_to_query() {
+        std::swap(normed, query);
+        return query;
+    }
+
+    void turn(T* x, int64_t heads, const void* norm, int64_t norm_size, const DecoderLayer& layer, int64_t r) {
+        if (norm)
+            for (int64_t at = 0; at < heads * m.head_dim; at += norm_size)
+                norm_row(x + at, (const T*)norm, x + at, norm_size, m.eps, m.norm_offset);
+        if (!m.rotary_dim) return;
+        const T* cos = (const T*)layer.cos + positions[r] * m.rotary_dim;
+        const T* sin = (const T*)layer.sin + positions[r] * m.rotary_dim;
+        for (int64_t h = 0; h < heads; ++h)
+            rotate_head(x + h * m.head_dim, cos, sin, x + h * m.head_dim, m.rotary_dim);
+    }
+
+    void mlp(const DecoderLayer& layer) {
+        const T* x = before(layer.mlp_norm);
+        const bool gelu = m.activation == 1;
+        gated_products(team, x, m.hidden, rows, layer.gate, layer.up,
+                       [&](int64_t r, int64_t at, Vec gate, Vec up, int outs) {
+                           T* out = inner + r * m.intermediate + at;
+                           store_some(out, (gelu ? gelu_tanh(gate) : silu(gate)) * up, outs);
+                       });
+        add(inner, layer.down, layer.mlp_out_norm);
+    }
+
+    void head() {
+        team.share(num_wanted, rows_at_once(m.hidden), [&](int64_t i) {
+            norm_row(hidden + wanted[i] * m.hidden, (const T*)m.norm, normed + i * m.hidden, m.hidden, m.eps, m.norm_offset);
+        });
+        const float cap = m.logit_softcap;
+        products(team, normed, m.hidden, num_wanted, &m.head, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+            if (cap != 0.0f)
+                for (int i = 0; i < LANES; ++i) sums[i] = std::tanh(sums[i] / cap) * cap;
+            store_some(logits + r * m.head.out + at, sums, outs);
+        });
+    }
+};
+
+}  // namespace

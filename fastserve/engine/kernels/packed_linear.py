@@ -1,0 +1,67 @@
+"""The binding of linear.h: weights in groups of 16 outputs, and products with them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from ctypes import c_int64, c_void_p
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastserve.engine.kernels.build import cpu_library
+
+LANES = 16
+_HUGE_PAGE = 1 << 21
+
+
+class WeightStruct(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64)]
+
+
+class PackedLinearKernel:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.linear.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p)
+        library.pack_weight.argtypes = library.unpack_weight.argtypes = (c_void_p, c_void_p, c_int64, c_int64)
+        self._library: Any = library
+
+    @classmethod
+    def load(cls, dtype: torch.dtype) -> PackedLinearKernel | None:
+        library = cpu_library(dtype)
+        return None if library is None else cls(library)
+
+    def supports(self, weight: torch.Tensor) -> bool:
+        return weight.device.type == "cpu" and weight.dim() == 2 and weight.shape[1] % self._library.pair() == 0
+
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
+        """`weight` (out, in) in the kernel's layout, as a flat tensor; into `packed` when that is given."""
+        weight = weight.contiguous()
+        out, width = weight.shape
+        if packed is None:
+            packed = _empty(-(-out // LANES) * LANES * width, weight.dtype)
+        self._library.pack_weight(weight.data_ptr(), packed.data_ptr(), out, width)
+        return packed
+
+    def unpack(self, packed: torch.Tensor, out: int, width: int) -> torch.Tensor:
+        weight = packed.new_empty(out, width)
+        self._library.unpack_weight(packed.data_ptr(), weight.data_ptr(), out, width)
+        return weight
+
+    def product(self, x: torch.Tensor, weight: WeightStruct, out: int) -> torch.Tensor:
+        """`x` (..., in) -> (..., out)"""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], out)
+        width = x.shape[-1]
+        self._library.linear(x.data_ptr(), width, x.numel() // width, ctypes.byref(weight), y.data_ptr())
+        return y
+
+
+def _empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Large weights lie in huge pages where the system has them: reading them takes fewer look-ups of addresses."""
+    size = elements * dtype.itemsize
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(elements, dtype=dtype)
+    memory = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[:size]).view(dtype)

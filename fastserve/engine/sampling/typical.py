@@ -1,0 +1,24 @@
+"""Locally typical sampling (Meister et al., 2022): keeps the tokens whose surprise is nearest to the entropy.
+
+Unlike the other filters it may cut off the likeliest token: one that is much less surprising than a token on average.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def keep_mask(probabilities: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:
+    """Which entries stay. `probabilities` (rows, vocabulary) are 0 where other filters cut, `typical_p` is (rows, 1).
+
+    The fewest tokens, nearest first, whose probabilities (renormalised) reach `typical_p`, and those as near as the
+    last of them. 1 keeps all.
+    """
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    surprise = -probabilities.log()
+    entropy = torch.where(probabilities > 0, probabilities * surprise, 0.0).sum(dim=-1, keepdim=True)
+    distance = (surprise - entropy).abs()
+    nearest, order = distance.sort(dim=-1)
+    reached = probabilities.gather(1, order).cumsum(dim=-1)
+    last = (reached < typical_p).sum(dim=-1, keepdim=True).clamp_(max=probabilities.shape[1] - 1)
+    return (distance <= nearest.gather(1, last)) | (typical_p >= 1.0)

@@ -1,0 +1,208 @@
+"""How large everything may be: the KV cache takes the memory that the largest step and the books leave.
+
+Each share is an upper bound told in advance, because what is found out later is found out by being killed. So the sizes
+are a promise: an engine at its limits, with every block in use and its largest step running, stays within the memory
+that was free when it started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from fastserve.engine.kernels.paged_attention import PagedAttentionKernel
+from fastserve.engine.memory import FreeMemory, free_host_memory
+from fastserve.engine.runner.loading import LoadedModel
+from fastserve.engine.settings import EngineConfig
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_BATCHED_TOKENS = {True: 256, False: 2048}
+"""The token budget on a CPU and elsewhere: as few as still make full use of the device, since all answers wait for a
+step to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
+_CPU_SHARE = 0.5
+"""Of the memory that --gpu-memory-utilization allows, what the KV cache takes on a CPU, which it shares with others."""
+_EXTRA_ENTRIES = 1 << 24
+"""Of logits beyond one row for each sequence: for drafts and prompt logprobs (EngineCore bounds them so)."""
+_FIXED_BYTES = 96 << 20
+"""Threads' stacks, compiled products, buffers of the messages: what grows after the start and with no size of ours."""
+_SLICE_ENTRIES = 1 << 22
+"""Of the logits that the sampler filters at once."""
+_BYTES_PER_SLICE_ENTRY = 48
+_BYTES_PER_QUEUED_TOKEN = 52
+"""Of a sequence that waits or runs: its number in two lists of Python, and in the runner's table."""
+_BYTES_PER_CACHED_TOKEN = 150
+"""Of a token in the KV cache: its part in the key of its block, and in the index that drafts are looked up in."""
+_BYTES_PER_BLOCK = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    max_model_len: int
+    num_blocks: int
+    max_num_batched_tokens: int
+
+
+def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
+    """Sizes for `models`, the first of which is served; others (a draft model) have the same blocks.
+
+    Raises StartupError when a flag cannot be honoured, or when memory does not suffice for the smallest sizes.
+    """
+    _check_flags(config, models[0])
+    device = models[0].device
+    tokens = config.max_num_batched_tokens or _BATCHED_TOKENS[device.type == "cpu"]
+    context = config.max_model_len or models[0].context_length
+    per_token = _bytes_per_token(models, config.block_size)
+    free = _free_memory(device)
+    allowed = _allowed_bytes(device, free, config.gpu_memory_utilization)
+    # No sequence is longer than the cache, so a cache that is small makes small tables too.
+    longest = min(context, config.max_total_tokens or max(1, allowed // per_token))
+    others = max(step_bytes(model, config, tokens, longest) for model in models)
+    others += config.max_num_seqs * longest * _BYTES_PER_QUEUED_TOKEN if device.type == "cpu" else 0
+    if config.max_total_tokens is None:
+        room = allowed - others
+        if device.type == "cpu":
+            room = min(room, int(allowed * _CPU_SHARE))
+        # More than every sequence at its longest is never used.
+        total_tokens = min(max(0, room) // per_token, config.max_num_seqs * context)
+    else:
+        total_tokens = config.max_total_tokens
+        if total_tokens * per_token + others > free.num_bytes:
+            raise StartupError(
+                f"--max-total-tokens {total_tokens} takes {_megabytes(total_tokens * per_token)} for the KV cache, and "
+                f"the largest step takes {_megabytes(others)}; {_megabytes(free.num_bytes)} are free {free.where}. "
+                "Lower it, or leave it away to have it found."
+            )
+    num_blocks = total_tokens // config.block_size
+    if num_blocks < 2:
+        raise StartupError(_too_small(config, free, allowed, others, per_token))
+    capacity = num_blocks * config.block_size
+    if context > capacity:
+        if config.max_model_len is not None:
+            raise StartupError(
+                f"--max-model-len {context} does not fit the KV cache of {capacity} tokens: lower it, or raise "
+                "--max-total-tokens."
+            )
+        logger.warning("Context shortened from %d to %d tokens: the KV cache holds no more.", context, capacity)
+        context = capacity
+    logger.info(
+        "KV cache of %d tokens (%s); %s are kept for the largest step of %d tokens; %s are free %s",
+        capacity, _megabytes(capacity * per_token), _megabytes(others), tokens, _megabytes(free.num_bytes), free.where,
+    )  # fmt: skip
+    return Sizes(context, num_blocks, tokens)
+
+
+def _check_flags(config: EngineConfig, model: LoadedModel) -> None:
+    for flag, value in (
+        ("--block-size", config.block_size),
+        ("--max-num-seqs", config.max_num_seqs),
+        ("--max-num-batched-tokens", config.max_num_batched_tokens),
+    ):
+        if value is not None and value < 1:
+            raise StartupError(f"{flag} {value} must be at least 1.")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise StartupError(f"--gpu-memory-utilization {config.gpu_memory_utilization} must lie between 0 and 1.")
+    if config.max_model_len is None:
+        return
+    if config.max_model_len < 2:
+        raise StartupError(
+            f"--max-model-len {config.max_model_len} must be at least 2: a token of the prompt and one of the answer."
+        )
+    if config.max_model_len > model.context_length:
+        raise StartupError(
+            f"--max-model-len {config.max_model_len} exceeds the model's context of {model.context_length} tokens."
+        )
+
+
+def _too_small(config: EngineConfig, free: FreeMemory, allowed: int, others: int, per_token: int) -> str:
+    if config.max_total_tokens is not None:
+        return (
+            f"--max-total-tokens {config.max_total_tokens} must be at least two blocks of {config.block_size} tokens."
+        )
+    return (
+        f"Not enough memory: {_megabytes(free.num_bytes)} are free {free.where}, of which --gpu-memory-utilization "
+        f"{config.gpu_memory_utilization} allows {_megabytes(allowed)}; the largest step takes {_megabytes(others)}, "
+        f"and a block of the KV cache {_megabytes(per_token * config.block_size)}. Free memory, or lower "
+        "--max-num-seqs, --max-num-batched-tokens or --max-model-len."
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 10e9 else f"{num_bytes / 1e9:.1f} GB"
+
+
+def _free_memory(device: torch.device) -> FreeMemory:
+    if device.type == "cuda":
+        return FreeMemory(torch.cuda.mem_get_info(device)[0], "on the GPU")
+    if device.type == "xpu":
+        return FreeMemory(torch.xpu.mem_get_info(device)[0], "on the GPU")
+    return free_host_memory()
+
+
+def _allowed_bytes(device: torch.device, free: FreeMemory, utilization: float) -> int:
+    """On a GPU the share is of its whole memory, others' part of it included."""
+    if device.type == "cuda":
+        return max(0, int(free.num_bytes - (1 - utilization) * torch.cuda.mem_get_info(device)[1]))
+    if device.type == "xpu":
+        return max(0, int(free.num_bytes - (1 - utilization) * torch.xpu.mem_get_info(device)[1]))
+    return int(free.num_bytes * utilization)
+
+
+def _bytes_per_token(models: Sequence[LoadedModel], block_size: int) -> int:
+    """Of the KV cache, and on a CPU of the books about it, which lie in the same memory."""
+    pages = sum(model.attention.bytes_per_token(model.dtype) for model in models)
+    if models[0].device.type != "cpu":
+        return pages
+    return pages + _BYTES_PER_CACHED_TOKEN + -(-_BYTES_PER_BLOCK // block_size)
+
+
+def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int) -> int:
+    """What the largest step takes beside weights and KV cache; `longest` bounds the context of a sequence."""
+    text = model.model.config.get_text_config(decoder=True)
+    size = model.dtype.itemsize
+    shapes = model.attention.shapes.values()
+    projected = max(
+        2 * shape.num_heads * (shape.key_dim + shape.value_dim)
+        + 4 * shape.num_kv_heads * (shape.key_dim + shape.value_dim)
+        for shape in shapes
+    )
+    hidden = text.hidden_size
+    # The residual, the norms (which some models compute in float32), the inputs of the products; then the gated MLP.
+    layer = num_tokens * (8 * hidden * size + 4 * hidden * 4 + (projected + 4 * _mlp_width(text)) * size)
+    entries = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + _EXTRA_ENTRIES)
+    # As the model gives them, then in float32: a copy that is changed, one for logprobs, and these.
+    logits = entries * (size + 5 * 4) + min(entries, _SLICE_ENTRIES + text.vocab_size) * _BYTES_PER_SLICE_ENTRY
+    return _FIXED_BYTES + layer + logits + _attention_bytes(model, config, num_tokens, longest)
+
+
+def _mlp_width(text: PretrainedConfig) -> int:
+    """Of the widest layer, for one token: that of the MLP, or of all experts that it goes to."""
+    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "intermediate_size_mlp")
+    widths = [value for name in names if isinstance(value := getattr(text, name, None), int)]
+    dense = max(widths, default=4 * text.hidden_size)
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_top_k", None)
+    if not chosen:
+        return dense
+    # Tokens are copied for each of their experts, on the way in and out.
+    routed = (getattr(text, "moe_intermediate_size", None) or dense) + text.hidden_size
+    return int(max(dense, chosen * routed))
+
+
+def _attention_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int) -> int:
+    """The kernel needs none. In torch operations the keys and values of a group of sequences are gathered, and the
+    scores of a chunk of one sequence stand in float32 with their mask."""
+    if model.device.type == "cpu" and PagedAttentionKernel.load(model.dtype) is not None:
+        return 0
+    gathered = max(longest, min(1 << 16, config.max_num_seqs * longest))
+    per_layer = max(
+        shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize
+        for shape in model.attention.shapes.values()
+    )
+    heads = max(shape.num_heads for shape in model.attention.shapes.values())
+    scores = max(num_tokens * longest, gathered) * heads * 4
+    return 2 * gathered * per_layer + 3 * scores

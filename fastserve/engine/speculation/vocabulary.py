@@ -1,0 +1,43 @@
+"""Do two models mean the same tokens by the same ids?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastserve.errors import StartupError
+
+
+def require_same_vocabulary(model_dir: str, draft_dir: str, vocab_size: int, draft_vocab_size: int) -> None:
+    """Raise StartupError when a draft model's guesses would be ids of other tokens.
+
+    The sizes are those of the embeddings, which models of one family pad differently: they decide only where there are
+    no tokenizers to compare.
+    """
+    model, draft = _tokens(model_dir), _tokens(draft_dir)
+    if model is None and draft is None:
+        same = vocab_size == draft_vocab_size
+        difference = f"{draft_vocab_size} tokens, and the model has {vocab_size}"
+    else:
+        same = model == draft
+        difference = "a tokenizer with other tokens than the model's"
+    if not same:
+        raise StartupError(
+            f"--speculative-model {draft_dir} has {difference}: give a model with the same vocabulary, such as a "
+            "smaller one of the same family, or leave --speculative-model out."
+        )
+
+
+def _tokens(folder: str) -> Any:
+    """What can be compared of a tokenizer; None when the folder has none."""
+    path = Path(folder) / "tokenizer.json"
+    if path.is_file():
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        added = {item["content"]: item["id"] for item in tokenizer.get("added_tokens") or []}
+        return tokenizer["model"].get("vocab"), added
+    for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
+        path = Path(folder) / name
+        if path.is_file():
+            return path.read_bytes()
+    return None

@@ -1,0 +1,161 @@
+"""Every architecture through the real core: each step's logits and greedy tokens are those of the model's own forward.
+
+Requests run in one batch, prompts are cut into chunks, prefixes are shared and blocks run out; what is compared with
+is one forward pass of transformers, eager attention and no cache, over each whole sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from fastserve.engine.build import build_core
+from fastserve.engine.contract import EngineRequest, SamplingParams, TokenLogprob
+from fastserve.engine.core import EngineCore
+from fastserve.engine.settings import EngineConfig
+from fastserve.errors import StartupError
+
+from .conftest import CONFIGS, SHAPE, TinyModels
+
+VOCABULARY = 160
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.3] * 6, "long_factor": [4.0] * 6, "factor": 2.0,
+        "original_max_position_embeddings": 128,
+    },
+}  # fmt: skip
+
+
+def start(path: str, **settings: Any) -> EngineCore:
+    config = EngineConfig(model_dir=path, device="cpu", dtype="float32", max_num_seqs=16, **settings)
+    return build_core(config, lambda *_: None)
+
+
+def run(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[TokenLogprob]]:
+    """What each request is told about each of its tokens."""
+    told: dict[str, list[TokenLogprob]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert core.add(request) is None
+    while core.has_work:
+        for output in core.step():
+            assert output.logprobs is not None
+            told[output.request_id] += output.logprobs
+        core.scheduler.check()
+    return told
+
+
+def assert_equals_own_forward(path: str, requests: list[EngineRequest], told: dict[str, list[TokenLogprob]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    for request in requests:
+        answer = told[request.request_id]
+        assert len(answer) == request.params.max_tokens
+        whole = torch.tensor([request.prompt_ids + [token.token_id for token in answer]])
+        with torch.inference_mode():
+            own = model(input_ids=whole, use_cache=False).logits[0].log_softmax(dim=-1)
+        for position, token in enumerate(answer, start=len(request.prompt_ids) - 1):
+            found = torch.full((VOCABULARY,), math.nan)
+            for token_id, logprob in token.top:
+                found[token_id] = logprob
+            assert (found - own[position]).abs().max() < 2e-3, f"{request.request_id}, position {position}"
+            assert token.token_id == int(own[position].argmax())
+
+
+def requests_for(rng: random.Random, longest: int) -> list[EngineRequest]:
+    """Prompts of 1 to `longest` tokens, most of which begin alike; all logits are asked for, as logprobs."""
+    shared = [rng.randrange(2, VOCABULARY) for _ in range(longest)]
+    lengths = [1, 2, 15, 16, 17, 40, longest - 24, longest]
+    prompts = [
+        shared[: rng.randint(0, length)] + [rng.randrange(2, VOCABULARY) for _ in range(length)] for length in lengths
+    ]
+    return [
+        EngineRequest(f"r{index}", prompt[:length], SamplingParams(24, temperature=0.0, logprobs=VOCABULARY))
+        for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("block_size", [16, 4], ids=["kernel", "torch"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_logits_equal_the_models_own(tiny_models: TinyModels, name: str, block_size: int) -> None:
+    """In batches with chunked prefill, prefix hits and preemption."""
+    path = tiny_models.path(name)
+    core = start(path, block_size=block_size, max_num_batched_tokens=23, max_total_tokens=144, max_model_len=96)
+    requests = requests_for(random.Random(7), 70)
+    # Twice: what the first round has computed is found by the second.
+    for _ in range(2):
+        assert_equals_own_forward(path, requests, run(core, requests))
+    assert core.scheduler.preemptions > 0
+    assert core.scheduler.cached_tokens > 0
+
+
+def save(config: PretrainedConfig, folder: Path) -> str:
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "context"), [(name, 128 if name == "longrope" else 256) for name in ROPES])
+def test_scaled_rope_equals_the_models_own(name: str, context: int, tmp_path: Path) -> None:
+    """Up to the last position of the context, beside short sequences, which must not change with it."""
+    path = save(LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 10000.0, **ROPES[name]}), tmp_path)
+    plain = save(LlamaConfig(**SHAPE), tmp_path / "plain")
+    core = start(path, max_num_batched_tokens=64, max_total_tokens=1024)
+    assert core.info.max_model_len == context
+    requests = requests_for(random.Random(5), context - 24)
+    told = run(core, requests)
+    assert_equals_own_forward(path, requests, told)
+    if name != "dynamic":  # which is plain up to the length it was trained for
+        with pytest.raises(AssertionError):
+            assert_equals_own_forward(plain, requests, told)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_rope_that_follows_the_longest_sequence_ends_where_it_begins_to(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers takes the frequencies of the longest sequence of a batch for all of it."""
+    rope = {"rope_theta": 10000.0, **ROPES[name]}
+    path = save(LlamaConfig(**SHAPE, rope_parameters=rope), tmp_path)
+    context = 128 if name == "longrope" else 256
+    with pytest.raises(StartupError, match=f"--max-model-len {context + 1} exceeds .* {context} tokens"):
+        start(path, max_total_tokens=1024, max_model_len=context + 1)
+    assert start(path, max_total_tokens=1024, max_model_len=context).info.max_model_len == context
+    if name == "longrope":
+        assert "Context of 128 tokens instead of 256" in caplog.text
+
+
+@pytest.mark.parametrize(("stated", "context"), [(32, 128), (128, 128), (64, 64)])
+def test_yarn_stretches_the_context(stated: int, context: int, tmp_path: Path) -> None:
+    """A model whose settings were given YaRN by hand states the length it was trained for; others the stretched one."""
+    rope = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    config = LlamaConfig(**{**SHAPE, "max_position_embeddings": stated}, rope_parameters=rope)
+    assert start(save(config, tmp_path), max_total_tokens=1024).info.max_model_len == context
+
+
+def test_max_model_len_within_and_beyond_the_context(tiny_models: TinyModels) -> None:
+    path = tiny_models.path("llama")
+    core = start(path, max_total_tokens=1024, max_model_len=40)
+    assert core.info.max_model_len == 40
+    fits = EngineRequest("fits", [5] * 30, SamplingParams(10, temperature=0.0, logprobs=0))
+    assert len(run(core, [fits])["fits"]) == 10
+    refused = core.add(EngineRequest("long", [5] * 31, SamplingParams(10)))
+    assert refused is not None
+    assert refused.error is not None
+    assert "31 tokens" in refused.error
+    assert "(40 tokens)" in refused.error
+    with pytest.raises(StartupError, match="--max-model-len 300 exceeds the model's context of 256 tokens"):
+        start(path, max_total_tokens=1024, max_model_len=300)
+    with pytest.raises(StartupError, match="--max-model-len 0 must be at least 2"):
+        start(path, max_total_tokens=1024, max_model_len=0)

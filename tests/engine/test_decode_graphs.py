@@ -1,0 +1,144 @@
+"""Decoding over buffers that never move: the same tokens as one forward pass after the other gives."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from fastserve.engine.kernels.device_step import DeviceStep
+from fastserve.engine.runner import attention as attention_module
+from fastserve.engine.runner import runner as runner_module
+from fastserve.engine.runner.attention import PagedAttention, StepContext
+from fastserve.engine.runner.decode_graphs import DecodeGraphs, batch_sizes
+
+from .conftest import SHAPE, TinyModels
+from .test_engine_equality import EOS, Answer, collect, greedy, make_core, run
+from .triton_interpreter import DEVICES, import_kernels
+
+kernels: Any = import_kernels("triton_attention")
+
+
+class Rerun:
+    """Stands in for CUDA's graphs: calls the function again, and counts."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()
+
+        def replay() -> None:
+            self.replays += 1
+            run()
+
+        return replay
+
+
+def test_few_sizes_and_little_padding() -> None:
+    assert batch_sizes(1) == (1,)
+    assert batch_sizes(5) == (1, 2, 4, 5)
+    assert batch_sizes(64) == (1, 2, 4, 8, 16, 32, 48, 64)
+
+
+class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
+    """Takes down what a forward pass is given, and where it lies."""
+
+    def __init__(self, attention: PagedAttention) -> None:
+        super().__init__()
+        self._attention = attention
+        self.seen: list[tuple[torch.Tensor, ...]] = []
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+        step = self._attention.context
+        assert isinstance(step, DeviceStep)
+        self.seen.append((input_ids[0], position_ids[0], step.contexts, step.slots, step.block_table))
+        return types.SimpleNamespace(logits=input_ids[..., None].float())
+
+
+def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -> None:
+    attention = PagedAttention()
+    model = TellTale(attention)
+    graphs = DecodeGraphs(model, attention, Rerun(), torch.device("cpu"), max_rows=8, max_blocks=3)
+    at = {len(seen[0]): [tensor.data_ptr() for tensor in seen] for seen in model.seen}
+    assert set(at) == {1, 2, 4, 8}
+    for count in (7, 3, 1, 2):
+        numbers = np.arange(count, dtype=np.int32)
+        context = StepContext(
+            starts=numbers,
+            counts=np.ones_like(numbers),
+            positions=numbers + 16,
+            block_table=np.stack([numbers, numbers + 10], axis=1),
+            token_block=numbers + 10,
+            token_offset=numbers,
+        )
+        assert graphs.fits(context)
+        logits = graphs.run(numbers.astype(np.int64) + 100, numbers.astype(np.int64) + 16, context, block_size=16)
+        assert logits[:, 0].tolist() == (numbers + 100).tolist()
+        ids, positions, contexts, slots, table = model.seen[-1]
+        assert [tensor.data_ptr() for tensor in model.seen[-1]] == at[len(ids)]
+        assert positions[:count].tolist() == (numbers + 16).tolist()
+        assert contexts[:count].tolist() == (numbers + 17).tolist()
+        assert slots[:count].tolist() == ((numbers + 10) * 16 + numbers).tolist()
+        assert table[:count, :2].tolist() == context.block_table.tolist()
+        assert contexts[count:].tolist() == [0] * (len(ids) - count)
+        assert slots[count:].tolist() == [-1] * (len(ids) - count)
+
+
+def test_what_fits() -> None:
+    attention = PagedAttention()
+    graphs = DecodeGraphs(TellTale(attention), attention, Rerun(), torch.device("cpu"), max_rows=4, max_blocks=1)
+
+    def fits(*counts: int) -> bool:
+        numbers = np.array(counts, dtype=np.int32)
+        return graphs.fits(StepContext(numbers, numbers, numbers, numbers[:, None], numbers, numbers))
+
+    assert fits(1)
+    assert fits(1, 3)
+    assert not fits(1, 1, 3)
+    assert not fits(4, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_engine_on_graphs_equals_generate(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
+) -> None:
+    """On a GPU as it is served; on a CPU with the same kernels, interpreted, and a stand-in for the graphs."""
+    recorder = Rerun()
+
+    def record(model: torch.nn.Module, attention: PagedAttention, where: torch.device, **sizes: int) -> DecodeGraphs:
+        assert attention.takes_device_steps
+        return DecodeGraphs(model, attention, recorder, where, **sizes)
+
+    if device == "cpu":
+        monkeypatch.setattr(
+            attention_module, "_find_gpu_kernel", lambda _shapes, _dtype, where: kernels.TritonPagedAttention(where)
+        )
+        monkeypatch.setattr(runner_module, "record_decode_graphs", record)
+        monkeypatch.setattr(kernels, "_LEAST_SPLITS", 1)  # of so short contexts most would be empty
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+    config = GptOssConfig(**{**SHAPE, **small}, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    path = str(tmp_path)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    core = make_core(path, device=device, max_num_seqs=4, max_model_len=64, max_total_tokens=256)
+    recorder.replays = 0
+    lengths = {"a": (20, 3), "b": (1, 9), "late": (3, 4)}
+    prompts = {key: list(range(2, 2 + length)) for key, (length, _) in lengths.items()}
+    answers = {key: Answer() for key in lengths}
+    for key, (_, max_tokens) in lengths.items():
+        if key == "late":  # its prompt is short enough to be replayed beside the others' single tokens
+            while answers["a"].finish_reason is None:
+                collect(core, answers)
+        core.add(greedy(prompts[key], max_tokens, key))
+    run(core, answers)
+    for key, (_, max_tokens) in lengths.items():
+        assert answers[key].token_ids == tiny_models.reference(path, prompts[key], max_tokens, [EOS])
+    if device == "cpu":
+        assert recorder.replays == core.stats.steps - 1, "all steps but the first, which takes a long prompt"

@@ -1,0 +1,80 @@
+"""The Triton steps against their definition, and in the places of a model's own: interpreted on a CPU, compiled on a
+GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm, fuse_gated_mlps, fuse_norms, fuse_rotary
+
+from .conftest import CONFIGS
+from .triton_interpreter import DEVICES, import_kernels
+
+module: Any = import_kernels("triton_elementwise")
+kernels = module.TritonElementwiseKernels()
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found.double() - expected).abs().max() <= TOLERANCE[found.dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("size", [16, 100, 3000])
+def test_kernels_equal_their_definition(device: str, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(size)
+    rows = 3
+    x, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((rows, size), (size,)))
+    mean = x.double().pow(2).mean(-1, keepdim=True)
+    for offset in (0.0, 1.0):
+        expected = x.double() / (mean + 1e-5).sqrt() * (weight.double() + offset)
+        assert_equal(kernels.rms_norm(x, weight, 1e-5, offset), expected)
+
+    gate_up = (torch.randn(rows, 2 * size, device=device) * 20).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_equal(kernels.silu_and_mul(gate_up), F.silu(gate) * up)
+
+    # More heads, or longer ones, than one program takes; as attention modules have it: (tokens, heads, dim) in memory.
+    q = torch.randn(1, rows, 5, size, device=device).to(dtype).transpose(1, 2)
+    cos, sin = (torch.randn(1, rows, size, device=device).to(dtype) for _ in range(2))
+    low, high = q.double().chunk(2, dim=-1)
+    turned = torch.cat([-high, low], dim=-1)
+    found = kernels.rotary(q, cos, sin)
+    assert_equal(found, q.double() * cos.double().unsqueeze(1) + turned * sin.double().unsqueeze(1))
+    assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of numpy, which the interpreter runs on
+@pytest.mark.parametrize("device", DEVICES)
+def test_extreme_gates_do_not_overflow(device: str) -> None:
+    gate = torch.tensor([-1e30, -200.0, -90.0, -0.0, 0.0, 90.0, 200.0, 1e30] * 4, device=device)
+    found = kernels.silu_and_mul(torch.cat([gate, torch.ones_like(gate)]).unsqueeze(0))
+    assert torch.allclose(found[0], F.silu(gate))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "norms", "mlps", "rotaries"), [("qwen3", 13, 3, 3), ("gemma2", 13, 0, 3)])
+def test_they_take_the_places_of_a_models_own_parts(
+    device: str, name: str, norms: int, mlps: int, rotaries: int
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(device).eval()
+    model.requires_grad_(False)
+    original = copy.deepcopy(model)
+    fuse_gated_mlps(model, kernels)
+    assert fuse_norms(model, kernels) == norms
+    assert fuse_rotary(model, kernels) == rotaries
+    assert sum(isinstance(part, FusedGatedMLP) for part in model.modules()) == mlps
+    assert sum(isinstance(part, FusedRMSNorm) for part in model.modules()) == norms
+    tokens = torch.randint(2, 160, (1, 5), device=device)
+    expected, found = (one(input_ids=tokens, use_cache=False).logits for one in (original, model))
+    assert (expected - found).abs().max() < 1e-4 * expected.abs().max()

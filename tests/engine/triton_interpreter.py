@@ -1,0 +1,26 @@
+"""Triton's kernels on machines with and without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import pytest
+
+# tests/conftest.py sets it where there is no GPU.
+DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for a GPU here"),
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def import_kernels(name: str) -> ModuleType:
+    """A module of fastserve.engine.kernels. Skips the calling test file where the package triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed", allow_module_level=True)
+    return importlib.import_module(f"fastserve.engine.kernels.{name}")

@@ -1,0 +1,58 @@
+"""What /metrics says of the engine: names as vLLM has them, histograms as Prometheus reads them."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats, Histogram
+from fastserve.worker.admission import Admission
+from fastserve.worker.metrics import WorkerMetrics
+
+
+def read(stats: EngineStats) -> dict[str, float]:
+    metrics = WorkerMetrics()
+    metrics.watch(Admission(4, 4, lambda: 0.0), lambda: stats)
+    found = {}
+    for family in text_string_to_metric_families(metrics.exposition().decode()):
+        for sample in family.samples:
+            labels = "".join(f"|{value}" for value in sample.labels.values())
+            found[sample.name + labels] = sample.value
+    return found
+
+
+def test_the_engines_figures_stand_under_the_usual_names() -> None:
+    stats = EngineStats(
+        num_running=3, num_waiting=2, num_blocks=40, num_used_blocks=10, prompt_tokens=100, cached_tokens=64,
+        generated_tokens=50, preemptions=4, draft_tokens=9, accepted_tokens=7,
+    )  # fmt: skip
+    found = read(stats)
+    expected = {
+        "num_requests_running": 3, "num_requests_waiting": 2, "kv_cache_usage_perc": 0.25, "prompt_tokens_total": 100,
+        "prefix_cache_queries_total": 100, "prefix_cache_hits_total": 64, "generation_tokens_total": 50,
+        "num_preemptions_total": 4, "spec_decode_num_draft_tokens_total": 9, "spec_decode_num_accepted_tokens_total": 7,
+    }  # fmt: skip
+    assert {name: found[f"fastserve_engine_{name}"] for name in expected} == expected
+
+
+def test_histograms_of_steps() -> None:
+    stats = EngineStats()
+    for seconds, tokens, sequences in ((0.004, 300, 5), (0.005, 1, 1), (99.0, 100_000, 5)):
+        stats.step_seconds.add(seconds, STEP_SECONDS_BOUNDS)
+        stats.step_tokens.add(tokens, STEP_SIZE_BOUNDS)
+        stats.step_sequences.add(sequences, STEP_SIZE_BOUNDS)
+    found = read(stats)
+    name = "fastserve_engine_step_duration_seconds"
+    assert found[f"{name}_count"] == 3
+    assert found[f"{name}_sum"] == 99.009
+    assert [found[f"{name}_bucket|{bound}"] for bound in ("0.0025", "0.005", "10.0", "+Inf")] == [0, 2, 2, 3]
+    assert found["fastserve_engine_iteration_tokens_total_bucket|1.0"] == 1
+    assert found["fastserve_engine_iteration_tokens_total_bucket|512.0"] == 2
+    assert found["fastserve_engine_iteration_tokens_total_sum"] == 100_301
+    assert found["fastserve_engine_step_sequences_bucket|8.0"] == 3
+
+
+def test_an_engine_that_has_done_nothing_has_empty_histograms() -> None:
+    found = read(EngineStats())
+    assert found["fastserve_engine_step_sequences_bucket|+Inf"] == 0
+    assert found["fastserve_engine_kv_cache_usage_perc"] == 0
+    assert Histogram() == EngineStats().step_tokens
