@@ -1,10 +1,10 @@
 """The engine on one GPU beside the machine's limits and transformers' continuous batching: `python -m benchmarks.gpu`.
 
 A model of the shape of Llama 3.1 8B with random weights is written to a folder and loaded by both arms, which take
-turns. Each prefills prompts of random tokens and decodes greedily; a row is the median over the rounds. What a step must read
-at least (all weights but the embedding table, which is only looked into, and the keys and values of all contexts) over
-the memory's bandwidth is the limit of decoding; the matrix products of a prompt over the tensor cores' rate that of
-prefill. `--attention` times the attention kernel alone, beside torch's.
+turns. Each prefills prompts of random tokens and decodes greedily; a row is the median over the rounds. The limit of
+decoding is what a step must read at least (all weights but the embedding table, which is only looked into, and the keys
+and values of all contexts) over the memory's bandwidth; that of prefill is the prompt's matrix products over the tensor
+cores' rate. `--attention` times the attention kernel alone, beside torch's.
 """
 
 from __future__ import annotations

@@ -223,7 +223,8 @@ class ModelConfig:
     )
     dtype: str | None = option(
         None,
-        "dtype of weights and KV cache; unset: float32 on cpu, else the checkpoint's own (float32 becomes float16)",
+        "dtype of weights and KV cache; unset: the checkpoint's own (on a GPU, float32 becomes float16; on a CPU, what it "
+        "has no instructions for becomes float32)",
         choices=("float32", "float16", "bfloat16"),
     )
     load_8bit: bool = option(False, "8-bit weights")
@@ -265,8 +266,8 @@ class EngineOptions:
     no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings", added=True)
     speculative_method: str = option(
         "ngram",
-        "how next tokens are guessed, to be checked together where that is faster: ngram (what followed the last tokens "
-        "before), or off; answers are the same",
+        "how next tokens are guessed, to be checked together where that is faster: ngram (what followed the last "
+        "tokens before), or off; answers are the same",
         choices=("ngram", "off"),
         added=True,
     )

@@ -32,6 +32,7 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.core import EngineCore
+from fastserve.engine.kernels.build import build_ahead
 from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE, free_host_memory, is_out_of_memory
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
@@ -44,6 +45,8 @@ logger = logging.getLogger("fastserve.engine")
 
 _IDLE_REPORT_S = 1.0
 _PROGRESS_INTERVAL_S = 0.1
+_LIBRARIES_BYTES = 256 << 20
+"""Of torch and transformers."""
 
 
 class EngineLoop:
@@ -126,14 +129,21 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
     def tell(event: Event) -> None:
         socket.send(encode(event))
 
+    free = free_host_memory()
+    if free.num_bytes < _LIBRARIES_BYTES:
+        # Some of them know no other way than to abort the process.
+        tell(StartFailed(_no_memory_to_start(config, f"the libraries alone take {_LIBRARIES_BYTES / 1e6:.0f} MB")))
+        sys.exit(1)
     try:
-        # torch and transformers take seconds to import: the socket is joined before.
+        # torch and transformers take seconds to import: the socket is joined before, and a compiler runs meanwhile.
+        if config.device in (None, "cpu"):
+            build_ahead("float32", config.dtype or "bfloat16")
         from fastserve.engine.build import build_core
 
         core = build_core(config, progress)
     except (StartupError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
-            tell(StartFailed(_no_memory_to_start(config, error)))
+            tell(StartFailed(_no_memory_to_start(config, str(error))))
         elif isinstance(error, StartupError):
             tell(StartFailed(error.message))
         else:
@@ -158,11 +168,11 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         sys.exit(OUT_OF_MEMORY_EXIT_CODE)
 
 
-def _no_memory_to_start(config: EngineConfig, error: BaseException) -> str:
+def _no_memory_to_start(config: EngineConfig, reason: str) -> str:
     free = free_host_memory()
     return (
         f"Not enough memory to load the model in {config.model_dir}: {free.num_bytes / 1e6:.0f} MB are left "
-        f"{free.where} ({error}). Free memory, raise the limit, or take a smaller model or --dtype."
+        f"{free.where} ({reason}). Free memory, raise the limit, or take a smaller model or --dtype."
     )
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from fastserve.engine.kernels.paged_attention import PagedAttentionKernel
 from fastserve.engine.memory import FreeMemory, free_host_memory
 from fastserve.engine.runner.loading import LoadedModel
+from fastserve.engine.sampling.sampler import SLICE_ENTRIES
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 
@@ -31,9 +31,8 @@ _EXTRA_ENTRIES = 1 << 24
 """Of logits beyond one row for each sequence: for drafts and prompt logprobs (EngineCore bounds them so)."""
 _FIXED_BYTES = 96 << 20
 """Threads' stacks, compiled products, buffers of the messages: what grows after the start and with no size of ours."""
-_SLICE_ENTRIES = 1 << 22
-"""Of the logits that the sampler filters at once."""
-_BYTES_PER_SLICE_ENTRY = 48
+_BYTES_PER_DRAWN_ENTRY = 48
+"""Of the logits that the sampler sorts and cumulates at once."""
 _BYTES_PER_QUEUED_TOKEN = 52
 """Of a sequence that waits or runs: its number in two lists of Python, and in the runner's table."""
 _BYTES_PER_CACHED_TOKEN = 150
@@ -164,19 +163,19 @@ def _bytes_per_token(models: Sequence[LoadedModel], block_size: int) -> int:
 def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int) -> int:
     """What the largest step takes beside weights and KV cache; `longest` bounds the context of a sequence."""
     text = model.model.config.get_text_config(decoder=True)
-    size = model.dtype.itemsize
+    size: int = model.dtype.itemsize
     shapes = model.attention.shapes.values()
-    projected = max(
+    projected: int = max(
         2 * shape.num_heads * (shape.key_dim + shape.value_dim)
         + 4 * shape.num_kv_heads * (shape.key_dim + shape.value_dim)
         for shape in shapes
     )
-    hidden = text.hidden_size
+    hidden: int = text.hidden_size
     # The residual, the norms (which some models compute in float32), the inputs of the products; then the gated MLP.
-    layer = num_tokens * (8 * hidden * size + 4 * hidden * 4 + (projected + 4 * _mlp_width(text)) * size)
-    entries = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + _EXTRA_ENTRIES)
+    layer: int = num_tokens * (8 * hidden * size + 4 * hidden * 4 + (projected + 4 * _mlp_width(text)) * size)
+    entries: int = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + _EXTRA_ENTRIES)
     # As the model gives them, then in float32: a copy that is changed, one for logprobs, and these.
-    logits = entries * (size + 5 * 4) + min(entries, _SLICE_ENTRIES + text.vocab_size) * _BYTES_PER_SLICE_ENTRY
+    logits: int = entries * (size + 5 * 4) + min(entries, SLICE_ENTRIES + text.vocab_size) * _BYTES_PER_DRAWN_ENTRY
     return _FIXED_BYTES + layer + logits + _attention_bytes(model, config, num_tokens, longest)
 
 
@@ -194,12 +193,12 @@ def _mlp_width(text: PretrainedConfig) -> int:
 
 
 def _attention_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int) -> int:
-    """The kernel needs none. In torch operations the keys and values of a group of sequences are gathered, and the
+    """A kernel needs none. In torch operations the keys and values of a group of sequences are gathered, and the
     scores of a chunk of one sequence stand in float32 with their mask."""
-    if model.device.type == "cpu" and PagedAttentionKernel.load(model.dtype) is not None:
+    if model.attention.has_kernel(config.block_size, model.dtype, model.device):
         return 0
     gathered = max(longest, min(1 << 16, config.max_num_seqs * longest))
-    per_layer = max(
+    per_layer: int = max(
         shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize
         for shape in model.attention.shapes.values()
     )

@@ -23,6 +23,8 @@ class Telling:
     interval: int = 1
     """Tokens between two deltas; the first token and the end are told at once."""
     logprobs: bool = False
+    stop_token: bool = False
+    """Among the logprobs, also that of the token that ended the answer."""
     answer: bool = True
     """False: nothing but what is known of the prompt (max_tokens 0). The engine's one token is kept back."""
 
@@ -94,6 +96,8 @@ class Choice:
             self._count(1, logprobs[-1:])
         if output.finish_reason is not None:
             self._pass(self._detokenizer.finish())
+            if stopped_by_token and self._telling.stop_token:
+                self._tokens += [tell_token(self._tokenizer, entry, self._written) for entry in logprobs[-1:]]
             finish_reason = "stop" if self._stops.stopped is not None else output.finish_reason
             self._let_through(self._stops.finish())
             return self._delta(finish_reason)

@@ -217,6 +217,8 @@ class JobMaker:
             include_stop=bool(request.include_stop_str_in_output),
             interval=self._stream_interval if request.stream else _ONLY_AT_THE_END,
             logprobs=logprobs is not None,
+            # Who scores a prompt counts on one entry more than the prompt has when max_tokens is 1.
+            stop_token=logprobs is not None and isinstance(request, CompletionRequest),
             answer=request.token_limit != 0,
         )
         return Job(caller, prompts, request.num_runs, request.num_choices, telling, request.priority or 0)

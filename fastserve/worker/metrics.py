@@ -9,7 +9,6 @@ from itertools import accumulate
 from fastapi.exceptions import RequestValidationError
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats
 from fastserve.engine.contract import Histogram as EngineHistogram
@@ -149,7 +148,7 @@ class _EngineCollector(Collector):
 def _cumulative(histogram: EngineHistogram, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
     """Prometheus counts in each bucket all that is not above its bound."""
     counts = histogram.counts or [0] * (len(bounds) + 1)
-    names = [*(floatToGoString(bound) for bound in bounds), "+Inf"]
+    names = [*map(str, bounds), "+Inf"]
     return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 

@@ -22,8 +22,6 @@ from .conftest import SHAPE, TinyModels
 from .test_engine_equality import EOS, Answer, collect, greedy, make_core, run
 from .triton_interpreter import DEVICES, import_kernels
 
-kernels: Any = import_kernels("triton_attention")
-
 
 class Rerun:
     """Stands in for CUDA's graphs: calls the function again, and counts."""
@@ -110,6 +108,7 @@ def test_an_engine_on_graphs_equals_generate(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
 ) -> None:
     """On a GPU as it is served; on a CPU with the same kernels, interpreted, and a stand-in for the graphs."""
+    kernels: Any = import_kernels("triton_attention")
     recorder = Rerun()
 
     def record(model: torch.nn.Module, attention: PagedAttention, where: torch.device, **sizes: int) -> DecodeGraphs:

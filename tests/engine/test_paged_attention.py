@@ -126,6 +126,6 @@ def test_without_a_working_compiler_there_is_no_kernel(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    assert build.build_library(torch.float32) is None
+    assert build.build_library("float32") is None
     assert "slower torch operations" in caplog.text
     assert not list(tmp_path.rglob("*.so"))

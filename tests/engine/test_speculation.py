@@ -181,6 +181,22 @@ def test_speculation_never_costs_more_than_its_share(
     assert run.seconds <= 1.03 * without_s
 
 
+def test_what_was_lost_is_earned_back_before_more_is_risked() -> None:
+    """Ten steps' time or more went into wrong drafts: at 2 % of each step's time, that takes 500 steps."""
+    controller = Controller(compute_bound)
+    assert controller.num_tried(1) > 0
+    while controller.balance_s > -10 * compute_bound(1):
+        controller.learn(1, {0: (8, 0)})
+    owed = -controller.balance_s / (0.02 * compute_bound(1))
+    steps = 0
+    while controller.least_first(1, MOST) == float("inf"):
+        assert controller.num_tried(1) == 0
+        controller.learn(1, {})
+        steps += 1
+    assert steps == pytest.approx(owed, abs=2)
+    assert steps > 450
+
+
 def test_right_drafts_pay_where_tokens_are_cheap() -> None:
     for share, gain in ((1.0, 5.0), (0.8, 2.0)):
         rng = random.Random(0)

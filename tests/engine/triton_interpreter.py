@@ -20,7 +20,7 @@ DEVICES = [
 
 
 def import_kernels(name: str) -> ModuleType:
-    """A module of fastserve.engine.kernels. Skips the calling test file where the package triton is missing."""
+    """A module of fastserve.engine.kernels. Skips the calling test or test file where the package triton is missing."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the package triton is not installed", allow_module_level=True)
     return importlib.import_module(f"fastserve.engine.kernels.{name}")

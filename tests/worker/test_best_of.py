@@ -50,7 +50,7 @@ async def test_the_likeliest_per_token_are_told_best_first(
         asked = await create(model=MODEL, prompt=["x", "y"], best_of=3, max_tokens=50, logprobs=1)
         assert [choice.text for choice in asked.choices] == [tokenizer.decode(answers[1])] * 2
         assert asked.choices[1].logprobs is not None
-        assert len(asked.choices[1].logprobs.tokens or []) == 9
+        assert len(asked.choices[1].logprobs.tokens or []) == 9 + 1, "with the end token"
         chat: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
         best = await running.openai.chat.completions.create(**chat, extra_body={"best_of": 4})
         assert best.choices[0].message.content == tokenizer.decode(answers[1])

@@ -53,11 +53,12 @@ async def test_generate_is_the_last_record_and_echoes_by_default(run_worker: Run
         _, record = await running.post("/worker_generate", {"prompt": "Q", "echo": False, "stop": [",", ""]})
         assert (record["text"], record["finish_reason"]) == ("I am fine", "stop")
         _, record = await running.post("/worker_generate", {"prompt": "Q", "echo": False, "logprobs": 1})
-        assert "".join(record["logprobs"]["tokens"]) == ANSWER
+        *tokens, end = record["logprobs"]["tokens"]
+        assert ("".join(tokens), end) == (ANSWER, "<|im_end|>")
         assert len(record["logprobs"]["token_logprobs"]) == len(record["logprobs"]["text_offset"])
         _, record = await running.post("/worker_generate", {"prompt": "Q: ", "logprobs": 1})
         told = record["logprobs"]
-        assert "".join(told["tokens"]) == record["text"] == "Q: " + ANSWER
+        assert "".join(told["tokens"][:-1]) == record["text"] == "Q: " + ANSWER
         assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
         assert all(value < 0 for value in told["token_logprobs"][1:])
         params = {"prompt": "Q", "top_k": -1, "top_p": 1.0, "presence_penalty": 0.0, "best_of": None, "stop": None}

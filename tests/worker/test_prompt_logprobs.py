@@ -39,7 +39,7 @@ async def test_echo_with_logprobs_covers_prompt_and_answer(
         assert told.text_offset[answer_at] == len(PROMPT)
         for offset, token in zip(told.text_offset, told.tokens, strict=True):
             if "\ufffd" not in token:
-                assert choice.text.startswith(token, offset)
+                assert (choice.text + "<|im_end|>").startswith(token, offset)
         plain = (await running.openai.completions.create(**arguments | {"echo": False})).choices[0]
         assert plain.logprobs is not None
         assert plain.logprobs.tokens == told.tokens[answer_at:]
@@ -89,6 +89,24 @@ async def test_scoring_as_evaluation_harnesses_ask_for_it(
         if not stream:
             assert answer.usage.completion_tokens == max_tokens * len(prompts)
         assert {request.params.max_tokens for request in running.engine.requests} == {1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_token_that_ends_an_answer_has_its_entry(
+    run_worker: RunWorker, say: Say, tokenizer: Tokenizer, stream: bool
+) -> None:
+    ids = tokenizer.encode(PROMPT, add_special_tokens=False)
+    (eos,) = tokenizer.eos_token_ids
+    async with run_worker(say("")) as running:  # the first token that is drawn is the end token
+        arguments: dict[str, Any] = {"model": MODEL, "prompt": ids, "max_tokens": 1, "logprobs": 1, "stream": stream}
+        for echo in (True, False):
+            answer: Any = await running.openai.completions.create(echo=echo, **arguments)
+            (choice,) = [chunk.choices[0] async for chunk in answer] if stream else answer.choices
+            assert choice.finish_reason == "stop"
+            assert choice.text == (PROMPT if echo else "")
+            assert choice.logprobs.tokens[-1] == tokenizer.token_bytes(eos).decode()
+            assert choice.logprobs.text_offset[-1] == len(choice.text)
+            assert len(choice.logprobs.token_logprobs) == len(ids) * echo + 1
 
 
 async def test_echo_of_text_with_special_tokens(run_worker: RunWorker, say: Say, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,6 @@ headers of torch, and fits every torch.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -16,9 +15,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -35,30 +37,46 @@ _FLAGS = (
     "-fno-trapping-math",
 )
 _TIMEOUT_S = 120
-SCALARS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "_Float16"}
+SCALARS = {"float32": "float", "bfloat16": "BFloat16", "float16": "_Float16"}
 """What the kernels call a dtype."""
+_libraries: dict[str, ctypes.CDLL | None] = {}
+_building = {name: threading.Lock() for name in SCALARS}
 
 
-@functools.cache
+def build_ahead(*names: str) -> None:
+    """Begin to build the libraries of these dtypes in the background, for an engine that still imports and loads."""
+    for name in dict.fromkeys(names):
+        threading.Thread(target=_cached_library, args=(name,), daemon=True).start()
+
+
 def cpu_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for this machine's processors and a dtype, or None (with a line in the log) where they cannot be
     built. One library for each dtype: nobody waits for the compilation of what is not used."""
-    library = build_library(dtype)
+    import torch
+
+    library = _cached_library(str(dtype).removeprefix("torch."))
     if library is not None:
         library.set_threads(torch.get_num_threads())
     return library
 
 
-def build_library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The same, looked for anew."""
-    if dtype not in SCALARS:
+def _cached_library(name: str) -> ctypes.CDLL | None:
+    if name not in SCALARS:
         return None
+    with _building[name]:
+        if name not in _libraries:
+            _libraries[name] = build_library(name)
+    return _libraries[name]
+
+
+def build_library(name: str) -> ctypes.CDLL | None:
+    """The library of a dtype, looked for anew."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if not found:
         logger.warning("No C++ compiler (g++, clang++) is installed: slower torch operations are used.")
         return None
     try:
-        return ctypes.CDLL(str(_cached(dtype, shlex.split(found))))
+        return ctypes.CDLL(str(_cached(name, shlex.split(found))))
     except subprocess.CalledProcessError as error:
         logger.warning("%s does not compile here, slower torch operations are used: %s", _SOURCE.name, error.stderr)
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
@@ -66,9 +84,9 @@ def build_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return None
 
 
-def _cached(dtype: torch.dtype, compiler: list[str]) -> Path:
+def _cached(name: str, compiler: list[str]) -> Path:
     texts = [path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
-    command = [*compiler, *_FLAGS, f"-DSCALAR={SCALARS[dtype]}"]
+    command = [*compiler, *_FLAGS, f"-DSCALAR={SCALARS[name]}"]
     parts = [*texts, " ".join(command).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

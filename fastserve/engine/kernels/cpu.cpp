@@ -34,6 +34,15 @@ void rotary(const Scalar* x, const Scalar* cos, const Scalar* sin, Scalar* out, 
     rotate_of(x, cos, sin, out, tokens, heads, dim, token_stride, head_stride);
 }
 
+// Whether the tiles of linear.h fit this processor's registers. Where they do not, oneDNN is faster.
+int has_fast_products() {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // How many inputs of an output lie side by side in a packed weight: `in` must be a multiple of it.
 int pair() { return PAIR<Scalar>; }
 

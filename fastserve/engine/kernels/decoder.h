@@ -32,6 +32,7 @@ struct Decoder {
 // Activations of a step, for as many tokens as it may have.
 struct Workspace {
     void *hidden;      // [tokens][hidden] the residual stream
+    void *kept;        // [tokens][max(hidden, heads * head dim)] rows that the last layer goes on with
     void *normed;      // [tokens][max(hidden, heads * head dim)]
     void *query;       // [tokens][heads * head dim]
     void *key, *value; // [tokens][KV heads * head dim]
@@ -43,7 +44,7 @@ class Run {
   public:
     Run(Team& team, const Decoder& model, const Step& step, const Workspace& space, const int64_t* tokens,
         const int64_t* positions, const int64_t* wanted, int64_t num_wanted, float* logits)
-        : team(team), m(model), step(step), hidden((T*)space.hidden), normed((T*)space.normed), query((T*)space.query),
+        : team(team), m(model), step(step), hidden((T*)space.hidden), kept((T*)space.kept), normed((T*)space.normed), query((T*)space.query),
           key((T*)space.key), value((T*)space.value), inner((T*)space.inner), tokens(tokens), positions(positions),
           wanted(wanted), num_wanted(num_wanted), logits(logits), rows(step.tokens) {}
 
@@ -52,6 +53,9 @@ class Run {
         for (int64_t i = 0; i < m.num_layers; ++i) {
             const DecoderLayer& layer = m.layers[i];
             attention(layer);
+            // Beyond the keys and values of the last layer, only what is drawn from matters.
+            if (i + 1 == m.num_layers) keep_wanted();
+            add(query, layer.output, layer.attention_out_norm);
             mlp(layer);
         }
         head();
@@ -61,11 +65,11 @@ class Run {
     Team& team;
     const Decoder& m;
     const Step& step;
-    T *hidden, *normed, *query, *key, *value, *inner;
+    T *hidden, *kept, *normed, *query, *key, *value, *inner;
     const int64_t *tokens, *positions, *wanted;
     const int64_t num_wanted;
     float* logits;
-    const int64_t rows;
+    int64_t rows;
 
     void embed() {
         const float scale = m.embedding_scale;
@@ -128,13 +132,23 @@ class Run {
             store_token<T>(step, pages, r);
         });
         attend_all<T>(team, step, pages);
-        add(normed_to_query(), layer.output, layer.attention_out_norm);
+        // The output lies where a norm after it would write, so it changes places with the queries.
+        std::swap(normed, query);
     }
 
-    // The output of attention lies where the norm after it would write, so it changes places with the queries.
-    const T* normed_to_query() {
-        std::swap(normed, query);
-        return query;
+    void keep_wanted() {
+        const int64_t Q = m.heads * m.head_dim;
+        rows = num_wanted;
+        // Rows may be wanted in any order, so none is written where another is still to be read.
+        keep(query, Q);
+        std::swap(query, kept);
+        keep(hidden, m.hidden);
+        std::swap(hidden, kept);
+    }
+
+    void keep(const T* from, int64_t size) {
+        team.share(rows, rows_at_once(size),
+                   [&](int64_t i) { std::memcpy((void*)(kept + i * size), from + wanted[i] * size, size * sizeof(T)); });
     }
 
     void turn(T* x, int64_t heads, const void* norm, int64_t norm_size, const DecoderLayer& layer, int64_t r) {
@@ -161,7 +175,7 @@ class Run {
 
     void head() {
         team.share(num_wanted, rows_at_once(m.hidden), [&](int64_t i) {
-            norm_row(hidden + wanted[i] * m.hidden, (const T*)m.norm, normed + i * m.hidden, m.hidden, m.eps, m.norm_offset);
+            norm_row(hidden + i * m.hidden, (const T*)m.norm, normed + i * m.hidden, m.hidden, m.eps, m.norm_offset);
         });
         const float cap = m.logit_softcap;
         products(team, normed, m.hidden, num_wanted, &m.head, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {

@@ -39,7 +39,7 @@ class DecoderStruct(ctypes.Structure):
 
 
 class _Workspace(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("hidden", "normed", "query", "key", "value", "inner")]
+    _fields_ = [(name, c_void_p) for name in ("hidden", "kept", "normed", "query", "key", "value", "inner")]
 
 
 class DecoderKernel:
@@ -82,6 +82,6 @@ class DecoderKernel:
         self._rows = rows
         queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
         widest = max(model.hidden, queries)
-        sizes = (model.hidden, widest, widest, keys, keys, model.intermediate)
+        sizes = (widest, widest, widest, widest, keys, keys, model.intermediate)
         self._activations = []  # the old ones go before the new ones come
         self._activations = [torch.empty(rows * size, dtype=self._dtype) for size in sizes]

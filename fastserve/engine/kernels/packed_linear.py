@@ -28,11 +28,13 @@ class PackedLinearKernel:
 
     @classmethod
     def load(cls, dtype: torch.dtype) -> PackedLinearKernel | None:
+        """None where there is no such kernel, or none that is faster than oneDNN."""
         library = cpu_library(dtype)
-        return None if library is None else cls(library)
+        return None if library is None or not library.has_fast_products() else cls(library)
 
     def supports(self, weight: torch.Tensor) -> bool:
-        return weight.device.type == "cpu" and weight.dim() == 2 and weight.shape[1] % self._library.pair() == 0
+        pair: int = self._library.pair()
+        return weight.device.type == "cpu" and weight.dim() == 2 and int(weight.shape[1]) % pair == 0
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
         """`weight` (out, in) in the kernel's layout, as a flat tensor; into `packed` when that is given."""

@@ -110,6 +110,14 @@ class PagedAttention:
         size: int = dtype.itemsize
         return elements * size
 
+    def has_kernel(self, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `allocate` will find one; the form in torch operations takes memory for what it gathers."""
+        shapes = self.shapes.values()
+        return (
+            _find_gpu_kernel(shapes, dtype, device) is not None
+            or _find_kernel(shapes, block_size, dtype, device) is not None
+        )
+
     def allocate(
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, *, use_kernel: bool = True
     ) -> None:

@@ -5,8 +5,8 @@ they need to run. So the forward pass is recorded for some batch sizes over buff
 buffers, replays the next larger recording, and reads as many rows of the logits as it has. Rows that only pad the batch
 look at no pages and write none.
 
-A sequence with a few new tokens (drafts of speculation, the end of a prompt) is taken as so many sequences over the same
-pages: each layer stores the keys and values of all rows before any of them looks.
+A sequence with a few new tokens (drafts of speculation, the end of a prompt) is taken as so many sequences over the
+same pages: each layer stores the keys and values of all rows before any of them looks.
 """
 
 from __future__ import annotations
@@ -153,14 +153,17 @@ class _Inputs:
         # New each time, from torch's cache of pinned memory: the last step's may still be on its way.
         pinned = self._packed.device.type == "cuda"
         staging = torch.zeros(6 * self._size, dtype=torch.int32, pin_memory=pinned)
-        to = [part.numpy() for part in _parts(staging, self._size)]
-        to[3].fill(-1)
-        for part, array in zip(to, (ids, positions, contexts, slots), strict=True):
-            part[: len(array)] = array
+        count = len(ids)
+        to_ids, to_positions, to_contexts, to_slots = (part.numpy() for part in _parts(staging, self._size))
+        to_ids[:count] = ids
+        to_positions[:count] = positions
+        to_contexts[:count] = contexts
+        to_slots[:count] = slots
+        to_slots[count:] = -1
         self._packed.copy_(staging, non_blocking=True)
         table = torch.empty(block_table.shape, dtype=torch.int32, pin_memory=pinned)
         table.numpy()[...] = block_table
-        self._table[: len(ids), : block_table.shape[1]].copy_(table, non_blocking=True)
+        self._table[:count, : block_table.shape[1]].copy_(table, non_blocking=True)
 
 
 def _parts(packed: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:

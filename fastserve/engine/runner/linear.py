@@ -70,7 +70,8 @@ class GroupedWeight:
         kernel = PackedLinearKernel.load(weight.dtype)
         if kernel is None or not kernel.supports(weight):
             return None
-        return cls(kernel.pack(weight), *weight.shape, kernel)
+        out, width = weight.shape
+        return cls(kernel.pack(weight), out, width, kernel)
 
     def struct(self, bias: torch.Tensor | None) -> WeightStruct:
         """What kernels are told of it. It stays where it is as long as this object lives, also when it is set."""
@@ -90,7 +91,9 @@ class GroupedWeight:
             return _Rows(self, rows)
         width = self._shape[1]
         stop = -(-rows.stop // LANES) * LANES
-        return GroupedWeight(self._packed[rows.start * width : stop * width], rows.stop - rows.start, width, self._kernel)
+        return GroupedWeight(
+            self._packed[rows.start * width : stop * width], rows.stop - rows.start, width, self._kernel
+        )
 
 
 class OneDnnWeight:

@@ -136,10 +136,16 @@ def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
 def _choose_dtype(name: str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
     if name is not None:
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cpu":
-        return torch.float32
     stored = getattr(config, "dtype", None)
+    if device.type == "cpu":
+        return torch.bfloat16 if stored is torch.bfloat16 and _multiplies_bfloat16() else torch.float32
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; without them float32 is faster, for twice the memory."""
+    has_avx512, has_amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+    return bool(has_avx512 or has_amx)
 
 
 def _refuse_unpageable(config: PretrainedConfig) -> None:

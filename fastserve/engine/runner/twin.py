@@ -82,4 +82,5 @@ def _num_layers(config: PretrainedConfig) -> int:
     """Enough to have one of each type."""
     types = getattr(config, "layer_types", None) or []
     needed = max((types.index(kind) + 1 for kind in set(types)), default=2)
-    return min(config.num_hidden_layers, max(2, min(needed, _MOST_LAYERS)))
+    most: int = config.num_hidden_layers
+    return min(most, max(2, min(needed, _MOST_LAYERS)))

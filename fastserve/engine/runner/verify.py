@@ -60,7 +60,13 @@ def verify(
 
 
 def difference(
-    reference: Reference, runner: ModelRunner, *, block_size: int, num_blocks: int, max_num_seqs: int, max_model_len: int
+    reference: Reference,
+    runner: ModelRunner,
+    *,
+    block_size: int,
+    num_blocks: int,
+    max_num_seqs: int,
+    max_model_len: int,
 ) -> float | None:
     """The largest difference of the engine's logits from the reference, in standard deviations of the logits; None when
     none of its prompts fits the sizes."""

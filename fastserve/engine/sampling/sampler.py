@@ -15,6 +15,9 @@ from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.sampling import bias, filters, logprobs, noise, penalties, typical
 from fastserve.engine.sampling.row import SamplingRow
 
+SLICE_ENTRIES = 1 << 22
+"""Of the logits that are drawn from at once."""
+
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
     """Draw a token for each row of `logits` (rows, vocabulary)."""
@@ -29,9 +32,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int]
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0 and row.params.top_k != 1]
     for plain in (True, False):
         some = [index for index in drawn if _is_unfiltered(rows[index].params) is plain]
-        if some:
-            choose = _draw if plain else _draw_filtered
-            token_ids[some] = choose(logits[some], [rows[index] for index in some])
+        choose = _draw if plain else _draw_filtered
+        # Sorting and cumulating keep several copies of what they work on, so that is bounded.
+        size = max(1, SLICE_ENTRIES // logits.shape[1])
+        for part in (some[begin : begin + size] for begin in range(0, len(some), size)):
+            token_ids[part] = choose(logits[part], [rows[index] for index in part])
     found: list[TokenLogprob | None] = [None] * len(rows)
     if wanted:
         counts = [rows[index].params.logprobs or 0 for index in wanted]

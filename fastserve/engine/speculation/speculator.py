@@ -61,6 +61,8 @@ class Speculator:
             return {}
         num_sequences = len(sequences)
         least_first = self._controller.least_first(num_sequences, min(self._most, budget))
+        if least_first > 1:
+            return self._try_one(sequences, limits, budget)
         offers: list[Offer] = []
         drafts: dict[int, list[int]] = {}
         for sequence, limit in zip(sequences, limits, strict=True):
