@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 
 MODEL = "m"
+OURS = "fastserve"
 START_TIMEOUT_S = 300.0
 LOAD_TIMEOUT_S = 900.0
 
@@ -78,11 +79,19 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def make_arms(args: argparse.Namespace) -> list[Arm]:
+def our_worker(args: argparse.Namespace, speculative_method: str) -> tuple[list[str], int]:
+    """A worker that sends a chunk for each token, as the peers do."""
     port = free_port()
-    ours = [sys.executable, "-m", "fastserve.model_worker", "--model-path", args.model, "--model-names", MODEL]
-    ours += ["--dtype", args.dtype, "--port", str(port), "--no-register", "--max-total-tokens", "32768", *args.ours]
-    arms = [Arm("fastserve", ours, port)]
+    command = [sys.executable, "-m", "fastserve.model_worker", "--model-path", args.model, "--model-names", MODEL]
+    command += ["--dtype", args.dtype, "--port", str(port), "--no-register", "--max-total-tokens", "32768"]
+    command += ["--stream-interval", "1", "--speculative-method", speculative_method, *args.ours]
+    return command, port
+
+
+def make_arms(args: argparse.Namespace) -> list[Arm]:
+    arms = [Arm(OURS, *our_worker(args, "off"))]
+    if args.speculation:
+        arms.append(Arm(f"{OURS}, n-gram", *our_worker(args, "ngram")))
     if args.llama_server:
         port = free_port()
         command = [args.llama_server, "-m", args.gguf, "-t", str(os.cpu_count()), "-np", "32", "-c", "98304", "-cb"]
@@ -180,12 +189,12 @@ def print_table(arms: list[Arm], rows: list[Load], found: dict[tuple[str, str], 
     print("|---|" + "---|" * len(arms))
     for title in titles:
         cells = []
-        ours = statistics.median(found["fastserve", title])
+        ours = statistics.median(found[OURS, title])
         for arm in arms:
             values = found[arm.name, title]
             middle = statistics.median(values)
             cell = f"{middle:.4g} ({min(values):.4g}..{max(values):.4g})"
-            if arm.name != "fastserve":
+            if arm.name != OURS:
                 word = "of its" if title in lower or title in titles[-2:] else "x"
                 cell += f", fastserve {ours / middle:.2f} {word}"
             cells.append(cell)
@@ -201,6 +210,7 @@ def main() -> None:
     parser.add_argument("--llama-server", help="program of llama.cpp's server")
     parser.add_argument("--gguf", help="the model converted for llama.cpp, in the same dtype")
     parser.add_argument("--vllm", help="vLLM's program")
+    parser.add_argument("--speculation", action="store_true", help="a second arm of ours, with speculation")
     parser.add_argument("--ours", nargs="*", default=[], help="more flags for fastserve's worker")
     args = parser.parse_args()
     # An end from outside must not leave servers behind: it unwinds `serving`.
