@@ -217,9 +217,9 @@ class ModelConfig:
     revision: str = option("main", "revision on the Hugging Face hub")
     device: str | None = option(None, "device; found when not given", choices=("cpu", "cuda", "mps", "xpu", "npu"))
     gpus: str | None = option(None, "GPU ids to use, such as 1 or 0,2")
-    num_gpus: int = option(1, "number of GPUs to spread the model over")
+    num_gpus: int = option(1, "number of GPUs to spread the model's layers over")
     max_gpu_memory: str | None = option(
-        None, "of memory per GPU for the weights, such as 13GiB; used with several GPUs only"
+        None, "most weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only"
     )
     dtype: str | None = option(
         None,
@@ -228,7 +228,10 @@ class ModelConfig:
         choices=("float32", "float16", "bfloat16"),
     )
     load_8bit: bool = option(False, "8-bit weights")
-    cpu_offloading: bool = option(False, "with 8-bit weights: keep what does not fit on the CPU")
+    cpu_offloading: bool = option(
+        False,
+        "keep layers that the GPUs do not hold in the machine's memory, then on disk, and compute them on the CPU",
+    )
     gptq_ckpt: str | None = option(None, "path of a GPTQ checkpoint")
     gptq_wbits: int = option(16, "GPTQ bits; 16 is off", choices=(2, 3, 4, 8, 16))
     gptq_groupsize: int = option(-1, "GPTQ group size; -1 is a full row")

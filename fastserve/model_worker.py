@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastserve.config import WorkerConfig, parse_config
 from fastserve.engine.contract import Engine
+from fastserve.engine.devices import read_gpu_memory
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.serving import advertised_address, bind, run_entry, serve
@@ -81,6 +82,9 @@ def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
             model_dir=str(model_dir),
             device=config.device,
             dtype=config.dtype,
+            num_gpus=config.num_gpus,
+            max_gpu_memory=None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory),
+            cpu_offloading=config.cpu_offloading,
             max_model_len=config.max_model_len,
             max_total_tokens=config.max_total_tokens,
             gpu_memory_utilization=config.gpu_memory_utilization,

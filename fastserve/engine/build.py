@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 from fastserve.engine.contract import EngineInfo, SamplingParams
 from fastserve.engine.core import EngineCore, Executor
+from fastserve.engine.devices import Spread
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.runner.loading import LoadedModel, Progress, load_model
+from fastserve.engine.runner.placement import find_placement
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 from fastserve.engine.runner.twin import twin_agrees
 from fastserve.engine.runner.verify import verify
@@ -35,7 +37,8 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
             f"--num-speculative-tokens {config.num_speculative_tokens} must be at least 1; "
             "--speculative-method off turns speculation off."
         )
-    loaded = _load(config, config.model_dir, progress)
+    spread = Spread(config.num_gpus, config.max_gpu_memory, config.cpu_offloading)
+    loaded = _load(config, config.model_dir, progress, spread)
     draft = _load_draft(config, loaded, progress)
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
     num_blocks, max_model_len = sizes.num_blocks, sizes.max_model_len
@@ -49,7 +52,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     info = EngineInfo(
         model_path=config.model_dir,
         architecture=type(loaded.model).__name__,
-        device=str(loaded.device),
+        device=", ".join(map(str, loaded.devices)),
         dtype=str(loaded.dtype).removeprefix("torch."),
         vocab_size=_vocab_size(loaded),
         max_model_len=max_model_len,
@@ -70,9 +73,14 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     )
 
 
-def _load(config: EngineConfig, model_dir: str, progress: Progress) -> LoadedModel:
+def _load(config: EngineConfig, model_dir: str, progress: Progress, spread: Spread) -> LoadedModel:
     loaded = load_model(
-        model_dir, config.device, config.dtype, trust_remote_code=config.trust_remote_code, progress=progress
+        model_dir,
+        config.device,
+        config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+        find_places=lambda model, device: find_placement(model, device, spread, config.gpu_memory_utilization),
     )
     if config.debug:
         logger.info("%s", loaded.model)
@@ -87,7 +95,8 @@ def _load(config: EngineConfig, model_dir: str, progress: Progress) -> LoadedMod
 def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -> LoadedModel | None:
     if config.speculative_model_dir is None:
         return None
-    draft = _load(config, config.speculative_model_dir, progress)
+    # A draft model is small, and pays by being fast: it stays whole.
+    draft = _load(config, config.speculative_model_dir, progress, Spread())
     require_same_vocabulary(config.model_dir, config.speculative_model_dir, _vocab_size(loaded), _vocab_size(draft))
     return draft
 

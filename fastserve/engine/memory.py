@@ -6,7 +6,9 @@ of the process (RLIMIT_AS, RLIMIT_DATA) counts pages that are promised and not y
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,3 +145,10 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the C library keeps of freed memory: after loading, as much as a part of the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -11,6 +11,10 @@ class EngineConfig(msgspec.Struct, frozen=True):
     model_dir: str
     device: str | None = None
     dtype: str | None = None
+    num_gpus: int = 1
+    max_gpu_memory: int | None = None
+    """bytes"""
+    cpu_offloading: bool = False
     max_model_len: int | None = None
     max_total_tokens: int | None = None
     gpu_memory_utilization: float = 0.9

@@ -1,4 +1,5 @@
-"""How large everything may be: the KV cache takes the memory that the largest step and the books leave.
+"""How large everything may be: the KV cache takes the memory that the largest step and the books leave. Of a model on
+several devices, each has the pages of its own layers, and the least of what they afford is the number of blocks.
 
 Each share is an upper bound told in advance, because what is found out later is found out by being killed. So the sizes
 are a promise: an engine at its limits, with every block in use and its largest step running, stays within the memory
@@ -38,6 +39,8 @@ _BYTES_PER_QUEUED_TOKEN = 52
 _BYTES_PER_CACHED_TOKEN = 150
 """Of a token in the KV cache: its part in the key of its block, and in the index that drafts are looked up in."""
 _BYTES_PER_BLOCK = 600
+_NO_BOUND = 1 << 60
+"""tokens"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +50,54 @@ class Sizes:
     max_num_batched_tokens: int
 
 
+@dataclass(slots=True)
+class _Room:
+    """The memory of one device, for the KV cache of the layers that live there."""
+
+    device: torch.device
+    free: FreeMemory
+    allowed: int
+    per_token: int
+    others: int = 0
+
+    def affords(self, num_bytes: int) -> int:
+        """Tokens. A device without layers sets no bound."""
+        return max(0, num_bytes) // self.per_token if self.per_token else _NO_BOUND
+
+    def num_tokens(self) -> int:
+        room = self.allowed - self.others
+        if self.device.type == "cpu":
+            room = min(room, int(self.allowed * _CPU_SHARE))
+        return self.affords(room) if room > 0 else 0
+
+
 def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
     """Sizes for `models`, the first of which is served; others (a draft model) have the same blocks.
 
     Raises StartupError when a flag cannot be honoured, or when memory does not suffice for the smallest sizes.
     """
     _check_flags(config, models[0])
-    device = models[0].device
-    tokens = config.max_num_batched_tokens or _BATCHED_TOKENS[device.type == "cpu"]
+    devices = list(dict.fromkeys(device for model in models for device in model.devices))
+    on_cpu = any(device.type == "cpu" for device in devices)
+    tokens = config.max_num_batched_tokens or _BATCHED_TOKENS[on_cpu]
     context = config.max_model_len or models[0].context_length
-    per_token = _bytes_per_token(models, config.block_size)
-    free = _free_memory(device)
-    allowed = _allowed_bytes(device, free, config.gpu_memory_utilization)
+    rooms = [_find_room(config, models, device) for device in devices]
     # No sequence is longer than the cache, so a cache that is small makes small tables too.
-    longest = min(context, config.max_total_tokens or max(1, allowed // per_token))
-    others = max(step_bytes(model, config, tokens, longest) for model in models)
-    others += config.max_num_seqs * longest * _BYTES_PER_QUEUED_TOKEN if device.type == "cpu" else 0
+    cached = config.max_total_tokens or max(1, min(room.affords(room.allowed) for room in rooms))
+    longest = min(context, cached)
+    for room in rooms:
+        room.others = _other_bytes(config, models, room.device, tokens, longest)
+    tightest = min(rooms, key=_Room.num_tokens)
     if config.max_total_tokens is None:
-        room = allowed - others
-        if device.type == "cpu":
-            room = min(room, int(allowed * _CPU_SHARE))
         # More than every sequence at its longest is never used.
-        total_tokens = min(max(0, room) // per_token, config.max_num_seqs * context)
+        total_tokens = min(tightest.num_tokens(), config.max_num_seqs * context)
     else:
         total_tokens = config.max_total_tokens
-        if total_tokens * per_token + others > free.num_bytes:
-            raise StartupError(
-                f"--max-total-tokens {total_tokens} takes {_megabytes(total_tokens * per_token)} for the KV cache, and "
-                f"the largest step takes {_megabytes(others)}; {_megabytes(free.num_bytes)} are free {free.where}. "
-                "Lower it, or leave it away to have it found."
-            )
+        for room in rooms:
+            _require_room(room, total_tokens)
     num_blocks = total_tokens // config.block_size
     if num_blocks < 2:
-        raise StartupError(_too_small(config, free, allowed, others, per_token))
+        raise StartupError(_too_small(config, tightest))
     capacity = num_blocks * config.block_size
     if context > capacity:
         if config.max_model_len is not None:
@@ -89,10 +107,12 @@ def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
             )
         logger.warning("Context shortened from %d to %d tokens: the KV cache holds no more.", context, capacity)
         context = capacity
-    logger.info(
-        "KV cache of %d tokens (%s); %s are kept for the largest step of %d tokens; %s are free %s",
-        capacity, _megabytes(capacity * per_token), _megabytes(others), tokens, _megabytes(free.num_bytes), free.where,
-    )  # fmt: skip
+    for room in rooms:
+        logger.info(
+            "KV cache of %d tokens (%s); %s are kept for the largest step of %d tokens; %s are free %s",
+            capacity, _megabytes(capacity * room.per_token), _megabytes(room.others), tokens,
+            _megabytes(room.free.num_bytes), room.free.where,
+        )  # fmt: skip
     return Sizes(context, num_blocks, tokens)
 
 
@@ -118,15 +138,39 @@ def _check_flags(config: EngineConfig, model: LoadedModel) -> None:
         )
 
 
-def _too_small(config: EngineConfig, free: FreeMemory, allowed: int, others: int, per_token: int) -> str:
+def _find_room(config: EngineConfig, models: Sequence[LoadedModel], device: torch.device) -> _Room:
+    free = _free_memory(device)
+    allowed = _allowed_bytes(device, free, config.gpu_memory_utilization)
+    return _Room(device, free, allowed, _bytes_per_token(models, config.block_size, device))
+
+
+def _other_bytes(
+    config: EngineConfig, models: Sequence[LoadedModel], device: torch.device, tokens: int, longest: int
+) -> int:
+    """Of a device, beside weights and KV cache."""
+    others = max(step_bytes(model, config, tokens, longest, device) for model in models)
+    return others + (config.max_num_seqs * longest * _BYTES_PER_QUEUED_TOKEN if device.type == "cpu" else 0)
+
+
+def _require_room(room: _Room, total_tokens: int) -> None:
+    if total_tokens * room.per_token + room.others > room.free.num_bytes:
+        raise StartupError(
+            f"--max-total-tokens {total_tokens} takes {_megabytes(total_tokens * room.per_token)} for the KV cache, "
+            f"and the largest step takes {_megabytes(room.others)}; {_megabytes(room.free.num_bytes)} are free "
+            f"{room.free.where}. Lower it, or leave it away to have it found."
+        )
+
+
+def _too_small(config: EngineConfig, room: _Room) -> str:
     if config.max_total_tokens is not None:
         return (
             f"--max-total-tokens {config.max_total_tokens} must be at least two blocks of {config.block_size} tokens."
         )
     return (
-        f"Not enough memory: {_megabytes(free.num_bytes)} are free {free.where}, of which --gpu-memory-utilization "
-        f"{config.gpu_memory_utilization} allows {_megabytes(allowed)}; the largest step takes {_megabytes(others)}, "
-        f"and a block of the KV cache {_megabytes(per_token * config.block_size)}. Free memory, or lower "
+        f"Not enough memory: {_megabytes(room.free.num_bytes)} are free {room.free.where}, of which "
+        f"--gpu-memory-utilization {config.gpu_memory_utilization} allows {_megabytes(room.allowed)}; the largest step "
+        f"takes {_megabytes(room.others)}, and a block of the KV cache "
+        f"{_megabytes(room.per_token * config.block_size)}. Free memory, or lower "
         "--max-num-seqs, --max-num-batched-tokens or --max-model-len."
     )
 
@@ -137,7 +181,7 @@ def _megabytes(num_bytes: int) -> str:
 
 def _free_memory(device: torch.device) -> FreeMemory:
     if device.type == "cuda":
-        return FreeMemory(torch.cuda.mem_get_info(device)[0], "on the GPU")
+        return FreeMemory(torch.cuda.mem_get_info(device)[0], f"on the GPU {device}")
     if device.type == "xpu":
         return FreeMemory(torch.xpu.mem_get_info(device)[0], "on the GPU")
     return free_host_memory()
@@ -152,31 +196,39 @@ def _allowed_bytes(device: torch.device, free: FreeMemory, utilization: float) -
     return int(free.num_bytes * utilization)
 
 
-def _bytes_per_token(models: Sequence[LoadedModel], block_size: int) -> int:
-    """Of the KV cache, and on a CPU of the books about it, which lie in the same memory."""
-    pages = sum(model.attention.bytes_per_token(model.dtype) for model in models)
-    if models[0].device.type != "cpu":
+def _bytes_per_token(models: Sequence[LoadedModel], block_size: int, device: torch.device) -> int:
+    """Of the KV cache of the layers there, and on a CPU of the books about it, which lie in the same memory."""
+    pages = sum(model.attention.bytes_per_token(model.dtype, device) for model in models)
+    if device.type != "cpu":
         return pages
     return pages + _BYTES_PER_CACHED_TOKEN + -(-_BYTES_PER_BLOCK // block_size)
 
 
-def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int) -> int:
-    """What the largest step takes beside weights and KV cache; `longest` bounds the context of a sequence."""
+def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int, device: torch.device) -> int:
+    """What the largest step takes of a device beside weights and KV cache; `longest` bounds the context of a
+    sequence."""
+    if device not in model.devices:
+        return 0
     text = model.model.config.get_text_config(decoder=True)
     size: int = model.dtype.itemsize
-    shapes = model.attention.shapes.values()
     projected: int = max(
-        2 * shape.num_heads * (shape.key_dim + shape.value_dim)
-        + 4 * shape.num_kv_heads * (shape.key_dim + shape.value_dim)
-        for shape in shapes
+        (
+            2 * shape.num_heads * (shape.key_dim + shape.value_dim)
+            + 4 * shape.num_kv_heads * (shape.key_dim + shape.value_dim)
+            for shape in model.attention.shapes_on(device)
+        ),
+        default=0,
     )
     hidden: int = text.hidden_size
     # The residual, the norms (which some models compute in float32), the inputs of the products; then the gated MLP.
     layer: int = num_tokens * (8 * hidden * size + 4 * hidden * 4 + (projected + 4 * _mlp_width(text)) * size)
     entries: int = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + _EXTRA_ENTRIES)
-    # As the model gives them, then in float32: a copy that is changed, one for logprobs, and these.
-    logits: int = entries * (size + 5 * 4) + min(entries, SLICE_ENTRIES + text.vocab_size) * _BYTES_PER_DRAWN_ENTRY
-    return _FIXED_BYTES + layer + logits + _attention_bytes(model, config, num_tokens, longest)
+    # As the model gives them, wherever its head is.
+    logits: int = entries * size
+    if device == model.device:
+        # Then in float32: a copy that is changed, one for logprobs, and these.
+        logits += entries * 5 * 4 + min(entries, SLICE_ENTRIES + text.vocab_size) * _BYTES_PER_DRAWN_ENTRY
+    return _FIXED_BYTES + layer + logits + _attention_bytes(model, config, num_tokens, longest, device)
 
 
 def _mlp_width(text: PretrainedConfig) -> int:
@@ -192,16 +244,18 @@ def _mlp_width(text: PretrainedConfig) -> int:
     return int(max(dense, chosen * routed))
 
 
-def _attention_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int) -> int:
+def _attention_bytes(
+    model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int, device: torch.device
+) -> int:
     """A kernel needs none. In torch operations the keys and values of a group of sequences are gathered, and the
     scores of a chunk of one sequence stand in float32 with their mask."""
-    if model.attention.has_kernel(config.block_size, model.dtype, model.device):
+    shapes = model.attention.shapes_on(device)
+    if not shapes or model.attention.has_kernel(config.block_size, model.dtype, device):
         return 0
     gathered = max(longest, min(1 << 16, config.max_num_seqs * longest))
     per_layer: int = max(
-        shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize
-        for shape in model.attention.shapes.values()
+        shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize for shape in shapes
     )
-    heads = max(shape.num_heads for shape in model.attention.shapes.values())
+    heads = max(shape.num_heads for shape in shapes)
     scores = max(num_tokens * longest, gathered) * heads * 4
     return 2 * gathered * per_layer + 3 * scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastserve.config import WorkerConfig
+from fastserve.engine.devices import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.errors import StartupError
 
 Refusal = tuple[Callable[[WorkerConfig], bool], str]
@@ -13,12 +14,7 @@ _LATER = "is not available in this version of fastserve"
 
 REFUSALS: Sequence[Refusal] = (
     (lambda c: c.device == "npu", f"--device npu {_LATER}: choose cpu, cuda, mps or xpu."),
-    (
-        lambda c: c.num_gpus > 1,
-        f"--num-gpus greater than 1 {_LATER}: start one worker for each GPU, under one model name.",
-    ),
     (lambda c: c.load_8bit, f"--load-8bit {_LATER}: leave it out to load the weights as they are."),
-    (lambda c: c.cpu_offloading, f"--cpu-offloading {_LATER}: leave it out, and choose a model that fits the device."),
     (
         lambda c: c.gptq_wbits != 16 or c.gptq_ckpt is not None or c.gptq_act_order or c.gptq_groupsize != -1,
         f"GPTQ (--gptq-ckpt, --gptq-wbits, --gptq-groupsize, --gptq-act-order) {_LATER}: use the model's unquantised "
@@ -51,8 +47,7 @@ REFUSALS: Sequence[Refusal] = (
 
 def refuse_unavailable(config: WorkerConfig) -> None:
     """Raises StartupError for the first flag that nothing stands behind yet, and for GPUs that do not add up."""
-    if config.gpus is not None and len([gpu for gpu in config.gpus.split(",") if gpu.strip()]) < config.num_gpus:
-        raise StartupError(f"Larger --num-gpus ({config.num_gpus}) than --gpus {config.gpus}!")
+    _refuse_gpus(config)
     for asked, sentence in REFUSALS:
         if asked(config):
             raise StartupError(sentence)
@@ -70,3 +65,16 @@ def refuse_unavailable(config: WorkerConfig) -> None:
     ):
         if value is not None and value < least:
             raise StartupError(f"{flag} {value} is too small: the least is {least}.")
+
+
+def _refuse_gpus(config: WorkerConfig) -> None:
+    """What the flags alone tell; the engine looks at the machine's devices, and at that which it found when no flag
+    names one."""
+    if config.gpus is not None:
+        refuse_gpu_ids(config.gpus)
+        if len(config.gpus.split(",")) < config.num_gpus:
+            raise StartupError(f"Larger --num-gpus ({config.num_gpus}) than --gpus {config.gpus}!")
+    if config.max_gpu_memory is not None:
+        read_gpu_memory(config.max_gpu_memory)
+    if config.device != "npu":
+        refuse_spread(config.device or "cuda", Spread(config.num_gpus, cpu_offloading=config.cpu_offloading))

@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
-from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm, fuse_gated_mlps, fuse_norms, fuse_rotary
+from fastserve.engine.runner.fusion import (
+    FusedGatedMLP,
+    FusedRMSNorm,
+    find_gated_mlps,
+    fuse_gated_mlp,
+    fuse_norms,
+    fuse_rotary,
+)
 
 from .conftest import CONFIGS
 
@@ -77,7 +84,9 @@ def test_parts_are_found_by_what_they_compute(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval().requires_grad_(False)
     original = copy.deepcopy(model)
-    fuse_gated_mlps(model, kernels)
+    for path in find_gated_mlps(model, kernels, lambda _: torch.device("cpu")):
+        mlp = model.get_submodule(path)
+        fuse_gated_mlp(model, path, mlp.gate_proj.weight.data, mlp.up_proj.weight.data, kernels)
     assert fuse_norms(model, kernels) == norms
     assert fuse_rotary(model, kernels) == rotaries
     assert sum(isinstance(module, FusedGatedMLP) for module in model.modules()) == mlps

@@ -318,7 +318,7 @@ def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedCo
     settings = config(str(tmp_path), max_num_seqs=256, max_total_tokens=16384)
     loaded = load_model(str(tmp_path), "cpu", "float32", trust_remote_code=False, progress=lambda *_: None)
     probe_shapes(loaded)
-    kept = sizing.step_bytes(loaded, settings, 256, 512)
+    kept = sizing.step_bytes(loaded, settings, 256, 512, loaded.device)
     core = build_core(settings, lambda *_: None)
     rng = random.Random(1)
     for index in range(256):

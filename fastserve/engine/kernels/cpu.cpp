@@ -5,6 +5,7 @@
 #include "decoder.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "quantised.h"
 
 typedef SCALAR Scalar;
 
@@ -52,6 +53,21 @@ void pack_weight(const Scalar* weight, Scalar* to, int64_t out, int64_t in) {
 
 void unpack_weight(const Scalar* from, Scalar* weight, int64_t out, int64_t in) {
     on_team([&](Team& team) { unpack(team, from, weight, out, in); });
+}
+
+// Codes of 8 or 4 bits in the layout of quantised.h: `in` is a multiple of 32 / bits, and so are its groups.
+void pack_codes(const uint8_t* codes, uint8_t* to, int64_t out, int64_t in, int bits) {
+    on_team([&](Team& team) {
+        if (bits == 8) pack_codes<8>(team, codes, to, out, in);
+        else pack_codes<4>(team, codes, to, out, in);
+    });
+}
+
+void unpack_codes(const uint8_t* from, uint8_t* codes, int64_t out, int64_t in, int bits) {
+    on_team([&](Team& team) {
+        if (bits == 8) unpack_codes<8>(team, from, codes, out, in);
+        else unpack_codes<4>(team, from, codes, out, in);
+    });
 }
 
 void linear(const Scalar* x, int64_t x_stride, int64_t rows, const Weight* weight, Scalar* y) {

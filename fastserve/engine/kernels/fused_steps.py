@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -26,8 +27,35 @@ class FusedSteps(Protocol):
         ...
 
 
-def find_fused_steps(dtype: torch.dtype, device: torch.device) -> FusedSteps | None:
-    """None where no kernel can be had: then the model's own code does these steps."""
+class _ByDevice:
+    """Of a model whose parts live on several kinds of devices."""
+
+    def __init__(self, steps: Mapping[str, FusedSteps]) -> None:
+        self._steps = steps
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+        return self._steps[x.device.type].rms_norm(x, weight, eps, offset)
+
+    def silu_and_mul(self, x: torch.Tensor) -> torch.Tensor:
+        return self._steps[x.device.type].silu_and_mul(x)
+
+    def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return self._steps[x.device.type].rotary(x, cos, sin)
+
+
+def find_fused_steps(dtype: torch.dtype, devices: Iterable[torch.device]) -> FusedSteps | None:
+    """For tensors on all of these devices. None where kernels cannot be had for each: then the model's own code does
+    these steps."""
+    by_type: dict[str, FusedSteps] = {}
+    for device in devices:
+        steps = by_type.get(device.type) or _find(dtype, device)
+        if steps is None:
+            return None
+        by_type[device.type] = steps
+    return next(iter(by_type.values())) if len(by_type) == 1 else _ByDevice(by_type)
+
+
+def _find(dtype: torch.dtype, device: torch.device) -> FusedSteps | None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from fastserve.engine.kernels.triton_elementwise import TritonElementwiseKernels
 

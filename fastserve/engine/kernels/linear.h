@@ -1,113 +1,53 @@
 // Products with weights, y = x W^T, for any number of tokens from one layout of the weight.
 //
-// A weight of (out, in) lies in groups of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A vector register holds the same
-// input (or pair of inputs, where the processor multiplies pairs of bfloat16) of 16 outputs. One token reads each group
-// once, in order, as fast as memory gives it; many tokens share a group that has come to the caches, in tiles that keep
-// their sums in registers. Each output is one sum in the order of the inputs, whatever the tile, so a token's result
-// does not depend on the tokens beside it.
+// Each output is one sum in the order of the inputs, whatever the tile, so a token's result does not depend on the
+// tokens beside it.
 #pragma once
 
-#include "simd.h"
+#include "quantised.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int TILE_ROWS = 12;  // with 2 groups: 24 of 32 registers are sums
-#elif defined(__aarch64__)
-constexpr int TILE_ROWS = 3;   // a group is 4 registers of 32
-#else
-constexpr int TILE_ROWS = 1;   // a group is 2 registers of 16
-#endif
-constexpr int64_t CHUNK_ROWS = 8 * TILE_ROWS;  // of many tokens, what one piece of work takes on
+inline int64_t lanes_of(const Weight& weight) { return (weight.out + LANES - 1) / LANES; }
+inline int unit_of(const Weight& weight) { return weight.bits ? UNIT : 2; }
 
-template <class T> constexpr int PAIR = 1;
-#ifdef __AVX512BF16__
-template <> inline constexpr int PAIR<BFloat16> = 2;
-#endif
-
-template <class T>
-inline void multiply_add(Vec& sum, const T* weight, const T* x) {
-#ifdef __AVX512BF16__
-    if constexpr (PAIR<T> == 2) {
-        int32_t pair;
-        std::memcpy(&pair, x, sizeof pair);
-        sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(pair));
-        return;
-    }
-#endif
-    sum += to_float(*x) * load(weight);
+// `rows` tokens times `count` groups of 16 outputs, at most unit_of(weight): put(row, group, sums).
+template <class T, class Put>
+inline void unit_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put) {
+    if (weight.bits == 8) return code_sums<T, 8>(weight, first, count, input, rows, put);
+    if (weight.bits == 4) return code_sums<T, 4>(weight, first, count, input, rows, put);
+    const T* from = (const T*)weight.data + first * LANES * weight.in;
+    const T* both[2] = {from, from + LANES * weight.in};
+    if (count == 2) tiles<T, 2>(input.x, input.stride, rows, both, weight.in, put);
+    else tiles<T, 1>(input.x, input.stride, rows, both, weight.in, put);
 }
-
-// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS]. Not inlined: compilers then keep all sums in registers.
-template <class T, int GROUPS, int ROWS>
-__attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* out) {
-    Vec sums[ROWS][GROUPS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int g = 0; g < GROUPS; ++g) sums[r][g] = Vec{};
-    for (int64_t i = 0; i < in; i += PAIR<T>)
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-            for (int g = 0; g < GROUPS; ++g) multiply_add(sums[r][g], weights[g] + i * LANES, x + r * x_stride + i);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int g = 0; g < GROUPS; ++g) out[r * GROUPS + g] = sums[r][g];
-}
-
-template <class T, int GROUPS, int ROWS = TILE_ROWS, class Put>
-inline void tile_of(int64_t rows, const T* x, int64_t x_stride, const T* const* weights, int64_t in, Put put) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) return tile_of<T, GROUPS, ROWS - 1>(rows, x, x_stride, weights, in, put);
-    }
-    Vec sums[ROWS * GROUPS];
-    tile<T, GROUPS, ROWS>(x, x_stride, weights, in, sums);
-    for (int i = 0; i < ROWS * GROUPS; ++i) put(i / GROUPS, i % GROUPS, sums[i]);
-}
-
-// `rows` tokens in tiles of nearly the same size.
-template <class T, int GROUPS, class Put>
-inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, Put put) {
-    const int64_t count = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
-        tile_of<T, GROUPS>(end - begin, x + begin * x_stride, x_stride, weights, in,
-                           [&](int r, int g, Vec sums) { put(begin + r, g, sums); });
-    }
-}
-
-struct Weight {
-    const void* data;  // in the layout above
-    const void* bias;  // [out] or null
-    int64_t out, in;
-};
 
 // The products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16.
 template <class T, class Put>
 inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count, Put put) {
+    Input<T> inputs[8];
+    make_inputs(team, x, x_stride, rows, weights, count, inputs);
     int64_t begins[9] = {0};
-    for (int w = 0; w < count; ++w) begins[w + 1] = begins[w] + (weights[w].out + 2 * LANES - 1) / (2 * LANES);
+    for (int w = 0; w < count; ++w)
+        begins[w + 1] = begins[w] + (lanes_of(weights[w]) + unit_of(weights[w]) - 1) / unit_of(weights[w]);
     const int64_t chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     team.share(begins[count] * chunks, 1, [&](int64_t i) {
         const int64_t unit = i / chunks, chunk = i % chunks;
         int which = 0;
         while (unit >= begins[which + 1]) ++which;
         const Weight& weight = weights[which];
-        const int64_t first = (unit - begins[which]) * 2 * LANES;
-        const T* from = (const T*)weight.data + first * weight.in;
-        const T* both[2] = {from, from + LANES * weight.in};
+        const int64_t first = (unit - begins[which]) * unit_of(weight);
+        const int groups = int(std::min<int64_t>(unit_of(weight), lanes_of(weight) - first));
         const int64_t begin = rows * chunk / chunks, end = rows * (chunk + 1) / chunks;
         auto done = [&](int64_t r, int g, Vec sums) {
-            const int64_t at = first + g * LANES;
+            const int64_t at = (first + g) * LANES;
             const int outs = int(std::min<int64_t>(LANES, weight.out - at));
             if (weight.bias) sums += load_some((const T*)weight.bias + at, outs);
             put(which, begin + r, at, sums, outs);
         };
-        if (weight.out - first > LANES) tiles<T, 2>(x + begin * x_stride, x_stride, end - begin, both, weight.in, done);
-        else tiles<T, 1>(x + begin * x_stride, x_stride, end - begin, both, weight.in, done);
+        unit_sums(weight, first, groups, inputs[which].from(begin, weight), end - begin, done);
     });
 }
 
@@ -115,18 +55,35 @@ inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, con
 template <class T, class Put>
 inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight& gate, const Weight& up,
                            Put put) {
-    const int64_t groups = (gate.out + LANES - 1) / LANES;
+    const Weight weights[2] = {gate, up};
+    Input<T> inputs[2];
+    make_inputs(team, x, x_stride, rows, weights, 2, inputs);
+    const bool are_dense = !gate.bits && !up.bits;
+    const int unit = are_dense ? 1 : std::min(unit_of(gate), unit_of(up));
+    const int64_t groups = lanes_of(gate);
     const int64_t chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    team.share(groups * chunks, 1, [&](int64_t i) {
-        const int64_t first = i / chunks * LANES, chunk = i % chunks;
-        const T* both[2] = {(const T*)gate.data + first * gate.in, (const T*)up.data + first * gate.in};
-        const int64_t begin = rows * chunk / chunks, end = rows * (chunk + 1) / chunks;
-        const int outs = int(std::min<int64_t>(LANES, gate.out - first));
-        Vec gate_sums;
-        tiles<T, 2>(x + begin * x_stride, x_stride, end - begin, both, gate.in, [&](int64_t r, int g, Vec sums) {
-            if (g == 0) gate_sums = sums;
-            else put(begin + r, first, gate_sums, sums, outs);
-        });
+    team.share((groups + unit - 1) / unit * chunks, 1, [&](int64_t i) {
+        const int64_t first = i / chunks * unit, chunk = i % chunks;
+        const int64_t begin = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - begin;
+        auto done = [&](int64_t r, int64_t g, Vec gate_sums, Vec up_sums) {
+            const int64_t at = (first + g) * LANES;
+            put(begin + r, at, gate_sums, up_sums, int(std::min<int64_t>(LANES, gate.out - at)));
+        };
+        if (are_dense) {
+            const T* both[2] = {(const T*)gate.data + first * LANES * gate.in, (const T*)up.data + first * LANES * gate.in};
+            Vec gate_sums;
+            tiles<T, 2>(x + begin * x_stride, x_stride, count, both, gate.in, [&](int64_t r, int g, Vec sums) {
+                if (g == 0) gate_sums = sums;
+                else done(r, 0, gate_sums, sums);
+            });
+            return;
+        }
+        Vec gate_sums[CHUNK_ROWS * UNIT];
+        const int here = int(std::min<int64_t>(unit, groups - first));
+        unit_sums(gate, first, here, inputs[0].from(begin, gate), count,
+                  [&](int64_t r, int g, Vec sums) { gate_sums[r * UNIT + g] = sums; });
+        unit_sums(up, first, here, inputs[1].from(begin, up), count,
+                  [&](int64_t r, int g, Vec sums) { done(r, g, gate_sums[r * UNIT + g], sums); });
     });
 }
 

@@ -1,10 +1,10 @@
-"""The binding of linear.h: weights in groups of 16 outputs, and products with them."""
+"""The binding of linear.h: weights in groups of 16 outputs, dense or as codes, and products with them."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from ctypes import c_int64, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,29 @@ _HUGE_PAGE = 1 << 21
 
 
 class WeightStruct(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64)]
+    """The last six are for weights of codes; 0 bits means a dense one."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("bias", c_void_p),
+        *((name, c_int64) for name in ("out", "in", "bits", "group")),
+        *((name, c_void_p) for name in ("scales", "offsets", "table", "order")),
+    ]
 
 
 class PackedLinearKernel:
     def __init__(self, library: ctypes.CDLL) -> None:
         library.linear.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p)
         library.pack_weight.argtypes = library.unpack_weight.argtypes = (c_void_p, c_void_p, c_int64, c_int64)
+        library.pack_codes.argtypes = library.unpack_codes.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int)
         self._library: Any = library
 
     @classmethod
-    def load(cls, dtype: torch.dtype) -> PackedLinearKernel | None:
-        """None where there is no such kernel, or none that is faster than oneDNN."""
+    def load(cls, dtype: torch.dtype, *, for_codes: bool = False) -> PackedLinearKernel | None:
+        """None where there is no such kernel, or (save for codes, which oneDNN does not know) none that is faster than
+        oneDNN."""
         library = cpu_library(dtype)
-        return None if library is None or not library.has_fast_products() else cls(library)
+        return None if library is None or not (for_codes or library.has_fast_products()) else cls(library)
 
     def supports(self, weight: torch.Tensor) -> bool:
         pair: int = self._library.pair()
@@ -50,6 +59,19 @@ class PackedLinearKernel:
         self._library.unpack_weight(packed.data_ptr(), weight.data_ptr(), out, width)
         return weight
 
+    def pack_codes(self, codes: torch.Tensor, bits: int) -> torch.Tensor:
+        """`codes` (out, in), uint8, in the kernel's layout; `in` is a multiple of 32 / bits."""
+        codes = codes.contiguous()
+        out, width = codes.shape
+        packed = _empty(-(-out // LANES) * LANES * width * bits // 8, torch.uint8)
+        self._library.pack_codes(codes.data_ptr(), packed.data_ptr(), out, width, bits)
+        return packed
+
+    def unpack_codes(self, packed: torch.Tensor, out: int, width: int, bits: int) -> torch.Tensor:
+        codes = packed.new_empty(out, width)
+        self._library.unpack_codes(packed.data_ptr(), codes.data_ptr(), out, width, bits)
+        return codes
+
     def product(self, x: torch.Tensor, weight: WeightStruct, out: int) -> torch.Tensor:
         """`x` (..., in) -> (..., out)"""
         x = x.contiguous()
@@ -64,6 +86,6 @@ def _empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
     size = elements * dtype.itemsize
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(elements, dtype=dtype)
-    memory = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[:size]).view(dtype)

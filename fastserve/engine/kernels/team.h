@@ -5,6 +5,7 @@
 // (and soon yield) while a job runs and for a moment after it, and sleep otherwise.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -76,21 +77,27 @@ class Team {
         }
     }
 
-    // All members call this with the same arguments: they share the numbers 0..count, `grain` at a time, whoever is
-    // free, and meet at the end. What a number computes does not depend on who does it.
+    // All members call this with the same size: memory that is theirs until the next call.
+    char* scratch(size_t bytes) {
+        if (scratch_.size() < bytes) {
+            meet();  // all have looked at the size before one changes it
+            share(1, 1, [&](int64_t) { scratch_.resize(bytes); });
+        }
+        return scratch_.data();
+    }
+
+    // All members call this with the same arguments: they share the numbers 0..count and meet at the end. Whoever is
+    // free takes a part of what is left, at least `grain` numbers: long runs first, because memory is read fastest in
+    // order, and short ones at the end, so that nobody waits long. What a number computes does not depend on who does it.
     template <class Work>
     void share(int64_t count, int64_t grain, Work work) {
-        if (count <= grain || size_ == 1) {
-            // One piece: the first who comes does it.
-            if (size_ == 1 || next_.fetch_add(1, std::memory_order_relaxed) == 0)
-                for (int64_t i = 0; i < count; ++i) work(i);
-            return meet();
-        }
-        for (;;) {
-            const int64_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
-            if (begin >= count) break;
-            const int64_t end = begin + grain < count ? begin + grain : count;
+        int64_t begin = next_.load(std::memory_order_relaxed);
+        while (begin < count) {
+            const int64_t part = size_ == 1 ? count : (count - begin) / (2 * size_);
+            const int64_t end = std::min(begin + std::max(part, grain), count);
+            if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
             for (int64_t i = begin; i < end; ++i) work(i);
+            begin = next_.load(std::memory_order_relaxed);
         }
         meet();
     }
@@ -133,6 +140,7 @@ class Team {
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
+    std::vector<char> scratch_;
 };
 
 // Made at the first use and never torn down: its threads live as long as the process.

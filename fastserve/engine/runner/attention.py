@@ -54,12 +54,12 @@ class StepContext:
         return int((self.counts == 1).sum())
 
     def on_device(self, block_size: int, device: torch.device) -> DeviceStep:
-        """The same for a kernel on a GPU; made once for all layers."""
-        found: DeviceStep | None = self.cache.get("device")
+        """The same for a kernel on a GPU; made once for all layers that live there."""
+        found: DeviceStep | None = self.cache.get(device)
         if found is None:
             slots = self.token_block * block_size + self.token_offset
             arrays = (self.starts, self.counts, self.positions, self.block_table, slots)
-            found = self.cache["device"] = DeviceStep.of(*arrays, device)
+            found = self.cache[device] = DeviceStep.of(*arrays, device)
         return found
 
 
@@ -85,34 +85,41 @@ class LayerShape:
 
 
 class PagedAttention:
-    """Holds the pages of all layers. The runner sets `context` before each forward pass.
+    """Holds the pages of all layers, each layer's where it computes. The runner sets `context` before each forward
+    pass.
 
-    While `context` is None it only takes down what the layers ask for (`shapes`) and returns zeros: that is how the
-    runner learns what a model needs before the pages are made.
+    While `context` is None it only takes down what the layers ask for (`shapes`), and where (`devices`), and returns
+    zeros: that is how the runner learns what a model needs before the pages are made.
     """
 
     def __init__(self) -> None:
         self.context: StepContext | DeviceStep | None = None
         self.shapes: dict[int, LayerShape] = {}
+        self.devices: dict[int, torch.device] = {}
         self.block_size = 0
         self._pages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._kernel: PagedAttentionKernel | None = None
-        self._gpu_kernel: TritonPagedAttention | None = None
+        """for the layers on the CPU"""
+        self._gpu_kernels: dict[torch.device, TritonPagedAttention | None] = {}
 
     @property
     def takes_device_steps(self) -> bool:
-        """Whether `context` may be a DeviceStep, all of whose arrays are on the device."""
-        return self._gpu_kernel is not None
+        """Whether `context` may be a DeviceStep, all of whose arrays are on the one device of all layers."""
+        return len(self._gpu_kernels) == 1 and None not in self._gpu_kernels.values()
 
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Of the pages; with the padding of the kernel for CPUs, whether it will be used or not."""
-        elements = sum(shape.num_kv_heads * sum(shape.padded_dims) for shape in self.shapes.values())
+    def shapes_on(self, device: torch.device) -> list[LayerShape]:
+        """Of the layers that live there."""
+        return [shape for layer, shape in self.shapes.items() if self.devices[layer] == device]
+
+    def bytes_per_token(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Of the pages on the device; with the padding of the kernel for CPUs, whether it will be used or not."""
+        elements = sum(shape.num_kv_heads * sum(shape.padded_dims) for shape in self.shapes_on(device))
         size: int = dtype.itemsize
         return elements * size
 
     def has_kernel(self, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether `allocate` will find one; the form in torch operations takes memory for what it gathers."""
-        shapes = self.shapes.values()
+        """Whether `allocate` will find one there; the form in torch operations takes memory for what it gathers."""
+        shapes = self.shapes_on(device)
         return (
             _find_gpu_kernel(shapes, dtype, device) is not None
             or _find_kernel(shapes, block_size, dtype, device) is not None
@@ -122,17 +129,25 @@ class PagedAttention:
         self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, *, use_kernel: bool = True
     ) -> None:
         """Make the pages: keys (blocks, KV heads, key dim, block size), values (blocks, KV heads, block size, value
-        dim). The Triton kernel has keys as it has values; the kernel for CPUs has an order of its own, and pads."""
+        dim). The Triton kernel has keys as it has values; the kernel for CPUs has an order of its own, and pads.
+
+        `device`: of the layers of which none is known."""
         self.block_size = block_size
-        self._gpu_kernel = _find_gpu_kernel(self.shapes.values(), dtype, device) if use_kernel else None
-        use_cpu_kernel = use_kernel and self._gpu_kernel is None
-        self._kernel = _find_kernel(self.shapes.values(), block_size, dtype, device) if use_cpu_kernel else None
+        self.devices = {layer: self.devices.get(layer, device) for layer in self.shapes}
+        self._kernel, self._gpu_kernels = None, {}
+        for where in dict.fromkeys(self.devices.values()):
+            shapes = self.shapes_on(where)
+            gpu_kernel = _find_gpu_kernel(shapes, dtype, where) if use_kernel else None
+            self._gpu_kernels[where] = gpu_kernel
+            if use_kernel and gpu_kernel is None and where.type == "cpu":
+                self._kernel = _find_kernel(shapes, block_size, dtype, where)
         for layer, shape in self.shapes.items():
-            padded = self._kernel is not None
+            where = self.devices[layer]
+            padded = self._kernel is not None and where.type == "cpu"
             key_dim, value_dim = shape.padded_dims if padded else (shape.key_dim, shape.value_dim)
-            side_by_side = (key_dim, block_size) if self._gpu_kernel is None else (block_size, key_dim)
-            keys = _zeros((num_blocks, shape.num_kv_heads, *side_by_side), dtype, device)
-            values = _zeros((num_blocks, shape.num_kv_heads, block_size, value_dim), dtype, device)
+            side_by_side = (key_dim, block_size) if self._gpu_kernels[where] is None else (block_size, key_dim)
+            keys = _zeros((num_blocks, shape.num_kv_heads, *side_by_side), dtype, where)
+            values = _zeros((num_blocks, shape.num_kv_heads, block_size, value_dim), dtype, where)
             self._pages[layer] = (keys, values)
 
     def __call__(
@@ -160,17 +175,19 @@ class PagedAttention:
                 query.shape[1], key.shape[1], key.shape[-1], value.shape[-1],
                 scaling, softcap, sliding_window, has_sinks=s_aux is not None,
             )  # fmt: skip
+            self.devices[layer] = query.device
             return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
         keys, values = self._pages[layer]
         new = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-        if self._gpu_kernel is not None:
+        gpu_kernel = self._gpu_kernels[self.devices[layer]]
+        if gpu_kernel is not None:
             on_device = context if isinstance(context, DeviceStep) else context.on_device(keys.shape[2], query.device)
-            out = self._gpu_kernel(
+            out = gpu_kernel(
                 on_device, *new, keys, values, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
             )
         elif isinstance(context, DeviceStep):
             raise TypeError("only the kernel for GPUs takes a DeviceStep")
-        elif self._kernel is not None:
+        elif self._kernel is not None and self.devices[layer].type == "cpu":
             step = self.kernel_step(context, query.shape[1] // key.shape[1])
             out = self._kernel(
                 step, *new, keys, values, scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
@@ -181,8 +198,8 @@ class PagedAttention:
 
     @property
     def uses_kernel(self) -> bool:
-        """Whether the kernel for CPUs computes it."""
-        return self._kernel is not None
+        """Whether the kernel for CPUs computes all layers."""
+        return self._kernel is not None and all(device.type == "cpu" for device in self.devices.values())
 
     def pages(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, in the layers' order."""
@@ -274,9 +291,9 @@ def _attend_with_torch(
     window: int | None,
 ) -> torch.Tensor:
     """Shapes as for the kernel. The decoding sequences are padded batches, each chunk is a batch of its own."""
-    places: _Places | None = context.cache.get("places")
+    places: _Places | None = context.cache.get(("places", query.device))
     if places is None:
-        places = context.cache["places"] = _Places.of(context, query.device)
+        places = context.cache["places", query.device] = _Places.of(context, query.device)
     keys[places.token_block, :, :, places.token_offset] = key
     values[places.token_block, :, places.token_offset] = value
     out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
@@ -326,10 +343,10 @@ def _mask(
     context: StepContext, places: _Places, which: torch.Tensor, rows: int, length: int, window: int | None
 ) -> torch.Tensor:
     """(batch, 1, rows, length) for sequences with equally many new tokens: True where a row may look."""
-    key = (int(which[0]), rows, length, window)
+    device = places.contexts.device
+    key = (device, int(which[0]), rows, length, window)
     found: torch.Tensor | None = context.cache.get(key)
     if found is None:
-        device = places.contexts.device
         back = torch.arange(rows - 1, -1, -1, device=device)
         row = (places.contexts[which].unsqueeze(1) - 1 - back).unsqueeze(2)
         place = torch.arange(length, device=device)

@@ -89,29 +89,63 @@ def _norm_offset(module: torch.nn.Module, eps: float, kernels: FusedSteps) -> fl
 
 
 def fuse_gated_mlps(model: torch.nn.Module, kernels: FusedSteps) -> dict[str, WeightForm]:
-    """Replace modules of the form down_proj(act_fn(gate_proj(x)) * up_proj(x)) by a fused one, where the activation is
-    SiLU; return the forms of the weights that became one, by name."""
+    """Of a model that has its weights; return the forms of those that became one, by name."""
     forms: dict[str, WeightForm] = {}
-    same: dict[tuple[type[torch.nn.Module], type[torch.nn.Module]], bool] = {}
-    for path, module in list(model.named_modules()):
-        if not _is_gated_mlp(module):
-            continue
-        kind = (type(module), type(module.act_fn))
-        if kind not in same:
-            same[kind] = _is_plain_gated_mlp(module, kernels)
-        if same[kind]:
-            whole, parts = joint_form([module.gate_proj.weight.data, module.up_proj.weight.data])
-            _replace(model, path, FusedGatedMLP(Linear(whole, None), parts, module.down_proj, kernels))
-            names = (f"{path}.gate_proj.weight", f"{path}.up_proj.weight")
-            forms |= dict(zip(names, parts, strict=True))
+    device = next(model.parameters()).device
+    for path in find_gated_mlps(model, kernels, lambda _: device):
+        mlp = model.get_submodule(path)
+        parts = fuse_gated_mlp(model, path, mlp.gate_proj.weight.data, mlp.up_proj.weight.data, kernels)
+        forms |= {f"{path}.gate_proj.weight": parts[0], f"{path}.up_proj.weight": parts[1]}
     return forms
 
 
-def _is_plain_gated_mlp(module: torch.nn.Module, kernels: FusedSteps) -> bool:
-    trial = copy.deepcopy(module).float()
-    x = torch.randn(4, trial.gate_proj.in_features, device=trial.gate_proj.weight.device) * 3.0
-    gate_up = torch.cat([trial.gate_proj(x), trial.up_proj(x)], dim=-1)
-    return _agree(trial(x), trial.down_proj(kernels.silu_and_mul(gate_up)))
+def find_gated_mlps(
+    model: torch.nn.Module, kernels: FusedSteps, device_of: Callable[[str], torch.device]
+) -> list[str]:
+    """Paths of modules of the form down_proj(act_fn(gate_proj(x)) * up_proj(x)) where the activation is SiLU. Their
+    weights may be on the meta device; `device_of` says where they will be."""
+    paths = []
+    same: dict[tuple[type[torch.nn.Module], type[torch.nn.Module], torch.device], bool] = {}
+    for path, module in model.named_modules():
+        if not _is_gated_mlp(module):
+            continue
+        device = device_of(f"{path}.gate_proj.weight")
+        kind = (type(module), type(module.act_fn), device)
+        if kind not in same:
+            same[kind] = _is_plain_gated_mlp(module, kernels, device)
+        if same[kind]:
+            paths.append(path)
+    return paths
+
+
+def fuse_gated_mlp(
+    model: torch.nn.Module, path: str, gate: torch.Tensor, up: torch.Tensor, kernels: FusedSteps
+) -> list[WeightForm]:
+    """Replace one of those that were found by a fused module; return the forms of its gate and up."""
+    whole, parts = joint_form([gate, up])
+    down = model.get_submodule(f"{path}.down_proj")
+    _replace(model, path, FusedGatedMLP(Linear(whole, None), parts, down, kernels))
+    return parts
+
+
+def _is_plain_gated_mlp(module: torch.nn.Module, kernels: FusedSteps, device: torch.device) -> bool:
+    """Tried with small weights in the places of its own."""
+    width, inner = 16, 32
+    trial = copy.copy(module)
+    trial._modules = dict(module._modules)
+    sizes = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+    for name, size in sizes.items():
+        setattr(trial, name, torch.nn.Linear(*size, bias=False, device=device, dtype=torch.float32))
+    x = torch.randn(4, width, device=device) * 3.0
+    with torch.no_grad():
+        gate_up = torch.cat([trial.gate_proj(x), trial.up_proj(x)], dim=-1) * 3.0
+        fused = trial.down_proj(kernels.silu_and_mul(gate_up))
+        for name in ("gate_proj", "up_proj"):
+            getattr(trial, name).weight.mul_(3.0)
+        try:
+            return _agree(trial(x), fused)
+        except (RuntimeError, AttributeError, TypeError, ValueError):
+            return False  # it looks at its sizes: it does more than this
 
 
 def _is_gated_mlp(module: torch.nn.Module) -> bool:

@@ -151,8 +151,15 @@ class _Rows:
         return _Rows(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))
 
 
+def is_mapped(weight: torch.Tensor) -> bool:
+    """Whether it lies in a file: then its order is not changed, since that would bring it into memory."""
+    return weight.device.type == "cpu" and weight.untyped_storage().filename is not None
+
+
 def form_of(weight: torch.Tensor) -> WeightForm:
     """The fastest form that this weight can have."""
+    if is_mapped(weight):
+        return PlainWeight(weight)
     orders = (OneDnnWeight, GroupedWeight) if _has_matrix_unit(weight.dtype) else (GroupedWeight, OneDnnWeight)
     return orders[0].of(weight) or orders[1].of(weight) or PlainWeight(weight)
 

@@ -22,6 +22,7 @@ from fastserve.engine.kernels.fused_steps import find_fused_steps
 from fastserve.engine.runner.attention import PagedAttention
 from fastserve.engine.runner.context import context_length
 from fastserve.engine.runner.fusion import fuse_norms, fuse_rotary
+from fastserve.engine.runner.placement import Placement
 from fastserve.engine.runner.reference import Reference, own_logits
 from fastserve.engine.runner.weights import WeightTable
 from fastserve.errors import StartupError
@@ -33,6 +34,7 @@ _STATEFUL_LAYERS = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` of hybrid models that are no attention."""
 Progress = Callable[[str, int, int], None]
 """what is going on, bytes done, bytes in all"""
+FindPlaces = Callable[[PreTrainedModel, torch.device], Placement | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,17 @@ class LoadedModel:
     weights: WeightTable
     reference: Reference
     device: torch.device
+    """Where token ids come from and logits go to."""
     dtype: torch.dtype
     context_length: int
     eos_token_ids: tuple[int, ...]
+    placement: Placement | None = None
+    """Of a model on several devices."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that a step is computed on, `device` first."""
+        return (self.device,) if self.placement is None else self.placement.devices
 
 
 def find_device(name: str | None) -> torch.device:
@@ -65,9 +75,16 @@ def find_device(name: str | None) -> torch.device:
 
 
 def load_model(
-    model_dir: str, device_name: str | None, dtype_name: str | None, *, trust_remote_code: bool, progress: Progress
+    model_dir: str,
+    device_name: str | None,
+    dtype_name: str | None,
+    *,
+    trust_remote_code: bool,
+    progress: Progress,
+    find_places: FindPlaces = lambda model, device: None,
 ) -> LoadedModel:
-    """Load the weights of a decoder-only model. Raises StartupError with the reason when that is not possible."""
+    """Load the weights of a decoder-only model. `find_places` says where its parts go, None: all of it to the device.
+    Raises StartupError with the reason when that is not possible."""
     device = find_device(device_name)
     config = _read_config(model_dir, trust_remote_code)
     dtype = _choose_dtype(dtype_name, config, device)
@@ -93,20 +110,31 @@ def load_model(
     if not getattr(model, "_supports_attention_backend", False):
         raise _own_attention(type(model).__name__)
     progress("Loading weights", sum(sizes.values()), sum(sizes.values()))
-    return prepare(model.to(device), attention, dtype)
+    placement = find_places(model, device)
+    if placement is None:
+        model = model.to(device)
+    else:
+        placement.move(model)
+    return prepare(model, attention, dtype, placement)
 
 
-def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype) -> LoadedModel:
+def prepare(
+    model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype, placement: Placement | None = None
+) -> LoadedModel:
     """Take over a model that has `attention` as its own: note what it computes, then replace what we do faster."""
     model = model.eval().requires_grad_(False)
-    device = model.device
+    device = model.device if placement is None else placement.main
+    if placement is not None:
+        placement.connect(model)
     longest = context_length(model.config.get_text_config(decoder=True))
     reference = own_logits(model, device, longest)
-    kernels = find_fused_steps(dtype, device)
+    kernels = find_fused_steps(dtype, (device,) if placement is None else placement.devices)
     weights = WeightTable.install(model, kernels)
     if kernels is not None:
         fuse_norms(model, kernels)
         fuse_rotary(model, kernels)
+    if placement is not None:
+        placement.connect(model)  # also what stands in the places of others now
     return LoadedModel(
         model=model,
         attention=attention,
@@ -116,6 +144,7 @@ def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtyp
         reference=reference,
         context_length=longest,
         eos_token_ids=_eos_token_ids(model),
+        placement=placement,
     )
 
 

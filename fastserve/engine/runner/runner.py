@@ -52,6 +52,8 @@ class ModelRunner:
         self._model = loaded.model
         self._attention: PagedAttention = loaded.attention
         self._device = loaded.device
+        # Row numbers on the CPU may pick from a tensor on any device, such as the one where the head lives.
+        self._rows_device = loaded.device if loaded.placement is None else torch.device("cpu")
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._attention.allocate(num_blocks, block_size, loaded.dtype, loaded.device)
@@ -171,7 +173,7 @@ class ModelRunner:
         self, input_ids: torch.Tensor, positions: torch.Tensor, wanted: list[int], context: StepContext
     ) -> torch.Tensor:
         """`input_ids`, `positions` (tokens,) -> logits (wanted rows, vocabulary)"""
-        rows = torch.tensor(wanted or [0], device=self._device)
+        rows = torch.tensor(wanted or [0], device=self._rows_device)
         with torch.inference_mode():
             if self.decoder is not None and self.decoder.is_usable:
                 logits = self.decoder(input_ids, positions, rows, context)

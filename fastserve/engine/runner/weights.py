@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.kernels.fused_steps import FusedSteps
 from fastserve.engine.runner.fusion import fuse_gated_mlps
-from fastserve.engine.runner.linear import Linear, WeightForm, form_of
+from fastserve.engine.runner.linear import Linear, WeightForm, form_of, is_mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ def _replacement(module: torch.nn.Module) -> Linear | None:
     if type(module) is torch.nn.Linear:
         weight = module.weight.data
     elif type(module) is Conv1D:
-        weight = module.weight.data.t().contiguous()
+        weight = module.weight.data.t()
+        weight = weight if is_mapped(weight) else weight.contiguous()
     else:
         return None
     return Linear(form_of(weight), module.bias)

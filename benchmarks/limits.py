@@ -1,0 +1,133 @@
+"""What the machine allows, and how near a step of the engine comes: `python -m benchmarks.limits --model FOLDER`.
+
+A decode step of one sequence cannot be faster than reading the weights once; one of many sequences cannot be faster
+than the matrix products alone. Both are measured here on the weights where they lie, in turns with steps of the engine.
+Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from fastserve.engine.contract import SamplingParams
+from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.runner.linear import GroupedWeight, Linear
+from fastserve.engine.runner.loading import load_model
+from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+
+BLOCK_SIZE = 16
+BATCHES = (1, 8, 32)
+_LARGE = 1 << 23
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """The median of `repeats` runs."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _memory(linear: Linear) -> torch.Tensor:
+    """A weight's bytes as it is kept."""
+    if not isinstance(linear.form, GroupedWeight):
+        return torch.empty(0, dtype=torch.int64)
+    struct = linear.form.struct(None)
+    size = struct.out * getattr(struct, "in") * linear.form.get().itemsize // 8 * 8
+    return torch.frombuffer((ctypes.c_char * size).from_address(struct.data), dtype=torch.int64)
+
+
+class Bench:
+    def __init__(self, model: str, dtype: str | None, context: int) -> None:
+        self._loaded = load_model(model, "cpu", dtype, trust_remote_code=False, progress=lambda *_: None)
+        probe_shapes(self._loaded)
+        self._context = context
+        self._blocks = -(-(context + 1) // BLOCK_SIZE)
+        self.runner = ModelRunner(
+            self._loaded,
+            num_blocks=self._blocks * max(BATCHES),
+            block_size=BLOCK_SIZE,
+            max_num_seqs=max(BATCHES),
+            max_model_len=context + 1,
+        )
+        modules = self._loaded.model.modules()
+        self.linears = [module for module in modules if isinstance(module, Linear)]
+        self.weight_bytes = sum(
+            linear.form.product(self._input(linear, 1), None).shape[-1] * self._width(linear) for linear in self.linears
+        ) * int(self._loaded.dtype.itemsize)
+
+    def _width(self, linear: Linear) -> int:
+        return int(linear.form.get().shape[1])
+
+    def _input(self, linear: Linear, rows: int) -> torch.Tensor:
+        return torch.randn(rows, self._width(linear), dtype=self._loaded.dtype)
+
+    def read_s(self) -> float:
+        """All weights, at the rate at which the large ones are added up by all threads."""
+        large = [memory for memory in map(_memory, self.linears) if memory.numel() * 8 > _LARGE]
+
+        def read() -> None:
+            for memory in large:
+                memory.sum()
+
+        return seconds(read, 7) * self.weight_bytes / sum(memory.numel() * 8 for memory in large)
+
+    def products_s(self, rows: int) -> float:
+        inputs = [self._input(linear, rows) for linear in self.linears]
+
+        def multiply() -> None:
+            for linear, x in zip(self.linears, inputs, strict=True):
+                linear.form.product(x, linear.bias)
+
+        with torch.inference_mode():
+            return seconds(multiply, 7)
+
+    def step_s(self, batch: int) -> float:
+        """A decode step of `batch` sequences with the context's tokens each, sampling left out."""
+        params = SamplingParams(max_tokens=1)
+        length = self._context + 1
+        new = [NewSequence(i, [1] * length, length, params, 0) for i in range(batch)]
+        blocks = [list(range(i * self._blocks, (i + 1) * self._blocks)) for i in range(batch)]
+        self.runner.forward(StepPlan([], new, [Chunk(i, 0, length, blocks[i], sample=True) for i in range(batch)]))
+        plan = StepPlan([], [], [Chunk(i, self._context, 1, [], sample=True) for i in range(batch)])
+        try:
+            return seconds(lambda: self.runner.forward(plan), 15)
+        finally:
+            self.runner.forget(list(range(batch)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A decode step beside what the machine allows.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--context", type=int, default=160, help="tokens before the decoded one")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    bench = Bench(args.model, args.dtype, args.context)
+    rounds = []
+    for _ in range(args.rounds):
+        read = bench.read_s()
+        rounds.append((read, {batch: (bench.products_s(batch), bench.step_s(batch)) for batch in BATCHES}))
+    read = statistics.median(found for found, _ in rounds)
+    print(
+        f"weights {bench.weight_bytes / 2**20:.0f} MiB, "
+        f"read in {read * 1e3:.1f} ms ({bench.weight_bytes / read / 1e9:.1f} GB/s)"
+    )
+    print("| sequences | products alone, ms | step, ms | products / step | read / step |")
+    print("|---|---|---|---|---|")
+    for batch in BATCHES:
+        products = statistics.median(found[batch][0] for _, found in rounds)
+        step = statistics.median(found[batch][1] for _, found in rounds)
+        print(f"| {batch} | {products * 1e3:.1f} | {step * 1e3:.1f} | {products / step:.2f} | {read / step:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

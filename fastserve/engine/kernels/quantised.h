@@ -1,0 +1,373 @@
+// Weights of 8 or 4 bits: value = table[code] * scale - offset, with a scale (and perhaps an offset) for each group of
+// inputs of an output. Activations stay as they are.
+//
+// Tables of whole numbers are exact in bfloat16, so codes become bfloat16 in registers, the sums of table values times
+// activations are formed as those of a dense weight, and each group's sum is scaled in float32:
+//     y = sum over groups of (scale * sum(table[code] x) - offset * sum(x)).
+//
+// Codes lie in blocks of 64 bytes for 16 outputs, 4 inputs (8 bits) or 8 inputs (4 bits): [out / 16][in / inputs][64].
+// A block of 4 bits is 16 words of 32 bits, one for each output: bits 4n.. are input 2n, bits 16 + 4n.. are input 2n + 1.
+// A block of 8 bits is [4][2 pairs of inputs][4 outputs][2 inputs].
+#pragma once
+
+#include "team.h"
+#include "tiles.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define DECODES_IN_REGISTERS 1
+#else
+#define DECODES_IN_REGISTERS 0
+#endif
+
+namespace {
+
+constexpr int BLOCK = 64;
+template <int BITS> constexpr int BLOCK_INPUTS = 32 / BITS;
+constexpr int UNIT = 4;              // groups of 16 outputs that are computed together
+constexpr int CODE_TILE_ROWS = 6;    // times UNIT: 24 of 32 registers are sums
+constexpr int64_t FEW_ROWS = 3 * CODE_TILE_ROWS;  // up to here, decoding for each tile is faster than decoding once
+constexpr int64_t SPREAD = 128;      // inputs that are decoded at once for many tokens: they stay in the nearest cache
+
+// Where the code of an input of an output lies in its block: a byte, and the bits of it.
+template <int BITS>
+inline int byte_of(int lane, int input) {
+    if (BITS == 4) return lane * 4 + input % 2 * 2 + input / 4;
+    return lane / 4 * 16 + input / 2 * 8 + lane % 4 * 2 + input % 2;
+}
+template <int BITS>
+inline int shift_of(int input) {
+    return BITS == 4 ? input / 2 % 2 * 4 : 0;
+}
+
+inline int64_t groups_of(const Weight& weight) { return (weight.in + weight.group - 1) / weight.group; }
+inline int64_t code_bytes(const Weight& weight) { return LANES * weight.in * weight.bits / 8; }
+
+// ---- codes to values ------------------------------------------------------------------------------------------------
+
+#if DECODES_IN_REGISTERS
+// A block as pairs of bfloat16, as dense weights have them.
+template <int BITS> struct Codebook;
+
+template <>
+struct Codebook<4> {
+    __m512i table;  // twice, so that the lowest bit of the next code does not matter
+
+    explicit Codebook(const float* values) {
+        BFloat16 both[32];
+        store(both, load(values));
+        store(both + LANES, load(values));
+        table = _mm512_loadu_si512(both);
+    }
+    void operator()(const uint8_t* block, __m512bh* pairs) const {
+        const __m512i codes = _mm512_loadu_si512(block);
+        pairs[0] = (__m512bh)_mm512_permutexvar_epi16(codes, table);
+        pairs[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+        pairs[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
+        pairs[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
+    }
+};
+
+template <>
+struct Codebook<8> {
+    __m512i low[2], high[2];  // bytes of the magnitudes
+
+    explicit Codebook(const float* values) {
+        uint8_t bytes[2][128];
+        for (int i = 0; i < 128; i += 2 * LANES) {
+            BFloat16 some[2 * LANES];
+            store(some, load(values + i));
+            store(some + LANES, load(values + i + LANES));
+            const __m512i words = _mm512_loadu_si512(some);
+            _mm256_storeu_si256((__m256i*)(bytes[0] + i), _mm512_cvtepi16_epi8(words));
+            _mm256_storeu_si256((__m256i*)(bytes[1] + i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+        }
+        for (int half = 0; half < 2; ++half) {
+            low[half] = _mm512_loadu_si512(bytes[0] + half * 64);
+            high[half] = _mm512_loadu_si512(bytes[1] + half * 64);
+        }
+    }
+    void operator()(const uint8_t* block, __m512bh* pairs) const {
+        const __m512i codes = _mm512_loadu_si512(block);
+        const __m512i lows = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+        __m512i highs = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+        highs = _mm512_ternarylogic_epi32(highs, codes, _mm512_set1_epi8(-128), 0xf8);  // | (codes & sign)
+        pairs[0] = (__m512bh)_mm512_unpacklo_epi8(lows, highs);
+        pairs[1] = (__m512bh)_mm512_unpackhi_epi8(lows, highs);
+    }
+};
+#endif
+
+// Codes of `inputs` inputs as a dense weight.
+template <class T, int BITS>
+struct Spread {
+    const float* table;
+
+    explicit Spread(const float* table) : table(table) {}
+
+    __attribute__((noinline)) void operator()(const uint8_t* codes, int64_t inputs, T* to) const {
+        constexpr int N = BLOCK_INPUTS<BITS>;
+        for (int64_t i = 0; i < inputs; i += N, codes += BLOCK)
+            for (int k = 0; k < N; ++k) {
+                T row[LANES];
+                store(row, values(codes, k));
+                T* at = to + (i + k) / PAIR<T> * PAIR<T> * LANES + k % PAIR<T>;
+                for (int lane = 0; lane < LANES; ++lane) at[lane * PAIR<T>] = row[lane];
+            }
+    }
+    Vec values(const uint8_t* block, int k) const {
+        Vec out;
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int code = block[byte_of<BITS>(lane, k)] >> shift_of<BITS>(k);
+            out[lane] = BITS == 4 ? table[code & 15] : code & 128 ? -table[code & 127] : table[code & 127];
+        }
+        return out;
+    }
+};
+
+#if DECODES_IN_REGISTERS
+template <int BITS>
+struct Spread<BFloat16, BITS> {
+    const Codebook<BITS> decode;
+
+    explicit Spread(const float* table) : decode(table) {}
+
+    __attribute__((noinline)) void operator()(const uint8_t* codes, int64_t inputs, BFloat16* to) const {
+        constexpr int N = BLOCK_INPUTS<BITS>;
+        for (int64_t i = 0; i < inputs; i += N, codes += BLOCK) {
+            __m512bh pairs[N / 2];
+            decode(codes, pairs);
+            for (int p = 0; p < N / 2; ++p) _mm512_storeu_si512(to + (i + 2 * p) * LANES, (__m512i)pairs[p]);
+        }
+    }
+};
+#endif
+
+// ---- inputs ---------------------------------------------------------------------------------------------------------
+
+// What a weight is multiplied with: tokens with their inputs in the order of its columns, and the sums of each of its
+// groups of inputs.
+template <class T>
+struct Input {
+    const T* x;
+    int64_t stride;
+    const float* sums;  // [rows][groups], or null where the weight has no offsets
+
+    Input from(int64_t row, const Weight& weight) const {
+        return {x + row * stride, stride, sums ? sums + row * groups_of(weight) : nullptr};
+    }
+};
+
+template <class T>
+inline void fill_input(const Input<T>& input, const Weight& weight, const T* x, int64_t r) {
+    if (weight.order) {
+        T* to = (T*)input.x + r * input.stride;
+        for (int64_t i = 0; i < weight.in; ++i) to[i] = x[weight.order[i]];
+        x = to;
+    }
+    if (!weight.offsets) return;
+    float* sums = (float*)input.sums + r * groups_of(weight);
+    for (int64_t begin = 0; begin < weight.in; begin += weight.group) {
+        const int64_t end = std::min(weight.in, begin + weight.group);
+        Vec sum = {};
+        for (int64_t i = begin; i < end; i += LANES) sum += load_some(x + i, int(std::min<int64_t>(LANES, end - i)));
+        *sums++ = sum_of(sum);
+    }
+}
+
+// All members call this, and may read the inputs once it returns, until they meet at the end of a product.
+template <class T>
+inline void make_inputs(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count,
+                        Input<T>* inputs) {
+    const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    const auto size = [&](const Weight& w) { return w.order ? padded(rows * w.in * int64_t(sizeof(T))) : 0; };
+    const auto sums_size = [&](const Weight& w) { return w.offsets ? padded(rows * groups_of(w) * 4) : 0; };
+    int64_t bytes = 0;
+    for (int w = 0; w < count; ++w) bytes += size(weights[w]) + sums_size(weights[w]);
+    char* space = bytes ? team.scratch(bytes) : nullptr;
+    for (int w = 0; w < count; ++w) {
+        inputs[w] = {weights[w].order ? (const T*)space : x, weights[w].order ? weights[w].in : x_stride, nullptr};
+        space += size(weights[w]);
+        if (weights[w].offsets) inputs[w].sums = (const float*)space;
+        space += sums_size(weights[w]);
+    }
+    if (bytes)
+        team.share(rows, 1, [&](int64_t r) {
+            for (int w = 0; w < count; ++w) fill_input(inputs[w], weights[w], x + r * x_stride, r);
+        });
+}
+
+// ---- sums -----------------------------------------------------------------------------------------------------------
+
+// Neighbouring groups of 16 outputs. What goes beyond `count` of them is the last once more: its sums are not used.
+template <int GROUPS>
+struct Codes {
+    const uint8_t* codes[GROUPS];
+    const float* scales[GROUPS];
+    const float* offsets[GROUPS];
+
+    Codes(const Weight& weight, int64_t first, int count) {
+        for (int g = 0; g < GROUPS; ++g) {
+            const int64_t group = first + std::min(g, count - 1), at = group * groups_of(weight) * LANES;
+            codes[g] = (const uint8_t*)weight.data + group * code_bytes(weight);
+            scales[g] = weight.scales + at;
+            offsets[g] = weight.offsets ? weight.offsets + at : nullptr;
+        }
+    }
+
+    // totals += scaled sums of one group of inputs. One function for all tiles, so that a token's result is the same in each.
+    template <class T>
+    void add(Vec* totals, const Vec* sums, int64_t rows, const Input<T>& input, int64_t group, int64_t groups) const {
+        const int64_t at = group * LANES;
+        for (int64_t r = 0; r < rows; ++r)
+            for (int g = 0; g < GROUPS; ++g) {
+                const int64_t i = r * GROUPS + g;
+                totals[i] = multiplied(sums[i], load(scales[g] + at), totals[i]);
+                if (!input.sums) continue;
+                totals[i] = multiplied(load(offsets[g] + at), Vec{} - input.sums[r * groups + group], totals[i]);
+            }
+    }
+    static Vec multiplied(Vec a, Vec b, Vec c) {
+#ifdef __AVX512F__
+        return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+        return a * b + c;
+#endif
+    }
+};
+
+#if DECODES_IN_REGISTERS
+// Few tokens: codes go from memory to registers.
+template <int BITS, int ROWS>
+__attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Weight& weight, const Codes<UNIT>& from,
+                                         Vec* out) {
+    constexpr int N = BLOCK_INPUTS<BITS>;
+    const Codebook<BITS> decode(weight.table);
+    const int64_t groups = groups_of(weight), stride = input.stride, in = weight.in;
+    const BFloat16* x = input.x;
+    for (int i = 0; i < ROWS * UNIT; ++i) out[i] = Vec{};
+    int64_t block = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+        Vec sums[ROWS][UNIT];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int g = 0; g < UNIT; ++g) sums[r][g] = Vec{};
+        const int64_t end = std::min(in, (group + 1) * weight.group);
+        for (int64_t i = group * weight.group; i < end; i += N, block += BLOCK)
+#pragma GCC unroll 4
+            for (int g = 0; g < UNIT; ++g) {
+                __m512bh pairs[N / 2];
+                decode(from.codes[g] + block, pairs);
+#pragma GCC unroll 4
+                for (int p = 0; p < N / 2; ++p)
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; ++r) {
+                        int32_t both;
+                        std::memcpy(&both, x + r * stride + i + 2 * p, sizeof both);
+                        sums[r][g] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][g], pairs[p], (__m512bh)_mm512_set1_epi32(both));
+                    }
+            }
+        Vec kept[ROWS * UNIT];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int g = 0; g < UNIT; ++g) kept[r * UNIT + g] = sums[r][g];
+        from.add(out, kept, ROWS, input, group, groups);
+    }
+}
+
+template <int BITS, int ROWS = CODE_TILE_ROWS>
+inline void code_tile_of(int64_t rows, const Input<BFloat16>& input, const Weight& weight, const Codes<UNIT>& from,
+                         Vec* out) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return code_tile_of<BITS, ROWS - 1>(rows, input, weight, from, out);
+    }
+    code_tile<BITS, ROWS>(input, weight, from, out);
+}
+#endif
+
+// Many tokens: codes are decoded once for all of them, a stretch of inputs at a time.
+template <class T, int BITS>
+__attribute__((noinline)) void spread_sums(const Weight& weight, int64_t first, int count, const Input<T>& input,
+                                           int64_t rows, Vec* totals) {
+    alignas(64) T dense[2][SPREAD * LANES];
+    Vec sums[CHUNK_ROWS * 2];
+    const T* both[2] = {dense[0], dense[1]};
+    const Codes<2> from(weight, first, count);
+    const Spread<T, BITS> spread(weight.table);
+    const int64_t groups = groups_of(weight);
+    for (int64_t i = 0; i < rows * 2; ++i) totals[i] = Vec{};
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t begin = group * weight.group, end = std::min(weight.in, begin + weight.group);
+        for (int64_t at = begin; at < end; at += SPREAD) {
+            const int64_t inputs = std::min(SPREAD, end - at);
+            for (int g = 0; g < 2; ++g) spread(from.codes[g] + at / BLOCK_INPUTS<BITS> * BLOCK, inputs, dense[g]);
+            for_tiles(rows, [&](int64_t row, int64_t in_tile) {
+                const T* x = input.x + row * input.stride + at;
+                if (at == begin) tile_of<T, 2, false>(in_tile, x, input.stride, both, inputs, sums + row * 2);
+                else tile_of<T, 2, true>(in_tile, x, input.stride, both, inputs, sums + row * 2);
+            });
+        }
+        from.add(totals, sums, rows, input, group, groups);
+    }
+}
+
+// `rows` tokens (at most CHUNK_ROWS) times up to UNIT groups of 16 outputs: put(row, group, sums).
+template <class T, int BITS, class Put>
+inline void code_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put) {
+#if DECODES_IN_REGISTERS
+    if constexpr (PAIR<T> == 2) {
+        if (rows <= FEW_ROWS) {
+            const Codes<UNIT> from(weight, first, count);
+            for_tiles<CODE_TILE_ROWS>(rows, [&](int64_t row, int64_t in_tile) {
+                Vec sums[CODE_TILE_ROWS * UNIT];
+                code_tile_of<BITS>(in_tile, input.from(row, weight), weight, from, sums);
+                for (int64_t r = 0; r < in_tile; ++r)
+                    for (int g = 0; g < count; ++g) put(row + r, g, sums[r * UNIT + g]);
+            });
+            return;
+        }
+    }
+#endif
+    Vec sums[CHUNK_ROWS * 2];
+    for (int at = 0; at < count; at += 2) {
+        spread_sums<T, BITS>(weight, first + at, count - at, input, rows, sums);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int g = at; g < std::min(count, at + 2); ++g) put(r, g, sums[r * 2 + g - at]);
+    }
+}
+
+// ---- layout ---------------------------------------------------------------------------------------------------------
+
+// Codes (out, in), a byte each, -> blocks. Outputs beyond the last are zero.
+template <int BITS>
+inline void pack_codes(Team& team, const uint8_t* codes, uint8_t* to, int64_t out, int64_t in) {
+    constexpr int N = BLOCK_INPUTS<BITS>;
+    team.share((out + LANES - 1) / LANES, 1, [&](int64_t group) {
+        uint8_t* block = to + group * LANES * in * BITS / 8;
+        const int lanes = int(std::min<int64_t>(LANES, out - group * LANES));
+        for (int64_t i = 0; i < in; i += N, block += BLOCK) {
+            std::memset(block, 0, BLOCK);
+            for (int lane = 0; lane < lanes; ++lane)
+                for (int k = 0; k < N; ++k)
+                    block[byte_of<BITS>(lane, k)] |= codes[(group * LANES + lane) * in + i + k] << shift_of<BITS>(k);
+        }
+    });
+}
+
+template <int BITS>
+inline void unpack_codes(Team& team, const uint8_t* from, uint8_t* codes, int64_t out, int64_t in) {
+    constexpr int N = BLOCK_INPUTS<BITS>;
+    team.share((out + LANES - 1) / LANES, 1, [&](int64_t group) {
+        const uint8_t* block = from + group * LANES * in * BITS / 8;
+        const int lanes = int(std::min<int64_t>(LANES, out - group * LANES));
+        for (int64_t i = 0; i < in; i += N, block += BLOCK)
+            for (int lane = 0; lane < lanes; ++lane)
+                for (int k = 0; k < N; ++k) {
+                    const int code = block[byte_of<BITS>(lane, k)] >> shift_of<BITS>(k);
+                    codes[(group * LANES + lane) * in + i + k] = uint8_t(BITS == 4 ? code & 15 : code);
+                }
+    });
+}
+
+}  // namespace

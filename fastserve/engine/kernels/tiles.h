@@ -1,0 +1,100 @@
+// Weights in memory, and tiles: some tokens times some outputs, with the sums in registers.
+//
+// A dense weight of (out, in) lies in groups of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A vector register holds the
+// same input (or pair of inputs, where the processor multiplies pairs of bfloat16) of 16 outputs. One token reads each
+// group once, in order, as fast as memory gives it; many tokens share a group that has come to the caches.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 12;  // with 2 groups: 24 of 32 registers are sums
+#elif defined(__aarch64__)
+constexpr int TILE_ROWS = 3;   // a group is 4 registers of 32
+#else
+constexpr int TILE_ROWS = 1;   // a group is 2 registers of 16
+#endif
+
+constexpr int64_t CHUNK_ROWS = 8 * TILE_ROWS;  // of many tokens, what one piece of work takes on
+
+template <class T> constexpr int PAIR = 1;
+#ifdef __AVX512BF16__
+template <> inline constexpr int PAIR<BFloat16> = 2;
+#endif
+
+struct Weight {
+    const void* data;      // dense in the layout above, or codes in that of quantised.h
+    const void* bias;      // [out] or null
+    int64_t out, in;
+    int64_t bits;          // of a code, 8 or 4; 0: dense. The rest is for codes only
+    int64_t group;         // inputs that share a scale; the last group may have fewer
+    const float* scales;   // [out / 16][groups][16]
+    const float* offsets;  // the same, or null
+    const float* table;    // what codes stand for: 16 values, or 128 that the code's highest bit gives a sign
+    const int32_t* order;  // [in] the input that each column of codes belongs to, or null
+};
+
+template <class T>
+inline void multiply_add(Vec& sum, const T* weight, const T* x) {
+#ifdef __AVX512BF16__
+    if constexpr (PAIR<T> == 2) {
+        int32_t pair;
+        std::memcpy(&pair, x, sizeof pair);
+        sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_set1_epi32(pair));
+        return;
+    }
+#endif
+    sum += to_float(*x) * load(weight);
+}
+
+// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], from zero or on from what they are. Not inlined: compilers then
+// keep all sums in registers.
+template <class T, int GROUPS, int ROWS, bool ON>
+__attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* out) {
+    Vec sums[ROWS][GROUPS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; ++g) sums[r][g] = ON ? out[r * GROUPS + g] : Vec{};
+    for (int64_t i = 0; i < in; i += PAIR<T>)
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUPS; ++g) multiply_add(sums[r][g], weights[g] + i * LANES, x + r * x_stride + i);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; ++g) out[r * GROUPS + g] = sums[r][g];
+}
+
+template <class T, int GROUPS, bool ON, int ROWS = TILE_ROWS>
+inline void tile_of(int64_t rows, const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* sums) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return tile_of<T, GROUPS, ON, ROWS - 1>(rows, x, x_stride, weights, in, sums);
+    }
+    tile<T, GROUPS, ROWS, ON>(x, x_stride, weights, in, sums);
+}
+
+// Calls work(first row, rows) for tiles of nearly the same size.
+template <int MOST = TILE_ROWS, class Work>
+inline void for_tiles(int64_t rows, Work work) {
+    const int64_t count = (rows + MOST - 1) / MOST;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t begin = rows * i / count;
+        work(begin, rows * (i + 1) / count - begin);
+    }
+}
+
+// `rows` tokens: put(row, group, sums).
+template <class T, int GROUPS, class Put>
+inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, Put put) {
+    for_tiles(rows, [&](int64_t begin, int64_t count) {
+        Vec sums[TILE_ROWS * GROUPS];
+        tile_of<T, GROUPS, false>(count, x + begin * x_stride, x_stride, weights, in, sums);
+        for (int i = 0; i < count * GROUPS; ++i) put(begin + i / GROUPS, i % GROUPS, sums[i]);
+    });
+}
+
+}  // namespace

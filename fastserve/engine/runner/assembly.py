@@ -1,0 +1,289 @@
+"""Puts weights into a model, one at a time and in any order, and its linear layers by ours on the way.
+
+Each weight gets its final form as it comes, so beside the forms no more is in memory than the weights on their way. Each
+form that is not plain is tried: its product must be that of the weight that it was made of. So what the assembled model
+computes with its own code is a reference for the engine (reference.py), and no unchanged model is needed beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastserve.engine.kernels.fused_steps import FusedSteps
+from fastserve.engine.runner.formats.source import Codes, Value
+from fastserve.engine.runner.fusion import find_gated_mlps, fuse_gated_mlp
+from fastserve.engine.runner.linear import Linear, PlainWeight, WeightForm, form_of, is_mapped
+from fastserve.engine.runner.weights import Place, WeightTable
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+Quantise = Callable[[torch.Tensor, torch.dtype], WeightForm]
+"""Of a weight (out, in), for products in a dtype."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Of a trial product, relative to its length."""
+_TRIED_ROWS = 64
+"""At each end of a quantised weight: dequantising takes longer than multiplying."""
+
+
+class Places(Protocol):
+    def device_of(self, name: str) -> torch.device:
+        """Where the weight or buffer is to live."""
+        ...
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values there."""
+        ...
+
+
+class OneDevice:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def device_of(self, name: str) -> torch.device:
+        return self._device
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device)
+
+
+class Assembly:
+    """Of one model, whose parameters are on the meta device or hold what they are to be given again."""
+
+    def __init__(
+        self, model: PreTrainedModel, kernels: FusedSteps | None, places: Places, quantise: Quantise | None = None
+    ) -> None:
+        """With kernels, layers that take the same input become one. `quantise`: for weights of linear layers that come
+        dense, save the head's."""
+        self._model = model
+        self._kernels = kernels
+        self._where = places
+        self._quantise = quantise
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        self._tied = _tied_names(parameters)
+        self._buffers = {name for name in model.state_dict() if name not in parameters}
+        self._layers = {f"{path}.weight": path for path, module in model.named_modules() if _is_linear(module)}
+        self._head = _path_of(model, model.get_output_embeddings())
+        self._gated = {} if kernels is None else _gated_pairs(find_gated_mlps(model, kernels, places.device_of))
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._places: dict[str, Place] = {}
+
+    def shape_of(self, name: str) -> torch.Size:
+        """Raises KeyError."""
+        return self._shapes[name] if name in self._shapes else self._model.get_buffer(name).shape
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of weights that nothing was given for."""
+        return [name for name in self._shapes if name not in self._places and name not in self._waiting]
+
+    def add(self, name: str, value: Value) -> None:
+        """Give a weight (in the checkpoint's shape), or a buffer, its value; those tied to it get it too. Raises
+        ValueError for another shape."""
+        self._require_shape(name, value)
+        if name in self._buffers:
+            self._set_buffer(name, value)
+        elif name in self._places:
+            self._add_beside_tied(name, value)
+        else:
+            for other in self._tied[name]:
+                self._set(other, value)
+
+    def finish(self) -> WeightTable:
+        """The table of all weights. Those that nothing was given for must have been looked at before (`missing`)."""
+        for name in list(self._waiting):
+            self._set_linear(name, self._waiting.pop(name))
+        for name, buffer in list(self._model.named_buffers()):
+            self._set_buffer(name, buffer)
+        return WeightTable({name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes)
+
+    def _require_shape(self, name: str, value: Value) -> None:
+        needed = tuple(self.shape_of(name))
+        found = tuple(value.shape)
+        if isinstance(value, Codes) and name in self._layers and self._is_transposed(name):
+            found = found[::-1]
+        if found != needed:
+            raise ValueError(f"{name} has the shape {needed} by config.json, and {found} in the checkpoint")
+
+    def _is_transposed(self, name: str) -> bool:
+        return type(self._model.get_submodule(self._layers[name])) is Conv1D
+
+    def _add_beside_tied(self, name: str, value: Value) -> None:
+        """Older files repeat tied weights. Where they differ, the settings are wrong, and the weights are not tied."""
+        dense = self._dense(name, value)
+        if torch.equal(self._places[name].get().cpu(), dense.cpu()):
+            return
+        logger.warning("%s differs from %s in the checkpoint, so they are not tied.", name, self._tied[name][0])
+        group = [other for other in self._tied[name] if other != name]
+        self._tied |= dict.fromkeys(group, group) | {name: [name]}
+        self._set(name, value)
+
+    def _set(self, name: str, value: Value) -> None:
+        if name not in self._layers:
+            self._set_parameter(name, self._where.put(name, self._dense(name, value)))
+        elif name in self._gated and isinstance(value, torch.Tensor) and self._quantise is None:
+            self._set_gated(name, self._where.put(name, self._dense(name, value)))
+        else:
+            self._set_linear(name, value)
+
+    def _dense(self, name: str, value: Value) -> torch.Tensor:
+        dtype = self._dtypes[name]
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype)
+        dense = value.dense(dtype)
+        return dense.t().contiguous() if tuple(dense.shape) != tuple(self._shapes[name]) else dense
+
+    def _set_parameter(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        self._model.get_submodule(path)._parameters[leaf] = parameter
+        self._places[name] = Place(lambda: parameter.data, parameter.copy_)
+
+    def _set_buffer(self, name: str, value: Value) -> None:
+        path, _, leaf = name.rpartition(".")
+        buffers = self._model.get_submodule(path)._buffers
+        assert isinstance(value, torch.Tensor)
+        buffers[leaf] = value.to(self._where.device_of(name), buffers[leaf].dtype)
+
+    # ---- linear layers ------------------------------------------------------------------------------------------
+
+    def _set_linear(self, name: str, value: Value) -> None:
+        path = self._layers[name]
+        module = self._model.get_submodule(path)
+        transposed = type(module) is Conv1D
+        form = self._form(name, value, transposed=transposed)
+        self._places[name] = _form_place(form, transposed=transposed)
+        linear = Linear(form, module.bias)
+        if isinstance(module, Linear):  # set a second time
+            module.form = form
+            return
+        parent, _, child = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, linear)
+
+    def _form(self, name: str, value: Value, *, transposed: bool) -> WeightForm:
+        dtype = self._dtypes[name]
+        if isinstance(value, Codes):
+            form = value.form(dtype, self._where.device_of(name))
+            self._try_rows(name, form, lambda rows: value.dense(dtype, rows))
+            return form
+        weight = value.t() if transposed else value
+        if self._quantise is not None and self._layers[name] != self._head:
+            form = self._quantise(weight.to(self._where.device_of(name)).contiguous(), dtype)
+            self._try_rows(name, form, lambda rows: form.part(rows).get())
+            return form
+        weight = self._where.put(name, weight.to(dtype))
+        form = form_of(weight if is_mapped(weight) else weight.contiguous())
+        self._try(name, form, weight)
+        return form
+
+    def _set_gated(self, name: str, tensor: torch.Tensor) -> None:
+        """Gate and up become one weight once both are there."""
+        path, names = self._gated[name]
+        self._waiting[name] = tensor
+        if not all(other in self._waiting for other in names):
+            return
+        gate, up = (self._waiting.pop(other) for other in names)
+        if is_mapped(gate) or is_mapped(up):
+            self._set_linear(names[0], gate)
+            self._set_linear(names[1], up)
+            return
+        assert self._kernels is not None
+        parts = fuse_gated_mlp(self._model, path, gate, up, self._kernels)
+        for other, part, weight in zip(names, parts, (gate, up), strict=True):
+            self._try(other, part, weight)
+            self._places[other] = _form_place(part, transposed=False)
+
+    # ---- trials -------------------------------------------------------------------------------------------------
+
+    def _try(self, name: str, form: WeightForm, weight: torch.Tensor) -> None:
+        if not isinstance(form, PlainWeight):
+            x = _trial_input(weight.shape[1], weight.dtype, weight.device)
+            _require_like(name, form.product(x, None), F.linear(x, weight), weight.dtype)
+
+    def _try_rows(self, name: str, form: WeightForm, rows_of: Callable[[slice], torch.Tensor]) -> None:
+        out = self._shapes[name][1 if self._is_transposed(name) else 0]
+        count = min(_TRIED_ROWS, out)
+        first, last = slice(0, count), slice(out - count, out)
+        weight = torch.cat([rows_of(first), rows_of(last)]).to(self._where.device_of(name))
+        x = _trial_input(weight.shape[1], self._dtypes[name], weight.device)
+        product = form.product(x, None)
+        _require_like(name, torch.cat([product[:, first], product[:, last]], 1), F.linear(x, weight), x.dtype)
+
+
+def install(model: PreTrainedModel, kernels: FusedSteps | None) -> WeightTable:
+    """Take over a model that has its weights already."""
+    assembly = Assembly(model, kernels, _Here(model))
+    for name, parameter in list(model.named_parameters()):
+        assembly.add(name, parameter.data)
+    return assembly.finish()
+
+
+class _Here:
+    """Where the model's tensors are already."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._devices = {
+            name: tensor.device for named in (model.named_parameters, model.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
+        }  # fmt: skip
+
+    def device_of(self, name: str) -> torch.device:
+        return self._devices[name]
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def _trial_input(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(2, width, generator=generator).to(device, dtype)
+
+
+def _require_like(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = float((found.float() - expected.float()).norm())
+    if not error <= _TOLERANCE[dtype] * max(float(expected.float().norm()), 1e-6):
+        raise StartupError(
+            f"{name}: products with the form that it is kept in are not those of the weight itself (they differ by "
+            f"{error:.3g}); either the weight is not finite, or a kernel computes wrongly on this machine."
+        )
+
+
+def _tied_names(parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[str]]:
+    """For each name, all names of the same tensor, itself among them, in the same order for each."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: groups[id(parameter)] for name, parameter in parameters.items()}
+
+
+def _gated_pairs(paths: list[str]) -> dict[str, tuple[str, tuple[str, str]]]:
+    """For the weight of each gate and up: the path of the MLP, and the names of both."""
+    found = {}
+    for path in paths:
+        names = (f"{path}.gate_proj.weight", f"{path}.up_proj.weight")
+        found |= dict.fromkeys(names, (path, names))
+    return found
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    # Subclasses may compute something else, so they are left alone.
+    return type(module) in (torch.nn.Linear, Conv1D)
+
+
+def _path_of(model: torch.nn.Module, module: torch.nn.Module | None) -> str | None:
+    return next((path for path, other in model.named_modules() if other is module), None)
+
+
+def _form_place(form: WeightForm, *, transposed: bool) -> Place:
+    if not transposed:
+        return Place(form.get, form.set)
+    return Place(lambda: form.get().t().contiguous(), lambda tensor: form.set(tensor.t().contiguous()))

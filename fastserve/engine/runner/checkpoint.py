@@ -1,0 +1,190 @@
+"""The tensors of a checkpoint's files: which there are, and reading one of them.
+
+Nothing is read before it is asked for. A tensor is read into memory of its own, not mapped: what is in memory is then
+what is being worked on, and a disk that fails is an error, not a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastserve.errors import StartupError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_HEADER_LIMIT = 100_000_000
+"""Bytes of a safetensors header; the format allows no more."""
+_OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
+"""What files are called that are no checkpoint of the model, or a second one in the maker's own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+    read: Callable[[], torch.Tensor]
+    """Raises StartupError that names tensor and file."""
+
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def open_folder(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model's folder, safetensors first. Raises StartupError when there are none, when a shard is
+    missing, or when a file is broken or cut off."""
+    for suffix in (".safetensors", ".bin"):
+        files = _files(folder, suffix)
+        if files:
+            return open_files(files)
+    raise StartupError(
+        f"{folder} holds no weights: there is no .safetensors, .bin or .gguf file in it. Download the model again, or "
+        "start with --dummy to have random weights."
+    )
+
+
+def open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Of several files, of which none may repeat another's names."""
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in open_file(file).items():
+            if name in found:
+                raise StartupError(f"{found[name].file} and {file} both hold the tensor {name}: keep one of them.")
+            found[name] = tensor
+    return found
+
+
+def open_file(file: Path) -> dict[str, StoredTensor]:
+    """Raises StartupError when the file is missing, broken or cut off."""
+    if not file.is_file():
+        raise StartupError(f"{file}: there is no such file.")
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickled(file)
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    whole = [folder / f"{stem}{suffix}" for stem in ("model", "pytorch_model")]
+    single = next((path for path in whole if path.is_file()), None)
+    if single is not None:
+        return [single]
+    for index in sorted(folder.glob(f"*{suffix}.index.json")):
+        return _indexed(index)
+    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith(_OTHER_WEIGHTS))
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise StartupError(f"{index} cannot be read as an index of shards: {error}") from error
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise StartupError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: download it again.")
+    return files
+
+
+# ---- safetensors ------------------------------------------------------------------------------------------------
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _HEADER_LIMIT:
+                raise ValueError(f"it would be {length} bytes long")
+            entries: dict[str, Any] = json.loads(stream.read(length))
+            size = file.stat().st_size
+        begin = 8 + length
+        found = {
+            name: _stored(file, name, entry, begin, size) for name, entry in entries.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise StartupError(f"{file} cannot be loaded: its header is broken or cut off ({error}).") from error
+    return found
+
+
+def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: int) -> StoredTensor:
+    first, last = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    if entry["dtype"] not in _DTYPES:
+        raise StartupError(f"{file}: the tensor {name} has the dtype {entry['dtype']}, which torch does not have.")
+    dtype = _DTYPES[entry["dtype"]]
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise StartupError(f"{file} is broken: the tensor {name} of shape {shape} has {last - first} bytes.")
+    if data + last > file_size:
+        raise StartupError(
+            f"{file} is cut off in the tensor {name}: it ends after {file_size} of at least {data + last} bytes. "
+            "Download it again."
+        )
+
+    def read() -> torch.Tensor:
+        return _read_bytes(file, name, data + first, last - first).view(dtype).view(shape)
+
+    return StoredTensor(name, file, shape, dtype, last - first, read)
+
+
+def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
+    raw = torch.empty(size, dtype=torch.uint8)
+    view = memoryview(raw.numpy())
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            done = 0
+            while done < size:
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise OSError(f"it ends {size - done} bytes too early")
+                done += count
+    except OSError as error:
+        raise StartupError(f"{file}: the tensor {name} cannot be read: {error}") from error
+    return raw
+
+
+# ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------
+
+
+def _open_pickled(file: Path) -> dict[str, StoredTensor]:
+    """Without running what a pickle could say."""
+    try:
+        state = _unpickle(file)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise StartupError(f"{file} cannot be loaded: it is broken, cut off, or no file of weights ({reason}).") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise StartupError(f"{file} holds no table of tensors, but {type(state).__name__}.")
+    return {
+        name: _held(file, name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _unpickle(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files of torch before 1.6 cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _held(file: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
+    num_bytes = tensor.numel() * tensor.itemsize
+
+    def read() -> torch.Tensor:
+        # A copy: the file is mapped, and what is made of this tensor may be changed in place.
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, num_bytes, read)

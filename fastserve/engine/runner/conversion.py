@@ -1,0 +1,105 @@
+"""Which weights of a checkpoint become which of a model.
+
+Checkpoints have other names than the model (a prefix more or less, older names), and other shapes (one tensor for each
+expert, where the model has one for all). transformers keeps the rules for its architectures; they are applied here to
+weights as they are read, so that no more than what one rule joins is in memory twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from fastserve.engine.runner.formats.source import Codes, Source, Value
+from fastserve.errors import StartupError
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What is read together."""
+
+    target: str
+    """The model's weight, or the first of those that a rule makes."""
+    sources: list[Source] = field(default_factory=list)
+    rule: Any = None
+    """transformers' WeightConverter; None: the one source is the weight."""
+    patterns: list[str] = field(default_factory=list)
+    """Which of the rule's inputs each source is."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(source.num_bytes for source in self.sources)
+
+    @property
+    def place(self) -> str:
+        return ", ".join(dict.fromkeys(source.place for source in self.sources))
+
+    def load(self) -> list[Value]:
+        """Read all sources. Raises StartupError that names tensor and file."""
+        return [source.load() for source in self.sources]
+
+    def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Value]:
+        """The model's weights by name."""
+        if self.rule is None:
+            return {self.target: values[0]}
+        for source, pattern, value in zip(self.sources, self.patterns, values, strict=True):
+            tensor = value.dense(dtype) if isinstance(value, Codes) else value
+            self.rule.add_tensor(self.target, source.name, pattern, _given(tensor.to(dtype)))
+        values.clear()
+        try:
+            made: dict[str, Any] = self.rule.convert(self.target, model=model, config=model.config)
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
+            names = f"{self.sources[0].name} to {self.sources[-1].name}"
+            raise StartupError(f"{self.place}: {names} cannot be joined to {self.target}: {error}") from error
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Delivery], list[Source]]:
+    """Deliveries in the order of the files, and the sources that the model has no place for."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, Delivery] = {}
+    unexpected = []
+    for source in sources:
+        target, pattern = rename_source_key(source.name, renamings, converters, prefix, state)
+        if target not in state and source.name in state:
+            target, pattern = source.name, None
+        if target not in state:
+            unexpected.append(source)
+            continue
+        if target in found and pattern is None:
+            raise StartupError(f"{source.place}: {source.name} and {found[target].sources[0].name} are both {target}.")
+        delivery = found.setdefault(target, Delivery(target))
+        delivery.sources.append(source)
+        if pattern is not None:
+            delivery.rule = delivery.rule or copy.deepcopy(by_pattern[pattern])
+            delivery.patterns.append(pattern)
+    for delivery in found.values():
+        _sort_like_numbers(delivery)
+    return list(found.values()), unexpected
+
+
+def _sort_like_numbers(delivery: Delivery) -> None:
+    """Experts are joined in the order in which they come: 2 before 10, as the names say, not the files."""
+    if delivery.rule is not None:
+        pairs = sorted(zip(delivery.sources, delivery.patterns, strict=True), key=lambda pair: _natural(pair[0].name))
+        delivery.sources, delivery.patterns = [list(column) for column in zip(*pairs, strict=True)]  # type: ignore[assignment]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+
+
+def _given(tensor: torch.Tensor) -> Any:
+    return lambda: tensor

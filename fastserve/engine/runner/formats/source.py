@@ -1,0 +1,139 @@
+"""What formats of checkpoints hand to the loader: one source for each weight, however many tensors it is stored in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastserve.engine.runner import quantised
+from fastserve.engine.runner.checkpoint import StoredTensor, Tensors
+from fastserve.engine.runner.linear import WeightForm
+from fastserve.errors import StartupError
+
+Settings = Mapping[str, Any]
+"""Of a quantised checkpoint, as `quantization_config` in config.json has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A quantised weight (out, in): value = (code - zero) * scale, whose column j belongs to input `input_order[j]`."""
+
+    codes: torch.Tensor
+    """(out, in), uint8 or int8"""
+    scales: torch.Tensor
+    """(out, groups)"""
+    zeros: torch.Tensor | None
+    """(out, groups)"""
+    bits: int
+    """8 or 4: how codes are to be kept"""
+    group: int
+    """Neighbouring columns that share a scale."""
+    input_order: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def form(self, dtype: torch.dtype, device: torch.device) -> WeightForm:
+        return quantised.from_codes(
+            self.codes.to(device),
+            self.scales.to(device),
+            None if self.zeros is None else self.zeros.to(device),
+            bits=self.bits,
+            dtype=dtype,
+            input_order=None if self.input_order is None else self.input_order.to(device),
+            group=self.group,
+        )
+
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
+        """Some rows of the weight (out, in), by the definition."""
+        values = self.codes[rows].float()
+        width = values.shape[1]
+        if self.zeros is not None:
+            values -= self.zeros[rows].float().repeat_interleave(self.group, dim=1)[:, :width]
+        values *= self.scales[rows].float().repeat_interleave(self.group, dim=1)[:, :width]
+        if self.input_order is None:
+            return values.to(dtype)
+        weight = torch.empty_like(values, dtype=dtype)
+        weight[:, self.input_order] = values.to(dtype)
+        return weight
+
+
+Value = torch.Tensor | Codes
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A weight of a checkpoint."""
+
+    name: str
+    """What the weight is called in a checkpoint that is not quantised."""
+    stored: tuple[StoredTensor, ...]
+    make: Callable[..., Value]
+    """Of the stored tensors, in their order."""
+    num_bytes: int
+
+    def load(self) -> Value:
+        """Raises StartupError that names tensor and file."""
+        try:
+            return self.make(*(tensor.read() for tensor in self.stored))
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise StartupError(f"{self.place}: what is stored for {self.name} does not fit together: {error}") from error
+
+    @property
+    def place(self) -> str:
+        """The files it is in."""
+        return ", ".join(dict.fromkeys(str(tensor.file) for tensor in self.stored)) or "random weights"
+
+
+def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value]) -> Source:
+    tensors = tuple(stored)
+    return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors))
+
+
+def plain_source(tensor: StoredTensor) -> Source:
+    return source_of(tensor.name, [tensor], lambda value: value)
+
+
+def layers_of(tensors: Tensors, mark: str, parts: Iterable[str]) -> tuple[dict[str, dict[str, StoredTensor]], Tensors]:
+    """The layers whose weight is stored in `parts`, one of which is `mark`; and all other tensors."""
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    rest = dict(tensors)
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        if part == mark:
+            layers[layer] = {
+                other: rest.pop(f"{layer}.{other}") for other in (mark, *parts) if f"{layer}.{other}" in rest
+            }
+    return layers, rest
+
+
+def require_parts(layer: str, found: Mapping[str, StoredTensor], needed: Iterable[str]) -> None:
+    for part in needed:
+        if part not in found:
+            file = next(iter(found.values())).file
+            raise StartupError(f"{file}: the layer {layer} has {', '.join(found)}, but no tensor {layer}.{part}.")
+
+
+def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words (rows, columns) of 32 bits -> the unsigned numbers of `bits` that each column holds as a stream that begins
+    with the lowest bit of the first row: (rows * 32 / bits, columns), uint8. A number may lie across two words."""
+    period = math.lcm(bits, 32) // 32
+    count = period * 32 // bits
+    rows, columns = words.shape
+    if rows % period:
+        raise ValueError(f"{rows} rows of 32 bits hold no whole numbers of {bits} bits")
+    found = torch.empty(rows // period, count, columns, dtype=torch.uint8)
+    groups = words.reshape(rows // period, period, columns)
+    for index in range(count):
+        word, shift = divmod(index * bits, 32)
+        value = groups[:, word] >> shift
+        if shift + bits > 32:
+            # The sign fills what a shift to the right leaves empty: only the bits that this word has are kept.
+            value = (value & ((1 << (32 - shift)) - 1)) | (groups[:, word + 1] << (32 - shift))
+        found[:, index] = value & ((1 << bits) - 1)
+    return found.view(rows * 32 // bits, columns)
