@@ -105,7 +105,16 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
 
 @contextlib.contextmanager
 def serving(arm: Arm) -> Iterator[psutil.Process]:
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
+    cores = os.cpu_count() or 1
+    environ = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Left alone, vLLM keeps one core free of its threads.
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "OMP_NUM_THREADS": str(cores),
+    }
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(arm.command, stdout=log, stderr=log, env=environ, start_new_session=True)
         try:
@@ -162,7 +171,7 @@ def run_load(arm: Arm, load: Load, seed: int) -> dict[str, Any]:
             beside.wait()
 
 
-def run_round(arms: list[Arm], rows: list[Load], seed: int, found: dict[tuple[str, str], list[float]]) -> None:
+def run_round(arms: list[Arm], rows: list[Load], seed: int, found: Found) -> None:
     for arm in arms:
         begin = time.monotonic()
         with serving(arm) as process:
@@ -182,7 +191,22 @@ def run_round(arms: list[Arm], rows: list[Load], seed: int, found: dict[tuple[st
             found.setdefault((arm.name, "resident after, MiB"), []).append(resident_mb(process))
 
 
-def print_table(arms: list[Arm], rows: list[Load], found: dict[tuple[str, str], list[float]]) -> None:
+Found = dict[tuple[str, str], list[float]]
+"""Figures by arm and title, a value for each round."""
+
+
+def read_rounds(file: Path | None) -> Found:
+    if file is None or not file.exists():
+        return {}
+    return {(arm, title): values for arm, title, values in json.loads(file.read_text())}
+
+
+def keep_rounds(file: Path | None, found: Found) -> None:
+    if file is not None:
+        file.write_text(json.dumps([[arm, title, values] for (arm, title), values in found.items()]))
+
+
+def print_table(arms: list[Arm], rows: list[Load], found: Found) -> None:
     lower = {load.title for load in rows if not load.higher_is_better}
     titles = [*(load.title for load in rows), "start to first token, s", "resident after, MiB"]
     print("\n| load | " + " | ".join(f"{arm.name} (lowest..highest)" for arm in arms) + " |")
@@ -211,6 +235,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="the model converted for llama.cpp, in the same dtype")
     parser.add_argument("--vllm", help="vLLM's program")
     parser.add_argument("--speculation", action="store_true", help="a second arm of ours, with speculation")
+    parser.add_argument("--keep", type=Path, help="file of rounds: those in it count too, and these are added")
     parser.add_argument("--ours", nargs="*", default=[], help="more flags for fastserve's worker")
     args = parser.parse_args()
     # An end from outside must not leave servers behind: it unwinds `serving`.
@@ -218,9 +243,11 @@ def main() -> None:
     if args.llama_server and not (args.gguf and Path(args.gguf).exists()):
         parser.error("--llama-server needs --gguf with the converted model")
     arms, rows = make_arms(args), loads(args.max_tokens)
-    found: dict[tuple[str, str], list[float]] = {}
-    for seed in range(1, args.rounds + 1):
+    found = read_rounds(args.keep)
+    done = max((len(values) for values in found.values()), default=0)
+    for seed in range(done + 1, done + args.rounds + 1):
         run_round(arms, rows, seed, found)
+        keep_rounds(args.keep, found)
     print_table(arms, rows, found)
 
 

@@ -78,7 +78,8 @@ class Bench:
             for memory in large:
                 memory.sum()
 
-        return seconds(read, 7) * self.weight_bytes / sum(memory.numel() * 8 for memory in large)
+        read_bytes: int = sum(memory.numel() * 8 for memory in large)
+        return seconds(read, 7) * self.weight_bytes / read_bytes
 
     def products_s(self, rows: int) -> float:
         inputs = [self._input(linear, rows) for linear in self.linears]

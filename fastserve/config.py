@@ -223,22 +223,32 @@ class ModelConfig:
     )
     dtype: str | None = option(
         None,
-        "dtype of weights and KV cache; unset: the checkpoint's own (on a GPU, float32 becomes float16; on a CPU, what it "
-        "has no instructions for becomes float32)",
+        "dtype of weights and KV cache; unset: the checkpoint's own (on a GPU, float32 becomes float16; on a CPU, what "
+        "it has no instructions for becomes float32)",
         choices=("float32", "float16", "bfloat16"),
     )
-    load_8bit: bool = option(False, "8-bit weights")
+    load_8bit: bool = option(False, "keep the weights of linear layers in 8 bits, quantised while they are read")
+    load_4bit: bool = option(
+        False, "keep the weights of linear layers in 4 bits (nf4), quantised while they are read", added=True
+    )
     cpu_offloading: bool = option(
         False,
         "keep layers that the GPUs do not hold in the machine's memory, then on disk, and compute them on the CPU",
     )
-    gptq_ckpt: str | None = option(None, "path of a GPTQ checkpoint")
-    gptq_wbits: int = option(16, "GPTQ bits; 16 is off", choices=(2, 3, 4, 8, 16))
-    gptq_groupsize: int = option(-1, "GPTQ group size; -1 is a full row")
-    gptq_act_order: bool = option(False, "GPTQ with activation order")
-    awq_ckpt: str | None = option(None, "path of an AWQ checkpoint")
-    awq_wbits: int = option(16, "AWQ bits; 16 is off", choices=(4, 16))
-    awq_groupsize: int = option(-1, "AWQ group size; -1 is a full row")
+    gptq_ckpt: str | None = option(
+        None,
+        "file or folder of GPTQ weights for the model; its own folder if unset. A checkpoint whose config.json says "
+        "how it is quantised needs none of the gptq and awq flags",
+    )
+    gptq_wbits: int = option(16, "bits of the GPTQ weights; 16: none are looked for", choices=(2, 3, 4, 8, 16))
+    gptq_groupsize: int = option(-1, "inputs that share a scale in the GPTQ weights; -1: as they have it")
+    gptq_act_order: bool = option(False, "the GPTQ weights must have an order of activations (g_idx)")
+    awq_ckpt: str | None = option(None, "file or folder of AWQ weights for the model; its own folder if unset")
+    awq_wbits: int = option(16, "bits of the AWQ weights; 16: none are looked for", choices=(4, 16))
+    awq_groupsize: int = option(-1, "inputs that share a scale in the AWQ weights; -1: as they have it")
+    dummy: bool = option(
+        False, "random weights: needs config.json and the tokenizer, and no file of weights", added=True
+    )
     enable_exllama: bool = option(False, "use ExLlamaV2")
     exllama_max_seq_len: int = option(4096, "ExLlamaV2: longest sequence")
     exllama_gpu_split: str | None = option(None, "ExLlamaV2: GB per GPU, such as 20,7,7")
@@ -401,6 +411,11 @@ class LauncherConfig(EngineOptions, ClassicLauncherFlags):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
 
     dtype: str | None = same_option(WorkerConfig, "dtype", added=True)
+    load_4bit: bool = same_option(WorkerConfig, "load_4bit", added=True)
+    awq_ckpt: str | None = same_option(WorkerConfig, "awq_ckpt", added=True)
+    awq_wbits: int = same_option(WorkerConfig, "awq_wbits", added=True)
+    awq_groupsize: int = same_option(WorkerConfig, "awq_groupsize", added=True)
+    dummy: bool = same_option(WorkerConfig, "dummy", added=True)
     chat_template: str | None = same_option(WorkerConfig, "chat_template", added=True)
     seed: int | None = same_option(WorkerConfig, "seed", added=True)
     trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code", added=True)

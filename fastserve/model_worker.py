@@ -9,17 +9,17 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastserve.config import WorkerConfig, parse_config
 from fastserve.engine.contract import Engine
 from fastserve.engine.devices import read_gpu_memory
+from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.serving import advertised_address, bind, run_entry, serve
 from fastserve.text.tokenizer import configured_eos_ids, read_json
 from fastserve.worker.app import Worker, WorkerSetup
-from fastserve.worker.model_source import default_name, resolve_model
+from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 from fastserve.worker.refusals import refuse_unavailable
 
 
@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _serve(config: WorkerConfig) -> None:
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
-    model_dir = resolve_model(config.model_path, config.revision)
+    model = find_model(config.model_path, config.revision, dummy=config.dummy)
     worker = Worker(
         WorkerSetup(
             config=config,
-            engine=_make_engine(config, model_dir),
-            model_dir=model_dir,
+            engine=_make_engine(config, model),
+            model_dir=model.folder,
             model_names=config.model_names or (default_name(config.model_path),),
             address=config.worker_address or advertised_address(config.host, port, ssl=config.ssl),
             wait_listening=lambda: _wait_listening(sockets[0]),
@@ -60,26 +60,25 @@ def _serve(config: WorkerConfig) -> None:
         sys.exit(1)
 
 
-def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
+def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
     if config.engine == "fake":
         from fastserve.engine.fake import FakeEngine, FakeOptions
 
-        model = read_json(model_dir / "config.json")
+        model = read_json(source.folder / "config.json")
         options = FakeOptions(
             vocab_size=int(model.get("vocab_size", 256)),
             max_model_len=config.max_model_len or int(model.get("max_position_embeddings", 4096)),
-            eos_token_ids=configured_eos_ids(model_dir),
-            model_path=str(model_dir),
+            eos_token_ids=configured_eos_ids(source.folder),
+            model_path=str(source.folder),
             max_num_seqs=config.max_num_seqs,
             token_s=0.005,
         )
         return FakeEngine(options)
     from fastserve.engine.client import EngineProcess
-    from fastserve.engine.settings import EngineConfig
 
     return EngineProcess(
         EngineConfig(
-            model_dir=str(model_dir),
+            model_dir=str(source.folder),
             device=config.device,
             dtype=config.dtype,
             num_gpus=config.num_gpus,
@@ -95,6 +94,7 @@ def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
             speculative_method=config.speculative_method,
             num_speculative_tokens=config.num_speculative_tokens,
             speculative_model_dir=_draft_dir(config),
+            weights=_weight_options(config, source),
             trust_remote_code=config.trust_remote_code,
             profile_steps=config.profile_steps,
             profile_dir=config.profile_dir,
@@ -102,6 +102,26 @@ def _make_engine(config: WorkerConfig, model_dir: Path) -> Engine:
             log_level=config.log_level,
         ),
         timeout_s=config.engine_timeout_s,
+    )
+
+
+def _weight_options(config: WorkerConfig, source: ModelSource) -> WeightOptions:
+    packed = None
+    for method, path, bits, group in (
+        ("gptq", config.gptq_ckpt, config.gptq_wbits, config.gptq_groupsize),
+        ("awq", config.awq_ckpt, config.awq_wbits, config.awq_groupsize),
+    ):
+        if path is not None or bits != 16:
+            packed = PackedCheckpoint(
+                method, path, None if bits == 16 else bits, None if group == -1 else group,
+                act_order=method == "gptq" and config.gptq_act_order,
+            )  # fmt: skip
+    return WeightOptions(
+        quantise="int8" if config.load_8bit else "nf4" if config.load_4bit else None,
+        packed=packed,
+        gguf_file=None if source.gguf_file is None else str(source.gguf_file),
+        adapter_dir=None if source.adapter_dir is None else str(source.adapter_dir),
+        dummy=config.dummy,
     )
 
 

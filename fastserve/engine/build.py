@@ -11,12 +11,13 @@ from fastserve.engine.contract import EngineInfo, SamplingParams
 from fastserve.engine.core import EngineCore, Executor
 from fastserve.engine.devices import Spread
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.loading import LoadedModel, Progress, load_model
+from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.placement import find_placement
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.streaming import Progress
 from fastserve.engine.runner.twin import twin_agrees
 from fastserve.engine.runner.verify import verify
-from fastserve.engine.settings import EngineConfig
+from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.engine.sizing import Sizes, find_sizes
 from fastserve.engine.speculation.controller import Controller
 from fastserve.engine.speculation.draft_model import DraftingExecutor, DraftModel
@@ -38,7 +39,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
             "--speculative-method off turns speculation off."
         )
     spread = Spread(config.num_gpus, config.max_gpu_memory, config.cpu_offloading)
-    loaded = _load(config, config.model_dir, progress, spread)
+    loaded = _load(config, config.model_dir, progress, spread, config.weights)
     draft = _load_draft(config, loaded, progress)
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
     num_blocks, max_model_len = sizes.num_blocks, sizes.max_model_len
@@ -70,17 +71,23 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache,
         speculator=_make_speculator(config, speed, draft_model),
+        overlap=draft is None and _overlaps(config, loaded),
     )
 
 
-def _load(config: EngineConfig, model_dir: str, progress: Progress, spread: Spread) -> LoadedModel:
+def _load(
+    config: EngineConfig, model_dir: str, progress: Progress, spread: Spread, weights: WeightOptions
+) -> LoadedModel:
     loaded = load_model(
         model_dir,
         config.device,
         config.dtype,
         trust_remote_code=config.trust_remote_code,
         progress=progress,
-        find_places=lambda model, device: find_placement(model, device, spread, config.gpu_memory_utilization),
+        find_places=lambda model, device: find_placement(
+            model, device, spread, config.gpu_memory_utilization, weights.quantise
+        ),
+        options=weights,
     )
     if config.debug:
         logger.info("%s", loaded.model)
@@ -96,9 +103,13 @@ def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -
     if config.speculative_model_dir is None:
         return None
     # A draft model is small, and pays by being fast: it stays whole.
-    draft = _load(config, config.speculative_model_dir, progress, Spread())
+    draft = _load(config, config.speculative_model_dir, progress, Spread(), WeightOptions())
     require_same_vocabulary(config.model_dir, config.speculative_model_dir, _vocab_size(loaded), _vocab_size(draft))
     return draft
+
+
+def _overlaps(config: EngineConfig, loaded: LoadedModel) -> bool:
+    return (loaded.device.type == "cuda" and loaded.placement is None) if config.overlap is None else config.overlap
 
 
 def _vocab_size(loaded: LoadedModel) -> int:

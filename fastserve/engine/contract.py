@@ -44,6 +44,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, each given those before it."""
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next draw depends on which tokens came before, beyond the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str

@@ -1,10 +1,16 @@
-"""The engine's core: one scheduler, one runner, one loop of schedule, execute, commit."""
+"""The engine's core: one scheduler, one executor, one loop of schedule, launch, commit.
+
+With `overlap`, step n + 1 is planned and launched while step n runs, so the device does not wait for Python. Where the
+plan of n + 1 needs the tokens of n (`Scheduler.can_run_ahead`), and where drafts promise more than the time that
+waiting for these tokens costs (`Speculator.is_worth_waiting`), n + 1 is planned once n is done.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastserve.engine.contract import (
@@ -26,18 +32,34 @@ logger = logging.getLogger(__name__)
 
 MOST_EXTRA_ROWS = 256
 """Rows of logits that a step may have beyond one for each sequence, for drafts and prompt logprobs,"""
-_EXTRA_LOGITS_BYTES = 64 << 20
-"""and what they may take in float32."""
+MOST_EXTRA_ENTRIES = 1 << 24
+"""and how many entries these may have: 64 MiB in float32."""
+
+
+class PendingStep(Protocol):
+    def result(self) -> StepResult:
+        """Wait until the step is done. To be asked for once, and in the order of the launches."""
+        ...
 
 
 class Executor(Protocol):
-    """Whatever carries out a plan: a runner in this process, or several ranks that do the same in step."""
+    """Whatever carries out plans: a runner in this process, or several ranks that do the same in step."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Begin a step; steps run in the order in which they are launched. It may come before the result of the step
+        before was asked for, but not before that of the last but one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    plan: StepPlan
+    pending: PendingStep
+    begun_s: float
 
 
 class EngineCore:
-    """Synchronous. `add` and `abort` are called between steps."""
+    """Called by one thread. `add` and `abort` may come between any two calls of `step`."""
 
     def __init__(
         self,
@@ -49,6 +71,7 @@ class EngineCore:
         max_num_seqs: int,
         prefix_cache: bool,
         speculator: Speculator | None = None,
+        overlap: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.info = info
@@ -58,22 +81,26 @@ class EngineCore:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=info.max_model_len,
-            max_extra_rows=min(MOST_EXTRA_ROWS, max(1, _EXTRA_LOGITS_BYTES // (4 * info.vocab_size))),
+            max_extra_rows=min(MOST_EXTRA_ROWS, max(1, MOST_EXTRA_ENTRIES // info.vocab_size)),
             drafting=speculator,
             clock=clock,
         )
         self._executor = executor
+        self._overlap = overlap
+        self._in_flight: _Launched | None = None
         self._speed = speed
         self._clock = clock
         self._steps = 0
         self._step_s = 0.0
+        self._done_s = 0.0
+        """When the last step was."""
         self._step_seconds = Histogram()
         self._step_tokens = Histogram()
         self._step_sequences = Histogram()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
         return self.scheduler.add(request)
@@ -82,13 +109,45 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what it brought. Without anything to compute, returns an empty list."""
+        """Return what the step that finishes brings. With overlap, the next one runs when this returns, and there is
+        nothing to return when none was running before."""
+        before = self._in_flight
+        self._in_flight = None
+        awaits_drafts = before is not None and self._awaits_drafts(before)
+        if before is not None and not awaits_drafts and self.scheduler.can_run_ahead():
+            self._in_flight = self._launch()
+        outputs = [] if before is None else self._finish(before)
+        if self._in_flight is None:
+            self._in_flight = self._launch()
+            if awaits_drafts and self._speculator is not None:
+                self._speculator.charge(self._clock() - self._done_s)
+        if not self._overlap and self._in_flight is not None:
+            outputs = self._finish(self._in_flight)
+            self._in_flight = None
+        return outputs
+
+    def _awaits_drafts(self, before: _Launched) -> bool:
+        """Whether the next step waits for this one on account of drafts: in this one, or perhaps in the next."""
+        return self._speculator is not None and (
+            before.plan.has_drafts or self._speculator.is_worth_waiting(self.scheduler.decoding)
+        )
+
+    def _launch(self) -> _Launched | None:
+        """Plan and begin a step; None when there is nothing to compute."""
         plan = self.scheduler.schedule()
         if not plan.chunks:
-            return []
-        begin = self._clock()
-        result = self._executor.execute(plan)
-        self._step_s = self._clock() - begin
+            return None
+        begin_s = self._clock()
+        return _Launched(plan, self._executor.launch(plan), begin_s)
+
+    def _finish(self, step: _Launched) -> list[RequestOutput]:
+        """Wait for a step and take in what it brought."""
+        result = step.pending.result()
+        now_s = self._clock()
+        # The device began with it when it was launched, or when the step before was done.
+        self._step_s = now_s - max(step.begun_s, self._done_s)
+        self._done_s = now_s
+        plan = step.plan
         self._steps += 1
         self._speed.record(plan.num_tokens, self._step_s - result.draft_s)
         self._step_seconds.add(self._step_s, STEP_SECONDS_BOUNDS)

@@ -30,7 +30,8 @@ class Chunk(msgspec.Struct, frozen=True):
     new_block_ids: list[int]
     """Blocks that come behind the first `num_held_blocks` of the sequence's block table, before this step."""
     sample: bool
-    """The chunk reaches the last known token, so the next one is drawn. The runner appends it to its own copy."""
+    """The chunk reaches the last token, so the next one is drawn. The runner appends it to its own copy, and may be
+    told to compute it before its id is known: a plan names tokens by their positions."""
     num_held_blocks: int = 0
     draft_ids: list[int] = []
     """Guesses at the tokens after the last known one (speculation): after each that is right, one more is drawn."""
@@ -42,6 +43,11 @@ class Chunk(msgspec.Struct, frozen=True):
     def num_rows(self) -> int:
         """Rows of the packed batch."""
         return self.num_tokens + len(self.draft_ids)
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens that are drawn when it samples."""
+        return 1 + len(self.draft_ids)
 
     @property
     def num_scored(self) -> int:
@@ -58,6 +64,10 @@ class StepPlan(msgspec.Struct, frozen=True):
     def num_tokens(self) -> int:
         """Drafts included."""
         return sum(chunk.num_rows for chunk in self.chunks)
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(chunk.draft_ids for chunk in self.chunks)
 
 
 class StepResult(msgspec.Struct, frozen=True):

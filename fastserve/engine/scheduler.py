@@ -13,6 +13,12 @@ nobody starves, whatever arrives. Waiting lifts everybody alike, so the order of
 Drafts (speculation/) take what budget and blocks the step has left, and hold no block after it. So they never preempt
 or delay another sequence, and a sequence has the same blocks with and without them.
 
+A step may be planned while the one before is in flight (`can_run_ahead`). A sequence whose token is still to come
+counts as having it, and as going on unless its length ends there. Ids are needed by nobody meanwhile: what stops a
+sequence is found when they come, a row that was computed for it in vain is dropped, and blocks enter the prefix cache
+only then. The blocks of a sequence that ends may be given away at once, because steps run in the order in which they
+were planned. Nothing is preempted while a step is in flight.
+
 The idea of one counter chasing another instead of prefill and decode phases is vLLM's (its v1 scheduler).
 """
 
@@ -72,7 +78,7 @@ class _Step:
 
 
 class Scheduler:
-    """Owns the queues and the block pool. `add`, `abort`, `schedule`, `commit` run between steps, never during one."""
+    """Owns the queues and the block pool. Plans are committed in their order; `add` and `abort` may come at any time."""
 
     def __init__(
         self,
@@ -101,6 +107,8 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         self._dropped: list[int] = []
         self._next_id = 0
+        self._num_in_flight = 0
+        """Plans that are not committed."""
         self.preemptions = 0
         self.finished = 0
         self.aborted = 0
@@ -176,22 +184,43 @@ class Scheduler:
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Running sequences that compute their last token next."""
+        return [item for item in self.running if item.num_uncomputed == 1 and not item.is_drawn_out]
+
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be planned while one is in flight: no draw of it needs ids that are not known yet,
+        and there are blocks for all."""
+        needed = 0
+        for sequence in self.running:
+            if sequence.num_drafts or (sequence.num_pending and sequence.request.params.has_penalties):
+                return False
+            if not sequence.is_drawn_out:
+                needed += self._blocks_needed(sequence, min(sequence.num_uncomputed, self.max_num_batched_tokens))
+        return needed <= self.pool.num_free
+
     def schedule(self) -> StepPlan:
         """Decide the next step. The plan may have no chunks: then nothing is to be computed."""
         step = _Step(self.max_num_batched_tokens, self.max_extra_rows)
         preempted = self._go_on(step)
         if not preempted:
             self._admit(step)
-        if self._drafting is not None:
+        if not step.chunks:
+            return StepPlan([], [], [])
+        if self._drafting is not None and not self._num_in_flight:
             self._add_drafts(step, self._drafting)
+        for chunk in step.chunks.values():
+            self._expect(chunk)
+        self._num_in_flight += 1
         new = [self._introduce(self._by_id[seq_id]) for seq_id in step.chunks if not self._by_id[seq_id].in_runner]
         dropped, self._dropped = self._dropped, []
         return StepPlan(dropped, new, list(step.chunks.values()))
 
     def _go_on(self, step: _Step) -> bool:
         """Chunks of running sequences; tells whether one had to give up its blocks."""
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
-        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed != 1]
+        decoding = self.decoding
+        prefilling = [item for item in self.running if item.num_uncomputed != 1 and not item.is_drawn_out]
         preempted = False
         for sequence in decoding + prefilling:
             if step.budget == 0:
@@ -266,6 +295,14 @@ class Scheduler:
                     chunk, new_block_ids=chunk.new_block_ids + more, draft_ids=draft_ids
                 )
 
+    def _expect(self, chunk: Chunk) -> None:
+        """Count what a chunk is going to bring."""
+        sequence = self._by_id[chunk.seq_id]
+        sequence.num_computed += chunk.num_tokens
+        sequence.num_unscored -= chunk.num_scored
+        sequence.num_drafts = len(chunk.draft_ids)
+        sequence.num_pending += chunk.sample
+
     def _count(self, sequence: Sequence, computed: int, step: _Step) -> int:
         """Tokens to compute next of a sequence of which `computed` are."""
         count = min(sequence.num_tokens - computed, step.budget)
@@ -303,6 +340,7 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not self._num_in_flight, "the tokens of a step in flight cannot be told to the runner again"
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
@@ -310,29 +348,45 @@ class Scheduler:
         self.preemptions += 1
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
-        """Take in what the step computed; return what there is to tell."""
+        """Take in what the step computed, in the order of the plans; return what there is to tell."""
+        if not plan.chunks:
+            return []
+        self._num_in_flight -= 1
         if self._drafting is not None:
-            _tell(self._drafting, plan, result)
+            self._tell(self._drafting, plan, result)
         outputs: list[RequestOutput] = []
         for chunk in plan.chunks:
-            sequence = self._by_id[chunk.seq_id]
+            sequence = self._by_id.get(chunk.seq_id)
+            if sequence is None:  # it ended while the step was in flight
+                continue
             scores = result.prompt_logprobs.get(chunk.seq_id)
             if scores is not None and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += scores
-                sequence.num_unscored -= len(scores)
-            sequence.num_computed += chunk.num_tokens
+            num_right = 0
             if chunk.sample:
                 outputs.append(self._take_tokens(sequence, result))
-            self._settle_blocks(sequence)
+                num_right = len(outputs[-1].token_ids) - 1
+            self._settle_blocks(sequence, chunk.start + chunk.num_tokens + num_right)
             if chunk.sample and outputs[-1].finish_reason is not None:
                 self._remove(sequence)
                 self.finished += 1
         return outputs
 
+    def _tell(self, drafting: Drafting, plan: StepPlan, result: StepResult) -> None:
+        num_sequences = sum(1 for chunk in plan.chunks if chunk.sample and chunk.num_tokens == 1)
+        tried = {
+            seq_id: (count, len(result.token_ids[seq_id]) - 1)
+            for seq_id, count in result.num_drafts.items()
+            if seq_id in self._by_id
+        }
+        drafting.learn(num_sequences, tried)
+
     def _take_tokens(self, sequence: Sequence, result: StepResult) -> RequestOutput:
         """Append the tokens that the step drew for a sequence, up to the one that ends it."""
         drawn = result.token_ids[sequence.seq_id]
         output = RequestOutput(sequence.request.request_id, [], num_cached_tokens=sequence.num_cached or 0)
+        sequence.num_pending -= 1
+        sequence.num_drafts = 0
         for token_id in drawn:
             sequence.token_ids.append(token_id)
             output.token_ids.append(token_id)
@@ -348,16 +402,13 @@ class Scheduler:
         output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         return output
 
-    def _settle_blocks(self, sequence: Sequence) -> None:
-        """Give back the blocks of drafts that were wrong; register those that are full now."""
+    def _settle_blocks(self, sequence: Sequence, num_filled: int) -> None:
+        """Give back the blocks of drafts that were wrong; register those that the first `num_filled` tokens fill."""
         needed = self._blocks_for(sequence.num_computed)
         self.pool.free(sequence.block_ids[needed:])
         del sequence.block_ids[needed:]
-        self._register_full_blocks(sequence)
-
-    def _register_full_blocks(self, sequence: Sequence) -> None:
         size = self.pool.block_size
-        for index in range(sequence.num_registered, sequence.num_computed // size):
+        for index in range(sequence.num_registered, num_filled // size):
             tokens = tuple(sequence.token_ids[index * size : (index + 1) * size])
             sequence.parent = self.pool.register(sequence.block_ids[index], sequence.parent, tokens)
             sequence.num_registered = index + 1
@@ -366,7 +417,7 @@ class Scheduler:
         params = sequence.request.params
         if sequence.num_generated >= params.min_tokens and sequence.token_ids[-1] in params.stop_token_ids:
             return "stop"
-        if sequence.num_generated >= params.max_tokens or sequence.num_tokens >= self.max_model_len:
+        if sequence.num_generated >= params.max_tokens:
             return "length"
         return None
 
@@ -376,11 +427,5 @@ class Scheduler:
         for sequence in self._sequences.values():
             if sequence.status is not Status.RUNNING and sequence.block_ids:
                 raise RuntimeError(f"sequence {sequence.seq_id} waits but holds blocks")
-            if len(sequence.block_ids) != self._blocks_for(sequence.num_computed):
+            if len(sequence.block_ids) != self._blocks_for(sequence.num_computed + sequence.num_drafts):
                 raise RuntimeError(f"sequence {sequence.seq_id} does not hold the blocks of its computed tokens")
-
-
-def _tell(drafting: Drafting, plan: StepPlan, result: StepResult) -> None:
-    num_sequences = sum(1 for chunk in plan.chunks if chunk.sample and chunk.num_tokens == 1)
-    tried = {seq_id: (count, len(result.token_ids[seq_id]) - 1) for seq_id, count in result.num_drafts.items()}
-    drafting.learn(num_sequences, tried)

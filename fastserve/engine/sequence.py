@@ -17,7 +17,8 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens known and tokens computed: `num_computed` chases `num_tokens`, and nothing else says what is to be done.
+    """Tokens drawn and tokens computed: `num_computed` chases `num_tokens`, and nothing else says what is to be done.
+    Both count what a step that is planned and not yet committed is going to bring.
 
     Prefill, chunked prefill, decode, a hit in the prefix cache, the way back from preemption and the takeover of
     another engine's half-done answer differ only in how far apart the two are.
@@ -27,10 +28,15 @@ class Sequence:
     """Order of arrival; unique in the engine."""
     request: EngineRequest
     token_ids: list[int]
+    """Those that are known."""
     num_prompt_tokens: int
     due: float
     """Arrival on the scheduler's clock in seconds, and what the priority adds: who goes first."""
     num_computed: int = 0
+    num_pending: int = 0
+    """Tokens that steps in flight draw: how many is known, and not yet which."""
+    num_drafts: int = 0
+    """Drafts in the step in flight."""
     status: Status = Status.WAITING
     block_ids: list[int] = field(default_factory=list)
     num_registered: int = 0
@@ -56,15 +62,22 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known and pending."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_generated(self) -> int:
+        """Known ones."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_drawn_out(self) -> bool:
+        """With the pending tokens the answer has its greatest length."""
+        return self.num_tokens - self.num_prompt_tokens >= self.request.params.max_tokens
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def score_begin(self) -> int:

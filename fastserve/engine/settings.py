@@ -5,6 +5,31 @@ from __future__ import annotations
 import msgspec
 
 
+class PackedCheckpoint(msgspec.Struct, frozen=True):
+    """A quantised checkpoint that flags point to. What is None is read off its tensors."""
+
+    method: str
+    """gptq or awq"""
+    path: str | None = None
+    """A file or folder; None: the model's own folder."""
+    bits: int | None = None
+    group_size: int | None = None
+    act_order: bool = False
+
+
+class WeightOptions(msgspec.Struct, frozen=True):
+    """Where the weights come from, and how they are kept."""
+
+    quantise: str | None = None
+    """int8 or nf4: how weights of linear layers are packed while they are read."""
+    packed: PackedCheckpoint | None = None
+    gguf_file: str | None = None
+    adapter_dir: str | None = None
+    """Of a LoRA adapter that is added to the weights."""
+    dummy: bool = False
+    """Random weights; no file of weights is looked for."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True):
     """Travels as JSON on the engine process's command line. Unset sizes are found from the model and free memory."""
 
@@ -27,6 +52,10 @@ class EngineConfig(msgspec.Struct, frozen=True):
     num_speculative_tokens: int = 8
     speculative_model_dir: str | None = None
     """Of a draft model, which then takes the place of the method."""
+    weights: WeightOptions = WeightOptions()
+    overlap: bool | None = None
+    """Plan the next step while one runs. None: on one GPU of CUDA; on a CPU the step itself needs the cores. Off with a
+    draft model."""
     trust_remote_code: bool = False
     profile_steps: int = 0
     profile_dir: str = "logs"

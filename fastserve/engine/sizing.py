@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from fastserve.engine.core import MOST_EXTRA_ENTRIES
 from fastserve.engine.memory import FreeMemory, free_host_memory
 from fastserve.engine.runner.loading import LoadedModel
 from fastserve.engine.sampling.sampler import SLICE_ENTRIES
@@ -28,8 +29,6 @@ _BATCHED_TOKENS = {True: 256, False: 2048}
 step to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
 _CPU_SHARE = 0.5
 """Of the memory that --gpu-memory-utilization allows, what the KV cache takes on a CPU, which it shares with others."""
-_EXTRA_ENTRIES = 1 << 24
-"""Of logits beyond one row for each sequence: for drafts and prompt logprobs (EngineCore bounds them so)."""
 _FIXED_BYTES = 96 << 20
 """Threads' stacks, compiled products, buffers of the messages: what grows after the start and with no size of ours."""
 _BYTES_PER_DRAWN_ENTRY = 48
@@ -222,7 +221,7 @@ def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longes
     hidden: int = text.hidden_size
     # The residual, the norms (which some models compute in float32), the inputs of the products; then the gated MLP.
     layer: int = num_tokens * (8 * hidden * size + 4 * hidden * 4 + (projected + 4 * _mlp_width(text)) * size)
-    entries: int = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + _EXTRA_ENTRIES)
+    entries: int = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + MOST_EXTRA_ENTRIES)
     # As the model gives them, wherever its head is.
     logits: int = entries * size
     if device == model.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastserve.demo import demo_model_path
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 DEMO_MODEL = "fastserve-demo"
 _REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Other frameworks' weights, and checkpoints in the makers' own form.
+_WEIGHTS = ["*.safetensors", "*.bin"]
 _NOT_NEEDED = ["original/*", "*.pth", "*.pt", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "onnx/*", "coreml/*"]
 
 
@@ -24,31 +26,76 @@ def default_name(model_path: str) -> str:
     return re.split(r"[/\\]", model_path.rstrip("/\\"))[-1] or model_path
 
 
-def resolve_model(model_path: str, revision: str, *, flag: str = "--model-path") -> Path:
+@dataclass(frozen=True)
+class ModelSource:
+    folder: Path
+    """Of config.json and the tokenizer, and of the weights unless another is named here."""
+    gguf_file: Path | None = None
+    adapter_dir: Path | None = None
+    """Of a LoRA adapter for the model in `folder`."""
+
+
+def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelSource:
+    """What `--model-path` names: a model, a GGUF file beside its config.json, or an adapter, whose base model is looked
+    for too. `dummy`: no weights are needed. Raises StartupError that says why there is none."""
+    path = Path(model_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        if not (path.parent / "config.json").is_file():
+            raise StartupError(
+                f"--model-path {model_path}: a GGUF file needs config.json and the tokenizer of its model beside it."
+            )
+        return ModelSource(path.parent, gguf_file=path)
+    folder = _resolve(model_path, revision, "--model-path", with_weights=not dummy)
+    if (folder / "config.json").is_file():
+        return ModelSource(folder)
+    settings = read_json(folder / "adapter_config.json")
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise StartupError(f"--model-path {model_path}: adapter_config.json does not name its base_model_name_or_path.")
+    flag = f"The base model of the adapter {model_path},"
+    return ModelSource(
+        resolve_model(str(base), str(settings.get("revision") or "main"), flag=flag, with_weights=not dummy),
+        adapter_dir=folder,
+    )
+
+
+def resolve_model(model_path: str, revision: str, *, flag: str = "--model-path", with_weights: bool = True) -> Path:
     """The folder of a model, which `flag` names. Raises StartupError that says why there is none."""
+    folder = _resolve(model_path, revision, flag, with_weights=with_weights)
+    if not (folder / "config.json").is_file():
+        raise StartupError(f"{flag} {model_path}: the folder has no config.json, so it is not a model.")
+    return folder
+
+
+def _resolve(model_path: str, revision: str, flag: str, *, with_weights: bool) -> Path:
+    """The folder of a model or an adapter."""
     if model_path == DEMO_MODEL and not Path(model_path).is_dir():
         return Path(demo_model_path())
     folder = Path(model_path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not _is_model(folder):
             raise StartupError(f"{flag} {model_path}: the folder has no config.json, so it is not a model.")
         return folder
     if folder.exists():
         raise StartupError(f"{flag} {model_path}: this is a file; give the model's folder.")
     if not _REPOSITORY_ID.fullmatch(model_path):
         raise StartupError(f"{flag} {model_path}: there is no such folder.")
-    return _from_hub(model_path, revision, flag)
+    return _from_hub(model_path, revision, flag, with_weights=with_weights)
 
 
-def _from_hub(repository: str, revision: str, flag: str) -> Path:
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def _from_hub(repository: str, revision: str, flag: str, *, with_weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _download(repository, revision, cached_only=True)
+        return _download(repository, revision, with_weights=with_weights, cached_only=True)
     except (LocalEntryNotFoundError, FileNotFoundError):
         logger.info("downloading %s (revision %s) from the Hugging Face hub", repository, revision)
     try:
-        return _download(repository, revision, cached_only=False)
+        return _download(repository, revision, with_weights=with_weights, cached_only=False)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise StartupError(
@@ -57,12 +104,17 @@ def _from_hub(repository: str, revision: str, flag: str) -> Path:
         ) from error
 
 
-def _download(repository: str, revision: str, *, cached_only: bool) -> Path:
+def _download(repository: str, revision: str, *, with_weights: bool, cached_only: bool) -> Path:
     """Fetch (or find) everything but weights, then safetensors, or where there are none the older .bin files."""
-    folder = _snapshot(repository, revision, ["*.bin", *_NOT_NEEDED], cached_only=cached_only)
+    ignored = ["*.bin"] if with_weights else _WEIGHTS
+    folder = _snapshot(repository, revision, [*ignored, *_NOT_NEEDED], cached_only=cached_only)
+    if not with_weights:
+        if not _is_model(folder):
+            raise FileNotFoundError(f"{repository} has no config.json")
+        return folder
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(repository, revision, _NOT_NEEDED, cached_only=cached_only)
-    if not (folder / "config.json").is_file():
+    if not _is_model(folder):
         raise FileNotFoundError(f"{repository} has no config.json")
     missing = _missing_weights(folder)
     if missing is not None:

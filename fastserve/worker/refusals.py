@@ -14,15 +14,29 @@ _LATER = "is not available in this version of fastserve"
 
 REFUSALS: Sequence[Refusal] = (
     (lambda c: c.device == "npu", f"--device npu {_LATER}: choose cpu, cuda, mps or xpu."),
-    (lambda c: c.load_8bit, f"--load-8bit {_LATER}: leave it out to load the weights as they are."),
+    (lambda c: c.load_8bit and c.load_4bit, "--load-8bit and --load-4bit exclude each other: give one of them."),
     (
-        lambda c: c.gptq_wbits != 16 or c.gptq_ckpt is not None or c.gptq_act_order or c.gptq_groupsize != -1,
-        f"GPTQ (--gptq-ckpt, --gptq-wbits, --gptq-groupsize, --gptq-act-order) {_LATER}: use the model's unquantised "
+        lambda c: _is_gptq(c) and _is_awq(c),
+        "The gptq and awq flags exclude each other: a checkpoint is of one kind.",
+    ),
+    (
+        lambda c: (c.load_8bit or c.load_4bit) and (_is_gptq(c) or _is_awq(c)),
+        "--load-8bit and --load-4bit quantise weights that are not yet quantised: leave them out with a GPTQ or AWQ "
         "checkpoint.",
     ),
     (
-        lambda c: c.awq_wbits != 16 or c.awq_ckpt is not None or c.awq_groupsize != -1,
-        f"AWQ (--awq-ckpt, --awq-wbits, --awq-groupsize) {_LATER}: use the model's unquantised checkpoint.",
+        lambda c: not _is_gptq(c) and (c.gptq_act_order or c.gptq_groupsize != -1),
+        "--gptq-groupsize and --gptq-act-order say something about GPTQ weights: give --gptq-wbits or --gptq-ckpt too, "
+        "or leave them out.",
+    ),
+    (
+        lambda c: not _is_awq(c) and c.awq_groupsize != -1,
+        "--awq-groupsize says something about AWQ weights: give --awq-wbits or --awq-ckpt too, or leave it out.",
+    ),
+    (
+        lambda c: c.dummy and (_is_gptq(c) or _is_awq(c)),
+        "--dummy reads no weights, so it excludes the gptq and awq flags; use --load-8bit or --load-4bit for random "
+        "weights of that size.",
     ),
     (
         lambda c: (
@@ -31,11 +45,13 @@ REFUSALS: Sequence[Refusal] = (
             or c.exllama_cache_8bit
             or c.exllama_max_seq_len != WorkerConfig.exllama_max_seq_len
         ),
-        f"ExLlamaV2 (--enable-exllama and its options) {_LATER}: leave it out.",
+        f"ExLlamaV2 (--enable-exllama and its options) {_LATER}: leave it out; GPTQ weights are served without it "
+        "(--gptq-ckpt, --gptq-wbits).",
     ),
     (
         lambda c: c.enable_xft or c.xft_dtype is not None or c.xft_max_seq_len != WorkerConfig.xft_max_seq_len,
-        f"xFasterTransformer (--enable-xft and its options) {_LATER}: leave it out.",
+        f"xFasterTransformer (--enable-xft and its options) {_LATER}: leave it out; --load-8bit and --load-4bit work on "
+        "a CPU.",
     ),
     (lambda c: c.embed_in_truncate, f"--embed-in-truncate {_LATER}, since embeddings are not: leave it out."),
     (
@@ -43,6 +59,14 @@ REFUSALS: Sequence[Refusal] = (
         f"--conv-template {_LATER}: the model's own chat template is used, or the file given by --chat-template.",
     ),
 )
+
+
+def _is_gptq(config: WorkerConfig) -> bool:
+    return config.gptq_ckpt is not None or config.gptq_wbits != WorkerConfig.gptq_wbits
+
+
+def _is_awq(config: WorkerConfig) -> bool:
+    return config.awq_ckpt is not None or config.awq_wbits != WorkerConfig.awq_wbits
 
 
 def refuse_unavailable(config: WorkerConfig) -> None:
@@ -62,6 +86,8 @@ def refuse_unavailable(config: WorkerConfig) -> None:
         ("--block-size", config.block_size, 1),
         ("--max-model-len", config.max_model_len, 2),  # a token of the prompt and one of the answer
         ("--max-total-tokens", config.max_total_tokens, 1),
+        ("--gptq-groupsize", None if config.gptq_groupsize == -1 else config.gptq_groupsize, 1),
+        ("--awq-groupsize", None if config.awq_groupsize == -1 else config.awq_groupsize, 1),
     ):
         if value is not None and value < least:
             raise StartupError(f"{flag} {value} is too small: the least is {least}.")

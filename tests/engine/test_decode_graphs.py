@@ -17,6 +17,7 @@ from fastserve.engine.runner import attention as attention_module
 from fastserve.engine.runner import runner as runner_module
 from fastserve.engine.runner.attention import PagedAttention, StepContext
 from fastserve.engine.runner.decode_graphs import DecodeGraphs, batch_sizes
+from fastserve.engine.runner.drawn import DrawnIds
 
 from .conftest import SHAPE, TinyModels
 from .test_engine_equality import EOS, Answer, collect, greedy, make_core, run
@@ -63,7 +64,8 @@ class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
 def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -> None:
     attention = PagedAttention()
     model = TellTale(attention)
-    graphs = DecodeGraphs(model, attention, Rerun(), torch.device("cpu"), max_rows=8, max_blocks=3)
+    cpu = torch.device("cpu")
+    graphs = DecodeGraphs(model, attention, Rerun(), DrawnIds(8, cpu), cpu, max_rows=8, max_blocks=3)
     at = {len(seen[0]): [tensor.data_ptr() for tensor in seen] for seen in model.seen}
     assert set(at) == {1, 2, 4, 8}
     for count in (7, 3, 1, 2):
@@ -91,7 +93,8 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
 
 def test_what_fits() -> None:
     attention = PagedAttention()
-    graphs = DecodeGraphs(TellTale(attention), attention, Rerun(), torch.device("cpu"), max_rows=4, max_blocks=1)
+    cpu = torch.device("cpu")
+    graphs = DecodeGraphs(TellTale(attention), attention, Rerun(), DrawnIds(4, cpu), cpu, max_rows=4, max_blocks=1)
 
     def fits(*counts: int) -> bool:
         numbers = np.array(counts, dtype=np.int32)
@@ -103,17 +106,20 @@ def test_what_fits() -> None:
     assert not fits(4, 1)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_engine_on_graphs_equals_generate(
-    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, overlap: bool
 ) -> None:
     """On a GPU as it is served; on a CPU with the same kernels, interpreted, and a stand-in for the graphs."""
     kernels: Any = import_kernels("triton_attention")
     recorder = Rerun()
 
-    def record(model: torch.nn.Module, attention: PagedAttention, where: torch.device, **sizes: int) -> DecodeGraphs:
+    def record(
+        model: torch.nn.Module, attention: PagedAttention, drawn: DrawnIds, where: torch.device, **sizes: int
+    ) -> DecodeGraphs:
         assert attention.takes_device_steps
-        return DecodeGraphs(model, attention, recorder, where, **sizes)
+        return DecodeGraphs(model, attention, recorder, drawn, where, **sizes)
 
     if device == "cpu":
         monkeypatch.setattr(
@@ -126,7 +132,10 @@ def test_an_engine_on_graphs_equals_generate(
     path = str(tmp_path)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
-    core = make_core(path, device=device, max_num_seqs=4, max_model_len=64, max_total_tokens=256)
+    core = make_core(
+        path, device=device, max_num_seqs=4, max_model_len=64, max_total_tokens=256, overlap=overlap,
+        speculative_method="off",  # drafts would be waited for
+    )  # fmt: skip
     recorder.replays = 0
     lengths = {"a": (20, 3), "b": (1, 9), "late": (3, 4)}
     prompts = {key: list(range(2, 2 + length)) for key, (length, _) in lengths.items()}

@@ -87,10 +87,11 @@ def test_random_mixtures_equal_generate(tiny_models: TinyModels, name: str, bloc
     assert preemptions > 0
 
 
-def run_mixture(tiny_models: TinyModels, path: str, block_size: int, seed: int) -> int:
+def run_mixture(tiny_models: TinyModels, path: str, block_size: int, seed: int, **settings: Any) -> int:
     """Check one random mixture; return how often a sequence was preempted."""
     # A small budget cuts prompts into chunks; a small pool makes sequences push each other out.
-    core = make_core(path, block_size=block_size, max_num_batched_tokens=13, max_total_tokens=112, max_model_len=100)
+    sizes = {"block_size": block_size, "max_num_batched_tokens": 13, "max_total_tokens": 112, "max_model_len": 100}
+    core = make_core(path, **sizes, **settings)
     eos = list(core.info.eos_token_ids)
     vocabulary = core.info.vocab_size
     rng = random.Random(seed)

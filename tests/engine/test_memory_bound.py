@@ -30,9 +30,9 @@ from fastserve.engine.build import build_core
 from fastserve.engine.client import EngineProcess, _ending
 from fastserve.engine.contract import EngineRequest, Event, Ready, SamplingParams, Submit
 from fastserve.engine.memory import FreeMemory, free_host_memory, is_out_of_memory
-from fastserve.engine.plan import StepPlan, StepResult
+from fastserve.engine.plan import StepPlan
 from fastserve.engine.runner.loading import load_model
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.runner import LaunchedStep, ModelRunner, probe_shapes
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 
@@ -245,12 +245,12 @@ async def test_too_little_memory_is_a_sentence(
 def test_no_memory_in_a_step_ends_the_engine_with_a_reason(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never a hang: the process ends with a code that the worker knows, requests fail, and it is started again."""
 
-    def execute(self: ModelRunner, plan: StepPlan) -> StepResult:
+    def launch(self: ModelRunner, plan: StepPlan) -> LaunchedStep:
         torch.empty(1 << 60)
         raise AssertionError("there was memory")
 
     core = build_core(config(model_path, max_total_tokens=CONTEXT), lambda *_: None)
-    monkeypatch.setattr(ModelRunner, "execute", execute)
+    monkeypatch.setattr(ModelRunner, "launch", launch)
     monkeypatch.setattr(build, "build_core", lambda *_: core)
     with zmq.Context() as context, context.socket(zmq.PAIR) as worker, context.socket(zmq.PAIR) as engine:
         worker.bind("inproc://engine")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastserve.engine.memory import FreeMemory
 from fastserve.engine.runner import placement as placement_module
 from fastserve.engine.runner.linear import is_mapped
 from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.placement import Caps, Placement, find_placement, make_placement, plan
+from fastserve.engine.runner.placement import Caps, Placement, find_placement, make_placement, plan, quantised_dtypes
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
@@ -116,6 +117,16 @@ def test_tied_weights_and_what_has_none_stay_with_the_embedding() -> None:
         assert placement.device_of("model.layers.31.mlp.up_proj.weight") != FIRST
 
 
+def test_weights_in_fewer_bits_take_less_room(large: PreTrainedModel) -> None:
+    """14 GB of linear layers in half or a quarter, and 2.1 GB of embedding and head as they are. The planner wants room
+    for the largest part, a gigabyte, besides."""
+    for quantise, enough in (("int8", 10.2 * GB), ("nf4", 6.7 * GB)):
+        kept_as = quantised_dtypes(large, quantise)
+        assert "lm_head.weight" not in kept_as
+        assert set(plan(large, Caps((int(enough),), None), kept_as).values()) == {0}
+        assert set(plan(large, Caps((int(enough - 1.5 * GB),), None), kept_as).values()) == {0, "disk"}
+
+
 # ---- what the flags say -----------------------------------------------------------------------------------------
 
 
@@ -177,6 +188,26 @@ def test_the_caps_are_what_is_free_less_a_share_for_the_cache(
     tight = find_placement(large, CUDA, Spread(1, 30 * GB, cpu_offloading=True), 0.9)
     assert tight is not None
     assert CPU in tight.devices
+
+
+def test_quantised_weights_are_not_put_on_disk(large: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 5 * GB, host=8 * GB)
+    spread = Spread(cpu_offloading=True)
+    placement = find_placement(large, CUDA, spread, 0.9, "nf4")
+    assert placement is not None
+    assert not any(placement.place_of(name).on_disk for name, _ in large.named_parameters())
+    with pytest.raises(StartupError, match=r"^--cpu-offloading: .*--load-8bit.* are not kept on disk: .*\.$"):
+        find_placement(large, CUDA, spread, 0.9, "int8")
+
+
+@pytest.mark.parametrize(
+    ("flag", "settings"), [("--num-gpus 2", {"num_gpus": 2}), ("--cpu-off", {"cpu_offloading": True})]
+)
+def test_a_device_that_was_found_is_looked_at_too(tiny_models: TinyModels, flag: str, settings: dict[str, Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU would be found here")
+    with pytest.raises(StartupError, match=f"^{flag}.*leave it out.*"):
+        make_core(tiny_models.path("llama"), device=None, **settings)
 
 
 @pytest.mark.parametrize(
@@ -299,10 +330,18 @@ def test_a_step_copies_hidden_states_once_at_a_border_and_the_rest_once_for_a_de
         copies.clear()
         core.step()
         counts[num_layers] = Counter(copies)
-    # Hidden states, cosines, sines and where the tokens lie go over, and the logits come back.
-    assert counts[4] == counts[8]
-    assert counts[4][FIRST, SECOND] == 3
-    assert counts[4][SECOND, FIRST] == 1
+    for count in counts.values():
+        assert count[FIRST, SECOND] == 4  # hidden states; cosines, sines and positions
+        assert count[SECOND, FIRST] == 1  # logits
+
+
+def test_these_devices_do_refuse_to_meet(tiny_models: TinyModels, spread_over: Spreader) -> None:
+    with separate_devices():
+        model = AutoModelForCausalLM.from_pretrained(tiny_models.path("llama"))
+        spread_over("two gpus")(model).move(model)
+        ids = torch.tensor([[4, 5]], device=FIRST)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"tensors on \['lazy:0', 'lazy:1'\]"):
+            model(input_ids=ids, use_cache=False)
 
 
 def test_weights_on_any_device_can_be_read_and_set_by_name(
@@ -335,9 +374,11 @@ def test_a_full_disk_is_told(
     copies: list[tuple[torch.device, torch.device]],
     spread_over: Spreader,
 ) -> None:
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(StartupError, match=r"--cpu-offloading: .* set XDG_CACHE_HOME"):
+    def reserve(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve)
+    with pytest.raises(StartupError, match=r"--cpu-offloading: .*No space left on device.* set XDG_CACHE_HOME"):
         spread_core(monkeypatch, tiny_models.path("llama"), spread_over("gpu, cpu and disk"))
 
 

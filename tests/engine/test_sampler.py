@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import TypicalLogitsWarper
 
-from fastserve.engine.contract import SamplingParams
+from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.sampling import noise, typical
 from fastserve.engine.sampling.row import SamplingRow
-from fastserve.engine.sampling.sampler import sample
+from fastserve.engine.sampling.sampler import Sampler
+from fastserve.engine.transfers import Readback
 
 VOCABULARY = 6
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
@@ -24,6 +25,14 @@ def row(
     params: SamplingParams, answer: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), choice: int = 0
 ) -> SamplingRow:
     return SamplingRow(params, choice, np.array(prompt + answer, dtype=np.int32), len(prompt))
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
+    readback = Readback()
+    draw = Sampler().draw(logits, rows, readback)
+    readback.close()
+    readback.wait()
+    return draw.result()
 
 
 def frequencies(**settings: float) -> list[float]:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as AnySequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingParams, TokenLogprob
+from fastserve.engine.contract import EngineInfo, EngineRequest, RequestOutput, SamplingParams, TokenLogprob
+from fastserve.engine.core import MOST_EXTRA_ENTRIES, EngineCore
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import Chunk, StepPlan, StepResult
 from fastserve.engine.scheduler import PRIORITY_LEVEL_S, Drafting, Scheduler
 from fastserve.engine.sequence import Sequence
+from fastserve.engine.speculation.speculator import DraftRequest
+from fastserve.engine.speed import SpeedMeter
 
 BUDGET, MAX_SEQS, BLOCK, BLOCKS, MAX_LEN, EXTRA_ROWS = 11, 5, 4, 12, 40, 7
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 class Memory:
@@ -55,6 +67,43 @@ class Memory:
                 tokens += drawn[chunk.seq_id]
         tried = {chunk.seq_id: len(chunk.draft_ids) for chunk in plan.chunks if chunk.draft_ids}
         return StepResult(drawn, prompt_logprobs=scored, num_drafts=tried)
+
+
+class Device(Memory):
+    """An executor that computes a step when its result is asked for: as late as a device may. It makes sure that what
+    is launched before needs nothing that is not known by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_flight: list[Computed] = []
+        self.plans: list[StepPlan] = []
+        self.num_ahead = 0
+        self._params: dict[int, SamplingParams] = {}
+
+    def launch(self, plan: StepPlan) -> Computed:
+        assert len(self.in_flight) <= 1, "two steps ahead"
+        self._params |= {new.seq_id: new.params for new in plan.new}
+        for before in self.in_flight:
+            self.num_ahead += 1
+            assert not before.plan.has_drafts, "how many tokens it brings is not known"
+            assert not plan.has_drafts, "drafts of a text that is not known to its end"
+            drawn = {chunk.seq_id for chunk in before.plan.chunks if chunk.sample}
+            for chunk in plan.chunks:
+                assert not (chunk.seq_id in drawn and self._params[chunk.seq_id].has_penalties)
+            assert not drawn & {new.seq_id for new in plan.new}, "a sequence is told that is not known to its end"
+        self.plans.append(plan)
+        self.in_flight.append(Computed(self, plan))
+        return self.in_flight[-1]
+
+
+class Computed:
+    def __init__(self, device: Device, plan: StepPlan) -> None:
+        self._device = device
+        self.plan = plan
+
+    def result(self) -> StepResult:
+        assert self._device.in_flight.pop(0) is self, "results are asked for in the order of the launches"
+        return self._device.execute(self.plan)
 
 
 def score(tokens: list[int], chunk: Chunk) -> list[TokenLogprob]:
@@ -100,6 +149,12 @@ class Guesser:
     def forget(self, seq_id: int) -> None:
         self.known.discard(seq_id)
 
+    def is_worth_waiting(self, sequences: AnySequence[DraftRequest]) -> bool:
+        return bool(sequences) and self._rng.random() < 0.5
+
+    def charge(self, seconds: float) -> None:
+        assert seconds >= 0
+
 
 def next_token(tokens: list[int]) -> int:
     return (sum((index + 1) * token for index, token in enumerate(tokens)) * 31 + len(tokens)) % 6
@@ -114,14 +169,6 @@ def alone(request: EngineRequest) -> list[int]:
     return tokens[len(request.prompt_ids) :]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def make_scheduler(
     blocks: int = BLOCKS, drafting: Drafting | None = None, clock: Clock | None = None, *, prefix_cache: bool = True
 ) -> Scheduler:
@@ -134,6 +181,35 @@ def make_scheduler(
         drafting=drafting,
         clock=clock or Clock(),
     )
+
+
+def make_core(device: Device, guesser: Guesser | None = None, *, overlap: bool, clock: Clock) -> EngineCore:
+    info = EngineInfo(
+        model_path="", architecture="", device="", dtype="", vocab_size=MOST_EXTRA_ENTRIES // EXTRA_ROWS,
+        max_model_len=MAX_LEN, block_size=BLOCK, num_blocks=BLOCKS, eos_token_ids=(), num_parameters=0, load_s=0,
+    )  # fmt: skip
+    core = EngineCore(
+        info, device, SpeedMeter((1, 1.0), (2, 1.1)),
+        max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, prefix_cache=True, overlap=overlap, clock=clock,
+    )  # fmt: skip
+    core._speculator = core.scheduler._drafting = guesser  # type: ignore[assignment]
+    return core
+
+
+def step(core: EngineCore, device: Device) -> list[RequestOutput]:
+    """One step, and what must hold after each."""
+    had_work = core.has_work
+    in_flight, num_launched = list(device.in_flight), len(device.plans)
+    outputs = core.step()
+    launched = device.plans[num_launched:]
+    for plan in launched:
+        check_plan(plan, core.scheduler)
+    assert all(output.token_ids for output in outputs)
+    assert launched or in_flight or not had_work, "work waits but nothing is done"
+    assert not set(in_flight) & set(device.in_flight), "a step was not finished"
+    assert device.in_flight or not core._overlap or not core.scheduler.has_work, "the device waits for Python"
+    core.scheduler.check()
+    return outputs
 
 
 def check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
@@ -156,16 +232,23 @@ def check_prompt_logprobs(request: EngineRequest, told: list[list[TokenLogprob] 
 
 requests = st.builds(
     # Few different tokens, so that prompts share beginnings and prefix hits are common.
-    lambda prompt, repeat, count, stop, scored, priority: EngineRequest(
+    lambda prompt, repeat, count, stop, penalty, scored, priority: EngineRequest(
         "",
         (prompt * repeat)[:24],
-        SamplingParams(count, stop_token_ids=(0,) if stop else (), prompt_logprobs=0 if scored else None),
+        SamplingParams(
+            count,
+            # Penalties have no effect here but on what may be planned ahead.
+            presence_penalty=penalty,
+            stop_token_ids=(0,) if stop else (),
+            prompt_logprobs=0 if scored else None,
+        ),
         priority=priority,
     ),
     st.lists(st.integers(0, 2), min_size=1, max_size=6),
     st.integers(1, 5),
     st.integers(1, 16),
     st.booleans(),
+    st.sampled_from([0.0, 0.0, 1.0]),
     st.booleans(),
     st.integers(0, 1),
 )
@@ -173,30 +256,28 @@ actions = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=
 """A request arrives, the n-th request is aborted, or a step runs."""
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @settings(max_examples=300, deadline=None)
-@given(actions, st.none() | st.integers(0, 9))
+@given(history=actions, seed=st.none() | st.integers(0, 9))
 def test_any_history_keeps_the_books_and_the_answers(
-    history: list[EngineRequest | int | None], seed: int | None
+    overlap: bool, history: list[EngineRequest | int | None], seed: int | None
 ) -> None:
     guesser = None if seed is None else Guesser(seed)
-    scheduler, memory = make_scheduler(drafting=guesser), Memory()
+    device = Device()
+    core = make_core(device, guesser, overlap=overlap, clock=Clock())
     sent: list[EngineRequest] = []
     answers: dict[str, list[int]] = {}
     scores: dict[str, list[list[TokenLogprob] | None]] = {}
     finished: set[str] = set()
     aborted: set[str] = set()
 
-    def step() -> None:
-        plan = scheduler.schedule()
-        check_plan(plan, scheduler)
-        for output in scheduler.commit(plan, memory.execute(plan)):
+    def take_step() -> None:
+        for output in step(core, device):
             assert output.request_id not in finished | aborted
-            assert output.token_ids
             answers[output.request_id] += output.token_ids
             scores[output.request_id].append(output.prompt_logprobs)
             if output.finish_reason:
                 finished.add(output.request_id)
-        scheduler.check()
 
     for action in history:
         if isinstance(action, EngineRequest):
@@ -204,19 +285,19 @@ def test_any_history_keeps_the_books_and_the_answers(
             sent.append(request)
             answers[request.request_id] = []
             scores[request.request_id] = []
-            assert scheduler.add(request) is None
+            assert core.add(request) is None
         elif isinstance(action, int):
             if action < len(sent) and f"r{action}" not in finished:
-                scheduler.abort(f"r{action}")
+                core.abort(f"r{action}")
                 aborted.add(f"r{action}")
-                scheduler.check()
+                core.scheduler.check()
         else:
-            step()
+            take_step()
     for _ in range(5000):
-        if not scheduler.has_work:
+        if not core.has_work:
             break
-        step()
-    assert not scheduler.has_work, "a request starved"
+        take_step()
+    assert not core.has_work, "a request starved"
     assert finished | aborted == {request.request_id for request in sent}
     for request in sent:
         if request.request_id in finished:
@@ -224,7 +305,7 @@ def test_any_history_keeps_the_books_and_the_answers(
         else:
             assert answers[request.request_id] == alone(request)[: len(answers[request.request_id])]
         check_prompt_logprobs(request, scores[request.request_id])
-    assert scheduler.pool.num_free == BLOCKS
+    assert core.scheduler.pool.num_free == BLOCKS
     assert guesser is None or not guesser.known, "what is known of sequences that ended is kept"
 
 
@@ -292,46 +373,59 @@ def test_a_pool_smaller_than_one_sequence_is_refused() -> None:
         make_scheduler(blocks=9)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("speculates", [False, True])
-def test_ten_thousand_random_steps(speculates: bool) -> None:
+def test_ten_thousand_random_steps(speculates: bool, overlap: bool) -> None:
     rng = random.Random(0)
     beginnings = [[rng.randrange(3) for _ in range(16)] for _ in range(4)]
-    guesser = Guesser(1)
-    scheduler, memory = make_scheduler(drafting=guesser if speculates else None), Memory()
+    guesser, device, clock = Guesser(1), Device(), Clock()
+    core = make_core(device, guesser if speculates else None, overlap=overlap, clock=clock)
     alive: dict[str, EngineRequest] = {}
     answers: dict[str, list[int]] = {}
     scores: dict[str, list[list[TokenLogprob] | None]] = {}
-    waited: dict[str, int] = {}
-    for step in range(10_000):
+    begun: dict[str, int] = {}
+    longest = num_stopped = 0
+    for number in range(10_000):
         if rng.random() < 0.3 and len(alive) < 40:
             begin = rng.choice(beginnings)[: rng.randint(0, 16)]
             prompt = begin + [rng.randrange(3) for _ in range(rng.randint(1, 8))]
-            params = SamplingParams(rng.randint(1, 16), prompt_logprobs=0 if rng.random() < 0.2 else None)
-            request = EngineRequest(f"r{step}", prompt, params, priority=rng.randint(0, 2))
+            params = SamplingParams(
+                rng.randint(1, 16),
+                presence_penalty=1.0 if rng.random() < 0.05 else 0.0,
+                stop_token_ids=(0,) if rng.random() < 0.3 else (),
+                prompt_logprobs=0 if rng.random() < 0.2 else None,
+            )
+            request = EngineRequest(f"r{number}", prompt, params, priority=rng.randint(0, 2))
             alive[request.request_id] = request
             answers[request.request_id] = []
             scores[request.request_id] = []
-            waited[request.request_id] = step
-            scheduler.add(request)
+            begun[request.request_id] = number
+            core.add(request)
         if alive and rng.random() < 0.02:
             victim = rng.choice(sorted(alive))
             del alive[victim]
-            scheduler.abort(victim)
-        plan = scheduler.schedule()
-        check_plan(plan, scheduler)
-        for output in scheduler.commit(plan, memory.execute(plan)):
+            core.abort(victim)
+        for output in step(core, device):
             answers[output.request_id] += output.token_ids
             scores[output.request_id].append(output.prompt_logprobs)
             if output.finish_reason:
                 request = alive.pop(output.request_id)
                 assert answers[output.request_id] == alone(request)
                 check_prompt_logprobs(request, scores[output.request_id])
-        scheduler.check()
-        check_cache(scheduler, memory)
-    assert scheduler.preemptions > 100
-    assert scheduler.cached_tokens > 1000
+                longest = max(longest, number - begun[output.request_id])
+                num_stopped += output.finish_reason == "stop"
+        clock.now_s += 1.0
+        check_cache(core.scheduler, device)
+    assert core.scheduler.preemptions > 100
+    assert core.scheduler.cached_tokens > 1000
+    assert num_stopped > 100
+    assert longest < 400, "a request starves"
     if speculates:
         assert 1000 < guesser.right < guesser.tried
+    if overlap:
+        assert device.num_ahead > (1000 if speculates else 4000)
+    else:
+        assert device.num_ahead == 0
 
 
 def check_cache(scheduler: Scheduler, memory: Memory) -> None:

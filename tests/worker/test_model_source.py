@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from fastserve.demo import demo_model_path
 from fastserve.errors import StartupError
-from fastserve.worker.model_source import default_name, resolve_model
+from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 
 
 @pytest.mark.parametrize(
@@ -119,3 +119,44 @@ def test_a_cache_without_weights_is_not_a_model(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", only_config)
     assert resolve_model("org/model", "v2") == tmp_path
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_gguf_file_stands_beside_its_settings(tmp_path: Path) -> None:
+    file = tmp_path / "model-q4.gguf"
+    file.write_bytes(b"")
+    with pytest.raises(StartupError, match=r"a GGUF file needs config\.json and the tokenizer of its model beside it"):
+        find_model(str(file), "main")
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(str(file), "main") == ModelSource(tmp_path, gguf_file=file)
+
+
+def test_an_adapter_leads_to_its_base_model(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "config.json").write_text("{}")
+    settings = adapter / "adapter_config.json"
+    settings.write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert find_model(str(adapter), "main") == ModelSource(base, adapter_dir=adapter)
+    with pytest.raises(StartupError, match=r"no config\.json, so it is not a model"):
+        resolve_model(str(adapter), "main", flag="--speculative-model")
+    settings.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(StartupError, match=r"The base model of the adapter \S+, \S+gone: there is no such folder"):
+        find_model(str(adapter), "main")
+    settings.write_text("{}")
+    with pytest.raises(StartupError, match="does not name its base_model_name_or_path"):
+        find_model(str(adapter), "main")
+
+
+def test_random_weights_need_none_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings in the cache are enough, and the hub is not asked."""
+    asked = []
+
+    def snapshot(repository: str, *, revision: str, ignore_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((local_files_only, "*.safetensors" in ignore_patterns and "*.bin" in ignore_patterns))
+        (tmp_path / "config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert find_model("org/model", "main", dummy=True) == ModelSource(tmp_path)
+    assert asked == [(True, True)]

@@ -79,7 +79,8 @@ async def test_it_serves_registers_and_says_goodbye_on_sigterm() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("--load-8bit",), "--load-8bit is not available"),
+        (("--load-8bit", "--load-4bit"), "--load-8bit and --load-4bit exclude each other"),
+        (("--enable-exllama",), "ExLlamaV2 (--enable-exllama and its options) is not available"),
         (("--model-path", "./no/such/model"), "./no/such/model: there is no such folder"),
         (("--gpus", "0", "--num-gpus", "2"), "Larger --num-gpus (2) than --gpus 0!"),
     ],

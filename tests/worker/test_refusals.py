@@ -13,14 +13,21 @@ from fastserve.worker.refusals import refuse_unavailable
     ("settings", "words"),
     [
         ({"device": "npu"}, "--device npu"),
-        ({"num_gpus": 2}, "--num-gpus"),
-        ({"load_8bit": True}, "--load-8bit"),
-        ({"cpu_offloading": True}, "--cpu-offloading"),
-        ({"gptq_wbits": 4}, "--gptq-wbits"),
-        ({"gptq_ckpt": "x"}, "--gptq-ckpt"),
-        ({"gptq_act_order": True}, "--gptq-act-order"),
-        ({"awq_wbits": 4}, "--awq-wbits"),
-        ({"awq_ckpt": "x"}, "--awq-ckpt"),
+        ({"num_gpus": 0}, "--num-gpus 0"),
+        ({"num_gpus": 2, "device": "cpu"}, "--num-gpus 2"),
+        ({"num_gpus": 2, "device": "mps"}, "--num-gpus 2"),
+        ({"num_gpus": 2, "device": "xpu"}, "one worker for each GPU"),
+        ({"max_gpu_memory": "20"}, "--max-gpu-memory 20 is not"),
+        ({"gpus": "0;2"}, "--gpus 0;2"),
+        ({"load_8bit": True, "load_4bit": True}, "--load-8bit and --load-4bit exclude each other"),
+        ({"load_8bit": True, "gptq_wbits": 4}, "leave them out with a GPTQ or AWQ checkpoint"),
+        ({"load_4bit": True, "awq_ckpt": "x"}, "leave them out with a GPTQ or AWQ checkpoint"),
+        ({"awq_wbits": 4, "gptq_ckpt": "x"}, "The gptq and awq flags exclude each other"),
+        ({"dummy": True, "gptq_wbits": 4}, "--dummy reads no weights"),
+        ({"cpu_offloading": True, "device": "cpu"}, "--cpu-offloading"),
+        ({"gptq_act_order": True}, "give --gptq-wbits or --gptq-ckpt too"),
+        ({"gptq_wbits": 4, "gptq_groupsize": 0}, "--gptq-groupsize 0"),
+        ({"awq_wbits": 4, "awq_groupsize": -2}, "--awq-groupsize -2"),
         ({"enable_exllama": True}, "--enable-exllama"),
         ({"exllama_cache_8bit": True}, "ExLlamaV2"),
         ({"exllama_gpu_split": "20"}, "ExLlamaV2"),
@@ -32,8 +39,8 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"queue_size": -1}, "--queue-size -1"),
         ({"stream_interval": 0}, "--stream-interval 0"),
         ({"heartbeat_interval_s": 0.0}, "--heartbeat-interval-s 0.0"),
-        ({"gptq_groupsize": 128}, "--gptq-groupsize"),
-        ({"awq_groupsize": 128}, "--awq-groupsize"),
+        ({"gptq_groupsize": 128}, "give --gptq-wbits or --gptq-ckpt too"),
+        ({"awq_groupsize": 128}, "give --awq-wbits or --awq-ckpt too"),
         ({"exllama_max_seq_len": 2048}, "ExLlamaV2"),
         ({"xft_max_seq_len": 2048}, "xFasterTransformer"),
         ({"max_num_batched_tokens": 0}, "--max-num-batched-tokens 0"),
@@ -59,8 +66,24 @@ def test_gpus_that_do_not_add_up() -> None:
 
 def test_what_a_launcher_gives_by_default_passes() -> None:
     refuse_unavailable(WorkerConfig())
+    refuse_unavailable(WorkerConfig(gpus="0,2", num_gpus=2, max_gpu_memory="13Gib", cpu_offloading=True))
     refuse_unavailable(
         WorkerConfig(
             gpus="0", num_gpus=1, max_gpu_memory="20GiB", gptq_wbits=16, gptq_groupsize=-1, limit_worker_concurrency=5
         )
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_8bit": True},
+        {"load_4bit": True},
+        {"load_8bit": True, "dummy": True},
+        {"gptq_wbits": 3},
+        {"gptq_ckpt": "x", "gptq_wbits": 4, "gptq_groupsize": 128, "gptq_act_order": True},
+        {"awq_ckpt": "x", "awq_wbits": 4, "awq_groupsize": 128},
+    ],
+)
+def test_loading_flags_pass(settings: dict[str, Any]) -> None:
+    refuse_unavailable(WorkerConfig(**settings))

@@ -90,13 +90,14 @@ __attribute__((noinline)) void add_values(const T* weights, const T* const* valu
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
         for (int g = 0; g < 2; ++g) sums[r][g] = load(out + r * MAX_DIM + g * LANES * both);
-    for (int i = 0; i < count * LANES; i += PAIR<T>) {
-        const T* from = values[i / LANES] + i % LANES * LANES;
+    for (int group = 0; group < count; ++group, weights += LANES) {
+        const T* from = values[group];
+        for (int i = 0; i < LANES; i += PAIR<T>, from += PAIR<T> * LANES)
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            multiply_add(sums[r][0], from, weights + r * SPAN * LANES + i);
-            multiply_add(sums[r][1], from + LANES * LANES * both, weights + r * SPAN * LANES + i);
-        }
+            for (int r = 0; r < ROWS; ++r) {
+                multiply_add(sums[r][0], from, weights + r * SPAN * LANES + i);
+                multiply_add(sums[r][1], from + LANES * LANES * both, weights + r * SPAN * LANES + i);
+            }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
@@ -113,14 +114,21 @@ inline void add_values(int rows, const T* weights, const T* const* values, int c
         add_values<T>(rows - ROWS, weights + ROWS * SPAN * LANES, values, count, out + ROWS * MAX_DIM, both);
 }
 
+template <class T>
+inline void fetch_ahead(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
 // The first `count` tokens of a group, and zeros for the others.
 template <class T>
 inline void copy_values(const T* from, T* to, int64_t depth, int count) {
     constexpr int P = PAIR<T>;
-    std::memcpy((void*)to, from, depth * LANES * sizeof(T));
-    for (int64_t base = 0; base < depth * LANES; base += LANES * LANES)
-        for (int lane = count; lane < LANES; ++lane)
-            for (int e = 0; e < LANES; ++e) to[base + lane / P * P * LANES + e * P + lane % P] = T{};
+    const int whole = count / P * P * LANES;  // elements of full pairs, for 16 dimensions
+    for (int64_t base = 0; base < depth * LANES; base += LANES * LANES) {
+        std::memcpy((void*)(to + base), from + base, whole * sizeof(T));
+        std::memset((void*)(to + base + whole), 0, (LANES * LANES - whole) * sizeof(T));
+        for (int e = 0; e < LANES && count % P; ++e) to[base + whole + e * P] = from[base + whole + e * P];
+    }
 }
 
 template <class T>
@@ -160,10 +168,16 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
             keys[g] = page.keys(layer, block, h, place % layer.block_size / LANES);
             values[g] = page.values(layer, block, h, place % layer.block_size / LANES);
         }
+        // Pages are short and lie anywhere: the processor does not foresee the next ones by itself.
+        for (int64_t place = base + SPAN * LANES; place <= std::min(last, base + 2 * SPAN * LANES - 1); place += LANES) {
+            const int64_t block = table[place / layer.block_size], group = place % layer.block_size / LANES;
+            fetch_ahead(page.keys(layer, block, h, group), page.key_group);
+            fetch_ahead(page.values(layer, block, h, group), page.value_group);
+        }
         for (int g = 0; g < groups; g += 2) {
             auto keep = [&](int64_t r, int which, Vec sums) { scores[r][g + which] = sums * layer.scaling; };
-            if (g + 1 < groups) tiles<T, 2>(query, width, rows, keys + g, width, keep);
-            else tiles<T, 1>(query, width, rows, keys + g, width, keep);
+            if (g + 1 < groups) tiles<T, 2>(query, width, rows, keys + g, width, 0, keep);
+            else tiles<T, 1>(query, width, rows, keys + g, width, 0, keep);
         }
         for (int r = 0; r < rows; ++r) {
             const int64_t position = first + r / heads_here;

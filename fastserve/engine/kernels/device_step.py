@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastserve.engine.transfers import to_device
+
 IntArray = npt.NDArray[np.int32]
-_ALIGNMENT = 4
-"""Arrays of a packed transfer begin at multiples of this many int32: Triton compiles once for aligned addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +87,3 @@ class DeviceStep:
         tensors = to_device((narrow, zeros, wide[order], first[order].astype(np.int32)), self.starts.device)
         most = int(self.host_counts[narrow].max(initial=0))
         return Items((tensors[0], tensors[1]), len(narrow), most, (tensors[2], tensors[3]), len(wide))
-
-
-def to_device(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
-    """Copies of int32 arrays on the device, in one transfer that nobody waits for."""
-    begins: list[int] = []
-    size = 0
-    for array in arrays:
-        begins.append(size)
-        size += -(-array.size // _ALIGNMENT) * _ALIGNMENT
-    # Pinned memory of torch's own cache is not given out again before the transfer from it is done.
-    staging = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
-    packed = staging.numpy()
-    for begin, array in zip(begins, arrays, strict=True):
-        packed[begin : begin + array.size] = array.reshape(-1)
-    moved = staging.to(device, non_blocking=True)
-    return [moved[begin : begin + a.size].view(a.shape) for begin, a in zip(begins, arrays, strict=True)]

@@ -13,15 +13,18 @@ namespace {
 inline int64_t lanes_of(const Weight& weight) { return (weight.out + LANES - 1) / LANES; }
 inline int unit_of(const Weight& weight) { return weight.bits ? UNIT : 2; }
 
-// `rows` tokens times `count` groups of 16 outputs, at most unit_of(weight): put(row, group, sums).
+// `rows` tokens times the `count` groups of 16 outputs of a unit, whose first is `first`: put(row, group, sums).
 template <class T, class Put>
 inline void unit_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put) {
-    if (weight.bits == 8) return code_sums<T, 8>(weight, first, count, input, rows, put);
-    if (weight.bits == 4) return code_sums<T, 4>(weight, first, count, input, rows, put);
-    const T* from = (const T*)weight.data + first * LANES * weight.in;
-    const T* both[2] = {from, from + LANES * weight.in};
-    if (count == 2) tiles<T, 2>(input.x, input.stride, rows, both, weight.in, put);
-    else tiles<T, 1>(input.x, input.stride, rows, both, weight.in, put);
+    if (weight.bits == 8) return code_sums<T, 8>(weight, first / UNIT, count, input, rows, put);
+    if (weight.bits == 4) return code_sums<T, 4>(weight, first / UNIT, count, input, rows, put);
+    for (int g = 0; g < count; g += 2) {
+        const T* from = (const T*)weight.data + (first + g) * LANES * weight.in;
+        const T* both[2] = {from, from + LANES * weight.in};
+        auto done = [&](int64_t r, int one, Vec sums) { put(r, g + one, sums); };
+        if (count - g >= 2) tiles<T, 2>(input.x, input.stride, rows, both, weight.in, 2 * LANES * weight.in, done);
+        else tiles<T, 1>(input.x, input.stride, rows, both, weight.in, 0, done);
+    }
 }
 
 // The products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16.
@@ -59,7 +62,7 @@ inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t row
     Input<T> inputs[2];
     make_inputs(team, x, x_stride, rows, weights, 2, inputs);
     const bool are_dense = !gate.bits && !up.bits;
-    const int unit = are_dense ? 1 : std::min(unit_of(gate), unit_of(up));
+    const int unit = are_dense ? 1 : UNIT;
     const int64_t groups = lanes_of(gate);
     const int64_t chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     team.share((groups + unit - 1) / unit * chunks, 1, [&](int64_t i) {
@@ -72,10 +75,11 @@ inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t row
         if (are_dense) {
             const T* both[2] = {(const T*)gate.data + first * LANES * gate.in, (const T*)up.data + first * LANES * gate.in};
             Vec gate_sums;
-            tiles<T, 2>(x + begin * x_stride, x_stride, count, both, gate.in, [&](int64_t r, int g, Vec sums) {
+            auto take = [&](int64_t r, int g, Vec sums) {
                 if (g == 0) gate_sums = sums;
                 else done(r, 0, gate_sums, sums);
-            });
+            };
+            tiles<T, 2>(x + begin * x_stride, x_stride, count, both, gate.in, LANES * gate.in, take);
             return;
         }
         Vec gate_sums[CHUNK_ROWS * UNIT];

@@ -13,6 +13,8 @@ import torch
 from fastserve.engine.kernels.build import cpu_library
 
 LANES = 16
+UNIT = 64
+"""Outputs of a weight of codes that lie together."""
 _HUGE_PAGE = 1 << 21
 
 
@@ -63,7 +65,7 @@ class PackedLinearKernel:
         """`codes` (out, in), uint8, in the kernel's layout; `in` is a multiple of 32 / bits."""
         codes = codes.contiguous()
         out, width = codes.shape
-        packed = _empty(-(-out // LANES) * LANES * width * bits // 8, torch.uint8)
+        packed = _empty(-(-out // UNIT) * UNIT * width * bits // 8, torch.uint8).zero_()
         self._library.pack_codes(codes.data_ptr(), packed.data_ptr(), out, width, bits)
         return packed
 

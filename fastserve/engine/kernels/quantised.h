@@ -5,8 +5,9 @@
 // activations are formed as those of a dense weight, and each group's sum is scaled in float32:
 //     y = sum over groups of (scale * sum(table[code] x) - offset * sum(x)).
 //
-// Codes lie in blocks of 64 bytes for 16 outputs, 4 inputs (8 bits) or 8 inputs (4 bits): [out / 16][in / inputs][64].
-// A block of 4 bits is 16 words of 32 bits, one for each output: bits 4n.. are input 2n, bits 16 + 4n.. are input 2n + 1.
+// Codes lie in blocks of 64 bytes for 16 outputs and 4 inputs (8 bits) or 8 inputs (4 bits), four such groups of outputs
+// side by side: [out / 64][in / inputs][4][64]. They are computed together, so one token reads memory in order.
+// A block of 4 bits is a word of 32 bits for each output: bits 4n.. are input 2n, bits 16 + 4n.. are input 2n + 1.
 // A block of 8 bits is [4][2 pairs of inputs][4 outputs][2 inputs].
 #pragma once
 
@@ -23,10 +24,8 @@ namespace {
 
 constexpr int BLOCK = 64;
 template <int BITS> constexpr int BLOCK_INPUTS = 32 / BITS;
-constexpr int UNIT = 4;              // groups of 16 outputs that are computed together
 constexpr int CODE_TILE_ROWS = 6;    // times UNIT: 24 of 32 registers are sums
-constexpr int64_t FEW_ROWS = 3 * CODE_TILE_ROWS;  // up to here, decoding for each tile is faster than decoding once
-constexpr int64_t SPREAD = 128;      // inputs that are decoded at once for many tokens: they stay in the nearest cache
+constexpr int64_t SPREAD = 64;       // inputs that are decoded at a time where codes cannot become pairs in registers
 
 // Where the code of an input of an output lies in its block: a byte, and the bits of it.
 template <int BITS>
@@ -40,7 +39,7 @@ inline int shift_of(int input) {
 }
 
 inline int64_t groups_of(const Weight& weight) { return (weight.in + weight.group - 1) / weight.group; }
-inline int64_t code_bytes(const Weight& weight) { return LANES * weight.in * weight.bits / 8; }
+inline int64_t code_bytes(const Weight& weight) { return UNIT * LANES * weight.in * weight.bits / 8; }  // of a unit
 
 // ---- codes to values ------------------------------------------------------------------------------------------------
 
@@ -97,7 +96,7 @@ struct Codebook<8> {
 };
 #endif
 
-// Codes of `inputs` inputs as a dense weight.
+// Codes of `inputs` inputs of a unit as dense weights, UNIT groups of `inputs` inputs.
 template <class T, int BITS>
 struct Spread {
     const float* table;
@@ -106,13 +105,14 @@ struct Spread {
 
     __attribute__((noinline)) void operator()(const uint8_t* codes, int64_t inputs, T* to) const {
         constexpr int N = BLOCK_INPUTS<BITS>;
-        for (int64_t i = 0; i < inputs; i += N, codes += BLOCK)
-            for (int k = 0; k < N; ++k) {
-                T row[LANES];
-                store(row, values(codes, k));
-                T* at = to + (i + k) / PAIR<T> * PAIR<T> * LANES + k % PAIR<T>;
-                for (int lane = 0; lane < LANES; ++lane) at[lane * PAIR<T>] = row[lane];
-            }
+        for (int64_t i = 0; i < inputs; i += N)
+            for (int g = 0; g < UNIT; ++g, codes += BLOCK)
+                for (int k = 0; k < N; ++k) {
+                    T row[LANES];
+                    store(row, values(codes, k));
+                    T* at = to + g * inputs * LANES + (i + k) / PAIR<T> * PAIR<T> * LANES + k % PAIR<T>;
+                    for (int lane = 0; lane < LANES; ++lane) at[lane * PAIR<T>] = row[lane];
+                }
     }
     Vec values(const uint8_t* block, int k) const {
         Vec out;
@@ -123,24 +123,6 @@ struct Spread {
         return out;
     }
 };
-
-#if DECODES_IN_REGISTERS
-template <int BITS>
-struct Spread<BFloat16, BITS> {
-    const Codebook<BITS> decode;
-
-    explicit Spread(const float* table) : decode(table) {}
-
-    __attribute__((noinline)) void operator()(const uint8_t* codes, int64_t inputs, BFloat16* to) const {
-        constexpr int N = BLOCK_INPUTS<BITS>;
-        for (int64_t i = 0; i < inputs; i += N, codes += BLOCK) {
-            __m512bh pairs[N / 2];
-            decode(codes, pairs);
-            for (int p = 0; p < N / 2; ++p) _mm512_storeu_si512(to + (i + 2 * p) * LANES, (__m512i)pairs[p]);
-        }
-    }
-};
-#endif
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------
 
@@ -198,33 +180,27 @@ inline void make_inputs(Team& team, const T* x, int64_t x_stride, int64_t rows, 
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-// Neighbouring groups of 16 outputs. What goes beyond `count` of them is the last once more: its sums are not used.
-template <int GROUPS>
-struct Codes {
-    const uint8_t* codes[GROUPS];
-    const float* scales[GROUPS];
-    const float* offsets[GROUPS];
+// Where a unit's codes and scales lie.
+struct Unit {
+    const uint8_t* codes;
+    const float* scales;
+    const float* offsets;
+    int64_t groups;
 
-    Codes(const Weight& weight, int64_t first, int count) {
-        for (int g = 0; g < GROUPS; ++g) {
-            const int64_t group = first + std::min(g, count - 1), at = group * groups_of(weight) * LANES;
-            codes[g] = (const uint8_t*)weight.data + group * code_bytes(weight);
-            scales[g] = weight.scales + at;
-            offsets[g] = weight.offsets ? weight.offsets + at : nullptr;
-        }
+    Unit(const Weight& weight, int64_t unit) : groups(groups_of(weight)) {
+        const int64_t at = unit * groups * UNIT * LANES;
+        codes = (const uint8_t*)weight.data + unit * code_bytes(weight);
+        scales = weight.scales + at;
+        offsets = weight.offsets ? weight.offsets + at : nullptr;
     }
 
-    // totals += scaled sums of one group of inputs. One function for all tiles, so that a token's result is the same in each.
+    // total += the scaled sum of one group of inputs of a row. One function for all tiles, so that a token's result is
+    // the same in each.
     template <class T>
-    void add(Vec* totals, const Vec* sums, int64_t rows, const Input<T>& input, int64_t group, int64_t groups) const {
-        const int64_t at = group * LANES;
-        for (int64_t r = 0; r < rows; ++r)
-            for (int g = 0; g < GROUPS; ++g) {
-                const int64_t i = r * GROUPS + g;
-                totals[i] = multiplied(sums[i], load(scales[g] + at), totals[i]);
-                if (!input.sums) continue;
-                totals[i] = multiplied(load(offsets[g] + at), Vec{} - input.sums[r * groups + group], totals[i]);
-            }
+    void add(Vec& total, Vec sum, const Input<T>& input, int64_t row, int g, int64_t group) const {
+        const int64_t at = (group * UNIT + g) * LANES;
+        total = multiplied(sum, load(scales + at), total);
+        if (offsets) total = multiplied(load(offsets + at), Vec{} - input.sums[row * groups + group], total);
     }
     static Vec multiplied(Vec a, Vec b, Vec c) {
 #ifdef __AVX512F__
@@ -236,28 +212,27 @@ struct Codes {
 };
 
 #if DECODES_IN_REGISTERS
-// Few tokens: codes go from memory to registers.
+// Codes go from memory to registers, once for each tile: that costs less than to store and load what they become.
 template <int BITS, int ROWS>
-__attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Weight& weight, const Codes<UNIT>& from,
-                                         Vec* out) {
+__attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Weight& weight, const Unit& unit, Vec* out) {
     constexpr int N = BLOCK_INPUTS<BITS>;
     const Codebook<BITS> decode(weight.table);
-    const int64_t groups = groups_of(weight), stride = input.stride, in = weight.in;
+    const int64_t stride = input.stride, in = weight.in;
     const BFloat16* x = input.x;
+    const uint8_t* codes = unit.codes;
     for (int i = 0; i < ROWS * UNIT; ++i) out[i] = Vec{};
-    int64_t block = 0;
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t group = 0; group < unit.groups; ++group) {
         Vec sums[ROWS][UNIT];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
             for (int g = 0; g < UNIT; ++g) sums[r][g] = Vec{};
         const int64_t end = std::min(in, (group + 1) * weight.group);
-        for (int64_t i = group * weight.group; i < end; i += N, block += BLOCK)
+        for (int64_t i = group * weight.group; i < end; i += N, codes += UNIT * BLOCK)
 #pragma GCC unroll 4
             for (int g = 0; g < UNIT; ++g) {
                 __m512bh pairs[N / 2];
-                decode(from.codes[g] + block, pairs);
+                decode(codes + g * BLOCK, pairs);
 #pragma GCC unroll 4
                 for (int p = 0; p < N / 2; ++p)
 #pragma GCC unroll 8
@@ -267,106 +242,101 @@ __attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Wei
                         sums[r][g] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][g], pairs[p], (__m512bh)_mm512_set1_epi32(both));
                     }
             }
-        Vec kept[ROWS * UNIT];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-            for (int g = 0; g < UNIT; ++g) kept[r * UNIT + g] = sums[r][g];
-        from.add(out, kept, ROWS, input, group, groups);
+            for (int g = 0; g < UNIT; ++g) unit.add(out[r * UNIT + g], sums[r][g], input, r, g, group);
     }
 }
 
 template <int BITS, int ROWS = CODE_TILE_ROWS>
-inline void code_tile_of(int64_t rows, const Input<BFloat16>& input, const Weight& weight, const Codes<UNIT>& from,
-                         Vec* out) {
+inline void code_tile_of(int64_t rows, const Input<BFloat16>& input, const Weight& weight, const Unit& unit, Vec* out) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return code_tile_of<BITS, ROWS - 1>(rows, input, weight, from, out);
+        if (rows < ROWS) return code_tile_of<BITS, ROWS - 1>(rows, input, weight, unit, out);
     }
-    code_tile<BITS, ROWS>(input, weight, from, out);
+    code_tile<BITS, ROWS>(input, weight, unit, out);
 }
 #endif
 
-// Many tokens: codes are decoded once for all of them, a stretch of inputs at a time.
+// Codes are decoded once for all tokens, a stretch of inputs at a time, into memory near by.
 template <class T, int BITS>
-__attribute__((noinline)) void spread_sums(const Weight& weight, int64_t first, int count, const Input<T>& input,
-                                           int64_t rows, Vec* totals) {
-    alignas(64) T dense[2][SPREAD * LANES];
-    Vec sums[CHUNK_ROWS * 2];
-    const T* both[2] = {dense[0], dense[1]};
-    const Codes<2> from(weight, first, count);
+__attribute__((noinline)) void spread_sums(const Weight& weight, const Unit& unit, const Input<T>& input, int64_t rows,
+                                           Vec* totals) {
+    alignas(64) T dense[UNIT * SPREAD * LANES];
+    Vec sums[UNIT / 2][CHUNK_ROWS * 2];
     const Spread<T, BITS> spread(weight.table);
-    const int64_t groups = groups_of(weight);
-    for (int64_t i = 0; i < rows * 2; ++i) totals[i] = Vec{};
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t i = 0; i < rows * UNIT; ++i) totals[i] = Vec{};
+    for (int64_t group = 0; group < unit.groups; ++group) {
         const int64_t begin = group * weight.group, end = std::min(weight.in, begin + weight.group);
         for (int64_t at = begin; at < end; at += SPREAD) {
             const int64_t inputs = std::min(SPREAD, end - at);
-            for (int g = 0; g < 2; ++g) spread(from.codes[g] + at / BLOCK_INPUTS<BITS> * BLOCK, inputs, dense[g]);
-            for_tiles(rows, [&](int64_t row, int64_t in_tile) {
-                const T* x = input.x + row * input.stride + at;
-                if (at == begin) tile_of<T, 2, false>(in_tile, x, input.stride, both, inputs, sums + row * 2);
-                else tile_of<T, 2, true>(in_tile, x, input.stride, both, inputs, sums + row * 2);
-            });
+            spread(unit.codes + at / BLOCK_INPUTS<BITS> * UNIT * BLOCK, inputs, dense);
+            for (int half = 0; half < UNIT / 2; ++half) {
+                const T* const both[2] = {dense + 2 * half * inputs * LANES, dense + (2 * half + 1) * inputs * LANES};
+                for_tiles(rows, [&](int64_t row, int64_t in_tile) {
+                    const T* x = input.x + row * input.stride + at;
+                    Vec* to = sums[half] + row * 2;
+                    if (at == begin) tile_of<T, 2, false>(in_tile, x, input.stride, both, inputs, to);
+                    else tile_of<T, 2, true>(in_tile, x, input.stride, both, inputs, to);
+                });
+            }
         }
-        from.add(totals, sums, rows, input, group, groups);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int g = 0; g < UNIT; ++g) unit.add(totals[r * UNIT + g], sums[g / 2][r * 2 + g % 2], input, r, g, group);
     }
 }
 
-// `rows` tokens (at most CHUNK_ROWS) times up to UNIT groups of 16 outputs: put(row, group, sums).
+// `rows` tokens (at most CHUNK_ROWS) times a unit of outputs, of which `count` groups of 16 are wanted:
+// put(row, group, sums).
 template <class T, int BITS, class Put>
-inline void code_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put) {
+inline void code_sums(const Weight& weight, int64_t which, int count, const Input<T>& input, int64_t rows, Put put) {
+    const Unit unit(weight, which);
 #if DECODES_IN_REGISTERS
     if constexpr (PAIR<T> == 2) {
-        if (rows <= FEW_ROWS) {
-            const Codes<UNIT> from(weight, first, count);
-            for_tiles<CODE_TILE_ROWS>(rows, [&](int64_t row, int64_t in_tile) {
-                Vec sums[CODE_TILE_ROWS * UNIT];
-                code_tile_of<BITS>(in_tile, input.from(row, weight), weight, from, sums);
-                for (int64_t r = 0; r < in_tile; ++r)
-                    for (int g = 0; g < count; ++g) put(row + r, g, sums[r * UNIT + g]);
-            });
-            return;
-        }
+        for_tiles<CODE_TILE_ROWS>(rows, [&](int64_t row, int64_t in_tile) {
+            Vec sums[CODE_TILE_ROWS * UNIT];
+            code_tile_of<BITS>(in_tile, input.from(row, weight), weight, unit, sums);
+            for (int64_t r = 0; r < in_tile; ++r)
+                for (int g = 0; g < count; ++g) put(row + r, g, sums[r * UNIT + g]);
+        });
+        return;
     }
 #endif
-    Vec sums[CHUNK_ROWS * 2];
-    for (int at = 0; at < count; at += 2) {
-        spread_sums<T, BITS>(weight, first + at, count - at, input, rows, sums);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int g = at; g < std::min(count, at + 2); ++g) put(r, g, sums[r * 2 + g - at]);
-    }
+    Vec totals[CHUNK_ROWS * UNIT];
+    spread_sums<T, BITS>(weight, unit, input, rows, totals);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int g = 0; g < count; ++g) put(r, g, totals[r * UNIT + g]);
 }
 
 // ---- layout ---------------------------------------------------------------------------------------------------------
 
-// Codes (out, in), a byte each, -> blocks. Outputs beyond the last are zero.
-template <int BITS>
-inline void pack_codes(Team& team, const uint8_t* codes, uint8_t* to, int64_t out, int64_t in) {
+// Calls work(output, input, byte, shift) for each code.
+template <int BITS, class Work>
+inline void for_codes(Team& team, int64_t out, int64_t in, Work work) {
     constexpr int N = BLOCK_INPUTS<BITS>;
     team.share((out + LANES - 1) / LANES, 1, [&](int64_t group) {
-        uint8_t* block = to + group * LANES * in * BITS / 8;
         const int lanes = int(std::min<int64_t>(LANES, out - group * LANES));
-        for (int64_t i = 0; i < in; i += N, block += BLOCK) {
-            std::memset(block, 0, BLOCK);
+        for (int64_t i = 0; i < in; i += N) {
+            const int64_t block = ((group / UNIT * in + i) / N * UNIT + group % UNIT) * BLOCK;
             for (int lane = 0; lane < lanes; ++lane)
                 for (int k = 0; k < N; ++k)
-                    block[byte_of<BITS>(lane, k)] |= codes[(group * LANES + lane) * in + i + k] << shift_of<BITS>(k);
+                    work(group * LANES + lane, i + k, block + byte_of<BITS>(lane, k), shift_of<BITS>(k));
         }
+    });
+}
+
+// Codes (out, in), a byte each, into blocks of zeros.
+template <int BITS>
+inline void pack_codes(Team& team, const uint8_t* codes, uint8_t* to, int64_t out, int64_t in) {
+    for_codes<BITS>(team, out, in, [&](int64_t output, int64_t input, int64_t at, int shift) {
+        to[at] |= codes[output * in + input] << shift;
     });
 }
 
 template <int BITS>
 inline void unpack_codes(Team& team, const uint8_t* from, uint8_t* codes, int64_t out, int64_t in) {
-    constexpr int N = BLOCK_INPUTS<BITS>;
-    team.share((out + LANES - 1) / LANES, 1, [&](int64_t group) {
-        const uint8_t* block = from + group * LANES * in * BITS / 8;
-        const int lanes = int(std::min<int64_t>(LANES, out - group * LANES));
-        for (int64_t i = 0; i < in; i += N, block += BLOCK)
-            for (int lane = 0; lane < lanes; ++lane)
-                for (int k = 0; k < N; ++k) {
-                    const int code = block[byte_of<BITS>(lane, k)] >> shift_of<BITS>(k);
-                    codes[(group * LANES + lane) * in + i + k] = uint8_t(BITS == 4 ? code & 15 : code);
-                }
+    for_codes<BITS>(team, out, in, [&](int64_t output, int64_t input, int64_t at, int shift) {
+        codes[output * in + input] = uint8_t(from[at] >> shift & (BITS == 4 ? 15 : 255));
     });
 }
 

@@ -19,6 +19,8 @@ constexpr int TILE_ROWS = 1;   // a group is 2 registers of 16
 
 constexpr int64_t CHUNK_ROWS = 8 * TILE_ROWS;  // of many tokens, what one piece of work takes on
 
+constexpr int UNIT = 4;  // groups of 16 outputs of a weight of codes, which are computed together
+
 template <class T> constexpr int PAIR = 1;
 #ifdef __AVX512BF16__
 template <> inline constexpr int PAIR<BFloat16> = 2;
@@ -30,7 +32,7 @@ struct Weight {
     int64_t out, in;
     int64_t bits;          // of a code, 8 or 4; 0: dense. The rest is for codes only
     int64_t group;         // inputs that share a scale; the last group may have fewer
-    const float* scales;   // [out / 16][groups][16]
+    const float* scales;   // [out / 64][groups][64]
     const float* offsets;  // the same, or null
     const float* table;    // what codes stand for: 16 values, or 128 that the code's highest bit gives a sign
     const int32_t* order;  // [in] the input that each column of codes belongs to, or null
@@ -49,32 +51,39 @@ inline void multiply_add(Vec& sum, const T* weight, const T* x) {
     sum += to_float(*x) * load(weight);
 }
 
-// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], from zero or on from what they are. Not inlined: compilers then
-// keep all sums in registers.
-template <class T, int GROUPS, int ROWS, bool ON>
-__attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* out) {
+// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], from zero or on from what they are. While it computes, FETCH
+// brings the weights that lie `ahead` elements further on to the caches. Not inlined: compilers then keep all sums in
+// registers.
+template <class T, int GROUPS, int ROWS, bool ON, bool FETCH>
+__attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* out,
+                                    int64_t ahead) {
     Vec sums[ROWS][GROUPS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int g = 0; g < GROUPS; ++g) sums[r][g] = ON ? out[r * GROUPS + g] : Vec{};
-    for (int64_t i = 0; i < in; i += PAIR<T>)
+    for (int64_t i = 0; i < in; i += PAIR<T>) {
+        if (FETCH)
+            for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(weights[g] + ahead + i * LANES, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
             for (int g = 0; g < GROUPS; ++g) multiply_add(sums[r][g], weights[g] + i * LANES, x + r * x_stride + i);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int g = 0; g < GROUPS; ++g) out[r * GROUPS + g] = sums[r][g];
 }
 
-template <class T, int GROUPS, bool ON, int ROWS = TILE_ROWS>
-inline void tile_of(int64_t rows, const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* sums) {
+template <class T, int GROUPS, bool ON, bool FETCH = false, int ROWS = TILE_ROWS>
+inline void tile_of(int64_t rows, const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* sums,
+                    int64_t ahead = 0) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return tile_of<T, GROUPS, ON, ROWS - 1>(rows, x, x_stride, weights, in, sums);
+        if (rows < ROWS)
+            return tile_of<T, GROUPS, ON, FETCH, ROWS - 1>(rows, x, x_stride, weights, in, sums, ahead);
     }
-    tile<T, GROUPS, ROWS, ON>(x, x_stride, weights, in, sums);
+    tile<T, GROUPS, ROWS, ON, FETCH>(x, x_stride, weights, in, sums, ahead);
 }
 
 // Calls work(first row, rows) for tiles of nearly the same size.
@@ -87,12 +96,16 @@ inline void for_tiles(int64_t rows, Work work) {
     }
 }
 
-// `rows` tokens: put(row, group, sums).
+// `rows` tokens: put(row, group, sums). The first tile waits for memory and the others for the processor; so the last
+// one, if it is not the first, brings what lies `ahead` (0: nothing), which the next call will begin with.
 template <class T, int GROUPS, class Put>
-inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, Put put) {
+inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, int64_t ahead, Put put) {
     for_tiles(rows, [&](int64_t begin, int64_t count) {
         Vec sums[TILE_ROWS * GROUPS];
-        tile_of<T, GROUPS, false>(count, x + begin * x_stride, x_stride, weights, in, sums);
+        const T* from = x + begin * x_stride;
+        if (ahead && begin && begin + count == rows)
+            tile_of<T, GROUPS, false, true>(count, from, x_stride, weights, in, sums, ahead);
+        else tile_of<T, GROUPS, false>(count, from, x_stride, weights, in, sums);
         for (int i = 0; i < count * GROUPS; ++i) put(begin + i / GROUPS, i % GROUPS, sums[i]);
     });
 }

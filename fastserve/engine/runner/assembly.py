@@ -1,8 +1,9 @@
 """Puts weights into a model, one at a time and in any order, and its linear layers by ours on the way.
 
-Each weight gets its final form as it comes, so beside the forms no more is in memory than the weights on their way. Each
-form that is not plain is tried: its product must be that of the weight that it was made of. So what the assembled model
-computes with its own code is a reference for the engine (reference.py), and no unchanged model is needed beside it.
+Each weight gets its final form as it comes, so beside the forms no more is in memory than the weights on their way.
+Each form that is not plain is tried: its product must be that of the weight that it was made of. So what the assembled
+model computes with its own code is a reference for the engine (reference.py), and no unchanged model is needed beside
+it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Assembly:
         self._tied = _tied_names(parameters)
         self._buffers = {name for name in model.state_dict() if name not in parameters}
         self._layers = {f"{path}.weight": path for path, module in model.named_modules() if _is_linear(module)}
-        self._head = _path_of(model, model.get_output_embeddings())
+        self._to_quantise = set() if quantise is None else set(linear_weights(model))
         self._gated = {} if kernels is None else _gated_pairs(find_gated_mlps(model, kernels, places.device_of))
         self._waiting: dict[str, torch.Tensor] = {}
         self._places: dict[str, Place] = {}
@@ -80,6 +81,12 @@ class Assembly:
     def shape_of(self, name: str) -> torch.Size:
         """Raises KeyError."""
         return self._shapes[name] if name in self._shapes else self._model.get_buffer(name).shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What the weight or buffer is kept in; of an unknown name, what most are."""
+        if name in self._dtypes:
+            return self._dtypes[name]
+        return self._model.get_buffer(name).dtype if name in self._buffers else self._model.dtype
 
     @property
     def missing(self) -> list[str]:
@@ -104,7 +111,9 @@ class Assembly:
             self._set_linear(name, self._waiting.pop(name))
         for name, buffer in list(self._model.named_buffers()):
             self._set_buffer(name, buffer)
-        return WeightTable({name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes)
+        return WeightTable(
+            {name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes
+        )
 
     def _require_shape(self, name: str, value: Value) -> None:
         needed = tuple(self.shape_of(name))
@@ -130,7 +139,7 @@ class Assembly:
     def _set(self, name: str, value: Value) -> None:
         if name not in self._layers:
             self._set_parameter(name, self._where.put(name, self._dense(name, value)))
-        elif name in self._gated and isinstance(value, torch.Tensor) and self._quantise is None:
+        elif name in self._gated and isinstance(value, torch.Tensor) and name not in self._to_quantise:
             self._set_gated(name, self._where.put(name, self._dense(name, value)))
         else:
             self._set_linear(name, value)
@@ -176,7 +185,7 @@ class Assembly:
             self._try_rows(name, form, lambda rows: value.dense(dtype, rows))
             return form
         weight = value.t() if transposed else value
-        if self._quantise is not None and self._layers[name] != self._head:
+        if self._quantise is not None and name in self._to_quantise:
             form = self._quantise(weight.to(self._where.device_of(name)).contiguous(), dtype)
             self._try_rows(name, form, lambda rows: form.part(rows).get())
             return form
@@ -217,6 +226,13 @@ class Assembly:
         x = _trial_input(weight.shape[1], self._dtypes[name], weight.device)
         product = form.product(x, None)
         _require_like(name, torch.cat([product[:, first], product[:, last]], 1), F.linear(x, weight), x.dtype)
+
+
+def linear_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that can be quantised: of linear layers, save the head, whose errors would show in every
+    logit."""
+    head = model.get_output_embeddings()
+    return [f"{path}.weight" for path, module in model.named_modules() if _is_linear(module) and module is not head]
 
 
 def install(model: PreTrainedModel, kernels: FusedSteps | None) -> WeightTable:
@@ -267,7 +283,7 @@ def _tied_names(parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[str
 
 def _gated_pairs(paths: list[str]) -> dict[str, tuple[str, tuple[str, str]]]:
     """For the weight of each gate and up: the path of the MLP, and the names of both."""
-    found = {}
+    found: dict[str, tuple[str, tuple[str, str]]] = {}
     for path in paths:
         names = (f"{path}.gate_proj.weight", f"{path}.up_proj.weight")
         found |= dict.fromkeys(names, (path, names))
@@ -277,10 +293,6 @@ def _gated_pairs(paths: list[str]) -> dict[str, tuple[str, tuple[str, str]]]:
 def _is_linear(module: torch.nn.Module) -> bool:
     # Subclasses may compute something else, so they are left alone.
     return type(module) in (torch.nn.Linear, Conv1D)
-
-
-def _path_of(model: torch.nn.Module, module: torch.nn.Module | None) -> str | None:
-    return next((path for path, other in model.named_modules() if other is module), None)
 
 
 def _form_place(form: WeightForm, *, transposed: bool) -> Place:

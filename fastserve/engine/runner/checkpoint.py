@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,13 +48,13 @@ Tensors = Mapping[str, StoredTensor]
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a model's folder, safetensors first. Raises StartupError when there are none, when a shard is
     missing, or when a file is broken or cut off."""
-    for suffix in (".safetensors", ".bin"):
+    for suffix in (".safetensors", ".bin", ".pt"):
         files = _files(folder, suffix)
         if files:
             return open_files(files)
     raise StartupError(
-        f"{folder} holds no weights: there is no .safetensors, .bin or .gguf file in it. Download the model again, or "
-        "start with --dummy to have random weights."
+        f"{folder} holds no weights: there is no .safetensors, .bin, .pt or .gguf file in it. Download the model "
+        "again, or start with --dummy to have random weights."
     )
 
 
@@ -138,8 +139,12 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
 
 
 def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
-    raw = torch.empty(size, dtype=torch.uint8)
-    view = memoryview(raw.numpy())
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    # Pages of its own, which the system gets back with the tensor: of memory from the C library's heap much would stay
+    # with the threads that read.
+    pages = mmap.mmap(-1, size)
+    view = memoryview(pages)
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(offset)
@@ -151,7 +156,8 @@ def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
                 done += count
     except OSError as error:
         raise StartupError(f"{file}: the tensor {name} cannot be read: {error}") from error
-    return raw
+    view.release()
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 # ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------
@@ -163,14 +169,14 @@ def _open_pickled(file: Path) -> dict[str, StoredTensor]:
         state = _unpickle(file)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise StartupError(f"{file} cannot be loaded: it is broken, cut off, or no file of weights ({reason}).") from error
+        raise StartupError(
+            f"{file} cannot be loaded: it is broken, cut off, or no file of weights ({reason})."
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise StartupError(f"{file} holds no table of tensors, but {type(state).__name__}.")
-    return {
-        name: _held(file, name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
-    }
+    return {name: _held(file, name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _unpickle(file: Path) -> Any:

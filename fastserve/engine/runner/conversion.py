@@ -94,7 +94,7 @@ def _sort_like_numbers(delivery: Delivery) -> None:
     """Experts are joined in the order in which they come: 2 before 10, as the names say, not the files."""
     if delivery.rule is not None:
         pairs = sorted(zip(delivery.sources, delivery.patterns, strict=True), key=lambda pair: _natural(pair[0].name))
-        delivery.sources, delivery.patterns = [list(column) for column in zip(*pairs, strict=True)]  # type: ignore[assignment]
+        delivery.sources, delivery.patterns = [list(column) for column in zip(*pairs, strict=True)]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

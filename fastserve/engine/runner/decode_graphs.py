@@ -21,6 +21,7 @@ import torch
 
 from fastserve.engine.kernels.device_step import DeviceStep, IntArray, Items
 from fastserve.engine.runner.attention import PagedAttention, StepContext
+from fastserve.engine.runner.drawn import DrawnIds
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class DecodeGraphs:
         model: torch.nn.Module,
         attention: PagedAttention,
         recorder: Recorder,
+        drawn: DrawnIds,
         device: torch.device,
         *,
         max_rows: int,
@@ -75,6 +77,7 @@ class DecodeGraphs:
         (a wait for the device, for one) comes as RuntimeError."""
         self._model = model
         self._attention = attention
+        self._drawn = drawn
         self.sizes = batch_sizes(max_rows)
         self._logits: torch.Tensor | None = None
         with torch.inference_mode():
@@ -89,7 +92,8 @@ class DecodeGraphs:
     def run(
         self, input_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], context: StepContext, block_size: int
     ) -> torch.Tensor:
-        """Logits (rows, vocabulary) of a step that fits, for all its rows. They hold until the next step."""
+        """Logits (rows, vocabulary) of a step that fits, for all its rows. They hold until the next step. Among
+        `input_ids` may be stand-ins for ids that the last step drew."""
         count = len(input_ids)
         slots = context.token_block * block_size + context.token_offset
         table = np.repeat(context.block_table, context.counts, axis=0)
@@ -105,8 +109,10 @@ class DecodeGraphs:
 
         def forward() -> None:
             self._attention.context = step
+            input_ids = self._inputs.ids[:size]
+            self._drawn.fill_in(input_ids)
             logits = self._model(
-                input_ids=self._inputs.ids[:size].unsqueeze(0),
+                input_ids=input_ids.unsqueeze(0),
                 position_ids=self._inputs.positions[:size].unsqueeze(0),
                 use_cache=False,
             ).logits[0]
@@ -179,13 +185,20 @@ def batch_sizes(most: int) -> tuple[int, ...]:
 
 
 def record_decode_graphs(
-    model: torch.nn.Module, attention: PagedAttention, device: torch.device, *, max_rows: int, max_blocks: int
+    model: torch.nn.Module,
+    attention: PagedAttention,
+    drawn: DrawnIds,
+    device: torch.device,
+    *,
+    max_rows: int,
+    max_blocks: int,
 ) -> DecodeGraphs | None:
     """None where steps cannot be recorded: they are then run one kernel at a time."""
     if device.type != "cuda" or not attention.takes_device_steps:
         return None
     try:
-        return DecodeGraphs(model, attention, CudaGraphRecorder(), device, max_rows=max_rows, max_blocks=max_blocks)
+        recorder = CudaGraphRecorder()
+        return DecodeGraphs(model, attention, recorder, drawn, device, max_rows=max_rows, max_blocks=max_blocks)
     except RuntimeError as error:
         logger.warning("Decoding without CUDA graphs: %s cannot be recorded (%s).", type(model).__name__, error)
         return None

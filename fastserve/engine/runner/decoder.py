@@ -20,7 +20,7 @@ from fastserve.engine.kernels.decoder import ACTIVATIONS, DecoderKernel, Decoder
 from fastserve.engine.kernels.packed_linear import WeightStruct
 from fastserve.engine.runner.attention import LayerShape, PagedAttention, StepContext
 from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm
-from fastserve.engine.runner.linear import GroupedWeight, Linear, WeightForm
+from fastserve.engine.runner.linear import Linear, WeightForm
 
 _NORM_PLACES = (
     {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
@@ -167,10 +167,11 @@ class NativeDecoder:
         return self._form(linear.form, linear.bias)
 
     def _form(self, form: WeightForm, bias: torch.Tensor | None) -> WeightStruct:
-        if not isinstance(form, GroupedWeight):
+        struct = form.struct(bias)
+        if struct is None:
             raise _Unknown("form of a weight")
         self._alive += [form, bias]
-        return form.struct(bias)
+        return struct
 
     def _norm(self, norm: torch.nn.Module | None) -> int:
         if not isinstance(norm, FusedRMSNorm):

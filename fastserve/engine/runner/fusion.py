@@ -99,9 +99,7 @@ def fuse_gated_mlps(model: torch.nn.Module, kernels: FusedSteps) -> dict[str, We
     return forms
 
 
-def find_gated_mlps(
-    model: torch.nn.Module, kernels: FusedSteps, device_of: Callable[[str], torch.device]
-) -> list[str]:
+def find_gated_mlps(model: torch.nn.Module, kernels: FusedSteps, device_of: Callable[[str], torch.device]) -> list[str]:
     """Paths of modules of the form down_proj(act_fn(gate_proj(x)) * up_proj(x)) where the activation is SiLU. Their
     weights may be on the meta device; `device_of` says where they will be."""
     paths = []

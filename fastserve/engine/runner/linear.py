@@ -36,6 +36,11 @@ class WeightForm(Protocol):
         """Some outputs of it, as a form that shares its memory."""
         ...
 
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
+        """What kernels for CPUs are told of it, None where they cannot multiply with it. It points to memory that stays
+        in its place as long as this object and `bias` live, also when the weight is set."""
+        ...
+
 
 class PlainWeight:
     """As the checkpoint has it."""
@@ -54,6 +59,9 @@ class PlainWeight:
 
     def part(self, rows: slice) -> WeightForm:
         return PlainWeight(self._weight[rows])
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
+        return None
 
 
 class GroupedWeight:
@@ -74,7 +82,6 @@ class GroupedWeight:
         return cls(kernel.pack(weight), out, width, kernel)
 
     def struct(self, bias: torch.Tensor | None) -> WeightStruct:
-        """What kernels are told of it. It stays where it is as long as this object lives, also when it is set."""
         return WeightStruct(self._packed.data_ptr(), None if bias is None else bias.data_ptr(), *self._shape)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -88,7 +95,7 @@ class GroupedWeight:
 
     def part(self, rows: slice) -> WeightForm:
         if rows.start % LANES or (rows.stop % LANES and rows.stop != self._shape[0]):
-            return _Rows(self, rows)
+            return RowsOfWeight(self, rows)
         width = self._shape[1]
         stop = -(-rows.stop // LANES) * LANES
         return GroupedWeight(
@@ -126,10 +133,13 @@ class OneDnnWeight:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous(), None)
 
     def part(self, rows: slice) -> WeightForm:
-        return _Rows(self, rows)
+        return RowsOfWeight(self, rows)
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
+        return None
 
 
-class _Rows:
+class RowsOfWeight:
     """Some rows of a weight that can only be taken apart as a whole."""
 
     def __init__(self, whole: WeightForm, rows: slice) -> None:
@@ -148,7 +158,10 @@ class _Rows:
         self._whole.set(whole)
 
     def part(self, rows: slice) -> WeightForm:
-        return _Rows(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))
+        return RowsOfWeight(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
+        return None
 
 
 def is_mapped(weight: torch.Tensor) -> bool:

@@ -1,30 +1,32 @@
-"""Reading a model from a folder with transformers, and refusing what the paged engine cannot serve rightly."""
+"""From a folder to a model that is ready to run: what it is, whether it can be served, and the order of the steps."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging as transformers_logging
 
-from fastserve.engine.kernels.fused_steps import find_fused_steps
+from fastserve.engine.kernels.fused_steps import FusedSteps, find_fused_steps
+from fastserve.engine.runner.assembly import Assembly, OneDevice, install
 from fastserve.engine.runner.attention import PagedAttention
 from fastserve.engine.runner.context import context_length
+from fastserve.engine.runner.conversion import match
+from fastserve.engine.runner.formats.find import find_sources
 from fastserve.engine.runner.fusion import fuse_norms, fuse_rotary
 from fastserve.engine.runner.placement import Placement
+from fastserve.engine.runner.quantise import find_quantiser
 from fastserve.engine.runner.reference import Reference, own_logits
+from fastserve.engine.runner.skeleton import build_skeleton, read_generation_config
+from fastserve.engine.runner.streaming import Progress, stream_weights
 from fastserve.engine.runner.weights import WeightTable
+from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 ATTENTION_NAME = "fastserve_paged"
 _STATEFUL_LAYERS = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` of hybrid models that are no attention."""
-Progress = Callable[[str, int, int], None]
-"""what is going on, bytes done, bytes in all"""
 FindPlaces = Callable[[PreTrainedModel, torch.device], Placement | None]
 
 
@@ -82,54 +82,55 @@ def load_model(
     trust_remote_code: bool,
     progress: Progress,
     find_places: FindPlaces = lambda model, device: None,
+    options: WeightOptions = WeightOptions(),  # noqa: B008  # frozen
 ) -> LoadedModel:
     """Load the weights of a decoder-only model. `find_places` says where its parts go, None: all of it to the device.
     Raises StartupError with the reason when that is not possible."""
     device = find_device(device_name)
+    folder = Path(model_dir)
     config = _read_config(model_dir, trust_remote_code)
     dtype = _choose_dtype(dtype_name, config, device)
     _refuse_unpageable(config)
+    packed_settings = _packed_settings(config)
     attention = PagedAttention()
-    name = register(attention)
-    sizes = _tensor_bytes(model_dir)
-    progress("Loading weights", 0, sum(sizes.values()))
-    try:
-        with _weight_progress(sizes, progress):
-            model = AutoModelForCausalLM.from_pretrained(
-                model_dir,
-                config=config,
-                dtype=dtype,
-                attn_implementation=name,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, KeyError) and error.args == (name,):  # looked up in the model's own table of attentions
-            raise _own_attention(config.model_type) from error
-        raise StartupError(f"The model in {model_dir} cannot be loaded: {error}") from error
-    if not getattr(model, "_supports_attention_backend", False):
-        raise _own_attention(type(model).__name__)
-    progress("Loading weights", sum(sizes.values()), sum(sizes.values()))
+    model = _make_skeleton(model_dir, config, dtype, register(attention), trust_remote_code=trust_remote_code)
+    read_generation_config(model, folder)
+    deliveries, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     placement = find_places(model, device)
-    if placement is None:
-        model = model.to(device)
-    else:
-        placement.move(model)
-    return prepare(model, attention, dtype, placement)
-
-
-def prepare(
-    model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype, placement: Placement | None = None
-) -> LoadedModel:
-    """Take over a model that has `attention` as its own: note what it computes, then replace what we do faster."""
-    model = model.eval().requires_grad_(False)
-    device = model.device if placement is None else placement.main
-    if placement is not None:
-        placement.connect(model)
-    longest = context_length(model.config.get_text_config(decoder=True))
-    reference = own_logits(model, device, longest)
     kernels = find_fused_steps(dtype, (device,) if placement is None else placement.devices)
-    weights = WeightTable.install(model, kernels)
+    quantise = None if options.quantise is None else find_quantiser(options.quantise)
+    assembly = Assembly(model, kernels, placement or OneDevice(device), quantise)
+    stream_weights(model, deliveries, unexpected, assembly, progress)
+    return _take_over(model, assembly.finish(), attention, dtype, device, kernels, placement, reference=None)
+
+
+def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype) -> LoadedModel:
+    """Take over a model that has its weights, and `attention` as its own: note what it computes as it is, then replace
+    what we do faster."""
+    model = model.eval().requires_grad_(False)
+    device = model.device
+    reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
+    kernels = find_fused_steps(dtype, (device,))
+    return _take_over(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
+
+
+def _take_over(
+    model: PreTrainedModel,
+    weights: WeightTable,
+    attention: PagedAttention,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: FusedSteps | None,
+    placement: Placement | None,
+    reference: Reference | None,
+) -> LoadedModel:
+    """Of a model whose linear layers are ours: take down the reference, if there is none yet, and replace the rest."""
+    longest = context_length(model.config.get_text_config(decoder=True))
+    if placement is not None:
+        device = placement.main
+        placement.connect(model)
+    if reference is None:
+        reference = own_logits(model, device, longest)
     if kernels is not None:
         fuse_norms(model, kernels)
         fuse_rotary(model, kernels)
@@ -146,6 +147,28 @@ def prepare(
         eos_token_ids=_eos_token_ids(model),
         placement=placement,
     )
+
+
+def _make_skeleton(
+    model_dir: str, config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    try:
+        model = build_skeleton(config, dtype, attention, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        if isinstance(error, KeyError) and error.args == (attention,):  # looked up in the model's own table
+            raise _own_attention(config.model_type) from error
+        raise StartupError(f"The model in {model_dir} cannot be loaded: {error}") from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise _own_attention(type(model).__name__)
+    return model
+
+
+def _packed_settings(config: PretrainedConfig) -> dict[str, Any] | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None or isinstance(settings, dict):
+        return settings
+    found: dict[str, Any] = settings.to_dict()
+    return found
 
 
 def _own_attention(name: str) -> StartupError:
@@ -211,46 +234,3 @@ def register(attention: PagedAttention) -> str:
     # The pages know who may look at what, so the model is told to build no mask.
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *_, **__: None)
     return name
-
-
-# ---- progress ---------------------------------------------------------------------------------------------------
-
-
-def _tensor_bytes(model_dir: str) -> dict[str, int]:
-    """Bytes of each tensor, from the headers of the safetensors files; other files count as one tensor each."""
-    sizes: dict[str, int] = {}
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except ValueError as error:
-            raise StartupError(f"{path} cannot be loaded: its header is broken or cut off ({error}).") from error
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                sizes[name] = end - begin
-    return sizes or {path.name: os.path.getsize(path) for path in Path(model_dir).glob("*.bin")}
-
-
-@contextlib.contextmanager
-def _weight_progress(sizes: dict[str, int], progress: Progress) -> Iterator[None]:
-    """Turn transformers' own progress bar over the weights into our reports."""
-    total = sum(sizes.values())
-    mean = total // max(1, len(sizes))
-
-    def hook(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return counted(args[0] if args else kwargs.get("iterable", ()))
-
-    def counted(items: Iterable[Any]) -> Iterator[Any]:
-        done = 0
-        for item in items:
-            yield item
-            name = item[0] if isinstance(item, tuple) else item
-            done = min(total, done + sizes.get(name, mean))
-            progress("Loading weights", done, total)
-
-    previous = transformers_logging.set_tqdm_hook(hook)
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(previous)

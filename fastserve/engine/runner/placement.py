@@ -12,6 +12,7 @@ which has its share of every weight, and no hops.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -23,8 +24,9 @@ from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map
-from accelerate.utils import calculate_maximum_sizes, get_balanced_memory
+from accelerate.utils import CustomDtype, compute_module_sizes, get_balanced_memory, get_max_layer_size
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.devices import Spread, refuse_spread
 from fastserve.engine.memory import free_host_memory
@@ -34,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS_SHARE = 0.85
 """Of the memory that may be taken of a device; the rest is for its KV pages and the largest step."""
+
+
+Dtypes = Mapping[str, Any]
+"""torch's, or accelerate's own for fewer than 8 bits (CustomDtype), by the name of the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +136,20 @@ class Placement:
     def _map(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._folder is None:
             raise RuntimeError("this placement has no folder for what is on disk")
-        num_bytes = tensor.numel() * tensor.itemsize
-        free = shutil.disk_usage(self._folder).free
-        if num_bytes > free:
-            raise StartupError(
-                f"--cpu-offloading: what fits neither GPUs nor host memory goes to files in {self._folder}, whose disk "
-                f"has {_gigabytes(free)} left; make room there, or set XDG_CACHE_HOME to a folder with more."
-            )
-        with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
-            # The name goes at once and the room with the last mapping of it, so nothing is left behind by a process
-            # that is killed. (Windows keeps a file that is mapped: there it stays until the folder is emptied.)
-            file = str(Path(scratch) / "weight")
-            mapped = torch.from_file(file, shared=True, size=max(1, tensor.numel()), dtype=tensor.dtype)
-            mapped = mapped[: tensor.numel()].view(tensor.shape)
+        count = tensor.numel()
+        # The name goes at once and the room with the last mapping of it, so nothing is left behind by a process that is
+        # killed. (Windows keeps a file that is mapped: there it stays until the folder is emptied.)
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as scratch:
+            file = Path(scratch) / "weight"
+            try:
+                _reserve(file, max(1, count) * tensor.itemsize)
+            except OSError as error:
+                raise StartupError(
+                    f"--cpu-offloading: what fits neither GPUs nor host memory goes to files in {self._folder}, and "
+                    f"there is no room there ({error.strerror}): make some, or set XDG_CACHE_HOME to another folder."
+                ) from error
+            mapped = torch.from_file(str(file), shared=True, size=max(1, count), dtype=tensor.dtype)
+        mapped = mapped[:count].view(tensor.shape)
         mapped.copy_(tensor)
         return mapped
 
@@ -151,10 +158,11 @@ class Placement:
 
 
 def find_placement(
-    model: PreTrainedModel, device: torch.device, spread: Spread, utilization: float
+    model: PreTrainedModel, device: torch.device, spread: Spread, utilization: float, quantise: str | None = None
 ) -> Placement | None:
     """Where the parts of `model`, whose weights may be on the meta device, are to live on this machine; None when all
-    of it is to live on `device`. `utilization`: share of each device's memory that may be taken.
+    of it is to live on `device`. `utilization`: share of each device's memory that may be taken. `quantise`: int8 or
+    nf4, when linear layers are kept so.
 
     Raises StartupError when the machine does not have the devices, or these do not hold the model.
     """
@@ -169,29 +177,48 @@ def find_placement(
             f"{'' if spread.cpu_offloading else ', or add --cpu-offloading where the model does not fit'}."
         )
     caps = _find_caps(spread, utilization)
-    places = plan(model, caps)
-    _require_fit(model, places, caps, spread)
+    kept_as = None if quantise is None else quantised_dtypes(model, quantise)
+    places = plan(model, caps, kept_as)
+    _require_fit(model, places, caps, spread, kept_as)
     gpus = [torch.device("cuda", index) for index in range(spread.num_gpus)]
     placement = make_placement(model, places, gpus, _offload_folder() if "disk" in places.values() else None)
-    logger.info("Weights: %s", _summary(model, placement))
+    logger.info("Weights: %s", _summary(model, placement, kept_as))
     return placement
 
 
-def plan(model: PreTrainedModel, caps: Caps) -> dict[str, int | str]:
+def plan(model: PreTrainedModel, caps: Caps, kept_as: Dtypes | None = None) -> dict[str, int | str]:
     """Number of the GPU, "cpu" or "disk" for each part of the model, by its path."""
     whole = _unsplittable(model)
     memory: dict[int | str, int] = dict(enumerate(caps.gpus))
     if caps.host is not None:
         memory["cpu"] = caps.host
-    balanced = get_balanced_memory(model, dict(memory), whole)
+    balanced = get_balanced_memory(model, dict(memory), whole, special_dtypes=kept_as)
     # The planner leaves room for one more layer on the first GPU, to which it would bring those from the host. We bring
     # none there, so this only must not make its share smaller than the others'.
-    _, (largest, _) = calculate_maximum_sizes(model)
+    _, largest = _sizes(model, kept_as)
     balanced[0] = min(memory[0], int(balanced[0]) + largest)
     places: dict[str, int | str] = infer_auto_device_map(
-        model, balanced, whole, clean_result=False, offload_buffers=True, fallback_allocation=True
+        model,
+        balanced,
+        whole,
+        special_dtypes=kept_as,
+        clean_result=False,
+        offload_buffers=True,
+        fallback_allocation=True,
     )
     return places
+
+
+def quantised_dtypes(model: PreTrainedModel, quantise: str) -> dict[str, Any]:
+    """What weights of linear layers, save the head's, take when they are quantised (int8 or nf4); their scales, a few
+    percent, are left to the share for the cache."""
+    head = model.get_output_embeddings()
+    dtype = {"int8": torch.int8, "nf4": CustomDtype.INT4}[quantise]
+    return {
+        f"{path}.weight": dtype
+        for path, module in model.named_modules()
+        if type(module) in (torch.nn.Linear, Conv1D) and module is not head
+    }
 
 
 def make_placement(
@@ -226,12 +253,20 @@ def _find_caps(spread: Spread, utilization: float) -> Caps:
     return Caps(tuple(gpus), host)
 
 
-def _require_fit(model: PreTrainedModel, places: Mapping[str, int | str], caps: Caps, spread: Spread) -> None:
+def _require_fit(
+    model: PreTrainedModel, places: Mapping[str, int | str], caps: Caps, spread: Spread, kept_as: Dtypes | None
+) -> None:
     on_gpus = any(isinstance(place, int) for place in places.values())
     spills = any(isinstance(place, str) for place in places.values())
+    if kept_as is not None and "disk" in places.values() and spread.cpu_offloading:
+        raise StartupError(
+            "--cpu-offloading: the GPUs and the machine's memory do not hold the model, and weights that are quantised "
+            "while they are read (--load-8bit, --load-4bit) are not kept on disk: leave that flag out, or take fewer "
+            "bits."
+        )
     if on_gpus and (spread.cpu_offloading or not spills):
         return
-    total, (largest, _) = calculate_maximum_sizes(model)
+    total, largest = _sizes(model, kept_as)
     hold = ", ".join(_gigabytes(cap) for cap in caps.gpus)
     limit = "their free memory" if spread.max_gpu_memory is None else "--max-gpu-memory and their free memory"
     if not on_gpus:
@@ -243,6 +278,13 @@ def _require_fit(model: PreTrainedModel, places: Mapping[str, int | str], caps: 
         f"--num-gpus {spread.num_gpus}: the model's {_gigabytes(total)} of weights do not fit the GPUs, which may hold "
         f"{hold} by {limit}: take more GPUs, raise --max-gpu-memory, or add --cpu-offloading."
     )
+
+
+def _sizes(model: PreTrainedModel, kept_as: Dtypes | None) -> tuple[int, int]:
+    """Bytes of all weights, and of the largest part that stays whole."""
+    sizes = compute_module_sizes(model, special_dtypes=kept_as)
+    largest, _ = get_max_layer_size(list(model.named_children()), sizes, _unsplittable(model))
+    return int(sizes[""]), int(largest)
 
 
 def _unsplittable(model: PreTrainedModel) -> list[str]:
@@ -265,11 +307,24 @@ def _offload_folder() -> Path:
     return folder
 
 
-def _summary(model: PreTrainedModel, placement: Placement) -> str:
+def _reserve(file: Path, num_bytes: int) -> None:
+    """Raises OSError when the disk has no room. A mapping over room that is not there would end the process by a signal
+    when it is written."""
+    with file.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+        elif shutil.disk_usage(file.parent).free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            stream.truncate(num_bytes)
+
+
+def _summary(model: PreTrainedModel, placement: Placement, kept_as: Dtypes | None) -> str:
+    by_name = compute_module_sizes(model, special_dtypes=kept_as)
     sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         place = str(placement.place_of(name))
-        sizes[place] = sizes.get(place, 0) + parameter.numel() * parameter.itemsize
+        sizes[place] = sizes.get(place, 0) + int(by_name[name])
     return ", ".join(f"{_gigabytes(size)} on {place}" for place, size in sizes.items())
 
 

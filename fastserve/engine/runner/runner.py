@@ -3,6 +3,9 @@
 The runner keeps a copy of the tokens and the block table of every sequence it was introduced to, in a row that the
 sequence holds until it is dropped, so a plan only says what changed. Inputs of a step are gathered from these tables
 with whole-array operations.
+
+A step is launched, and its result is asked for later: on CUDA the host may launch the next one meanwhile. An id that is
+drawn and not read back yet stands in for itself among the next step's inputs (see drawn.py).
 """
 
 from __future__ import annotations
@@ -19,19 +22,26 @@ from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.attention import PagedAttention, StepContext
 from fastserve.engine.runner.decode_graphs import record_decode_graphs
 from fastserve.engine.runner.decoder import NativeDecoder
+from fastserve.engine.runner.drawn import DrawnIds
 from fastserve.engine.runner.loading import LoadedModel
-from fastserve.engine.sampling.logprobs import gather
+from fastserve.engine.sampling.logprobs import Logprobs, gather
 from fastserve.engine.sampling.row import SamplingRow
-from fastserve.engine.sampling.sampler import sample
+from fastserve.engine.sampling.sampler import Draw, Sampler
+from fastserve.engine.transfers import Readback, to_device
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     index: int
     params: SamplingParams
     choice: int
     num_prompt_tokens: int
     num_tokens: int
+    """Known on the host."""
+    num_pending: int = 0
+    """Drawn after them by steps whose results have not been asked for."""
+    drawn_at: int = 0
+    """Where the last of these is among the ids that the last step drew."""
 
 
 class ModelRunner:
@@ -64,66 +74,60 @@ class ModelRunner:
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._rows: dict[int, _Row] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._sampler = Sampler()
+        self._drawn = DrawnIds(max_num_seqs, loaded.device)
         self._decode_graphs = record_decode_graphs(
-            loaded.model, loaded.attention, loaded.device,
+            loaded.model, loaded.attention, self._drawn, loaded.device,
             max_rows=max_num_seqs, max_blocks=self._blocks.shape[1],
         )  # fmt: skip
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. What it computes is what the plan says and nothing else."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a step (see `Executor` in core.py)."""
         logits = self.forward(plan)
         sampling = [chunk for chunk in plan.chunks if chunk.sample]
         scoring = [chunk for chunk in plan.chunks if chunk.num_scored]
-        num_drawn = sum(1 + len(chunk.draft_ids) for chunk in sampling)
-        token_ids, logprobs = self._draw(logits[:num_drawn], sampling) if sampling else ({}, {})
-        return StepResult(
-            token_ids,
-            logprobs,
-            prompt_logprobs=self._score(logits[num_drawn:], scoring) if scoring else {},
-            num_drafts={chunk.seq_id: len(chunk.draft_ids) for chunk in sampling if chunk.draft_ids},
-        )
+        num_drawn = sum(chunk.num_drawn for chunk in sampling)
+        readback = Readback()
+        scores = self._score(logits[num_drawn:], scoring, readback) if scoring else {}
+        draw = self._draw(logits[:num_drawn], sampling, readback) if sampling else None
+        readback.close()
+        rows = [self._rows[chunk.seq_id] for chunk in sampling]
+        for index, (chunk, row) in enumerate(zip(sampling, rows, strict=True)):
+            # How many of the drafts are right is known later, and nothing is launched before.
+            if not chunk.draft_ids:
+                row.num_pending += 1
+                row.drawn_at = index
+        if draw is not None and num_drawn == len(sampling):
+            self._drawn.keep(draw.token_ids)
+        return LaunchedStep(self, sampling, rows, draw, scores, readback)
 
-    def _draw(
-        self, logits: torch.Tensor, chunks: Sequence[Chunk]
-    ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprob]]]:
-        """Draw after the last known token and, as if they were right, after each draft; keep what holds."""
+    def _draw(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> Draw:
+        """Draw after the last token and, as if they were right, after each draft."""
         if self._vocab_size not in (None, logits.shape[1]):
             missing = self._vocab_size - logits.shape[1]
             logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         rows = [
             self._sampling_row(self._rows[chunk.seq_id], num_drafts)
             for chunk in chunks
-            for num_drafts in range(1 + len(chunk.draft_ids))
+            for num_drafts in range(chunk.num_drawn)
         ]
-        drawn, drawn_logprobs = sample(logits, rows)
-        token_ids: dict[int, list[int]] = {}
-        logprobs: dict[int, list[TokenLogprob]] = {}
-        begin = 0
-        for chunk in chunks:
-            num_right = 0
-            for draft, token in zip(chunk.draft_ids, drawn[begin:], strict=False):
-                if draft != token:
-                    break
-                num_right += 1
-            kept = slice(begin, begin + num_right + 1)
-            token_ids[chunk.seq_id] = drawn[kept]
-            told = [item for item in drawn_logprobs[kept] if item is not None]
-            if told:
-                logprobs[chunk.seq_id] = told
-            self.correct(chunk.seq_id, self._rows[chunk.seq_id].num_tokens, drawn[kept])
-            begin += 1 + len(chunk.draft_ids)
-        return token_ids, logprobs
+        return self._sampler.draw(logits, rows, readback)
 
-    def _score(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> dict[int, list[TokenLogprob]]:
+    def _score(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> dict[int, Logprobs]:
         """Logprobs of the prompt tokens that follow the scored positions; `logits` are those of these positions."""
-        found: dict[int, list[TokenLogprob]] = {}
+        found: dict[int, Logprobs] = {}
         begin = 0
         for chunk in chunks:
             row = self._rows[chunk.seq_id]
             targets = self._tokens[row.index, chunk.score_begin + 1 : chunk.score_end + 1].astype(np.int64)
             counts = [row.params.prompt_logprobs or 0] * len(targets)
             scored = logits[begin : begin + len(targets)].float()
-            found[chunk.seq_id] = gather(scored, self._to_device(targets), counts)
+            [on_device] = to_device([targets], logits.device)
+            found[chunk.seq_id] = gather(scored, on_device, counts, readback)
             begin += len(targets)
         return found
 
@@ -138,8 +142,14 @@ class ModelRunner:
             self._blocks[row.index, chunk.num_held_blocks : end] = chunk.new_block_ids
             self._tokens[row.index, row.num_tokens : row.num_tokens + len(chunk.draft_ids)] = chunk.draft_ids
 
+    def settle(self, chunk: Chunk, row: _Row, token_ids: Sequence[int]) -> None:
+        """Take in which tokens were drawn after a chunk, unless its sequence was dropped since."""
+        if self._rows.get(chunk.seq_id) is row:
+            row.num_pending -= not chunk.draft_ids
+            self.correct(chunk.seq_id, chunk.start + chunk.num_tokens, token_ids)
+
     def correct(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
-        """Let a sequence have these tokens from `start` on, and none after them."""
+        """Let a sequence have these tokens from `start` on, and no known ones after them."""
         row = self._rows[seq_id]
         row.num_tokens = start + len(token_ids)
         self._tokens[row.index, start : row.num_tokens] = token_ids
@@ -163,31 +173,38 @@ class ModelRunner:
         for index, chunk in enumerate(plan.chunks):
             first = first_of[index] - chunk.start
             wanted += range(first + chunk.score_begin, first + chunk.score_end)
+        rows = np.array(wanted or [0], dtype=np.int64)
         if self._decode_graphs is not None and self._decode_graphs.fits(context):
             logits = self._decode_graphs.run(input_ids, positions, context, self._block_size)
-            # Picking rows by number would wait for the device.
-            return logits if wanted == list(range(len(logits))) else logits[wanted]
-        return self._logits(self._to_device(input_ids), self._to_device(positions), wanted, context)
+            if wanted == list(range(len(logits))):
+                return logits
+            return logits[to_device([rows], logits.device)[0]][: len(wanted)]
+        return self._logits(input_ids, positions, rows, context)[: len(wanted)]
 
     def _logits(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, wanted: list[int], context: StepContext
+        self,
+        input_ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        wanted: npt.NDArray[np.int64],
+        context: StepContext,
     ) -> torch.Tensor:
-        """`input_ids`, `positions` (tokens,) -> logits (wanted rows, vocabulary)"""
-        rows = torch.tensor(wanted or [0], device=self._rows_device)
+        """`input_ids`, `positions` (tokens,), `wanted` (rows,) -> logits (rows, vocabulary)"""
+        ids, places = to_device([input_ids, positions], self._device)
+        [rows] = to_device([wanted], self._rows_device)
+        if input_ids.min() < 0:
+            self._drawn.fill_in(ids)
         with torch.inference_mode():
             if self.decoder is not None and self.decoder.is_usable:
-                logits = self.decoder(input_ids, positions, rows, context)
-            else:
-                self._attention.context = context
-                # transformers takes row numbers: the head is computed for no rows but those drawn from.
-                output = self._model(
-                    input_ids=input_ids.unsqueeze(0),
-                    position_ids=positions.unsqueeze(0),
-                    use_cache=False,
-                    logits_to_keep=rows,
-                )
-                logits = output.logits[0]
-        return logits if wanted else logits[:0]
+                return self.decoder(ids, places, rows, context)
+            self._attention.context = context
+            # transformers takes row numbers: the head is computed for no rows but those drawn from.
+            logits: torch.Tensor = self._model(
+                input_ids=ids.unsqueeze(0),
+                position_ids=places.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=rows,
+            ).logits[0]
+            return logits
 
     def forget(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
@@ -222,14 +239,56 @@ class ModelRunner:
             token_block=self._blocks[rows, positions // self._block_size],
             token_offset=(positions % self._block_size).astype(np.int32),
         )
-        return self._tokens[rows, positions].astype(np.int64), positions, firsts, context
-
-    def _to_device(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        input_ids = self._tokens[rows, positions].astype(np.int64)
+        for chunk, first in zip(chunks, firsts.tolist(), strict=True):
+            row = self._rows[chunk.seq_id]
+            if chunk.start >= row.num_tokens:
+                input_ids[first] = DrawnIds.stand_in(row.drawn_at)
+        return input_ids, positions, firsts, context
 
     def _sampling_row(self, row: _Row, num_drafts: int) -> SamplingRow:
-        token_ids = self._tokens[row.index, : row.num_tokens + num_drafts]
+        token_ids = self._tokens[row.index, : row.num_tokens + row.num_pending + num_drafts]
         return SamplingRow(row.params, row.choice, token_ids, row.num_prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step on its way through the device."""
+
+    _runner: ModelRunner
+    _chunks: Sequence[Chunk]
+    """Those that sample, each with its row."""
+    _rows: Sequence[_Row]
+    _drawn: Draw | None
+    _scores: dict[int, Logprobs]
+    _readback: Readback
+
+    def result(self) -> StepResult:
+        """Wait for the step; keep of what was drawn what holds: up to the first draft that is wrong."""
+        self._readback.wait()
+        drawn, told = self._drawn.result() if self._drawn is not None else ([], [])
+        token_ids: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
+        begin = 0
+        for chunk, row in zip(self._chunks, self._rows, strict=True):
+            num_right = 0
+            for draft, token in zip(chunk.draft_ids, drawn[begin:], strict=False):
+                if draft != token:
+                    break
+                num_right += 1
+            kept = slice(begin, begin + num_right + 1)
+            token_ids[chunk.seq_id] = drawn[kept]
+            found = [item for item in told[kept] if item is not None]
+            if found:
+                logprobs[chunk.seq_id] = found
+            self._runner.settle(chunk, row, drawn[kept])
+            begin += chunk.num_drawn
+        return StepResult(
+            token_ids,
+            logprobs,
+            prompt_logprobs={seq_id: scores.told() for seq_id, scores in self._scores.items()},
+            num_drafts={chunk.seq_id: len(chunk.draft_ids) for chunk in self._chunks if chunk.draft_ids},
+        )
 
 
 def probe_shapes(loaded: LoadedModel) -> None:

@@ -15,7 +15,8 @@ class SamplingRow:
     params: SamplingParams
     choice: int
     token_ids: npt.NDArray[np.int32]
-    """All tokens known: the prompt, then the answer so far."""
+    """The prompt, then the answer so far. The last one may not be known yet, where nothing depends on it (no
+    penalties): then anything stands in its place."""
     num_prompt_tokens: int
 
     @property

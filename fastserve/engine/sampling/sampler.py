@@ -3,96 +3,130 @@
 The order of the transforms is part of their meaning: bias and penalties change the logits, temperature scales them,
 top-k, top-p, min-p and then typical-p cut the sorted probabilities, and one uniform number for each row picks from what
 is left by inverting the cumulative distribution. Each row's result is a function of that row alone.
+
+Nothing here waits for the device: what a step needs goes there behind the work before it, and what it brought is read
+later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fastserve.engine.contract import SamplingParams, TokenLogprob
+from fastserve.engine.contract import TokenLogprob
 from fastserve.engine.sampling import bias, filters, logprobs, noise, penalties, typical
+from fastserve.engine.sampling.batch import Batch, Group
+from fastserve.engine.sampling.entries import Entries
 from fastserve.engine.sampling.row import SamplingRow
+from fastserve.engine.transfers import Readback, to_device
 
 SLICE_ENTRIES = 1 << 22
-"""Of the logits that are drawn from at once."""
+"""Of the logits that are drawn from at once: sorting and cumulating keep several copies of what they work on."""
+_CHANGES = (
+    (bias.find, bias.apply),
+    (penalties.find_repeated, penalties.apply_repeated),
+    (penalties.find_counted, penalties.apply_counted),
+)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Draw a token for each row of `logits` (rows, vocabulary)."""
-    logits = logits.float()
-    wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    untouched = logits[wanted] if wanted else logits
-    if any(_changes_logits(row) for row in rows):
-        logits = logits.clone()
-        bias.apply(logits, rows)
-        penalties.apply(logits, rows)
-    token_ids = logits.argmax(dim=-1)
-    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0 and row.params.top_k != 1]
-    for plain in (True, False):
-        some = [index for index in drawn if _is_unfiltered(rows[index].params) is plain]
-        choose = _draw if plain else _draw_filtered
-        # Sorting and cumulating keep several copies of what they work on, so that is bounded.
-        size = max(1, SLICE_ENTRIES // logits.shape[1])
-        for part in (some[begin : begin + size] for begin in range(0, len(some), size)):
-            token_ids[part] = choose(logits[part], [rows[index] for index in part])
-    found: list[TokenLogprob | None] = [None] * len(rows)
-    if wanted:
-        counts = [rows[index].params.logprobs or 0 for index in wanted]
-        for index, item in zip(wanted, logprobs.gather(untouched, token_ids[wanted], counts), strict=True):
-            found[index] = item
-    return token_ids.tolist(), found
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a draw brings. `result` is to be called after the readback's `wait`."""
+
+    token_ids: torch.Tensor
+    """(rows,) int64, on the device"""
+    on_host: torch.Tensor
+    telling: Sequence[int]
+    logprobs: logprobs.Logprobs | None
+
+    def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """For each row the token, and its logprobs where they are wanted."""
+        told: list[TokenLogprob | None] = [None] * len(self.on_host)
+        if self.logprobs is not None:
+            for row, item in zip(self.telling, self.logprobs.told(), strict=True):
+                told[row] = item
+        return self.on_host.tolist(), told
 
 
-def _changes_logits(row: SamplingRow) -> bool:
-    params = row.params
-    return (
-        bool(params.logit_bias)
-        or row.position < params.min_tokens
-        or params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )
+class Sampler:
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow], readback: Readback) -> Draw:
+        """Draw a token for each row of `logits` (rows, vocabulary), which stay as they are."""
+        batch = self._batch_of(logits, rows)
+        untouched = logits.float()
+        logits = _changed(untouched, [(index, rows[index]) for index in batch.changing])
+        token_ids = logits.argmax(dim=-1)
+        uniforms = [_uniforms(group, rows) for group in batch.groups]
+        for group, numbers in zip(batch.groups, to_device(uniforms, _where_to_invert(logits.device)), strict=True):
+            choose = _draw_filtered if group.is_filtered else _draw
+            chosen = choose(group.rows.of(logits), group, numbers)
+            if group.rows.index is None:
+                token_ids = chosen
+            else:
+                token_ids[group.rows.index] = chosen
+        told = None
+        if batch.counts:
+            telling = batch.telling
+            told = logprobs.gather(telling.of(untouched), telling.of(token_ids), batch.counts, readback)
+        return Draw(token_ids, readback.take(token_ids), batch.telling.numbers, told)
+
+    def _batch_of(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Batch:
+        params = [row.params for row in rows]
+        vocabulary = logits.shape[1]
+        if self._batch is None or self._batch.params != params or self._batch.vocabulary != vocabulary:
+            self._batch = Batch.of(params, vocabulary, max(1, SLICE_ENTRIES // vocabulary), logits.device)
+        return self._batch
 
 
-def _is_unfiltered(params: SamplingParams) -> bool:
-    return params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0 and params.typical_p >= 1.0
+def _changed(logits: torch.Tensor, rows: Sequence[tuple[int, SamplingRow]]) -> torch.Tensor:
+    """The logits after bias, bans and penalties of some (row of the batch, row) pairs: others, or the same."""
+    arrays = [array for find, _ in _CHANGES for array in find(rows)] if rows else []
+    if not any(len(array) for array in arrays):
+        return logits
+    logits = logits.clone()
+    on_device = to_device(arrays, logits.device)
+    for index, (_, apply) in enumerate(_CHANGES):
+        entries = Entries(*on_device[3 * index : 3 * index + 3])
+        if len(entries.rows):
+            apply(logits, entries)
+    return logits
 
 
-def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+def _uniforms(group: Group, rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
+    """(rows, 1)"""
+    some = [rows[index] for index in group.rows.numbers]
+    return np.array([[noise.uniform(row.params.seed, row.choice, row.position)] for row in some])
 
 
-def _probabilities(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    return (logits / _column([row.params.temperature for row in rows], logits)).softmax(dim=-1)
+def _where_to_invert(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where the device has no float64."""
+    lacks = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return torch.device("cpu") if lacks else device
 
 
-def _invert(probabilities: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Index for each row at which the cumulative distribution passes the row's uniform number."""
-    cumulative = probabilities.double().cumsum(dim=-1)
-    uniforms = [noise.uniform(row.params.seed, row.choice, row.position) for row in rows]
-    target = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device).unsqueeze(1)
-    index = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True).squeeze(1)
-    return index.clamp_(max=probabilities.shape[1] - 1)
+    cumulative = probabilities.to(uniforms.device).double().cumsum(dim=-1)
+    index = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(1)
+    return index.clamp_(max=probabilities.shape[1] - 1).to(probabilities.device)
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    return _invert(_probabilities(logits, rows), rows)
+def _draw(logits: torch.Tensor, group: Group, uniforms: torch.Tensor) -> torch.Tensor:
+    return _invert((logits / group.temperature).softmax(dim=-1), uniforms)
 
 
-def _draw_filtered(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _draw_filtered(logits: torch.Tensor, group: Group, uniforms: torch.Tensor) -> torch.Tensor:
     # Stable: equal logits keep the order of their ids, so the draw does not depend on the sorting algorithm.
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = _probabilities(ordered, rows)
-    vocabulary = logits.shape[1]
-    keep = filters.keep_mask(
-        probabilities,
-        _column([row.params.top_k or vocabulary for row in rows], logits),
-        _column([row.params.top_p for row in rows], logits),
-        _column([row.params.min_p for row in rows], logits),
-    )
-    if any(row.params.typical_p < 1.0 for row in rows):
-        keep &= typical.keep_mask(probabilities * keep, _column([row.params.typical_p for row in rows], logits))
-    index = _invert(probabilities * keep, rows)
+    probabilities = (ordered / group.temperature).softmax(dim=-1)
+    keep = filters.keep_mask(probabilities, group.top_k, group.top_p, group.min_p)
+    if group.has_typical:
+        keep &= typical.keep_mask(probabilities * keep, group.typical_p)
+    index = _invert(probabilities * keep, uniforms)
     return ids.gather(1, index.unsqueeze(1)).squeeze(1)

@@ -8,7 +8,8 @@ time, gets none; one sequence, for which the weights are read anyway, gets many.
 
 What is never tried is never learnt, and what is learnt may change. So there is an account in seconds: it earns a small
 share of the time that steps take, each right draft is credited with the time that a token costs without drafts, and
-each draft is charged with what it adds to the step. Below zero nothing is drafted, above it a sequence that would get
+each draft is charged with what it adds to the step. Where steps overlap (core.py), waiting for the tokens that drafts
+go by is charged too, whether any are found or not. Below zero nothing is drafted, above it a sequence that would get
 nothing is tried now and then. So speculation loses no more than that share, whatever the text does.
 """
 
@@ -154,6 +155,10 @@ class Controller:
             own = self._acceptances.setdefault(seq_id, Acceptance(0.85))
             own.record(drafts, right)
             self._overall.record(drafts, right)
+
+    def charge(self, seconds: float) -> None:
+        """Take what was spent on speculation beside the drafts themselves from the account."""
+        self._balance_s -= seconds
 
     def forget(self, seq_id: int) -> None:
         self._acceptances.pop(seq_id, None)

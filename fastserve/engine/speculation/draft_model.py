@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from fastserve.engine.core import Executor
+from fastserve.engine.core import Executor, PendingStep
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.speed import SpeedMeter
@@ -162,7 +162,8 @@ def _without_logprobs(new: NewSequence) -> NewSequence:
 
 
 class DraftingExecutor:
-    """An `Executor` (see core.py): the draft model guesses, the model checks."""
+    """An `Executor` (see core.py): the draft model guesses, the model checks. It goes by the result of the step before,
+    so steps must not overlap."""
 
     def __init__(
         self, draft_model: DraftModel, executor: Executor, clock: Callable[[], float] = time.perf_counter
@@ -171,10 +172,20 @@ class DraftingExecutor:
         self._executor = executor
         self._clock = clock
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> DraftedStep:
         begin = self._clock()
         filled = self._draft_model.fill(plan)
         draft_s = self._clock() - begin
-        result = self._executor.execute(filled)
+        return DraftedStep(self._draft_model, self._executor.launch(filled), draft_s)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedStep:
+    _draft_model: DraftModel
+    _pending: PendingStep
+    _draft_s: float
+
+    def result(self) -> StepResult:
+        result = self._pending.result()
         self._draft_model.learn(result)
-        return msgspec.structs.replace(result, draft_s=draft_s)
+        return msgspec.structs.replace(result, draft_s=self._draft_s)

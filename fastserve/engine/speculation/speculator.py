@@ -90,6 +90,21 @@ class Speculator:
         found = self._proposer.propose(seq_id, sequences[at].token_ids, most)
         return {seq_id: found} if found else {}
 
+    def is_worth_waiting(self, sequences: Sequence[DraftRequest]) -> bool:
+        """Whether the step in which these draw a token had better be planned once their tokens are known, with drafts,
+        than before, without. What the waiting costs is to be charged."""
+        if not sequences:
+            return False
+        num_sequences = len(sequences)
+        least_first = self._controller.least_first(num_sequences, self._most)
+        return self._controller.num_tried(num_sequences) > 0 or any(
+            self._controller.outlook(sequence.seq_id).first >= least_first for sequence in sequences
+        )
+
+    def charge(self, seconds: float) -> None:
+        """Time in which the device stood still so that drafts could be found."""
+        self._controller.charge(seconds)
+
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
         """After a step: how many sequences could have had drafts, and (drafts, right ones) of those that had."""
         if num_sequences == 0:

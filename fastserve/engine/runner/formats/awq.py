@@ -1,7 +1,7 @@
 """AWQ (Lin et al., 2023), as AutoAWQ and transformers write it (version "gemm").
 
-For a layer of (out, in): `qweight` (in, out / 8) int32 and `qzeros` (groups, out / 8) int32, packed along the outputs with
-the eight of a word interleaved; `scales` (groups, out).
+For a layer of (out, in): `qweight` (in, out / 8) int32 and `qzeros` (groups, out / 8) int32, packed along the outputs
+with the eight of a word interleaved; `scales` (groups, out).
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from fastserve.engine.runner.formats.source import (
     require_parts,
     source_of,
 )
+from fastserve.engine.settings import PackedCheckpoint
 from fastserve.errors import StartupError
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which output of eight lies in the first, second, ... four bits of a word."""
 
 
-def sources(tensors: Tensors, settings: Settings) -> list[Source]:
-    """`settings`: bits (w_bit), group_size (q_group_size), version. Raises StartupError for what is not served."""
+def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
+    """`settings`: bits (w_bit) and version. Raises StartupError for what is not served, and when the shapes contradict
+    what flags have `stated`."""
     version = str(settings.get("version", "gemm")).lower()
     if version != "gemm":
         raise StartupError(
@@ -40,24 +42,22 @@ def sources(tensors: Tensors, settings: Settings) -> list[Source]:
     found = []
     for layer, parts in layers.items():
         require_parts(layer, parts, ("qzeros", "scales"))
-        _check(layer, parts, settings)
+        _check(layer, parts, stated)
         found.append(source_of(f"{layer}.weight", (parts[key] for key in ("qweight", "qzeros", "scales")), _make))
     return found + [plain_source(tensor) for tensor in rest.values()]
 
 
-def _check(layer: str, parts: dict[str, StoredTensor], settings: Settings) -> None:
+def _check(layer: str, parts: dict[str, StoredTensor], stated: PackedCheckpoint) -> None:
     groups, out = parts["scales"].shape
     width = parts["qweight"].shape[0]
     file = parts["qweight"].file
     if parts["qweight"].shape[1] * 8 != out or parts["qzeros"].shape != (groups, out // 8):
         shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in parts.items())
         raise StartupError(f"{file}: the shapes of {layer} are not those of AWQ with 4 bits (gemm): {shapes}.")
-    stated = settings.get("group_size", settings.get("q_group_size"))
-    group = width if stated in (-1, 0) else stated
-    if group is not None and -(-width // group) != groups:
+    if stated.group_size is not None and -(-width // stated.group_size) != groups:
         raise StartupError(
-            f"--awq-groupsize {stated}: {layer} in {file} has {groups} groups of {width} inputs; "
-            f"give {-(-width // groups)}."
+            f"--awq-groupsize {stated.group_size}: {layer} in {file} has {groups} groups of {width} inputs; start with "
+            f"--awq-groupsize {-1 if groups == 1 else -(-width // groups)}."
         )
 
 

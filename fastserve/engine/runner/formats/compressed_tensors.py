@@ -1,9 +1,9 @@
 """compressed-tensors, as llm-compressor writes it: whole numbers of 8 and 4 bits, and 8-bit floats.
 
 - "int-quantized": `weight` int8 (out, in), `weight_scale` (out, groups)
-- "pack-quantized": `weight_packed` (out, in * bits / 32) int32, packed along the inputs, codes shifted by half their range to
-  be unsigned; `weight_scale` (out, groups), `weight_shape` (2,), and where it is asymmetric `weight_zero_point`
-  (out * bits / 32, groups) int32; `weight_g_idx` (in,) with an order of activations
+- "pack-quantized": `weight_packed` (out, in * bits / 32) int32, packed along the inputs, codes shifted by half their
+  range to be unsigned; `weight_scale` (out, groups), `weight_shape` (2,), and where it is asymmetric
+  `weight_zero_point` (out * bits / 32, groups) int32; `weight_g_idx` (in,) with an order of activations
 - "float-quantized": `weight` float8 (out, in), `weight_scale` (out, 1), (1,) or by blocks: dequantised when loaded
 
 How activations were meant to be rounded is left aside: here they are not.
@@ -18,17 +18,18 @@ import torch
 
 from fastserve.engine.runner.checkpoint import StoredTensor, Tensors
 from fastserve.engine.runner.formats.fp8 import spread
-from fastserve.engine.runner.formats.gptq import _input_order
 from fastserve.engine.runner.formats.source import (
     Codes,
     Settings,
     Source,
+    input_order_of,
     layers_of,
     plain_source,
     require_parts,
     source_of,
     unpack_bits,
 )
+from fastserve.engine.settings import PackedCheckpoint
 from fastserve.errors import StartupError
 
 _PACKED = ("weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
@@ -36,7 +37,7 @@ _KNOWN = ("int-quantized", "naive-quantized", "pack-quantized", "float-quantized
 _ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale")
 
 
-def sources(tensors: Tensors, settings: Settings) -> list[Source]:
+def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
     """Raises StartupError for forms that are not served (sparse ones, 4-bit floats)."""
     form = settings.get("format", "dense")
     if form not in _KNOWN:
@@ -49,10 +50,12 @@ def sources(tensors: Tensors, settings: Settings) -> list[Source]:
     found = []
     for layer, parts in packed.items():
         require_parts(layer, parts, ("weight_scale",))
-        found.append(_source(layer, parts, "weight_packed", _packed_maker(_bits(layer, parts, settings), parts)))
+        make = _packed_maker(_bits(layer, parts, settings), parts)
+        found.append(_source(layer, parts, "weight_packed", make))
     for layer, parts in scaled.items():
         require_parts(layer, parts, ("weight",))
-        make = _make_integers if parts["weight"].dtype is torch.int8 else _float_maker(_block(settings))
+        whole = parts["weight"].dtype is torch.int8
+        make = _make_integers if whole else _float_maker(_block(settings))
         found.append(_source(layer, parts, "weight", make))
     return found + [plain_source(tensor) for name, tensor in rest.items() if not name.endswith(_ACTIVATIONS)]
 
@@ -73,10 +76,10 @@ def _groups(settings: Settings) -> list[Mapping[str, Any]]:
 
 def _bits(layer: str, parts: dict[str, StoredTensor], settings: Settings) -> int:
     stated = {int(group["num_bits"]) for group in _groups(settings) if "num_bits" in group}
-    if len(stated) != 1 or not stated <= {2, 3, 4, 8}:
+    if len(stated) != 1 or not stated <= {2, 4, 8}:
         raise StartupError(
             f"{parts['weight_packed'].file}: {layer} is packed, and config_groups in config.json state widths of "
-            f"{sorted(stated)} bits; one of 2, 3, 4 and 8 for all layers is served."
+            f"{sorted(stated)} bits; one of 2, 4 and 8 for all layers is served."
         )
     return stated.pop()
 
@@ -105,7 +108,7 @@ def _packed_maker(bits: int, parts: dict[str, StoredTensor]) -> Any:
             zeros = unpack_bits(weight_zero_point, bits)[:out].float()
         else:
             zeros = weight_zero_point.float() + half
-        order = None if weight_g_idx is None else _input_order(weight_g_idx.long(), group, groups)
+        order = None if weight_g_idx is None else input_order_of(weight_g_idx.long(), group, groups)
         if order is not None:
             codes = codes[:, order]
         return Codes(codes.contiguous(), weight_scale, zeros, max(bits, 4), group, order)

@@ -1,6 +1,7 @@
 """Weights of 8-bit floats with scales for blocks of 128 by 128 (DeepSeek's form, also Qwen's): dequantised when loaded.
 
-For a layer of (out, in): `weight` float8 (out, in) and `weight_scale_inv` (out / 128, in / 128), which is multiplied with.
+For a layer of (out, in): `weight` float8 (out, in) and `weight_scale_inv` (out / 128, in / 128), which is multiplied
+with.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import torch
 
 from fastserve.engine.runner.checkpoint import Tensors
 from fastserve.engine.runner.formats.source import Settings, Source, plain_source, source_of
+from fastserve.engine.settings import PackedCheckpoint
 
 
-def sources(tensors: Tensors, settings: Settings) -> list[Source]:
+def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
     block = tuple(settings.get("weight_block_size") or (128, 128))
 
     def make(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

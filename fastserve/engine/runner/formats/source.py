@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -63,7 +63,7 @@ class Codes:
         return weight
 
 
-Value = torch.Tensor | Codes
+Value: TypeAlias = torch.Tensor | Codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,9 @@ class Source:
         try:
             return self.make(*(tensor.read() for tensor in self.stored))
         except (ValueError, RuntimeError, IndexError) as error:
-            raise StartupError(f"{self.place}: what is stored for {self.name} does not fit together: {error}") from error
+            raise StartupError(
+                f"{self.place}: what is stored for {self.name} does not fit together: {error}"
+            ) from error
 
     @property
     def place(self) -> str:
@@ -90,7 +92,7 @@ class Source:
         return ", ".join(dict.fromkeys(str(tensor.file) for tensor in self.stored)) or "random weights"
 
 
-def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value]) -> Source:
+def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value], bits: int | None = None) -> Source:
     tensors = tuple(stored)
     return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors))
 
@@ -137,3 +139,16 @@ def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
             value = (value & ((1 << (32 - shift)) - 1)) | (groups[:, word + 1] << (32 - shift))
         found[:, index] = value & ((1 << bits) - 1)
     return found.view(rows * 32 // bits, columns)
+
+
+def input_order_of(g_idx: torch.Tensor, group: int, groups: int) -> torch.Tensor | None:
+    """For the group of each input, the order of inputs in which a group's are neighbours; None when they are already.
+    Raises ValueError when groups are not of one size."""
+    contiguous = torch.arange(len(g_idx)) // group
+    if torch.equal(g_idx, contiguous):
+        return None
+    order = torch.argsort(g_idx, stable=True)
+    if not torch.equal(g_idx[order], contiguous):
+        counts = torch.bincount(g_idx.clamp_min(0), minlength=groups).tolist()
+        raise ValueError(f"g_idx puts {min(counts)} to {max(counts)} inputs in a group, not {group} in each")
+    return order

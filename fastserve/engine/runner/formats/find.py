@@ -1,0 +1,114 @@
+"""Finds out in which format a model's weights are stored, and what its weights are then."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastserve.engine.runner import formats
+from fastserve.engine.runner.checkpoint import Tensors, open_file, open_folder
+from fastserve.engine.runner.formats.dummy import dummy_sources
+from fastserve.engine.runner.formats.lora import merged
+from fastserve.engine.runner.formats.source import Settings, Source, plain_source
+from fastserve.engine.settings import PackedCheckpoint, WeightOptions
+from fastserve.errors import StartupError
+
+_NO_METHODS = ("dummy", "find", "gguf", "lora", "source")
+_SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ wrote what stands in config.json today."""
+
+
+def methods() -> list[str]:
+    """Of quantised checkpoints: those that have a file here."""
+    names = (item.name for item in pkgutil.iter_modules(formats.__path__))
+    return sorted(name.replace("_", "-") for name in names if name not in _NO_METHODS)
+
+
+def find_sources(
+    model: PreTrainedModel, folder: Path, settings: Settings | None, options: WeightOptions
+) -> list[Source]:
+    """All weights that are stored for `model`. `settings`: the `quantization_config` of its config.json.
+
+    Raises StartupError with the reason when they cannot be read, or when flags contradict what is stored.
+    """
+    found = _stored(model, folder, settings, options)
+    return found if options.adapter_dir is None else merged(found, model, Path(options.adapter_dir))
+
+
+def _stored(model: PreTrainedModel, folder: Path, settings: Settings | None, options: WeightOptions) -> list[Source]:
+    if options.dummy:
+        return dummy_sources(model)
+    gguf = _gguf_file(folder, options)
+    if gguf is not None:
+        from fastserve.engine.runner.formats.gguf import gguf_sources
+
+        return gguf_sources(model, gguf)
+    packed = options.packed
+    settings = settings or _settings_beside(folder if packed is None or packed.path is None else Path(packed.path))
+    if packed is None and settings is None:
+        return [plain_source(tensor) for tensor in open_folder(folder).values()]
+    if options.quantise is not None:
+        flag = {"int8": "--load-8bit", "nf4": "--load-4bit"}[options.quantise]
+        method = packed.method if packed is not None else (settings or {}).get("quant_method", "so")
+        raise StartupError(f"{flag}: the checkpoint is quantised already ({method}); leave the flag out.")
+    if packed is None:
+        assert settings is not None
+        method = str(settings.get("quant_method", "gptq"))
+        return _by_method(open_folder(folder), settings, PackedCheckpoint(method))
+    return _by_method(_packed_tensors(folder, packed), settings or {}, packed)
+
+
+def _by_method(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
+    method = stated.method
+    if method not in methods():
+        raise StartupError(
+            f"The checkpoint is quantised by {method}, which is not served; served are {', '.join(methods())}, or the "
+            "model's unquantised checkpoint, with --load-8bit or --load-4bit."
+        )
+    module: Any = importlib.import_module(f"{formats.__name__}.{method.replace('-', '_')}")
+    found: list[Source] = module.sources(tensors, settings, stated)
+    return found
+
+
+def _gguf_file(folder: Path, options: WeightOptions) -> Path | None:
+    if options.gguf_file is not None:
+        return Path(options.gguf_file)
+    files = sorted(folder.glob("*.gguf"))
+    if not files or options.packed is not None or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        return None
+    if len(files) > 1:
+        raise StartupError(
+            f"{folder} holds {len(files)} GGUF files: name one, such as --model-path {files[0]}. (Files of several "
+            "parts are not served.)"
+        )
+    return files[0]
+
+
+def _packed_tensors(folder: Path, packed: PackedCheckpoint) -> Tensors:
+    """Those of the packed file, and of the base model beside it what that does not have."""
+    path = folder if packed.path is None else Path(packed.path).expanduser()
+    if not path.exists():
+        raise StartupError(f"--{packed.method}-ckpt {packed.path}: there is no such file or folder.")
+    own = open_folder(path) if path.is_dir() else open_file(path)
+    if path.is_dir() and path.resolve() == folder.resolve():
+        return own
+    replaced = {f"{name.removesuffix('.qweight')}.weight" for name in own if name.endswith(".qweight")}
+    base = open_folder(folder) if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) else {}
+    return {**{name: tensor for name, tensor in base.items() if name not in replaced}, **own}
+
+
+def _settings_beside(path: Path) -> dict[str, Any] | None:
+    folder = path if path.is_dir() else path.parent
+    for name in _SETTINGS_FILES:
+        if (folder / name).is_file():
+            try:
+                settings = json.loads((folder / name).read_text())
+            except ValueError as error:
+                raise StartupError(f"{folder / name} cannot be read: {error}") from error
+            return {"quant_method": "awq" if "w_bit" in settings else "gptq", **settings}
+    return None

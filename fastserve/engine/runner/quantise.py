@@ -1,0 +1,26 @@
+"""How weights are quantised while they are read (--load-8bit, --load-4bit)."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from fastserve.engine.runner.assembly import Quantise
+from fastserve.engine.runner.linear import WeightForm
+from fastserve.engine.runner.quantised import quantise_int8, quantise_nf4
+
+_OURS: dict[str, Quantise] = {"int8": quantise_int8, "nf4": quantise_nf4}
+
+
+def find_quantiser(name: str) -> Quantise:
+    """`name`: int8 or nf4. On CUDA by bitsandbytes, where that is installed; else in our own form."""
+
+    def quantise(weight: torch.Tensor, dtype: torch.dtype) -> WeightForm:
+        if weight.device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
+            from fastserve.engine.runner.bitsandbytes_weight import BitsAndBytesWeight
+
+            return BitsAndBytesWeight(weight, dtype, name)
+        return _OURS[name](weight, dtype)
+
+    return quantise

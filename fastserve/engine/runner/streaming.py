@@ -1,0 +1,130 @@
+"""Brings the weights of a checkpoint into a model while they are read.
+
+Several threads read ahead, in the order of the files; one puts what has come in its place. No more is on its way than
+`_AHEAD_BYTES`, or two weights where these are larger.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from transformers import PreTrainedModel
+
+from fastserve.engine.memory import return_freed_memory
+from fastserve.engine.runner.assembly import Assembly
+from fastserve.engine.runner.conversion import Delivery
+from fastserve.engine.runner.formats.source import Codes, Source, Value
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""what is going on, bytes done, bytes in all"""
+
+_AHEAD_BYTES = 32 << 20
+_READERS = min(4, os.cpu_count() or 1)
+_WHAT = "Loading weights"
+_KEPT_NAMES = 3
+"""How many names an error lists."""
+
+
+def stream_weights(
+    model: PreTrainedModel,
+    deliveries: Sequence[Delivery],
+    unexpected: Sequence[Source],
+    assembly: Assembly,
+    progress: Progress,
+) -> None:
+    """Give `assembly` all weights. Raises StartupError that names tensor and file when one cannot be read, has another
+    shape than the model's, or is missing."""
+    total = sum(delivery.num_bytes for delivery in deliveries)
+    done = returned = 0
+    progress(_WHAT, 0, total)
+    for delivery, values in _read_ahead(deliveries):
+        _add(delivery, values, model, assembly)
+        done += delivery.num_bytes
+        if done - returned > _AHEAD_BYTES:
+            return_freed_memory()  # what dequantising and quantising took on the way
+            returned = done
+        progress(_WHAT, done, total)
+    _require_all(model, assembly, deliveries, unexpected)
+    _look_at_unexpected(model, unexpected)
+
+
+def _add(delivery: Delivery, values: list[Value], model: PreTrainedModel, assembly: Assembly) -> None:
+    for name, value in delivery.finish(values, model, assembly.dtype_of(delivery.target)).items():
+        try:
+            assembly.add(name, value)
+        except ValueError as error:
+            raise StartupError(f"{delivery.place}: {error}.") from error
+
+
+def _read_ahead(deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, list[Value]]]:
+    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="weights")
+    waiting: deque[tuple[Delivery, Future[list[Value]]]] = deque()
+    coming = iter(deliveries)
+    upcoming = next(coming, None)
+    ahead = 0
+    try:
+        while waiting or upcoming is not None:
+            while upcoming is not None and (len(waiting) < 2 or ahead + upcoming.num_bytes <= _AHEAD_BYTES):
+                waiting.append((upcoming, pool.submit(upcoming.load)))
+                ahead += upcoming.num_bytes
+                upcoming = next(coming, None)
+            delivery, future = waiting.popleft()
+            values = future.result()
+            del future  # it holds the values too
+            yield delivery, values
+            del values
+            ahead -= delivery.num_bytes
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _require_all(
+    model: PreTrainedModel, assembly: Assembly, deliveries: Sequence[Delivery], unexpected: Sequence[Source]
+) -> None:
+    missing = assembly.missing
+    if not missing:
+        return
+    files = sorted({str(tensor.file) for delivery in deliveries for item in delivery.sources for tensor in item.stored})
+    where = files[0] if len(files) == 1 else f"the {len(files)} files of {os.path.dirname(files[0])}" if files else "it"
+    others = f" It has {_names(item.name for item in unexpected)}, for which there is no place." if unexpected else ""
+    raise StartupError(
+        f"The checkpoint is not complete for {type(model).__name__} by its config.json: in {where} there is no "
+        f"{_names(missing)}.{others}"
+    )
+
+
+def _look_at_unexpected(model: PreTrainedModel, unexpected: Sequence[Source]) -> None:
+    """Some are known to be of no use; others are told. A bias that the model does not have must be zero: that is what
+    packers write for layers that have none."""
+    known = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"]
+    known += list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in known))
+    told = [source for source in unexpected if not ignored.search(source.name)]
+    for source in [source for source in told if source.name.endswith(".bias")]:
+        value = source.load()
+        bias = value.dense(torch.float32) if isinstance(value, Codes) else value
+        if bool((bias != 0).any()):
+            raise StartupError(
+                f"{source.place}: {source.name} is not zero, and {type(model).__name__} has no such bias by "
+                "config.json."
+            )
+        told.remove(source)
+    if told:
+        logger.warning(
+            "%s: %s has no place for %s", told[0].place, type(model).__name__, _names(source.name for source in told)
+        )
+
+
+def _names(names: Iterable[str]) -> str:
+    found = list(names)
+    more = len(found) - _KEPT_NAMES
+    return ", ".join(found[:_KEPT_NAMES]) + (f" (and {more} more)" if more > 0 else "")

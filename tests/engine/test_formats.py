@@ -1,0 +1,419 @@
+"""Quantised checkpoints of each format, packed bit for bit by the test: logits are those of the dequantised model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from fastserve.engine.runner.formats.source import unpack_bits
+from fastserve.engine.runner.linear import Linear
+from fastserve.engine.runner.loading import LoadedModel, load_model
+from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.settings import PackedCheckpoint, WeightOptions
+from fastserve.errors import StartupError
+
+from .conftest import TinyModels
+from .packers import Pack, Rounded, awq, gptq, pack_stream, packed_integers, round_to_nearest, write_packed
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "initializer_range": 0.25,
+}  # fmt: skip
+"""Widths that are whole words and groups in each format."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(LlamaConfig(**SIZES), tmp_path_factory.mktemp("base"))
+
+
+def save(config: Any, folder: Path) -> str:
+    torch.manual_seed(11)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: Path | str, dtype: str = "float32", **options: Any) -> LoadedModel:
+    return load_model(
+        str(folder), "cpu", dtype, trust_remote_code=False, progress=lambda *_: None, options=WeightOptions(**options)
+    )
+
+
+def assert_same_logits(loaded: LoadedModel, expected: PreTrainedModel, tolerance: float = 2e-4) -> None:
+    """Relative to the largest logit, by the model's own attention."""
+    tokens = torch.randint(2, 160, (1, 17), generator=torch.Generator().manual_seed(5))
+    loaded.model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        found, own = (model(input_ids=tokens, use_cache=False).logits for model in (loaded.model, expected))
+    assert (found - own).abs().max() <= tolerance * own.abs().max()
+
+
+def forms(loaded: LoadedModel) -> list[type]:
+    return [type(module.form) for module in loaded.model.modules() if isinstance(module, Linear)]
+
+
+def gptq_packer(bits: int, group: int, *, shuffled: bool = False, v2: bool = False) -> Pack:
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rounded = round_to_nearest(weight, bits, group, shuffled=shuffled)
+        return gptq(name, rounded, bits, v2=v2), rounded.dense()
+
+    return pack
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_numbers_come_out_of_words_as_they_went_in(bits: int) -> None:
+    numbers = torch.randint(1 << bits, (96, 5), generator=torch.Generator().manual_seed(bits))
+    assert torch.equal(unpack_bits(pack_stream(numbers, bits), bits).long(), numbers)
+
+
+def test_three_bits_lie_across_words() -> None:
+    """The eleventh number has two bits in the first word and one in the second."""
+    numbers = torch.zeros(32, 1, dtype=torch.long)
+    numbers[10] = 0b101
+    words = pack_stream(numbers, 3)
+    assert words.flatten().tolist() == [1 << 30, 1, 0]
+    assert torch.equal(unpack_bits(words, 3).long(), numbers)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group", "shuffled", "v2"), [(32, False, False), (-1, False, True), (32, True, False), (32, True, True)]
+)
+def test_gptq_by_its_settings(base: str, tmp_path: Path, bits: int, group: int, shuffled: bool, v2: bool) -> None:
+    settings = {
+        "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": shuffled,
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+    }  # fmt: skip
+    expected = write_packed(base, tmp_path, gptq_packer(bits, group, shuffled=shuffled, v2=v2), settings)
+    loaded = load(tmp_path)
+    assert forms(loaded).count(QuantisedWeight) == 14
+    assert_same_logits(loaded, expected)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.allclose(loaded.weights.get(name), expected.get_parameter(name), atol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["gptq_model-4bit-32g.safetensors", "quantised.pt"])
+def test_a_bare_gptq_file_beside_a_base_model(base: str, tmp_path: Path, file: str) -> None:
+    expected = write_packed(base, tmp_path, gptq_packer(4, 32), None, file)
+    flags = PackedCheckpoint("gptq", str(tmp_path / file), 4, 32, act_order=True)
+    assert_same_logits(load(base, packed=flags), expected)
+    # A folder that holds the file says the same, and so does the file's own folder as the model's.
+    assert_same_logits(load(base, packed=PackedCheckpoint("gptq", str(tmp_path))), expected)
+    assert_same_logits(load(tmp_path, packed=PackedCheckpoint("gptq", None, 4)), expected)
+
+
+def test_only_layers_in_a_packed_file_come_from_it(base: str, tmp_path: Path) -> None:
+    """The rest is the base model's."""
+    expected = write_packed(base, tmp_path, gptq_packer(4, 32), None)
+    packed = {name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items() if "proj" in name}
+    save_file(packed, tmp_path / "layers.safetensors")
+    assert_same_logits(load(base, packed=PackedCheckpoint("gptq", str(tmp_path / "layers.safetensors"))), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"bits": 8}, r"--gptq-wbits 8: \S+ in \S+ is packed in 4 bits; start with --gptq-wbits 4\."),
+        ({"group_size": 16}, r"--gptq-groupsize 16: \S+ in \S+ has 3 groups of 96 inputs; .* --gptq-groupsize 32\."),
+        ({"path": "/no/such/file.pt"}, r"--gptq-ckpt /no/such/file.pt: there is no such file or folder\."),
+    ],
+)
+def test_gptq_flags_that_contradict_the_file(base: str, tmp_path: Path, flags: dict[str, Any], words: str) -> None:
+    write_packed(base, tmp_path, gptq_packer(4, 32), None)
+    with pytest.raises(StartupError, match=words):
+        load(tmp_path, packed=PackedCheckpoint("gptq", **flags))
+
+
+def test_act_order_needs_its_tensor(base: str, tmp_path: Path) -> None:
+    def without_order(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        stored, values = gptq_packer(4, 32)(name, weight)
+        return {key: tensor for key, tensor in stored.items() if not key.endswith("g_idx")}, values
+
+    expected = write_packed(base, tmp_path, without_order, None)
+    assert_same_logits(load(tmp_path, packed=PackedCheckpoint("gptq")), expected)
+    with pytest.raises(StartupError, match=r"no tensor \S+\.g_idx"):
+        load(tmp_path, packed=PackedCheckpoint("gptq", act_order=True))
+
+
+def test_a_model_that_is_not_packed_is_no_gptq_model(base: str) -> None:
+    with pytest.raises(StartupError, match=r"GPTQ: no tensor of the checkpoint ends in \.qweight"):
+        load(base, packed=PackedCheckpoint("gptq", None, 4))
+
+
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("by_flags", [False, True])
+def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rounded = round_to_nearest(weight, 4, group)
+        return awq(name, rounded), rounded.dense()
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    expected = write_packed(base, tmp_path, pack, None if by_flags else settings)
+    flags = {"packed": PackedCheckpoint("awq", None, 4, None if group == -1 else group)} if by_flags else {}
+    loaded = load(tmp_path, **flags)
+    assert forms(loaded).count(QuantisedWeight) == 14
+    assert_same_logits(loaded, expected)
+    if by_flags and group == 32:
+        with pytest.raises(StartupError, match=r"--awq-groupsize 16: .* start with --awq-groupsize 32"):
+            load(tmp_path, packed=PackedCheckpoint("awq", None, 4, 16))
+
+
+def test_awq_of_another_version_is_refused(base: str, tmp_path: Path) -> None:
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}
+    write_packed(base, tmp_path, gptq_packer(4, 32), settings)
+    with pytest.raises(StartupError, match="AWQ checkpoints of version gemv are not served"):
+        load(tmp_path)
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def pack_int8(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
+    codes = (weight / scale.float()).round().clamp(-128, 127)
+    return {name: codes.to(torch.int8), f"{name}_scale": scale}, codes * scale.float()
+
+
+def pack_w4a16(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    rounded = round_to_nearest(weight, 4, 32)
+    return packed_integers(name, rounded, 4), rounded.dense()
+
+
+def pack_fp8(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    scale = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
+    codes = (weight / scale.float()).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale": scale}, codes.float() * scale.float()
+
+
+def pack_fp8_blocks(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    out, width = weight.shape
+    scale = torch.rand(-(-out // 32), -(-width // 48)) + 0.5
+    wide = scale.repeat_interleave(32, 0)[:out].repeat_interleave(48, 1)[:, :width]
+    codes = (weight / wide).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * wide
+
+
+@pytest.mark.parametrize(
+    ("pack", "settings", "stays"),
+    [
+        (pack_int8, compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True), True),
+        (pack_w4a16, compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32), True),
+        (pack_fp8, compressed("float-quantized", num_bits=8, type="float", strategy="channel"), False),
+        (pack_fp8_blocks, {"quant_method": "fp8", "weight_block_size": [32, 48]}, False),
+    ],
+    ids=["int8", "w4a16", "fp8", "fp8-blocks"],
+)
+def test_compressed_tensors_and_fp8(
+    base: str, tmp_path: Path, pack: Pack, settings: dict[str, Any], stays: bool
+) -> None:
+    expected = write_packed(base, tmp_path, pack, settings)
+    loaded = load(tmp_path)
+    assert forms(loaded).count(QuantisedWeight) == (14 if stays else 0)
+    assert_same_logits(loaded, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"quant_method": "hqq"},
+            r"quantised by hqq, which is not served; served are awq, compressed-tensors, fp8, gptq",
+        ),
+        (compressed("nvfp4-pack-quantized"), "format nvfp4-pack-quantized are not served"),
+        ({"quant_method": "gptq"}, r"no tensor of the checkpoint ends in \.qweight"),
+    ],
+)
+def test_what_is_not_served_is_named(base: str, tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    with pytest.raises(StartupError, match=words):
+        load(tmp_path)
+
+
+def test_packed_weights_are_not_quantised_again(base: str, tmp_path: Path) -> None:
+    write_packed(base, tmp_path, gptq_packer(4, 32), {"quant_method": "gptq", "bits": 4})
+    with pytest.raises(StartupError, match=r"--load-8bit: the checkpoint is quantised already \(gptq\)"):
+        load(tmp_path, quantise="int8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda state: state.pop("model.layers.0.mlp.up_proj.scales"),
+            r"no tensor model\.layers\.0\.mlp\.up_proj\.scales",
+        ),
+        (
+            lambda state: state.update({"model.layers.0.mlp.up_proj.g_idx": torch.zeros(64, dtype=torch.int32)}),
+            r"safetensors: what is stored for model\.layers\.0\.mlp\.up_proj\.weight does not fit together: g_idx",
+        ),
+        (
+            lambda state: state.update({"model.layers.0.mlp.up_proj.qzeros": torch.zeros(2, 5, dtype=torch.int32)}),
+            r"the shapes of model\.layers\.0\.mlp\.up_proj are not those of GPTQ",
+        ),
+        (
+            lambda state: state.update({"model.layers.0.mlp.up_proj.bias": torch.ones(96)}),
+            r"model\.layers\.0\.mlp\.up_proj\.bias is not zero, and LlamaForCausalLM has no such bias",
+        ),
+    ],
+    ids=["missing", "order", "shape", "bias"],
+)
+def test_damaged_layers_are_named(
+    base: str, tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], object], words: str
+) -> None:
+    write_packed(base, tmp_path, gptq_packer(4, 32), {"quant_method": "gptq", "bits": 4})
+    state = load_file(tmp_path / "model.safetensors")
+    damage(state)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(StartupError, match=words):
+        load(tmp_path)
+
+
+def test_a_bias_of_zeros_that_packers_add_is_left_out(base: str, tmp_path: Path) -> None:
+    expected = write_packed(base, tmp_path, gptq_packer(4, 32), {"quant_method": "gptq", "bits": 4})
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({**state, "model.layers.0.mlp.up_proj.bias": torch.zeros(96)}, tmp_path / "model.safetensors")
+    assert_same_logits(load(tmp_path), expected)
+
+
+def test_experts_that_are_packed_one_by_one_are_joined(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """A model with one weight for all experts takes them dequantised."""
+    shutil.copytree(tiny_models.path("qwen3_moe"), tmp_path, dirs_exist_ok=True)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    state = load_file(tmp_path / "model.safetensors")
+    packed = {}
+    for name, tensor in state.items():
+        if ".experts." in name and tensor.shape[1] % 16 == 0:
+            rounded = round_to_nearest(tensor, 8, 16)
+            packed |= gptq(name, rounded, 8)
+            state[name] = rounded.dense()
+        else:
+            packed[name] = tensor
+    assert any(name.endswith(".qweight") for name in packed)
+    save_file(state, tmp_path / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    save_file(packed, tmp_path / "model.safetensors")
+    assert_same_logits(load(tmp_path, packed=PackedCheckpoint("gptq", None, 8)), expected)
+
+
+# ---- GGUF -------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(source: str, folder: Path, kind: str, quantisation: str) -> PreTrainedModel:
+    """By the package's own writer; returns the model that the file stands for."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    folder.mkdir(exist_ok=True)
+    model.config.save_pretrained(folder)
+    arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(folder / "model.gguf", kind)
+    wanted = gguf.GGMLQuantizationType[quantisation]
+    for name, parameter in model.named_parameters():
+        stem, _, leaf = name.rpartition(".")
+        values, heads = parameter.detach().clone(), 0
+        if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
+            # Rows that turn together become neighbours.
+            values = values.reshape(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
+        if values.dim() == 1:
+            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", values.numpy())
+            continue
+        data = gguf.quants.quantize(values.numpy(), wanted)
+        writer.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=wanted)
+        back = torch.from_numpy(np.array(gguf.quants.dequantize(data, wanted)))
+        if heads:
+            back = back.reshape(heads, -1, 2, back.shape[1]).transpose(1, 2).reshape(back.shape)
+        parameter.data = back
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("quantisation", ["F16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_gguf(base: str, tmp_path: Path, kind: str, quantisation: str) -> None:
+    source = base if kind == "llama" else save(Qwen3Config(**SIZES, head_dim=16), tmp_path / "qwen3")
+    expected = write_gguf(source, tmp_path / "packed", kind, quantisation)
+    loaded = load(tmp_path / "packed")
+    native = quantisation in ("Q8_0", "Q4_0")
+    assert forms(loaded).count(QuantisedWeight) == (15 if native else 0)
+    assert_same_logits(loaded, expected)
+    named = load(tmp_path / "packed", gguf_file=str(tmp_path / "packed" / "model.gguf"))
+    assert_same_logits(named, expected)
+
+
+def test_gguf_that_is_not_served_or_broken(base: str, tmp_path: Path) -> None:
+    write_gguf(base, tmp_path, "llama", "F16")
+    file = tmp_path / "model.gguf"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00bloom"))
+    with pytest.raises(StartupError, match=r"architecture bloom; of GGUF files gemma, .* are served"):
+        load(tmp_path)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StartupError, match=r"model\.gguf cannot be read as a GGUF file"):
+        load(tmp_path)
+
+
+def test_k_quants_of_gguf(tmp_path: Path) -> None:
+    """Q4_K: blocks of 256 numbers, made by hand, since the package only reads them."""
+    source = save(
+        LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 256, "head_dim": 16}), tmp_path / "a"
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    (tmp_path / "b").mkdir()
+    model.config.save_pretrained(tmp_path / "b")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    writer = gguf.GGUFWriter(tmp_path / "b" / "model.gguf", "llama")
+    rng = np.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType.Q4_K
+    for name, parameter in model.named_parameters():
+        stem, _, leaf = name.rpartition(".")
+        if not name.endswith(("up_proj.weight", "down_proj.weight")):
+            values = parameter.detach().clone()
+            if "q_proj" in name or "k_proj" in name:
+                heads = 4 if "q_proj" in name else 2
+                values = values.reshape(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
+            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", values.numpy())
+            continue
+        # A block: scale and least scale in float16, 12 bytes of 6-bit scales, 128 bytes of codes.
+        blocks = rng.integers(0, 256, (parameter.shape[0], parameter.shape[1] // 256, 144), dtype=np.uint8)
+        blocks[..., :2] = np.frombuffer(np.float16(2e-3).tobytes(), np.uint8)
+        blocks[..., 2:4] = np.frombuffer(np.float16(1e-2).tobytes(), np.uint8)
+        data = blocks.reshape(parameter.shape[0], -1)
+        writer.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=kind)
+        parameter.data = torch.from_numpy(np.array(gguf.quants.dequantize(data, kind)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_same_logits(load(tmp_path / "b"), model)
+
+
+def test_rounding_is_what_the_tests_take_it_for() -> None:
+    """The packers' own definition: no value is further from the original than half a step (and a little, since zero
+    points are whole numbers and scales have 11 bits)."""
+    weight = torch.randn(8, 64)
+    for shuffled in (False, True):
+        rounded: Rounded = round_to_nearest(weight, 4, 32, shuffled=shuffled)
+        assert ((rounded.dense() - weight).abs() <= 1.1 * rounded.scales.float()[:, rounded.g_idx]).all()
