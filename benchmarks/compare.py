@@ -156,7 +156,7 @@ def client_command(arm: Arm, flags: list[str], seed: int) -> list[str]:
 
 
 def run_load(arm: Arm, load: Load, seed: int) -> dict[str, Any]:
-    beside = subprocess.Popen(client_command(arm, list(load.beside), seed)) if load.beside else None
+    beside = subprocess.Popen(client_command(arm, list(load.beside), seed + 50)) if load.beside else None
     try:
         done = subprocess.run(
             client_command(arm, load.flags, seed), capture_output=True, text=True, timeout=LOAD_TIMEOUT_S, check=False
@@ -182,9 +182,10 @@ def run_round(arms: list[Arm], rows: list[Load], seed: int, found: Found) -> Non
             )
             found.setdefault((arm.name, "start to first token, s"), []).append(time.monotonic() - begin)
             results: dict[str, dict[str, Any]] = {}
-            for load in rows:
+            for number, load in enumerate(rows):
                 key = " ".join([*load.flags, *load.beside])
-                results[key] = results.get(key) or run_load(arm, load, seed)
+                # Prompts of their own for each load, or prefix caches would know them from the one before.
+                results[key] = results.get(key) or run_load(arm, load, seed * 100 + number)
                 value = float(results[key][load.figure])
                 found.setdefault((arm.name, load.title), []).append(value)
                 print(f"round {seed}: {arm.name:10} {load.title:36} {value:10.4g}", flush=True)

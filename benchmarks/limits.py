@@ -79,7 +79,8 @@ class Bench:
                 memory.sum()
 
         read_bytes: int = sum(memory.numel() * 8 for memory in large)
-        return seconds(read, 7) * self.weight_bytes / read_bytes
+        all_bytes: int = self.weight_bytes
+        return seconds(read, 7) * all_bytes / read_bytes
 
     def products_s(self, rows: int) -> float:
         inputs = [self._input(linear, rows) for linear in self.linears]

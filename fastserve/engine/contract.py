@@ -20,8 +20,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token of one request is drawn. Resolved by the worker: no field is left to be guessed.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and typical_p 1 are off. `seed`, the choice's index and the position key the
-    noise, so the same request gives the same tokens whatever else is in the batch.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and typical_p 1 are off. `seed`, the choice's index and the
+    position key the noise, so the same request gives the same tokens whatever else is in the batch.
     """
 
     max_tokens: int
@@ -112,7 +112,7 @@ class Histogram(msgspec.Struct, array_like=True):
     """How many values lay between which bounds, since the engine started. The bounds belong to its name."""
 
     counts: list[int] = []
-    """Up to the first bound (itself included), up to the second, ..., beyond the last; empty when there was no value."""
+    """Up to the first bound (itself included), up to the second, ..., beyond the last; empty when there was none."""
     total: float = 0.0
 
     def add(self, value: float, bounds: tuple[float, ...]) -> None:

@@ -1,4 +1,6 @@
-"""The engine process: one loop of commands, schedule, execute, commit. No asyncio, no HTTP.
+"""The engine process: one loop of commands, schedule, launch, commit. No asyncio, no HTTP.
+
+Where steps overlap (core.py), commands are taken and outputs are sent while a step runs.
 
 Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends when told
 to, or when its parent is gone, however that died.

@@ -78,7 +78,7 @@ class _Step:
 
 
 class Scheduler:
-    """Owns the queues and the block pool. Plans are committed in their order; `add` and `abort` may come at any time."""
+    """Owns the queues and the block pool. Plans are committed in order; `add` and `abort` may come at any time."""
 
     def __init__(
         self,

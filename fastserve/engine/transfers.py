@@ -13,27 +13,44 @@ _ALIGNMENT = 16
 """Arrays of a packed transfer begin at multiples of so many bytes: Triton compiles once for aligned addresses."""
 
 
-def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+Arrays = Sequence[npt.NDArray[Any]]
+
+
+def to_device(arrays: Arrays, device: torch.device) -> list[torch.Tensor]:
     """The arrays on the device, in one transfer. On a CPU they share their memory with the tensors."""
-    if not arrays:
-        return []
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    begins: list[int] = []
-    size = 0
-    for array in arrays:
-        begins.append(size)
-        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    if not arrays:
+        return []
     # Pinned memory of torch's own cache is not given out again before the transfer from it is done.
-    staging = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    packed = staging.numpy()
-    for begin, array in zip(begins, arrays, strict=True):
-        packed[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    moved = staging.to(device, non_blocking=True)
-    return [
-        moved[begin : begin + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for begin, array in zip(begins, arrays, strict=True)
-    ]
+    packed = pack(arrays, pinned=device.type == "cuda")
+    return unpack(packed.to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Arrays, *, pinned: bool) -> torch.Tensor:
+    """All bytes of the arrays, each aligned."""
+    packed = torch.empty(sum(_aligned_bytes(array) for array in arrays), dtype=torch.uint8, pin_memory=pinned)
+    target = packed.numpy()
+    begin = 0
+    for array in arrays:
+        target[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        begin += _aligned_bytes(array)
+    return packed
+
+
+def unpack(packed: torch.Tensor, arrays: Arrays) -> list[torch.Tensor]:
+    """Views of what was packed, in the shapes and dtypes of `arrays`."""
+    found = []
+    begin = 0
+    for array in arrays:
+        part = packed[begin : begin + array.nbytes]
+        found.append(part.view(torch.from_numpy(array).dtype).view(array.shape))
+        begin += _aligned_bytes(array)
+    return found
+
+
+def _aligned_bytes(array: npt.NDArray[Any]) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Readback:

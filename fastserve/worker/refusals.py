@@ -50,8 +50,8 @@ REFUSALS: Sequence[Refusal] = (
     ),
     (
         lambda c: c.enable_xft or c.xft_dtype is not None or c.xft_max_seq_len != WorkerConfig.xft_max_seq_len,
-        f"xFasterTransformer (--enable-xft and its options) {_LATER}: leave it out; --load-8bit and --load-4bit work on "
-        "a CPU.",
+        f"xFasterTransformer (--enable-xft and its options) {_LATER}: leave it out; --load-8bit and --load-4bit work "
+        "on a CPU.",
     ),
     (lambda c: c.embed_in_truncate, f"--embed-in-truncate {_LATER}, since embeddings are not: leave it out."),
     (

@@ -36,13 +36,15 @@ class Rounded:
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group: int, *, shuffled: bool = False) -> Rounded:
     """Asymmetric. `shuffled`: neighbours are in different groups, as with GPTQ's order of activations."""
-    out, width = weight.shape
+    width = weight.shape[1]
     group = width if group == -1 else group
     g_idx = torch.arange(width) // group
     if shuffled:
         g_idx = g_idx[torch.randperm(width, generator=torch.Generator().manual_seed(0))]
     top = (1 << bits) - 1
-    codes, scales, zeros = [], [], []
+    codes: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    zeros: list[torch.Tensor] = []
     for index in range(int(g_idx.max()) + 1):
         values = weight[:, g_idx == index].float()
         low, high = values.amin(1).clamp_max(0), values.amax(1).clamp_min(0)
@@ -56,7 +58,7 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int, *, shuffled: b
 
 
 def pack_stream(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Numbers (rows, columns) of `bits` -> words (rows * bits / 32, columns) of 32 bits, int32: each column is one stream
+    """Numbers (rows, columns) of `bits` -> words (rows * bits / 32, columns) of int32: each column is one stream
     of bits, lowest first."""
     rows, columns = numbers.shape
     stream: npt.NDArray[np.uint8] = np.zeros((rows * bits, columns), dtype=np.uint8)
@@ -113,7 +115,7 @@ Pack = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]
 def write_packed(
     source: str, folder: Path, pack: Pack, settings: dict[str, Any] | None, file: str = "model.safetensors"
 ) -> PreTrainedModel:
-    """The model in the folder `source` with all linear layers but the head packed; returns it dequantised, in float32."""
+    """The model in `source` with all linear layers but the head packed; returns it dequantised, in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)

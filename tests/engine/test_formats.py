@@ -160,8 +160,8 @@ def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
 
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
     expected = write_packed(base, tmp_path, pack, None if by_flags else settings)
-    flags = {"packed": PackedCheckpoint("awq", None, 4, None if group == -1 else group)} if by_flags else {}
-    loaded = load(tmp_path, **flags)
+    packed = PackedCheckpoint("awq", None, 4, None if group == -1 else group) if by_flags else None
+    loaded = load(tmp_path, packed=packed)
     assert forms(loaded).count(QuantisedWeight) == 14
     assert_same_logits(loaded, expected)
     if by_flags and group == 32:
@@ -300,7 +300,7 @@ def test_experts_that_are_packed_one_by_one_are_joined(tiny_models: TinyModels, 
     shutil.copytree(tiny_models.path("qwen3_moe"), tmp_path, dirs_exist_ok=True)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     state = load_file(tmp_path / "model.safetensors")
-    packed = {}
+    packed: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if ".experts." in name and tensor.shape[1] % 16 == 0:
             rounded = round_to_nearest(tensor, 8, 16)

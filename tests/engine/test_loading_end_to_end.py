@@ -60,7 +60,7 @@ def ask(port: int, question: str) -> str:
 
 @pytest.fixture(scope="module")
 def demo_in_4_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's linear layers in GPTQ's form, rounded to the nearest in groups of 32; only they are in the file."""
+    """The demo model's linear layers in GPTQ's form, rounded in groups of 32; only they are in the file."""
     folder = tmp_path_factory.mktemp("gptq")
 
     def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -105,6 +105,6 @@ def test_an_adapter_folder_as_the_model(tmp_path: Path) -> None:
 
 def test_a_flag_that_contradicts_the_file_ends_with_its_sentence(demo_in_4_bits: Path) -> None:
     file = str(demo_in_4_bits / "model.safetensors")
-    with pytest.raises(AssertionError, match=r"--gptq-wbits 8: .* is packed in 4 bits; start with --gptq-wbits 4\."):
-        with worker("--gptq-ckpt", file, "--gptq-wbits", "8"):
-            pass
+    sentence = r"--gptq-wbits 8: .* is packed in 4 bits; start with --gptq-wbits 4\."
+    with pytest.raises(AssertionError, match=sentence), worker("--gptq-ckpt", file, "--gptq-wbits", "8"):
+        pass

@@ -37,11 +37,11 @@ from fastserve.engine.sampling.sampler import Sampler
 from fastserve.engine.speculation.controller import Controller
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import DraftRequest, Speculator
-from fastserve.engine.transfers import Readback
+from fastserve.engine.transfers import Readback, pack, to_device, unpack
 
 from .conftest import TinyModels
 from .test_engine_equality import EOS, Answer, greedy, make_core, random_prompt, run, run_mixture
-from .test_scheduler import BLOCKS, Clock, Device, Guesser, alone, step
+from .test_scheduler import BLOCKS, Clock, Device, Guesser, Memory, Oracle, alone, make_scheduler, step
 from .test_scheduler import make_core as make_modelless_core
 from .test_speculation_equality import mixed_requests
 
@@ -147,6 +147,19 @@ def test_nothing_is_preempted_ahead() -> None:
         assert core.stats.preemptions == preemptions or device.num_ahead == ahead
     assert core.stats.preemptions > 0
     assert device.num_ahead > 40
+
+
+def test_no_plan_is_made_ahead_of_drafts() -> None:
+    scheduler, memory = make_scheduler(drafting=Oracle(0)), Memory()
+    scheduler.add(EngineRequest("r", [1, 2, 3], SamplingParams(12)))
+    plan = scheduler.schedule()
+    assert scheduler.can_run_ahead()
+    scheduler.commit(plan, memory.execute(plan))
+    plan = scheduler.schedule()
+    assert plan.has_drafts
+    assert not scheduler.can_run_ahead()
+    scheduler.commit(plan, memory.execute(plan))
+    assert scheduler.can_run_ahead()
 
 
 def test_an_abort_while_its_step_runs_leaves_nothing_behind() -> None:
@@ -419,6 +432,28 @@ def test_a_place_is_taken_over_while_its_last_owner_is_in_flight(tiny_models: Ti
         assert answer.token_ids == expected[key][: expected[key].index(expected[key][5]) + 1]
 
 
+# ---- transfers --------------------------------------------------------------------------------------------------
+
+
+def test_arrays_of_all_kinds_travel_in_one_piece() -> None:
+    rng = np.random.default_rng(0)
+    arrays: list[np.typing.NDArray[Any]] = [
+        rng.integers(0, 9, (3, 5)).astype(np.int32),
+        np.empty((0,), dtype=np.int64),
+        rng.random((5, 3, 1)).astype(np.float32),
+        rng.random((7, 1)),
+        np.empty((2, 0), dtype=np.int32),
+        rng.integers(-9, 9, (4, 6))[:, ::2],
+    ]
+    packed = pack(arrays, pinned=False)
+    assert packed.dtype == torch.uint8
+    found = unpack(packed, arrays)
+    for array, tensor, on_cpu in zip(arrays, found, to_device(arrays, torch.device("cpu")), strict=True):
+        assert tensor.dtype == on_cpu.dtype
+        assert tensor.tolist() == on_cpu.tolist() == array.tolist()
+        assert tensor.numel() == 0 or tensor.data_ptr() % 16 == packed.data_ptr() % 16
+
+
 # ---- sampling without waiting -----------------------------------------------------------------------------------
 
 
@@ -437,13 +472,13 @@ class NoReadback(Readback):
 
 
 def test_a_draw_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def to_device(arrays: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+    def to_meta(arrays: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         assert device.type == "meta"
         kinds = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
         return [torch.empty(array.shape, dtype=kinds[str(array.dtype)], device=device) for array in arrays]
 
-    monkeypatch.setattr(sampler_module, "to_device", to_device)
-    monkeypatch.setattr(batch_module, "to_device", to_device)
+    monkeypatch.setattr(sampler_module, "to_device", to_meta)
+    monkeypatch.setattr(batch_module, "to_device", to_meta)
     every_kind = [
         SamplingParams(5, temperature=0.0),
         SamplingParams(5),

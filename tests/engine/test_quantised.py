@@ -4,6 +4,7 @@ each output whatever the batch, and in whole models on both paths."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fastserve.engine.kernels.packed_linear import PackedLinearKernel
 from fastserve.engine.runner import verify
 from fastserve.engine.runner.fusion import FusedGatedMLP
-from fastserve.engine.runner.linear import Linear
+from fastserve.engine.runner.linear import Linear, WeightForm
 from fastserve.engine.runner.loading import load_model
 from fastserve.engine.runner.quantised import (
     NF4,
@@ -258,7 +259,7 @@ def quantise_in_place(
     for path, module in model.named_modules():
         if isinstance(module, FusedGatedMLP):
             parts = [quantise(part.get()) for part in module.parts]
-            module.parts, module.gate_up.form = parts, Stacked(parts)
+            module.parts, module.gate_up.form = parts, cast(WeightForm, Stacked(parts))
             names = ("gate_proj", "up_proj")
             found |= {f"{path}.{name}.weight": part.get() for name, part in zip(names, parts, strict=True)}
         elif isinstance(module, Linear) and not path.endswith(("gate_up", "lm_head")):  # the head may be tied

@@ -141,6 +141,7 @@ class Guesser:
 
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
         assert len(tried) <= num_sequences
+        assert set(tried) <= self.known, "nothing is to be learnt of sequences that ended"
         for drafts, right in tried.values():
             assert 0 <= right <= drafts
             self.tried += drafts
@@ -306,6 +307,7 @@ def test_any_history_keeps_the_books_and_the_answers(
             assert answers[request.request_id] == alone(request)[: len(answers[request.request_id])]
         check_prompt_logprobs(request, scores[request.request_id])
     assert core.scheduler.pool.num_free == BLOCKS
+    assert set(device.tokens) == set(core.scheduler._dropped), "the runner is to forget all that ended"
     assert guesser is None or not guesser.known, "what is known of sequences that ended is kept"
 
 

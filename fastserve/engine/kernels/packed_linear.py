@@ -52,9 +52,13 @@ class PackedLinearKernel:
         weight = weight.contiguous()
         out, width = weight.shape
         if packed is None:
-            packed = _empty(-(-out // LANES) * LANES * width, weight.dtype)
+            packed = self.empty(out, width, weight.dtype)
         self._library.pack_weight(weight.data_ptr(), packed.data_ptr(), out, width)
         return packed
+
+    def empty(self, out: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for a weight (out, in) in the kernel's layout."""
+        return _empty(-(-out // LANES) * LANES * width, dtype)
 
     def unpack(self, packed: torch.Tensor, out: int, width: int) -> torch.Tensor:
         weight = packed.new_empty(out, width)

@@ -5,8 +5,8 @@
 // activations are formed as those of a dense weight, and each group's sum is scaled in float32:
 //     y = sum over groups of (scale * sum(table[code] x) - offset * sum(x)).
 //
-// Codes lie in blocks of 64 bytes for 16 outputs and 4 inputs (8 bits) or 8 inputs (4 bits), four such groups of outputs
-// side by side: [out / 64][in / inputs][4][64]. They are computed together, so one token reads memory in order.
+// Codes lie in blocks of 64 bytes for 16 outputs and 4 inputs (8 bits) or 8 inputs (4 bits), four such groups of
+// outputs side by side: [out / 64][in / inputs][4][64]. They are computed together, so one token reads memory in order.
 // A block of 4 bits is a word of 32 bits for each output: bits 4n.. are input 2n, bits 16 + 4n.. are input 2n + 1.
 // A block of 8 bits is [4][2 pairs of inputs][4 outputs][2 inputs].
 #pragma once
@@ -214,7 +214,8 @@ struct Unit {
 #if DECODES_IN_REGISTERS
 // Codes go from memory to registers, once for each tile: that costs less than to store and load what they become.
 template <int BITS, int ROWS>
-__attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Weight& weight, const Unit& unit, Vec* out) {
+__attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Weight& weight, const Unit& unit,
+                                         Vec* out) {
     constexpr int N = BLOCK_INPUTS<BITS>;
     const Codebook<BITS> decode(weight.table);
     const int64_t stride = input.stride, in = weight.in;
@@ -239,7 +240,8 @@ __attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Wei
                     for (int r = 0; r < ROWS; ++r) {
                         int32_t both;
                         std::memcpy(&both, x + r * stride + i + 2 * p, sizeof both);
-                        sums[r][g] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][g], pairs[p], (__m512bh)_mm512_set1_epi32(both));
+                        const __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+                        sums[r][g] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][g], pairs[p], inputs);
                     }
             }
 #pragma GCC unroll 8
@@ -282,7 +284,8 @@ __attribute__((noinline)) void spread_sums(const Weight& weight, const Unit& uni
             }
         }
         for (int64_t r = 0; r < rows; ++r)
-            for (int g = 0; g < UNIT; ++g) unit.add(totals[r * UNIT + g], sums[g / 2][r * 2 + g % 2], input, r, g, group);
+            for (int g = 0; g < UNIT; ++g)
+                unit.add(totals[r * UNIT + g], sums[g / 2][r * 2 + g % 2], input, r, g, group);
     }
 }
 

@@ -1,7 +1,7 @@
 // Weights in memory, and tiles: some tokens times some outputs, with the sums in registers.
 //
-// A dense weight of (out, in) lies in groups of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A vector register holds the
-// same input (or pair of inputs, where the processor multiplies pairs of bfloat16) of 16 outputs. One token reads each
+// A dense weight of (out, in) lies in groups of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A vector register holds
+// the same input (or pair of inputs, where the processor multiplies pairs of bfloat16) of 16 outputs. One token reads each
 // group once, in order, as fast as memory gives it; many tokens share a group that has come to the caches.
 #pragma once
 

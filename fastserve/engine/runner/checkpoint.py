@@ -27,6 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 _HEADER_LIMIT = 100_000_000
 """Bytes of a safetensors header; the format allows no more."""
+_HUGE_PAGE = 1 << 21
 _OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
 """What files are called that are no checkpoint of the model, or a second one in the maker's own names."""
 
@@ -144,6 +145,8 @@ def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
     # Pages of its own, which the system gets back with the tensor: of memory from the C library's heap much would stay
     # with the threads that read.
     pages = mmap.mmap(-1, size)
+    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(pages)
     try:
         with file.open("rb", buffering=0) as stream:

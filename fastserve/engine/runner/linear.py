@@ -81,6 +81,19 @@ class GroupedWeight:
         out, width = weight.shape
         return cls(kernel.pack(weight), out, width, kernel)
 
+    @classmethod
+    def joint(cls, weights: Sequence[torch.Tensor]) -> GroupedWeight | None:
+        """One above the other, without a copy that has them so in plain order."""
+        first = weights[0]
+        kernel = PackedLinearKernel.load(first.dtype)
+        if kernel is None or not kernel.supports(first) or any(weight.shape[0] % LANES for weight in weights):
+            return None
+        out, width = sum(weight.shape[0] for weight in weights), first.shape[1]
+        whole = cls(kernel.empty(out, width, first.dtype), out, width, kernel)
+        for part, weight in zip(_parts(whole, weights), weights, strict=True):
+            part.set(weight)
+        return whole
+
     def struct(self, bias: torch.Tensor | None) -> WeightStruct:
         return WeightStruct(self._packed.data_ptr(), None if bias is None else bias.data_ptr(), *self._shape)
 
@@ -187,9 +200,17 @@ def _has_matrix_unit(dtype: torch.dtype) -> bool:
 
 def joint_form(weights: Sequence[torch.Tensor]) -> tuple[WeightForm, list[WeightForm]]:
     """One weight for layers that take the same input, and each layer's own as a part of it."""
-    whole = form_of(torch.cat(list(weights)))
-    ends = list(itertools.accumulate(weight.shape[0] for weight in weights))
-    return whole, [whole.part(slice(begin, end)) for begin, end in itertools.pairwise([0, *ends])]
+    whole: WeightForm | None = None
+    if not _has_matrix_unit(weights[0].dtype) and not any(is_mapped(weight) for weight in weights):
+        whole = GroupedWeight.joint(weights)
+    if whole is None:
+        whole = form_of(torch.cat(list(weights)))
+    return whole, _parts(whole, weights)
+
+
+def _parts(whole: WeightForm, weights: Sequence[torch.Tensor]) -> list[WeightForm]:
+    ends = itertools.accumulate(weight.shape[0] for weight in weights)
+    return [whole.part(slice(begin, end)) for begin, end in itertools.pairwise([0, *ends])]
 
 
 class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
