@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ import psutil
 
 OUT_OF_MEMORY_EXIT_CODE = 12
 """Of an engine process that found no memory in a step (ENOMEM's number)."""
+_MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3}
+"""Numbers of options in malloc.h."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 says "no limit" by a number of about this size."""
 
@@ -147,8 +150,28 @@ def _read(path: Path) -> str:
         return ""
 
 
+def begin_loading() -> None:
+    """Have the C library give large blocks back to the system as soon as they are freed. Left alone, glibc soon keeps
+    them for later, and what a checkpoint was read into lies between the weights for good."""
+    _set_malloc(mmap_threshold=1 << 18)
+
+
+def end_loading() -> None:
+    """Give back what was freed, and keep from now on what each step takes and frees again."""
+    _set_malloc(mmap_threshold=32 << 20, trim_threshold=128 << 20)
+    return_freed_memory()
+
+
 def return_freed_memory() -> None:
-    """Give the system back what the C library keeps of freed memory: after loading, as much as a part of the model."""
+    """Give the system back what the C library keeps of freed memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def _set_malloc(**sizes: int) -> None:
+    """Options of glibc's mallopt; other C libraries have none, or others."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for name, size in sizes.items():
+            mallopt(_MALLOPT[name], size)

@@ -35,7 +35,13 @@ from fastserve.engine.contract import (
 )
 from fastserve.engine.core import EngineCore
 from fastserve.engine.kernels.build import build_ahead
-from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE, free_host_memory, is_out_of_memory, return_freed_memory
+from fastserve.engine.memory import (
+    OUT_OF_MEMORY_EXIT_CODE,
+    begin_loading,
+    end_loading,
+    free_host_memory,
+    is_out_of_memory,
+)
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
@@ -137,6 +143,7 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         tell(StartFailed(_no_memory_to_start(config, f"the libraries alone take {_LIBRARIES_BYTES / 1e6:.0f} MB")))
         sys.exit(1)
     try:
+        begin_loading()
         # torch and transformers take seconds to import: the socket is joined before, and a compiler runs meanwhile.
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
@@ -155,7 +162,7 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
     # second now and then, and the end of the process for two seconds.
     gc.collect()
     gc.freeze()
-    return_freed_memory()
+    end_loading()
     tell(Ready(core.info))
     profiler = None
     if config.profile_steps > 0:

@@ -209,6 +209,7 @@ def test_memory() -> None:
         ({"scales": torch.ones(8, 3)}, r"need scales \(and zeros\) of shape \(8, 2\), not \(8, 3\)"),
         ({"zeros": torch.ones(8, 1)}, r"not \(8, 2\) and \(8, 1\)"),
         ({"codes": torch.full((8, 64), 16, dtype=torch.uint8)}, "codes from 16 to 16 do not fit 4 bits"),
+        ({"input_order": torch.arange(64) + 1}, "must name each of 0 to 63 once"),
         ({"table": NF4, "zeros": torch.ones(8, 2)}, "a table has 16 entries"),
     ],
 )

@@ -448,6 +448,7 @@ class Oracle(Guesser):
                 guessed.append(next_token(guessed))
             drafts[sequence.seq_id] = guessed[sequence.num_tokens :]
             budget -= len(drafts[sequence.seq_id])
+        self.known |= drafts.keys()
         return drafts
 
 
@@ -506,6 +507,7 @@ class Wrong(Guesser):
         for sequence, limit in zip(sequences, limits, strict=True):
             drafts[sequence.seq_id] = [6] * min(limit, budget)
             budget -= len(drafts[sequence.seq_id])
+        self.known |= drafts.keys()
         return drafts
 
 

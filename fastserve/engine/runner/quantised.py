@@ -161,8 +161,8 @@ class QuantisedWeight:
     ) -> None:
         self._scheme = scheme
         self._dtype = dtype
-        self._order = None if input_order is None else input_order.to(torch.int32)
         self._store: _Plain | _Blocks = _Blocks.of(scheme, parts, dtype) or _Plain(scheme.bits, *parts)
+        self._order = None if input_order is None else input_order.to(self._store.device, torch.int32)
         self._table = torch.tensor(scheme.table, device=self._store.device)
 
     @property
@@ -249,6 +249,8 @@ def from_codes(
             f"codes of shape {(out, width)} in groups of {group} need scales (and zeros) of shape {expected}, not "
             + " and ".join(map(str, found))
         )
+    if input_order is not None and not torch.equal(input_order.long().sort().values.cpu(), torch.arange(width)):
+        raise ValueError(f"the order of inputs must name each of 0 to {width - 1} once")
     if table is not None and (bits != 4 or len(table) != 16 or zeros is not None):
         raise ValueError("a table has 16 entries, for codes of 4 bits without zeros")
     scales, zeros = scales.float(), None if zeros is None else zeros.float()
