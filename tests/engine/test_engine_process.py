@@ -176,9 +176,7 @@ async def test_the_reason_of_a_failed_start_crosses_the_process(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("kept_bytes", "words"), [(2000, "its header is broken or cut off"), (20000, "is cut off in the tensor lm_head")]
 )
-def test_truncated_weights_fail_the_start(
-    tiny_models: TinyModels, tmp_path: Path, kept_bytes: int, words: str
-) -> None:
+def test_truncated_weights_fail_the_start(tiny_models: TinyModels, tmp_path: Path, kept_bytes: int, words: str) -> None:
     source = Path(tiny_models.path("llama"))
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
