@@ -139,8 +139,8 @@ class Trio:
     def __init__(self, folder: Path) -> None:
         self.controller = Service("controller", "controller", [], folder)
         to_controller = ["--controller-address", self.controller.address]
-        # Left to itself each worker would take 2 GB for the KV cache. The demo model repeats itself when it may not end:
-        # without speculation long answers take long, so that something can happen while they run.
+        # Left to itself each worker would take 2 GB for the KV cache. The demo model repeats itself when it may not
+        # end: without speculation long answers take long, so that something can happen while they run.
         sizes = ["--max-total-tokens", "32768", "--speculative-method", "off"]
         self.workers = [
             Service(f"worker-{number}", "model_worker", [*to_controller, *sizes], folder) for number in (1, 2)
