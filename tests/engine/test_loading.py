@@ -384,7 +384,8 @@ def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantise: str
     peak, _ = json.loads(re.findall(r"\[.*\]", done.stdout)[-1])
     size = sum(parameter.numel() for parameter in model.parameters()) * 2
     kept = {"": 1.0, "int8": 0.55, "nf4": 0.35}[quantise] * size
-    assert peak < kept + 2 * max(shards) + (4 << 20), f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
+    # The last term is for what the C library's arenas and the threads take, which differs from run to run.
+    assert peak < kept + 2 * max(shards) + (12 << 20), f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
 
 
 def test_plain_weights_stay_plain_on_no_kernel(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
