@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastserve.demo import demo_model_path
-from fastserve.engine.runner.linear import GroupedWeight, Linear, OneDnnWeight
+from fastserve.engine.runner.linear import GroupedWeight, Linear, OneDnnWeight, PlainWeight, TiedEmbedding, form_of
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.runner import probe_shapes
 
@@ -87,3 +87,27 @@ def test_a_delta_is_added_to_the_product() -> None:
     linear.delta = lambda rows: torch.full((*rows.shape[:-1], 6), 2.0)
     assert torch.allclose(linear(x), plain + 2.0)
     assert torch.allclose(plain, x @ weight.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_embedding_is_kept_once(tiny_models: TinyModels, dtype: str) -> None:
+    model = load(tiny_models.path("gemma2"), dtype).model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, TiedEmbedding)
+    assert isinstance(head, Linear)
+    assert embedding.form is head.form
+    ids = torch.tensor([[3, 159, 0]])
+    like = AutoModelForCausalLM.from_pretrained(tiny_models.path("gemma2"), dtype=getattr(torch, dtype))
+    with torch.inference_mode():
+        assert torch.equal(embedding(ids), like.get_input_embeddings()(ids))
+
+
+@pytest.mark.parametrize("shape", [(40, 48), (16, 2), (151, 896)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_packed_and_plain_weights(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).to(dtype)
+    ids = torch.randint(shape[0], (3, 5))
+    packed = form_of(weight)
+    assert isinstance(packed, GroupedWeight)
+    for form in (packed, PlainWeight(weight)):
+        assert torch.equal(form.rows(ids), weight[ids])

@@ -74,6 +74,13 @@ void linear(const Scalar* x, int64_t x_stride, int64_t rows, const Weight* weigh
     linear_of(x, x_stride, rows, *weight, y);
 }
 
+// Rows of a weight (out, in), plain.
+void weight_rows(const Weight* weight, const int64_t* rows, int64_t count, Scalar* to) {
+    on_team([&](Team& team) {
+        team.share(count, rows_at_once(weight->in), [&](int64_t i) { row_of(*weight, rows[i], to + i * weight->in); });
+    });
+}
+
 void decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
             const int64_t* positions, const int64_t* wanted, int64_t num_wanted, float* logits) {
     on_team([&](Team& team) {

@@ -24,7 +24,7 @@ struct DecoderLayer {
 struct Decoder {
     DecoderLayer* layers;
     Weight head;
-    const void *embedding, *norm;
+    const void *embedding, *norm;  // [vocabulary][hidden], or null where the embedding is the head's weight; [hidden]
     int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, block_size, activation;
     float eps, norm_offset, embedding_scale, scaling, softcap, logit_softcap;
 };
@@ -74,10 +74,11 @@ class Run {
     void embed() {
         const float scale = m.embedding_scale;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
-            const T* from = (const T*)m.embedding + tokens[r] * m.hidden;
             T* to = hidden + r * m.hidden;
-            if (scale == 1.0f) std::memcpy(to, from, m.hidden * sizeof(T));
-            else for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(from[i]) * scale);
+            if (m.embedding) std::memcpy(to, (const T*)m.embedding + tokens[r] * m.hidden, m.hidden * sizeof(T));
+            else row_of(m.head, tokens[r], to);
+            if (scale != 1.0f)
+                for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
         });
     }
 

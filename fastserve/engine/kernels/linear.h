@@ -120,6 +120,16 @@ inline void unpack(Team& team, const T* from, T* weight, int64_t out, int64_t in
     });
 }
 
+// The weights of one output, in the order of the inputs.
+template <class T>
+inline void row_of(const Weight& weight, int64_t output, T* to) {
+    if (weight.bits == 8) return code_row<T, 8>(weight, output, to);
+    if (weight.bits == 4) return code_row<T, 4>(weight, output, to);
+    const int64_t pairs = weight.in / PAIR<T>;
+    const Pair<T>* from = (const Pair<T>*)weight.data + output / LANES * LANES * pairs + output % LANES;
+    for (int64_t i = 0; i < pairs; ++i) ((Pair<T>*)to)[i] = from[i * LANES];
+}
+
 template <class T>
 inline void linear_of(const T* x, int64_t x_stride, int64_t rows, const Weight& weight, T* y) {
     on_team([&](Team& team) {

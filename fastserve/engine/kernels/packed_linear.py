@@ -34,6 +34,7 @@ class PackedLinearKernel:
         library.linear.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p)
         library.pack_weight.argtypes = library.unpack_weight.argtypes = (c_void_p, c_void_p, c_int64, c_int64)
         library.pack_codes.argtypes = library.unpack_codes.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int)
+        library.weight_rows.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
         self._library: Any = library
 
     @classmethod
@@ -85,6 +86,13 @@ class PackedLinearKernel:
         width = x.shape[-1]
         self._library.linear(x.data_ptr(), width, x.numel() // width, ctypes.byref(weight), y.data_ptr())
         return y
+
+    def rows(self, ids: torch.Tensor, weight: WeightStruct, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """`ids` (...), int64, of outputs -> their weights (..., in)"""
+        ids = ids.contiguous()
+        rows = torch.empty(*ids.shape, width, dtype=dtype)
+        self._library.weight_rows(ctypes.byref(weight), ids.data_ptr(), ids.numel(), rows.data_ptr())
+        return rows
 
 
 def _empty(elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -96,6 +96,13 @@ struct Codebook<8> {
 };
 #endif
 
+// Bits above those of the code do not matter.
+template <int BITS>
+inline float code_value(const float* table, int code) {
+    if (BITS == 4) return table[code & 15];
+    return code & 128 ? -table[code & 127] : table[code & 127];
+}
+
 // Codes of `inputs` inputs of a unit as dense weights, UNIT groups of `inputs` inputs.
 template <class T, int BITS>
 struct Spread {
@@ -117,8 +124,7 @@ struct Spread {
     Vec values(const uint8_t* block, int k) const {
         Vec out;
         for (int lane = 0; lane < LANES; ++lane) {
-            const int code = block[byte_of<BITS>(lane, k)] >> shift_of<BITS>(k);
-            out[lane] = BITS == 4 ? table[code & 15] : code & 128 ? -table[code & 127] : table[code & 127];
+            out[lane] = code_value<BITS>(table, block[byte_of<BITS>(lane, k)] >> shift_of<BITS>(k));
         }
         return out;
     }
@@ -309,6 +315,21 @@ inline void code_sums(const Weight& weight, int64_t which, int count, const Inpu
     spread_sums<T, BITS>(weight, unit, input, rows, totals);
     for (int64_t r = 0; r < rows; ++r)
         for (int g = 0; g < count; ++g) put(r, g, totals[r * UNIT + g]);
+}
+
+// The weights of one output, in the order of the inputs.
+template <class T, int BITS>
+inline void code_row(const Weight& weight, int64_t output, T* to) {
+    constexpr int N = BLOCK_INPUTS<BITS>;
+    const Unit unit(weight, output / (UNIT * LANES));
+    const int in_unit = int(output % (UNIT * LANES)), group = in_unit / LANES, lane = in_unit % LANES;
+    for (int64_t i = 0; i < weight.in; ++i) {
+        const uint8_t* block = unit.codes + (i / N * UNIT + group) * BLOCK;
+        const int code = block[byte_of<BITS>(lane, int(i % N))] >> shift_of<BITS>(int(i % N));
+        const int64_t at = i / weight.group * UNIT * LANES + in_unit;
+        const float value = code_value<BITS>(weight.table, code) * unit.scales[at];
+        store_one(to + (weight.order ? weight.order[i] : i), unit.offsets ? value - unit.offsets[at] : value);
+    }
 }
 
 // ---- layout ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,16 @@ from transformers.pytorch_utils import Conv1D
 from fastserve.engine.kernels.fused_steps import FusedSteps
 from fastserve.engine.runner.formats.source import Codes, Value
 from fastserve.engine.runner.fusion import find_gated_mlps, fuse_gated_mlp
-from fastserve.engine.runner.linear import Linear, PlainWeight, WeightForm, form_of, is_mapped
+from fastserve.engine.runner.linear import (
+    Linear,
+    PlainWeight,
+    RowForm,
+    TiedEmbedding,
+    WeightForm,
+    can_be_tied,
+    form_of,
+    is_mapped,
+)
 from fastserve.engine.runner.weights import Place, WeightTable
 from fastserve.errors import StartupError
 
@@ -73,6 +82,7 @@ class Assembly:
         self._tied = _tied_names(parameters)
         self._buffers = {name for name in model.state_dict() if name not in parameters}
         self._layers = {f"{path}.weight": path for path, module in model.named_modules() if _is_linear(module)}
+        self._embeddings = {f"{path}.weight": module for path, module in model.named_modules() if can_be_tied(module)}
         self._to_quantise = set() if quantise is None else set(linear_weights(model))
         self._gated = {} if kernels is None else _gated_pairs(find_gated_mlps(model, kernels, places.device_of))
         self._waiting: dict[str, torch.Tensor] = {}
@@ -102,7 +112,7 @@ class Assembly:
         elif name in self._places:
             self._add_beside_tied(name, value)
         else:
-            for other in self._tied[name]:
+            for other in self._linear_first(self._tied[name]):
                 self._set(other, value)
 
     def finish(self) -> WeightTable:
@@ -131,12 +141,21 @@ class Assembly:
         dense = self._dense(name, value)
         if torch.equal(self._places[name].get().cpu(), dense.cpu()):
             return
-        logger.warning("%s differs from %s in the checkpoint, so they are not tied.", name, self._tied[name][0])
         group = [other for other in self._tied[name] if other != name]
+        logger.warning("%s differs from %s in the checkpoint, so they are not tied.", name, group[0])
         self._tied |= dict.fromkeys(group, group) | {name: [name]}
+        first = self._places[group[0]].get()
+        for other in self._linear_first(group):
+            if other in self._embeddings:  # it may have shared what is set next
+                self._set(other, first)
         self._set(name, value)
 
+    def _linear_first(self, names: list[str]) -> list[str]:
+        return sorted(names, key=lambda name: name not in self._layers)
+
     def _set(self, name: str, value: Value) -> None:
+        if name in self._embeddings and self._tie(name):
+            return
         if name not in self._layers:
             self._set_parameter(name, self._where.put(name, self._dense(name, value)))
         elif name in self._gated and isinstance(value, torch.Tensor) and name not in self._to_quantise:
@@ -150,6 +169,23 @@ class Assembly:
             return value.to(dtype)
         dense = value.dense(dtype)
         return dense.t().contiguous() if tuple(dense.shape) != tuple(self._shapes[name]) else dense
+
+    def _tie(self, name: str) -> bool:
+        """Have an embedding take its rows from a linear layer that it is tied to, if one has them beside it."""
+        embedding, path = self._embeddings[name], name.removesuffix(".weight")
+        for other in self._tied[name]:
+            linear = self._model.get_submodule(self._layers[other]) if other in self._layers else None
+            form = linear.form if isinstance(linear, Linear) else None
+            if isinstance(form, RowForm) and self._where.device_of(other) == self._where.device_of(name):
+                self._replace(path, TiedEmbedding(form, embedding))
+                self._places[name] = self._places[other]
+                return True
+        self._replace(path, embedding)
+        return False
+
+    def _replace(self, path: str, module: torch.nn.Module) -> None:
+        parent, _, child = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, module)
 
     def _set_parameter(self, name: str, tensor: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
@@ -175,8 +211,7 @@ class Assembly:
         if isinstance(module, Linear):  # set a second time
             module.form = form
             return
-        parent, _, child = path.rpartition(".")
-        setattr(self._model.get_submodule(parent), child, linear)
+        self._replace(path, linear)
 
     def _form(self, name: str, value: Value, *, transposed: bool) -> WeightForm:
         dtype = self._dtypes[name]

@@ -20,7 +20,7 @@ from fastserve.engine.kernels.decoder import ACTIVATIONS, DecoderKernel, Decoder
 from fastserve.engine.kernels.packed_linear import WeightStruct
 from fastserve.engine.runner.attention import LayerShape, PagedAttention, StepContext
 from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm
-from fastserve.engine.runner.linear import Linear, WeightForm
+from fastserve.engine.runner.linear import Linear, TiedEmbedding, WeightForm, embedding_scale
 
 _NORM_PLACES = (
     {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
@@ -88,7 +88,7 @@ class NativeDecoder:
         base = model.base_model
         layers, norm, head = getattr(base, "layers", None), getattr(base, "norm", None), model.get_output_embeddings()
         embedding = model.get_input_embeddings()
-        if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding):
+        if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding | TiedEmbedding):
             raise _Unknown("layers")
         shapes = [self._attention.shapes.get(index) for index in range(len(layers))]
         shape = shapes[0]
@@ -109,14 +109,18 @@ class NativeDecoder:
         whole = self._struct
         whole.layers = structs
         whole.head = self._weight(head)
-        whole.embedding = self._pointer(embedding.weight)
+        if isinstance(embedding, torch.nn.Embedding):
+            whole.embedding = self._pointer(embedding.weight)
+        elif embedding.form is not head.form:
+            raise _Unknown("embedding")
         whole.norm = self._norm(norm)
         whole.num_layers = len(layers)
-        whole.hidden = embedding.weight.shape[1]
+        whole.hidden = embedding.embedding_dim
         whole.heads, whole.kv_heads, whole.head_dim = shape.num_heads, shape.num_kv_heads, shape.key_dim
         whole.rotary_dim = waves.dim
         whole.block_size = self._attention.block_size
-        whole.embedding_scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
+        # Rounded as the model's own code does.
+        whole.embedding_scale = float(torch.tensor(embedding_scale(embedding), dtype=self._dtype))
         whole.scaling = shape.scaling
         whole.softcap = shape.softcap or 0.0
         whole.logit_softcap = getattr(config, "final_logit_softcapping", None) or 0.0

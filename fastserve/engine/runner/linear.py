@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,15 @@ class WeightForm(Protocol):
         ...
 
 
+@runtime_checkable
+class RowForm(WeightForm, Protocol):
+    """A form that an embedding tied to the layer can share."""
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """`ids` (...) of outputs -> their weights (..., in)"""
+        ...
+
+
 class PlainWeight:
     """As the checkpoint has it."""
 
@@ -56,6 +65,9 @@ class PlainWeight:
 
     def set(self, weight: torch.Tensor) -> None:
         self._weight.copy_(weight)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self._weight)
 
     def part(self, rows: slice) -> WeightForm:
         return PlainWeight(self._weight[rows])
@@ -105,6 +117,9 @@ class GroupedWeight:
 
     def set(self, weight: torch.Tensor) -> None:
         self._kernel.pack(weight.to(self._packed.dtype), self._packed)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._kernel.rows(ids, self.struct(None), self._shape[1], self._packed.dtype)
 
     def part(self, rows: slice) -> WeightForm:
         if rows.start % LANES or (rows.stop % LANES and rows.stop != self._shape[0]):
@@ -231,3 +246,33 @@ class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.form.product(x, self.bias)
         return out if self.delta is None else out + self.delta(x)
+
+
+class TiedEmbedding(torch.nn.Module):  # type: ignore[misc]
+    """An embedding whose rows are the weights of a linear layer, which are kept once."""
+
+    def __init__(self, form: RowForm, like: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.form = form
+        self.embedding_dim = like.embedding_dim
+        self.scalar_embed_scale = embedding_scale(like)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A plain tensor (vocabulary, hidden), for model code that looks at it; made anew when the weight is packed."""
+        return self.form.get()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.form.rows(ids)
+        scale = self.scalar_embed_scale
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype)
+
+
+def embedding_scale(embedding: torch.nn.Module) -> float:
+    """What an embedding's rows are multiplied with: 1, but in Gemma's models."""
+    return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+
+def can_be_tied(module: torch.nn.Module) -> bool:
+    """Whether a TiedEmbedding can take its place: other subclasses may compute something else."""
+    return type(module) is torch.nn.Embedding or hasattr(module, "scalar_embed_scale")

@@ -66,7 +66,7 @@ class _Plain:
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (tensor for tensor in (self._codes, self._scales, self._offsets) if tensor is not None)
 
-    def read(self, rows: slice) -> _Parts:
+    def read(self, rows: slice | torch.Tensor) -> _Parts:
         codes = self._codes[rows]
         if self._bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : self._width]
@@ -176,7 +176,7 @@ class QuantisedWeight:
         if self._order is not None:
             x = x[..., self._order]
         parts = [
-            F.linear(x, self._values(rows), None if bias is None else bias[rows])
+            F.linear(x, self._values(self._store.read(rows)), None if bias is None else bias[rows])
             for rows in _slices(self._store.shape, _DEQUANTISED)
         ]
         return torch.cat(parts, dim=-1)
@@ -186,7 +186,7 @@ class QuantisedWeight:
         weight = torch.empty(self._store.shape, dtype=self._dtype, device=self._store.device)
         columns = slice(None) if self._order is None else self._order
         for rows in _slices(self._store.shape, _DEQUANTISED):
-            weight[rows, columns] = self._values(rows)
+            weight[rows, columns] = self._values(self._store.read(rows))
         return weight
 
     def set(self, weight: torch.Tensor) -> None:
@@ -195,6 +195,15 @@ class QuantisedWeight:
             weight.to(self._store.device) if self._order is None else weight.to(self._store.device)[:, self._order]
         )
         self._store.write(*_quantise(ordered, self._scheme))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(self._store, _Blocks):
+            struct = self._store.struct(None, self._scheme.group, self._table, self._order)
+            return self._store.kernel.rows(ids, struct, self._store.shape[1], self._dtype)
+        values = self._values(self._store.read(ids.flatten()))
+        rows = torch.empty_like(values)
+        rows[:, slice(None) if self._order is None else self._order] = values
+        return rows.view(*ids.shape, -1)
 
     def part(self, rows: slice) -> WeightForm:
         begin, stop, _ = rows.indices(self._store.shape[0])
@@ -211,9 +220,9 @@ class QuantisedWeight:
             return None
         return self._store.struct(bias, self._scheme.group, self._table, self._order)
 
-    def _values(self, rows: slice) -> torch.Tensor:
+    def _values(self, parts: _Parts) -> torch.Tensor:
         """In the order of the columns of codes."""
-        codes, scales, offsets = self._store.read(rows)
+        codes, scales, offsets = parts
         width, group = codes.shape[1], self._scheme.group
         values = self._table[codes.int()]
         values *= scales.repeat_interleave(group, dim=1)[:, :width]

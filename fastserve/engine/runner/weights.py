@@ -24,8 +24,9 @@ class WeightTable:
     """Made by `assembly.Assembly`, which gives the weights their places."""
 
     def __init__(self, places: dict[str, list[Place]], shapes: Mapping[str, torch.Size]) -> None:
-        """`places` of each name: its own and those of the weights tied to it, in the same order for all of them."""
-        self._places = places
+        """`places` of each name: its own and those of the weights tied to it, in the same order for all of them. Some
+        may be one and the same."""
+        self._places = {name: list(dict.fromkeys(found)) for name, found in places.items()}
         self._shapes = shapes
 
     def names(self) -> list[str]:
