@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.kernels.fused_steps import FusedSteps
-from fastserve.engine.runner.formats.source import Codes, Value
+from fastserve.engine.runner.experts import Experts, expert_weights
+from fastserve.engine.runner.formats.source import Codes, Delivered, ExpertCodes
 from fastserve.engine.runner.fusion import find_gated_mlps, fuse_gated_mlp
 from fastserve.engine.runner.linear import (
     Linear,
@@ -70,8 +71,8 @@ class Assembly:
     def __init__(
         self, model: PreTrainedModel, kernels: FusedSteps | None, places: Places, quantise: Quantise | None = None
     ) -> None:
-        """With kernels, layers that take the same input become one. `quantise`: for weights of linear layers that come
-        dense, save the head's."""
+        """With kernels, layers that take the same input become one. `quantise`: for weights of linear layers and of
+        experts that come dense, save the head's."""
         self._model = model
         self._kernels = kernels
         self._where = places
@@ -82,6 +83,7 @@ class Assembly:
         self._tied = _tied_names(parameters)
         self._buffers = {name for name in model.state_dict() if name not in parameters}
         self._layers = {f"{path}.weight": path for path, module in model.named_modules() if _is_linear(module)}
+        self._experts = expert_weights(model)
         self._embeddings = {f"{path}.weight": module for path, module in model.named_modules() if can_be_tied(module)}
         self._to_quantise = set() if quantise is None else set(linear_weights(model))
         self._gated = {} if kernels is None else _gated_pairs(find_gated_mlps(model, kernels, places.device_of))
@@ -103,7 +105,7 @@ class Assembly:
         """Names of weights that nothing was given for."""
         return [name for name in self._shapes if name not in self._places and name not in self._waiting]
 
-    def add(self, name: str, value: Value) -> None:
+    def add(self, name: str, value: Delivered) -> None:
         """Give a weight (in the checkpoint's shape), or a buffer, its value; those tied to it get it too. Raises
         ValueError for another shape."""
         self._require_shape(name, value)
@@ -125,7 +127,7 @@ class Assembly:
             {name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes
         )
 
-    def _require_shape(self, name: str, value: Value) -> None:
+    def _require_shape(self, name: str, value: Delivered) -> None:
         needed = tuple(self.shape_of(name))
         found = tuple(value.shape)
         if isinstance(value, Codes) and name in self._layers and self._is_transposed(name):
@@ -136,7 +138,7 @@ class Assembly:
     def _is_transposed(self, name: str) -> bool:
         return type(self._model.get_submodule(self._layers[name])) is Conv1D
 
-    def _add_beside_tied(self, name: str, value: Value) -> None:
+    def _add_beside_tied(self, name: str, value: Delivered) -> None:
         """Older files repeat tied weights. Where they differ, the settings are wrong, and the weights are not tied."""
         dense = self._dense(name, value)
         if torch.equal(self._places[name].get().cpu(), dense.cpu()):
@@ -153,17 +155,19 @@ class Assembly:
     def _linear_first(self, names: list[str]) -> list[str]:
         return sorted(names, key=lambda name: name not in self._layers)
 
-    def _set(self, name: str, value: Value) -> None:
+    def _set(self, name: str, value: Delivered) -> None:
         if name in self._embeddings and self._tie(name):
             return
-        if name not in self._layers:
+        if name in self._experts and self._has_forms(name, value):
+            self._set_experts(name, value)
+        elif name not in self._layers:
             self._set_parameter(name, self._where.put(name, self._dense(name, value)))
         elif name in self._gated and isinstance(value, torch.Tensor) and name not in self._to_quantise:
             self._set_gated(name, self._where.put(name, self._dense(name, value)))
         else:
             self._set_linear(name, value)
 
-    def _dense(self, name: str, value: Value) -> torch.Tensor:
+    def _dense(self, name: str, value: Delivered) -> torch.Tensor:
         dtype = self._dtypes[name]
         if isinstance(value, torch.Tensor):
             return value.to(dtype)
@@ -193,7 +197,7 @@ class Assembly:
         self._model.get_submodule(path)._parameters[leaf] = parameter
         self._places[name] = Place(lambda: parameter.data, parameter.copy_)
 
-    def _set_buffer(self, name: str, value: Value) -> None:
+    def _set_buffer(self, name: str, value: Delivered) -> None:
         path, _, leaf = name.rpartition(".")
         buffers = self._model.get_submodule(path)._buffers
         assert isinstance(value, torch.Tensor)
@@ -201,7 +205,34 @@ class Assembly:
 
     # ---- linear layers ------------------------------------------------------------------------------------------
 
-    def _set_linear(self, name: str, value: Value) -> None:
+    def _has_forms(self, name: str, value: Delivered) -> bool:
+        """Whether the weights of experts are kept one by one. Plain ones on a GPU are not: there, one product of all
+        is faster."""
+        is_plain = isinstance(value, torch.Tensor) and name not in self._to_quantise
+        return not is_plain or self._where.device_of(name).type == "cpu"
+
+    def _set_experts(self, name: str, value: Delivered) -> None:
+        path, _, leaf = name.rpartition(".")
+        experts = self._model.get_submodule(path)
+        if not isinstance(experts, Experts):
+            experts = Experts(experts)
+            self._replace(path, experts)
+        transposed = experts.is_transposed
+        if isinstance(value, ExpertCodes):
+            forms = [self._form(name, codes, transposed=False) for codes in value.experts]
+        elif name in self._to_quantise:
+            forms = [self._form(name, weight, transposed=transposed) for weight in self._dense(name, value)]
+        else:
+            weights = self._where.put(name, self._dense(name, value))
+            forms = [self._packed(name, weight.t() if transposed else weight) for weight in weights]
+        experts.set_forms(leaf, forms)
+        places = [_form_place(form, transposed=transposed) for form in forms]
+        self._places[name] = Place(
+            lambda: torch.stack([place.get() for place in places]),
+            lambda tensor: [place.set(weight) for place, weight in zip(places, tensor, strict=True)],
+        )
+
+    def _set_linear(self, name: str, value: Delivered) -> None:
         path = self._layers[name]
         module = self._model.get_submodule(path)
         transposed = type(module) is Conv1D
@@ -213,18 +244,21 @@ class Assembly:
             return
         self._replace(path, linear)
 
-    def _form(self, name: str, value: Value, *, transposed: bool) -> WeightForm:
+    def _form(self, name: str, value: Delivered, *, transposed: bool) -> WeightForm:
         dtype = self._dtypes[name]
         if isinstance(value, Codes):
             form = value.form(dtype, self._where.device_of(name))
-            self._try_rows(name, form, lambda rows: value.dense(dtype, rows))
+            self._try_rows(name, form, lambda rows: value.dense(dtype, rows), value.shape[0])
             return form
+        assert isinstance(value, torch.Tensor)
         weight = value.t() if transposed else value
         if self._quantise is not None and name in self._to_quantise:
             form = self._quantise(weight.to(self._where.device_of(name)).contiguous(), dtype)
-            self._try_rows(name, form, lambda rows: form.part(rows).get())
+            self._try_rows(name, form, lambda rows: form.part(rows).get(), weight.shape[0])
             return form
-        weight = self._where.put(name, weight.to(dtype))
+        return self._packed(name, self._where.put(name, weight.to(dtype)))
+
+    def _packed(self, name: str, weight: torch.Tensor) -> WeightForm:
         form = form_of(weight if is_mapped(weight) else weight.contiguous())
         self._try(name, form, weight)
         return form
@@ -253,8 +287,7 @@ class Assembly:
             x = _trial_input(weight.shape[1], weight.dtype, weight.device)
             _require_like(name, form.product(x, None), F.linear(x, weight), weight.dtype)
 
-    def _try_rows(self, name: str, form: WeightForm, rows_of: Callable[[slice], torch.Tensor]) -> None:
-        out = self._shapes[name][1 if self._is_transposed(name) else 0]
+    def _try_rows(self, name: str, form: WeightForm, rows_of: Callable[[slice], torch.Tensor], out: int) -> None:
         count = min(_TRIED_ROWS, out)
         first, last = slice(0, count), slice(out - count, out)
         weight = torch.cat([rows_of(first), rows_of(last)]).to(self._where.device_of(name))
@@ -264,10 +297,12 @@ class Assembly:
 
 
 def linear_weights(model: PreTrainedModel) -> list[str]:
-    """Names of the weights that can be quantised: of linear layers, save the head, whose errors would show in every
-    logit."""
+    """Names of the weights that can be quantised: of linear layers and experts, save the head, whose errors would show
+    in every logit."""
     head = model.get_output_embeddings()
-    return [f"{path}.weight" for path, module in model.named_modules() if _is_linear(module) and module is not head]
+    return [*expert_weights(model)] + [
+        f"{path}.weight" for path, module in model.named_modules() if _is_linear(module) and module is not head
+    ]
 
 
 def install(model: PreTrainedModel, kernels: FusedSteps | None) -> WeightTable:

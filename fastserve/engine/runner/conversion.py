@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
-from fastserve.engine.runner.formats.source import Codes, Source, Value
+from fastserve.engine.runner.formats.source import Codes, Delivered, ExpertCodes, Source, Value, join_outputs
 from fastserve.errors import StartupError
 
 
@@ -45,12 +51,15 @@ class Delivery:
         """Read all sources. Raises StartupError that names tensor and file."""
         return [source.load() for source in self.sources]
 
-    def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Value]:
+    def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Delivered]:
         """The model's weights by name."""
         if self.rule is None:
             return {self.target: values[0]}
+        if (experts := self._join_codes(values)) is not None:
+            values.clear()
+            return {self.target: experts}
         for source, pattern, value in zip(self.sources, self.patterns, values, strict=True):
-            tensor = value.dense(dtype) if isinstance(value, Codes) else value
+            tensor = value if isinstance(value, torch.Tensor) else value.dense(dtype)
             self.rule.add_tensor(self.target, source.name, pattern, _given(tensor.to(dtype)))
         values.clear()
         try:
@@ -59,6 +68,23 @@ class Delivery:
             names = f"{self.sources[0].name} to {self.sources[-1].name}"
             raise StartupError(f"{self.place}: {names} cannot be joined to {self.target}: {error}") from error
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _join_codes(self, values: list[Value]) -> ExpertCodes | None:
+        """Experts that are quantised one by one stay so, where the rule puts them beside each other and, of an expert,
+        outputs below outputs; None where it does something else."""
+        steps = [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
+        if steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            return None
+        codes = [value for value in values if isinstance(value, Codes)]
+        if len(codes) != len(values) or len(self.rule.target_patterns) != 1:
+            return None
+        patterns = [pattern for pattern in self.rule.source_patterns if pattern in self.patterns]
+        columns = [[value for value, of in zip(codes, self.patterns, strict=True) if of == one] for one in patterns]
+        if len({len(column) for column in columns}) != 1:
+            return None
+        joined = [join_outputs(parts) for parts in zip(*columns, strict=True)]
+        experts = tuple(one for one in joined if one is not None)
+        return ExpertCodes(experts) if len(experts) == len(joined) else None
 
 
 def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Delivery], list[Source]]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from fastserve.engine.memory import return_freed_memory
 from fastserve.engine.runner.assembly import Assembly
 from fastserve.engine.runner.conversion import Delivery
-from fastserve.engine.runner.formats.source import Codes, Source, Value
+from fastserve.engine.runner.formats.source import Source, Value
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _look_at_unexpected(model: PreTrainedModel, unexpected: Sequence[Source]) ->
     told = [source for source in unexpected if not ignored.search(source.name)]
     for source in [source for source in told if source.name.endswith(".bias")]:
         value = source.load()
-        bias = value.dense(torch.float32) if isinstance(value, Codes) else value
+        bias = value if isinstance(value, torch.Tensor) else value.dense(torch.float32)
         if bool((bias != 0).any()):
             raise StartupError(
                 f"{source.place}: {source.name} is not zero, and {type(model).__name__} has no such bias by "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -63,7 +63,44 @@ class Codes:
         return weight
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertCodes:
+    """A quantised weight (experts, out, in)."""
+
+    experts: tuple[Codes, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.experts), *self.experts[0].shape
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.stack([codes.dense(dtype) for codes in self.experts])
+
+
+def join_outputs(parts: Sequence[Codes]) -> Codes | None:
+    """Weights of the same inputs as one, with the outputs of the first first; None where they are quantised in
+    different ways."""
+    first = parts[0]
+    for other in parts[1:]:
+        orders = (first.input_order, other.input_order)
+        same_order = torch.equal(*orders) if all(order is not None for order in orders) else orders == (None, None)
+        kinds = {
+            (part.bits, part.group, part.shape[1], part.codes.dtype, part.zeros is None) for part in (first, other)
+        }
+        if not same_order or len(kinds) != 1:
+            return None
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(
+        first,
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
+
+
 Value: TypeAlias = torch.Tensor | Codes
+Delivered: TypeAlias = Value | ExpertCodes
+"""What becomes a weight of the model."""
 
 
 @dataclass(frozen=True, slots=True)

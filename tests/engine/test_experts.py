@@ -1,0 +1,101 @@
+"""Experts of mixtures, whose weights are packed or quantised one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastserve.engine.runner.experts import Experts
+from fastserve.engine.runner.linear import GroupedWeight, PlainWeight
+from fastserve.engine.runner.loading import LoadedModel, load_model
+from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.settings import WeightOptions
+
+from .conftest import TinyModels
+
+MIXTURES = ["qwen3_moe", "mixtral", "gpt_oss"]
+"""The last one has biases, weights in transposed order, and a gate of its own."""
+
+
+def load(path: str, dtype: str = "float32", quantise: Any = None) -> LoadedModel:
+    options = WeightOptions(quantise=quantise)
+    return load_model(path, "cpu", dtype, trust_remote_code=False, progress=lambda *_: None, options=options)
+
+
+def experts_of(loaded: LoadedModel) -> list[Experts]:
+    return [module for module in loaded.model.modules() if isinstance(module, Experts)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_they_are_packed_and_kept_once(tiny_models: TinyModels, name: str, dtype: str) -> None:
+    layers = experts_of(load(tiny_models.path(name), dtype))
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.forms.keys() == {"gate_up_proj", "down_proj"}
+        assert {type(form) for forms in layer.forms.values() for form in forms} == {GroupedWeight}
+        assert {len(forms) for forms in layer.forms.values()} == {4}
+        assert not [parameter for parameter in layer.parameters() if parameter.dim() == 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_they_compute_what_the_models_own_code_does(tiny_models: TinyModels, name: str, dtype: torch.dtype) -> None:
+    path = tiny_models.path(name)
+    layer = experts_of(load(path, str(dtype).removeprefix("torch.")))[1]
+    own = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
+    theirs = next(
+        module for at, module in own.named_modules() if at.endswith("experts") and ".1." in at
+    )  # of the second layer
+    torch.manual_seed(0)
+    x = torch.randn(37, theirs.down_proj.shape[1 if not layer.is_transposed else 2]).to(dtype)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(37)])
+    chosen[chosen == 3] = 0  # one expert gets nothing, and some tokens go to the same one twice
+    shares = torch.rand(37, 2).to(dtype)
+    with torch.inference_mode():
+        expected, found = theirs(x, chosen, shares), layer(x, chosen, shares)
+        alone = torch.cat([layer(x[i : i + 1], chosen[i : i + 1], shares[i : i + 1]) for i in range(37)])
+    assert found.dtype is dtype
+    error = (found.float() - expected.float()).abs().max()
+    assert error <= 8 * torch.finfo(dtype).eps * expected.float().abs().max()
+    assert torch.equal(found, alone), "a token's result depends on the tokens beside it"
+
+
+@pytest.mark.parametrize("quantise", ["int8", "nf4"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_they_are_quantised_as_linear_layers_are(tiny_models: TinyModels, name: str, quantise: str) -> None:
+    loaded = load(tiny_models.path(name), quantise=quantise)
+    for layer in experts_of(loaded):
+        assert {type(form) for forms in layer.forms.values() for form in forms} == {QuantisedWeight}
+    # A model with the values that the codes stand for computes the same.
+    like = AutoModelForCausalLM.from_pretrained(tiny_models.path(name), dtype=torch.float32).eval()
+    unchanged = like.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
+    with torch.no_grad():
+        for weight_name, parameter in like.named_parameters():
+            parameter.copy_(loaded.weights.get(weight_name))
+    changed = like.state_dict()["model.layers.0.mlp.experts.down_proj"]
+    assert 0.0 < (changed - unchanged).norm() < 0.2 * unchanged.norm()
+    tokens = torch.randint(2, 160, (1, 23))
+    for model in (like, loaded.model):
+        model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected, found = (model(input_ids=tokens, use_cache=False).logits for model in (like, loaded.model))
+    assert (expected - found).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_a_weight_without_forms_is_a_parameter(tiny_models: TinyModels) -> None:
+    """As with packed weights beside plain ones on a GPU."""
+    own = AutoModelForCausalLM.from_pretrained(tiny_models.path("gpt_oss"), dtype=torch.float32)
+    theirs = own.model.layers[0].mlp.experts
+    layer = Experts(theirs)
+    x, chosen, shares = torch.randn(5, 48), torch.randint(4, (5, 2)), torch.rand(5, 2)
+    with torch.inference_mode():
+        expected = theirs(x, chosen, shares)
+        assert torch.allclose(layer(x, chosen, shares), expected, atol=1e-5)
+        layer.set_forms("down_proj", [PlainWeight(weight.t()) for weight in theirs.down_proj])
+        assert torch.allclose(layer(x, chosen, shares), expected, atol=1e-5)
+    assert "down_proj" not in dict(layer.named_parameters())
+    assert "gate_up_proj" in dict(layer.named_parameters())
