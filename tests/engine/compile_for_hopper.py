@@ -13,14 +13,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastserve.engine.kernels import triton_attention as attention
+from fastserve.engine.kernels import triton_codes as codes
 from fastserve.engine.kernels import triton_elementwise as elementwise
 
 _HOPPER = GPUTarget("cuda", 90, 32)
-_INT32 = {"slots", "block_table", "starts", "counts", "contexts", "item_sequence", "item_first"}
-_FLOAT32 = {"parts", "part_peaks", "part_totals"}
+_UINT8 = {"codes"}
+_INT32 = {"order", "slots", "block_table", "starts", "counts", "contexts", "item_sequence", "item_first"}
+_FLOAT32 = {"scales", "offsets", "table", "parts", "part_peaks", "part_totals"}
 _FLOATS = {"scaling", "softcap", "eps", "offset"}
-_UNALIGNED = {"table_stride", "least_split", "part_tokens"}
-_STRIDES = {"query_token", "query_head", "key_token", "key_head", "value_token", "value_head", "x_token", "x_head"}
+_UNALIGNED = {"rows", "table_stride", "least_split", "part_tokens"}
+_STRIDES = {
+    "query_token",
+    "query_head",
+    "key_token",
+    "key_head",
+    "value_token",
+    "value_head",
+    "x_token",
+    "x_head",
+    "x_row",
+}
 
 
 def type_of(name: str) -> str:
@@ -28,6 +40,8 @@ def type_of(name: str) -> str:
         return "fp32"
     if name in _UNALIGNED | _STRIDES:
         return "i32"
+    if name in _UINT8:
+        return "*u8"
     return "*i32" if name in _INT32 else "*fp32" if name in _FLOAT32 else "*bf16"
 
 
@@ -42,7 +56,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], **options: int) -> di
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     ptx: str = triton.compile(source, target=_HOPPER, options=options).asm["ptx"]
-    return {word: ptx.count(word) for word in ("wgmma.mma_async", "mma.sync", "cp.async.cg")}
+    return {word: ptx.count(word) for word in ("wgmma.mma_async", "mma.sync", "cp.async", "cp.async.cg")}
 
 
 def compile_attention(tiling: attention.Tiling, splits: int, window: int, block_size: int) -> dict[str, int]:
@@ -53,6 +67,15 @@ def compile_attention(tiling: attention.Tiling, splits: int, window: int, block_
     }  # fmt: skip
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     return compile_kernel(attention._attend, constants, **options)
+
+
+def compile_codes(bits: int, rows: int, **options: Any) -> dict[str, int]:
+    constants = {
+        "OUT": 4096, "IN": 4096, "GROUP": 128, "GROUPS": 32, "BITS": bits, "FIRST": 0.0, "COUNTS": True,
+        "HAS_OFFSETS": True, "HAS_ORDER": False, "IN_FLOAT32": False, "ROWS": rows, "OUTPUTS": 64, "DEPTH": 128,
+        "SPLITS": 4,
+    }  # fmt: skip
+    return compile_kernel(codes._multiply, constants | options, num_warps=4, num_stages=4)
 
 
 def main() -> None:
@@ -68,6 +91,10 @@ def main() -> None:
         "join": compile_kernel(attention._join, join),
         "rms_norm": compile_kernel(elementwise._rms_norm, {"SIZE": 4096, "ROOM": 4096}, num_warps=8),
         "silu_and_mul": compile_kernel(elementwise._silu_and_mul, {"SIZE": 14336, "ROOM": 1024}),
+        "4 bits": compile_codes(4, 16),
+        "4 bits, all options": compile_codes(4, 64, COUNTS=False, HAS_ORDER=True),
+        "8 bits": compile_codes(8, 16),
+        "8 bits, all options": compile_codes(8, 64, COUNTS=False, HAS_ORDER=True),
         "rotary": compile_kernel(elementwise._rotary, turned),
     }
     print(json.dumps(found))

@@ -9,6 +9,7 @@ the activations are; none of these forms quantises activations.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fastserve.engine.kernels.packed_linear import UNIT, PackedLinearKernel, WeightStruct
+from fastserve.engine.kernels.stored_codes import CodesKernel, StoredCodes, find_codes_kernel
 from fastserve.engine.runner.linear import RowsOfWeight, WeightForm
 
 _DEQUANTISED = 1 << 22
@@ -52,8 +54,8 @@ class _Plain:
         self._bits = bits
         self._codes = codes if bits == 8 else _in_pairs(codes)
         self._width = codes.shape[1]
-        self._scales = scales
-        self._offsets = offsets
+        self._scales = scales.contiguous()
+        self._offsets = None if offsets is None else offsets.contiguous()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,6 +84,14 @@ class _Plain:
         part._codes, part._scales = self._codes[rows], self._scales[rows]
         part._offsets = None if self._offsets is None else self._offsets[rows]
         return part
+
+    def stored(self, scheme: Scheme, table: torch.Tensor, order: torch.Tensor | None) -> StoredCodes:
+        positive = scheme.table[: 1 << scheme.bits - (scheme.bits == 8)]
+        counts = all(after - before == 1.0 for before, after in itertools.pairwise(positive))
+        return StoredCodes(
+            self._codes, self._scales, self._offsets, table, positive[0], counts, order, self._width, scheme.bits,
+            scheme.group,
+        )  # fmt: skip
 
 
 class _Blocks:
@@ -164,6 +174,7 @@ class QuantisedWeight:
         self._store: _Plain | _Blocks = _Blocks.of(scheme, parts, dtype) or _Plain(scheme.bits, *parts)
         self._order = None if input_order is None else input_order.to(self._store.device, torch.int32)
         self._table = torch.tensor(scheme.table, device=self._store.device)
+        self._gpu_kernel: CodesKernel | None = find_codes_kernel(self._store.device)
 
     @property
     def nbytes(self) -> int:
@@ -173,6 +184,8 @@ class QuantisedWeight:
         struct = self.struct(bias)
         if struct is not None and isinstance(self._store, _Blocks) and x.dtype == self._dtype:
             return self._store.kernel.product(x, struct, self._store.shape[0])
+        if (found := self._product_on_gpu(x)) is not None:
+            return found if bias is None else found + bias
         if self._order is not None:
             x = x[..., self._order]
         parts = [
@@ -180,6 +193,15 @@ class QuantisedWeight:
             for rows in _slices(self._store.shape, _DEQUANTISED)
         ]
         return torch.cat(parts, dim=-1)
+
+    def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor | None:
+        kernel, rows = self._gpu_kernel, x.numel() // x.shape[-1]
+        if kernel is None or isinstance(self._store, _Blocks) or rows > kernel.most_rows or x.dtype != self._dtype:
+            return None
+        weight = self._store.stored(self._scheme, self._table, self._order)
+        if not kernel.supports(weight):
+            return None
+        return kernel.product(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
     def get(self) -> torch.Tensor:
         """Dequantised, in the compute dtype."""
