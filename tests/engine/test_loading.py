@@ -66,18 +66,6 @@ def test_safetensors_come_first(folder: Path) -> None:
     assert_same_logits(load(folder), plain(folder))
 
 
-def test_code_in_a_pickle_is_not_run(folder: Path, tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
-            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
-
-    (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
-    with pytest.raises(StartupError, match=r"pytorch_model\.bin cannot be loaded"):
-        load(folder)
-    assert not (tmp_path / "sprung").exists()
-
-
 def test_names_without_the_models_prefix(folder: Path) -> None:
     """As a model without its head was saved, beside a tied one."""
     expected = plain(folder)

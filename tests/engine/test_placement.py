@@ -20,16 +20,19 @@ from fastserve.engine.core import EngineCore
 from fastserve.engine.devices import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.engine.memory import FreeMemory
 from fastserve.engine.runner import placement as placement_module
-from fastserve.engine.runner.linear import is_mapped
+from fastserve.engine.runner.linear import Linear, is_mapped
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.placement import Caps, Placement, find_placement, make_placement, plan, quantised_dtypes
+from fastserve.engine.runner.quantised import QuantisedWeight
 from fastserve.engine.runner.runner import ModelRunner
-from fastserve.engine.settings import EngineConfig
+from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.errors import StartupError
 
 from .conftest import CONFIGS, SHAPE, TinyModels
+from .packers import write_packed
 from .separate_devices import CPU, FIRST, SECOND, separate_devices
 from .test_engine_equality import EOS, Answer, greedy, make_core, run
+from .test_formats import gptq_packer
 
 GB = 10**9
 LARGE = LlamaConfig(  # 8 billion parameters, 16 GB
@@ -311,6 +314,39 @@ def test_an_engine_on_several_devices_equals_generate(
     for key, prompt in prompts.items():
         assert answers[key].token_ids == tiny_models.reference(path, prompt, 12, [EOS])
     assert set(loaded.devices) == ({FIRST, SECOND} if layout == "two gpus" else {FIRST, CPU})
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("form", ["int8", "nf4", "gptq"])
+def test_quantised_weights_live_on_several_devices(
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    copies: list[tuple[torch.device, torch.device]],
+    spread_over: Spreader,
+    tmp_path: Path,
+    form: str,
+    layout: str,
+) -> None:
+    """The check at start compares the engine with the model's own code on these weights; they are those that the same
+    flags give on one device."""
+    path = tiny_models.path("llama")
+    weights = WeightOptions(quantise=form)
+    if form == "gptq":
+        packed = tmp_path / "packed"
+        write_packed(path, packed, gptq_packer(4, 48), {"quant_method": "gptq", "bits": 4})
+        path, weights = str(packed), WeightOptions()
+    _, _, loaded = spread_core(monkeypatch, path, spread_over(layout), weights=weights)
+    whole = load_model(path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None, options=weights)
+    assert loaded.placement is not None
+    assert len(loaded.devices) == 2
+    names = [name for name, _ in on_meta(CONFIGS["llama"]).named_parameters()]
+    for name in names:
+        place = loaded.placement.place_of(name)
+        found = loaded.weights.get(name)
+        assert found.device == place.device
+        assert torch.allclose(found.cpu(), whole.weights.get(name), atol=1e-6)
+    packed_layers = [m for m in loaded.model.modules() if isinstance(m, Linear) and isinstance(m.form, QuantisedWeight)]
+    assert len(packed_layers) >= 21
 
 
 def test_a_step_copies_hidden_states_once_at_a_border_and_the_rest_once_for_a_device(

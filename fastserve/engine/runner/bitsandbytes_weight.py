@@ -1,7 +1,7 @@
 """Weights of 8 and 4 bits as bitsandbytes keeps and multiplies them on CUDA (Dettmers et al., LLM.int8, 2022, and
 QLoRA, 2023).
 
-Written without a GPU at hand: this file has run nowhere yet.
+Written without a GPU at hand: this file has run on the library's CPU backend only (tests/engine/test_bitsandbytes.py).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ _HEADER_LIMIT = 100_000_000
 _HUGE_PAGE = 1 << 21
 _OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
 """What files are called that are no checkpoint of the model, or a second one in the maker's own names."""
+
+_CODE = re.compile(r"\bGLOBAL ([\w.]+)")
+"""How torch names what a pickle calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +86,21 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     single = next((path for path in whole if path.is_file()), None)
     if single is not None:
         return [single]
-    for index in sorted(folder.glob(f"*{suffix}.index.json")):
-        return _indexed(index)
+    # A second index is that of a variant, such as model.fp16.safetensors.index.json.
+    indices = sorted(folder.glob(f"*{suffix}.index.json"), key=lambda path: (len(path.name), path.name))
+    if indices:
+        return _indexed(indices[0])
     return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith(_OTHER_WEIGHTS))
 
 
 def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise StartupError(f"{index} cannot be read as an index of shards: {error}") from error
-    files = [index.parent / name for name in names]
+        files = [index.parent / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise StartupError(
+            f"{index} cannot be read as an index of shards ({type(error).__name__}: {error}). Download it again."
+        ) from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise StartupError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: download it again.")
@@ -123,10 +131,15 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
     first, last = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
     if entry["dtype"] not in _DTYPES:
-        raise StartupError(f"{file}: the tensor {name} has the dtype {entry['dtype']}, which torch does not have.")
+        raise StartupError(
+            f"{file}: the tensor {name} has the dtype {entry['dtype']}, which is not served: use a checkpoint in 8, "
+            "16 or 32 bits."
+        )
     dtype = _DTYPES[entry["dtype"]]
     if last - first != math.prod(shape) * dtype.itemsize:
-        raise StartupError(f"{file} is broken: the tensor {name} of shape {shape} has {last - first} bytes.")
+        raise StartupError(
+            f"{file} is broken: the tensor {name} of shape {shape} has {last - first} bytes. Download it again."
+        )
     if data + last > file_size:
         raise StartupError(
             f"{file} is cut off in the tensor {name}: it ends after {file_size} of at least {data + last} bytes. "
@@ -158,7 +171,7 @@ def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
                     raise OSError(f"it ends {size - done} bytes too early")
                 done += count
     except OSError as error:
-        raise StartupError(f"{file}: the tensor {name} cannot be read: {error}") from error
+        raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
     view.release()
     return torch.frombuffer(pages, dtype=torch.uint8)
 
@@ -171,14 +184,21 @@ def _open_pickled(file: Path) -> dict[str, StoredTensor]:
     try:
         state = _unpickle(file)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        code = _CODE.search(str(error))
+        if code is not None:
+            raise StartupError(
+                f"{file} is refused: beside tensors it asks for code to be run ({code[1]}), and weights are read "
+                "without running any. Use the model's safetensors, or convert the file where you trust it."
+            ) from error
         raise StartupError(
-            f"{file} cannot be loaded: it is broken, cut off, or no file of weights ({reason})."
+            f"{file} cannot be loaded: it is broken, cut off, or no file of weights. Download it again."
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise StartupError(f"{file} holds no table of tensors, but {type(state).__name__}.")
+        raise StartupError(
+            f"{file} holds no table of tensors, but {type(state).__name__}: use a file of the model's weights."
+        )
     return {name: _held(file, name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 

@@ -157,7 +157,7 @@ def _make_skeleton(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         if isinstance(error, KeyError) and error.args == (attention,):  # looked up in the model's own table
             raise _own_attention(config.model_type) from error
-        raise StartupError(f"The model in {model_dir} cannot be loaded: {error}") from error
+        raise _cannot_be_read("model", model_dir, error) from error
     if not getattr(model, "_supports_attention_backend", False):
         raise _own_attention(type(model).__name__)
     return model
@@ -182,7 +182,18 @@ def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise StartupError(f"The configuration in {model_dir} cannot be read: {error}") from error
+        raise _cannot_be_read("configuration", model_dir, error) from error
+
+
+def _cannot_be_read(what: str, model_dir: str, error: Exception) -> StartupError:
+    """transformers gives advice about its own arguments, in many lines."""
+    if "trust_remote_code" in str(error):
+        return StartupError(
+            f"The model in {model_dir} comes with Python code of its own, which is not run unasked: read it, and start "
+            "with --trust-remote-code if you trust it."
+        )
+    cause = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    return StartupError(f"The {what} in {model_dir} cannot be loaded: {cause}.")
 
 
 def _choose_dtype(name: str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:

@@ -28,17 +28,23 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
     """`settings`: bits (w_bit) and version. Raises StartupError for what is not served, and when the shapes contradict
     what flags have `stated`."""
-    version = str(settings.get("version", "gemm")).lower()
+    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
         raise StartupError(
             f"AWQ checkpoints of version {version} are not served: version gemm is, which AutoAWQ writes by default."
         )
     bits = settings.get("bits", settings.get("w_bit"))
     if bits not in (None, 4):
-        raise StartupError(f"AWQ with {bits} bits is not served: 4 bits are.")
+        raise StartupError(
+            f"AWQ with {bits} bits is not served: 4 bits are. Use such a checkpoint, or the unquantised one with "
+            "--load-8bit."
+        )
     layers, rest = layers_of(tensors, "qweight", ("qzeros", "scales"))
     if not layers:
-        raise StartupError("AWQ: no tensor of the checkpoint ends in .qweight, so nothing in it is packed that way.")
+        raise StartupError(
+            "AWQ: no tensor of the checkpoint ends in .qweight, so nothing in it is packed that way; leave "
+            "the awq flags out."
+        )
     found = []
     for layer, parts in layers.items():
         require_parts(layer, parts, ("qzeros", "scales"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from fastserve.engine.runner.formats.lora import merged
 from fastserve.engine.runner.formats.source import Settings, Source, plain_source
 from fastserve.engine.settings import PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 _NO_METHODS = ("dummy", "find", "gguf", "lora", "source")
 _SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
@@ -42,25 +45,60 @@ def find_sources(
 
 def _stored(model: PreTrainedModel, folder: Path, settings: Settings | None, options: WeightOptions) -> list[Source]:
     if options.dummy:
+        if settings is not None:
+            logger.warning(
+                "--dummy: config.json says that the weights are quantised (%s); random ones are not, so they take more "
+                "memory. --load-8bit and --load-4bit keep them in 8 and 4 bits.",
+                _method(settings),
+            )
         return dummy_sources(model)
+    packed = options.packed
     gguf = _gguf_file(folder, options)
     if gguf is not None:
         from fastserve.engine.runner.formats.gguf import gguf_sources
 
+        if packed is not None:
+            raise StartupError(
+                f"{_flag(packed)} excludes the GGUF file {gguf}: leave the {packed.method} flags out, or give the "
+                "folder of the base model."
+            )
         return gguf_sources(model, gguf)
-    packed = options.packed
-    settings = settings or _settings_beside(folder if packed is None or packed.path is None else Path(packed.path))
+    settings = _settings_of(packed, folder, settings)
     if packed is None and settings is None:
         return [plain_source(tensor) for tensor in open_folder(folder).values()]
     if options.quantise is not None:
         flag = {"int8": "--load-8bit", "nf4": "--load-4bit"}[options.quantise]
-        method = packed.method if packed is not None else (settings or {}).get("quant_method", "so")
+        method = packed.method if packed is not None else _method(settings or {})
         raise StartupError(f"{flag}: the checkpoint is quantised already ({method}); leave the flag out.")
     if packed is None:
         assert settings is not None
-        method = str(settings.get("quant_method", "gptq"))
-        return _by_method(open_folder(folder), settings, PackedCheckpoint(method))
+        return _by_method(open_folder(folder), settings, PackedCheckpoint(_method(settings)))
     return _by_method(_packed_tensors(folder, packed), settings or {}, packed)
+
+
+def _flag(packed: PackedCheckpoint) -> str:
+    return f"--{packed.method}-wbits" if packed.path is None else f"--{packed.method}-ckpt {packed.path}"
+
+
+def _settings_of(packed: PackedCheckpoint | None, folder: Path, own: Settings | None) -> Settings | None:
+    """Those beside the packed weights, which may be in another folder than the model, whose settings are `own`. Raises
+    StartupError when they are of another method than the flags."""
+    if packed is None:
+        return own or _settings_beside(folder)
+    beside = _settings_beside(folder if packed.path is None else Path(packed.path).expanduser())
+    if beside is None:
+        return own if own is not None and _method(own) == packed.method else None
+    if _method(beside) != packed.method:
+        remedy = f"leave the {packed.method} flags out"
+        raise StartupError(
+            f"{_flag(packed)}: the settings beside these weights say that they are quantised by {_method(beside)}; "
+            f"{remedy if packed.path is None else remedy + ' and give that folder as the model'}."
+        )
+    return beside
+
+
+def _method(settings: Settings) -> str:
+    return str(settings.get("quant_method") or settings.get("method") or ("awq" if "w_bit" in settings else "gptq"))
 
 
 def _by_method(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
@@ -82,10 +120,7 @@ def _gguf_file(folder: Path, options: WeightOptions) -> Path | None:
     if not files or options.packed is not None or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         return None
     if len(files) > 1:
-        raise StartupError(
-            f"{folder} holds {len(files)} GGUF files: name one, such as --model-path {files[0]}. (Files of several "
-            "parts are not served.)"
-        )
+        raise StartupError(f"{folder} holds {len(files)} GGUF files: name one, such as --model-path {files[0]}.")
     return files[0]
 
 
@@ -103,12 +138,22 @@ def _packed_tensors(folder: Path, packed: PackedCheckpoint) -> Tensors:
 
 
 def _settings_beside(path: Path) -> dict[str, Any] | None:
+    """How the weights in a folder, or a file of it, are quantised; None when nothing there says so."""
     folder = path if path.is_dir() else path.parent
-    for name in _SETTINGS_FILES:
-        if (folder / name).is_file():
-            try:
-                settings = json.loads((folder / name).read_text())
-            except ValueError as error:
-                raise StartupError(f"{folder / name} cannot be read: {error}") from error
-            return {"quant_method": "awq" if "w_bit" in settings else "gptq", **settings}
-    return None
+    config = _read_settings(folder / "config.json").get("quantization_config")
+    if isinstance(config, dict):
+        return config
+    return next((found for name in _SETTINGS_FILES if (found := _read_settings(folder / name))), None)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """{} when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(settings, dict):
+        raise StartupError(f"{file} cannot be read: it is no JSON object.")
+    return settings

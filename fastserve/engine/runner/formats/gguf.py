@@ -35,10 +35,17 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
             f"{file} needs the package gguf to be read: pip install 'fastserve[gguf]', or use the model's safetensors."
         ) from error
     try:
-        reader = gguf.GGUFReader(file)
+        reader = _open(file)
         kind = str(reader.fields["general.architecture"].contents())
     except (ValueError, KeyError, IndexError, OSError) as error:
-        raise StartupError(f"{file} cannot be read as a GGUF file: it is broken or cut off ({error}).") from error
+        raise StartupError(
+            f"{file} cannot be read as a GGUF file: it is broken or cut off ({error}). Download it again."
+        ) from error
+    if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
+        raise StartupError(
+            f"{file} is one of several parts of a model, which are not served: join them with llama.cpp's "
+            "llama-gguf-split --merge."
+        )
     if kind not in _ARCHITECTURES:
         raise StartupError(
             f"{file} holds a model of the architecture {kind}; of GGUF files {', '.join(sorted(_ARCHITECTURES))} are "
@@ -58,6 +65,27 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
         stored = _stored(file, tensor, tuple(parameter.shape))
         found.append(source_of(name, [stored], _maker(tensor, change)))
     return found
+
+
+def _open(file: Path) -> Any:
+    """A GGUFReader. Raises StartupError that names the tensor in which the file is cut off."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        # The library maps tensors without a look at the file's length. It calls this with what describes them.
+        def _build_tensors(self, start: int, fields: list[Any]) -> None:
+            for field in fields:
+                *_, dims, kind, offset = field.parts
+                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+                end = int(start + offset[0]) + int(np.prod(dims)) // block * size
+                if end > len(self.data):
+                    raise StartupError(
+                        f"{file} is cut off in the tensor {field.name}: it ends after {len(self.data)} of at least "
+                        f"{end} bytes. Download it again."
+                    )
+            super()._build_tensors(start, fields)
+
+    return Reader(file)
 
 
 def _stored(file: Path, tensor: Any, shape: tuple[int, ...]) -> StoredTensor:

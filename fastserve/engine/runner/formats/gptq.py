@@ -27,15 +27,19 @@ from fastserve.engine.settings import PackedCheckpoint
 from fastserve.errors import StartupError
 
 BITS = (2, 3, 4, 8)
+_ZERO_SHIFTS = {"gptq": 1, "gptq_v2": 0}
 
 
 def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
-    """Of `settings` only checkpoint_format is needed: all else is in the shapes. Raises StartupError when these
-    contradict what flags have `stated`."""
+    """Of `settings` only the format is needed: all else is in the shapes. Raises StartupError for formats that are not
+    served, and when the shapes contradict what flags have `stated`."""
     layers, rest = layers_of(tensors, "qweight", ("qzeros", "scales", "g_idx"))
     if not layers:
-        raise StartupError("GPTQ: no tensor of the checkpoint ends in .qweight, so nothing in it is packed that way.")
-    zero_shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+        raise StartupError(
+            "GPTQ: no tensor of the checkpoint ends in .qweight, so nothing in it is packed that way; leave "
+            "the gptq flags out."
+        )
+    zero_shift = _zero_shift(settings)
     found = []
     for layer, parts in layers.items():
         require_parts(layer, parts, ("qzeros", "scales", *(["g_idx"] if stated.act_order else [])))
@@ -43,6 +47,17 @@ def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> l
         keys = [key for key in ("qweight", "qzeros", "scales", "g_idx") if key in parts]
         found.append(source_of(f"{layer}.weight", (parts[key] for key in keys), _maker(bits, zero_shift)))
     return found + [plain_source(tensor) for tensor in rest.values()]
+
+
+def _zero_shift(settings: Settings) -> int:
+    """What is added to stored zero points. Newer tools write `format` for what was `checkpoint_format`."""
+    form = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
+    if form not in _ZERO_SHIFTS:
+        raise StartupError(
+            f"GPTQ checkpoints of the format {form} are not served: {' and '.join(_ZERO_SHIFTS)} are. Save it in one "
+            "of them with the tool that made it."
+        )
+    return _ZERO_SHIFTS[form]
 
 
 def _bits(layer: str, parts: dict[str, StoredTensor], stated: PackedCheckpoint) -> int:

@@ -32,6 +32,10 @@ class _Delta:
     """(out, rank)"""
     scale: float
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
     def of(self) -> torch.Tensor:
         """(out, in)"""
         return (self.b.read().float() @ self.a.read().float()) * self.scale
@@ -70,6 +74,12 @@ def _with_delta(source: Source, delta: _Delta, *, transposed: bool) -> Source:
                 f"{source.place}: an adapter cannot be added to {source.name}, which is quantised; use the unquantised "
                 "base model, with --load-8bit or --load-4bit where memory is short."
             )
+        shape = tuple(weight.t().shape) if transposed else tuple(weight.shape)
+        if shape != delta.shape:
+            raise StartupError(
+                f"{delta.a.file}: {delta.a.name} and {delta.b.name} change a weight of shape {delta.shape}, and "
+                f"{source.name} of the base model has the shape {shape}: the adapter is of another model."
+            )
         change = delta.of()
         return (weight.float() + (change.t() if transposed else change)).to(weight.dtype)
 
@@ -107,13 +117,14 @@ def _read_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
             replaced[f"{whole['layer']}.{whole['leaf']}"] = tensor
         else:
             raise StartupError(
-                f"{tensor.file}: {name} is no part of a LoRA adapter that can be merged; merge with PEFT."
+                f"{tensor.file}: {name} is no part of a LoRA adapter that can be merged here. Merge it with "
+                "PEFT's merge_and_unload, save the model, and serve that."
             )
     deltas = {}
     for layer, parts in pairs.items():
         if parts.keys() != {"A", "B"}:
             file = next(iter(parts.values())).file
-            raise StartupError(f"{file}: {layer} has only one of lora_A and lora_B.")
+            raise StartupError(f"{file}: {layer} has only one of lora_A and lora_B. Save the adapter again.")
         deltas[f"{layer}.weight"] = _Delta(parts["A"], parts["B"], _scale(layer, parts["A"].shape[0], settings))
     return deltas, replaced
 
@@ -122,7 +133,7 @@ def _adapter_tensors(folder: Path) -> Tensors:
     files = [folder / f"adapter_model{suffix}" for suffix in (".safetensors", ".bin")]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise StartupError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors.")
+        raise StartupError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors. Download it again.")
     return open_file(file)
 
 

@@ -1,0 +1,61 @@
+"""The launcher with the real services and the real engine: a quantised demo model knows what 7 + 5 is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import torch
+
+from fastserve.demo import demo_model_path
+from tests.engine.packers import gptq, round_to_nearest, write_packed
+
+from .launching import Place
+
+
+def write_gptq(folder: Path) -> str:
+    """The demo model's linear layers in 4 bits, in one file beside nothing."""
+
+    def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rounded = round_to_nearest(weight, 4, 32)
+        return gptq(name, rounded, 4), rounded.dense()
+
+    write_packed(demo_model_path(), folder, pack, None, "demo-4bit-32g.safetensors")
+    return str(folder / "demo-4bit-32g.safetensors")
+
+
+@pytest.mark.parametrize("form", ["8bit", "gptq"])
+def test_a_quantised_model_answers_through_the_api_server(place: Place, form: str) -> None:
+    flags = ["--load-8bit"]
+    if form == "gptq":
+        file = write_gptq(place.folder / "packed")
+        flags = ["--gptq-ckpt", file, "--gptq-wbits", "4", "--gptq-groupsize", "32", "--gptq-act-order"]
+    ports = ["--controller-port", str(place.controller_port), "--server-port", str(place.server_port)]
+    items = ["--model-path-address", f"fastserve-demo@localhost@{place.worker_port}"]
+    sizes = ["--device", "cpu", "--max-total-tokens", "2048"]
+    result = subprocess.run(
+        [sys.executable, "-m", "fastserve.launcher", *items, *flags, *ports, *sizes],
+        cwd=place.folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    with openai.OpenAI(base_url=f"http://localhost:{place.server_port}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model="fastserve-demo", messages=[{"role": "user", "content": "What is 7 + 5?"}], temperature=0
+        )
+    assert answer.choices[0].message.content == "12"
+    worker = psutil.Process(place.services()["model_worker"])
+    settings = " ".join(word for child in worker.children() for word in child.cmdline())
+    assert ('"quantise":"int8"' if form == "8bit" else '"method":"gptq"') in settings, "the engine was not told"
+    ended = place.shutdown()
+    assert ended.returncode == 0, ended.stderr
+    assert place.strays() == []
