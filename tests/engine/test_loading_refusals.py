@@ -20,6 +20,7 @@ from fastserve.engine.runner import checkpoint, placement
 from fastserve.engine.settings import PackedCheckpoint
 from fastserve.errors import StartupError
 
+from .conftest import TinyModels
 from .packers import Tensors, awq, packed_integers, round_to_nearest, write_packed
 from .test_formats import SIZES, compressed, gptq_packer, load, save, write_gguf
 
@@ -284,3 +285,19 @@ def test_a_folder_for_the_rest_that_cannot_be_made(tmp_path: Path, monkeypatch: 
     words = r"^--cpu-offloading: the folder \S+ for what fits neither .* cannot be made .*; set XDG_CACHE_HOME"
     with pytest.raises(StartupError, match=words):
         placement._offload_folder()
+
+
+# ---- experts ----------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_of_another_shape(tiny_models: TinyModels, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_models.path("qwen3_moe"), tmp_path / "model"))
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    save_file({**state, name: state[name][:, :-1].contiguous()}, file)
+    refused(
+        folder,
+        r"model\.safetensors: model\.layers\.1\.mlp\.experts\.2\.down_proj\.weight has the shape \(48, 31\), and "
+        r"model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight has \(48, 32\)\.",
+    )

@@ -55,6 +55,7 @@ class Delivery:
         """The model's weights by name."""
         if self.rule is None:
             return {self.target: values[0]}
+        self._require_like_shapes(values)
         if (experts := self._join_codes(values)) is not None:
             values.clear()
             return {self.target: experts}
@@ -66,8 +67,17 @@ class Delivery:
             made: dict[str, Any] = self.rule.convert(self.target, model=model, config=model.config)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             names = f"{self.sources[0].name} to {self.sources[-1].name}"
-            raise StartupError(f"{self.place}: {names} cannot be joined to {self.target}: {error}") from error
+            raise StartupError(f"{self.place}: {names} cannot be joined to {self.target}: {error}.") from error
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _require_like_shapes(self, values: list[Value]) -> None:
+        """What stands for the same part of several experts has one shape."""
+        first: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for source, pattern, value in zip(self.sources, self.patterns, values, strict=True):
+            shape = tuple(value.shape)
+            name, expected = first.setdefault(pattern, (source.name, shape))
+            if shape != expected:
+                raise StartupError(f"{source.place}: {source.name} has the shape {shape}, and {name} has {expected}.")
 
     def _join_codes(self, values: list[Value]) -> ExpertCodes | None:
         """Experts that are quantised one by one stay so, where the rule puts them beside each other and, of an expert,
