@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fastserve.engine.build import build_core
+from fastserve.engine.runner.checkpoint import PagePool
 from fastserve.engine.runner.linear import GroupedWeight, Linear, PlainWeight
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.quantised import QuantisedWeight
@@ -163,7 +164,7 @@ def change(folder: Path, **changes: torch.Tensor | None) -> None:
         ),
         (
             lambda f: change(f, model__layers__1__self_attn__o_proj__weight=torch.full((48, 48), torch.nan)),
-            r"model\.layers\.1\.self_attn\.o_proj\.weight: .* either the weight is not finite",
+            r"model\.layers\.1\.self_attn\.o_proj\.weight: products with it are not finite\. Either the checkpoint is",
         ),
         (
             lambda f: (
@@ -382,3 +383,23 @@ def test_plain_weights_stay_plain_on_no_kernel(tiny_models: TinyModels, monkeypa
     loaded: LoadedModel = load(tiny_models.path("gpt2"))
     assert PlainWeight in forms(loaded)
     assert_same_logits(loaded, plain(tiny_models.path("gpt2")))
+
+
+def test_pages_are_used_again_once_nobody_looks_at_them() -> None:
+    pool = PagePool(most_kept=1 << 13)
+    first = pool.lend(pool.take(1 << 12), 1 << 12)
+    address = first.data_ptr()
+    view = first[100:]
+    del first
+    second = pool.lend(pool.take(1 << 12), 1 << 12)
+    assert second.data_ptr() != address, "something still looks at it"
+    view.fill_(7)
+    del view
+    third = pool.lend(pool.take(1 << 12), 1 << 12)
+    assert third.data_ptr() == address
+    assert third[100:].eq(7).all()
+    large = pool.lend(pool.take(1 << 14), 1 << 14)
+    del large, third, second
+    assert pool._kept == 1 << 13, "what is larger than the pool is given back"
+    pool.clear()
+    assert pool._kept == 0

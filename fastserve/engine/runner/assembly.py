@@ -41,7 +41,7 @@ Quantise = Callable[[torch.Tensor, torch.dtype], WeightForm]
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Of a trial product, relative to its length."""
 _TRIED_ROWS = 64
-"""At each end of a quantised weight: dequantising takes longer than multiplying."""
+"""At each end of a weight: a plain product with all of it takes longer than packing it."""
 
 
 class Places(Protocol):
@@ -284,8 +284,7 @@ class Assembly:
 
     def _try(self, name: str, form: WeightForm, weight: torch.Tensor) -> None:
         if not isinstance(form, PlainWeight):
-            x = _trial_input(weight.shape[1], weight.dtype, weight.device)
-            _require_like(name, form.product(x, None), F.linear(x, weight), weight.dtype)
+            self._try_rows(name, form, lambda rows: weight[rows], weight.shape[0])
 
     def _try_rows(self, name: str, form: WeightForm, rows_of: Callable[[slice], torch.Tensor], out: int) -> None:
         count = min(_TRIED_ROWS, out)
@@ -293,6 +292,7 @@ class Assembly:
         weight = torch.cat([rows_of(first), rows_of(last)]).to(self._where.device_of(name))
         x = _trial_input(weight.shape[1], self._dtypes[name], weight.device)
         product = form.product(x, None)
+        _require_finite(name, product)
         _require_like(name, torch.cat([product[:, first], product[:, last]], 1), F.linear(x, weight), x.dtype)
 
 
@@ -334,12 +334,19 @@ def _trial_input(width: int, dtype: torch.dtype, device: torch.device) -> torch.
     return torch.randn(2, width, generator=generator).to(device, dtype)
 
 
+def _require_finite(name: str, product: torch.Tensor) -> None:
+    if not bool(product.isfinite().all()):
+        raise StartupError(
+            f"{name}: products with it are not finite. Either the checkpoint is broken, or --dtype float32 is needed."
+        )
+
+
 def _require_like(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     error = float((found.float() - expected.float()).norm())
     if not error <= _TOLERANCE[dtype] * max(float(expected.float().norm()), 1e-6):
         raise StartupError(
             f"{name}: products with the form that it is kept in are not those of the weight itself (they differ by "
-            f"{error:.3g}); either the weight is not finite, or a kernel computes wrongly on this machine."
+            f"{error:.3g}): a kernel computes wrongly on this machine."
         )
 
 

@@ -6,11 +6,15 @@ what is being worked on, and a disk that fails is an error, not a signal that en
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
 import pickle
 import re
+import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +38,51 @@ _OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "c
 
 _CODE = re.compile(r"\bGLOBAL ([\w.]+)")
 """How torch names what a pickle calls."""
+
+
+class PagePool:
+    """Memory that tensors are read into. It is not from the C library's heap, of which much would stay with the threads
+    that read. It is used again for the next tensor of the same size: getting new pages and giving them back takes
+    longer than reading into them."""
+
+    def __init__(self, most_kept: int) -> None:
+        """`most_kept`: bytes that wait for their next use."""
+        self._most_kept = most_kept
+        self._kept = 0
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            if self._free[size]:
+                self._kept -= size
+                return self._free[size].pop()
+        pages = mmap.mmap(-1, size)
+        if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return pages
+
+    def lend(self, pages: mmap.mmap, size: int) -> torch.Tensor:
+        """As bytes; they come back when the last tensor that looks at them is gone."""
+        owner = (ctypes.c_char * size).from_buffer(pages)
+        weakref.finalize(owner, self._take_back, pages, size).atexit = False
+        return torch.frombuffer(owner, dtype=torch.uint8)
+
+    def clear(self) -> None:
+        """Give the system back what nothing is in."""
+        with self._lock:
+            self._free.clear()
+            self._kept = 0
+
+    def _take_back(self, pages: mmap.mmap, size: int) -> None:
+        with self._lock:
+            if self._kept + size <= self._most_kept:
+                self._kept += size
+                self._free[size].append(pages)
+
+
+page_pool = PagePool(most_kept=16 << 20)
+"""Cleared once a model is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +204,7 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
 def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    # Pages of its own, which the system gets back with the tensor: of memory from the C library's heap much would stay
-    # with the threads that read.
-    pages = mmap.mmap(-1, size)
-    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = page_pool.take(size)
     view = memoryview(pages)
     try:
         with file.open("rb", buffering=0) as stream:
@@ -173,7 +218,7 @@ def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
     except OSError as error:
         raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
     view.release()
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return page_pool.lend(pages, size)
 
 
 # ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------

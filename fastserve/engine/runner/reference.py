@@ -37,11 +37,11 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
     model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
-            tokens = [torch.tensor([prompt], device=device) for prompt in prompts]
-            logits = torch.stack([model(input_ids=ids, use_cache=False).logits[0, -1] for ids in tokens]).float()
-            shaken = torch.stack(
-                [model(inputs_embeds=_rounded_otherwise(model, ids), use_cache=False).logits[0, -1] for ids in tokens]
-            ).float()
+            found = [
+                model(inputs_embeds=_plain_and_shaken(model, torch.tensor([prompt], device=device)), use_cache=False)
+                for prompt in prompts
+            ]
+            logits, shaken = torch.stack([one.logits[:, -1] for one in found], dim=1).float()
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
         name = type(model).__name__
         logger.exception("%s failed on plain tokens", name)
@@ -52,8 +52,10 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
     return Reference(prompts, logits, noise)
 
 
-def _rounded_otherwise(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _plain_and_shaken(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of `ids` (1, tokens), and the same rounded otherwise: (2, tokens, hidden). Weights are read once for
+    both."""
     embeddings: torch.Tensor = model.get_input_embeddings()(ids)
     generator = torch.Generator().manual_seed(1)
     shake = torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * torch.finfo(embeddings.dtype).eps
-    return (embeddings.float() * (1 + shake)).to(embeddings.dtype)
+    return torch.cat([embeddings, (embeddings.float() * (1 + shake)).to(embeddings.dtype)])

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from fastserve.engine.memory import return_freed_memory
 from fastserve.engine.runner.assembly import Assembly
+from fastserve.engine.runner.checkpoint import page_pool
 from fastserve.engine.runner.conversion import Delivery
 from fastserve.engine.runner.formats.source import Source, Value
 from fastserve.errors import StartupError
@@ -85,6 +86,7 @@ def _read_ahead(deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, list
             ahead -= delivery.num_bytes
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        page_pool.clear()
 
 
 def _require_all(
