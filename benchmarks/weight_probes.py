@@ -29,6 +29,7 @@ from fastserve.engine.kernels.build import cpu_library
 from fastserve.engine.kernels.packed_linear import PackedLinearKernel
 from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.runner import loading
 from fastserve.engine.runner.checkpoint import StoredTensor, open_folder
 from fastserve.engine.runner.loading import load_model
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
@@ -45,11 +46,13 @@ Row = dict[str, Any]
 
 
 def load(args: argparse.Namespace) -> Row:
-    """Seconds of `load_model`; what the weights take; and the resident memory before, at most, and after, in bytes."""
+    """Seconds of `load_model`, and in it of the check of the model's own logits; what the weights take; and the resident
+    memory before, at most, and after, in bytes."""
     cpu_library(torch.bfloat16), cpu_library(torch.float32)
     MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(args.model))]  # its code is imported when asked for
     begin_loading()
     before = _status("VmRSS")
+    check = _timed(loading, "own_logits")
     begin = time.perf_counter()
     loaded = load_model(
         args.model,
@@ -66,11 +69,27 @@ def load(args: argparse.Namespace) -> Row:
     weights = {storage.data_ptr(): storage.nbytes() for storage in _storages(loaded.model)}
     return {
         "load_s": load_s,
+        "check_s": sum(check),
         "weights": sum(weights.values()),
         "before": before,
         "peak": peak,
         "after": _status("VmRSS"),
     }
+
+
+def _timed(owner: Any, name: str) -> list[float]:
+    """Seconds of each call of a function from now on."""
+    function, times = getattr(owner, name), []
+
+    def timed(*args: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            times.append(time.perf_counter() - begin)
+
+    setattr(owner, name, timed)
+    return times
 
 
 def _status(field: str) -> int:

@@ -42,11 +42,12 @@ logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
 _LOOKS = 10
 """Times that the engine is looked after until it counts as hung."""
-_ENGINE_DEFAULTS = {
+ENGINE_ENVIRONMENT = {
     # Threads that spin while they wait for each other take the core from the very thread they wait for as soon as
     # another process wants it too; threads that sleep at once wake too late for the next product (docs/performance.md).
     "GOMP_SPINCOUNT": "1000",
 }
+"""Of the engine's process, where nobody has set it otherwise."""
 
 
 class EngineProcess:
@@ -92,7 +93,7 @@ class EngineProcess:
                 msgspec.json.encode(self._config).decode(),
                 str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
-                env=_ENGINE_DEFAULTS | os.environ,
+                env=ENGINE_ENVIRONMENT | os.environ,
             )
             info = await self._wait_ready(self._process, on_progress)
         except BaseException:

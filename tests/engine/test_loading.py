@@ -164,7 +164,11 @@ def change(folder: Path, **changes: torch.Tensor | None) -> None:
         ),
         (
             lambda f: change(f, model__layers__1__self_attn__o_proj__weight=torch.full((48, 48), torch.nan)),
-            r"model\.layers\.1\.self_attn\.o_proj\.weight: products with it are not finite\. Either the checkpoint is",
+            r"model\.layers\.1\.self_attn\.o_proj\.weight: .* either the weight is not finite",
+        ),
+        (
+            lambda f: change(f, model__layers__1__post_attention_layernorm__weight=torch.full((48,), torch.inf)),
+            r"model\.layers\.1\.post_attention_layernorm\.weight holds values that are not finite",
         ),
         (
             lambda f: (
@@ -176,7 +180,7 @@ def change(folder: Path, **changes: torch.Tensor | None) -> None:
             r"lacks model-1\.safetensors, which model\.safetensors\.index\.json names",
         ),
     ],
-    ids=["cut", "cut short", "garbage", "none", "missing", "misnamed", "vector", "matrix", "nan", "shard"],
+    ids=["cut", "cut short", "garbage", "none", "missing", "misnamed", "vector", "matrix", "nan", "infinite", "shard"],
 )
 def test_a_damaged_checkpoint_is_told_by_tensor_and_file(
     folder: Path, damage: Callable[[Path], object], words: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastserve.demo import demo_model_path
+from fastserve.engine.kernels.build import work_alone, work_is_shared
 from fastserve.engine.runner.linear import GroupedWeight, Linear, OneDnnWeight, PlainWeight, TiedEmbedding, form_of
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.runner import probe_shapes
@@ -111,3 +113,18 @@ def test_rows_of_packed_and_plain_weights(shape: tuple[int, int], dtype: torch.d
     assert isinstance(packed, GroupedWeight)
     for form in (packed, PlainWeight(weight)):
         assert torch.equal(form.rows(ids), weight[ids])
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_threads_may_multiply_at_the_same_time(alone: bool) -> None:
+    """The kernels' team works for one caller; the others compute by themselves, and all find the same."""
+    weights = [form_of(torch.randn(640, 512)) for _ in range(8)]
+    x = torch.randn(9, 512)
+    expected = [weight.product(x, None) for weight in weights]
+    before = torch.get_num_threads()
+    with work_is_shared(), ThreadPoolExecutor(4, initializer=work_alone if alone else None) as pool:
+        assert torch.get_num_threads() == 1
+        found = list(pool.map(lambda index: weights[index % 8].product(x, None), range(400)))
+    assert torch.get_num_threads() == before
+    for index, product in enumerate(found):
+        assert torch.equal(product, expected[index % 8])

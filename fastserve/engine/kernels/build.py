@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,8 @@ _TIMEOUT_S = 120
 SCALARS = {"float32": "float", "bfloat16": "BFloat16", "float16": "_Float16"}
 """What the kernels call a dtype."""
 _libraries: dict[str, ctypes.CDLL | None] = {}
+_sharing: list[int] = []
+"""torch's numbers of threads, to go back to."""
 _building = {name: threading.Lock() for name in SCALARS}
 
 
@@ -55,9 +59,23 @@ def cpu_library(dtype: torch.dtype) -> ctypes.CDLL | None:
     import torch
 
     library = _cached_library(str(dtype).removeprefix("torch."))
-    if library is not None:
+    if library is not None and not _sharing:
         library.set_threads(torch.get_num_threads())
     return library
+
+
+@contextmanager
+def work_is_shared() -> Iterator[None]:
+    """While several threads share work: torch uses one thread in each of them, and the kernels' team stays as it is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    _sharing.append(threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_sharing.pop())
 
 
 def _cached_library(name: str) -> ctypes.CDLL | None:
@@ -67,6 +85,13 @@ def _cached_library(name: str) -> ctypes.CDLL | None:
         if name not in _libraries:
             _libraries[name] = build_library(name)
     return _libraries[name]
+
+
+def work_alone() -> None:
+    """Have the kernels that this thread calls leave the team alone: for the threads that share work."""
+    for library in list(_libraries.values()):
+        if library is not None:
+            library.work_alone(1)
 
 
 def build_library(name: str) -> ctypes.CDLL | None:

@@ -15,6 +15,9 @@ void set_threads(int count) {
     if (team().size() != count) team_slot() = new Team(count);
 }
 
+// Of the calling thread: whether it leaves the team's threads alone.
+void work_alone(int yes) { alone = yes; }
+
 int max_rows() { return MAX_ROWS; }
 
 int paged_attention(const Step* step, const Layer* layer) {

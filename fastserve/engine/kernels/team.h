@@ -154,9 +154,24 @@ inline Team& team() {
     return *team_slot();
 }
 
-// Runs `work` (called as work(Team&)) on all members.
+// Whether this thread does its work by itself: where several threads do the same, a team is in their way.
+inline thread_local bool alone = false;
+
+// Of the team, whose members work for one caller at a time.
+inline std::mutex& team_mutex() {
+    static std::mutex mutex;
+    return mutex;
+}
+
+// Runs `work` (called as work(Team&)) on all members, or on the caller alone while the team works for another thread.
 template <class Work>
 inline void on_team(Work work) {
+    std::unique_lock<std::mutex> lock(team_mutex(), std::defer_lock);
+    if (alone || !lock.try_lock()) {
+        Team single(1);
+        work(single);
+        return;
+    }
     auto call = [](void* context) { (*static_cast<Work*>(context))(team()); };
     team().run(call, &work);
 }

@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.kernels.fused_steps import FusedSteps
+from fastserve.engine.kernels.packed_linear import UNIT
 from fastserve.engine.runner.experts import Experts, expert_weights
 from fastserve.engine.runner.formats.source import Codes, Delivered, ExpertCodes
-from fastserve.engine.runner.fusion import find_gated_mlps, fuse_gated_mlp
+from fastserve.engine.runner.fusion import find_gated_mlps, place_gated_mlp
 from fastserve.engine.runner.linear import (
     Linear,
     PlainWeight,
@@ -30,6 +32,7 @@ from fastserve.engine.runner.linear import (
     can_be_tied,
     form_of,
     is_mapped,
+    joint_form,
 )
 from fastserve.engine.runner.weights import Place, WeightTable
 from fastserve.errors import StartupError
@@ -41,7 +44,7 @@ Quantise = Callable[[torch.Tensor, torch.dtype], WeightForm]
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Of a trial product, relative to its length."""
 _TRIED_ROWS = 64
-"""At each end of a weight: a plain product with all of it takes longer than packing it."""
+"""At each end of a weight, or a few more: a plain product with all of it takes longer than packing it."""
 
 
 class Places(Protocol):
@@ -56,13 +59,13 @@ class Places(Protocol):
 
 class OneDevice:
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
 
     def device_of(self, name: str) -> torch.device:
-        return self._device
+        return self.device
 
     def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device)
+        return tensor.to(self.device)
 
 
 class Assembly:
@@ -83,10 +86,13 @@ class Assembly:
         self._tied = _tied_names(parameters)
         self._buffers = {name for name in model.state_dict() if name not in parameters}
         self._layers = {f"{path}.weight": path for path, module in model.named_modules() if _is_linear(module)}
+        self._transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
         self._experts = expert_weights(model)
         self._embeddings = {f"{path}.weight": module for path, module in model.named_modules() if can_be_tied(module)}
         self._to_quantise = set() if quantise is None else set(linear_weights(model))
         self._gated = {} if kernels is None else _gated_pairs(find_gated_mlps(model, kernels, places.device_of))
+        self._lock = threading.RLock()
+        """Of what several weights share: ties, gate and up, modules that are replaced."""
         self._waiting: dict[str, torch.Tensor] = {}
         self._places: dict[str, Place] = {}
 
@@ -101,21 +107,26 @@ class Assembly:
         return self._model.get_buffer(name).dtype if name in self._buffers else self._model.dtype
 
     @property
+    def is_on_cpu(self) -> bool:
+        """All of it, in memory."""
+        return isinstance(self._where, OneDevice) and self._where.device.type == "cpu"
+
+    @property
     def missing(self) -> list[str]:
         """Names of weights that nothing was given for."""
         return [name for name in self._shapes if name not in self._places and name not in self._waiting]
 
     def add(self, name: str, value: Delivered) -> None:
-        """Give a weight (in the checkpoint's shape), or a buffer, its value; those tied to it get it too. Raises
-        ValueError for another shape."""
+        """Give a weight (in the checkpoint's shape), or a buffer, its value; those tied to it get it too. Several
+        threads may do so. Raises ValueError for another shape."""
         self._require_shape(name, value)
         if name in self._buffers:
             self._set_buffer(name, value)
-        elif name in self._places:
-            self._add_beside_tied(name, value)
+        elif len(self._tied[name]) == 1 and name not in self._places:
+            self._set(name, value)
         else:
-            for other in self._linear_first(self._tied[name]):
-                self._set(other, value)
+            with self._lock:
+                self._add_tied(name, value)
 
     def finish(self) -> WeightTable:
         """The table of all weights. Those that nothing was given for must have been looked at before (`missing`)."""
@@ -127,16 +138,20 @@ class Assembly:
             {name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes
         )
 
+    def _add_tied(self, name: str, value: Delivered) -> None:
+        if name in self._places:
+            self._add_beside_tied(name, value)
+            return
+        for other in self._linear_first(self._tied[name]):
+            self._set(other, value)
+
     def _require_shape(self, name: str, value: Delivered) -> None:
         needed = tuple(self.shape_of(name))
         found = tuple(value.shape)
-        if isinstance(value, Codes) and name in self._layers and self._is_transposed(name):
+        if isinstance(value, Codes) and name in self._transposed:
             found = found[::-1]
         if found != needed:
             raise ValueError(f"{name} has the shape {needed} by config.json, and {found} in the checkpoint")
-
-    def _is_transposed(self, name: str) -> bool:
-        return type(self._model.get_submodule(self._layers[name])) is Conv1D
 
     def _add_beside_tied(self, name: str, value: Delivered) -> None:
         """Older files repeat tied weights. Where they differ, the settings are wrong, and the weights are not tied."""
@@ -194,7 +209,8 @@ class Assembly:
     def _set_parameter(self, name: str, tensor: torch.Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
-        self._model.get_submodule(path)._parameters[leaf] = parameter
+        with self._lock:
+            self._model.get_submodule(path)._parameters[leaf] = parameter
         self._places[name] = Place(lambda: parameter.data, parameter.copy_)
 
     def _set_buffer(self, name: str, value: Delivered) -> None:
@@ -213,10 +229,11 @@ class Assembly:
 
     def _set_experts(self, name: str, value: Delivered) -> None:
         path, _, leaf = name.rpartition(".")
-        experts = self._model.get_submodule(path)
-        if not isinstance(experts, Experts):
-            experts = Experts(experts)
-            self._replace(path, experts)
+        with self._lock:
+            experts = self._model.get_submodule(path)
+            if not isinstance(experts, Experts):
+                experts = Experts(experts)
+                self._replace(path, experts)
         transposed = experts.is_transposed
         if isinstance(value, ExpertCodes):
             forms = [self._form(name, codes, transposed=False) for codes in value.experts]
@@ -234,15 +251,15 @@ class Assembly:
 
     def _set_linear(self, name: str, value: Delivered) -> None:
         path = self._layers[name]
-        module = self._model.get_submodule(path)
-        transposed = type(module) is Conv1D
+        transposed = name in self._transposed
         form = self._form(name, value, transposed=transposed)
         self._places[name] = _form_place(form, transposed=transposed)
-        linear = Linear(form, module.bias)
-        if isinstance(module, Linear):  # set a second time
-            module.form = form
-            return
-        self._replace(path, linear)
+        with self._lock:
+            module = self._model.get_submodule(path)
+            if isinstance(module, Linear):  # set a second time
+                module.form = form
+            else:
+                self._replace(path, Linear(form, module.bias))
 
     def _form(self, name: str, value: Delivered, *, transposed: bool) -> WeightForm:
         dtype = self._dtypes[name]
@@ -266,16 +283,19 @@ class Assembly:
     def _set_gated(self, name: str, tensor: torch.Tensor) -> None:
         """Gate and up become one weight once both are there."""
         path, names = self._gated[name]
-        self._waiting[name] = tensor
-        if not all(other in self._waiting for other in names):
-            return
-        gate, up = (self._waiting.pop(other) for other in names)
+        with self._lock:
+            self._waiting[name] = tensor
+            if not all(other in self._waiting for other in names):
+                return
+            gate, up = (self._waiting.pop(other) for other in names)
         if is_mapped(gate) or is_mapped(up):
             self._set_linear(names[0], gate)
             self._set_linear(names[1], up)
             return
         assert self._kernels is not None
-        parts = fuse_gated_mlp(self._model, path, gate, up, self._kernels)
+        whole, parts = joint_form([gate, up])
+        with self._lock:
+            place_gated_mlp(self._model, path, whole, parts, self._kernels)
         for other, part, weight in zip(names, parts, (gate, up), strict=True):
             self._try(other, part, weight)
             self._places[other] = _form_place(part, transposed=False)
@@ -287,13 +307,11 @@ class Assembly:
             self._try_rows(name, form, lambda rows: weight[rows], weight.shape[0])
 
     def _try_rows(self, name: str, form: WeightForm, rows_of: Callable[[slice], torch.Tensor], out: int) -> None:
-        count = min(_TRIED_ROWS, out)
-        first, last = slice(0, count), slice(out - count, out)
-        weight = torch.cat([rows_of(first), rows_of(last)]).to(self._where.device_of(name))
-        x = _trial_input(weight.shape[1], self._dtypes[name], weight.device)
-        product = form.product(x, None)
-        _require_finite(name, product)
-        _require_like(name, torch.cat([product[:, first], product[:, last]], 1), F.linear(x, weight), x.dtype)
+        edge = max(0, out - _TRIED_ROWS) // UNIT * UNIT  # where parts of all forms can begin
+        for rows in (slice(0, min(_TRIED_ROWS, out)), slice(edge, out)):
+            weight = rows_of(rows).to(self._where.device_of(name))
+            x = _trial_input(weight.shape[1], self._dtypes[name], weight.device)
+            _require_like(name, form.part(rows).product(x, None), F.linear(x, weight), x.dtype)
 
 
 def linear_weights(model: PreTrainedModel) -> list[str]:
@@ -334,19 +352,12 @@ def _trial_input(width: int, dtype: torch.dtype, device: torch.device) -> torch.
     return torch.randn(2, width, generator=generator).to(device, dtype)
 
 
-def _require_finite(name: str, product: torch.Tensor) -> None:
-    if not bool(product.isfinite().all()):
-        raise StartupError(
-            f"{name}: products with it are not finite. Either the checkpoint is broken, or --dtype float32 is needed."
-        )
-
-
 def _require_like(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     error = float((found.float() - expected.float()).norm())
     if not error <= _TOLERANCE[dtype] * max(float(expected.float().norm()), 1e-6):
         raise StartupError(
             f"{name}: products with the form that it is kept in are not those of the weight itself (they differ by "
-            f"{error:.3g}): a kernel computes wrongly on this machine."
+            f"{error:.3g}); either the weight is not finite, or a kernel computes wrongly on this machine."
         )
 
 

@@ -121,9 +121,16 @@ def fuse_gated_mlp(
 ) -> list[WeightForm]:
     """Replace one of those that were found by a fused module; return the forms of its gate and up."""
     whole, parts = joint_form([gate, up])
+    place_gated_mlp(model, path, whole, parts, kernels)
+    return parts
+
+
+def place_gated_mlp(
+    model: torch.nn.Module, path: str, whole: WeightForm, parts: list[WeightForm], kernels: FusedSteps
+) -> None:
+    """The same with the form of both, and of each of them."""
     down = model.get_submodule(f"{path}.down_proj")
     _replace(model, path, FusedGatedMLP(Linear(whole, None), parts, down, kernels))
-    return parts
 
 
 def _is_plain_gated_mlp(module: torch.nn.Module, kernels: FusedSteps, device: torch.device) -> bool:

@@ -131,6 +131,7 @@ def _take_over(
         placement.connect(model)
     if reference is None:
         reference = own_logits(model, device, longest)
+        _require_finite(reference, weights)
     if kernels is not None:
         fuse_norms(model, kernels)
         fuse_rotary(model, kernels)
@@ -147,6 +148,15 @@ def _take_over(
         eos_token_ids=_eos_token_ids(model),
         placement=placement,
     )
+
+
+def _require_finite(reference: Reference, weights: WeightTable) -> None:
+    if bool(reference.logits.isfinite().all()):
+        return
+    for name in weights.names():
+        if not bool(weights.get(name).isfinite().all()):
+            raise StartupError(f"{name} holds values that are not finite: the checkpoint is broken.")
+    raise StartupError("The model's logits are not finite in this dtype; start with --dtype float32.")
 
 
 def _make_skeleton(

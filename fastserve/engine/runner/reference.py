@@ -23,7 +23,7 @@ class Reference:
     logits: torch.Tensor
     noise: float
     """How far the logits move, in standard deviations, when the embeddings are rounded otherwise: what rounding alone
-    can do to this model in its dtype."""
+    can do to this model in its dtype. Of the second prompt alone, which is enough to know its size."""
 
 
 def own_logits(model: PreTrainedModel, device: torch.device, context_length: int) -> Reference:
@@ -37,18 +37,17 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
     model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
-            found = [
-                model(inputs_embeds=_plain_and_shaken(model, torch.tensor([prompt], device=device)), use_cache=False)
-                for prompt in prompts
-            ]
-            logits, shaken = torch.stack([one.logits[:, -1] for one in found], dim=1).float()
+            first, last = [torch.tensor([prompt], device=device) for prompt in prompts]
+            logits = model(input_ids=first, use_cache=False).logits[:, -1].float()
+            plain, shaken = model(inputs_embeds=_plain_and_shaken(model, last), use_cache=False).logits[:, -1].float()
+            logits = torch.stack([logits[0], plain])
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
         name = type(model).__name__
         logger.exception("%s failed on plain tokens", name)
         raise StartupError(f"{name} cannot be served: its own code fails on plain tokens ({error}).") from error
     finally:
         model.set_attn_implementation(ours)
-    noise = float((shaken - logits).abs().max() / logits.std().clamp_min(1e-6))
+    noise = float((shaken - plain).abs().max() / logits.std().clamp_min(1e-6))
     return Reference(prompts, logits, noise)
 
 

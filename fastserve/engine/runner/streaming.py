@@ -1,6 +1,7 @@
 """Brings the weights of a checkpoint into a model while they are read.
 
-Several threads read ahead, in the order of the files; one puts what has come in its place. No more is on its way than
+Several threads take the weights in the order of the files: each reads one, and packs or quantises it. What is very
+large, or goes to another device, they only read, and one thread puts it in its place. No more is on its way than
 `_AHEAD_BYTES`, or two weights where these are larger.
 """
 
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.kernels.build import work_alone, work_is_shared
 from fastserve.engine.memory import return_freed_memory
 from fastserve.engine.runner.assembly import Assembly
 from fastserve.engine.runner.checkpoint import page_pool
@@ -29,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 """what is going on, bytes done, bytes in all"""
 
 _AHEAD_BYTES = 32 << 20
-_READERS = min(4, os.cpu_count() or 1)
+_THREADS = max(2, min(16, os.cpu_count() or 1))
 _WHAT = "Loading weights"
 _KEPT_NAMES = 3
 """How many names an error lists."""
@@ -47,13 +49,13 @@ def stream_weights(
     total = sum(delivery.num_bytes for delivery in deliveries)
     done = returned = 0
     progress(_WHAT, 0, total)
-    for delivery, values in _read_ahead(deliveries):
-        _add(delivery, values, model, assembly)
-        done += delivery.num_bytes
-        if done - returned > _AHEAD_BYTES:
-            return_freed_memory()  # what dequantising and quantising took on the way
-            returned = done
-        progress(_WHAT, done, total)
+    with work_is_shared():
+        for delivery in _take_in(deliveries, model, assembly):
+            done += delivery.num_bytes
+            if done - returned > _AHEAD_BYTES:
+                return_freed_memory()  # what dequantising and quantising took on the way
+                returned = done
+            progress(_WHAT, done, total)
     _require_all(model, assembly, deliveries, unexpected)
     _look_at_unexpected(model, unexpected)
 
@@ -66,23 +68,34 @@ def _add(delivery: Delivery, values: list[Value], model: PreTrainedModel, assemb
             raise StartupError(f"{delivery.place}: {error}.") from error
 
 
-def _read_ahead(deliveries: Sequence[Delivery]) -> Iterator[tuple[Delivery, list[Value]]]:
-    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="weights")
-    waiting: deque[tuple[Delivery, Future[list[Value]]]] = deque()
+def _take_in(deliveries: Sequence[Delivery], model: PreTrainedModel, assembly: Assembly) -> Iterator[Delivery]:
+    """Yields what is in its place."""
+
+    def take(delivery: Delivery) -> list[Value] | None:
+        values = delivery.load()
+        if not assembly.is_on_cpu or delivery.num_bytes > _AHEAD_BYTES:
+            return values
+        _add(delivery, values, model, assembly)
+        return None
+
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="weights", initializer=work_alone)
+    waiting: deque[tuple[Delivery, Future[list[Value] | None]]] = deque()
     coming = iter(deliveries)
     upcoming = next(coming, None)
     ahead = 0
     try:
         while waiting or upcoming is not None:
             while upcoming is not None and (len(waiting) < 2 or ahead + upcoming.num_bytes <= _AHEAD_BYTES):
-                waiting.append((upcoming, pool.submit(upcoming.load)))
+                waiting.append((upcoming, pool.submit(take, upcoming)))
                 ahead += upcoming.num_bytes
                 upcoming = next(coming, None)
             delivery, future = waiting.popleft()
             values = future.result()
             del future  # it holds the values too
-            yield delivery, values
-            del values
+            if values is not None:
+                _add(delivery, values, model, assembly)
+                del values
+            yield delivery
             ahead -= delivery.num_bytes
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
