@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import mmap
 import shutil
 import tempfile
 import time
@@ -26,6 +25,7 @@ from fastserve.demo.train.evaluate import Case, Outcome, all_cases
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.kernels.build import cpu_library
+from fastserve.engine.kernels.host_memory import map_bytes
 from fastserve.engine.kernels.packed_linear import PackedLinearKernel
 from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
@@ -38,7 +38,6 @@ from tests.engine.packers import Tensors, gptq, round_to_nearest, write_packed
 
 BITS = 4
 _BLOCK_SIZE = 16
-_HUGE_PAGE = 1 << 21
 Row = dict[str, Any]
 
 
@@ -46,8 +45,8 @@ Row = dict[str, Any]
 
 
 def load(args: argparse.Namespace) -> Row:
-    """Seconds of `load_model`, and in it of the check of the model's own logits; what the weights take; and the resident
-    memory before, at most, and after, in bytes."""
+    """Seconds of `load_model`, and in it of the check of the model's own logits; what the weights take; and the
+    resident memory before, at most, and after, in bytes."""
     cpu_library(torch.bfloat16), cpu_library(torch.float32)
     MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(args.model))]  # its code is imported when asked for
     begin_loading()
@@ -134,10 +133,8 @@ def baseline(args: argparse.Namespace) -> Row:
 def _read_in_turn(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
     """Each is gone when the next one is asked for."""
     stored = list(tensors)
-    buffer = mmap.mmap(-1, -(-max(tensor.num_bytes for tensor in stored) // _HUGE_PAGE) * _HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    memory, flat = memoryview(buffer), torch.frombuffer(buffer, dtype=torch.uint8)
+    buffer = map_bytes(max(tensor.num_bytes for tensor in stored))
+    memory, flat = buffer.data, torch.from_numpy(buffer)
     for file in dict.fromkeys(tensor.file for tensor in stored):
         with file.open("rb", buffering=0) as stream:
             header = int.from_bytes(stream.read(8), "little")

@@ -390,19 +390,19 @@ def test_plain_weights_stay_plain_on_no_kernel(tiny_models: TinyModels, monkeypa
 
 
 def test_pages_are_used_again_once_nobody_looks_at_them() -> None:
-    pool = PagePool(most_kept=1 << 13)
-    first = pool.lend(pool.take(1 << 12), 1 << 12)
+    pool = PagePool(most=1 << 13)
+    first = pool.lend(pool.take(1 << 12))
     address = first.data_ptr()
     view = first[100:]
     del first
-    second = pool.lend(pool.take(1 << 12), 1 << 12)
+    second = pool.lend(pool.take(1 << 12))
     assert second.data_ptr() != address, "something still looks at it"
     view.fill_(7)
     del view
-    third = pool.lend(pool.take(1 << 12), 1 << 12)
+    third = pool.lend(pool.take(1 << 12))
     assert third.data_ptr() == address
     assert third[100:].eq(7).all()
-    large = pool.lend(pool.take(1 << 14), 1 << 14)
+    large = pool.lend(pool.take(1 << 14))
     del large, third, second
     assert pool._kept == 1 << 13, "what is larger than the pool is given back"
     pool.clear()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from ctypes import c_int, c_int64, c_void_p
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastserve.engine.kernels.build import cpu_library
+from fastserve.engine.kernels.host_memory import zeros
 
 LANES = 16
 UNIT = 64
 """Outputs of a weight of codes that lie together."""
-_HUGE_PAGE = 1 << 21
 
 
 class WeightStruct(ctypes.Structure):
@@ -59,7 +57,7 @@ class PackedLinearKernel:
 
     def empty(self, out: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for a weight (out, in) in the kernel's layout."""
-        return _empty(-(-out // LANES) * LANES * width, dtype)
+        return zeros((-(-out // LANES) * LANES * width,), dtype)
 
     def unpack(self, packed: torch.Tensor, out: int, width: int) -> torch.Tensor:
         weight = packed.new_empty(out, width)
@@ -70,7 +68,7 @@ class PackedLinearKernel:
         """`codes` (out, in), uint8, in the kernel's layout; `in` is a multiple of 32 / bits."""
         codes = codes.contiguous()
         out, width = codes.shape
-        packed = _empty(-(-out // UNIT) * UNIT * width * bits // 8, torch.uint8).zero_()
+        packed = zeros((-(-out // UNIT) * UNIT * width * bits // 8,), torch.uint8)
         self._library.pack_codes(codes.data_ptr(), packed.data_ptr(), out, width, bits)
         return packed
 
@@ -93,13 +91,3 @@ class PackedLinearKernel:
         rows = torch.empty(*ids.shape, width, dtype=dtype)
         self._library.weight_rows(ctypes.byref(weight), ids.data_ptr(), ids.numel(), rows.data_ptr())
         return rows
-
-
-def _empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Large weights lie in huge pages where the system has them: reading them takes fewer look-ups of addresses."""
-    size = elements * dtype.itemsize
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(elements, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[:size]).view(dtype)

@@ -6,10 +6,8 @@ what is being worked on, and a disk that fails is an error, not a signal that en
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import mmap
 import pickle
 import re
 import threading
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastserve.engine.kernels.host_memory import Bytes, map_bytes
 from fastserve.errors import StartupError
 
 _DTYPES = {
@@ -32,7 +31,6 @@ _DTYPES = {
 }  # fmt: skip
 _HEADER_LIMIT = 100_000_000
 """Bytes of a safetensors header; the format allows no more."""
-_HUGE_PAGE = 1 << 21
 _OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
 """What files are called that are no checkpoint of the model, or a second one in the maker's own names."""
 
@@ -45,28 +43,26 @@ class PagePool:
     that read. It is used again for the next tensor of the same size: getting new pages and giving them back takes
     longer than reading into them."""
 
-    def __init__(self, most_kept: int) -> None:
-        """`most_kept`: bytes that wait for their next use."""
-        self._most_kept = most_kept
-        self._kept = 0
-        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+    def __init__(self, most: int) -> None:
+        """`most`: bytes that are lent or wait for their next use; when more is lent, none wait."""
+        self._most = most
+        self._lent = self._kept = 0
+        self._free: dict[int, list[Bytes]] = defaultdict(list)
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> mmap.mmap:
+    def take(self, size: int) -> Bytes:
         with self._lock:
+            self._lent += size
             if self._free[size]:
                 self._kept -= size
                 return self._free[size].pop()
-        pages = mmap.mmap(-1, size)
-        if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        return pages
+        return map_bytes(size)
 
-    def lend(self, pages: mmap.mmap, size: int) -> torch.Tensor:
-        """As bytes; they come back when the last tensor that looks at them is gone."""
-        owner = (ctypes.c_char * size).from_buffer(pages)
-        weakref.finalize(owner, self._take_back, pages, size).atexit = False
-        return torch.frombuffer(owner, dtype=torch.uint8)
+    def lend(self, pages: Bytes) -> torch.Tensor:
+        """They come back when the last tensor that looks at them is gone."""
+        view = pages[:]
+        weakref.finalize(view, self._take_back, pages).atexit = False
+        return torch.from_numpy(view)
 
     def clear(self) -> None:
         """Give the system back what nothing is in."""
@@ -74,14 +70,15 @@ class PagePool:
             self._free.clear()
             self._kept = 0
 
-    def _take_back(self, pages: mmap.mmap, size: int) -> None:
+    def _take_back(self, pages: Bytes) -> None:
         with self._lock:
-            if self._kept + size <= self._most_kept:
-                self._kept += size
-                self._free[size].append(pages)
+            self._lent -= len(pages)
+            if self._lent + self._kept + len(pages) <= self._most:
+                self._kept += len(pages)
+                self._free[len(pages)].append(pages)
 
 
-page_pool = PagePool(most_kept=16 << 20)
+page_pool = PagePool(most=32 << 20)
 """Cleared once a model is loaded."""
 
 
@@ -205,20 +202,18 @@ def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
     pages = page_pool.take(size)
-    view = memoryview(pages)
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(offset)
             done = 0
             while done < size:
-                count = stream.readinto(view[done:])
+                count = stream.readinto(pages[done:].data)
                 if not count:
                     raise OSError(f"it ends {size - done} bytes too early")
                 done += count
     except OSError as error:
         raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
-    view.release()
-    return page_pool.lend(pages, size)
+    return page_pool.lend(pages)
 
 
 # ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------

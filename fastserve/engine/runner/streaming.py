@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastserve.engine.kernels.build import work_alone, work_is_shared
+from fastserve.engine.kernels.host_memory import close_mappings
 from fastserve.engine.memory import return_freed_memory
 from fastserve.engine.runner.assembly import Assembly
 from fastserve.engine.runner.checkpoint import page_pool
@@ -100,6 +101,7 @@ def _take_in(deliveries: Sequence[Delivery], model: PreTrainedModel, assembly: A
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         page_pool.clear()
+        close_mappings()
 
 
 def _require_all(
