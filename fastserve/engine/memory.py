@@ -18,7 +18,7 @@ import psutil
 
 OUT_OF_MEMORY_EXIT_CODE = 12
 """Of an engine process that found no memory in a step (ENOMEM's number)."""
-_MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3}
+_MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3, "arena_max": -8}
 """Numbers of options in malloc.h."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 says "no limit" by a number of about this size."""
@@ -148,6 +148,12 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def use_one_heap() -> None:
+    """For all threads, to be said before there are others. Each heap of glibc's reserves 64 MB of addresses, which
+    limits on them count, and keeps what its thread has freed."""
+    _set_malloc(arena_max=1)
 
 
 def begin_loading() -> None:

@@ -41,6 +41,7 @@ from fastserve.engine.memory import (
     end_loading,
     free_host_memory,
     is_out_of_memory,
+    use_one_heap,
 )
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
@@ -107,6 +108,7 @@ class EngineLoop:
 
 
 def main() -> None:
+    use_one_heap()
     endpoint, config_json, parent = sys.argv[1:]
     # Ctrl-C at a terminal reaches the whole process group; the parent drains and then says Shutdown.
     for signal_number in (signal.SIGINT, signal.SIGTERM):

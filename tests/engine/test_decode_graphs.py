@@ -106,7 +106,7 @@ def test_what_fits() -> None:
     assert not fits(4, 1)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_engine_on_graphs_equals_generate(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, overlap: bool

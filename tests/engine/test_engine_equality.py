@@ -75,8 +75,15 @@ def test_alone_equals_generate(tiny_models: TinyModels, name: str) -> None:
         assert answers["r"].finish_reason == ("stop" if expected[-1] == EOS else "length")
 
 
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_oss", "demo"])
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [
+        *((name, 16) for name in ("llama", "gpt_oss")),
+        *((name, 4) for name in ("qwen2", "qwen3", "mistral", "gemma2", "demo")),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("llama", "gpt_oss")),
+        *(pytest.param(name, 16, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "mistral", "gemma2", "demo")),
+    ],
+)
 def test_random_mixtures_equal_generate(tiny_models: TinyModels, name: str, block_size: int) -> None:
     """32 requests that arrive and are aborted at random, with chunked prefill, prefix hits and preemption forced.
 

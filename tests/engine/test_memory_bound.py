@@ -151,7 +151,7 @@ def capacity(engine: EngineProcess) -> int:
 async def assert_holds(engine: EngineProcess, pid: int) -> None:
     """At saturation: nobody dies, every answer is right, and all of the cache was used."""
     most_used = await drive(engine)
-    assert most_used > 0.95
+    assert most_used > 0.95, f"{engine.stats.num_blocks} blocks"
     assert engine.stats.preemptions > 0
     assert engine.stats.num_used_blocks == 0
     assert psutil.pid_exists(pid)
@@ -324,6 +324,7 @@ def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedCo
     for index in range(256):
         params = SamplingParams(12, temperature=1.0, top_p=0.9, presence_penalty=0.1, logprobs=20, seed=index)
         core.add(EngineRequest(f"r{index}", [rng.randrange(2, 8000) for _ in range(4)], params))
+    memory.return_freed_memory()  # or steps are served from what earlier tests have left
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the most that was ever resident
     except OSError as error:
