@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from fastserve.engine import build
 from fastserve.engine.runner import checkpoint, placement
-from fastserve.engine.settings import PackedCheckpoint
+from fastserve.engine.settings import EngineConfig, PackedCheckpoint
 from fastserve.errors import StartupError
 
 from .conftest import TinyModels
@@ -301,3 +302,19 @@ def test_an_expert_of_another_shape(tiny_models: TinyModels, tmp_path: Path) -> 
         r"model\.safetensors: model\.layers\.1\.mlp\.experts\.2\.down_proj\.weight has the shape \(48, 31\), and "
         r"model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight has \(48, 32\)\.",
     )
+
+
+# ---- the rest ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"gone\.safetensors: there is no such file\.$"):
+        checkpoint.open_file(tmp_path / "gone.safetensors")
+
+
+def test_a_model_without_attention(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kind that nobody has named before: nothing in it asks for attention."""
+    monkeypatch.setattr(build, "probe_shapes", lambda loaded: None)
+    config = EngineConfig(model_dir=base, device="cpu", dtype="float32", max_num_seqs=4, max_total_tokens=64)
+    with pytest.raises(StartupError, match=r"^LlamaForCausalLM cannot be served: it has no attention that can be"):
+        build.build_core(config, lambda *_: None)
