@@ -1,7 +1,6 @@
 """Memory for packed weights, in the system's huge pages where it has them.
 
-Reading them takes fewer look-ups of addresses, and getting them fewer faults: a third of the time that loading took was
-that of faults. A huge page lies at a multiple of its size and in one mapping, so tensors are cut from such mappings,
+Reading them takes fewer look-ups of addresses, and getting them fewer faults. A huge page lies at a multiple of its size and in one mapping, so tensors are cut from such mappings,
 and what is left of one is for the next small tensors.
 """
 
@@ -61,7 +60,7 @@ def map_bytes(size: int) -> Bytes:
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (*(ctypes.c_void_p, ctypes.c_size_t), *(ctypes.c_int,) * 3, ctypes.c_long)
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return libc
