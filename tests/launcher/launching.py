@@ -65,6 +65,19 @@ class Place:
         self.logs = folder / "logs"
         self.controller_port, self.server_port, self.worker_port, self.other_port = free_ports(4)
 
+    def launch_real(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """The launcher with the real services, in this place."""
+        ports = ["--controller-port", str(self.controller_port), "--server-port", str(self.server_port)]
+        return subprocess.run(
+            [sys.executable, "-m", "fastserve.launcher", *ports, *words],
+            cwd=self.folder,
+            env={**os.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
     def model(self, name: str = "model", mood: str = "") -> Path:
         path = self.folder / name
         path.mkdir(parents=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import openai
@@ -35,18 +32,8 @@ def test_a_quantised_model_answers_through_the_api_server(place: Place, form: st
     if form == "gptq":
         file = write_gptq(place.folder / "packed")
         flags = ["--gptq-ckpt", file, "--gptq-wbits", "4", "--gptq-groupsize", "32", "--gptq-act-order"]
-    ports = ["--controller-port", str(place.controller_port), "--server-port", str(place.server_port)]
-    items = ["--model-path-address", f"fastserve-demo@localhost@{place.worker_port}"]
-    sizes = ["--device", "cpu", "--max-total-tokens", "2048"]
-    result = subprocess.run(
-        [sys.executable, "-m", "fastserve.launcher", *items, *flags, *ports, *sizes],
-        cwd=place.folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = ["--model-path-address", f"fastserve-demo@localhost@{place.worker_port}", "--device", "cpu"]
+    result = place.launch_real(*words, "--max-total-tokens", "2048", *flags, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     with openai.OpenAI(base_url=f"http://localhost:{place.server_port}/v1", api_key="none", max_retries=0) as client:
         answer = client.chat.completions.create(

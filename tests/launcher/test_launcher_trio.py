@@ -1,6 +1,5 @@
 """The launcher with the real services on the fake engine: from the command to a guarded answer and back to nothing."""
 
-import os
 import subprocess
 import sys
 
@@ -12,20 +11,9 @@ from .launching import Place
 
 
 def test_trio_serves_and_goes(place: Place) -> None:
-    words = [
-        *("--controller-port", str(place.controller_port), "--server-port", str(place.server_port)),
-        *("--model-path-address", f"fastserve-demo@localhost@{place.worker_port}?model-names=first,second"),
-        *("--engine", "fake", "--api-keys", "sk-one,sk-two"),
-    ]
-    result = subprocess.run(
-        [sys.executable, "-m", "fastserve.launcher", *words],
-        cwd=place.folder,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    items = f"fastserve-demo@localhost@{place.worker_port}?model-names=first,second"
+    words = ["--model-path-address", items, "--engine", "fake", "--api-keys", "sk-one,sk-two"]
+    result = place.launch_real(*words, PYTHONPATH="")
     assert result.returncode == 0, result.stderr
     base_url = f"http://localhost:{place.server_port}/v1"
     assert f"base_url for the OpenAI SDK: {base_url}\n" in result.stdout

@@ -1,7 +1,7 @@
 """Memory for packed weights, in the system's huge pages where it has them.
 
-Reading them takes fewer look-ups of addresses, and getting them fewer faults. A huge page lies at a multiple of its size and in one mapping, so tensors are cut from such mappings,
-and what is left of one is for the next small tensors.
+Reading them takes fewer look-ups of addresses, and getting them fewer faults. A huge page lies at a multiple of its
+size and in one mapping, so tensors are cut from such mappings, and what is left of one is for the next small tensors.
 """
 
 from __future__ import annotations
