@@ -1,161 +1,15 @@
-"""Settings: one frozen dataclass for each process, and the command line made from it.
-
-An option is spelled once, as a dataclass field made by `option`. The parser, the help text, the defaults and the
-command line that the launcher writes for a child (`to_argv`) are all read from there. argparse keeps prefix
-abbreviation on, because FastChat's documents use it (`--controller`, `--worker`, `--model-name`).
-"""
+"""Settings: one frozen dataclass for each process. How they are declared and read: `fastserve/options.py`."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
-from fastserve.errors import StartupError
-
-ConfigT = TypeVar("ConfigT")
+from fastserve.options import comma_list, json_list, option, same_option
 
 CONTROLLER_PORT = 21001
 WORKER_PORT = 21002
 API_SERVER_PORT = 8000
 HEARTBEAT_INTERVAL_S = 1.0
-
-
-def comma_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def json_list(text: str) -> tuple[str, ...]:
-    value = json.loads(text)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("expected a JSON list of strings")
-    return tuple(value)
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[Any] | None = None,
-    parse: Callable[[str], Any] | None = None,
-    nargs: str | None = None,
-    flag: str | None = None,
-    env: str | None = None,
-    added: bool = False,
-) -> Any:
-    """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default.
-
-    `added`: the program that ours takes the place of has no such flag. Its users' abbreviations still mean its flags.
-    """
-    metadata = {
-        "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env, "added": added
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
-
-
-def flag_of(option_field: dataclasses.Field[Any]) -> str:
-    return option_field.metadata["flag"] or "--" + option_field.name.replace("_", "-")
-
-
-def build_parser(
-    config_class: type[Any], prog: str, choices: typing.Mapping[str, Sequence[str]] | None = None
-) -> argparse.ArgumentParser:
-    """`choices` gives, by field name, those that only the caller knows: what can be plugged in."""
-    description = (config_class.__doc__ or "").strip().split("\n")[0]
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    hints = typing.get_type_hints(config_class)
-    for item in dataclasses.fields(config_class):
-        if "help" not in item.metadata:
-            continue
-        kind = _plain_type(hints[item.name])
-        arguments: dict[str, Any] = {"dest": item.name, "default": item.default, "help": item.metadata["help"]}
-        if kind is bool:
-            arguments["action"] = "store_true"
-        else:
-            arguments["type"] = item.metadata["parse"] or kind
-            arguments["choices"] = (choices or {}).get(item.name, item.metadata["choices"])
-            arguments["nargs"] = item.metadata["nargs"]
-        parser.add_argument(flag_of(item), **arguments)
-    return parser
-
-
-def parse_config(
-    config_class: type[ConfigT],
-    argv: Sequence[str] | None,
-    prog: str,
-    environ: typing.Mapping[str, str],
-    choices: typing.Mapping[str, Sequence[str]] | None = None,
-) -> ConfigT:
-    """Read `argv` (None: the process's own arguments) over the environment over the defaults.
-
-    Raises StartupError when a value that came from the environment cannot be read; a wrong flag ends in argparse's
-    own message and exit code 2.
-    """
-    hints = typing.get_type_hints(config_class)
-    # What stands in the namespace before goes over argparse's defaults and under the flags. It is not made a default:
-    # the help text shows those, and a variable may hold a secret.
-    namespace = argparse.Namespace()
-    for item in dataclasses.fields(typing.cast(Any, config_class)):
-        variable = item.metadata.get("env")
-        if variable and environ.get(variable):
-            read = item.metadata["parse"] or _plain_type(hints[item.name])
-            try:
-                setattr(namespace, item.name, read(environ[variable]))
-            except ValueError as error:
-                raise StartupError(f"The environment variable {variable} cannot be read: {error}") from error
-    words = expand_abbreviations(config_class, sys.argv[1:] if argv is None else argv)
-    values = vars(build_parser(config_class, prog, choices).parse_args(words, namespace))
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[str]:
-    """Write out abbreviations that are unique among the flags not `added`, so that none of these can break them."""
-    flags = {flag_of(item): item.metadata["added"] for item in dataclasses.fields(config_class)}
-    expanded = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        matches = [name for name, added in flags.items() if name.startswith(flag) and not added]
-        is_abbreviation = flag.startswith("--") and len(flag) > 2 and flag not in flags
-        expanded.append(matches[0] + equals + value if is_abbreviation and len(matches) == 1 else word)
-    return expanded
-
-
-def to_argv(config: Any) -> list[str]:
-    """The command line that `parse_config` reads back as `config`; options at their default are left out.
-
-    It holds all that `config` holds: a secret is to be left at its default and passed by the environment.
-    """
-    argv: list[str] = []
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if "help" not in item.metadata or value == item.default:
-            continue
-        if isinstance(value, bool):
-            argv.append(flag_of(item))
-        elif item.metadata["parse"] is json_list:
-            argv += [flag_of(item), json.dumps(list(value))]
-        elif isinstance(value, tuple) and item.metadata["nargs"]:
-            argv += [flag_of(item), *map(str, value)]
-        elif isinstance(value, tuple):
-            argv += [flag_of(item), ",".join(map(str, value))]
-        else:
-            argv.append(f"{flag_of(item)}={value}")
-    return argv
-
-
-def _plain_type(hint: Any) -> Any:
-    """The type that a flag's text is read with: `int | None` gives int."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint
 
 
 @dataclass(frozen=True)
@@ -335,31 +189,6 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     heartbeat_interval_s: float = option(
         HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL", added=True
     )
-
-
-def same_option(config_class: type[Any], name: str, **changes: Any) -> Any:
-    """The option `name` of another process's settings, spelled there; `changes`: default, help, added."""
-    original = next(item for item in dataclasses.fields(config_class) if item.name == name)
-    metadata = {**original.metadata, **{key: value for key, value in changes.items() if key != "default"}}
-    return field(default=changes.get("default", original.default), metadata=metadata)
-
-
-def parse_option(config_class: type[Any], name: str, text: str) -> Any:
-    """Read one option's value outside a command line. Raises ValueError with a sentence when it cannot be read."""
-    item = next(item for item in dataclasses.fields(config_class) if item.name == name)
-    kind = _plain_type(typing.get_type_hints(config_class)[name])
-    if kind is bool:
-        if text.lower() not in ("", "true", "false"):
-            raise ValueError(f"{text!r} is neither true nor false")
-        return text.lower() != "false"
-    try:
-        value = (item.metadata["parse"] or kind)(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a valid {kind.__name__}") from None
-    choices = item.metadata["choices"]
-    if choices is not None and value not in choices:
-        raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from fastserve.config import ControllerConfig, parse_config
+from fastserve.config import ControllerConfig
 from fastserve.control import dispatch
 from fastserve.control.app import create_app
 from fastserve.observability.logging import setup_logging
-from fastserve.serving import bind, run_entry, serve
+from fastserve.options import parse_config
+from fastserve.serving.listen import bind
+from fastserve.serving.server import run_entry, serve
 
 __all__ = ["create_app", "main"]
 

@@ -24,17 +24,10 @@ from typing import Any, TextIO
 from urllib.parse import unquote
 
 from fastserve import supervisor
-from fastserve.config import (
-    ApiServerConfig,
-    ControllerConfig,
-    LauncherConfig,
-    WorkerConfig,
-    parse_config,
-    parse_option,
-    to_argv,
-)
+from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.control import dispatch
 from fastserve.errors import StartupError
+from fastserve.options import parse_config, parse_option, to_argv
 from fastserve.supervisor import ChildSpec, Launch, Stopped, StopSignals, http_address
 
 REGISTRATION_TIMEOUT_S = 30.0

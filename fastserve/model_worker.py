@@ -10,13 +10,15 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from fastserve.config import WorkerConfig, parse_config
+from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine
 from fastserve.engine.devices import read_gpu_memory
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
-from fastserve.serving import advertised_address, bind, run_entry, serve
+from fastserve.options import parse_config
+from fastserve.serving.listen import advertised_address, bind
+from fastserve.serving.server import run_entry, serve
 from fastserve.text.tokenizer import configured_eos_ids, read_json
 from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model

@@ -6,10 +6,12 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from fastserve.config import ApiServerConfig, parse_config
+from fastserve.config import ApiServerConfig
 from fastserve.gateway.app import create_app
 from fastserve.observability.logging import setup_logging
-from fastserve.serving import bind, run_entry, serve
+from fastserve.options import parse_config
+from fastserve.serving.listen import bind
+from fastserve.serving.server import run_entry, serve
 
 __all__ = ["create_app", "main"]
 

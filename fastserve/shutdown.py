@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 
 from fastserve import supervisor
-from fastserve.config import ShutdownConfig, parse_config
+from fastserve.config import ShutdownConfig
 from fastserve.errors import StartupError
+from fastserve.options import parse_config
 from fastserve.supervisor import Run
 
 ORDER = ("openai_api_server", "model_worker", "controller")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import pytest
 
-from fastserve.config import ApiServerConfig, WorkerConfig, parse_config, to_argv
+from fastserve.config import ApiServerConfig, WorkerConfig
 from fastserve.errors import StartupError
+from fastserve.options import limit, limits_of, parse_config, to_argv
 
 KEYS = {"FASTSERVE_API_KEYS": "hush-1,hush-2"}
 
@@ -67,3 +69,29 @@ def test_json_lists_and_secrets() -> None:
 def test_flags_that_we_added_break_no_old_abbreviation(config_class: type[object], short: str, field: str) -> None:
     config = parse_config(config_class, [short, "3"], "x", {})
     assert getattr(config, field) in ("3", 3, ("3",))
+
+
+@dataclass(frozen=True)
+class _Limited:
+    """Settings with bounds."""
+
+    max_body_bytes: int = limit(100, "largest body")
+    idle_s: float = limit(5.0, "longest idle time", minimum=0.5)
+
+
+def test_a_limit_is_read_from_its_flag_over_its_environment_variable() -> None:
+    environ = {"FASTSERVE_MAX_BODY_BYTES": "7", "FASTSERVE_IDLE_S": "2"}
+    assert parse_config(_Limited, ["--idle-s=3"], "test", environ) == _Limited(max_body_bytes=7, idle_s=3.0)
+    assert [item.name for item in limits_of(_Limited)] == ["max_body_bytes", "idle_s"]
+
+
+@pytest.mark.parametrize("text", ["0.4", "-1", "nan"])
+def test_a_limit_below_its_minimum_is_refused_with_its_name_and_the_minimum(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(_Limited, [f"--idle-s={text}"], "test", {})
+    assert "--idle-s" in (message := capsys.readouterr().err)
+    assert "minimum of 0.5" in message
+    with pytest.raises(StartupError, match=r"FASTSERVE_IDLE_S.*minimum of 0\.5"):
+        parse_config(_Limited, [], "test", {"FASTSERVE_IDLE_S": text})

@@ -17,7 +17,8 @@ import asyncio, contextlib, subprocess, sys
 from fastapi import FastAPI
 from fastserve.config import ServerConfig
 from fastserve.observability.logging import setup_logging
-from fastserve.serving import bind, serve
+from fastserve.serving.listen import bind
+from fastserve.serving.server import serve
 
 @contextlib.asynccontextmanager
 async def lifespan(app):

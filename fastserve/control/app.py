@@ -16,7 +16,7 @@ from fastserve.control.metrics import ControlMetrics
 from fastserve.control.registry import WorkerRegistry
 from fastserve.control.routes import fastchat_routes, fastserve_routes
 from fastserve.control.worker_client import WorkerClient
-from fastserve.serving import install_error_handlers
+from fastserve.serving.errors import install_error_handlers
 
 
 def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.monotonic) -> FastAPI:

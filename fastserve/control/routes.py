@@ -34,7 +34,7 @@ from fastserve.protocol import (
     ReleaseRequest,
     WorkerName,
 )
-from fastserve.serving import StreamResponse
+from fastserve.serving.responses import StreamResponse
 
 logger = logging.getLogger(__name__)
 BodyT = TypeVar("BodyT", bound=BaseModel)

@@ -22,7 +22,8 @@ from fastserve.gateway.routes import Gateway, router
 from fastserve.gateway.upstream import open_session
 from fastserve.observability.metrics import CollectorRegistry
 from fastserve.protocol import REQUEST_ID_HEADER
-from fastserve.serving import advertised_address, install_error_handlers
+from fastserve.serving.errors import install_error_handlers
+from fastserve.serving.listen import advertised_address
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.config import ApiServerConfig
 from fastserve.errors import AuthenticationError, StartupError
-from fastserve.serving import error_response
+from fastserve.serving.errors import error_response
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/metrics"})
 

@@ -19,7 +19,7 @@ from fastserve.gateway.peek import peek, read_body
 from fastserve.gateway.relay import Call, Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
-from fastserve.serving import run_until_disconnect
+from fastserve.serving.responses import run_until_disconnect
 
 
 @dataclass(frozen=True)

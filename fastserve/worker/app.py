@@ -21,7 +21,7 @@ from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine, EngineInfo
 from fastserve.errors import EngineDeadError, StartupError
 from fastserve.observability.metrics import CONTENT_TYPE
-from fastserve.serving import error_response, install_error_handlers
+from fastserve.serving.errors import error_response, install_error_handlers
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.tokenizer import Tokenizer, load_tokenizer

@@ -19,7 +19,7 @@ from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedPar
 from fastserve.openai.answers import JSON, encode_json
 from fastserve.openai.completions import CompletionRequest, completion_logprobs
 from fastserve.openai.sampling import parse_request
-from fastserve.serving import StreamResponse, run_until_disconnect
+from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import Caller, caller_of
 from fastserve.worker.jobs import Job, Prompt
 from fastserve.worker.prompts import Echo, with_echo

@@ -19,7 +19,7 @@ from fastserve.openai.completions import (
 from fastserve.openai.models import ModelCards, describe_model
 from fastserve.openai.sampling import parse_request
 from fastserve.protocol import REQUEST_ID_HEADER
-from fastserve.serving import StreamResponse, run_until_disconnect
+from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import caller_of
 from fastserve.worker.choice import Delta
 from fastserve.worker.jobs import Job

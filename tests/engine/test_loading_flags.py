@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from fastserve import model_worker
-from fastserve.config import WorkerConfig, parse_config
+from fastserve.config import WorkerConfig
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.quantised import QuantisedWeight
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
+from fastserve.options import parse_config
 from fastserve.worker.model_source import find_model
 from fastserve.worker.refusals import refuse_unavailable
 

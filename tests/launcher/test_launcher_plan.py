@@ -6,19 +6,10 @@ from typing import Any
 
 import pytest
 
-from fastserve.config import (
-    ApiServerConfig,
-    ClassicLauncherFlags,
-    ControllerConfig,
-    LauncherConfig,
-    WorkerConfig,
-    build_parser,
-    expand_abbreviations,
-    flag_of,
-    parse_config,
-)
+from fastserve.config import ApiServerConfig, ClassicLauncherFlags, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.launcher import Plan, check, parse_item, plan, summary
+from fastserve.options import build_parser, expand_abbreviations, flag_of, parse_config
 from fastserve.supervisor import ChildSpec
 
 

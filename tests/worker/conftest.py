@@ -19,7 +19,7 @@ from fastserve.config import WorkerConfig
 from fastserve.demo import demo_model_path
 from fastserve.engine.contract import EngineInfo, EngineRequest
 from fastserve.engine.fake import FakeEngine, FakeOptions, Script
-from fastserve.serving import bind
+from fastserve.serving.listen import bind
 from fastserve.text.tokenizer import Tokenizer, configured_eos_ids, load_tokenizer, read_json
 from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy

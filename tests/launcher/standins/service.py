@@ -13,7 +13,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from fastserve.config import ServerConfig, WorkerConfig, parse_config
+from fastserve.config import ServerConfig, WorkerConfig
+from fastserve.options import parse_config
 
 ENGINE = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('armed', flush=True); time.sleep(600)"

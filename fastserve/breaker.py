@@ -1,0 +1,85 @@
+"""Circuit breaker for one worker, as in Envoy's outlier detection.
+
+closed (requests pass) --`threshold` failures in a row--> open (none passes) --`open_s` later--> half-open (one request
+passes as a probe) --success--> closed, or --failure--> open again, for twice as long, up to `MAX_OPEN_S`.
+
+Pure: time, in seconds of any monotonic clock, is an argument. The owner of a fleet's breakers keeps at least half of the
+fleet in use (`fleet_allows`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FAILURE_THRESHOLD = 5
+OPEN_S = 10.0
+MAX_OPEN_S = 30.0
+PROBE_TIMEOUT_S = 30.0
+"""A probe without a result after this time is taken to be lost, and another request may probe."""
+
+State = Literal["closed", "open", "half-open"]
+
+
+class Breaker:
+    def __init__(self, threshold: int = FAILURE_THRESHOLD, open_s: float = OPEN_S) -> None:
+        self._threshold = threshold
+        self._first_open_s = open_s
+        self._open_s = open_s
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._probe_since: float | None = None
+
+    @property
+    def failures_in_a_row(self) -> int:
+        return self._failures
+
+    def state(self, now: float) -> State:
+        if self._opened_at is None:
+            return "closed"
+        return "half-open" if now - self._opened_at >= self._open_s else "open"
+
+    def allows(self, now: float) -> bool:
+        """Whether a request may be sent to the worker now. Changes nothing."""
+        state = self.state(now)
+        if state != "half-open":
+            return state == "closed"
+        return self._probe_since is None or now - self._probe_since >= PROBE_TIMEOUT_S
+
+    def start(self, now: float) -> None:
+        """A request is being sent to the worker; in the half-open state it is the probe."""
+        if self.state(now) == "half-open":
+            self._probe_since = now
+
+    def succeed(self) -> None:
+        """The worker answered a request as it should."""
+        self._failures = 0
+        self._opened_at = None
+        self._probe_since = None
+        self._open_s = self._first_open_s
+
+    def fail(self, now: float) -> bool:
+        """The worker failed a request. Returns True when this opened the breaker."""
+        self._failures += 1
+        state = self.state(now)
+        if state == "open":
+            return False
+        if state == "half-open":
+            self._open_s = min(2 * self._open_s, MAX_OPEN_S)
+        elif self._failures < self._threshold:
+            return False
+        self._opened_at = now
+        self._probe_since = None
+        return True
+
+    def next_probe_s(self, now: float) -> float:
+        """Seconds until a probe may pass; 0 when requests pass now."""
+        if self.allows(now) or self._opened_at is None:
+            return 0.0
+        if self.state(now) == "open":
+            return self._opened_at + self._open_s - now
+        return 0.0 if self._probe_since is None else self._probe_since + PROBE_TIMEOUT_S - now
+
+
+def fleet_allows(num_out: int, num_workers: int) -> bool:
+    """Whether one more worker of a fleet may be taken out by its breaker: never more than half of them are out."""
+    return 2 * (num_out + 1) <= num_workers
