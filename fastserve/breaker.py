@@ -3,8 +3,8 @@
 closed (requests pass) --`threshold` failures in a row--> open (none passes) --`open_s` later--> half-open (one request
 passes as a probe) --success--> closed, or --failure--> open again, for twice as long, up to `MAX_OPEN_S`.
 
-Pure: time, in seconds of any monotonic clock, is an argument. The owner of a fleet's breakers keeps at least half of the
-fleet in use (`fleet_allows`).
+Pure: time, in seconds of any monotonic clock, is an argument. The owner of a fleet's breakers keeps at least half of
+the fleet in use (`fleet_allows`).
 """
 
 from __future__ import annotations
