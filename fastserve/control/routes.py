@@ -124,7 +124,7 @@ def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[
         body = await _parse(request, AcquireRequest)
         answer = registry.acquire(body.model, body.lease, body.exclude)
         metrics.count(body.model, answer.address)
-        return _json(answer)
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
     async def release(request: Request) -> Response:
         registry.release((await _parse(request, ReleaseRequest)).leases)
