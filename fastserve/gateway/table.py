@@ -67,6 +67,11 @@ class CachedTable:
         ]
         return min(candidates)[1] if candidates else ""
 
+    def is_listed(self, address: str) -> bool:
+        """Whether the controller's last table shows the worker."""
+        row = self._rows.get(address)
+        return row is not None and row.missing_since is None
+
     def model_names(self) -> list[str]:
         """Sorted, each once. Rows missing from the last table count only when it was empty (a restarted controller)."""
         present = [row for row in self._rows.values() if row.missing_since is None]
