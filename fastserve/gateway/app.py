@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fastserve import __version__
 from fastserve.config import ApiServerConfig
 from fastserve.errors import StartupError
+from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, Call
 from fastserve.gateway.auth import ApiKeyMiddleware, load_keys
 from fastserve.gateway.context import RequestContextMiddleware, name_failures
@@ -60,6 +61,7 @@ def create_app(config: ApiServerConfig) -> FastAPI:
     install_error_handlers(app)
     name_failures(app)
     app.include_router(router)
+    install_api_docs(app)
     # The last one added is the outermost: CORS answers preflights, which carry no key, before keys are asked for.
     app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(

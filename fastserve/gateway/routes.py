@@ -75,25 +75,29 @@ router = APIRouter(
 
 @router.get("/v1/models")
 async def list_models(gateway: GatewayDep) -> ModelCards:
+    """The models that workers serve now."""
     await gateway.dispatcher.ensure_fresh()
     return ModelCards(data=[describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()])
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, gateway: GatewayDep) -> Model:
+    """One model."""
     await gateway.dispatcher.ensure_fresh()
     if model not in gateway.dispatcher.model_names():
         raise no_worker(model) if gateway.dispatcher.is_known(model) else unknown_model(model)
     return describe_model(model, gateway.started_at)
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health() -> Response:
     """The process is alive."""
     return JSONResponse({"status": "ok"})
 
 
-@router.api_route("/ready", methods=["GET", "HEAD"])
+@router.get("/ready")
+@router.head("/ready", include_in_schema=False)
 async def ready(gateway: GatewayDep) -> Response:
     """A request could be answered: at least one worker is known."""
     if not gateway.dispatcher.model_names():
@@ -105,4 +109,5 @@ async def ready(gateway: GatewayDep) -> Response:
 
 @router.get("/metrics")
 async def metrics(gateway: GatewayDep) -> Response:
+    """In Prometheus's form."""
     return Response(exposition(gateway.registry), media_type=CONTENT_TYPE)
