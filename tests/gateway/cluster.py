@@ -88,6 +88,9 @@ class StubController(StubServer):
         self.in_flight: dict[str, str] = {}
         self.acquired: list[str] = []
         self.released: list[str] = []
+        self.failed: list[str] = []
+        self.unused: list[str] = []
+        """Leases by what their requests said of the worker."""
         self.failures: list[str] = []
         self.excluded: list[list[str]] = []
         self.polls = 0
@@ -119,9 +122,11 @@ class StubController(StubServer):
         return _answer(AcquireResponse(address=chosen, known=bool(serving)))
 
     async def _release(self, request: web.Request) -> web.Response:
-        leases = ReleaseRequest.model_validate_json(await request.read()).leases
-        self.released += leases
-        for lease in leases:
+        asked = ReleaseRequest.model_validate_json(await request.read())
+        self.released += asked.leases
+        self.failed += asked.failed
+        self.unused += asked.unused
+        for lease in asked.leases:
             self.in_flight.pop(lease, None)
         return web.json_response({})
 
@@ -193,6 +198,28 @@ def stream(*pieces: bytes, delay_s: float = 0.0, then: str = "end") -> Script:
             await asyncio.sleep(0.02)  # let what was written reach the other side
             abort(request)
         return response
+
+    return script
+
+
+def reply(body: bytes, content_type: str = "application/json", status: int = 200, **headers: str) -> Script:
+    """Answer with these bytes, whatever they are."""
+
+    async def script(_: web.Request) -> web.StreamResponse:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(body=body, status=status, headers={"content-type": content_type, **named})
+
+    return script
+
+
+def raw(content: bytes) -> Script:
+    """Write these bytes to the connection, in the place of an answer, and close it."""
+
+    async def script(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(content)
+        request.transport.close()
+        return web.Response()
 
     return script
 
@@ -271,8 +298,13 @@ class Cluster:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
     async def all_released(self) -> None:
-        await until(lambda: not self.controller.in_flight)
-        assert set(self.controller.acquired) <= set(self.controller.released)
+        await until(lambda: set(self.controller.acquired) <= set(self.controller.released))
+        assert not self.controller.in_flight
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have reached workers."""
+        return sum(len(worker.requests) for worker in self.workers)
 
 
 @asynccontextmanager
