@@ -17,6 +17,7 @@ import aiohttp
 import msgspec
 
 from fastserve.errors import InvalidAnswerError, OutOfResourcesError
+from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
 
 MAX_ERROR_BYTES = 2**18
@@ -99,7 +100,7 @@ class ByteBudget:
         self._left += num_bytes
 
 
-async def read_answer(response: aiohttp.ClientResponse, max_bytes: int, budget: ByteBudget) -> Answer:
+async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget) -> Answer:
     """The whole answer. Raises InvalidAnswerError, OutOfResourcesError, and what aiohttp raises for a lost connection.
 
     The budget is charged while the answer is read; afterwards it is on its way to the client, one copy of it.
@@ -115,16 +116,16 @@ async def read_answer(response: aiohttp.ClientResponse, max_bytes: int, budget: 
     pieces: list[bytes] = []
     size = 0
     try:
-        while piece := await response.content.readany():
+        while piece := await body.read():
             budget.take(len(piece))
             size += len(piece)
             pieces.append(piece)
             if size > max_bytes:
                 raise too_long(max_bytes)
-        body = b"".join(pieces)
+        content = b"".join(pieces)
     finally:
         budget.give(size)
-    return check_answer(response.status, body, response.headers.get("retry-after"))
+    return check_answer(response.status, content, response.headers.get("retry-after"))
 
 
 def check_headers(headers: Mapping[str, str], content_type: str) -> None:
@@ -168,9 +169,9 @@ def parse_body(data: bytes) -> Body:
     except UnicodeDecodeError as error:
         raise InvalidAnswerError("The worker's answer is not UTF-8.") from error
     except msgspec.ValidationError as error:
-        raise InvalidAnswerError(f"The worker's answer has another shape than OpenAI's: {error}.") from error
+        raise InvalidAnswerError("The worker's answer has another shape than OpenAI's.") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidAnswerError(f"The worker's answer is not valid JSON: {error}.") from error
+        raise InvalidAnswerError("The worker's answer is not valid JSON.") from error
 
 
 def too_long(max_bytes: int) -> InvalidAnswerError:

@@ -19,6 +19,7 @@ from fastserve.errors import (
     WorkerTimeoutError,
 )
 from fastserve.gateway.answers import Answer, ByteBudget, check_answer, check_headers, parse_body, read_answer
+from fastserve.gateway.body import AnswerBody
 from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.events import EventStream
@@ -80,6 +81,21 @@ class AttemptError(Exception):
         self.error = error
 
 
+class _Deadline:
+    """A timeout without a time, which is set off from outside."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self._timeout = timeout
+        self.reason: str | None = None
+        """The kind of failure that it was set off for."""
+
+    def expire(self, reason: str) -> None:
+        """The block is left with a TimeoutError as soon as the loop turns."""
+        if self.reason is None:
+            self.reason = reason
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+
 class AttemptRunner:
     def __init__(
         self,
@@ -99,18 +115,12 @@ class AttemptRunner:
 
         Raises AttemptError when the worker failed, OutOfResourcesError when this process did.
         """
-        is_frozen = False
-
-        def leave() -> None:
-            nonlocal is_frozen
-            is_frozen = True
-            _expire(deadline)
-
         try:
-            async with asyncio.timeout(None) as deadline:
-                with self._dispatcher.watching(lease.address, leave):
+            async with asyncio.timeout(None) as timeout:
+                deadline = _Deadline(timeout)
+                with self._dispatcher.watching(lease.address, lambda: deadline.expire("frozen")):
                     if call.stream:
-                        return await self._relay_stream(call, lease, client)
+                        return await self._relay_stream(call, lease, client, deadline)
                     return await self._read_whole(call, lease, deadline)
         except InvalidAnswerError as error:
             raise AttemptError("invalid", error) from error
@@ -119,43 +129,45 @@ class AttemptRunner:
                 raise OutOfResourcesError(
                     "This API server has no open file or port left for a connection to a worker. Try again in a moment."
                 ) from error
-            raise self._failure("frozen" if is_frozen else _kind(error), error) from error
+            raise self._failure(deadline.reason or _kind(error), error) from error
 
-    async def _read_whole(self, call: Call, lease: Lease, deadline: asyncio.Timeout) -> Answer:
+    async def _read_whole(self, call: Call, lease: Lease, deadline: _Deadline) -> Answer:
         """The wire is silent until the answer is there, so the worker's heartbeats speak for it."""
         watch = asyncio.create_task(self._expire_when_idle(lease, deadline))
         try:
             response = await self._post(call, lease, None)
             try:
-                return await read_answer(response, self._bounds.max_answer_bytes, self._memory)
+                with AnswerBody(response, lambda: deadline.expire("invalid")) as body:
+                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
             finally:
                 response.close()
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
 
-    async def _expire_when_idle(self, lease: Lease, deadline: asyncio.Timeout) -> None:
+    async def _expire_when_idle(self, lease: Lease, deadline: _Deadline) -> None:
         while True:
             await asyncio.sleep(self._bounds.silence_s)
             if not await self._dispatcher.is_serving(lease):
-                _expire(deadline)
+                deadline.expire("timeout")
                 return
 
-    async def _relay_stream(self, call: Call, lease: Lease, client: Downstream) -> Answer | None:
+    async def _relay_stream(self, call: Call, lease: Lease, client: Downstream, deadline: _Deadline) -> Answer | None:
         response = await self._post(call, lease, self._bounds.silence_s)
         try:
-            if response.status != 200:
-                return await read_answer(response, self._bounds.max_answer_bytes, self._memory)
-            check_headers(response.headers, "text/event-stream")
-            return await self._relay_events(response.content, call, client)
+            with AnswerBody(response, lambda: deadline.expire("invalid")) as body:
+                if response.status != 200:
+                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+                check_headers(response.headers, "text/event-stream")
+                return await self._relay_events(body, call, client)
         finally:
             response.close()
 
-    async def _relay_events(self, content: aiohttp.StreamReader, call: Call, client: Downstream) -> Answer | None:
+    async def _relay_events(self, body: AnswerBody, call: Call, client: Downstream) -> Answer | None:
         """Relay a stream to its end. An Answer is an error that stood in the place of the first data event."""
         stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes)
         while not stream.is_done:
-            piece = await content.readany()
+            piece = await body.read()
             events = stream.feed(piece) if piece else stream.finish()
             if stream.error is not None and not client.has_data and not stream.has_data:
                 return refusal_of(stream.error)
@@ -173,7 +185,7 @@ class AttemptRunner:
                 )
             await client.write(DONE)
         await client.end()
-        await _read_last_chunk(content)
+        await _read_last_chunk(body)
         return None
 
     async def _post(self, call: Call, lease: Lease, silence_s: float | None) -> aiohttp.ClientResponse:
@@ -229,16 +241,11 @@ def refusal_of(data: bytes) -> Answer:
     return check_answer(status, data, None)
 
 
-def _expire(deadline: asyncio.Timeout) -> None:
-    if not deadline.expired():
-        deadline.reschedule(asyncio.get_running_loop().time())
-
-
-async def _read_last_chunk(content: aiohttp.StreamReader) -> None:
+async def _read_last_chunk(body: AnswerBody) -> None:
     """Read to the end of the body if that comes soon: then the connection can be used again."""
     try:
         async with asyncio.timeout(LAST_CHUNK_S):
-            await content.readany()
+            await body.read()
     except (aiohttp.ClientError, OSError):
         return  # The answer is complete; the connection will be closed.
 

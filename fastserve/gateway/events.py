@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from fastserve.errors import InvalidAnswerError
 from fastserve.gateway.answers import parse_body
-from fastserve.observability.text import printable
 
 MAX_SILENT_BYTES = 2**20
 """Of comments between two data events. A keep-alive comment each second takes hours for that."""
 BLANK_LINES = (b"\n\n", b"\r\n\r\n")
 FIELDS = (b":", b"event:", b"id:", b"retry:")
-SHOWN_CHARS = 80
 
 
 class EventStream:
@@ -60,7 +58,7 @@ class EventStream:
         rest = bytes(self._held)
         self._held.clear()
         if rest.strip() in (b"data: [DONE]", b"data:[DONE]"):
-            self.is_done = True
+            self._take(b"[DONE]")
             return rest.strip() + b"\n\n"
         return b""
 
@@ -108,13 +106,14 @@ class EventStream:
             if line.startswith(b"data:"):
                 data.append(line[5:].removeprefix(b" "))
             elif line and not line.startswith(FIELDS):
-                shown = printable(line.decode(errors="replace"), SHOWN_CHARS)
-                raise InvalidAnswerError(f"The worker's stream has a line that is no event: {shown}")
+                raise InvalidAnswerError("The worker's stream has a line that is no event.")
         if data:
             self._take(b"\n".join(data).strip())
 
     def _take(self, data: bytes) -> None:
         if data == b"[DONE]":
+            if not self.has_data and self.error is None:
+                raise InvalidAnswerError("The worker's stream has no data.")
             self.is_done = True
             return
         body = parse_body(data)

@@ -48,78 +48,82 @@ def pieces(content_type: str, piece: bytes, count: int) -> Script:
     return script
 
 
-EITHER = [
-    pytest.param(reply(HTML, "text/html"), id="html"),
-    pytest.param(reply(HTML, "text/html", 500), id="html with 500"),
-    pytest.param(reply(HTML, "text/html", 503), id="html with 503"),
-    pytest.param(reply(HTML, "text/html", 404), id="html with 404"),
-    pytest.param(reply(b"", "text/plain", 302, location="http://127.0.0.1:1/"), id="redirect"),
-    pytest.param(reply(b"", status=307, location="/v1/chat/completions"), id="redirect to itself"),
-    pytest.param(reply(b"", status=204), id="no content"),
-    pytest.param(reply(json.dumps(ANSWER).encode(), status=201), id="created"),
-    pytest.param(reply(b'{"detail":"no"}', status=400), id="400 in another shape"),
-    pytest.param(reply(b"null", status=500), id="500 in another shape"),
-    pytest.param(reply(b'{"error":{"message":"key?"}}', status=401), id="our key is refused"),
-    pytest.param(raw(b"SSH-2.0-OpenSSH_9.2\r\n"), id="another protocol"),
-    pytest.param(raw(b"HTTP/1.1 200 OK\r\nbroken header\r\n\r\n"), id="a header that is none"),
-    pytest.param(raw(b"HTTP/1.1 200 OK\r\nx: " + b"a" * 100_000 + b"\r\n\r\n"), id="an endless header"),
-    pytest.param(raw(b"HTTP/1.1 200 OK\r\n" + b"x: 1\r\n" * 5_000 + b"\r\n"), id="endless headers"),
-    pytest.param(raw(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"), id="upgrade"),
-]
-WHOLE_ONLY = [
-    pytest.param(reply(b""), id="empty body"),
-    pytest.param(reply(b"   "), id="blank body"),
-    pytest.param(reply(b"hello"), id="no json"),
-    pytest.param(reply(json.dumps(ANSWER).encode()[:-1]), id="half json"),
-    pytest.param(reply(b'{"choices":[{"x":"\xff"}]}'), id="bad utf-8"),
-    pytest.param(reply(b'{"object":"list","data":[]}'), id="json of another shape"),
-    pytest.param(reply(b'{"choices":[]}'), id="no choice"),
-    pytest.param(reply(b'{"choices":"all"}'), id="choices that are text"),
-    pytest.param(reply(b"[]"), id="a list"),
-    pytest.param(reply(b'{"choices":[{}],"x":' + b"[" * 100_000), id="nested too deep"),
-    pytest.param(reply(json.dumps(ANSWER).encode(), "text/plain"), id="wrong type of content"),
-    pytest.param(reply(json.dumps(ANSWER).encode(), "application/json", content_encoding="br"), id="encoded"),
-    pytest.param(stream(*EVENTS, DONE), id="a stream"),
-    pytest.param(raw(chunked("application/json", b"zz\r\n{}\r\n0\r\n\r\n")), id="bad framing"),
-]
-STREAM_ONLY = [
-    pytest.param(reply(json.dumps(ANSWER).encode()), id="json"),
-    pytest.param(reply(WHOLE, SSE, content_encoding="gzip"), id="encoded"),
-    pytest.param(reply(b"", SSE), id="empty body"),
-    pytest.param(reply(DONE, SSE), id="done without data"),
-    pytest.param(reply(HTML + b"\n\n", SSE), id="html"),
-    pytest.param(reply(b"data: hello\n\n" + DONE, SSE), id="no json"),
-    pytest.param(reply(b'data: {"choices":[{"x":"\xff"}]}\n\n' + DONE, SSE), id="bad utf-8"),
-    pytest.param(reply(b'data: {"object":"list"}\n\n' + DONE, SSE), id="json of another shape"),
-    pytest.param(raw(chunked(SSE, b"zz\r\n" + EVENTS[0] + b"\r\n0\r\n\r\n")), id="bad framing"),
-]
+EITHER: dict[str, Script] = {
+    "html": reply(HTML, "text/html"),
+    "html with 500": reply(HTML, "text/html", 500),
+    "html with 503": reply(HTML, "text/html", 503),
+    "html with 404": reply(HTML, "text/html", 404),
+    "redirect": reply(b"", "text/plain", 302, location="http://127.0.0.1:1/"),
+    "redirect to itself": reply(b"", status=307, location="/v1/chat/completions"),
+    "no content": reply(b"", status=204),
+    "created": reply(json.dumps(ANSWER).encode(), status=201),
+    "400 in another shape": reply(b'{"detail":"no"}', status=400),
+    "500 in another shape": reply(b"null", status=500),
+    "our key is refused": reply(b'{"error":{"message":"key?"}}', status=401),
+    "another protocol": raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "a header that is none": raw(b"HTTP/1.1 200 OK\r\nbroken header\r\n\r\n"),
+    "an endless header": raw(b"HTTP/1.1 200 OK\r\nx: " + b"a" * 100_000 + b"\r\n\r\n"),
+    "endless headers": raw(b"HTTP/1.1 200 OK\r\n" + b"x: 1\r\n" * 5_000 + b"\r\n"),
+    "upgrade": raw(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"),
+}
+WHOLE_ONLY: dict[str, Script] = {
+    "empty body": reply(b""),
+    "blank body": reply(b"   "),
+    "no json": reply(b"hello"),
+    "half json": reply(json.dumps(ANSWER).encode()[:-1]),
+    "bad utf-8": reply(b'{"choices":[{"x":"\xff"}]}'),
+    "json of another shape": reply(b'{"object":"list","data":[]}'),
+    "no choice": reply(b'{"choices":[]}'),
+    "choices that are text": reply(b'{"choices":"all"}'),
+    "a list": reply(b"[]"),
+    "nested too deep": reply(b'{"choices":[{}],"x":' + b"[" * 100_000),
+    "wrong type of content": reply(json.dumps(ANSWER).encode(), "text/plain"),
+    "encoded": reply(json.dumps(ANSWER).encode(), "application/json", content_encoding="br"),
+    "a stream": stream(*EVENTS, DONE),
+    "bad framing": raw(chunked("application/json", b"zz\r\n{}\r\n0\r\n\r\n")),
+}
+STREAM_ONLY: dict[str, Script] = {
+    "json": reply(json.dumps(ANSWER).encode()),
+    "encoded": reply(WHOLE, SSE, content_encoding="gzip"),
+    "empty body": reply(b"", SSE),
+    "done without data": reply(DONE, SSE),
+    "html": reply(HTML + b"\n\n", SSE),
+    "no json": reply(b"data: hello\n\n" + DONE, SSE),
+    "bad utf-8": reply(b'data: {"choices":[{"x":"\xff"}]}\n\n' + DONE, SSE),
+    "json of another shape": reply(b'data: {"object":"list"}\n\n' + DONE, SSE),
+    "bad framing": raw(chunked(SSE, b"zz\r\n" + EVENTS[0] + b"\r\n0\r\n\r\n")),
+}
 
 
-@pytest.mark.parametrize("script", EITHER + WHOLE_ONLY)
-async def test_a_whole_answer_that_is_none_is_replaced_or_a_502(cluster: Cluster, script: Script) -> None:
-    await check(cluster, CHAT, script)
+async def test_whole_answers_that_are_none_are_replaced_or_a_502(cluster: Cluster) -> None:
+    for name, script in {**EITHER, **WHOLE_ONLY}.items():
+        await check(cluster, CHAT, name, script)
 
 
-@pytest.mark.parametrize("script", EITHER + STREAM_ONLY)
-async def test_a_stream_that_is_none_is_replaced_or_a_502(cluster: Cluster, script: Script) -> None:
-    await check(cluster, STREAM, script)
+async def test_streams_that_are_none_are_replaced_or_a_502(cluster: Cluster) -> None:
+    for name, script in {**EITHER, **STREAM_ONLY}.items():
+        await check(cluster, STREAM, name, script)
 
 
-async def check(cluster: Cluster, body: Any, script: Script) -> None:
-    bad = await cluster.worker(script)
+async def check(cluster: Cluster, request: Any, name: str, script: Script) -> None:
+    """`name` is the model, too: each case has workers of its own."""
+    body = {**request, "model": name}
+    bad = await cluster.worker(script, name)
     async with cluster.post(body) as response:
         error = (await response.json())["error"]
         # A body without its end cannot be told from a lost worker, and that one is worth another try.
-        assert (response.status, error["code"]) in ((502, "bad_worker_answer"), (503, "worker_lost")), error
+        assert (response.status, error["code"]) in ((502, "bad_worker_answer"), (503, "worker_lost")), name
         assert response.headers["content-type"] == "application/json"
         assert set(error) == {"message", "type", "param", "code"}
         assert "It works" not in error["message"]
     assert len(bad.requests) == 1
-    await cluster.worker(answer_well)
-    cluster.controller.add(bad.address)  # it has given a sign of life
-    assert (await ask(cluster, body))[0] == 200
+    cluster.controller.add(bad.address, name)  # it has given a sign of life
+    await cluster.worker(answer_well, name)
+    assert (await ask(cluster, body))[0] == 200, name
     await cluster.all_released()
-    assert len(cluster.controller.failed) == len(bad.requests) == 2
+    assert len(bad.requests) == 2, name
+    assert len(cluster.controller.failed) == 2, name
+    cluster.controller.failed.clear()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,7 @@ async def test_garbage_after_data_ends_the_stream_with_one_error_event(cluster: 
     status, body = await ask(cluster, STREAM)
     assert status == 200
     assert body.startswith(EVENTS[0] + b'data: {"error"')
-    assert body.count(b"error") == 1 + body.count(b"_error")
+    assert body.count(b'"error"') == 1
     assert error_event(body)["code"] == "bad_worker_answer"
     assert not other.requests
     await cluster.all_released()
