@@ -70,6 +70,13 @@ class StubServer:
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+        self._site = site
+
+    async def stop_listening(self) -> None:
+        """Refuse new connections; those that are open stay."""
+        server = self._site._server
+        assert server is not None
+        server.close()
 
     async def kill(self) -> None:
         if self._runner is not None:
@@ -87,6 +94,7 @@ class StubController(StubServer):
         self.workers: dict[str, WorkerStatus] = {}
         self.in_flight: dict[str, str] = {}
         self.acquired: list[str] = []
+        self.granted: list[str] = []
         self.released: list[str] = []
         self.failed: list[str] = []
         self.unused: list[str] = []
@@ -94,6 +102,9 @@ class StubController(StubServer):
         self.failures: list[str] = []
         self.excluded: list[list[str]] = []
         self.polls = 0
+        self.remembered: set[str] = set()
+        """Models that are known though no worker serves them."""
+        self.retry_after_s: float | None = None
         self.hangs = False
 
     def add(self, address: str, *models: str) -> None:
@@ -118,8 +129,10 @@ class StubController(StubServer):
         free = [address for address in serving if address not in asked.exclude]
         chosen = min(free, key=loads.count, default="")
         if chosen:
+            self.granted.append(asked.lease)
             self.in_flight[asked.lease] = chosen
-        return _answer(AcquireResponse(address=chosen, known=bool(serving)))
+        known = bool(serving) or asked.model in self.remembered
+        return _answer(AcquireResponse(address=chosen, known=known, retry_after_s=self.retry_after_s))
 
     async def _release(self, request: web.Request) -> web.Response:
         asked = ReleaseRequest.model_validate_json(await request.read())
