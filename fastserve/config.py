@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastserve.options import comma_list, json_list, option, same_option
+from fastserve.options import comma_list, json_list, limit, option, same_option
 
 CONTROLLER_PORT = 21001
 WORKER_PORT = 21002
@@ -35,6 +35,12 @@ class ControllerConfig(ServerConfig):
         "(a fastserve worker tells its interval and is dropped after three of them)",
         env="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
         added=True,
+    )
+    max_workers: int = limit(20_000, "most workers that are known at once")
+    max_model_names: int = limit(10_000, "most names of models, of all workers together")
+    max_leases: int = limit(1_000_000, "most requests that run at once, of all API servers together")
+    model_memory_s: float = limit(
+        900.0, "seconds for which a model whose last worker has gone is answered with 503 in place of 404", minimum=0
     )
 
 

@@ -8,14 +8,53 @@ In-flight counts are exact. The API server makes a lease id for each request, as
 (`/acquire`), sends it to the worker in the header LEASE_HEADER, and gives it back (`/release`) when the answer has
 ended. The worker lists the leases that it is serving in each heartbeat, so a restarted controller knows them again,
 and a lease whose API server died is forgotten once the worker no longer lists it.
+
+Everything here has a bound, so that no message of a defective or hostile neighbour costs more than an error that names
+the field. Lists stop at their first wrong element, and numbers are numbers: no NaN, no strings, no booleans.
 """
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from fastserve.breaker import State as BreakerState
 
 LEASE_HEADER = "x-fastserve-lease"
 REQUEST_ID_HEADER = "x-request-id"
+
+MAX_NAME_CHARS = 512
+MAX_ADDRESS_CHARS = 300
+MAX_LEASE_CHARS = 128
+MAX_MODEL_NAMES = 256
+"""Of one worker."""
+MAX_LEASES = 32_768
+"""Of one worker; together they fit the controller's limit of a body."""
+MAX_RELEASES = 4_096
+"""In one message."""
+MAX_EXCLUDED = 64
+MAX_REQUESTS = 1_000_000
+"""Requests on one worker."""
+MAX_WORKERS = 100_000
+"""Rows of a routing table."""
+
+NAME_PATTERN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$"
+"""No control characters: they forge log lines, steer terminals and turn the direction of writing."""
+
+ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS, pattern=NAME_PATTERN)]
+Address = Annotated[str, StringConstraints(max_length=MAX_ADDRESS_CHARS, pattern=NAME_PATTERN)]
+LeaseId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LEASE_CHARS)]
+LeaseIds = Annotated[list[LeaseId], Field(max_length=MAX_LEASES, fail_fast=True)]
+Releases = Annotated[list[LeaseId], Field(max_length=MAX_RELEASES, fail_fast=True)]
+Flag = Annotated[bool, Field(strict=True)]
+RequestCount = Annotated[int, Field(strict=True, ge=0, le=MAX_REQUESTS)]
+TokenCount = Annotated[int, Field(strict=True, ge=0, le=10**9)]
+Speed = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
+TokensPerS = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False)]
+IntervalS = Annotated[float, Field(strict=True, ge=0.01, le=3600, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(strict=True, ge=0, le=86400, allow_inf_nan=False)]
 
 
 class Message(BaseModel):
@@ -25,22 +64,24 @@ class Message(BaseModel):
 class WorkerStatus(Message):
     """A worker's whole status. The first four fields are FastChat's."""
 
-    model_names: list[str]
-    speed: float = 1.0
-    queue_length: int = 0
+    model_names: Annotated[list[ModelName], Field(max_length=MAX_MODEL_NAMES, fail_fast=True)]
+    speed: Speed = 1.0
+    queue_length: RequestCount = 0
     """Requests that run or wait, however they came."""
-    multimodal: bool = False
-    tokens_per_s: float | None = None
+    multimodal: Flag = False
+    tokens_per_s: TokensPerS | None = None
     """Measured decode speed on a fixed reference batch, corrected by what the machine really does; None: not known."""
-    heartbeat_interval_s: float | None = None
+    heartbeat_interval_s: IntervalS | None = None
     """None: a FastChat worker, judged by the controller's own expiration time."""
-    leases: list[str] = Field(default_factory=list)
-    """Lease ids of the requests that run or wait here."""
-    context_length: int | None = None
-    max_concurrency: int | None = None
-    kv_usage: float = 0.0
+    leases: LeaseIds = Field(default_factory=list)
+    """Lease ids of the requests that run or wait here. Left out of the rows of a routing table."""
+    context_length: TokenCount | None = None
+    max_concurrency: RequestCount | None = None
+    kv_usage: Share = 0.0
     """Share of the KV cache in use by running requests, 0 to 1."""
-    version: str | None = None
+    version: Annotated[str, StringConstraints(max_length=64)] | None = None
+    ready: Flag = True
+    """False while the model loads or the engine restarts: the models are known, but no request is sent here."""
 
     @property
     def unleased(self) -> int:
@@ -49,15 +90,15 @@ class WorkerStatus(Message):
 
 
 class RegisterRequest(Message):
-    worker_name: str
-    check_heart_beat: bool
+    worker_name: Address
+    check_heart_beat: Flag
     worker_status: WorkerStatus | None = None
-    multimodal: bool = False
+    multimodal: Flag = False
 
 
 class HeartbeatRequest(Message):
-    worker_name: str
-    queue_length: int
+    worker_name: Address
+    queue_length: RequestCount
     status: WorkerStatus | None = None
     """With it, the heartbeat alone (re-)registers the worker."""
 
@@ -69,7 +110,7 @@ class HeartbeatResponse(Message):
 class WorkerName(Message):
     """Body of `/deregister_worker` (a worker says goodbye) and `/report_failure` (a connection to it failed)."""
 
-    worker_name: str
+    worker_name: Address
 
 
 class ModelRequest(Message):
@@ -86,33 +127,64 @@ class ModelList(Message):
 
 class AcquireRequest(Message):
     model: str
-    lease: str
-    exclude: list[str] = Field(default_factory=list)
+    lease: LeaseId
+    exclude: Annotated[list[Address], Field(max_length=MAX_EXCLUDED, fail_fast=True)] = Field(default_factory=list)
     """Addresses that this request has already failed on."""
 
 
 class AcquireResponse(Message):
-    """`address` is "" when no worker can take the request; `known` tells whether the model is served at all."""
+    """`address` is "" when no worker can take the request now."""
 
-    address: str
-    known: bool
+    address: Address | Literal[""]
+    known: Flag
+    """Whether the model is served, loads, or was served lately."""
+    retry_after_s: Seconds | None = None
+    """When another try may succeed; set when the model is known and no worker can take the request."""
 
 
 class ReleaseRequest(Message):
-    leases: list[str]
+    """Requests that have ended, and what each says about the worker that had it.
+
+    A lease in `leases` alone is a success: the worker answered as it should. One that is in `failed` too counts against
+    the worker (a 500, an answer that is none, a cut stream, a timeout). One in `unused` too says nothing about it
+    (never sent, or the client left before the end).
+    """
+
+    leases: Releases
+    failed: Releases = Field(default_factory=list)
+    unused: Releases = Field(default_factory=list)
+
+
+class ServingRequest(Message):
+    """Body of `/serving`: which of these leases did their workers list in their last heartbeats?"""
+
+    leases: Releases
+
+
+class ServingResponse(Message):
+    leases: Releases
 
 
 class WorkerEntry(Message):
     """One row of the routing table."""
 
-    address: str
+    address: Address
     status: WorkerStatus
-    in_flight: int
+    in_flight: RequestCount
     """Requests on the worker now, as the controller counts them."""
-    speed: float
+    speed: Speed
     """Relative speed: 1 is the mean of the workers whose speed is known."""
+    breaker: BreakerState = "closed"
 
 
 class RoutingTable(Message):
-    dispatch_method: str
-    workers: list[WorkerEntry]
+    """The workers that can take requests: all of them, or what has changed since a version that the reader has."""
+
+    dispatch_method: Annotated[str, StringConstraints(max_length=64)]
+    workers: Annotated[list[WorkerEntry], Field(max_length=MAX_WORKERS, fail_fast=True)]
+    epoch: Annotated[str, StringConstraints(max_length=64)] = ""
+    """Chosen anew at each start of the controller; versions of different epochs have nothing to do with each other."""
+    version: Annotated[int, Field(strict=True, ge=0)] = 0
+    is_delta: Flag = False
+    """Whether `workers` and `removed` are only what has changed since the version that was asked for."""
+    removed: Annotated[list[Address], Field(max_length=MAX_WORKERS, fail_fast=True)] = Field(default_factory=list)

@@ -21,9 +21,18 @@ from typing import TypeVar
 import aiohttp
 from pydantic import BaseModel, ValidationError
 
-from fastserve.errors import ModelNotFoundError, NoWorkerError
-from fastserve.gateway.table import CachedTable
-from fastserve.protocol import AcquireRequest, AcquireResponse, ReleaseRequest, RoutingTable, WorkerName
+from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError
+from fastserve.gateway.table import CachedTable, parse_table
+from fastserve.observability.logging import Throttle
+from fastserve.protocol import (
+    AcquireRequest,
+    AcquireResponse,
+    ReleaseRequest,
+    RoutingTable,
+    ServingRequest,
+    ServingResponse,
+    WorkerName,
+)
 
 logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
@@ -33,6 +42,7 @@ POLL_INTERVAL_S = 1.0
 POLL_INTERVAL_AWAY_S = 0.2
 RELEASE_RETRY_S = 0.2
 RESTART_PAUSE_S = 1.0
+BAD_ROWS_LOG_INTERVAL_S = 5.0
 RELEASE_LIFETIME_S = 10.0
 """A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
 
@@ -51,8 +61,15 @@ class Dispatcher:
     """Made by `open_dispatcher`, which owns its background tasks."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, controller_address: str, clock: Callable[[], float], rng: random.Random
+        self,
+        session: aiohttp.ClientSession,
+        controller_address: str,
+        clock: Callable[[], float],
+        rng: random.Random,
+        count_bad_rows: Callable[[float], object],
     ) -> None:
+        self._count_bad_rows = count_bad_rows
+        self._bad_rows_log = Throttle(BAD_ROWS_LOG_INTERVAL_S, clock)
         self._session = session
         self._controller_address = controller_address.rstrip("/")
         self._clock = clock
@@ -87,6 +104,7 @@ class Dispatcher:
     async def report_failure(self, address: str) -> None:
         """Tell the controller that a connection to this worker failed; waits a second at most and never fails."""
         self._table.suspect(address)
+        self._table.record(address, failed=True)
         if self._controller_answers:
             try:
                 await self._post("/report_failure", WorkerName(worker_name=address))
@@ -96,7 +114,8 @@ class Dispatcher:
     async def refresh(self) -> None:
         """Read the controller's table anew; keep the last one when the controller is away."""
         try:
-            table = _parse(RoutingTable, await self._request("GET", "/workers", None))
+            position = f"epoch={self._table.epoch}&since={self._table.version}"
+            table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
         except ControllerAwayError as error:
             self._note_away(error)
             return
@@ -110,9 +129,28 @@ class Dispatcher:
         """The models of the last table, sorted, each once."""
         return self._table.model_names()
 
-    def is_serving(self, lease: Lease) -> bool:
+    async def is_serving(self, lease: Lease) -> bool:
         """Whether the lease's worker has lately said that it is at work on it."""
-        return self._controller_answers and self._table.is_serving(lease.address, lease.id)
+        if not self._controller_answers:
+            return False
+        try:
+            answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
+            return lease.id in _parse(ServingResponse, answer).leases
+        except ControllerAwayError as error:
+            self._note_away(error)
+            return False
+
+    def _parse_table(self, content: bytes) -> RoutingTable:
+        """Raises ControllerAwayError when it is no table; rows that are not valid are counted, named and left out."""
+        try:
+            table, problems = parse_table(content)
+        except InvalidRequestError as error:
+            raise ControllerAwayError(f"not a routing table: {error.message}") from error
+        if problems:
+            self._count_bad_rows(len(problems))
+            if self._bad_rows_log.passes():
+                logger.warning("%d rows of the controller's table are left out: %s", len(problems), problems[0])
+        return table
 
     async def _place(self, model: str, lease_id: str, exclude: Collection[str]) -> str:
         answer: AcquireResponse | None = None
@@ -207,9 +245,11 @@ class Dispatcher:
 
 
 @asynccontextmanager
-async def open_dispatcher(session: aiohttp.ClientSession, controller_address: str) -> AsyncIterator[Dispatcher]:
+async def open_dispatcher(
+    session: aiohttp.ClientSession, controller_address: str, count_bad_rows: Callable[[float], object] = lambda _: None
+) -> AsyncIterator[Dispatcher]:
     """A dispatcher whose background tasks live as long as the block; the first table has been asked for on entering."""
-    dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random())
+    dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random(), count_bad_rows)
     await dispatcher.refresh()
     tasks = [asyncio.ensure_future(_keep_running(loop)) for loop in (dispatcher.poll, dispatcher.send_releases)]
     try:

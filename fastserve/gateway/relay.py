@@ -184,7 +184,7 @@ class Relay:
                 done, _ = await asyncio.wait({task}, timeout=self._worker_timeout_s)
                 if done:
                     return task.result()
-                if not self._dispatcher.is_serving(lease):
+                if not await self._dispatcher.is_serving(lease):
                     raise TimeoutError
         finally:
             task.cancel()
