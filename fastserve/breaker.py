@@ -21,6 +21,8 @@ State = Literal["closed", "open", "half-open"]
 
 
 class Breaker:
+    __slots__ = ("_failures", "_first_open_s", "_open_s", "_opened_at", "_probe_since", "_threshold")
+
     def __init__(self, threshold: int = FAILURE_THRESHOLD, open_s: float = OPEN_S) -> None:
         self._threshold = threshold
         self._first_open_s = open_s
@@ -32,6 +34,10 @@ class Breaker:
     @property
     def failures_in_a_row(self) -> int:
         return self._failures
+
+    @property
+    def is_closed(self) -> bool:
+        return self._opened_at is None
 
     def state(self, now: float) -> State:
         if self._opened_at is None:
@@ -50,15 +56,27 @@ class Breaker:
         if self.state(now) == "half-open":
             self._probe_since = now
 
-    def succeed(self) -> None:
-        """The worker answered a request as it should."""
+    def succeed(self, sent_at: float | None = None) -> None:
+        """The worker answered a request as it should. While open, the answer to one that was sent before (`sent_at`, by
+        the same clock) says nothing of what made the breaker open.
+        """
+        if self._opened_at is not None and sent_at is not None and sent_at < self._opened_at:
+            return
         self._failures = 0
         self._opened_at = None
         self._probe_since = None
         self._open_s = self._first_open_s
 
-    def fail(self, now: float) -> bool:
-        """The worker failed a request. Returns True when this opened the breaker."""
+    def withdraw(self) -> None:
+        """The probe ended without a result: the client left, or it was never sent. Another request may probe."""
+        self._probe_since = None
+
+    def fail(self, now: float, sent_at: float | None = None) -> bool:
+        """The worker failed a request. Returns True when this opened the breaker. Once it is open, failures of requests
+        that were sent before (`sent_at`, by the same clock) say nothing new.
+        """
+        if self._opened_at is not None and sent_at is not None and sent_at < self._opened_at:
+            return False
         self._failures += 1
         state = self.state(now)
         if state == "open":

@@ -36,6 +36,12 @@ class ControllerConfig(ServerConfig):
         env="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
         added=True,
     )
+    max_workers: int = limit(20_000, "most workers that are known at once")
+    max_model_names: int = limit(10_000, "most names of models, of all workers together")
+    max_leases: int = limit(1_000_000, "most requests that run at once, of all API servers together")
+    model_memory_s: float = limit(
+        900.0, "seconds for which a model whose last worker has gone is answered with 503 in place of 404", minimum=0
+    )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels are interpreted. Its library looks at this when it is imported, and never again.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts a command in the background has it ignore SIGINT, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

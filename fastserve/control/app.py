@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 
 from fastserve import __version__
 from fastserve.config import ControllerConfig
+from fastserve.control.endpoint import DirectRoutes
 from fastserve.control.metrics import ControlMetrics
-from fastserve.control.registry import WorkerRegistry
-from fastserve.control.routes import fastchat_routes, fastserve_routes
+from fastserve.control.registry import RegistryLimits, WorkerRegistry
+from fastserve.control.routes import fastchat_routes, fastserve_routes, message_endpoints
 from fastserve.control.worker_client import WorkerClient
 from fastserve.serving.errors import install_error_handlers
 
@@ -24,6 +25,12 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
     registry = WorkerRegistry(
         dispatch_method=config.dispatch_method,
         heartbeat_expiration_s=config.heartbeat_expiration_s,
+        limits=RegistryLimits(
+            max_workers=config.max_workers,
+            max_model_names=config.max_model_names,
+            max_leases=config.max_leases,
+            model_memory_s=config.model_memory_s,
+        ),
         clock=clock,
         rng=random.Random(),
     )
@@ -35,7 +42,12 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
         async with client:
             yield
 
-    routes: list[BaseRoute] = [*fastserve_routes(registry, metrics), *fastchat_routes(registry, client, metrics)]
+    endpoints = message_endpoints(registry, client, metrics)
+    # The router has them too: it answers other methods than POST.
+    routes: list[BaseRoute] = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
+    routes += [*fastserve_routes(registry, metrics), *fastchat_routes(registry, client)]
     app = FastAPI(title="fastserve controller", version=__version__, lifespan=lifespan, routes=routes)
     install_error_handlers(app)
+    # The first one added is the innermost: all checks of requests come before it.
+    app.add_middleware(DirectRoutes, endpoints=endpoints)
     return app

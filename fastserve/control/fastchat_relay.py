@@ -12,17 +12,15 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from fastserve.control.metrics import ControlMetrics
 from fastserve.control.registry import WorkerRegistry
 from fastserve.control.worker_client import WorkerClient, WorkerUnreachableError
 from fastserve.errors import NoWorkerError, WorkerLostError, WorkerTimeoutError
+from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
 
 
-async def relay(
-    registry: WorkerRegistry, client: WorkerClient, metrics: ControlMetrics, model: str, body: bytes
-) -> AsyncGenerator[bytes, None]:
+async def relay(registry: WorkerRegistry, client: WorkerClient, model: str, body: bytes) -> AsyncGenerator[bytes, None]:
     """Send `body` to a worker that serves `model` and pass whole records on.
 
     A worker that cannot be reached is replaced by another as long as nothing has been passed on.
@@ -30,9 +28,9 @@ async def relay(
     lease = uuid.uuid4().hex
     failed: list[str] = []
     started = False
+    outcome = "unused"
     try:
         while address := registry.acquire(model, lease, failed).address:
-            metrics.count(model, address)
             try:
                 async with aclosing(client.generate_stream(address, body, lease)) as pieces:
                     rest = b""
@@ -44,24 +42,26 @@ async def relay(
                             yield records + end
                 if rest:
                     yield rest + b"\0"
+                outcome = "success"
                 return
             except WorkerUnreachableError as error:
-                logger.warning("%s", error.message)
+                logger.warning("%s", printable(error.message))
                 registry.report_failure(address)
                 failed.append(address)
                 if started:
                     break
             except (WorkerLostError, WorkerTimeoutError) as error:
-                logger.warning("%s", error.message)
+                logger.warning("%s", printable(error.message))
                 failed.append(address)
+                outcome = "failed"
                 break
         if failed:
             yield _error_record("The worker went away or did not answer in time.", WorkerTimeoutError.legacy_code)
         else:
-            metrics.count(model, "")
-            yield _error_record(f"No worker serves the model {model!r} now.", NoWorkerError.legacy_code)
+            yield _error_record(f"No worker serves the model {printable(model)!r} now.", NoWorkerError.legacy_code)
     finally:
-        registry.release([lease])
+        ended = [lease]
+        registry.release(ended, ended if outcome == "failed" else (), ended if outcome == "unused" else ())
 
 
 def _error_record(text: str, error_code: int) -> bytes:

@@ -29,19 +29,36 @@ class _Lease:
 
 
 class LeaseBook:
-    """Each lease is on one worker at most."""
+    """Each lease is on one worker at most, and all workers together have at most `max_leases`."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_leases: int) -> None:
+        self._max_leases = max_leases
         self._by_worker: dict[str, dict[str, _Lease]] = {}
         self._owner: dict[str, str] = {}
         self._released: OrderedDict[str, float] = OrderedDict()
         """When each lease was released, oldest first."""
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._owner) >= self._max_leases
 
     def count(self, worker: str) -> int:
         return len(self._by_worker.get(worker, ()))
 
     def owner(self, lease: str) -> str | None:
         return self._owner.get(lease)
+
+    def granted_at(self, lease: str) -> float:
+        """When a known lease was granted, or adopted from a worker's list."""
+        return self._by_worker[self._owner[lease]][lease].since
+
+    def is_served(self, lease: str) -> bool:
+        """Whether the lease's worker has listed it, in its last heartbeat too."""
+        worker = self._owner.get(lease)
+        return worker is not None and self._by_worker[worker][lease].confirmed
 
     def grant(self, lease: str, worker: str, now: float) -> None:
         """Put `lease` on `worker`, and take it from the worker that had it."""
@@ -56,23 +73,36 @@ class LeaseBook:
             self._drop(lease)
             self._released[lease] = now
             self._released.move_to_end(lease)
+        while len(self._released) > self._max_leases:
+            self._released.popitem(last=False)
 
     def drop_worker(self, worker: str) -> None:
         for lease in self._by_worker.pop(worker, {}):
             del self._owner[lease]
 
-    def reconcile(self, worker: str, listed: Collection[str], now: float, grace_s: float) -> None:
-        """Take in the leases that a worker says it serves."""
+    def reconcile(self, worker: str, listed: Collection[str], now: float, grace_s: float) -> int:
+        """Take in the leases that a worker says it serves. Returns how many there was no room for."""
         self._forget_released(now)
+        held = self._by_worker.get(worker, {})
+        if not listed and not held:
+            return 0
         listed = set(listed)
-        for lease, state in list(self._by_worker.get(worker, {}).items()):
+        ended = []
+        for lease, state in held.items():
             if lease in listed:
                 state.confirmed = True
             elif state.confirmed or now - state.since >= grace_s:
-                self._drop(lease)
+                ended.append(lease)
+        for lease in ended:
+            self._drop(lease)
+        left_out = 0
         for lease in listed:
             if lease not in self._owner and lease not in self._released:
-                self._put(lease, worker, _Lease(now, confirmed=True))
+                if self.is_full:
+                    left_out += 1
+                else:
+                    self._put(lease, worker, _Lease(now, confirmed=True))
+        return left_out
 
     def reconcile_count(self, worker: str, num_requests: int, now: float, grace_s: float) -> None:
         """The same for a worker that tells only how many requests it has: it cannot have more leases than that, and the

@@ -1,20 +1,30 @@
 """The controller's memory: the workers, what each one last said, and how many requests it has.
 
 Soft state: everything here comes back with the workers' next heartbeats. No I/O and no waiting; time and chance are
-handed in. Silent workers are dropped when the registry is next asked anything, so there is no task that could die.
+handed in. What becomes due (silent workers, probes of breakers) is done when the registry is next asked anything, so
+there is no task that could die. A heartbeat costs the same however many workers there are, and a choice hardly more.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
+import math
 import random
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 
+from fastserve.breaker import Breaker, fleet_allows
+from fastserve.breaker import State as BreakerState
 from fastserve.control import dispatch
-from fastserve.control.dispatch import Candidate
+from fastserve.control.changes import ChangeLog
 from fastserve.control.leases import LeaseBook
-from fastserve.control.speed import relative_speeds
+from fastserve.control.metrics import Figures, WorkerFigures
+from fastserve.control.models import Model, ModelBook
+from fastserve.control.speed import SpeedBook
+from fastserve.errors import OverloadedError
+from fastserve.observability.text import printable
 from fastserve.protocol import AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -26,20 +36,51 @@ LEASE_GRACE_HEARTBEATS = 2
 MIN_LEASE_GRACE_S = 2.0
 RETRY_S = 5.0
 """After a failure, a worker that sends no heartbeats cannot tell that it is back: it is tried again after this time."""
+REPORT_MEMORY_S = 30.0
+"""A worker that answers somebody after it was reported is not taken out by a further report within this time."""
+SPEED_CHANGE = 0.05
+"""Relative change of a speed that makes a row of the table a changed one."""
+BUSY_RETRY_AFTER_S = 1.0
+LOADING_RETRY_AFTER_S = 5.0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class RegistryLimits:
+    max_workers: int
+    max_model_names: int
+    """Of all workers together."""
+    max_leases: int
+    """Of all workers together."""
+    model_memory_s: float
+
+
+@dataclass(slots=True, eq=False)
 class _Worker:
     address: str
     status: WorkerStatus
     check_heart_beat: bool
     last_beat: float
+    models: tuple[str, ...] = ()
+    """The names of its status, each once, as far as they are listed in the models."""
+    breaker: Breaker = field(default_factory=Breaker)
+    probe: str | None = None
+    """Lease of the request that probes whether it is well again."""
     unleased: int = 0
     """Requests that it has besides the leases, as of the last heartbeat."""
-    dispatched: int = 0
+    unlisted: int = 0
     """Sent to it without a lease since the last heartbeat."""
+    dispatched: dict[str, int] = field(default_factory=dict)
+    """Requests that it was chosen for, by model."""
     failed_at: float | None = None
     """When a connection to it failed; None after a sign of life."""
+    answered_at: float = -math.inf
+    reported_at: float = -math.inf
+    wake_at: float = math.inf
+    """When it is next looked at without being asked for."""
+    row: tuple[object, ...] = ()
+    """What its row of the table was last made of, besides its speed; a difference makes it a changed one."""
+    row_speed: float = 0.0
+    row_json: bytes | None = None
 
 
 class WorkerRegistry:
@@ -50,49 +91,64 @@ class WorkerRegistry:
         *,
         dispatch_method: str,
         heartbeat_expiration_s: float,
+        limits: RegistryLimits,
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
         """`clock` gives monotonic seconds. Raises StartupError when there is no such dispatch method."""
         self._dispatch_method = dispatch_method
-        self._choose = dispatch.load(dispatch_method)
         self._heartbeat_expiration_s = heartbeat_expiration_s
+        self._limits = limits
         self._clock = clock
         self._rng = rng
         self._workers: dict[str, _Worker] = {}
-        self._leases = LeaseBook()
-        self._speeds: dict[str, float] = {}
+        self._models = ModelBook(dispatch.load(dispatch_method), limits.max_model_names, limits.model_memory_s)
+        self._leases = LeaseBook(limits.max_leases)
+        self._speeds = SpeedBook()
+        self._rows = ChangeLog()
+        self._epoch = f"{rng.getrandbits(64):016x}"
+        self._wakes: list[tuple[float, int, _Worker]] = []
+        self._sequence = itertools.count()
+        self._num_refused = 0
+        self._num_breakers_opened = 0
 
-    # ---- what workers tell --------------------------------------------------------------------------------------
+    # ---- reports of workers -------------------------------------------------------------------------------------
 
     def register(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> None:
-        """A worker is there, perhaps again. Without `check_heart_beat` it is never dropped for silence."""
+        """A worker is there, perhaps again. Without `check_heart_beat` it is never dropped for silence.
+
+        Raises OverloadedError when there is no room for it; what is known of it then stays as it is.
+        """
         self.expire()
-        worker = self._workers.get(name)
-        if worker is None:
-            worker = self._add(name, check_heart_beat, status)
+        self._check_room(name, status)
+        worker = self._workers.get(name) or self._add(name, check_heart_beat, status)
         worker.check_heart_beat = check_heart_beat
         self._sign_of_life(worker, status.queue_length, status)
 
     def heartbeat(self, name: str, queue_length: int, status: WorkerStatus | None = None) -> bool:
-        """A sign of life. A whole `status` registers an unknown worker; without it, False asks it to register."""
+        """A sign of life. A whole `status` registers an unknown worker; without it, False asks it to register.
+
+        Raises OverloadedError as `register` does.
+        """
         self.expire()
         worker = self._workers.get(name)
+        if status is not None:
+            self._check_room(name, status)
+            worker = worker or self._add(name, True, status)
         if worker is None:
-            if status is None:
-                return False
-            worker = self._add(name, True, status)
+            return False
         self._sign_of_life(worker, queue_length, status)
         return True
 
     def polled(self, name: str, status: WorkerStatus) -> None:
         """A worker was asked for its status and answered.
 
-        A fastserve worker may answer in FastChat's short form. Its heartbeats tell more, so its status stays then.
+        A fastserve worker may answer in FastChat's short form. Its heartbeats say more, so its status stays then.
         """
         self.expire()
         worker = self._workers.get(name)
         if worker is not None:
+            self._check_room(name, status)
             short = worker.status.heartbeat_interval_s is not None and status.heartbeat_interval_s is None
             self._sign_of_life(worker, status.queue_length, None if short else status)
 
@@ -102,130 +158,379 @@ class WorkerRegistry:
         if name in self._workers:
             self._remove(name, "it said goodbye")
 
+    # ---- reports of API servers ---------------------------------------------------------------------------------
+
     def report_failure(self, name: str) -> None:
-        """A connection to the worker failed: it gets no more requests until it gives a sign of life."""
+        """A connection to the worker failed: it gets no more requests until it gives a sign of life.
+
+        A worker that has answered others since the last report is well: the connection failed for a reason between it
+        and the one that reports. Then the report only counts as a failure for its breaker.
+        """
         self.expire()
         worker = self._workers.get(name)
-        if worker is not None:
+        if worker is None:
+            return
+        now = self._clock()
+        is_contradicted = worker.answered_at > worker.reported_at > now - REPORT_MEMORY_S
+        worker.reported_at = now
+        if not is_contradicted:
             if worker.failed_at is None:
-                logger.warning("Worker %s is out of dispatch: a connection to it failed. %s", name, _models(worker))
-            worker.failed_at = self._clock()
-
-    # ---- what API servers ask -----------------------------------------------------------------------------------
+                logger.warning("Worker %s is out of dispatch: a connection to it failed. %s", *_named(worker))
+            worker.failed_at = now
+        self._failed_request(worker, now, None)
+        self._update(worker, now)
+        self._schedule(worker, now)
 
     def acquire(self, model: str, lease: str, exclude: Collection[str] = ()) -> AcquireResponse:
         """Choose a worker for a request and count the request on it until `release`.
 
-        A request that tries again may use its lease again: it then counts on the new worker only.
+        A request that tries again may use its lease again: it then counts on the new worker only. Raises
+        OverloadedError when there are too many leases.
         """
-        if self._leases.owner(lease) is not None:
-            self._leases.release([lease], self._clock())
-        address = self._pick(model, exclude)
-        if address:
-            self._leases.grant(lease, address, self._clock())
-            return AcquireResponse(address=address, known=True)
-        return AcquireResponse(address="", known=any(model in w.status.model_names for w in self._workers.values()))
+        self.expire()
+        now = self._clock()
+        if (before := self._leases.owner(lease)) is not None:
+            self._leases.release([lease], now)
+            self._update(self._workers[before], now)
+        if self._leases.is_full:
+            raise OverloadedError(f"{self._limits.max_leases:,} requests are running, and no more are taken.")
+        worker = self._choose(model, exclude)
+        if worker is None:
+            return self._refusal(model, now)
+        self._leases.grant(lease, worker.address, now)
+        if not worker.breaker.is_closed and worker.breaker.state(now) == "half-open":
+            worker.breaker.start(now)
+            worker.probe = lease
+        self._update(worker, now)
+        return AcquireResponse.model_construct(address=worker.address, known=True)
 
-    def release(self, leases: Collection[str]) -> None:
-        """Requests have ended; unknown leases are no error."""
-        self._leases.release(leases, self._clock())
+    def release(self, leases: Iterable[str], failed: Collection[str] = (), unused: Collection[str] = ()) -> None:
+        """Requests have ended, and their workers have failed them (`failed`), or it is not known (`unused`), or have
+        answered. Unknown leases are no error.
+        """
+        self.expire()
+        now = self._clock()
+        ended = dict.fromkeys(itertools.chain(leases, failed, unused))
+        failed, unused = frozenset(failed), frozenset(unused)
+        touched: dict[str, _Worker] = {}
+        for lease in ended:
+            address = self._leases.owner(lease)
+            if address is None:
+                continue
+            worker = touched[address] = self._workers[address]
+            sent_at = self._leases.granted_at(lease)
+            is_probe = worker.probe == lease
+            if is_probe:
+                worker.probe = None
+            if lease in failed:
+                self._failed_request(worker, now, sent_at)
+            elif lease not in unused:
+                worker.answered_at = now
+                worker.breaker.succeed(sent_at)
+            elif is_probe:
+                worker.breaker.withdraw()
+        self._leases.release(ended, now)
+        for worker in touched.values():
+            self._update(worker, now)
 
     def get_worker_address(self, model: str) -> str:
         """The address for a request without a lease (FastChat's way), or ""; counted until the next heartbeat."""
-        address = self._pick(model, ())
-        if address:
-            self._workers[address].dispatched += 1
-        return address
-
-    def candidates(self, model: str) -> list[Candidate]:
-        """The workers that can take a request for the model."""
         self.expire()
-        return [self._candidate(w) for w in self._workers.values() if model in w.status.model_names and self._usable(w)]
+        worker = self._choose(model, ())
+        if worker is None:
+            return ""
+        worker.unlisted += 1
+        self._update(worker, self._clock())
+        return worker.address
+
+    # ---- questions ----------------------------------------------------------------------------------------------
+
+    def serving(self, leases: Iterable[str]) -> list[str]:
+        """Those of the leases that their workers listed in their last heartbeats."""
+        self.expire()
+        return [lease for lease in leases if self._leases.is_served(lease)]
 
     def list_models(self, *, multimodal: bool | None = None) -> list[str]:
         """Names of the models served, sorted; with `multimodal`, by workers with or without that mark only.
 
-        A worker whose connection failed still counts: it is either back or dropped within a few heartbeats.
+        A worker whose connection failed still counts: it is either back or dropped within a few heartbeats. One that
+        still loads does not.
         """
         self.expire()
-        statuses = [w.status for w in self._workers.values()]
-        return sorted({n for s in statuses if multimodal in (None, s.multimodal) for n in s.model_names})
+        workers = (w for w in self._workers.values() if w.status.ready and multimodal in (None, w.status.multimodal))
+        return sorted({name for worker in workers for name in worker.models})
 
     def table(self) -> RoutingTable:
         """Every worker that can take requests."""
         self.expire()
-        usable = (w for w in self._workers.values() if self._usable(w))
-        workers = [
-            WorkerEntry(address=w.address, status=w.status, in_flight=self._in_flight(w), speed=self._speeds[w.address])
-            for w in usable
-        ]
-        return RoutingTable(dispatch_method=self._dispatch_method, workers=workers)
+        workers = [self._entry(self._workers[address]) for address in self._rows.addresses()]
+        return RoutingTable.model_construct(
+            dispatch_method=self._dispatch_method,
+            workers=workers,
+            epoch=self._epoch,
+            version=self._rows.version,
+            is_delta=False,
+            removed=[],
+        )
+
+    def table_json(self, epoch: str, version: int) -> bytes:
+        """The routing table, without lists of leases, as JSON: what has changed since `version` of this `epoch`, or
+        everything when that is not known.
+        """
+        self.expire()
+        changes = self._rows.since(version) if epoch == self._epoch else None
+        addresses, removed = (self._rows.addresses(), []) if changes is None else changes
+        table = RoutingTable.model_construct(
+            dispatch_method=self._dispatch_method,
+            epoch=self._epoch,
+            version=self._rows.version,
+            is_delta=changes is not None,
+            removed=removed,
+        )
+        rows = b",".join([self._row_json(self._workers[address]) for address in addresses])
+        return table.model_dump_json(warnings=False).encode()[:-1] + b',"workers":[' + rows + b"]}"
+
+    def figures(self) -> Figures:
+        """What the metrics show."""
+        self.expire()
+        now = self._clock()
+        workers = [self._workers[address] for address in self._rows.addresses()]
+        return Figures(
+            workers=[
+                WorkerFigures(w.address, self._in_flight(w), w.breaker.state(now), tuple(w.dispatched.items()))
+                for w in workers
+            ],
+            num_leases=len(self._leases),
+            num_refused=self._num_refused,
+            num_breakers_opened=self._num_breakers_opened,
+        )
 
     def addresses(self) -> list[str]:
         """Every worker, also those whose connection failed."""
         self.expire()
         return list(self._workers)
 
+    def knows(self, name: str) -> bool:
+        """Whether a worker of this address is registered."""
+        return name in self._workers
+
+    @property
+    def num_usable(self) -> int:
+        """Workers that take requests."""
+        self.expire()
+        return len(self._rows)
+
     def expire(self) -> None:
-        """Drop the workers that have been silent for too long. Every question does this first."""
+        """Do what is due: drop the workers that have been silent for too long, let breakers probe. Every question does
+        this first.
+        """
         now = self._clock()
-        silent = [w for w in self._workers.values() if w.check_heart_beat and now - w.last_beat > self._patience_s(w)]
-        for worker in silent:
-            self._remove(worker.address, f"it was silent for {now - worker.last_beat:.1f} s")
+        while self._wakes and self._wakes[0][0] <= now:
+            when, _, worker = heapq.heappop(self._wakes)
+            if when != worker.wake_at:
+                continue  # it has another, earlier one, or is gone
+            worker.wake_at = math.inf
+            silent_s = now - worker.last_beat
+            if worker.check_heart_beat and silent_s > self._patience_s(worker):
+                self._remove(worker.address, f"it was silent for {silent_s:.1f} s")
+            else:
+                self._update(worker, now)
+                self._schedule(worker, now)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
+    def _check_room(self, name: str, status: WorkerStatus) -> None:
+        worker = self._workers.get(name)
+        if worker is None and len(self._workers) >= self._limits.max_workers:
+            raise OverloadedError(
+                f"The controller knows {self._limits.max_workers:,} workers and takes no more (--max-workers).",
+                retry_after_s=10.0,
+            )
+        if worker is None or worker.status.model_names != status.model_names:
+            self._models.check_room(dict.fromkeys(status.model_names))
+
     def _add(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> _Worker:
-        worker = _Worker(name, status, check_heart_beat, self._clock())
-        self._workers[name] = worker
-        logger.info("Worker %s is registered. %s", name, _models(worker))
+        worker = self._workers[name] = _Worker(name, status, check_heart_beat, self._clock())
+        logger.info("Worker %s is registered. %s", *_named(worker))
         return worker
 
     def _remove(self, name: str, reason: str) -> None:
-        worker = self._workers.pop(name)
+        now = self._clock()
+        worker = self._workers[name]
+        self._list_models_of(worker, (), now)
+        del self._workers[name]
+        worker.wake_at = math.inf
+        self._rows.remove(name)
         self._leases.drop_worker(name)
-        self._speeds = relative_speeds({w.address: w.status for w in self._workers.values()})
-        logger.warning("Worker %s is dropped: %s. %s", name, reason, _models(worker))
+        self._update_all(self._speeds.remove(name, now), now)
+        address, models = _named(worker)
+        logger.warning("Worker %s is dropped: %s. %s", address, reason, models)
 
     def _sign_of_life(self, worker: _Worker, queue_length: int, status: WorkerStatus | None) -> None:
         now = self._clock()
         if worker.failed_at is not None:
-            logger.info("Worker %s is back. %s", worker.address, _models(worker))
-        worker.status = status or worker.status.model_copy(update={"queue_length": queue_length})
+            logger.info("Worker %s is back. %s", *_named(worker))
+        is_new_status = status is not None
+        worker.status = status = status or worker.status.model_copy(update={"queue_length": queue_length})
         worker.last_beat = now
         worker.failed_at = None
-        worker.dispatched = 0
-        interval = worker.status.heartbeat_interval_s
+        worker.unlisted = 0
+        interval = status.heartbeat_interval_s
         grace_s = max(LEASE_GRACE_HEARTBEATS * (interval or 0.0), MIN_LEASE_GRACE_S)
-        if status is not None and interval is not None:
-            self._leases.reconcile(worker.address, status.leases, now, grace_s)
-            worker.unleased = status.unleased
+        if is_new_status and interval is not None:
+            left_out = self._leases.reconcile(worker.address, status.leases, now, grace_s)
+            worker.unleased = status.unleased + left_out
         else:
             # No list of leases came with it; the queue length covers leased requests and others alike.
             self._leases.reconcile_count(worker.address, queue_length, now, grace_s)
             worker.unleased = max(0, queue_length - self._leases.count(worker.address))
-        self._speeds = relative_speeds({w.address: w.status for w in self._workers.values()})
+        names = status.model_names
+        if len(names) != len(worker.models) or any(map(str.__ne__, names, worker.models)):
+            self._list_models_of(worker, tuple(dict.fromkeys(names)), now)
+        changed = self._speeds.set(worker.address, worker.models, status.tokens_per_s, status.speed, now)
+        self._update(worker, now)
+        self._update_all((address for address in changed if address != worker.address), now)
+        self._schedule(worker, now)
 
-    def _pick(self, model: str, exclude: Collection[str]) -> str:
-        candidates = [c for c in self.candidates(model) if c.address not in exclude]
-        index = self._choose(candidates, self._rng) if candidates else None
-        return "" if index is None else candidates[index].address
+    def _list_models_of(self, worker: _Worker, names: tuple[str, ...], now: float) -> None:
+        """The worker serves these models from now on."""
+        if names == worker.models:
+            return
+        for name in worker.models:
+            if name not in names:
+                self._set_usable(self._models[name], worker, False)
+                self._models.discard(name, worker.address, now)
+                worker.dispatched.pop(name, None)
+        for name in names:
+            if name not in worker.models:
+                self._models.add(name, worker.address)
+        worker.models = names
 
-    def _candidate(self, worker: _Worker) -> Candidate:
-        return Candidate(worker.address, self._speeds[worker.address], self._in_flight(worker))
+    def _update_all(self, addresses: Iterable[str], now: float) -> None:
+        for address in addresses:
+            self._update(self._workers[address], now)
+
+    def _update(self, worker: _Worker, now: float) -> None:
+        """Bring the indexes and the table to what is known of the worker."""
+        usable = self._is_usable(worker, now)
+        address, in_flight, speed = worker.address, self._in_flight(worker), self._speeds.speed(worker.address)
+        is_allowed = worker.breaker.is_closed or worker.breaker.allows(now)
+        for name in worker.models:
+            model = self._models[name]
+            if model.workers[address] != usable:
+                self._set_usable(model, worker, usable)
+            if not usable:
+                continue
+            if is_allowed:
+                model.out.pop(address, None)
+            elif address not in model.out and fleet_allows(len(model.out), model.num_usable):
+                model.out[address] = None
+                self._schedule(worker, now)
+            if address in model.out:
+                model.index.remove(address)
+            else:
+                model.index.set(address, speed, in_flight)
+        if not usable:
+            self._rows.remove(address)
+            worker.row = ()
+            return
+        status = worker.status
+        state: BreakerState = "closed" if worker.breaker.is_closed else worker.breaker.state(now)
+        row = (in_flight, state, worker.models, status.multimodal, status.context_length, status.max_concurrency)
+        if row != worker.row or abs(speed - worker.row_speed) > SPEED_CHANGE * worker.row_speed:
+            worker.row, worker.row_speed, worker.row_json = row, speed, None
+            self._rows.put(address)
+
+    def _set_usable(self, model: Model, worker: _Worker, usable: bool) -> None:
+        """Count the worker among the usable ones of one of its models, or no longer."""
+        if model.workers[worker.address] == usable:
+            return
+        model.workers[worker.address] = usable
+        model.num_usable += 1 if usable else -1
+        if usable:
+            return
+        model.index.remove(worker.address)
+        model.out.pop(worker.address, None)
+        while 2 * len(model.out) > model.num_usable:
+            # Others have gone: those that breakers keep out are no longer half of the fleet at most.
+            address = next(iter(model.out))
+            del model.out[address]
+            other = self._workers[address]
+            model.index.set(address, self._speeds.speed(address), self._in_flight(other))
+
+    def _failed_request(self, worker: _Worker, now: float, sent_at: float | None) -> None:
+        if worker.breaker.fail(now, sent_at):
+            self._num_breakers_opened += 1
+            worker.probe = None
+            logger.warning("Worker %s fails request after request: its breaker is open. %s", *_named(worker))
+
+    def _schedule(self, worker: _Worker, now: float) -> None:
+        """Look at the worker again when something of it becomes due, if not sooner for another reason."""
+        due = math.inf
+        if worker.check_heart_beat:
+            due = math.nextafter(worker.last_beat + self._patience_s(worker), math.inf)
+        elif worker.failed_at is not None and not self._is_usable(worker, now):
+            due = worker.failed_at + RETRY_S
+        if not worker.breaker.is_closed:
+            due = min(due, now + (worker.breaker.next_probe_s(now) or RETRY_S))
+        if due < worker.wake_at:
+            worker.wake_at = max(due, math.nextafter(now, math.inf))
+            heapq.heappush(self._wakes, (worker.wake_at, next(self._sequence), worker))
+            if len(self._wakes) > 2 * len(self._workers) + 64:
+                waking = [w for w in self._workers.values() if w.wake_at < math.inf]
+                self._wakes = [(w.wake_at, next(self._sequence), w) for w in waking]
+                heapq.heapify(self._wakes)
+
+    def _choose(self, model: str, exclude: Collection[str]) -> _Worker | None:
+        found = self._models.get(model)
+        address = None if found is None else found.index.choose(frozenset(exclude), self._rng)
+        if address is None:
+            self._num_refused += 1
+            return None
+        worker = self._workers[address]
+        worker.dispatched[model] = worker.dispatched.get(model, 0) + 1
+        return worker
+
+    def _refusal(self, name: str, now: float) -> AcquireResponse:
+        model = self._models.get(name)
+        if model is None:
+            if not self._models.was_served(name, now):
+                return AcquireResponse(address="", known=False)
+            return AcquireResponse(address="", known=True, retry_after_s=LOADING_RETRY_AFTER_S)
+        is_loading = not model.num_usable and not any(self._workers[a].status.ready for a in model.workers)
+        retry_after_s = LOADING_RETRY_AFTER_S if is_loading else BUSY_RETRY_AFTER_S
+        return AcquireResponse(address="", known=True, retry_after_s=retry_after_s)
+
+    def _entry(self, worker: _Worker) -> WorkerEntry:
+        return WorkerEntry.model_construct(
+            address=worker.address,
+            status=worker.status,
+            in_flight=self._in_flight(worker),
+            speed=self._speeds.speed(worker.address),
+            breaker=worker.breaker.state(self._clock()),
+        )
+
+    def _row_json(self, worker: _Worker) -> bytes:
+        """The row as it was when it last counted as changed."""
+        if worker.row_json is None:
+            worker.row_json = self._entry(worker).model_dump_json(exclude={"status": {"leases"}}).encode()
+        return worker.row_json
 
     def _in_flight(self, worker: _Worker) -> int:
-        return self._leases.count(worker.address) + worker.unleased + worker.dispatched
+        return self._leases.count(worker.address) + worker.unleased + worker.unlisted
 
-    def _usable(self, worker: _Worker) -> bool:
+    def _is_usable(self, worker: _Worker, now: float) -> bool:
+        if not worker.status.ready:
+            return False
         if worker.failed_at is None:
             return True
-        return not worker.check_heart_beat and self._clock() - worker.failed_at >= RETRY_S
+        return not worker.check_heart_beat and now - worker.failed_at >= RETRY_S
 
     def _patience_s(self, worker: _Worker) -> float:
         interval = worker.status.heartbeat_interval_s
         return self._heartbeat_expiration_s if interval is None else max(MISSED_HEARTBEATS * interval, MIN_EXPIRATION_S)
 
 
-def _models(worker: _Worker) -> str:
-    return f"Models: {', '.join(worker.status.model_names) or 'none'}."
+def _named(worker: _Worker) -> tuple[str, str]:
+    """Address and models, for a log line."""
+    return printable(worker.address), f"Models: {printable(', '.join(worker.status.model_names)) or 'none'}."

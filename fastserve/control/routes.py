@@ -1,62 +1,109 @@
-"""The controller's endpoints: FastChat's nine, and ours.
-
-They are plain Starlette routes: `/acquire` and `/release` stand in the way of every client's request, and FastAPI's
-machinery would cost more than the answer. Each message is parsed once, by its pydantic model.
-"""
+"""The controller's endpoints: FastChat's nine, and ours. Each message is parsed once, by its pydantic model."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from fastserve.control.endpoint import MessageEndpoint
 from fastserve.control.fastchat_relay import relay
 from fastserve.control.metrics import ControlMetrics
 from fastserve.control.registry import WorkerRegistry
 from fastserve.control.worker_client import WorkerClient, WorkerUnreachableError
-from fastserve.errors import WorkerLostError, WorkerTimeoutError
+from fastserve.errors import FastserveError, InvalidRequestError, WorkerLostError, WorkerTimeoutError
 from fastserve.observability.metrics import CONTENT_TYPE
+from fastserve.observability.text import printable
 from fastserve.protocol import (
     AcquireRequest,
     AddressResponse,
     HeartbeatRequest,
-    HeartbeatResponse,
     ModelList,
     ModelRequest,
     RegisterRequest,
     ReleaseRequest,
+    ServingRequest,
+    ServingResponse,
     WorkerName,
 )
+from fastserve.serving.messages import MessageT, parse_message
 from fastserve.serving.responses import StreamResponse
 
 logger = logging.getLogger(__name__)
-BodyT = TypeVar("BodyT", bound=BaseModel)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
+NULL = b"null"
+EXISTS = b'{"exist":true}'
+EXISTS_NOT = b'{"exist":false}'
 
-def fastchat_routes(registry: WorkerRegistry, client: WorkerClient, metrics: ControlMetrics) -> list[Route]:
-    """The endpoints of FastChat's controller, with its answers."""
 
-    async def register_worker(request: Request) -> Response:
-        body = await _parse(request, RegisterRequest)
+def message_endpoints(
+    registry: WorkerRegistry, client: WorkerClient, metrics: ControlMetrics
+) -> dict[str, MessageEndpoint]:  # type: ignore[type-arg]
+    """The endpoints that take a message and answer at once, by path."""
+
+    async def register_worker(body: RegisterRequest, _: Request) -> bytes:
         status = body.worker_status
         if status is None:
             try:
                 status = await client.get_status(body.worker_name)
             except (WorkerLostError, WorkerTimeoutError) as error:
-                logger.warning("Worker %s is not registered: %s", body.worker_name, error.message)
-                return JSONResponse(None)
+                logger.warning("Worker %s is not registered: %s", printable(body.worker_name), printable(error.message))
+                return NULL
         if body.multimodal:
             status = status.model_copy(update={"multimodal": True})
         registry.register(body.worker_name, body.check_heart_beat, status)
-        return JSONResponse(None)
+        return NULL
+
+    async def receive_heart_beat(body: HeartbeatRequest, _: Request) -> bytes:
+        return EXISTS if registry.heartbeat(body.worker_name, body.queue_length, body.status) else EXISTS_NOT
+
+    async def get_worker_address(body: ModelRequest, _: Request) -> bytes:
+        return _json(AddressResponse(address=registry.get_worker_address(body.model)))
+
+    async def acquire(body: AcquireRequest, _: Request) -> bytes:
+        answer = registry.acquire(body.model, body.lease, body.exclude)
+        return answer.model_dump_json(exclude_none=True).encode()
+
+    async def release(body: ReleaseRequest, _: Request) -> bytes:
+        registry.release(body.leases, body.failed, body.unused)
+        return NULL
+
+    async def serving(body: ServingRequest, _: Request) -> bytes:
+        return _json(ServingResponse(leases=registry.serving(body.leases)))
+
+    async def report_failure(body: WorkerName, _: Request) -> bytes:
+        registry.report_failure(body.worker_name)
+        return NULL
+
+    async def deregister_worker(body: WorkerName, _: Request) -> bytes:
+        registry.deregister(body.worker_name)
+        return NULL
+
+    def endpoint(
+        kind: type[MessageT], handle: Callable[[MessageT, Request], Awaitable[bytes]]
+    ) -> MessageEndpoint[MessageT]:
+        return MessageEndpoint(kind, handle, metrics)
+
+    return {
+        "/register_worker": endpoint(RegisterRequest, register_worker),
+        "/receive_heart_beat": endpoint(HeartbeatRequest, receive_heart_beat),
+        "/get_worker_address": endpoint(ModelRequest, get_worker_address),
+        "/acquire": endpoint(AcquireRequest, acquire),
+        "/release": endpoint(ReleaseRequest, release),
+        "/serving": endpoint(ServingRequest, serving),
+        "/report_failure": endpoint(WorkerName, report_failure),
+        "/deregister_worker": endpoint(WorkerName, deregister_worker),
+    }
+
+
+def fastchat_routes(registry: WorkerRegistry, client: WorkerClient) -> list[Route]:
+    """The other endpoints of FastChat's controller, with its answers."""
 
     async def refresh_all_workers(_: Request) -> Response:
         await asyncio.gather(*(refresh(address) for address in registry.addresses()))
@@ -67,22 +114,12 @@ def fastchat_routes(registry: WorkerRegistry, client: WorkerClient, metrics: Con
             registry.polled(address, await client.get_status(address))
         except WorkerUnreachableError:
             registry.report_failure(address)
-        except (WorkerLostError, WorkerTimeoutError) as error:
-            logger.warning("Worker %s stays as it is: %s", address, error.message)
-
-    async def get_worker_address(request: Request) -> Response:
-        body = await _parse(request, ModelRequest)
-        address = registry.get_worker_address(body.model)
-        metrics.count(body.model, address)
-        return _json(AddressResponse(address=address))
-
-    async def receive_heart_beat(request: Request) -> Response:
-        body = await _parse(request, HeartbeatRequest)
-        return _json(HeartbeatResponse(exist=registry.heartbeat(body.worker_name, body.queue_length, body.status)))
+        except FastserveError as error:
+            logger.warning("Worker %s stays as it is: %s", printable(address), printable(error.message))
 
     async def worker_generate_stream(request: Request) -> Response:
-        body = await _parse(request, ModelRequest)
-        answer = relay(registry, client, metrics, body.model, await request.body())
+        content = await request.body()
+        answer = relay(registry, client, parse_message(ModelRequest, content).model, content)
         return StreamResponse(answer, media_type="application/octet-stream")
 
     async def worker_get_status(_: Request) -> Response:
@@ -99,18 +136,15 @@ def fastchat_routes(registry: WorkerRegistry, client: WorkerClient, metrics: Con
 
     def list_models(multimodal: bool | None) -> Endpoint:
         async def endpoint(_: Request) -> Response:
-            return _json(ModelList(models=registry.list_models(multimodal=multimodal)))
+            return JSONResponse(ModelList(models=registry.list_models(multimodal=multimodal)).model_dump())
 
         return endpoint
 
     return [
-        Route("/register_worker", register_worker, methods=["POST"]),
         Route("/refresh_all_workers", refresh_all_workers, methods=["POST"]),
         Route("/list_models", list_models(None), methods=["POST"]),
         Route("/list_multimodal_models", list_models(True), methods=["POST"]),
         Route("/list_language_models", list_models(False), methods=["POST"]),
-        Route("/get_worker_address", get_worker_address, methods=["POST"]),
-        Route("/receive_heart_beat", receive_heart_beat, methods=["POST"]),
         Route("/worker_generate_stream", worker_generate_stream, methods=["POST"]),
         Route("/worker_get_status", worker_get_status, methods=["POST"]),
         Route("/test_connection", say_success, methods=["GET"]),
@@ -118,44 +152,34 @@ def fastchat_routes(registry: WorkerRegistry, client: WorkerClient, metrics: Con
 
 
 def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[Route]:
-    """What our API servers and workers ask, and what people and their monitoring look at."""
+    """What API servers read, and what people and their monitoring look at."""
 
-    async def acquire(request: Request) -> Response:
-        body = await _parse(request, AcquireRequest)
-        answer = registry.acquire(body.model, body.lease, body.exclude)
-        metrics.count(body.model, answer.address)
-        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
-
-    async def release(request: Request) -> Response:
-        registry.release((await _parse(request, ReleaseRequest)).leases)
-        return JSONResponse(None)
-
-    async def report_failure(request: Request) -> Response:
-        registry.report_failure((await _parse(request, WorkerName)).worker_name)
-        return JSONResponse(None)
-
-    async def deregister_worker(request: Request) -> Response:
-        registry.deregister((await _parse(request, WorkerName)).worker_name)
-        return JSONResponse(None)
-
-    async def workers(_: Request) -> Response:
-        return _json(registry.table())
+    async def workers(request: Request) -> Response:
+        """With `epoch` and `since`: what has changed since that version, in rows without lists of leases."""
+        query = request.query_params
+        if "since" not in query:
+            return Response(registry.table().model_dump_json(), media_type="application/json")
+        try:
+            since = int(query["since"][:20])
+        except ValueError:
+            raise InvalidRequestError(
+                "Invalid value for 'since': it is the version of a table.", param="since"
+            ) from None
+        return Response(registry.table_json(query.get("epoch", ""), since), media_type="application/json")
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def ready(_: Request) -> Response:
         # Ready without workers too: they cannot register with a controller that waits for them.
-        return JSONResponse({"status": "ok", "workers": len(registry.table().workers)})
+        return JSONResponse({"status": "ok", "workers": registry.num_usable})
 
     async def show_metrics(_: Request) -> Response:
-        return Response(metrics.exposition(registry.table()), headers={"content-type": CONTENT_TYPE})
+        # Off the event loop: with thousands of workers it takes longer than a request may wait.
+        text = await asyncio.to_thread(metrics.exposition, registry.figures())
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return [
-        Route("/acquire", acquire, methods=["POST"]),
-        Route("/release", release, methods=["POST"]),
-        Route("/report_failure", report_failure, methods=["POST"]),
-        Route("/deregister_worker", deregister_worker, methods=["POST"]),
         Route("/workers", workers, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
@@ -163,12 +187,5 @@ def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[
     ]
 
 
-async def _parse(request: Request, message: type[BodyT]) -> BodyT:
-    try:
-        return message.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
+def _json(answer: BaseModel) -> bytes:
+    return answer.model_dump_json().encode()

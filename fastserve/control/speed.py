@@ -1,41 +1,166 @@
-"""How fast workers are, compared with each other."""
+"""How fast workers are, compared with each other.
+
+A measured worker's relative speed is its tokens per second over the mean of the measured workers that it shares models
+with, directly or through others, so 1 is an average worker; one that is not measured keeps the speed that it claims
+(FastChat's workers all claim 1). One scale for all workers that share models keeps each worker's speed a single number,
+whichever of its models is asked for.
+
+Sums are kept, so a heartbeat costs the same however many workers there are. A change of the mean changes everybody's
+speed: few workers follow it at once, many once in RESCALE_S and when it is worth it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 
-from fastserve.protocol import WorkerStatus
-
-
-def relative_speeds(statuses: Mapping[str, WorkerStatus]) -> dict[str, float]:
-    """Speed by address. A measured worker's is its tokens per second over the mean of the measured ones that it shares
-    models with (directly or through others), so 1 is an average worker; one that is not measured keeps the speed that
-    it claims (FastChat's workers all claim 1).
-    """
-    speeds = {address: max(0.0, status.speed) for address, status in statuses.items()}
-    for group in _groups(statuses):
-        measured = {address: rate for address in group if (rate := statuses[address].tokens_per_s)}
-        if measured:
-            mean = fmean(measured.values())
-            speeds.update({address: rate / mean for address, rate in measured.items()})
-    return speeds
+SMALL_GROUP = 32
+RESCALE_S = 1.0
+RESCALE_CHANGE = 0.01
+"""Relative change of a large group's mean that is passed on."""
 
 
-def _groups(statuses: Mapping[str, WorkerStatus]) -> list[list[str]]:
-    """Addresses, grouped so that two workers that serve a common model are always in the same group.
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Workers that share models, directly or through others."""
 
-    One scale for a whole group keeps each worker's speed a single number, whichever of its models is asked for.
-    """
-    groups: list[tuple[set[str], list[str]]] = []
-    for address, status in statuses.items():
-        models, members = set(status.model_names), [address]
-        separate = []
-        for other_models, other_members in groups:
-            if models.isdisjoint(other_models):
-                separate.append((other_models, other_members))
-            else:
-                models |= other_models
-                members += other_members
-        groups = [*separate, (models, members)]
-    return [members for _, members in groups]
+    models: set[str]
+    members: dict[str, None] = field(default_factory=dict)
+    total: float = 0.0
+    """Tokens per second of the measured members together."""
+    num_measured: int = 0
+    scale: float | None = None
+    """The mean that the members' relative speeds were last computed with; None: none is measured."""
+    scaled_at: float = float("-inf")
+    may_split: bool = False
+    """A member that may have been the only link between two models has left."""
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.num_measured if self.num_measured and self.total > 0 else None
+
+
+@dataclass(slots=True)
+class _Member:
+    models: tuple[str, ...]
+    rate: float
+    """Tokens per second; 0: not measured."""
+    claimed: float
+    group: _Group
+
+
+class SpeedBook:
+    def __init__(self) -> None:
+        self._members: dict[str, _Member] = {}
+        self._group_of: dict[str, _Group] = {}
+        """By model name."""
+
+    def speed(self, address: str) -> float:
+        member = self._members[address]
+        scale = member.group.scale
+        return member.rate / scale if member.rate and scale else member.claimed
+
+    def set(
+        self, address: str, models: Collection[str], tokens_per_s: float | None, claimed: float, now: float
+    ) -> Iterable[str]:
+        """Take in what a worker says of itself; returns the workers, it among them, whose speed has changed."""
+        rate, names = tokens_per_s or 0.0, tuple(models)
+        member = self._members.get(address)
+        if member is not None and member.models == names:
+            if member.rate == rate and member.claimed == claimed:
+                return self._rescale(member.group, now) or ()
+            _take_out(member)
+            member.rate, member.claimed = rate, claimed
+            _put_in(member)
+            return self._rescale(member.group, now) or (address,)
+        changed = [] if member is None else list(self.remove(address, now))
+        group = self._join(names)
+        member = self._members[address] = _Member(names, rate, claimed, group)
+        group.members[address] = None
+        _put_in(member)
+        return [*changed, *(self._rescale(group, now) or (address,))]
+
+    def remove(self, address: str, now: float) -> Iterable[str]:
+        """Returns the workers whose speed has changed."""
+        member = self._members.pop(address, None)
+        if member is None:
+            return ()
+        group = member.group
+        _take_out(member)
+        del group.members[address]
+        if not group.members:
+            for name in group.models:
+                del self._group_of[name]
+            return ()
+        # With one model it linked nothing; the other members keep the model or it had it alone.
+        group.may_split = group.may_split or len(member.models) > 1
+        return self._rescale(group, now) or ()
+
+    def _join(self, models: Collection[str]) -> _Group:
+        """The group of these models, made of all groups that have one of them."""
+        groups = {id(group): group for name in models if (group := self._group_of.get(name)) is not None}
+        ordered = sorted(groups.values(), key=lambda group: len(group.members), reverse=True)
+        largest = ordered[0] if ordered else _Group(set())
+        for group in ordered[1:]:
+            for address in group.members:
+                self._members[address].group = largest
+            largest.members.update(group.members)
+            largest.total += group.total
+            largest.num_measured += group.num_measured
+            largest.may_split = largest.may_split or group.may_split
+            largest.scaled_at = float("-inf")
+            for name in group.models:
+                self._group_of[name] = largest
+            largest.models |= group.models
+        for name in models:
+            if name not in largest.models:
+                largest.models.add(name)
+                self._group_of[name] = largest
+        return largest
+
+    def _rescale(self, group: _Group, now: float) -> list[str] | None:
+        """Renew the group's scale if it is time to; returns its members then, because the speed of each changes."""
+        mean = group.mean
+        is_small = len(group.members) <= SMALL_GROUP
+        if not is_small and now - group.scaled_at < RESCALE_S:
+            return None
+        if group.may_split:
+            return self._split(group, now)
+        if mean == group.scale:
+            return None
+        is_close = mean is not None and group.scale is not None and abs(mean / group.scale - 1) < RESCALE_CHANGE
+        if is_close and not is_small:
+            return None
+        # Summed up anew: thousands of changes leave rounding errors in a running sum.
+        rates = [rate for address in group.members if (rate := self._members[address].rate)]
+        group.total, group.num_measured = sum(rates), len(rates)
+        group.scale, group.scaled_at = group.mean, now
+        return list(group.members)
+
+    def _split(self, group: _Group, now: float) -> list[str]:
+        """Make the groups of these members anew."""
+        for name in group.models:
+            del self._group_of[name]
+        members = {address: self._members[address] for address in group.members}
+        fresh: dict[int, _Group] = {}
+        for address, member in members.items():
+            member.group = self._join(member.models)
+            member.group.members[address] = None
+            _put_in(member)
+        for member in members.values():
+            fresh[id(member.group)] = member.group
+        for part in fresh.values():
+            part.scale, part.scaled_at = part.mean, now
+        return list(members)
+
+
+def _put_in(member: _Member) -> None:
+    if member.rate:
+        member.group.total += member.rate
+        member.group.num_measured += 1
+
+
+def _take_out(member: _Member) -> None:
+    if member.rate:
+        member.group.total -= member.rate
+        member.group.num_measured -= 1

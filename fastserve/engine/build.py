@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
 
-from fastserve.engine.contract import EngineInfo, SamplingParams
+from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
 from fastserve.engine.core import EngineCore, Executor
 from fastserve.engine.devices import Spread
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.loading import LoadedModel, load_model
+from fastserve.engine.runner.loading import LoadedModel, failing_in_a_sentence, load_model
 from fastserve.engine.runner.placement import find_placement
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 from fastserve.engine.runner.streaming import Progress
-from fastserve.engine.runner.twin import twin_agrees
+from fastserve.engine.runner.twin import twin_differs
 from fastserve.engine.runner.verify import verify
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.engine.sizing import Sizes, find_sizes
@@ -62,7 +60,10 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         eos_token_ids=loaded.eos_token_ids,
         num_parameters=loaded.weights.num_parameters,
         load_s=time.perf_counter() - begin,
+        fused_layers=_fused_layers(loaded, runner),
     )
+    for layers in info.fused_layers:
+        logger.info("%s", layers)
     return EngineCore(
         info,
         executor,
@@ -92,7 +93,7 @@ def _load(
     if config.debug:
         logger.info("%s", loaded.model)
     name = type(loaded.model).__name__
-    with _told_in_a_sentence(name):
+    with failing_in_a_sentence(name):
         probe_shapes(loaded)
     if not loaded.attention.shapes:
         raise StartupError(f"{name} cannot be served: it has no attention that can be paged.")
@@ -128,9 +129,10 @@ def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_
         vocab_size=vocab_size,
     )
     name = type(loaded.model).__name__
-    if runner.decoder is not None and not twin_agrees(loaded.model.config):
-        runner.decoder = None
-    with _told_in_a_sentence(name):
+    differs = None if runner.decoder is None else twin_differs(loaded.model.config)
+    if differs is not None:
+        runner.drop_decoder(differs)
+    with failing_in_a_sentence(name):
         verify(
             loaded.reference,
             runner,
@@ -142,6 +144,13 @@ def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_
             max_model_len=min(sizes.max_model_len, loaded.context_length),
         )
     return runner
+
+
+def _fused_layers(loaded: LoadedModel, runner: ModelRunner) -> tuple[FusedLayers, ...]:
+    if loaded.device.type != "cpu":
+        return loaded.fused_layers
+    reason = runner.no_decoder_reason
+    return (*loaded.fused_layers, FusedLayers("whole_step", 0 if reason else 1, 1, reason))
 
 
 def _make_draft_model(config: EngineConfig, draft: LoadedModel, sizes: Sizes, vocab_size: int) -> DraftModel:
@@ -163,16 +172,6 @@ def _make_speculator(config: EngineConfig, speed: SpeedMeter, draft_model: Draft
     if config.speculative_method == "ngram":
         return Speculator(NgramProposer(), Controller(speed.step_s), most)
     return None
-
-
-@contextlib.contextmanager
-def _told_in_a_sentence(name: str) -> Iterator[None]:
-    """Model code that fails when it is first run ends the start with a sentence; the log has the rest."""
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
-        logger.exception("%s failed when it was tried", name)
-        raise StartupError(f"{name} cannot be served: its code failed when it was tried ({error}).") from error
 
 
 def _measure(runner: ModelRunner, num_blocks: int, config: EngineConfig) -> SpeedMeter:

@@ -86,6 +86,21 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """With finish_reason "error": what went wrong."""
 
 
+class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
+    """How many layers of a kind are computed by fused kernels, and why the others are not."""
+
+    kind: str
+    """norm, gated_mlp, attention; whole_step: all layers of a step in one call (on CPUs)"""
+    fused: int
+    total: int
+    reason: str = ""
+    """Why some are not; empty when all are."""
+
+    def __str__(self) -> str:
+        name = self.kind.replace("_", " ")
+        return f"{name}: {self.fused} of {self.total} fused" + (f" ({self.reason})" if self.reason else "")
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an engine tells once it is ready."""
 
@@ -101,6 +116,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     load_s: float
+    fused_layers: tuple[FusedLayers, ...] = ()
+    """By kind. What a release of transformers keeps from being recognised shows here."""
 
 
 STEP_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

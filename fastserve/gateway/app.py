@@ -47,7 +47,10 @@ def create_app(config: ApiServerConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with open_session() as session, open_dispatcher(session, config.controller_address) as dispatcher:
+        async with (
+            open_session() as session,
+            open_dispatcher(session, config.controller_address, metrics.bad_table_rows.inc) as dispatcher,
+        ):
             relay = _make_relay(config, session, dispatcher, metrics)
             logger.info(
                 "OpenAI-compatible API: point clients to base_url %s/v1 (%s); controller %s",

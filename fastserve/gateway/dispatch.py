@@ -23,9 +23,10 @@ from typing import Literal, TypeVar
 import aiohttp
 from pydantic import BaseModel, ValidationError
 
-from fastserve.errors import ModelNotFoundError, NoWorkerError, OutOfResourcesError
+from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, OutOfResourcesError
 from fastserve.gateway.known_models import KnownModels
-from fastserve.gateway.table import CachedTable
+from fastserve.gateway.table import CachedTable, parse_table
+from fastserve.observability.logging import Throttle
 from fastserve.observability.text import printable
 from fastserve.protocol import (
     MAX_NAME_CHARS,
@@ -34,6 +35,8 @@ from fastserve.protocol import (
     AcquireResponse,
     ReleaseRequest,
     RoutingTable,
+    ServingRequest,
+    ServingResponse,
     WorkerName,
 )
 from fastserve.shortage import is_own_shortage
@@ -50,6 +53,7 @@ PROBE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 MAX_PROBES = 64
 """At a time."""
 SHOWN_NAME_CHARS = 100
+BAD_ROWS_LOG_INTERVAL_S = 5.0
 RELEASE_LIFETIME_S = 10.0
 """A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
 
@@ -86,8 +90,15 @@ class Dispatcher:
     """Made by `open_dispatcher`, which owns its background tasks."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, controller_address: str, clock: Callable[[], float], rng: random.Random
+        self,
+        session: aiohttp.ClientSession,
+        controller_address: str,
+        clock: Callable[[], float],
+        rng: random.Random,
+        count_bad_rows: Callable[[float], object],
     ) -> None:
+        self._count_bad_rows = count_bad_rows
+        self._bad_rows_log = Throttle(BAD_ROWS_LOG_INTERVAL_S, clock)
         self._session = session
         self._controller_address = controller_address.rstrip("/")
         self._clock = clock
@@ -120,6 +131,8 @@ class Dispatcher:
             try:
                 yield lease
             finally:
+                if lease.outcome != "unused":
+                    self._table.record(lease.address, failed=lease.outcome == "failed")
                 self._in_flight[lease.address] -= 1
                 if not self._in_flight[lease.address]:
                     del self._in_flight[lease.address]
@@ -166,7 +179,8 @@ class Dispatcher:
     async def refresh(self) -> None:
         """Read the controller's table anew; keep the last one when the controller is away."""
         try:
-            table = _parse(RoutingTable, await self._request("GET", "/workers", None))
+            position = f"epoch={self._table.epoch}&since={self._table.version}"
+            table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
         except OutOfResourcesError:
             return
         except ControllerAwayError as error:
@@ -187,7 +201,28 @@ class Dispatcher:
 
     async def is_serving(self, lease: Lease) -> bool:
         """Whether the lease's worker has lately said that it is at work on it."""
-        return self._controller_answers and self._table.is_serving(lease.address, lease.id)
+        if not self._controller_answers:
+            return False
+        try:
+            answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
+            return lease.id in _parse(ServingResponse, answer).leases
+        except OutOfResourcesError:
+            return True  # We could not ask, which says nothing against the worker.
+        except ControllerAwayError as error:
+            self._note_away(error)
+            return False
+
+    def _parse_table(self, content: bytes) -> RoutingTable:
+        """Raises ControllerAwayError when it is no table; rows that are not valid are counted, named and left out."""
+        try:
+            table, problems = parse_table(content)
+        except InvalidRequestError as error:
+            raise ControllerAwayError(f"not a routing table: {error.message}") from error
+        if problems:
+            self._count_bad_rows(len(problems))
+            if self._bad_rows_log.passes():
+                logger.warning("%d rows of the controller's table are left out: %s", len(problems), problems[0])
+        return table
 
     def is_known(self, model: str) -> bool:
         """Whether a worker has served the model lately."""
@@ -353,9 +388,11 @@ def no_worker(model: str, retry_after_s: float | None = None) -> NoWorkerError:
 
 
 @asynccontextmanager
-async def open_dispatcher(session: aiohttp.ClientSession, controller_address: str) -> AsyncIterator[Dispatcher]:
+async def open_dispatcher(
+    session: aiohttp.ClientSession, controller_address: str, count_bad_rows: Callable[[float], object] = lambda _: None
+) -> AsyncIterator[Dispatcher]:
     """A dispatcher whose background tasks live as long as the block; the first table has been asked for on entering."""
-    dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random())
+    dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random(), count_bad_rows)
     await dispatcher.refresh()
     loops = (dispatcher.poll, dispatcher.send_releases, dispatcher.watch_missing)
     tasks = [asyncio.ensure_future(_keep_running(loop)) for loop in loops]

@@ -27,6 +27,11 @@ class GatewayMetrics:
             ["kind"],
             registry=registry,
         )
+        self.bad_table_rows = Counter(
+            "fastserve_gateway_bad_table_rows",
+            "Rows of the controller's table that were left out because they were not valid",
+            registry=registry,
+        )
         self.broken_streams = Counter(
             "fastserve_gateway_broken_streams", "Streams that had to end with an error event", registry=registry
         )

@@ -6,7 +6,12 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from fastserve.protocol import RoutingTable, WorkerEntry
+import pydantic_core
+from pydantic import ValidationError
+
+from fastserve.breaker import Breaker
+from fastserve.protocol import MAX_WORKERS, RoutingTable, WorkerEntry
+from fastserve.serving.messages import invalid_message
 
 MISSING_GRACE_S = 10.0
 """How long a worker stays usable here after the controller's table no longer shows it: a restarted controller knows
@@ -15,14 +20,43 @@ SUSPECT_S = 3.0
 """How long a worker that has just failed comes after all others."""
 SLOWEST = 1e-6
 """Stands for a speed of zero, which would divide badly."""
+SAMPLE_SIZE = 32
+"""Of so many random workers the best takes a request when a model has many more."""
+MAX_BREAKERS = 10_000
 
 
-@dataclass
+@dataclass(slots=True)
 class _Row:
     entry: WorkerEntry
     others: int
-    """Requests that came by other ways than through this process, when the table was made."""
+    """Requests that came by other ways than through this process, when the row was last sent."""
     missing_since: float | None = None
+
+
+def parse_table(content: bytes) -> tuple[RoutingTable, list[str]]:
+    """A routing table without the rows that are not valid, and a sentence about each of these.
+
+    Raises InvalidRequestError when it is not a table at all.
+    """
+    try:
+        return RoutingTable.model_validate_json(content), []
+    except ValidationError as error:
+        problem = invalid_message(error)
+    try:
+        raw = pydantic_core.from_json(content)
+        rows = raw["workers"]
+        table = RoutingTable.model_validate({**raw, "workers": []})
+    except (ValueError, TypeError, KeyError):
+        raise problem from None
+    if not isinstance(rows, list):
+        raise problem
+    good, problems = [], []
+    for row in rows[:MAX_WORKERS]:
+        try:
+            good.append(WorkerEntry.model_validate(row))
+        except ValidationError as error:
+            problems.append(invalid_message(error).message)
+    return table.model_copy(update={"workers": good}), problems
 
 
 class CachedTable:
@@ -30,55 +64,116 @@ class CachedTable:
         self._clock = clock
         self._rng = rng
         self._rows: dict[str, _Row] = {}
+        self._missing: dict[str, float] = {}
+        """When each row that the controller no longer shows was first missed."""
+        self._by_model: dict[str, list[str]] | None = None
+        """Addresses by model name; None: to be made anew."""
         self._suspects: dict[str, float] = {}
+        self._breakers: dict[str, Breaker] = {}
+        """Of workers that have failed requests of this process."""
+        self.epoch = ""
+        """With `version`: which of the controller's tables this is."""
+        self.version = -1
 
     def update(self, table: RoutingTable, in_flight: Mapping[str, int]) -> None:
-        """Take over the controller's table. `in_flight` is this process's own share of each worker's requests."""
+        """Take over the controller's table, or its changes. `in_flight` is this process's own share of each worker's
+        requests.
+        """
         now = self._clock()
-        present: dict[str, _Row] = {}
+        self.epoch, self.version = table.epoch, table.version
+        if table.is_delta:
+            gone: Collection[str] = table.removed
+        else:
+            shown = {entry.address for entry in table.workers}
+            gone = [address for address in self._rows if address not in shown]
+        for address in gone:
+            if (row := self._rows.get(address)) is not None and row.missing_since is None:
+                row.missing_since = self._missing[address] = now
         for entry in table.workers:
             others = max(0, entry.in_flight - in_flight.get(entry.address, 0))
-            present[entry.address] = _Row(entry, others)
-        for address, row in self._rows.items():
-            if address not in present:
-                missing_since = now if row.missing_since is None else row.missing_since
-                if now - missing_since < MISSING_GRACE_S:
-                    present[address] = _Row(row.entry, row.others, missing_since)
-        self._rows = present
+            before = self._rows.get(entry.address)
+            self._rows[entry.address] = _Row(entry, others)
+            self._missing.pop(entry.address, None)
+            if before is None or before.missing_since is not None or not _same_models(before.entry, entry):
+                self._by_model = None
+        for address in [address for address, since in self._missing.items() if now - since >= MISSING_GRACE_S]:
+            del self._rows[address], self._missing[address]
+            self._breakers.pop(address, None)
+            self._by_model = None
         self._suspects = {address: until for address, until in self._suspects.items() if until > now}
 
     def suspect(self, address: str) -> None:
         """A connection to this worker failed: prefer others for a while."""
         self._suspects[address] = self._clock() + SUSPECT_S
 
+    def record(self, address: str, *, failed: bool) -> None:
+        """A request to this worker has ended, and failed or was answered. Counts while the controller is away, when
+        nobody else knows.
+        """
+        breaker = self._breakers.get(address)
+        if failed:
+            if breaker is None and len(self._breakers) < MAX_BREAKERS:
+                breaker = self._breakers[address] = Breaker()
+            if breaker is not None:
+                breaker.fail(self._clock())
+        elif breaker is not None:
+            del self._breakers[address]
+
     def choose(self, model: str, exclude: Collection[str], in_flight: Mapping[str, int]) -> str:
-        """The worker with the least work for its speed, ties broken at random; "" when none is left."""
+        """The worker with the least work for its speed, ties broken at random; "" when none is left.
+
+        Workers that fail, and those that the controller no longer shows, come after all others.
+        """
         now = self._clock()
 
-        def cost(address: str, row: _Row) -> tuple[bool, bool, float, float]:
+        def cost(address: str) -> tuple[bool, bool, bool, float, float]:
+            row, breaker = self._rows[address], self._breakers.get(address)
             load = (row.others + in_flight.get(address, 0)) / max(row.entry.speed, SLOWEST)
-            suspect = self._suspects.get(address, now) > now
-            return suspect, row.missing_since is not None, load, self._rng.random()
+            is_out = row.entry.breaker == "open" if breaker is None else not breaker.allows(now)
+            is_suspect = self._suspects.get(address, now) > now
+            return is_out, is_suspect, row.missing_since is not None, load, self._rng.random()
 
-        candidates = [
-            (cost(address, row), address)
-            for address, row in self._rows.items()
-            if model in row.entry.status.model_names and address not in exclude
-        ]
-        return min(candidates)[1] if candidates else ""
+        def best(addresses: Collection[str]) -> tuple[bool, str]:
+            """Whether there is anything against the best one, and its address."""
+            costs = [(cost(address), address) for address in addresses if address not in exclude]
+            if not costs:
+                return True, ""
+            (is_out, is_suspect, is_missing, *_), address = min(costs)
+            return is_out or is_suspect or is_missing, address
 
-    def is_listed(self, address: str) -> bool:
-        """Whether the controller's last table shows the worker."""
-        row = self._rows.get(address)
-        return row is not None and row.missing_since is None
+        addresses = self._addresses_of(model)
+        is_doubtful, chosen = True, ""
+        if len(addresses) > 2 * SAMPLE_SIZE:
+            is_doubtful, chosen = best(self._rng.sample(addresses, SAMPLE_SIZE))
+        if is_doubtful:
+            _, chosen = best(addresses)
+        if breaker := self._breakers.get(chosen):
+            breaker.start(now)
+        return chosen
 
     def model_names(self) -> list[str]:
         """Sorted, each once. Rows missing from the last table count only when it was empty (a restarted controller)."""
-        present = [row for row in self._rows.values() if row.missing_since is None]
-        rows = present or list(self._rows.values())
-        return sorted({name for row in rows for name in row.entry.status.model_names})
+        self._addresses_of("")
+        assert self._by_model is not None
+        only_missing = len(self._missing) == len(self._rows)
+        return sorted(
+            name
+            for name, addresses in self._by_model.items()
+            if only_missing or any(address not in self._missing for address in addresses)
+        )
 
-    def is_serving(self, address: str, lease: str) -> bool:
-        """Whether the worker said in its last heartbeat that it is at work on this lease."""
-        row = self._rows.get(address)
-        return row is not None and row.missing_since is None and lease in row.entry.status.leases
+    def is_listed(self, address: str) -> bool:
+        """Whether the controller's last table shows the worker."""
+        return address in self._rows and address not in self._missing
+
+    def _addresses_of(self, model: str) -> list[str]:
+        if self._by_model is None:
+            self._by_model = {}
+            for address, row in self._rows.items():
+                for name in dict.fromkeys(row.entry.status.model_names):
+                    self._by_model.setdefault(name, []).append(address)
+        return self._by_model.get(model, [])
+
+
+def _same_models(one: WorkerEntry, other: WorkerEntry) -> bool:
+    return one.status.model_names == other.status.model_names

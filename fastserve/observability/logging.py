@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 
@@ -34,3 +34,19 @@ def setup_logging(level: str, file_name: str | None = None, environ: Mapping[str
     logging.getLogger("fastserve.serving").setLevel(min(logging.INFO, logging.getLevelName(level.upper())))
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+class Throttle:
+    """Lets a log line through once in a while, however often its cause comes."""
+
+    def __init__(self, interval_s: float, clock: Callable[[], float]) -> None:
+        self._interval_s = interval_s
+        self._clock = clock
+        self._next_at = float("-inf")
+
+    def passes(self) -> bool:
+        now = self._clock()
+        if now < self._next_at:
+            return False
+        self._next_at = now + self._interval_s
+        return True

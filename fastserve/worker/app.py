@@ -117,6 +117,7 @@ class Worker:
         metrics = WorkerMetrics()
         admission = Admission(_limit(config, info), config.queue_size, time.monotonic)
         metrics.watch(admission, lambda: setup.engine.stats)
+        metrics.show_fused_layers(info.fused_layers)
         # A tokenizer may know tokens that the model has no row for; the engine takes none of these.
         known_eos = [
             token_id for token_id in (*info.eos_token_ids, *tokenizer.eos_token_ids) if token_id < info.vocab_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats
+from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats, FusedLayers
 from fastserve.engine.contract import Histogram as EngineHistogram
 from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.metrics import LATENCY_BUCKETS_S, CollectorRegistry, Counter, Gauge, Histogram, exposition
@@ -63,6 +63,18 @@ class WorkerMetrics:
             gauge = Gauge(f"fastserve_worker_requests_{name}", text, registry=self._registry)
             gauge.set_function(read)
         self._registry.register(_EngineCollector(stats))
+
+    def show_fused_layers(self, kinds: Iterable[FusedLayers]) -> None:
+        """Show which layers the engine's fused kernels compute. Called once."""
+        gauge = Gauge(
+            "fastserve_engine_layers",
+            "Layers of the model, by whether a fused kernel computes them.",
+            ["kind", "fused"],
+            registry=self._registry,
+        )
+        for layers in kinds:
+            gauge.labels(layers.kind, "true").set(layers.fused)
+            gauge.labels(layers.kind, "false").set(layers.total - layers.fused)
 
     @contextmanager
     def refusals(self) -> Iterator[None]:

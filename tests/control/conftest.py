@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from fastserve.control.registry import WorkerRegistry
+from fastserve.control.registry import RegistryLimits, WorkerRegistry
 from fastserve.protocol import WorkerStatus
 
 
@@ -25,12 +25,18 @@ def clock() -> Clock:
     return Clock()
 
 
+LIMITS = RegistryLimits(max_workers=10_000, max_model_names=1_000, max_leases=100_000, model_memory_s=600.0)
+
+
 @pytest.fixture
 def make_registry(clock: Clock) -> Callable[..., WorkerRegistry]:
-    def make(dispatch_method: str = "shortest_queue", heartbeat_expiration_s: float = 90.0) -> WorkerRegistry:
+    def make(
+        dispatch_method: str = "shortest_queue", heartbeat_expiration_s: float = 90.0, **limits: float
+    ) -> WorkerRegistry:
         return WorkerRegistry(
             dispatch_method=dispatch_method,
             heartbeat_expiration_s=heartbeat_expiration_s,
+            limits=replace(LIMITS, **limits),  # type: ignore[arg-type]
             clock=clock,
             rng=random.Random(0),
         )

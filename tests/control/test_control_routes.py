@@ -245,6 +245,7 @@ async def test_acquire_release_and_the_table(client: httpx.AsyncClient) -> None:
     assert await post(client, "/acquire", model="m", lease="1", exclude=["http://a:1"]) == {
         "address": "",
         "known": True,
+        "retry_after_s": 1.0,
     }
     assert await post(client, "/acquire", model="n", lease="2") == {"address": "", "known": False}
     await post(client, "/acquire", model="m", lease="3")

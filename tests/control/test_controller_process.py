@@ -149,7 +149,7 @@ def test_a_killed_worker_is_out_at_once_when_reported_and_soon_when_not(controll
     httpx.post(f"{controller.address}/report_failure", json={"worker_name": "http://w:1"})
     assert addresses(controller) == []
     answer = httpx.post(f"{controller.address}/acquire", json={"model": "m", "lease": "1"}).json()
-    assert answer == {"address": "", "known": True}
+    assert answer == {"address": "", "known": True, "retry_after_s": 1.0}
     wait_for(lambda: httpx.post(f"{controller.address}/list_models").json()["models"] == [])
     assert time.monotonic() - killed < 3.5
 

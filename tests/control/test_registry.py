@@ -48,7 +48,7 @@ def test_a_silent_worker_is_dropped_after_three_of_its_intervals(
     assert registry.list_models() == []
     assert registry.table().workers == []
     assert registry.addresses() == []
-    assert registry.acquire("m", "1").known is False
+    assert registry.acquire("m", "1").address == ""
 
 
 def test_short_intervals_have_a_floor(registry: WorkerRegistry, status: MakeStatus, clock: Clock) -> None:

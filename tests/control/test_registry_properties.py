@@ -9,10 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastserve.control.registry import WorkerRegistry
+from fastserve.control.registry import RegistryLimits, WorkerRegistry
 from fastserve.protocol import WorkerStatus
 
 INTERVAL_S = 1.0
+LIMITS = RegistryLimits(max_workers=10, max_model_names=10, max_leases=100_000, model_memory_s=600.0)
 NAMES = ("w1", "w2", "w3")
 WORKERS = st.sampled_from(NAMES)
 
@@ -50,7 +51,11 @@ class Cluster(RuleBasedStateMachine):
     @rule()
     def start_controller(self) -> None:
         self.registry = WorkerRegistry(
-            dispatch_method="shortest_queue", heartbeat_expiration_s=90.0, clock=lambda: self.now, rng=self.rng
+            dispatch_method="shortest_queue",
+            heartbeat_expiration_s=90.0,
+            limits=LIMITS,
+            clock=lambda: self.now,
+            rng=self.rng,
         )
 
     @rule(seconds=st.sampled_from([0.125, 0.5, 1.0, 2.0, 4.0]))

@@ -29,6 +29,11 @@ from transformers import (
     Starcoder2Config,
 )
 
+from fastserve.engine.contract import SamplingParams
+from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.runner.loading import LoadedModel
+from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+
 # Two threads gain nothing on models this small, and lose much beside other processes.
 torch.set_num_threads(1)
 
@@ -105,6 +110,17 @@ class TinyModels:
         )
         answer: list[int] = output[0, len(prompt_ids) :].tolist()
         return answer
+
+
+def logits_of(loaded: LoadedModel, token_ids: list[int]) -> torch.Tensor:
+    """(tokens, vocabulary) of one sequence, computed module by module in one step."""
+    probe_shapes(loaded)
+    count = len(token_ids)
+    runner = ModelRunner(loaded, num_blocks=8, block_size=16, max_num_seqs=1, max_model_len=128)
+    runner.drop_decoder("its modules are looked at")
+    new = NewSequence(0, token_ids, count, SamplingParams(max_tokens=1), 0)
+    chunk = Chunk(0, 0, count, list(range(-(-count // 16))), sample=False, score_begin=0, score_end=count)
+    return runner.forward(StepPlan([], [new], [chunk]))
 
 
 @pytest.fixture(scope="session")

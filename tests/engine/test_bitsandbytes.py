@@ -1,24 +1,39 @@
-"""Weights as bitsandbytes keeps them, by its CPU backend, where the package is installed: `pip install bitsandbytes`.
-The engine uses it on CUDA only."""
+"""Weights as bitsandbytes keeps them, by its CPU backend. The engine uses it on CUDA only."""
 
 from __future__ import annotations
 
+import platform
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fastserve.engine.runner import quantise
+from fastserve.engine.runner.bitsandbytes_weight import BitsAndBytesWeight
+from fastserve.engine.runner.linear import Linear
+from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.quantised import quantise_int8, quantise_nf4
+from fastserve.engine.settings import WeightOptions
+
+from .conftest import SHAPE, logits_of
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "darwin" and platform.machine() == "x86_64", reason="bitsandbytes has no wheel for this platform"
+)
 
 KINDS = {"int8": (0.01, 0.005), "nf4": (0.12, 0.03)}
 """Errors of the weight (and of a product), and what it differs from ours by (its scales are rounded too), relative to
 their lengths."""
+LOGITS = {"int8": 0.08, "nf4": 0.08}
+"""What the logits of three layers of them differ by: it quantises activations to 8 bits too. Those of another model
+differ by 1.4."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_weight_of_bitsandbytes_is_one_of_ours(kind: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("bitsandbytes")
-    from fastserve.engine.runner.bitsandbytes_weight import BitsAndBytesWeight
-
     torch.manual_seed(0)
     weight, other, x, bias = torch.randn(96, 128), torch.randn(96, 128), torch.randn(5, 128), torch.randn(96)
     error, difference = KINDS[kind]
@@ -35,3 +50,29 @@ def test_a_weight_of_bitsandbytes_is_one_of_ours(kind: str, dtype: torch.dtype) 
     assert (found - expected).norm() <= error * expected.norm()
     form.set(other)
     assert (form.get() - other).norm() <= error * other.norm()
+
+
+def load(path: str, kind: str) -> LoadedModel:
+    return load_model(
+        path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None, options=WeightOptions(quantise=kind)
+    )
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_model_loaded_by_bitsandbytes_computes_what_ours_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All linear layers but the head come through it while the weights are read, and the start's trials pass."""
+    torch.manual_seed(0)
+    # Its CPU backend takes weights of 4 bits in blocks of 32.
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 64, "intermediate_size": 128})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    path = str(tmp_path)
+    tokens = list(range(2, 40))
+    ours = logits_of(load(path, kind), tokens)
+    monkeypatch.setattr(quantise, "uses_bitsandbytes", lambda device: True)
+    loaded = load(path, kind)
+    forms = [type(module.form) for module in loaded.model.modules() if isinstance(module, Linear)]
+    assert forms.count(BitsAndBytesWeight) == len(forms) - 1 == 3 * 7
+    found = logits_of(loaded, tokens)
+    assert (found - ours).norm() <= LOGITS[kind] * ours.norm()

@@ -3,7 +3,6 @@ GPU."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm, fuse_gated_mlps, fuse_norms, fuse_rotary
+from fastserve.engine.runner import loading
+from fastserve.engine.runner.attention import PagedAttention
+from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.verify import difference
 
 from .conftest import CONFIGS
 from .triton_interpreter import DEVICES, import_kernels
@@ -62,19 +64,24 @@ def test_extreme_gates_do_not_overflow(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "norms", "mlps", "rotaries"), [("qwen3", 13, 3, 3), ("gemma2", 13, 0, 3)])
+@pytest.mark.parametrize(("name", "norms", "mlps"), [("qwen3", 13, 3), ("gemma2", 13, 0)])
 def test_they_take_the_places_of_a_models_own_parts(
-    device: str, name: str, norms: int, mlps: int, rotaries: int
+    device: str, name: str, norms: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loading, "find_fused_steps", lambda *_: kernels)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(device).eval()
-    model.requires_grad_(False)
-    original = copy.deepcopy(model)
-    fuse_gated_mlps(model, kernels)
-    assert fuse_norms(model, kernels) == norms
-    assert fuse_rotary(model, kernels) == rotaries
-    assert sum(isinstance(part, FusedGatedMLP) for part in model.modules()) == mlps
-    assert sum(isinstance(part, FusedRMSNorm) for part in model.modules()) == norms
-    tokens = torch.randint(2, 160, (1, 5), device=device)
-    expected, found = (one(input_ids=tokens, use_cache=False).logits for one in (original, model))
-    assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
+    attention = PagedAttention()
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(device)
+    model.set_attn_implementation(loading.register(attention))
+    loaded = loading.prepare(model, attention, torch.float32)
+    assert {layers.kind: layers.fused for layers in loaded.fused_layers} == {
+        "norm": norms, "gated_mlp": mlps, "attention": 3
+    }  # fmt: skip
+    probe_shapes(loaded)
+    sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
+    runner = ModelRunner(loaded, **sizes)
+    if runner.decoder is not None:
+        runner.drop_decoder("the modules are what is tested")
+    found = difference(loaded.reference, runner, **sizes)
+    assert found is not None
+    assert found < 1e-4

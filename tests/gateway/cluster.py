@@ -23,6 +23,8 @@ from fastserve.protocol import (
     AcquireResponse,
     ReleaseRequest,
     RoutingTable,
+    ServingRequest,
+    ServingResponse,
     WorkerEntry,
     WorkerName,
     WorkerStatus,
@@ -116,6 +118,7 @@ class StubController(StubServer):
         app.router.add_post("/release", self._release)
         app.router.add_post("/report_failure", self._report_failure)
         app.router.add_get("/workers", self._workers)
+        app.router.add_post("/serving", self._serving)
         return app
 
     async def _acquire(self, request: web.Request) -> web.Response:
@@ -148,6 +151,11 @@ class StubController(StubServer):
         self.failures.append(address)
         self.workers.pop(address, None)
         return web.json_response({})
+
+    async def _serving(self, request: web.Request) -> web.Response:
+        asked = ServingRequest.model_validate_json(await request.read())
+        served = {lease for status in self.workers.values() for lease in status.leases}
+        return _answer(ServingResponse(leases=[lease for lease in asked.leases if lease in served]))
 
     async def _workers(self, _: web.Request) -> web.Response:
         self.polls += 1

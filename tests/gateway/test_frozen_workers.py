@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
+from fastserve.gateway import dispatch
 from tests.gateway.cluster import CHAT, DONE, EVENTS, Cluster, StubWorker, answer_well, hang, stream, until
 from tests.gateway.test_gateway_relay import STREAM, WHOLE, ask, error_event
 
 BOTH = pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 LEAVE_S = 4.0
-"""The table is read every second, and the worker has a second to answer."""
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(dispatch, "PROBE_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
 
 
 class FrozenWorker(StubWorker):
@@ -82,7 +89,7 @@ async def test_without_another_worker_it_is_503_with_retry_after(cluster: Cluste
 
 async def test_a_worker_that_only_leaves_the_table_keeps_its_requests(cluster: Cluster) -> None:
     """As one that ends in order, one that another API server cannot reach, and all after the controller's restart."""
-    worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.6))
+    worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.15))
     request = asyncio.ensure_future(ask(cluster, STREAM))
     await until(lambda: worker.running)
     await cluster.in_table()
@@ -96,7 +103,7 @@ async def test_a_worker_that_only_leaves_the_table_keeps_its_requests(cluster: C
 
 async def test_a_worker_that_no_longer_listens_keeps_its_requests(cluster: Cluster) -> None:
     """So does one that ends in order: it accepts no connections while it answers what it has."""
-    worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.6))
+    worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.15))
     request = asyncio.ensure_future(ask(cluster, STREAM))
     await until(lambda: worker.running)
     await cluster.in_table()
@@ -106,7 +113,7 @@ async def test_a_worker_that_no_longer_listens_keeps_its_requests(cluster: Clust
 
 
 async def test_while_the_controller_is_away_nothing_is_left(cluster: Cluster) -> None:
-    worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.5))
+    worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.15))
     request = asyncio.ensure_future(ask(cluster, STREAM))
     await until(lambda: worker.running)
     await cluster.in_table()

@@ -93,10 +93,12 @@ class Place:
             *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
             *("--server-host", "127.0.0.1", "--server-port", str(self.server_port)),
         ]
+        # The stand-ins come before this checkout, which may not be the installed one.
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, *flags, *words],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(HERE), **env},
+            env={**os.environ, "PYTHONPATH": path, **env},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats, Histogram
+from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats, FusedLayers, Histogram
 from fastserve.worker.admission import Admission
 from fastserve.worker.metrics import WorkerMetrics
 
@@ -32,6 +32,19 @@ def test_the_engines_figures_stand_under_the_usual_names() -> None:
         "num_preemptions_total": 4, "spec_decode_num_draft_tokens_total": 9, "spec_decode_num_accepted_tokens_total": 7,
     }  # fmt: skip
     assert {name: found[f"fastserve_engine_{name}"] for name in expected} == expected
+
+
+def test_layers_that_no_fused_kernel_computes_show() -> None:
+    metrics = WorkerMetrics()
+    metrics.show_fused_layers([FusedLayers("norm", 7, 7), FusedLayers("attention", 2, 3, "LlamaAttention clips")])
+    text = metrics.exposition().decode()
+    for kind, fused, count in (
+        ("norm", "true", 7),
+        ("norm", "false", 0),
+        ("attention", "true", 2),
+        ("attention", "false", 1),
+    ):
+        assert f'fastserve_engine_layers{{fused="{fused}",kind="{kind}"}} {count}.0' in text
 
 
 def test_histograms_of_steps() -> None:

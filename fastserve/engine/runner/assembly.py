@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastserve.engine.contract import FusedLayers
 from fastserve.engine.kernels.fused_steps import FusedSteps
 from fastserve.engine.kernels.packed_linear import UNIT
 from fastserve.engine.runner.experts import Experts, expert_weights
 from fastserve.engine.runner.formats.source import Codes, Delivered, ExpertCodes
-from fastserve.engine.runner.fusion import find_gated_mlps, place_gated_mlp
+from fastserve.engine.runner.fusion import FusedGatedMLP, find_gated_mlps, place_gated_mlp, report
 from fastserve.engine.runner.linear import (
     Linear,
     PlainWeight,
@@ -43,6 +44,7 @@ Quantise = Callable[[torch.Tensor, torch.dtype], WeightForm]
 """Of a weight (out, in), for products in a dtype."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Of a trial product, relative to its length."""
+_NOT_DENSE = "the weights are quantised or lie in a file"
 _TRIED_ROWS = 64
 """At each end of a weight, or a few more: a plain product with all of it takes longer than packing it."""
 
@@ -90,7 +92,8 @@ class Assembly:
         self._experts = expert_weights(model)
         self._embeddings = {f"{path}.weight": module for path, module in model.named_modules() if can_be_tied(module)}
         self._to_quantise = set() if quantise is None else set(linear_weights(model))
-        self._gated = {} if kernels is None else _gated_pairs(find_gated_mlps(model, kernels, places.device_of))
+        self._mlps = find_gated_mlps(model, kernels, places.device_of)
+        self._gated = _gated_pairs([path for path, reason in self._mlps.items() if reason is None])
         self._lock = threading.RLock()
         """Of what several weights share: ties, gate and up, modules that are replaced."""
         self._waiting: dict[str, torch.Tensor] = {}
@@ -137,6 +140,14 @@ class Assembly:
         return WeightTable(
             {name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes
         )
+
+    def fused_mlps(self) -> FusedLayers:
+        """How many of the gated MLPs are fused."""
+        reasons = [
+            reason if reason or isinstance(self._model.get_submodule(path), FusedGatedMLP) else _NOT_DENSE
+            for path, reason in self._mlps.items()
+        ]
+        return report("gated_mlp", reasons)
 
     def _add_tied(self, name: str, value: Delivered) -> None:
         if name in self._places:
@@ -323,12 +334,12 @@ def linear_weights(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def install(model: PreTrainedModel, kernels: FusedSteps | None) -> WeightTable:
-    """Take over a model that has its weights already."""
+def install(model: PreTrainedModel, kernels: FusedSteps | None) -> Assembly:
+    """Take over a model that has its weights already: all but `finish` is done."""
     assembly = Assembly(model, kernels, _Here(model))
     for name, parameter in list(model.named_parameters()):
         assembly.add(name, parameter.data)
-    return assembly.finish()
+    return assembly
 
 
 class _Here:

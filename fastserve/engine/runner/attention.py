@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +86,31 @@ class LayerShape:
         return dataclasses.replace(self, window=None)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer asks of the attention function."""
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the call, besides sinks."""
+        return {"scaling": self.scaling, "sliding_window": self.window, "softcap": self.softcap}
+
+
 class PagedAttention:
     """Holds the pages of all layers, each layer's where it computes. The runner sets `context` before each forward
     pass.
 
-    While `context` is None it only takes down what the layers ask for (`shapes`), and where (`devices`), and returns
-    zeros: that is how the runner learns what a model needs before the pages are made.
+    While `context` is None it only takes down what the layers ask for (`shapes`), and where (`devices`): that is how
+    the runner learns what a model needs before the pages are made.
     """
 
     def __init__(self) -> None:
@@ -101,6 +122,18 @@ class PagedAttention:
         self._kernel: PagedAttentionKernel | None = None
         """for the layers on the CPU"""
         self._gpu_kernels: dict[torch.device, TritonPagedAttention | None] = {}
+        self._recorded: list[AttentionCall] | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[AttentionCall]]:
+        """Collect the calls inside the block in place of computing attention."""
+        context, self.context = self.context, None
+        calls: list[AttentionCall] = []
+        self._recorded = calls
+        try:
+            yield calls
+        finally:
+            self.context, self._recorded = context, None
 
     @property
     def takes_device_steps(self) -> bool:
@@ -176,7 +209,15 @@ class PagedAttention:
                 scaling, softcap, sliding_window, has_sinks=s_aux is not None,
             )  # fmt: skip
             self.devices[layer] = query.device
-            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
+            if self._recorded is not None:
+                call = AttentionCall(
+                    module, query, key, value, scaling, sliding_window, softcap, has_sinks=s_aux is not None
+                )
+                self._recorded.append(call)
+            # Any numbers but zeros: these would hide what a layer does with them.
+            shape = (1, query.shape[2], query.shape[1], value.shape[-1])
+            size = math.prod(shape)
+            return torch.arange(size, device=query.device).sin().to(query.dtype).view(shape), None
         keys, values = self._pages[layer]
         new = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         gpu_kernel = self._gpu_kernels[self.devices[layer]]

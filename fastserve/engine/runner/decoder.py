@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from fastserve.engine.kernels.decoder import ACTIVATIONS, DecoderKernel, DecoderStruct, LayerStruct
 from fastserve.engine.kernels.packed_linear import WeightStruct
 from fastserve.engine.runner.attention import LayerShape, PagedAttention, StepContext
+from fastserve.engine.runner.fused_attention import FusedAttention
 from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm
 from fastserve.engine.runner.linear import Linear, TiedEmbedding, WeightForm, embedding_scale
 
@@ -37,8 +38,8 @@ _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary positions whose angles depend on the position alone."""
 
 
-class _Unknown(Exception):
-    """The model has a part that the kernel does not know."""
+class UnknownPartError(Exception):
+    """The model has a part that the kernel does not know; the message names it."""
 
 
 class NativeDecoder:
@@ -57,17 +58,14 @@ class NativeDecoder:
     @classmethod
     def build(
         cls, model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype, max_positions: int
-    ) -> NativeDecoder | None:
-        """For a model whose linear layers and norms are ours already, with its pages allocated; None when it is not of
-        the known build."""
+    ) -> NativeDecoder:
+        """For a model whose linear layers, norms and attention layers are ours already, with its pages allocated.
+        Raises UnknownPartError when it is not of the known build."""
         kernel = DecoderKernel.load(dtype)
         if kernel is None or not attention.uses_kernel:
-            return None
+            raise UnknownPartError("there is no kernel for this device")
         decoder = cls(kernel, attention, dtype)
-        try:
-            decoder._describe(model, max_positions)
-        except _Unknown:
-            return None
+        decoder._describe(model, max_positions)
         return decoder
 
     @property
@@ -89,13 +87,13 @@ class NativeDecoder:
         layers, norm, head = getattr(base, "layers", None), getattr(base, "norm", None), model.get_output_embeddings()
         embedding = model.get_input_embeddings()
         if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding | TiedEmbedding):
-            raise _Unknown("layers")
+            raise UnknownPartError("it has no list of layers or no plain embedding")
         shapes = [self._attention.shapes.get(index) for index in range(len(layers))]
         shape = shapes[0]
         if shape is None or any(other is None or other.like() != shape.like() for other in shapes):
-            raise _Unknown("layers of different shapes")
+            raise UnknownPartError("its layers have attention of different shapes")
         if shape.key_dim != shape.value_dim or shape.has_sinks:
-            raise _Unknown("attention")
+            raise UnknownPartError("its values have another size than its keys, or it has attention sinks")
         config = model.config.get_text_config(decoder=True)
         structs = (LayerStruct * len(layers))()
         self._alive.append(structs)
@@ -112,7 +110,7 @@ class NativeDecoder:
         if isinstance(embedding, torch.nn.Embedding):
             whole.embedding = self._pointer(embedding.weight)
         elif embedding.form is not head.form:
-            raise _Unknown("embedding")
+            raise UnknownPartError("its embedding is stored another way than its head")
         whole.norm = self._norm(norm)
         whole.num_layers = len(layers)
         whole.hidden = embedding.embedding_dim
@@ -130,21 +128,20 @@ class NativeDecoder:
         attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
         places = next((names for names in _NORM_PLACES if names.keys() == children.keys()), None)
         if places is None or attention is None or mlp is None:
-            raise _Unknown("layer")
+            raise UnknownPartError("a layer has other parts")
         for name, place in places.items():
             setattr(struct, place, self._norm(children[name]))
-        parts = dict(attention.named_children())
-        for name, place in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
-            norm = parts.pop(name, None)
+        if not isinstance(attention, FusedAttention) or len(attention.inputs) != 3:
+            raise UnknownPartError("its attention is not fused")
+        for norm, place in zip(attention.norms, ("query_norm", "key_norm"), strict=True):
             if norm is not None:
                 setattr(struct, place, self._norm(norm))
                 setattr(struct, f"{place}_size", norm.weight.shape[0])
-        if parts.keys() != {"q_proj", "k_proj", "v_proj", "o_proj"}:
-            raise _Unknown("attention")
-        for name, place in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "output")):
-            setattr(struct, place, self._weight(parts[name]))
+        projections = (*attention.inputs, attention.output)
+        for projection, place in zip(projections, ("query", "key", "value", "output"), strict=True):
+            setattr(struct, place, self._weight(projection))
         if struct.query.out != shape.num_heads * shape.key_dim or struct.key.out != shape.num_kv_heads * shape.key_dim:
-            raise _Unknown("attention")
+            raise UnknownPartError("its attention projects to another size")
         self._describe_mlp(struct, mlp)
 
     def _describe_mlp(self, struct: LayerStruct, mlp: torch.nn.Module) -> None:
@@ -157,29 +154,29 @@ class NativeDecoder:
             struct.gate, struct.up = self._weight(children["gate_proj"]), self._weight(children["up_proj"])
             activation = _activation(children["act_fn"])
         else:
-            raise _Unknown("MLP")
+            raise UnknownPartError("its MLP has another build")
         if struct.gate.bias or struct.up.bias or struct.gate.out != struct.up.out:
-            raise _Unknown("MLP")
+            raise UnknownPartError("its MLP has a bias, or gate and up of different sizes")
         struct.down = self._weight(mlp.down_proj)
         self._same("activation", ACTIVATIONS[activation])
         self._same("intermediate", struct.gate.out)
 
     def _weight(self, linear: torch.nn.Module | None) -> WeightStruct:
         if not isinstance(linear, Linear):
-            raise _Unknown("linear layer")
+            raise UnknownPartError("a linear layer has another class")
         self._linears.append(linear)
         return self._form(linear.form, linear.bias)
 
     def _form(self, form: WeightForm, bias: torch.Tensor | None) -> WeightStruct:
         struct = form.struct(bias)
         if struct is None:
-            raise _Unknown("form of a weight")
+            raise UnknownPartError("the kernel cannot multiply with the form of a weight")
         self._alive += [form, bias]
         return struct
 
     def _norm(self, norm: torch.nn.Module | None) -> int:
         if not isinstance(norm, FusedRMSNorm):
-            raise _Unknown("norm")
+            raise UnknownPartError("a norm is not fused")
         self._same("eps", norm.eps)
         self._same("norm_offset", norm.offset)
         return self._pointer(norm.weight)
@@ -187,13 +184,15 @@ class NativeDecoder:
     def _same(self, name: str, value: float) -> None:
         """Note a size that all layers must share."""
         if (name, value) not in self._noted and any(other == name for other, _ in self._noted):
-            raise _Unknown(name)
+            raise UnknownPartError(f"layers differ in {name}")
         self._noted.add((name, value))
         setattr(self._struct, name, value)
 
     def _pointer(self, tensor: torch.Tensor) -> int:
         if tensor.dtype != self._dtype or not tensor.is_contiguous():
-            raise _Unknown("dtype")
+            raise UnknownPartError(
+                f"a weight or an angle is in {str(tensor.dtype).removeprefix('torch.')}, or not contiguous"
+            )
         self._alive.append(tensor)
         return int(tensor.data_ptr())
 
@@ -204,10 +203,10 @@ class _Waves:
     def __init__(self, base: torch.nn.Module, config: Any, dtype: torch.dtype, max_positions: int) -> None:
         rotary = getattr(base, "rotary_emb", None)
         if not isinstance(rotary, torch.nn.Module):
-            raise _Unknown("positions")
+            raise UnknownPartError("it has no rotary positions")
         kinds = getattr(rotary, "rope_type", "default")
         if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= _STATIC_ROPE:
-            raise _Unknown("positions")
+            raise UnknownPartError("its rotary positions depend on the length")
         # Only the dtype of this is looked at.
         like = torch.zeros(1, dtype=dtype)
         positions = torch.arange(max_positions).unsqueeze(0)
@@ -220,7 +219,7 @@ class _Waves:
             }
         sizes = {wave.shape[1] for pair in self._found.values() for wave in pair}
         if len(sizes) != 1:
-            raise _Unknown("positions")
+            raise UnknownPartError("its layers turn parts of different sizes")
         self.dim: int = sizes.pop()
 
     def of_layer(self, index: int) -> tuple[torch.Tensor, ...]:
@@ -236,4 +235,4 @@ def _activation(function: torch.nn.Module) -> str:
     for name, like in known.items():
         if torch.allclose(function(x), like(x), rtol=1e-5, atol=1e-6):
             return name
-    raise _Unknown("activation")
+    raise UnknownPartError("its MLP has another activation")

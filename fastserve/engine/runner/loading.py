@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastserve.engine.contract import FusedLayers
 from fastserve.engine.kernels.fused_steps import FusedSteps, find_fused_steps
 from fastserve.engine.runner.assembly import Assembly, OneDevice, install
 from fastserve.engine.runner.attention import PagedAttention
 from fastserve.engine.runner.context import context_length
 from fastserve.engine.runner.conversion import match
 from fastserve.engine.runner.formats.find import find_sources
-from fastserve.engine.runner.fusion import fuse_norms, fuse_rotary
+from fastserve.engine.runner.fused_attention import fuse_attention
+from fastserve.engine.runner.fusion import fuse_norms
 from fastserve.engine.runner.placement import Placement
 from fastserve.engine.runner.quantise import find_quantiser
 from fastserve.engine.runner.reference import Reference, own_logits
@@ -50,6 +53,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     placement: Placement | None = None
     """Of a model on several devices."""
+    fused_layers: tuple[FusedLayers, ...] = ()
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -101,7 +105,7 @@ def load_model(
     quantise = None if options.quantise is None else find_quantiser(options.quantise)
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantise)
     stream_weights(model, deliveries, unexpected, assembly, progress)
-    return _take_over(model, assembly.finish(), attention, dtype, device, kernels, placement, reference=None)
+    return _take_over(model, assembly, attention, dtype, device, kernels, placement, reference=None)
 
 
 def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype) -> LoadedModel:
@@ -116,7 +120,7 @@ def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtyp
 
 def _take_over(
     model: PreTrainedModel,
-    weights: WeightTable,
+    assembly: Assembly,
     attention: PagedAttention,
     dtype: torch.dtype,
     device: torch.device,
@@ -125,6 +129,7 @@ def _take_over(
     reference: Reference | None,
 ) -> LoadedModel:
     """Of a model whose linear layers are ours: take down the reference, if there is none yet, and replace the rest."""
+    weights = assembly.finish()
     longest = context_length(model.config.get_text_config(decoder=True))
     if placement is not None:
         device = placement.main
@@ -132,9 +137,12 @@ def _take_over(
     if reference is None:
         reference = own_logits(model, device, longest)
         _require_finite(reference, weights)
-    if kernels is not None:
-        fuse_norms(model, kernels)
-        fuse_rotary(model, kernels)
+    with failing_in_a_sentence(type(model).__name__):
+        fused_layers = (
+            fuse_norms(model, kernels),
+            assembly.fused_mlps(),
+            fuse_attention(model, attention, kernels, longest, device),
+        )
     if placement is not None:
         placement.connect(model)  # also what stands in the places of others now
     return LoadedModel(
@@ -147,7 +155,18 @@ def _take_over(
         context_length=longest,
         eos_token_ids=_eos_token_ids(model),
         placement=placement,
+        fused_layers=fused_layers,
     )
+
+
+@contextlib.contextmanager
+def failing_in_a_sentence(name: str) -> Iterator[None]:
+    """Model code that fails when it is first run ends the start with a sentence; the log has the rest."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        logger.exception("%s failed when it was tried", name)
+        raise StartupError(f"{name} cannot be served: its code failed when it was tried ({error}).") from error
 
 
 def _require_finite(reference: Reference, weights: WeightTable) -> None:

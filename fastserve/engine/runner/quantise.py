@@ -14,13 +14,19 @@ _OURS: dict[str, Quantise] = {"int8": quantise_int8, "nf4": quantise_nf4}
 
 
 def find_quantiser(name: str) -> Quantise:
-    """`name`: int8 or nf4. On CUDA by bitsandbytes, where that is installed; else in our own form."""
+    """`name`: int8 or nf4. By bitsandbytes where it is the faster one and has a wheel for the platform; else in our own
+    form."""
 
     def quantise(weight: torch.Tensor, dtype: torch.dtype) -> WeightForm:
-        if weight.device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
+        if uses_bitsandbytes(weight.device):
             from fastserve.engine.runner.bitsandbytes_weight import BitsAndBytesWeight
 
             return BitsAndBytesWeight(weight, dtype, name)
         return _OURS[name](weight, dtype)
 
     return quantise
+
+
+def uses_bitsandbytes(device: torch.device) -> bool:
+    """On CUDA only: on CPUs, the products of our own forms are faster."""
+    return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None

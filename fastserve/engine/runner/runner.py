@@ -21,7 +21,7 @@ from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.attention import PagedAttention, StepContext
 from fastserve.engine.runner.decode_graphs import record_decode_graphs
-from fastserve.engine.runner.decoder import NativeDecoder
+from fastserve.engine.runner.decoder import NativeDecoder, UnknownPartError
 from fastserve.engine.runner.drawn import DrawnIds
 from fastserve.engine.runner.loading import LoadedModel
 from fastserve.engine.sampling.logprobs import Logprobs, gather
@@ -67,8 +67,13 @@ class ModelRunner:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._attention.allocate(num_blocks, block_size, loaded.dtype, loaded.device)
-        self.decoder = NativeDecoder.build(loaded.model, loaded.attention, loaded.dtype, max_model_len + 1)
-        """Set to None where it turns out to compute something else than the model."""
+        self.decoder: NativeDecoder | None = None
+        self.no_decoder_reason = ""
+        """Why a step is computed module by module; empty while it is not."""
+        try:
+            self.decoder = NativeDecoder.build(loaded.model, loaded.attention, loaded.dtype, max_model_len + 1)
+        except UnknownPartError as error:
+            self.no_decoder_reason = str(error)
         # Pages of these tables that no sequence has reached are never touched, so they cost no memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -80,6 +85,10 @@ class ModelRunner:
             loaded.model, loaded.attention, self._drawn, loaded.device,
             max_rows=max_num_seqs, max_blocks=self._blocks.shape[1],
         )  # fmt: skip
+
+    def drop_decoder(self, reason: str) -> None:
+        """Compute steps module by module: the decoder turned out to compute something else than the model."""
+        self.decoder, self.no_decoder_reason = None, reason
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. What it computes is what the plan says and nothing else."""

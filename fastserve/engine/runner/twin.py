@@ -8,7 +8,6 @@ sizes and random weights is computed in float32 by its own code and by the kerne
 from __future__ import annotations
 
 import copy
-import logging
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -18,8 +17,6 @@ from fastserve.engine.runner.loading import LoadedModel, prepare, register
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 from fastserve.engine.runner.verify import difference
 
-logger = logging.getLogger(__name__)
-
 _LENGTH = 64
 _BLOCK_SIZE = 16
 _MOST_LAYERS = 8
@@ -28,20 +25,21 @@ _TOLERANCE = 1e-3
 _CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, OSError)
 
 
-def twin_agrees(config: PretrainedConfig) -> bool:
-    """Whether a model of these settings computes the same in one kernel call as by its own code."""
+def twin_differs(config: PretrainedConfig) -> str | None:
+    """Why a model of these settings does not compute the same in one kernel call as by its own code, or None."""
     try:
         loaded = _make_twin(config)
         runner = ModelRunner(loaded, num_blocks=8, block_size=_BLOCK_SIZE, max_num_seqs=4, max_model_len=_LENGTH)
         if runner.decoder is None:
-            return False
+            return f"in a small one of it: {runner.no_decoder_reason}"
         found = difference(
             loaded.reference, runner, block_size=_BLOCK_SIZE, num_blocks=8, max_num_seqs=4, max_model_len=_LENGTH
         )
     except _CAUSES as error:
-        logger.info("%s is computed module by module: no small one of it can be made (%s).", config.model_type, error)
-        return False
-    return found is not None and found < _TOLERANCE
+        return f"no small one of it can be made: {error}"
+    if found is None or not found < _TOLERANCE:
+        return "a small one of it computes something else"
+    return None
 
 
 def _make_twin(config: PretrainedConfig) -> LoadedModel:

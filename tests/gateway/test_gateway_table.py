@@ -1,0 +1,203 @@
+"""The API server's copy of the routing table: changes, bad rows, many workers. No sockets."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+
+from fastserve.breaker import FAILURE_THRESHOLD, OPEN_S
+from fastserve.errors import InvalidRequestError
+from fastserve.gateway.table import MISSING_GRACE_S, CachedTable, parse_table
+from fastserve.protocol import RoutingTable, WorkerEntry, WorkerStatus
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cached(clock: Clock) -> CachedTable:
+    return CachedTable(clock, random.Random(0))
+
+
+def row(address: str, in_flight: int = 0, models: Collection[str] = ("m",), **fields: Any) -> WorkerEntry:
+    values = {"address": address, "status": {"model_names": list(models)}, "in_flight": in_flight, "speed": 1.0}
+    return WorkerEntry.model_validate(values | fields)
+
+
+def whole(*rows: WorkerEntry, epoch: str = "e", version: int = 1) -> RoutingTable:
+    return RoutingTable(dispatch_method="shortest_queue", workers=list(rows), epoch=epoch, version=version)
+
+
+def changes(*rows: WorkerEntry, removed: Collection[str] = (), version: int = 2) -> RoutingTable:
+    return whole(*rows, version=version).model_copy(update={"is_delta": True, "removed": list(removed)})
+
+
+# ---- changes ----------------------------------------------------------------------------------------------------
+
+
+def test_changes_replace_rows_and_leave_the_others(cached: CachedTable) -> None:
+    cached.update(whole(row("a", 1), row("b", 2)), {})
+    cached.update(changes(row("a", 9), row("c", 5, ["n"])), {})
+    assert (cached.epoch, cached.version) == ("e", 2)
+    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.model_names() == ["m", "n"]
+
+
+def test_a_removed_worker_is_no_longer_listed_and_comes_last_for_a_while(cached: CachedTable, clock: Clock) -> None:
+    cached.update(whole(row("a"), row("b", 9), row("c", 9, ["n"])), {})
+    cached.update(changes(removed=["a", "c", "never there"]), {})
+    assert [cached.is_listed(address) for address in "abc"] == [False, True, False]
+    assert cached.model_names() == ["m"]
+    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", ["b"], {}) == "a"
+    clock.now += MISSING_GRACE_S
+    cached.update(changes(version=3), {})
+    assert cached.choose("m", ["b"], {}) == ""
+
+
+def test_a_removed_worker_comes_back(cached: CachedTable, clock: Clock) -> None:
+    cached.update(whole(row("a")), {})
+    cached.update(changes(removed=["a"]), {})
+    clock.now += MISSING_GRACE_S / 2
+    cached.update(changes(row("a"), version=3), {})
+    clock.now += MISSING_GRACE_S
+    cached.update(changes(version=3), {})
+    assert cached.is_listed("a")
+    assert cached.model_names() == ["m"]
+
+
+def test_a_worker_that_changes_its_models_is_found_under_the_new_ones(cached: CachedTable) -> None:
+    cached.update(whole(row("a")), {})
+    assert cached.choose("m", [], {}) == "a"
+    cached.update(changes(row("a", models=["n"])), {})
+    assert (cached.choose("m", [], {}), cached.choose("n", [], {})) == ("", "a")
+
+
+def test_the_empty_table_of_a_restarted_controller_takes_nobody_away_at_once(cached: CachedTable) -> None:
+    cached.update(whole(row("a")), {})
+    cached.update(whole(epoch="f", version=0), {})
+    assert cached.choose("m", [], {}) == "a"
+    assert cached.model_names() == ["m"]
+    assert not cached.is_listed("a")
+
+
+# ---- failures while the controller is away ----------------------------------------------------------------------
+
+
+def test_a_worker_that_fails_request_after_request_comes_last(cached: CachedTable, clock: Clock) -> None:
+    cached.update(whole(row("a"), row("b", 9)), {})
+    for _ in range(FAILURE_THRESHOLD):
+        assert cached.choose("m", [], {}) == "a"
+        cached.record("a", failed=True)
+    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", ["b"], {}) == "a", "a failing worker is better than none"
+    clock.now += OPEN_S
+    assert [cached.choose("m", [], {}) for _ in range(3)] == ["a", "b", "b"], "one request probes it"
+    cached.record("a", failed=False)
+    assert cached.choose("m", [], {}) == "a"
+
+
+def test_the_controllers_word_of_an_open_breaker_counts(cached: CachedTable) -> None:
+    cached.update(whole(row("a", breaker="open"), row("b", 9)), {})
+    assert cached.choose("m", [], {}) == "b"
+
+
+# ---- many workers -----------------------------------------------------------------------------------------------
+
+
+def test_among_many_workers_a_choice_is_a_good_one_and_never_an_excluded_one(cached: CachedTable) -> None:
+    cached.update(whole(*(row(f"w{n}", n % 10) for n in range(1000))), {})
+    excluded = [f"w{n}" for n in range(1000) if n % 10 == 0]
+    for _ in range(50):
+        chosen = cached.choose("m", excluded, {})
+        assert int(chosen[1:]) % 10 in (1, 2, 3)
+
+
+def test_the_one_healthy_worker_of_many_is_found(cached: CachedTable) -> None:
+    cached.update(whole(*(row(f"w{n}", breaker="closed" if n == 777 else "open") for n in range(1000))), {})
+    assert {cached.choose("m", [], {}) for _ in range(20)} == {"w777"}
+
+
+# ---- bad rows ---------------------------------------------------------------------------------------------------
+
+GOOD = {"address": "http://a:1", "status": {"model_names": ["m"]}, "in_flight": 1, "speed": 1.0}
+
+
+def table_json(*rows: object, **fields: object) -> bytes:
+    return json.dumps({"dispatch_method": "lottery", "workers": rows} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (GOOD | {"speed": float("nan")}, "speed"),
+        (GOOD | {"speed": float("inf")}, "speed"),
+        (GOOD | {"in_flight": -1}, "in_flight"),
+        (GOOD | {"in_flight": True}, "in_flight"),
+        (GOOD | {"address": "http://a:1\r\nforged"}, "address"),
+        (GOOD | {"address": "a" * 301}, "address"),
+        (GOOD | {"breaker": "ajar"}, "breaker"),
+        (GOOD | {"status": {"model_names": ["m"], "kv_usage": 10**400}}, "status.kv_usage"),
+        (GOOD | {"status": {"model_names": ["m"] * 257}}, "status.model_names"),
+        ({"address": "http://a:1"}, "status"),
+        ("row", "body"),
+        (None, "body"),
+        ([[]], "body"),
+    ],
+)
+def test_a_bad_row_is_left_out_and_named_and_the_others_stay(bad: object, field: str) -> None:
+    table, problems = parse_table(table_json(GOOD, bad, GOOD | {"address": "http://b:1"}, epoch="e", version=7))
+    assert [entry.address for entry in table.workers] == ["http://a:1", "http://b:1"]
+    assert (table.epoch, table.version) == ("e", 7)
+    (problem,) = problems
+    assert f"'{field}'" in problem
+    assert problem.isprintable()
+    assert len(problem) < 300
+
+
+def test_a_bad_row_of_a_change_keeps_what_was_known(cached: CachedTable) -> None:
+    cached.update(whole(row("http://a:1")), {})
+    table, problems = parse_table(table_json(GOOD | {"speed": "fast"}, epoch="e", version=2, is_delta=True))
+    cached.update(table, {})
+    assert len(problems) == 1
+    assert cached.choose("m", [], {}) == "http://a:1"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"nonsense",
+        b"{}",
+        b"null",
+        b"\xff",
+        b'{"workers": 1}',
+        b'{"dispatch_method": "x", "workers": {}}',
+        table_json(GOOD, version=-1),
+        table_json(GOOD, removed=[1]),
+    ],
+)
+def test_what_is_no_table_is_refused(content: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_table(content)
+
+
+def test_a_controller_of_the_version_before_is_understood() -> None:
+    table, problems = parse_table(table_json(GOOD))
+    assert (len(table.workers), problems, table.is_delta, table.epoch) == (1, [], False, "")
+    assert WorkerStatus(model_names=["m"]) == table.workers[0].status
