@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
+from fastserve.config import ApiServerConfig, ControllerConfig
+from fastserve.controller import create_app as create_controller
+from fastserve.gateway.app import create_app
 from fastserve.gateway.outliers import AVOID_S, OVERRULED_LIMIT
+from fastserve.protocol import HeartbeatRequest, WorkerStatus
 from tests.gateway.cluster import (
     CHAT,
     DONE,
     EVENTS,
+    MODEL,
     Cluster,
     Script,
+    StubWorker,
     answer_well,
     die,
     free_port,
     hang,
     say,
+    serve_app,
     start_cluster,
     stream,
     until,
@@ -261,3 +271,64 @@ async def test_a_client_that_leaves_says_nothing_about_the_worker(cluster: Clust
     await cluster.all_released()
     assert cluster.controller.unused == cluster.controller.acquired
     assert not cluster.controller.failed
+
+
+# ---- with the real controller -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def real_trio(*scripts: Script) -> AsyncIterator[tuple[Callable[[Any], Awaitable[int]], list[StubWorker]]]:
+    """A controller and an API server with these workers, which send heartbeats; gives what asks a question."""
+    async with AsyncExitStack() as stack:
+        controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig())))
+        url = await stack.enter_async_context(serve_app(create_app(ApiServerConfig(controller_address=controller))))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        workers = []
+        for script in scripts:
+            worker = StubWorker(script)
+            await worker.start()
+            stack.push_async_callback(worker.kill)
+            workers.append(worker)
+
+        async def beat() -> None:
+            for worker in workers:
+                status = WorkerStatus(model_names=[MODEL], heartbeat_interval_s=1.0)
+                message = HeartbeatRequest(worker_name=worker.address, queue_length=0, status=status)
+                async with http.post(controller + "/receive_heart_beat", json=message.model_dump()) as response:
+                    assert response.status == 200
+
+        async def beat_on() -> None:
+            while True:
+                await asyncio.sleep(0.5)
+                await beat()
+
+        async def ask_once(body: Any) -> int:
+            async with http.post(url + "/v1/chat/completions", json=body) as response:
+                await response.read()
+                return response.status
+
+        await beat()
+        beating = asyncio.ensure_future(beat_on())
+        stack.callback(beating.cancel)
+        yield ask_once, workers
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(say(500, BROKEN), id="500"),
+        pytest.param(say(502, BROKEN), id="502"),
+        pytest.param(say(200, {"hello": "world"}), id="nonsense"),
+        pytest.param(say(400, WRONG), id="400"),
+        pytest.param(say(429, FULL), id="429"),
+        pytest.param(die, id="connection lost"),
+    ],
+)
+async def test_a_worker_that_always_fails_gets_a_handful_of_requests(script: Script) -> None:
+    async with real_trio(script, answer_well, answer_well) as (ask_once, workers):
+        for _ in range(10):
+            bodies = [CHAT, STREAM] * 5
+            assert set(await asyncio.gather(*map(ask_once, bodies))) == {200}
+        chats = [sum(path == "/v1/chat/completions" for path, _, _ in worker.requests) for worker in workers]
+        assert 1 <= chats[0] <= 12
+        assert chats[1] + chats[2] == 100
