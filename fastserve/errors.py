@@ -15,7 +15,7 @@
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
         InvalidAnswerError            502  a worker's answer was none: no JSON, no event stream, another shape, too long
-        OutOfResourcesError           503  this process has no open file, port or memory left
+        ShortageError                 503  this process is out of connections, memory or room for bodies
         LoopDetectedError             508  a request came back to an API server that had already passed it on
         WorkerTimeoutError            504
       InternalError                 500
@@ -127,6 +127,13 @@ class ServiceError(FastserveError):
             self.retry_after_s = retry_after_s
 
 
+class ShortageError(ServiceError):
+    """This process refuses for want of something of its own; nobody else has failed."""
+
+    code = "server_overloaded"
+    retry_after_s = 1.0
+
+
 class NoWorkerError(ServiceError):
     code = "no_worker"
     legacy_code = 50005
@@ -151,11 +158,6 @@ class WorkerTimeoutError(ServiceError):
 class InvalidAnswerError(ServiceError):
     status = 502
     code = "bad_worker_answer"
-
-
-class OutOfResourcesError(ServiceError):
-    code = "server_out_of_resources"
-    legacy_code = 42903
 
 
 class LoopDetectedError(ServiceError):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
-from fastserve.errors import InvalidAnswerError, OutOfResourcesError
+from fastserve.errors import InvalidAnswerError, ShortageError
 from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
 
@@ -91,9 +91,12 @@ class ByteBudget:
         self._left = max_bytes
 
     def take(self, num_bytes: int) -> None:
-        """Raises OutOfResourcesError; then nothing was taken."""
+        """Raises ShortageError; then nothing was taken."""
         if num_bytes > self._left:
-            raise OutOfResourcesError("The answers of the workers fill this server's memory. Try again in a moment.")
+            raise ShortageError(
+                "The answers of the workers fill this server's memory. Try again in a moment.",
+                code="server_out_of_resources",
+            )
         self._left -= num_bytes
 
     def give(self, num_bytes: int) -> None:
@@ -101,7 +104,7 @@ class ByteBudget:
 
 
 async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget) -> Answer:
-    """The whole answer. Raises InvalidAnswerError, OutOfResourcesError, and what aiohttp raises for a lost connection.
+    """The whole answer. Raises InvalidAnswerError, ShortageError, and what aiohttp raises for a lost connection.
 
     The budget is charged while the answer is read; afterwards it is on its way to the client, one copy of it.
     """

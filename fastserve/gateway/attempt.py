@@ -11,10 +11,10 @@ import aiohttp
 from fastserve.errors import (
     FastserveError,
     InvalidAnswerError,
-    OutOfResourcesError,
     OverloadedError,
     RequestError,
     ServiceError,
+    ShortageError,
     WorkerLostError,
     WorkerTimeoutError,
 )
@@ -25,7 +25,7 @@ from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.events import EventStream
 from fastserve.gateway.upstream import ConnectionUse
 from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, REQUEST_ID_HEADER
-from fastserve.shortage import is_own_shortage
+from fastserve.serving.shortage import is_own_shortage
 
 CONNECT_TIMEOUT_S = 3.0
 LAST_CHUNK_S = 0.2
@@ -113,7 +113,7 @@ class AttemptRunner:
     async def run(self, call: Call, lease: Lease, client: Downstream) -> Answer | None:
         """Returns a whole answer, which has been checked, or None when a stream was relayed to its end.
 
-        Raises AttemptError when the worker failed, OutOfResourcesError when this process did.
+        Raises AttemptError when the worker failed, ShortageError when this process did.
         """
         try:
             async with asyncio.timeout(None) as timeout:
@@ -126,8 +126,9 @@ class AttemptRunner:
             raise AttemptError("invalid", error) from error
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             if is_own_shortage(error):
-                raise OutOfResourcesError(
-                    "This API server has no open file or port left for a connection to a worker. Try again in a moment."
+                raise ShortageError(
+                    "This API server has no open file or port left for a worker. Try again in a moment.",
+                    code="server_out_of_resources",
                 ) from error
             raise self._failure(deadline.reason or _kind(error), error) from error
 

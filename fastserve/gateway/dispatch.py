@@ -23,7 +23,7 @@ from typing import Literal, TypeVar
 import aiohttp
 from pydantic import BaseModel, ValidationError
 
-from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, OutOfResourcesError
+from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, ShortageError
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
 from fastserve.observability.logging import Throttle
@@ -39,7 +39,7 @@ from fastserve.protocol import (
     ServingResponse,
     WorkerName,
 )
-from fastserve.shortage import is_own_shortage
+from fastserve.serving.shortage import is_own_shortage
 
 logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
@@ -122,7 +122,7 @@ class Dispatcher:
         when there is no other.
 
         Raises ModelNotFoundError when nobody serves the model, NoWorkerError when no worker is left for it, and
-        OutOfResourcesError when this process cannot ask.
+        ShortageError when this process cannot ask.
         """
         lease = Lease(secrets.token_hex(12), "")
         try:
@@ -163,7 +163,7 @@ class Dispatcher:
         if self._controller_answers:
             try:
                 await self._post("/report_failure", WorkerName(worker_name=address))
-            except OutOfResourcesError as error:
+            except ShortageError as error:
                 logger.warning("The failure of worker %s is not reported: %s", printable(address), error.message)
             except ControllerAwayError as error:
                 self._note_away(error)
@@ -181,7 +181,7 @@ class Dispatcher:
         try:
             position = f"epoch={self._table.epoch}&since={self._table.version}"
             table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
-        except OutOfResourcesError:
+        except ShortageError:
             return
         except ControllerAwayError as error:
             self._note_away(error)
@@ -206,7 +206,7 @@ class Dispatcher:
         try:
             answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
             return lease.id in _parse(ServingResponse, answer).leases
-        except OutOfResourcesError:
+        except ShortageError:
             return True  # We could not ask, which says nothing against the worker.
         except ControllerAwayError as error:
             self._note_away(error)
@@ -322,9 +322,9 @@ class Dispatcher:
             raise ControllerAwayError(f"{path} took longer than {CONTROLLER_TIMEOUT.total} s") from error
         except (aiohttp.ClientError, OSError) as error:
             if is_own_shortage(error):
-                raise OutOfResourcesError(
-                    "This API server has no open file or port left for a connection to the controller. "
-                    "Try again in a moment."
+                raise ShortageError(
+                    "This API server has no open file or port left for the controller. Try again in a moment.",
+                    code="server_out_of_resources",
                 ) from error
             raise ControllerAwayError(str(error) or type(error).__name__) from error
 
@@ -360,7 +360,7 @@ class Dispatcher:
         unused = [lease_id for lease_id, outcome in outcomes.items() if outcome == "unused"]
         try:
             await self._post("/release", ReleaseRequest(leases=leases, failed=failed, unused=unused))
-        except OutOfResourcesError:
+        except ShortageError:
             return False
         except ControllerAwayError as error:
             self._note_away(error)

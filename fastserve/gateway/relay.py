@@ -19,8 +19,8 @@ from fastserve.errors import (
     LoopDetectedError,
     ModelNotFoundError,
     NoWorkerError,
-    OutOfResourcesError,
     RequestKilledWorkersError,
+    ShortageError,
 )
 from fastserve.gateway.answers import Answer
 from fastserve.gateway.attempt import AttemptError, AttemptRunner, Call
@@ -93,7 +93,7 @@ class Relay:
                         self._metrics.retries.inc()
                     progress.tried.append(lease.address)
                     is_over = await self._try(call, lease, client, progress)
-            except (NoWorkerError, ModelNotFoundError, OutOfResourcesError) as nobody:
+            except (NoWorkerError, ModelNotFoundError, ShortageError) as nobody:
                 await self._give_up(client, progress.client_error or progress.last or nobody)
                 return
             if is_over:

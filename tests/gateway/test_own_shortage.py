@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from fastserve.shortage import is_own_shortage
+from fastserve.serving.shortage import is_own_shortage
 from tests.gateway.cluster import CHAT, DONE, EVENTS, StubController, StubWorker, stream
 
 MAX_OPEN_FILES = 64
@@ -89,7 +89,8 @@ async def test_a_server_out_of_open_files_blames_nobody(controller: StubControll
             refused = [json.loads(body)["error"]["code"] for status, body in answers if status == 503]
             assert {status for status, _ in answers} <= {0, 200, 503}
             assert refused
-            assert set(refused) == {"server_out_of_resources"}
+            # Either the connection to the client was one too many, or the one to the worker.
+            assert set(refused) <= {"server_out_of_resources", "server_overloaded"}
             assert not controller.failures
             assert not controller.failed
 
