@@ -67,6 +67,17 @@ class ApiServerConfig(ServerConfig):
         env="FASTCHAT_WORKER_API_TIMEOUT",
         added=True,
     )
+    max_attempts: int = limit(3, "most workers that one request is sent to, one after the other")
+    retry_budget_percent: float = limit(
+        20.0, "retries of all requests together, as a share of the requests of the last 10 s, in percent", minimum=0
+    )
+    min_retries_per_s: float = limit(
+        10.0, "retries a second that are allowed on top of --retry-budget-percent", minimum=0
+    )
+    max_answer_bytes: int = limit(64 * 2**20, "longest whole answer of a worker; all that are held: twice as much")
+    max_event_bytes: int = limit(4 * 2**20, "longest event in a worker's stream")
+    max_stream_bytes: int = limit(2**30, "longest stream of a worker")
+    max_hops: int = limit(4, "most API servers that a request passes through, one behind the other")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,19 @@
         NoWorkerError                 503
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
+        InvalidAnswerError            502  a worker's answer was none: no JSON, no event stream, another shape, too long
+        ShortageError                 503  this process is out of connections, memory or room for bodies
+        LoopDetectedError             508  a request came back to an API server that had already passed it on
         WorkerTimeoutError            504
-        InternalError                 500
+      InternalError                 500
+        RequestKilledWorkersError     500  two workers died while they worked on the request; it is not tried again
 
 `legacy_code` is FastChat's number for the same case, so that clients of FastChat can read our bodies too.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -47,7 +52,7 @@ class FastserveError(Exception):
         return {"error": error, "object": "error", "message": self.message, "code": self.legacy_code}
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
 class StartupError(FastserveError):
@@ -107,12 +112,31 @@ class ServiceError(FastserveError):
     status = 503
     type = "service_unavailable_error"
     code = "service_unavailable"
+    retry_after_s: float | None = 1.0
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class ShortageError(ServiceError):
+    """This process refuses for want of something of its own; nobody else has failed."""
+
+    code = "server_overloaded"
+    retry_after_s = 1.0
 
 
 class NoWorkerError(ServiceError):
     code = "no_worker"
     legacy_code = 50005
-    retry_after_s = 1.0
 
 
 class WorkerLostError(ServiceError):
@@ -131,5 +155,24 @@ class WorkerTimeoutError(ServiceError):
     legacy_code = 50006
 
 
+class InvalidAnswerError(ServiceError):
+    status = 502
+    code = "bad_worker_answer"
+
+
+class LoopDetectedError(ServiceError):
+    status = 508
+    code = "loop_detected"
+    retry_after_s = None
+
+
 class InternalError(FastserveError):
     pass
+
+
+class RequestKilledWorkersError(InternalError):
+    code = "request_killed_workers"
+
+    def headers(self) -> dict[str, str]:
+        """With the header by which OpenAI's SDKs are asked not to send the request again."""
+        return {**super().headers(), "x-should-retry": "false"}
