@@ -7,6 +7,7 @@
           UnsupportedParameterError   400  a known field that cannot be honoured yet
           ContextLengthError          400  prompt and answer do not fit the context
         AuthenticationError           401
+        PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
         BodyTooLargeError             413
         OverloadedError               429  the queue is full; carries Retry-After
@@ -14,6 +15,7 @@
         NoWorkerError                 503
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
+        ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
         InternalError                 500
 
@@ -81,6 +83,12 @@ class AuthenticationError(RequestError):
     legacy_code = 40101
 
 
+class PermissionDeniedError(RequestError):
+    status = 403
+    code = "permission_denied"
+    legacy_code = 40101
+
+
 class ModelNotFoundError(RequestError):
     status = 404
     code = "model_not_found"
@@ -122,6 +130,15 @@ class WorkerLostError(ServiceError):
 
 class EngineDeadError(ServiceError):
     code = "engine_dead"
+    retry_after_s = 2.0
+
+
+class ModelLoadingError(ServiceError):
+    code = "model_loading"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class WorkerTimeoutError(ServiceError):
