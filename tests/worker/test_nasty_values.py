@@ -90,9 +90,9 @@ def check(status: int, answer: dict[str, Any], *, names: str | None = None) -> N
 @pytest.mark.parametrize("field", [*NUMBERS, *BOOLEANS, "stop", "stop_token_ids", "logit_bias", "logprobs", "messages"])
 async def test_each_value_in_each_field_of_a_chat(shared: Running, field: str) -> None:
     for kind, value in NASTY.items():
-        status, answer = await post(shared, "/v1/chat/completions", body_of(CHAT | {field: value}))
-        if status == 200 and field == "stream":
+        if (field, kind) == ("stream", "true"):
             continue
+        status, answer = await post(shared, "/v1/chat/completions", body_of(CHAT | {field: value}))
         check(status, answer, names=None if kind in TOO_DEEP or status == 200 else field)
         refused = NEVER | TOO_DEEP
         if field in NUMBERS:
@@ -125,7 +125,8 @@ async def test_each_value_in_each_field_of_a_message(shared: Running, field: str
         status, answer = await post(shared, "/v1/chat/completions", body)
         check(status, answer)
         if status == 400 and kind not in TOO_DEEP:
-            assert answer["error"]["param"].startswith(f"messages.1.{field}"), answer
+            about_all = kind == "many" or answer["error"]["code"] == "context_length_exceeded"
+            assert answer["error"]["param"].startswith("messages" if about_all else f"messages.1.{field}"), answer
         if kind in NEVER:
             assert status == 400, kind
 
