@@ -190,7 +190,7 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
         262_144, "most opening brackets and braces in a body, those inside its texts included"
     )
     prompt_threads: int = limit(
-        2, "threads that read bodies, render chat templates and tokenise; as many again for bodies over 256 KiB"
+        2, "threads that read bodies, render chat templates and tokenise; one more takes bodies over 256 KiB"
     )
     max_preparing: int = limit(
         256, "most requests whose body waits to be read, rendered and tokenised; past that the answer is 429"

@@ -1,8 +1,10 @@
 """Request bodies: strict JSON, checked against bounds before it is parsed, and validated up to the first error.
 
-Nothing here builds more than a bounded number of objects for a body that is wrong: brackets are counted before the JSON
-is parsed, lists have a length that is compared before their elements are looked at, and each stops at its first wrong
-element. Errors are written in the words of JSON (null, true, array), not in those of a library.
+A body that is wrong must cost little, and hold the interpreter's lock for a short time only. So its brackets are
+counted first; then it is cut into its fields, which builds nothing of them (a gigabyte a second); then the fields that
+are known are parsed, each against a bound on its size; lists are refused by their length before their elements are
+looked at, and by their first wrong element. Errors are written in the words of JSON (null, true, array), not in those
+of a library.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +25,14 @@ from fastserve.observability.text import printable
 from fastserve.serving.json_bounds import check_json_depth
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+LONG_FIELDS = frozenset({"messages", "prompt"})
+"""Fields that may be as large as the body."""
+_RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
+"""Stops at the first element that is no object."""
+_ANYTHING = msgspec.json.Decoder()
+_NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
 
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80
@@ -47,6 +57,11 @@ class RequestBounds:
     max_json_depth: int = 64
     max_json_containers: int = 262_144
 
+    @property
+    def max_field_bytes(self) -> int:
+        """Of a field that holds neither messages nor prompts: more than the largest that the other bounds allow."""
+        return max(65_536, 192 * self.max_stop_chars, 48 * self.max_logit_bias, 24 * self.max_stop_token_ids)
+
 
 def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:
     """An error that names field, value and remedy."""
@@ -69,8 +84,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARS + 3 else text[:_SHOWN_CHARS] + "…"
 
 
-def read_object(body: bytes, bounds: RequestBounds) -> dict[str, Any]:
-    """The JSON object of a body. Raises InvalidRequestError that names the field where it can."""
+def read_fields(
+    body: bytes, bounds: RequestBounds, known: Container[str], long: Container[str] = LONG_FIELDS
+) -> dict[str, Any]:
+    """The fields of a body, which is a JSON object. Those that are not `known` have the value None, whatever it is.
+
+    `long`: fields that may be as large as the body. Raises InvalidRequestError that names the field where it can.
+    """
     if body.count(b"[") + body.count(b"{") > bounds.max_json_containers:
         raise InvalidRequestError(
             f"The request body has more than {bounds.max_json_containers} brackets and braces "
@@ -78,12 +98,33 @@ def read_object(body: bytes, bounds: RequestBounds) -> dict[str, Any]:
         )
     check_json_depth(body, bounds.max_json_depth)
     try:
-        value = msgspec.json.decode(body)
+        raw = _RAW_FIELDS.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError("The request body is not a JSON object.") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _explain_json(body, error) from error
-    if not isinstance(value, dict):
-        raise InvalidRequestError("The request body is not a JSON object.")
-    return value
+        raise _explain_json(body, error, "") from error
+    return {
+        name: _read_field(name, bytes(value), None if name in long else bounds.max_field_bytes)
+        if name in known
+        else None
+        for name, value in raw.items()
+    }
+
+
+def _read_field(name: str, raw: bytes, max_bytes: int | None) -> Any:
+    if max_bytes is not None and len(raw) > max_bytes:
+        raise InvalidRequestError(
+            f"Invalid value for '{name}': it has {len(raw)} bytes, which is too much.", param=name
+        )
+    try:
+        return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        if (found := _NO_OBJECT.match(str(error))) is not None:
+            where = name if found[1] is None else join(name, found[1])
+            raise InvalidRequestError(
+                f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
+            ) from error
+        raise _explain_json(raw, error, name) from error
 
 
 def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
@@ -98,7 +139,8 @@ def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
         raise invalid(name, text, "It is not valid JSON.") from error
 
 
-def _explain_json(body: bytes, error: Exception) -> InvalidRequestError:
+def _explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestError:
+    """The error for JSON that is a whole body, or the value of the field `name`."""
     if isinstance(error, UnicodeDecodeError):
         return InvalidRequestError("The request body is not valid UTF-8.")
     try:
@@ -106,17 +148,17 @@ def _explain_json(body: bytes, error: Exception) -> InvalidRequestError:
         value = json.loads(body, parse_int=_parse_int)
     except (ValueError, RecursionError):
         return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
-    found = _first_refused(value, "")
+    found = _first_refused(value, name)
     if found is None:
         return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
-    name, culprit = found
+    where, culprit = found
     if isinstance(culprit, str):
         return invalid(
-            name, culprit, "It has half of a surrogate pair (\\ud800 to \\udfff alone), which is no character."
+            where, culprit, "It has half of a surrogate pair (\\ud800 to \\udfff alone), which is no character."
         )
     what = "NaN" if math.isnan(culprit) else "Infinity, or a number too large,"
     return InvalidRequestError(
-        f"Invalid value for '{name}': {what} is no number in JSON. Give a finite number.", param=name
+        f"Invalid value for '{where}': {what} is no number in JSON. Give a finite number.", param=where
     )
 
 

@@ -43,7 +43,9 @@ class ChatRequest(GenerationRequest):
     @classmethod
     def _count_parts(cls, value: Any, info: ValidationInfo) -> Any:
         most, count = bounds_of(info).max_content_parts, 0
-        for message in value if isinstance(value, list) else ():
+        if not isinstance(value, list) or len(value) > bounds_of(info).max_messages:
+            return value  # refused for that
+        for message in value:
             if isinstance(message, dict):
                 count += sum(len(message[name]) for name in _LISTS if isinstance(message.get(name), list))
         if count > most:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_object, validate
+from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_fields, validate
 from fastserve.openai.parameters import OF_REQUEST, OF_STREAM_OPTIONS, KnownFields
 
 MAX_STOPS = 16
@@ -26,7 +26,8 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 
 def parse_request(request_class: type[RequestT], body: bytes, bounds: RequestBounds) -> RequestT:
     """Read a request's body. Raises InvalidRequestError or UnsupportedParameterError."""
-    return check_request(request_class, read_object(body, bounds), bounds)
+    known = request_class.model_fields.keys() | OF_REQUEST.unsupported.keys()
+    return check_request(request_class, read_fields(body, bounds, known), bounds)
 
 
 def check_request(request_class: type[RequestT], fields: Mapping[str, Any], bounds: RequestBounds) -> RequestT:

@@ -32,8 +32,8 @@ def max_token_chars(tokenizer: tokenizers.Tokenizer) -> int | None:
     None when that has no bound: rules that drop or replace characters, unknown characters that are fused into one
     token, added tokens that swallow the spaces beside them.
     """
-    factor = _shrinkage(_state(tokenizer.normalizer))
-    if factor is None or not _keeps_all(_state(tokenizer.pre_tokenizer)) or _fuses_unknown(tokenizer):
+    factor, pre_tokenizer = _shrinkage(_state(tokenizer.normalizer)), _state(tokenizer.pre_tokenizer)
+    if factor is None or not _keeps_all(pre_tokenizer) or not _knows_all(tokenizer.model, pre_tokenizer):
         return None
     if any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values()):
         return None
@@ -72,12 +72,14 @@ def _keeps_all(pre_tokenizer: dict[str, Any] | None) -> bool:
     return pre_tokenizer["type"] in _KEEPING_PRE_TOKENIZERS and pre_tokenizer.get("behavior") != "Removed"
 
 
-def _fuses_unknown(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether a run of unknown characters can become one token."""
-    model = tokenizer.model
+def _knows_all(model: Any, pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether each character becomes a token or a part of one: none is dropped, or fused with others, for being
+    unknown."""
     if not isinstance(model, tokenizers.models.BPE):
+        return False
+    if model.byte_fallback or '"ByteLevel"' in json.dumps(pre_tokenizer):
         return True
-    return bool(model.fuse_unk and model.unk_token and not model.byte_fallback)
+    return model.unk_token is not None and not model.fuse_unk
 
 
 def least_num_tokens(tokenizer: Tokenizer, text: str, limit: int) -> int:

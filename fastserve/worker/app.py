@@ -151,7 +151,7 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 starting = group.create_task(self.keeper.start())
                 reading = group.create_task(asyncio.to_thread(_read_texts, setup))
-        except* StartupError as errors:
+        except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         info, (tokenizer, template) = starting.result(), reading.result()
         metrics = self._metrics

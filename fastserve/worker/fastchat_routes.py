@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.openai.body import read_object
+from fastserve.openai.body import read_fields
 from fastserve.openai.completions import completion_logprobs
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import Caller, caller_of, read_body
@@ -40,6 +40,7 @@ _SAME_NAME = (
     "use_beam_search",
     "images",
 )
+_FIELDS = frozenset({*_SAME_NAME, "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
 
 
 @router.post("/worker_generate_stream")
@@ -71,7 +72,7 @@ async def count_token(request: Request) -> Record:
     runtime, body = runtime_of(request), await read_body(request)
 
     def count() -> int:
-        prompt = _prompt(read_object(body, runtime.jobs.bounds))
+        prompt = _prompt(read_fields(body, runtime.jobs.bounds, _FIELDS))
         return runtime.jobs.encoder.count_rendered(runtime.conversation.restore(prompt))
 
     return {"count": await runtime.pool.run(len(body), count), "error_code": 0}
@@ -117,7 +118,7 @@ def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | Non
     """FastChat's parameters under OpenAI's names, and what the answer begins with. A too large max_new_tokens is
     lowered, as for OpenAI's routes.
     """
-    params = read_object(body, runtime.jobs.bounds)
+    params = read_fields(body, runtime.jobs.bounds, _FIELDS)
     prompt = _prompt(params)
     stop = params.get("stop")
     fields = {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {

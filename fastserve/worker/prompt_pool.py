@@ -2,7 +2,7 @@
 
 Short bodies are done on the event loop, quicker than a thread could be asked. Long ones go to a bounded number of
 threads with a bounded queue before them: a thread that renders or tokenises cannot be interrupted, so what it is given
-is bounded too (openai/body.py, text/prompt_length.py). Very long bodies have threads of their own, so that nobody else
+is bounded too (openai/body.py, text/prompt_length.py). Very long bodies have a thread of their own, so that nobody else
 waits for them.
 """
 
@@ -23,11 +23,8 @@ LONG_BYTES = 262_144
 
 class PromptPool:
     def __init__(self, num_threads: int, max_waiting: int) -> None:
-        """`num_threads` for long bodies and as many for very long ones; of each kind, `max_waiting` may wait."""
-        self._lanes = (
-            _Lane("prompt", num_threads, max_waiting),
-            _Lane("long-prompt", num_threads, max_waiting),
-        )
+        """`num_threads` for long bodies and one for very long ones; of each kind, `max_waiting` may wait."""
+        self._lanes = (_Lane("prompt", num_threads, max_waiting), _Lane("long-prompt", 1, max_waiting))
 
     @property
     def pending(self) -> int:
