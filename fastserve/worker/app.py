@@ -156,7 +156,7 @@ class Worker:
         info, (tokenizer, template) = starting.result(), reading.result()
         metrics = self._metrics
         admission = Admission(_limit(config, info), config.queue_size, config.max_queued_tokens, time.monotonic)
-        metrics.watch(admission, lambda: setup.engine.stats)
+        metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
         # A tokenizer may know tokens that the model has no row for; the engine takes none of these.
         known_eos = [

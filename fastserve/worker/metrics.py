@@ -53,12 +53,13 @@ class WorkerMetrics:
             "fastserve_worker_engine_restarts", "Times that the engine was started again.", registry=registry
         )
 
-    def watch(self, admission: Admission, stats: Callable[[], EngineStats]) -> None:
-        """Show the queue and the engine's snapshots too. Called once."""
+    def watch(self, admission: Admission, preparing: Callable[[], int], stats: Callable[[], EngineStats]) -> None:
+        """Show the queues and the engine's snapshots too. Called once."""
         for name, text, read in (
             ("running", "Requests that hold a permit.", lambda: admission.running),
             ("waiting", "Requests that wait for a permit.", lambda: admission.waiting),
             ("limit", "Permits: the most requests that run at once.", lambda: admission.limit),
+            ("preparing", "Requests whose body is read in a thread, or waits for one.", preparing),
             ("waiting_tokens", "Prompt tokens of the requests that wait.", lambda: admission.queued_tokens),
         ):
             gauge = Gauge(f"fastserve_worker_requests_{name}", text, registry=self.registry)
