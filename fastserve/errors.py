@@ -160,10 +160,6 @@ class EngineDeadError(ServiceError):
 class ModelLoadingError(ServiceError):
     code = "model_loading"
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
 
 class WorkerTimeoutError(ServiceError):
     status = 504

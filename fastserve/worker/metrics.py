@@ -72,7 +72,7 @@ class WorkerMetrics:
             "fastserve_engine_layers",
             "Layers of the model, by whether a fused kernel computes them.",
             ["kind", "fused"],
-            registry=self._registry,
+            registry=self.registry,
         )
         for layers in kinds:
             gauge.labels(layers.kind, "true").set(layers.fused)
