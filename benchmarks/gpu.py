@@ -1,10 +1,11 @@
 """The engine on one GPU beside the machine's limits and transformers' continuous batching: `python -m benchmarks.gpu`.
 
-A model of the shape of Llama 3.1 8B with random weights is written to a folder and loaded by both arms, which take
-turns. Each prefills prompts of random tokens and decodes greedily; a row is the median over the rounds. The limit of
-decoding is what a step must read at least (all weights but the embedding table, which is only looked into, and the keys
-and values of all contexts) over the memory's bandwidth; that of prefill is the prompt's matrix products over the tensor
-cores' rate. `--attention` times the attention kernel alone, beside torch's.
+A model of the shape of Llama 3.1 8B with random weights (or with fewer layers of it: `--layers`) is made by both arms,
+which take turns. Each prefills prompts of random tokens and decodes greedily; a row is the median over the rounds. The
+limit of decoding is what a step must read at least (all weights but the embedding table, which is only looked into, and
+the keys and values of all contexts) over the memory's bandwidth; that of prefill is the prompt's matrix products over
+the tensor cores' rate. With `--quantise` fastserve's weights have 8 or 4 bits, and so has the limit. `--attention`
+times the attention kernel alone, beside torch's.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
-from fastserve.engine.settings import EngineConfig
+from fastserve.engine.settings import EngineConfig, WeightOptions
 
 _BANDWIDTHS = {"H200": 4.3e12, "H100": 3.35e12}
 _FLOPS = 790e12
@@ -46,9 +48,9 @@ class Decode:
 # ---- the model --------------------------------------------------------------------------------------------------
 
 
-def shape(tiny: bool) -> LlamaConfig:
-    sizes = (256, 512, 2, 4, 2, 1000) if tiny else (4096, 14336, 32, 32, 8, 128256)
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = sizes
+def shape(tiny: bool, layers: int) -> LlamaConfig:
+    sizes = (256, 512, 4, 2, 1000) if tiny else (4096, 14336, 32, 8, 128256)
+    hidden, intermediate, heads, kv_heads, vocabulary = sizes
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -65,14 +67,9 @@ def shape(tiny: bool) -> LlamaConfig:
     )
 
 
-def write_model(folder: Path, config: LlamaConfig, device: str) -> None:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-
-
-def limits(config: LlamaConfig, bandwidth: float) -> tuple[Callable[[Decode], float], Callable[[int], float]]:
+def limits(
+    config: LlamaConfig, bandwidth: float, bits: int
+) -> tuple[Callable[[Decode], float], Callable[[int], float]]:
     """(seconds of a decoding step at least, seconds of the prefill of so many tokens at least)"""
     size, layers = config.hidden_size, config.num_hidden_layers
     kv_dim = size // config.num_attention_heads * config.num_key_value_heads
@@ -81,7 +78,7 @@ def limits(config: LlamaConfig, bandwidth: float) -> tuple[Callable[[Decode], fl
 
     def decode(load: Decode) -> float:
         pages = load.batch * (load.context + load.new / 2) * 2 * kv_dim * layers
-        return float(2 * (layers * per_layer + head + pages) / bandwidth)
+        return float((layers * per_layer * bits / 8 + 2 * (head + pages)) / bandwidth)
 
     def prefill(tokens: int) -> float:
         # The causal half of the scores, and as much again for their product with the values.
@@ -116,6 +113,7 @@ class Ours:
                 max_total_tokens=max(most, args.prefill) + 64 * (max(args.batches) + 2),
                 prefix_cache=False,
                 speculative_method="off",
+                weights=WeightOptions(dummy=True, quantise=args.quantise),
             ),
             lambda *_: None,
         )
@@ -153,11 +151,12 @@ class Ours:
 class Transformers:
     name = "transformers"
 
-    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, attn_implementation=args.peer_attention
-        )
-        self._model = model.to(args.device).eval().requires_grad_(False)
+    def __init__(self, config: LlamaConfig, args: argparse.Namespace) -> None:
+        with torch.device(args.device):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=args.peer_attention
+            )
+        self._model = model.eval().requires_grad_(False)
 
     def first_token_s(self, prompt: list[int]) -> float:
         result = self._generate([prompt], 1)[0]
@@ -241,14 +240,24 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def measured_limits(device: torch.device) -> str:
+    """What this card does in fact: a copy (bytes read and written), and a product of 8192 x 8192 matrices."""
+    one, other, out = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(3))
+    flops = 2 * 8192**3 / seconds(lambda: torch.matmul(one, other, out=out), device)
+    source = torch.randn(1 << 29, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() * source.itemsize / seconds(lambda: target.copy_(source), device)
+    return f"measured: a copy moves {bandwidth / 1e12:.2f} TB/s, a product runs at {flops / 1e12:.0f} TFLOP/s"
+
+
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace, folder: Path, config: LlamaConfig, bandwidth: float) -> None:
     arms: list[Ours | Transformers] = [Ours(folder, args)]
     if not args.no_peer:
-        arms.append(Transformers(folder, args))
-    decode_limit, prefill_limit = limits(config, bandwidth)
+        arms.append(Transformers(config, args))
+    decode_limit, prefill_limit = limits(config, bandwidth, {None: 16, "int8": 8, "nf4": 4}[args.quantise])
     loads = [Decode(batch, args.context, args.new_tokens) for batch in args.batches]
     times: dict[tuple[str, str], list[float]] = {}
     rows: dict[str, float] = {f"prefill {args.prefill}": prefill_limit(args.prefill)}
@@ -265,18 +274,20 @@ def compare(args: argparse.Namespace, folder: Path, config: LlamaConfig, bandwid
     print(
         f"{'':20}{'limit, ms':>11}"
         + "".join(f"{arm.name + ', ms':>18}{'of limit':>10}" for arm in arms)
-        + f"{'ratio':>8}"
+        + (f"{'ratio':>8}" if len(arms) > 1 else "")
     )
     for row, limit in rows.items():
         medians = [statistics.median(times[row, arm.name]) for arm in arms]
         cells = "".join(f"{took * 1e3:18.3f}{limit / took:10.1%}" for took in medians)
-        print(f"{row:20}{limit * 1e3:11.3f}{cells}{medians[-1] / medians[0]:8.2f}")
+        ratio = f"{medians[1] / medians[0]:8.2f}" if len(arms) > 1 else ""
+        print(f"{row:20}{limit * 1e3:11.3f}{cells}{ratio}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", type=Path, help="of the model; kept, and used again when it is there")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--quantise", choices=("int8", "nf4"), help="keep fastserve's weights in 8 or 4 bits")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the command itself")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=1024)
@@ -293,16 +304,21 @@ def main() -> None:
     bandwidth = args.bandwidth or next((rate for key, rate in _BANDWIDTHS.items() if key in name), None)
     if bandwidth is None:
         sys.exit(f"The bandwidth of {name} is not known: give it with --bandwidth.")
-    config = shape(args.tiny)
-    print(f"{name}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s, {_FLOPS / 1e12:.0f} TFLOP/s")
+    config = shape(args.tiny, args.layers)
+    print(
+        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}; limits by "
+        f"{bandwidth / 1e12:.2f} TB/s and {_FLOPS / 1e12:.0f} TFLOP/s; {config.num_hidden_layers} layers, weights "
+        f"{args.quantise or 'bfloat16'}"
+    )
+    if args.device == "cuda":
+        print(measured_limits(torch.device(args.device)))
     if args.attention:
         time_attention(config, args, bandwidth)
         return
     with tempfile.TemporaryDirectory(prefix="fastserve-gpu-") as temporary:
-        folder = args.folder or Path(temporary)
-        if not (folder / "config.json").exists():
-            write_model(folder, config, args.device)
-        compare(args, folder, config, bandwidth)
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(temporary)
+        compare(args, Path(temporary), config, bandwidth)
 
 
 if __name__ == "__main__":

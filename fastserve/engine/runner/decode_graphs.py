@@ -11,8 +11,9 @@ same pages: each layer stores the keys and values of all rows before any of them
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,12 +52,27 @@ class CudaGraphRecorder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
+            # A capture that fails can leave the device's memory in a state of its own: what waits for the device is
+            # found out before.
+            with _waiting_is_an_error():
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             run()
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Operations of torch that wait for the device raise RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class DecodeGraphs:

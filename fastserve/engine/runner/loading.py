@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastserve.engine.contract import FusedLayers
@@ -70,12 +69,14 @@ def find_device(name: str | None) -> torch.device:
         "cpu": lambda: True,
     }
     if name is None:
-        return torch.device(next(kind for kind, is_there in available.items() if is_there()))
-    if name not in available or not available[name]():
+        name = next(kind for kind, is_there in available.items() if is_there())
+    elif name not in available or not available[name]():
         raise StartupError(
             f"--device {name}: this machine or this build of torch has no such device; try --device cpu."
         )
-    return torch.device(name)
+    # With its number, as the model's tensors name it: devices are compared, and cuda is not equal to cuda:0.
+    found: torch.device = torch.empty(0, device=name).device
+    return found
 
 
 def load_model(
@@ -268,9 +269,11 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def register(attention: PagedAttention) -> str:
-    """Register under a name of its own: several engines may live in one process (in tests)."""
+    """Register under a name of its own: several engines may live in one process (in tests).
+
+    There is no mask of that name, so models build none: the pages know who may look at what. (To register one that is
+    None would have transformers look at the positions first, and wait for the device.)
+    """
     name = f"{ATTENTION_NAME}_{id(attention)}"
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    # The pages know who may look at what, so the model is told to build no mask.
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *_, **__: None)
     return name
