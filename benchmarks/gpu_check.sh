@@ -65,21 +65,21 @@ ask_worker() {
     local body='{"model": "fastserve-demo", "temperature": 0, "messages": [{"role": "user", "content": "What is 7 + 5?"}]}'
     for _ in $(seq 100); do
         curl --silent --fail --max-time 5 "$address/health" >/dev/null && break
-        kill -0 "$pid" || break
+        kill -0 "$pid" 2>/dev/null || return 1
         sleep 1
     done
     curl --silent --show-error --max-time 30 -H 'Content-Type: application/json' -d "$body" \
         "$address/v1/chat/completions" | tee "$out/answer.json"
     echo
     grep -q '"content": *"12"' "$out/answer.json" && code=0
-    kill "$pid" && wait "$pid"
+    kill "$pid" 2>/dev/null && wait "$pid"
     return $code
 }
 export -f ask_worker
 export python device out
 
 spread=()
-"$python" -c 'import xdist' 2>/dev/null && spread=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+"$python" -c 'import xdist' 2>/dev/null && spread=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
 part tests 600 "$python" -m pytest -q -m gpu --tb short --timeout 300 -p no:cacheprovider "${spread[@]}" "${tests[@]}"
 show tests '^(FAILED|ERROR) |^[0-9]+ (passed|failed)'
 part worker 180 bash -c ask_worker

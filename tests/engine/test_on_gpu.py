@@ -6,11 +6,9 @@ FASTSERVE_TEST_DEVICE=cpu runs these tests on the CPU, to try the tests themselv
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.runner import loading
+from fastserve.engine.runner.decode_graphs import waiting_is_an_error
 from fastserve.engine.runner.loading import find_device, load_model
 from fastserve.engine.runner.quantised import QuantisedWeight, quantise_int8, quantise_nf4
 from fastserve.engine.runner.runner import probe_shapes
@@ -40,15 +39,6 @@ MIXTURES_OF_EXPERTS = ("gpt_oss", "qwen3_moe", "mixtral")
 """transformers computes their experts one after the other, or all at once where it can."""
 
 pytestmark = pytest.mark.gpu
-
-
-@contextlib.contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def make_gpu_core(path: str, **settings: Any) -> EngineCore:
@@ -95,7 +85,8 @@ def test_speculation_changes_no_answer(tiny_models: TinyModels, kind: str) -> No
     plain = make_core(tiny_models.path("llama"), speculative_method="off")
     core = speculating_core(
         tiny_models, "llama", kind,
-        device=DEVICE, block_size=4, max_num_batched_tokens=21, max_total_tokens=112, max_model_len=100, max_num_seqs=16,
+        device=DEVICE, block_size=4, max_num_seqs=16,
+        max_num_batched_tokens=21, max_total_tokens=112, max_model_len=100,
     )  # fmt: skip
     assert answer_all(core, requests) == answer_all(plain, requests)
     assert core.stats.draft_tokens > 20

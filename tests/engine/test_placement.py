@@ -20,11 +20,12 @@ from fastserve.engine.core import EngineCore
 from fastserve.engine.devices import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.engine.memory import FreeMemory
 from fastserve.engine.runner import placement as placement_module
+from fastserve.engine.runner.decoder import NativeDecoder, UnknownPartError
 from fastserve.engine.runner.linear import Linear, is_mapped
 from fastserve.engine.runner.loading import LoadedModel, load_model
 from fastserve.engine.runner.placement import Caps, Placement, find_placement, make_placement, plan, quantised_dtypes
 from fastserve.engine.runner.quantised import QuantisedWeight
-from fastserve.engine.runner.runner import ModelRunner
+from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.errors import StartupError
 
@@ -446,6 +447,21 @@ def test_the_number_of_blocks_is_the_least_that_a_device_affords(
     room = 1 << 12
     with pytest.raises(StartupError, match=f"Not enough memory: 0 MB are free on {small}"):
         build_core(EngineConfig(tiny_models.path("llama"), device="cpu", **settings), lambda *_: None)
+
+
+def test_a_part_on_another_device_is_not_given_to_the_kernel_for_whole_steps_on_cpus(tiny_models: TinyModels) -> None:
+    """It reads by addresses: those of another device's memory would end the process."""
+    path = tiny_models.path("llama")
+    loaded = load_model(path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None)
+    probe_shapes(loaded)
+    loaded.attention.allocate(4, 16, torch.float32, CPU)
+    if not loaded.attention.uses_kernel:
+        pytest.skip("no compiler is installed")
+    NativeDecoder.build(loaded.model, loaded.attention, torch.float32, 64)
+    embedding = loaded.model.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+    with pytest.raises(UnknownPartError, match="device"):
+        NativeDecoder.build(loaded.model, loaded.attention, torch.float32, 64)
 
 
 @pytest.mark.gpu

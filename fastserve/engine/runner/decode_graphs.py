@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -54,7 +55,7 @@ class CudaGraphRecorder:
             run()
             # A capture that fails can leave the device's memory in a state of its own: what waits for the device is
             # found out before.
-            with _waiting_is_an_error():
+            with waiting_is_an_error():
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -65,10 +66,12 @@ class CudaGraphRecorder:
 
 
 @contextlib.contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
+def waiting_is_an_error() -> Iterator[None]:
     """Operations of torch that wait for the device raise RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that this finds most of what waits, and not all
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ class NativeDecoder:
         """For a model whose linear layers, norms and attention layers are ours already, with its pages allocated.
         Raises UnknownPartError when it is not of the known build."""
         kernel = DecoderKernel.load(dtype)
-        if kernel is None or not attention.uses_kernel:
+        if kernel is None or not attention.uses_kernel or not _is_on_cpu(model):
             raise UnknownPartError("there is no kernel for this device")
         decoder = cls(kernel, attention, dtype)
         decoder._describe(model, max_positions)
@@ -195,6 +195,11 @@ class NativeDecoder:
             )
         self._alive.append(tensor)
         return int(tensor.data_ptr())
+
+
+def _is_on_cpu(model: PreTrainedModel) -> bool:
+    """All of it: the layers may be, and the embedding or the head on a GPU, whose memory the kernel cannot read."""
+    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
 class _Waves:
