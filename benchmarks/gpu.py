@@ -287,6 +287,9 @@ def compare(args: argparse.Namespace, folder: Path, config: LlamaConfig, bandwid
             taken += [
                 arm.step_s(prompts(load.batch, load.context, config.vocab_size, number), load.new) for load in loads
             ]
+            print(
+                f"round {number + 1}, {arm.name}: " + ", ".join(f"{took * 1e3:.3f}" for took in taken), file=sys.stderr
+            )
             if number >= 0:  # the first round warms up
                 for row, took in zip(rows, taken, strict=True):
                     times.setdefault((row, arm.name), []).append(took)

@@ -28,13 +28,39 @@ _LEAST_STEPS = 4
 
 
 @triton.jit
+def _read(table):
+    """A table of 16 values, each in a register of its own."""
+    return (
+        tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3),
+        tl.load(table + 4), tl.load(table + 5), tl.load(table + 6), tl.load(table + 7),
+        tl.load(table + 8), tl.load(table + 9), tl.load(table + 10), tl.load(table + 11),
+        tl.load(table + 12), tl.load(table + 13), tl.load(table + 14), tl.load(table + 15),
+    )  # fmt: skip
+
+
+@triton.jit
+def _look_up(code, of):
+    """The value of each code, as a tree of selections: a read from memory for each of them takes far longer."""
+    odd = (code & 1) > 0
+    second = (code & 2) > 0
+    third = (code & 4) > 0
+    four0 = tl.where(second, tl.where(odd, of[3], of[2]), tl.where(odd, of[1], of[0]))
+    four1 = tl.where(second, tl.where(odd, of[7], of[6]), tl.where(odd, of[5], of[4]))
+    four2 = tl.where(second, tl.where(odd, of[11], of[10]), tl.where(odd, of[9], of[8]))
+    four3 = tl.where(second, tl.where(odd, of[15], of[14]), tl.where(odd, of[13], of[12]))
+    return tl.where((code & 8) > 0, tl.where(third, four3, four2), tl.where(third, four1, four0))
+
+
+@triton.jit
 def _value(code, table, FIRST: tl.constexpr, BITS: tl.constexpr, COUNTS: tl.constexpr):
-    """What codes stand for. Tables that count up by one from FIRST need not be read."""
+    """What codes stand for. Tables that count up by one from FIRST need not be read; those of 4 bits are a tuple."""
     if BITS == 4:
-        return code.to(tl.float32) + FIRST if COUNTS else tl.load(table + code)
-    size = code & 127
-    magnitude = size.to(tl.float32) + FIRST if COUNTS else tl.load(table + size)
-    return tl.where(code > 127, -magnitude, magnitude)
+        found = code.to(tl.float32) + FIRST if COUNTS else _look_up(code, table)
+    else:
+        size = code & 127
+        magnitude = size.to(tl.float32) + FIRST if COUNTS else tl.load(table + size)
+        found = tl.where(code > 127, -magnitude, magnitude)
+    return found
 
 
 @triton.jit
@@ -64,17 +90,18 @@ def _multiply(
     WIDTH: tl.constexpr = DEPTH * BITS // 8
     codes += output.to(tl.int64)[:, None] * BYTES
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    values = table if BITS == 8 or COUNTS else _read(table)
     for step in range(part * STEPS // SPLITS, (part + 1) * STEPS // SPLITS):
         byte = step * WIDTH + tl.arange(0, WIDTH)
         raw = tl.load(codes + byte[None, :], mask=wanted[:, None] & (byte < BYTES)[None, :], other=0)
         if BITS == 8:
-            value = _value(raw, table, FIRST, BITS, COUNTS).to(KIND)
+            value = _value(raw, values, FIRST, BITS, COUNTS).to(KIND)
             first = _inputs(x, order, row, byte, rows, x_row, IN, HAS_ORDER).to(KIND)
             sums = tl.dot(first, tl.trans(value), input_precision="ieee")
             whole = tl.sum(first.to(tl.float32), 1)
         else:
-            low = _value(raw & 15, table, FIRST, BITS, COUNTS).to(KIND)
-            high = _value(raw >> 4, table, FIRST, BITS, COUNTS).to(KIND)
+            low = _value(raw & 15, values, FIRST, BITS, COUNTS).to(KIND)
+            high = _value(raw >> 4, values, FIRST, BITS, COUNTS).to(KIND)
             first = _inputs(x, order, row, 2 * byte, rows, x_row, IN, HAS_ORDER).to(KIND)
             second = _inputs(x, order, row, 2 * byte + 1, rows, x_row, IN, HAS_ORDER).to(KIND)
             sums = tl.dot(first, tl.trans(low), input_precision="ieee")

@@ -57,7 +57,7 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
                 continue
             tokens = of_expert // chosen.shape[-1]
             y = self._product("down_proj", expert, between(self._product(first, expert, x[tokens])))
-            if getattr(like, "has_post_expert_norm", False):
+            if like.has_post_expert_norm:
                 y = like.post_expert_norm(y)
             out.index_add_(0, tokens, (y * shares.flatten()[of_expert, None]).float())
         return out.to(x.dtype)

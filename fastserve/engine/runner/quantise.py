@@ -18,15 +18,16 @@ def find_quantiser(name: str) -> Quantise:
     form."""
 
     def quantise(weight: torch.Tensor, dtype: torch.dtype) -> WeightForm:
-        if uses_bitsandbytes(weight.device):
+        if name == "nf4" and uses_bitsandbytes(weight.device):
             from fastserve.engine.runner.bitsandbytes_weight import BitsAndBytesWeight
 
-            return BitsAndBytesWeight(weight, dtype, name)
+            return BitsAndBytesWeight(weight, dtype)
         return _OURS[name](weight, dtype)
 
     return quantise
 
 
 def uses_bitsandbytes(device: torch.device) -> bool:
-    """On CUDA only: on CPUs, the products of our own forms are faster."""
+    """Weights of 4 bits on CUDA only: on CPUs, and of 8 bits anywhere, the products of our own forms are faster. (Its
+    products of 8 bits wait for the device, so that steps cannot be recorded.)"""
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
