@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, masking_utils
 
 from fastserve.engine.kernels.device_step import DeviceStep
 from fastserve.engine.runner import attention as attention_module
@@ -150,3 +150,21 @@ def test_an_engine_on_graphs_equals_generate(
         assert answers[key].token_ids == tiny_models.reference(path, prompts[key], max_tokens, [EOS])
     if device == "cpu":
         assert recorder.replays == core.stats.steps - 1, "all steps but the first, which takes a long prompt"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_no_mask_is_made_for_which_transformers_would_look_at_positions(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a GPU that look waits for all steps before."""
+
+    def look(positions: torch.Tensor) -> None:
+        raise AssertionError("positions are looked at")
+
+    core = make_core(tiny_models.path(name), block_size=4)  # in blocks of 4 the model's modules compute steps
+    answers = {"r": Answer()}
+    core.add(greedy([3, 4, 5], 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(masking_utils, "find_packed_sequence_indices", look)
+        run(core, answers)
+    assert answers["r"].token_ids == tiny_models.reference(tiny_models.path(name), [3, 4, 5], 4, [EOS])
