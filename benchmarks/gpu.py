@@ -32,8 +32,21 @@ from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.settings import EngineConfig, WeightOptions
 
-_BANDWIDTHS = {"H200": 4.3e12, "H100": 3.35e12}
-_FLOPS = 790e12
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does at most, or did in a measurement."""
+
+    bandwidth: float
+    """of its memory, bytes/s"""
+    flops: float
+    """of products in bfloat16, 1/s"""
+
+    def __str__(self) -> str:
+        return f"{self.bandwidth / 1e12:.2f} TB/s and {self.flops / 1e12:.0f} TFLOP/s"
+
+
+_KNOWN = {"H200": Machine(4.3e12, 790e12), "H100": Machine(3.35e12, 790e12)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ def shape(tiny: bool, layers: int) -> LlamaConfig:
 
 
 def limits(
-    config: LlamaConfig, bandwidth: float, bits: int
+    config: LlamaConfig, machine: Machine, bits: int
 ) -> tuple[Callable[[Decode], float], Callable[[int], float]]:
     """(seconds of a decoding step at least, seconds of the prefill of so many tokens at least)"""
     size, layers = config.hidden_size, config.num_hidden_layers
@@ -78,12 +91,12 @@ def limits(
 
     def decode(load: Decode) -> float:
         pages = load.batch * (load.context + load.new / 2) * 2 * kv_dim * layers
-        return float((layers * per_layer * bits / 8 + 2 * (head + pages)) / bandwidth)
+        return float((layers * per_layer * bits / 8 + 2 * (head + pages)) / machine.bandwidth)
 
     def prefill(tokens: int) -> float:
         # The causal half of the scores, and as much again for their product with the values.
         attention = 2 * tokens * tokens * size * layers
-        return float(2 * tokens * layers * per_layer + 2 * head + attention) / _FLOPS
+        return float(2 * tokens * layers * per_layer + 2 * head + attention) / machine.flops
 
     return decode, prefill
 
@@ -197,7 +210,7 @@ class Transformers:
 # ---- the attention kernel alone ---------------------------------------------------------------------------------
 
 
-def time_attention(config: LlamaConfig, args: argparse.Namespace, bandwidth: float) -> None:
+def time_attention(config: LlamaConfig, args: argparse.Namespace, machine: Machine) -> None:
     """A layer's prefill of one prompt through the pages and by torch's kernels, and its decoding."""
     from fastserve.engine.kernels.device_step import DeviceStep
     from fastserve.engine.kernels.triton_attention import TritonPagedAttention
@@ -239,7 +252,7 @@ def time_attention(config: LlamaConfig, args: argparse.Namespace, bandwidth: flo
         took = ours(batch, 1, args.context)
         read = batch * args.context * kv_heads * dim * 2 * 2
         name = f"decode {batch} x {args.context}"
-        print(f"{name:32} {took * 1e6:10.1f} us {read / took / bandwidth:8.1%} of the memory's rate")
+        print(f"{name:32} {took * 1e6:10.1f} us {read / took / machine.bandwidth:8.1%} of the memory's rate")
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -254,29 +267,23 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measured_limits(device: torch.device) -> str:
-    """What this card does in fact: reading (a sum), writing what was read, and a product of 8192 x 8192 matrices."""
+def measure(device: torch.device) -> Machine:
+    """Reading (a sum of 2 GiB), and a product of 8192 x 8192 matrices."""
     one, other, out = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(3))
-    flops = 2 * 8192**3 / seconds(lambda: torch.matmul(one, other, out=out), device)
+    product_s = seconds(lambda: torch.matmul(one, other, out=out), device)
     source = torch.randn(1 << 29, device=device)
-    target = torch.empty_like(source)
-    size = source.numel() * source.itemsize
-    reading = size / seconds(source.sum, device)
-    copying = 2 * size / seconds(lambda: torch.neg(source, out=target), device)
-    return (
-        f"measured: reading {reading / 1e12:.2f} TB/s, reading and writing {copying / 1e12:.2f} TB/s, a product "
-        f"{flops / 1e12:.0f} TFLOP/s"
-    )
+    reading_s = seconds(source.sum, device)
+    return Machine(source.numel() * source.itemsize / reading_s, 2 * 8192**3 / product_s)
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
-def compare(args: argparse.Namespace, folder: Path, config: LlamaConfig, bandwidth: float) -> None:
+def compare(args: argparse.Namespace, folder: Path, config: LlamaConfig, machine: Machine) -> None:
     arms: list[Ours | Transformers] = [Ours(folder, args)]
     if not args.no_peer:
         arms.append(Transformers(config, args))
-    decode_limit, prefill_limit = limits(config, bandwidth, {None: 16, "int8": 8, "nf4": 4}[args.quantise])
+    decode_limit, prefill_limit = limits(config, machine, {None: 16, "int8": 8, "nf4": 4}[args.quantise])
     loads = [Decode(batch, args.context, args.new_tokens) for batch in args.batches]
     times: dict[tuple[str, str], list[float]] = {}
     rows: dict[str, float] = {f"prefill {args.prefill}": prefill_limit(args.prefill)}
@@ -317,30 +324,33 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--bandwidth", type=float, help="of the memory, bytes/s; by the device's name if not given")
+    parser.add_argument(
+        "--bandwidth", type=float, help="of the memory, bytes/s; by the device's name, or measured, if not given"
+    )
     parser.add_argument("--no-peer", action="store_true", help="without transformers' continuous batching")
     parser.add_argument("--peer-attention", default="sdpa", help="transformers' attn_implementation")
     parser.add_argument("--attention", action="store_true", help="time the attention kernel alone")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    bandwidth = args.bandwidth or next((rate for key, rate in _BANDWIDTHS.items() if key in name), None)
-    if bandwidth is None:
+    on_cuda = args.device == "cuda"
+    name = torch.cuda.get_device_name() if on_cuda else args.device
+    measured = measure(torch.device(args.device)) if on_cuda else None
+    machine = next((known for key, known in _KNOWN.items() if key in name), measured)
+    if args.bandwidth is not None:
+        machine = Machine(args.bandwidth, machine.flops if machine else float("inf"))
+    if machine is None:
         sys.exit(f"The bandwidth of {name} is not known: give it with --bandwidth.")
     config = shape(args.tiny, args.layers)
-    print(
-        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}; limits by "
-        f"{bandwidth / 1e12:.2f} TB/s and {_FLOPS / 1e12:.0f} TFLOP/s; {config.num_hidden_layers} layers, weights "
-        f"{args.quantise or 'bfloat16'}"
-    )
-    if args.device == "cuda":
-        print(measured_limits(torch.device(args.device)))
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{config.num_hidden_layers} layers, weights {args.quantise or 'bfloat16'}; limits by {machine}")
+    if measured is not None:
+        print(f"measured now: {measured}")
     if args.attention:
-        time_attention(config, args, bandwidth)
+        time_attention(config, args, machine)
         return
     with tempfile.TemporaryDirectory(prefix="fastserve-gpu-") as temporary:
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(temporary)
-        compare(args, Path(temporary), config, bandwidth)
+        compare(args, Path(temporary), config, machine)
 
 
 if __name__ == "__main__":

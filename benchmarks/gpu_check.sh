@@ -7,7 +7,7 @@
 #   PYTHON   the interpreter, with fastserve's dependencies and pytest (default: python3)
 #   OUT      a folder for the logs (default: a new one)
 #   PARTS    which parts to run, such as "tests worker" (default: all)
-#   LAYERS   of the model that is measured (default: 32)
+#   LAYERS   of the model that is measured (default: 32; fewer for a card of less than 64 GB)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -85,7 +85,7 @@ show tests '^(FAILED|ERROR) |^[0-9]+ (passed|failed)'
 part worker 180 bash -c ask_worker
 show worker '"content"'
 part decode 300 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}"
-show decode '^(measured|prefill|decode| +limit)|torch'
+show decode '^(measured|prefill|decode| +limit)|, torch |; limits by '
 part quantised-int8 200 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}" --no-peer --quantise int8
 show quantised-int8 '^(prefill|decode| +limit)'
 part quantised-nf4 200 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}" --no-peer --quantise nf4
