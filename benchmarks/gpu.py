@@ -35,7 +35,7 @@ from fastserve.engine.settings import EngineConfig, WeightOptions
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does at most, or did in a measurement."""
+    """The rates of a device, at most or measured."""
 
     bandwidth: float
     """of its memory, bytes/s"""

@@ -15,6 +15,7 @@ python=${PYTHON:-python3}
 out=${OUT:-$(mktemp -d)}
 parts=${PARTS:-tests worker decode quantised}
 layers=${LAYERS:-32}
+unset FASTSERVE_API_KEYS  # the worker is asked without a key
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 device=cuda
 sizes=(--layers "$layers" --rounds 2)
