@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from typing import Any
 
 import psutil
 
-from fastserve import supervisor
+from fastserve.launching.processes import SUPERVISOR
+from fastserve.launching.run_file import run_files_in
 
 HERE = Path(__file__).parent
+PATHS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 LAUNCHER = "from fastserve.launcher import main; main(package='standins')"
 
 
@@ -93,17 +96,20 @@ class Place:
             *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
             *("--server-host", "127.0.0.1", "--server-port", str(self.server_port)),
         ]
-        # The stand-ins come before this checkout, which may not be the installed one.
-        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, *flags, *words],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": path, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # Whoever started the tests may ignore Ctrl-C (a shell's script does for what it starts in the background).
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-c", LAUNCHER, *flags, *words],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *PATHS]), **env},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def launch(self, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*words, stdout=subprocess.PIPE, **env)
@@ -116,8 +122,17 @@ class Place:
 
     def services(self) -> dict[str, int]:
         """Process ids by kind, as the run files list them."""
-        runs = supervisor.read_runs(self.logs)
-        return {service.kind: service.pid for run in runs for service in run.services}
+        return {kind: pid for run in self.runs() for kind, pid in run["pids"].items() if kind != SUPERVISOR}
+
+    def supervisor(self) -> int:
+        """Process id of the one supervisor."""
+        (run,) = self.runs()
+        return int(run["pids"][SUPERVISOR])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The content of the run files, and process ids by kind."""
+        runs = [json.loads(file.path.read_text()) for file in run_files_in(self.logs)]
+        return [{**run, "pids": {service["kind"]: service["pid"] for service in run["services"]}} for run in runs]
 
     def strays(self) -> list[int]:
         """Processes that were started in this folder and still run."""

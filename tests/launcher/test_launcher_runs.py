@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastserve.launcher import Console
+from fastserve.launching.console import Console
 
 from .launching import Place, dump, free_ports, is_alive, wait_until
 
@@ -36,6 +36,7 @@ def test_services_run_on_after_the_launcher_has_gone(place: Place) -> None:
     names = {path.name for path in place.logs.glob("*.log")}
     assert names == {
         "controller.log",
+        "launcher.log",
         "openai_api_server.log",
         f"worker_model_127_0_0_1_{place.worker_port}.log",
     }
@@ -165,7 +166,8 @@ def test_refusals_are_one_sentence_and_exit_code_1(place: Place) -> None:
     cases = {
         ("--gpus", "0", "--num-gpus", "2"): "Larger --num-gpus (2) than --gpus 0!\n",
         ("--model-path-address", place.item("./none")): (
-            "The model './none' is missing: there is no such folder, and it is no Hugging Face id (owner/name).\n"
+            "The model './none' is missing: there is no such file or folder, and it is no "
+            "Hugging Face id (owner/name).\n"
         ),
         ("--model-path-address", "model@127.0.0.1"): (
             "--model-path-address 'model@127.0.0.1': an item has the form MODEL@HOST@PORT "

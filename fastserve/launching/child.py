@@ -1,0 +1,106 @@
+"""One service as a child of this process: started apart from the terminal, its log read, its end explained."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastserve.launching.log_files import disk_is_full, tail
+from fastserve.launching.plan import ChildSpec
+from fastserve.launching.processes import Mark
+from fastserve.launching.run_file import ListedService
+from fastserve.observability.private_files import FOLDER_MODE, open_for_append
+
+READY_LINE = "Uvicorn running on"
+MAX_ANSWER_BYTES = 1 << 20
+
+
+class Child:
+    """A service that this process has started."""
+
+    def __init__(self, spec: ChildSpec, mark: Mark) -> None:
+        """Start it. Raises OSError when the log cannot be opened or the program cannot be run."""
+        self.spec = spec
+        self._log = Path(spec.log)
+        self._has_said_ready = False
+        self._log.parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+        log = open_for_append(self._log)
+        try:
+            self._log_start = os.fstat(log).st_size
+            self.process = subprocess.Popen(
+                spec.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**spec.env, **mark.environ()},
+                **detached(),
+            )
+        finally:
+            os.close(log)
+
+    @property
+    def listed(self) -> ListedService:
+        return ListedService(self.spec.kind, self.spec.name, self.process.pid, self.spec.port, self.spec.log)
+
+    def serves(self) -> bool:
+        """Whether its log says that it listens, and it answers."""
+        if not self._has_said_ready:
+            self._has_said_ready = any(READY_LINE in line for line in tail(self._log, self._log_start))
+        # On a full disk the log cannot say it.
+        says_so = self._has_said_ready or disk_is_full(self._log.parent)
+        return says_so and http_get(self.spec.host, self.spec.port, "/health") is not None
+
+    def progress(self) -> str:
+        """The message of the log's last line."""
+        lines = tail(self._log, self._log_start)
+        return lines[-1].rsplit(" | ", 1)[-1] if lines else "starting"
+
+    def post_mortem(self, event: str) -> str:
+        """Why the launch ends because of this service: cause first, then the end of its log."""
+        lines = tail(self._log, self._log_start)
+        if not lines:
+            return f"{self.spec.name} {event}; its log {self.spec.log} is empty."
+        shown = "\n".join(f"    {line}" for line in lines[-20:])
+        return f"{self.spec.name} {event}: {self.cause()}\nThe last lines of {self.spec.log}:\n{shown}"
+
+    def cause(self) -> str:
+        """The last error in its log, else its last line."""
+        lines = tail(self._log, self._log_start)
+        errors = [line for line in lines if "| ERROR |" in line or "| CRITICAL |" in line]
+        return (errors or lines or ["its log is empty"])[-1].rsplit(" | ", 1)[-1].strip()
+
+
+def detached() -> dict[str, Any]:
+    """Arguments of Popen that free a process from our terminal and from our own end."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True}
+
+
+def describe_exit(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    try:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was killed by signal {-exit_code}"
+
+
+def http_get(host: str, port: int, path: str, headers: Mapping[str, str] | None = None) -> bytes | None:
+    """The body that a service answers with status 200; None for anything else."""
+    # http.client and not urllib: a proxy in the environment must not stand between us and our own machine.
+    connection = http.client.HTTPConnection(host, port, timeout=1.0)
+    try:
+        connection.request("GET", path, headers=dict(headers or {}))
+        response = connection.getresponse()
+        return response.read(MAX_ANSWER_BYTES) if response.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
