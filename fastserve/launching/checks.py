@@ -54,6 +54,8 @@ def check_model(model: str) -> None:
 def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[RunningService]) -> None:
     wanted: dict[int, str] = {}
     for flag, _, port in claims:
+        if not 0 < port < 65536:
+            raise StartupError(f"{flag} {port}: a port is a number from 1 to 65535.")
         if port in wanted:
             raise StartupError(f"Port {port} is wanted twice: by {wanted[port]} and by {flag}.")
         wanted[port] = flag

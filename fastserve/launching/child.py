@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastserve.launching.log_files import disk_is_full, tail
+import psutil
+
+from fastserve.launching.log_files import tail
 from fastserve.launching.plan import ChildSpec
 from fastserve.launching.processes import Mark
 from fastserve.launching.run_file import ListedService
@@ -49,12 +51,22 @@ class Child:
         return ListedService(self.spec.kind, self.spec.name, self.process.pid, self.spec.port, self.spec.log)
 
     def serves(self) -> bool:
-        """Whether its log says that it listens, and it answers."""
+        """Whether it answers, and it is this service that does: its log says so, or, where the log cannot be written
+        (a full disk), its socket."""
         if not self._has_said_ready:
             self._has_said_ready = any(READY_LINE in line for line in tail(self._log, self._log_start))
-        # On a full disk the log cannot say it.
-        says_so = self._has_said_ready or disk_is_full(self._log.parent)
-        return says_so and http_get(self.spec.host, self.spec.port, "/health") is not None
+        answers = http_get(self.spec.host, self.spec.port, "/health") is not None
+        return answers and (self._has_said_ready or self._listens())
+
+    def _listens(self) -> bool:
+        try:
+            connections = psutil.Process(self.process.pid).net_connections("tcp")
+        except (psutil.Error, OSError):
+            return False
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.spec.port
+            for connection in connections
+        )
 
     def progress(self) -> str:
         """The message of the log's last line."""

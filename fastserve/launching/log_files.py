@@ -48,8 +48,8 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
     One that holds nothing but our files is closed to others; another one is left as it is. Raises StartupError when it
     cannot be made or written, or belongs to another user.
     """
-    made = not folder.exists()
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
         found = folder.stat()
         names = [] if made else os.listdir(folder)
@@ -162,11 +162,3 @@ def tail(path: Path, start: int = 0) -> list[str]:
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()]
-
-
-def disk_is_full(path: Path) -> bool:
-    """Whether nothing can be added to a file in this folder."""
-    try:
-        return os.name == "posix" and os.statvfs(path).f_bavail == 0
-    except OSError:
-        return False

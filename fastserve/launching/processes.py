@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ SUPERVISOR = "supervisor"
 POLL_S = 0.05
 ORPHAN_GRACE_S = 2.0
 """What the processes that a service started get after the service itself has ended."""
+START_S = 0.02
+"""A generous time for the system to put a program and its environment into a new process."""
 MAX_KILL_ROUNDS = 5
 """Killing is repeated for processes that were started meanwhile."""
 
@@ -66,9 +68,7 @@ def find_services(run_id: str | None = None) -> list[RunningService]:
     """The services of all launches (or of one) that this user may see, as far as they run."""
     marked: dict[Mark, set[psutil.Process]] = {}
     sessions: dict[int, set[psutil.Process]] = {}
-    for process in psutil.process_iter():
-        if process.pid == os.getpid() or not is_alive(process):
-            continue
+    for process in _others():
         mark = _read_mark(process)
         if mark is not None and run_id in (None, mark.run_id):
             marked.setdefault(mark, set()).add(process)
@@ -83,6 +83,29 @@ def find_services(run_id: str | None = None) -> list[RunningService]:
             members |= sessions.get(leader.pid, set()) | (set() if sessions else set(leader.children(recursive=True)))
         services.append(RunningService(mark, leader, frozenset(members)))
     return services
+
+
+def _others() -> Iterator[psutil.Process]:
+    """All living processes but this one; those that are just being started come last, when they have a program."""
+    starting = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid() or not is_alive(process):
+            continue
+        if _is_starting(process):
+            starting.append(process)
+        else:
+            yield process
+    if starting:
+        time.sleep(START_S)
+    yield from starting
+
+
+def _is_starting(process: psutil.Process) -> bool:
+    """Whether its environment may not be there yet: for an instant after `exec` the system shows an empty one."""
+    try:
+        return time.time() - process.create_time() < 1.0 and not process.environ()
+    except (psutil.Error, OSError):
+        return False
 
 
 def _read_mark(process: psutil.Process) -> Mark | None:

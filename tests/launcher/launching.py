@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -90,19 +91,37 @@ class Place:
     def item(self, model: Path | str, options: str = "", port: int | None = None) -> str:
         return f"{model}@127.0.0.1@{port or self.worker_port}{options}"
 
-    def start(self, *words: str, stdout: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
+    def command(self, *words: str) -> list[str]:
         """Flags given in `words` come after, and so win over, the ports of this place."""
         flags = [
             *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
             *("--server-host", "127.0.0.1", "--server-port", str(self.server_port)),
         ]
+        return [sys.executable, "-c", LAUNCHER, *flags, *words]
+
+    def environ(self, **env: str) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *PATHS]), **env}
+
+    def start_in_shell(self, before: str, *words: str, after: str = "", **env: str) -> "subprocess.Popen[str]":
+        """The launcher as a shell starts it: `before` and `after` stand around its command."""
+        return subprocess.Popen(
+            ["sh", "-c", f"{before} {shlex.join(self.command(*words))} {after}"],
+            cwd=self.folder,
+            env=self.environ(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, *words: str, stdout: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
         # Whoever started the tests may ignore Ctrl-C (a shell's script does for what it starts in the background).
         previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER, *flags, *words],
+                self.command(*words),
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *PATHS]), **env},
+                env=self.environ(**env),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=subprocess.PIPE,

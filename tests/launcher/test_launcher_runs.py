@@ -42,7 +42,7 @@ def test_services_run_on_after_the_launcher_has_gone(place: Place) -> None:
     }
 
 
-def test_missing_log_folder_is_made_and_old_logs_are_replaced(place: Place) -> None:
+def test_missing_log_folder_is_made_and_a_line_of_an_earlier_day_is_no_sign_of_life(place: Place) -> None:
     nested = place.folder / "deep" / "er"
     assert place.launch("--model-path-address", place.item(place.model()), "--log-dir", "deep/er").returncode == 0
     place.clear()
@@ -52,6 +52,7 @@ def test_missing_log_folder_is_made_and_old_logs_are_replaced(place: Place) -> N
     )
     assert result.returncode == 1
     assert "earlier day" not in (nested / "controller.log").read_text()
+    assert "earlier day" in (nested / "controller.log.1").read_text()
 
 
 def test_log_folder_that_cannot_be_made(place: Place) -> None:
@@ -65,7 +66,7 @@ def test_log_that_cannot_be_written(place: Place) -> None:
     (place.logs / "openai_api_server.log").mkdir(parents=True)
     result = place.launch("--model-path-address", place.item(place.model()))
     assert result.returncode == 1
-    assert result.stderr.startswith("openai_api_server cannot be started: ")
+    assert result.stderr == f"The log {place.logs}/openai_api_server.log cannot be written: Is a directory.\n"
     assert place.services() == {}
     assert place.strays() == []
 
@@ -80,7 +81,7 @@ def test_child_that_dies_ends_the_launch_with_its_cause(place: Place, kind: str)
     name = f"model_worker {place.folder / 'model'}@127.0.0.1@{place.worker_port}" if kind == "model_worker" else kind
     first, second, *lines = errors.splitlines()
     assert first == f"{name} ended with exit code 3: The checkpoint has no config.json."
-    assert second.startswith("The last lines of logs/")
+    assert second.startswith(f"The last lines of {place.logs}/")
     assert len(lines) == 20
     assert "step 29" in lines[-2]
     assert "Taking down what was started: controller" in output

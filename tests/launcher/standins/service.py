@@ -1,8 +1,10 @@
 """What the three stand-ins share. The file `mood` in the model's folder, or the variable STANDIN_MOOD of the form
 KIND=MOOD, makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine` (starts a
 process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a controller
-that no worker reaches)."""
+that no worker reaches), `drain` (takes half a second to end after SIGTERM), `chatty`
+(logs without end)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -45,7 +47,21 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def log(level: str, message: str) -> None:
-    print(f"2026-01-01 00:00:00 | {level} | standin | {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # as logging does
+        print(f"2026-01-01 00:00:00 | {level} | standin | {message}", file=sys.stderr, flush=True)
+
+
+def drain(number: int, frame: object) -> None:
+    log("INFO", "SIGTERM")
+    time.sleep(0.5)
+    log("INFO", "drained")
+    sys.exit(0)
+
+
+def chat() -> None:
+    while True:
+        log("INFO", "chatting " * 100)
+        time.sleep(0.01)
 
 
 def run(kind: str, config_class: type[ServerConfig]) -> None:
@@ -70,6 +86,10 @@ def run(kind: str, config_class: type[ServerConfig]) -> None:
         log("INFO", f"engine {engine.pid}")
     if mood == "lonely":
         Handler.workers = 0
+    if mood == "drain":
+        signal.signal(signal.SIGTERM, drain)
+    if mood == "chatty":
+        threading.Thread(target=chat, daemon=True).start()
     if mood == "late":
         threading.Timer(0.5, os._exit, (7,)).start()
     server = ThreadingHTTPServer((config.host, config.port), Handler)
