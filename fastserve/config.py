@@ -309,7 +309,7 @@ class LauncherConfig(EngineOptions, ClassicLauncherFlags):
         "engine": "workers",
         "worker": "workers",
         "listening and logs": "every service",
-        "limits": "limits of the services",
+        "limits": "limits of every service",
     }
 
     dtype: str | None = same_option(WorkerConfig, "dtype", added=True)
@@ -332,9 +332,9 @@ class LauncherConfig(EngineOptions, ClassicLauncherFlags):
         added=True,
     )
     log_max_bytes: int = limit(
-        20_000_000, "size of a log; a larger one becomes LOG.1, that one LOG.2, ...", minimum=10_000
+        20_000_000, "size of a log; a larger one becomes LOG.1, that one LOG.2, ...", minimum=10_000, group="launcher"
     )
-    log_keep: int = limit(5, "old logs that are kept of each service: LOG.1 is the newest")
+    log_keep: int = limit(5, "old logs that are kept of each service: LOG.1 is the newest", group="launcher")
 
 
 SERVICE_KINDS = ("controller", "model_worker", "openai_api_server")

@@ -62,13 +62,13 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def limit(default: Any, help: str, *, minimum: float = 1) -> Any:
+def limit(default: Any, help: str, *, minimum: float = 1, group: str = LIMITS) -> Any:
     """A bound on what comes from outside: a size, number, depth or time. Its name ends in its unit (`_bytes`, `_s`).
 
     It is an `option` that the environment variable `FASTSERVE_<NAME>` sets too, so that services started by the
     launcher inherit it. docs/limits.md lists every one.
     """
-    made = option(default, help, added=True, minimum=minimum, group=LIMITS)
+    made = option(default, help, added=True, minimum=minimum, group=group)
     return field(default=default, metadata={**made.metadata, "is_limit": True})
 
 

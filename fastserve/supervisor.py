@@ -30,7 +30,7 @@ from fastserve.observability.private_files import reason
 logger = logging.getLogger("fastserve.supervisor")
 
 LOOK_INTERVAL_S = 0.25
-LOOKS_PER_ROTATION = 20
+LOOKS_PER_ROTATION = 4
 MAX_ORDER_BYTES = 64 << 20
 
 

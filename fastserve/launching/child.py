@@ -71,21 +71,27 @@ class Child:
     def progress(self) -> str:
         """The message of the log's last line."""
         lines = tail(self._log, self._log_start)
-        return lines[-1].rsplit(" | ", 1)[-1] if lines else "starting"
+        return _message(lines[-1]) if lines else "starting"
 
     def post_mortem(self, event: str) -> str:
         """Why the launch ends because of this service: cause first, then the end of its log."""
         lines = tail(self._log, self._log_start)
         if not lines:
             return f"{self.spec.name} {event}; its log {self.spec.log} is empty."
+        cause = self.last_error() or _message(lines[-1])
         shown = "\n".join(f"    {line}" for line in lines[-20:])
-        return f"{self.spec.name} {event}: {self.cause()}\nThe last lines of {self.spec.log}:\n{shown}"
+        return f"{self.spec.name} {event}: {cause}\nThe last lines of {self.spec.log}:\n{shown}"
 
-    def cause(self) -> str:
-        """The last error in its log, else its last line."""
+    def last_error(self) -> str | None:
+        """The message of the last error in its log."""
         lines = tail(self._log, self._log_start)
         errors = [line for line in lines if "| ERROR |" in line or "| CRITICAL |" in line]
-        return (errors or lines or ["its log is empty"])[-1].rsplit(" | ", 1)[-1].strip()
+        return _message(errors[-1]) if errors else None
+
+
+def _message(line: str) -> str:
+    """What a line of a log says, without time, level and logger."""
+    return line.rsplit(" | ", 1)[-1].strip()
 
 
 def detached() -> dict[str, Any]:

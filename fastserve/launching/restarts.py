@@ -101,6 +101,7 @@ class Restarts:
                 watched.served_since_s = self._clock()
                 logger.info("%s serves again at %s", child.spec.name, child.spec.address)
             return
+        error = child.last_error()
         event = f"{child.spec.name} (process {child.process.pid}) {describe_exit(exit_code)}"
         watched.child = None
         self._children.remove(child)
@@ -108,11 +109,14 @@ class Restarts:
         if exit_code in ORDERLY or self._is_stopped(watched.spec):
             logger.info("%s: it was ended on purpose, and is not started again", event)
             self._watched.remove(watched)
-        elif not self._order.restart:
-            logger.error("%s: %s (it is not started again: --no-restart)", event, child.cause())
-            self._watched.remove(watched)
+            return
+        if error is not None:
+            event = f"{event}: {error.rstrip('.')}"
+        if self._order.restart:
+            self._pause(watched, event)
         else:
-            self._pause(watched, f"{event}: {child.cause()}")
+            logger.error("%s. It is not started again (--no-restart).", event)
+            self._watched.remove(watched)
 
     def _pause(self, watched: Watched, event: str) -> None:
         now_s = self._clock()
@@ -120,7 +124,7 @@ class Restarts:
         pause_s = watched.pauses.next_s(served_s)
         watched.served_since_s = None
         watched.starts_at_s = now_s + pause_s
-        logger.error("%s. It is started again in %g s.", event.rstrip("."), pause_s)
+        logger.error("%s. It is started again in %g s.", event, pause_s)
 
     def _start_again(self, watched: Watched) -> None:
         if self._is_stopped(watched.spec):

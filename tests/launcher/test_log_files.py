@@ -27,16 +27,16 @@ def mode(path: Path) -> int:
 
 
 def test_the_log_of_a_crash_survives_the_next_starts(place: Place) -> None:
-    words = ("--model-path-address", place.item(place.model()), *LIMITED_LOGS)
-    for number in range(4):
+    words = ("--model-path-address", place.item(place.model()), "--log-keep", "1")
+    for number in range(3):
         (place.folder / "model" / "mood").write_text("die" if number == 0 else "")
         result = place.launch(*words)
         assert result.returncode == (1 if number == 0 else 0), result.stderr
         assert place.shutdown().returncode == 0
         crashed = [path.name for path in sorted(place.logs.iterdir()) if "The checkpoint has no" in path.read_text()]
         worker = f"worker_model_127_0_0_1_{place.worker_port}.log"
-        assert (worker + ["", ".1", ".2", "-"][number] in crashed) is (number < 3)
-        assert len(list(place.logs.glob("controller.log*"))) <= 3
+        assert (worker + ["", ".1", "-"][number] in crashed) is (number < 2)
+        assert len(list(place.logs.glob("controller.log*"))) <= 2
 
 
 def test_logs_and_run_files_are_for_their_owner_alone(place: Place) -> None:
