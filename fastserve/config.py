@@ -294,12 +294,17 @@ class ClassicLauncherFlags:
     api_keys: tuple[str, ...] | None = same_option(ApiServerConfig, "api_keys")
 
 
-SERVER_OPTIONS = tuple(item.name for item in fields(ServerConfig) if item.name not in ("host", "port", "ssl"))
-"""What the launcher passes on to every service."""
+SERVICE_OPTIONS = tuple(
+    item.name
+    for item in fields(ControllerConfig)
+    if {item.name} <= {other.name for other in fields(ApiServerConfig)} & {other.name for other in fields(WorkerConfig)}
+    and item.name not in ("host", "port")
+)
+"""What all services have: the launcher takes it for all of them."""
 
 
 @dataclass(frozen=True)
-@pass_on(ControllerConfig, ApiServerConfig, WorkerConfig, names=SERVER_OPTIONS)
+@pass_on(ControllerConfig, ApiServerConfig, WorkerConfig, names=SERVICE_OPTIONS)
 class LauncherConfig(EngineOptions, ClassicLauncherFlags):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
 
@@ -323,6 +328,7 @@ class LauncherConfig(EngineOptions, ClassicLauncherFlags):
     trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code", added=True)
     engine: str = same_option(WorkerConfig, "engine", added=True)
     api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file", added=True)
+    ssl: bool = same_option(ServerConfig, "ssl", added=True)
     log_dir: str = option("logs", "folder of the services' logs; the shutdown command is given the same", added=True)
     wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve", added=True)
     restart: bool = option(

@@ -56,6 +56,7 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
             services=services,
             num_registered=sum(not worker_config(config, item).no_register for item in items),
             controller_headers={},
+            client_certificate=(environ["SSL_CERTFILE"], environ["SSL_KEYFILE"]) if config.ssl else None,
             wait_timeout_s=config.wait_timeout_s,
             restart=config.restart,
             log_max_bytes=config.log_max_bytes,
@@ -71,7 +72,7 @@ def _prepare(
 ) -> tuple[Plan, Path]:
     """The plan, and the supervisor's log. Refuses what cannot work, and makes room for the new logs."""
     running = find_services()
-    check(config, items, running)
+    check(config, items, environ, running)
     in_use = {service.mark.log for service in running}
     services = plan(config, items, environ, package=package, log_dir=log_dir, logs_in_use=in_use)
     own_log = log_path(log_dir, "launcher.log", config.server_port, in_use)

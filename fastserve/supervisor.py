@@ -20,7 +20,8 @@ from types import FrameType
 
 from fastserve.errors import StartupError
 from fastserve.launching.launch import Launch
-from fastserve.launching.order import Order, Report, read_order
+from fastserve.launching.order import Report, read_order
+from fastserve.launching.probe import Probe
 from fastserve.launching.processes import SUPERVISOR
 from fastserve.launching.restarts import Restarts
 from fastserve.launching.run_file import ListedService, RunFile
@@ -53,7 +54,8 @@ class Supervisor:
         threading.Thread(target=self._watch_launcher, daemon=True).start()
         run_file = RunFile(Path(order.log_dir), order.server_port, order.run_id)
         own = ListedService(SUPERVISOR, SUPERVISOR, os.getpid(), 0, str(self._log))
-        launch = Launch(order, run_file, own, self._say, self._show_progress, self._check)
+        probe = Probe(order.client_certificate)
+        launch = Launch(order, run_file, own, probe, self._say, self._show_progress, self._check)
         try:
             with launch:
                 launch.run()
@@ -69,10 +71,10 @@ class Supervisor:
         logger.info("All services serve.")
         self._report(Report("ready"))
         _let_go_of_the_launcher()
-        self._watch(order, run_file, launch)
+        restarts = Restarts(order, run_file, launch.children, probe, launch.write_run_file)
+        self._watch(restarts, launch)
 
-    def _watch(self, order: Order, run_file: RunFile, launch: Launch) -> None:
-        restarts = Restarts(order, run_file, launch.children, launch.write_run_file)
+    def _watch(self, restarts: Restarts, launch: Launch) -> None:
         looks = 0
         while not self._stop.wait(LOOK_INTERVAL_S):
             try:

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastserve.config import LauncherConfig
@@ -17,8 +17,15 @@ from fastserve.launching.processes import RunningService
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def check(config: LauncherConfig, items: Sequence[Item], running: Sequence[RunningService]) -> None:
+def check(
+    config: LauncherConfig, items: Sequence[Item], environ: Mapping[str, str], running: Sequence[RunningService]
+) -> None:
     """Raises StartupError with the first thing that cannot work. `running`: the services of earlier launches."""
+    for variable in ("SSL_KEYFILE", "SSL_CERTFILE") if config.ssl else ():
+        if not os.path.isfile(environ.get(variable, "")):
+            raise StartupError(
+                f"--ssl needs the environment variable {variable}, which names a file (SSL_KEYFILE, SSL_CERTFILE)."
+            )
     for item in items:
         worker = worker_config(config, item)
         if worker.gpus and len(worker.gpus.split(",")) < worker.num_gpus:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,21 @@ import psutil
 
 from fastserve.launching.log_files import tail
 from fastserve.launching.plan import ChildSpec
+from fastserve.launching.probe import Probe
 from fastserve.launching.processes import Mark
 from fastserve.launching.run_file import ListedService
 from fastserve.observability.private_files import FOLDER_MODE, open_for_append
 
 READY_LINE = "Uvicorn running on"
-MAX_ANSWER_BYTES = 1 << 20
 
 
 class Child:
     """A service that this process has started."""
 
-    def __init__(self, spec: ChildSpec, mark: Mark) -> None:
+    def __init__(self, spec: ChildSpec, mark: Mark, probe: Probe) -> None:
         """Start it. Raises OSError when the log cannot be opened or the program cannot be run."""
         self.spec = spec
+        self._probe = probe
         self._log = Path(spec.log)
         self._has_said_ready = False
         self._log.parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
@@ -55,7 +54,7 @@ class Child:
         (a full disk), its socket."""
         if not self._has_said_ready:
             self._has_said_ready = any(READY_LINE in line for line in tail(self._log, self._log_start))
-        answers = http_get(self.spec.host, self.spec.port, "/health") is not None
+        answers = self._probe.get(self.spec, "/health") is not None
         return answers and (self._has_said_ready or self._listens())
 
     def _listens(self) -> bool:
@@ -108,17 +107,3 @@ def describe_exit(exit_code: int) -> str:
         return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"was killed by signal {-exit_code}"
-
-
-def http_get(host: str, port: int, path: str, headers: Mapping[str, str] | None = None) -> bytes | None:
-    """The body that a service answers with status 200; None for anything else."""
-    # http.client and not urllib: a proxy in the environment must not stand between us and our own machine.
-    connection = http.client.HTTPConnection(host, port, timeout=1.0)
-    try:
-        connection.request("GET", path, headers=dict(headers or {}))
-        response = connection.getresponse()
-        return response.read(MAX_ANSWER_BYTES) if response.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()

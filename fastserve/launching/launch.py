@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import Self
 
 from fastserve.errors import StartupError
-from fastserve.launching.child import Child, describe_exit, http_get
+from fastserve.launching.child import Child, describe_exit
 from fastserve.launching.order import Order
 from fastserve.launching.plan import ChildSpec
+from fastserve.launching.probe import Probe
 from fastserve.launching.processes import POLL_S, Mark, end_services, find_services
 from fastserve.launching.run_file import ListedService, RunFile
 from fastserve.observability.private_files import reason
@@ -33,6 +34,7 @@ class Launch:
         order: Order,
         run_file: RunFile,
         own: ListedService,
+        probe: Probe,
         say: Callable[[str], None],
         show_progress: Callable[[str], None],
         check: Callable[[], None],
@@ -41,6 +43,7 @@ class Launch:
         self._order = order
         self._run_file = run_file
         self._own = own
+        self._probe = probe
         self._say = say
         self._show_progress = show_progress
         self._check = check
@@ -77,7 +80,7 @@ class Launch:
                 f"the controller; their logs in {self._order.log_dir} say why."
             )
         server = services.server
-        if expected and not self._wait_for(lambda: http_get(server.host, server.port, "/ready") is not None, timeout_s):
+        if expected and not self._wait_for(lambda: self._probe.get(server, "/ready") is not None, timeout_s):
             raise StartupError(
                 f"All services run, but after {timeout_s:g} s the API server knows of no worker; its log {server.log} "
                 "says why."
@@ -87,7 +90,7 @@ class Launch:
         """Raises StartupError when the log cannot be written or the program cannot be run."""
         self._check()
         try:
-            child = Child(spec, mark_of(self._order, spec))
+            child = Child(spec, mark_of(self._order, spec), self._probe)
         except OSError as error:
             raise StartupError(f"{spec.name} cannot be started: {error.filename or ''} {reason(error)}.") from error
         self.children.append(child)
@@ -144,8 +147,7 @@ class Launch:
                 raise StartupError(child.post_mortem(describe_exit(exit_code)))
 
     def _count_registered(self) -> int:
-        controller = self._order.services.controller
-        body = http_get(controller.host, controller.port, "/ready", self._order.controller_headers)
+        body = self._probe.get(self._order.services.controller, "/ready", self._order.controller_headers)
         try:
             return 0 if body is None else int(json.loads(body)["workers"])
         except (ValueError, KeyError, TypeError):

@@ -25,6 +25,8 @@ class Order:
     """How many workers must have registered with the controller."""
     controller_headers: Mapping[str, str] = field(repr=False)
     """What requests to the controller must carry."""
+    client_certificate: tuple[str, str] | None
+    """Files of a certificate and its key, for services that ask their callers for one."""
     wait_timeout_s: float
     restart: bool
     log_max_bytes: int
@@ -38,7 +40,8 @@ def read_order(text: str | bytes) -> Order:
     content = json.loads(text)
     plan = content.pop("services")
     services = Plan(_spec(plan["controller"]), tuple(map(_spec, plan["workers"])), _spec(plan["server"]))
-    return Order(services=services, **content)
+    certificate = content.pop("client_certificate")
+    return Order(services=services, client_certificate=certificate and tuple(certificate), **content)
 
 
 def _spec(content: dict[str, Any]) -> ChildSpec:

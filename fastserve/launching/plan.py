@@ -37,9 +37,11 @@ SECRETS = ("FASTSERVE_API_KEYS",)
 WORKER_OPTIONS = tuple(
     item.name
     for item in dataclasses.fields(WorkerConfig)
-    if item.name not in {"host", "port", "ssl", "model_path", "controller_address"}
+    if item.name not in {"host", "port", "ssl", "model_path", "controller_address", "api_keys", "api_keys_file"}
 )
 """What an item may set for its own worker."""
+NOT_SHARED = {"host", "port", "api_keys"}
+"""What the launcher and a service have by the same name, but not in common."""
 
 
 # ---- items ------------------------------------------------------------------------------------------------------
@@ -97,9 +99,11 @@ class ChildSpec:
     """Where the service answers, as seen from this machine."""
     port: int
 
+    scheme: str = "http"
+
     @property
     def address(self) -> str:
-        return http_address(self.host, self.port)
+        return url_of(self.scheme, self.host, self.port)
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,13 @@ class Plan:
         return (self.controller, *self.workers, self.server)
 
 
-def http_address(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def url_of(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def scheme_of(config: LauncherConfig) -> str:
+    """How all services are reached."""
+    return "https" if config.ssl else "http"
 
 
 def reachable(host: str) -> str:
@@ -128,17 +137,27 @@ def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
         "model_path": item.model,
         "host": item.host,
         "port": item.port,
-        "controller_address": http_address(reachable(config.controller_host), config.controller_port),
+        "controller_address": controller_address(config),
         # A worker that listens everywhere finds out itself under which address others reach it.
-        "worker_address": None if item.host in WILDCARDS else http_address(item.host, item.port),
+        "worker_address": None if item.host in WILDCARDS else url_of(scheme_of(config), item.host, item.port),
     }
-    return _service_config(WorkerConfig, config, {**given, **item.options})
+    worker = _service_config(WorkerConfig, config, {**given, **item.options})
+    if worker.no_register:
+        return worker
+    # API keys stand between clients and us: a worker has none of these for clients unless it serves alone.
+    return _service_config(WorkerConfig, config, {**given, **item.options}, without={"api_keys_file"})
 
 
-def _service_config(config_class: type[ConfigT], config: LauncherConfig, given: Mapping[str, Any]) -> ConfigT:
+def controller_address(config: LauncherConfig) -> str:
+    return url_of(scheme_of(config), reachable(config.controller_host), config.controller_port)
+
+
+def _service_config(
+    config_class: type[ConfigT], config: LauncherConfig, given: Mapping[str, Any], without: Collection[str] = ()
+) -> ConfigT:
     """Settings of a service: `given`, and each option that the launcher has by the same name."""
     common = {item.name for item in dataclasses.fields(config)} & set(_names(config_class))
-    shared = {name: getattr(config, name) for name in common - {"host", "port"}}
+    shared = {name: getattr(config, name) for name in common - NOT_SHARED - set(without)}
     # The launcher leaves to each service what its own default is: bounds differ between them.
     return config_class(**{**{name: value for name, value in shared.items() if value is not None}, **given})
 
@@ -159,8 +178,9 @@ def plan(
 ) -> Plan:
     """What to start, with what arguments and environment. Pure.
 
-    API keys reach the API server by its environment alone, and no other service sees them. `cluster_environ` goes to
-    all services. A log that another launch writes to (`logs_in_use`, absolute) gets the port into its name instead.
+    API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
+    `cluster_environ` goes to all services. A log that another launch writes to (`logs_in_use`, absolute) gets the port
+    into its name instead.
     """
     environ = {**environ, "PYTHONUNBUFFERED": "1", **(cluster_environ or {})}
     for secret in SECRETS:
@@ -172,7 +192,7 @@ def plan(
     ) -> ChildSpec:
         log = log_path(log_dir, log_name, port, logs_in_use)
         command = (sys.executable, "-m", f"{package}.{module}", *argv)
-        return ChildSpec(module, name, command, {**environ, **env}, log, reachable(host), port)
+        return ChildSpec(module, name, command, {**environ, **env}, log, reachable(host), port, scheme_of(config))
 
     controller = _service_config(
         ControllerConfig, config, {"host": config.controller_host, "port": config.controller_port}
@@ -183,18 +203,19 @@ def plan(
         {
             "host": config.server_host,
             "port": config.server_port,
-            "controller_address": http_address(reachable(config.controller_host), config.controller_port),
-            "api_keys": None,
+            "controller_address": controller_address(config),
         },
     )
+    keys = {"FASTSERVE_API_KEYS": ",".join(config.api_keys)} if config.api_keys else {}
     workers = []
     for item in items:
         worker = worker_config(config, item)
-        gpus = {"CUDA_VISIBLE_DEVICES": worker.gpus} if worker.gpus else {}
+        env = {"CUDA_VISIBLE_DEVICES": worker.gpus} if worker.gpus else {}
+        if worker.no_register:
+            env |= keys
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
-        workers.append(service("model_worker", name, log_name, item.host, item.port, to_argv(worker), **gpus))
-    keys = {"FASTSERVE_API_KEYS": ",".join(config.api_keys)} if config.api_keys else {}
+        workers.append(service("model_worker", name, log_name, item.host, item.port, to_argv(worker), **env))
     return Plan(
         service("controller", "controller", "controller.log", controller.host, controller.port, to_argv(controller)),
         tuple(workers),
@@ -226,8 +247,7 @@ def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> st
     first = worker_config(config, items[0])
     model = (first.model_names or (re.split(r"[/\\]", items[0].model.rstrip("/\\"))[-1],))[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "What is 7 + 5?"}]}
-    has_keys = (config.api_keys or config.api_keys_file) and not config.no_register
-    key = " -H 'Authorization: Bearer YOUR_API_KEY'" if has_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_API_KEY'" if config.api_keys or config.api_keys_file else ""
     stop = "python -m fastserve.shutdown" + (
         "" if config.log_dir == "logs" else f" --log-dir {shlex.quote(config.log_dir)}"
     )

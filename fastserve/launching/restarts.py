@@ -14,6 +14,7 @@ from fastserve.launching.launch import mark_of
 from fastserve.launching.log_files import rotate_in_use
 from fastserve.launching.order import Order
 from fastserve.launching.plan import ChildSpec
+from fastserve.launching.probe import Probe
 from fastserve.launching.processes import RunningService, end_services, find_services
 from fastserve.launching.run_file import RunFile
 from fastserve.observability.private_files import reason
@@ -60,6 +61,7 @@ class Restarts:
         order: Order,
         run_file: RunFile,
         children: list[Child],
+        probe: Probe,
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,6 +69,7 @@ class Restarts:
         self._order = order
         self._run_file = run_file
         self._children = children
+        self._probe = probe
         self._on_change = on_change
         self._clock = clock
         self._watched = [Watched(child, clock()) for child in children]
@@ -136,7 +139,7 @@ class Restarts:
         try:
             # An engine that outlived its worker would keep the memory that the next one needs.
             end_services(self._leftovers(watched.spec), grace_s=0.0)
-            child = Child(watched.spec, mark_of(self._order, watched.spec))
+            child = Child(watched.spec, mark_of(self._order, watched.spec), self._probe)
         except (OSError, StartupError) as error:
             why = error.message if isinstance(error, StartupError) else reason(error)
             self._pause(watched, f"{watched.spec.name} cannot be started: {why}")

@@ -150,6 +150,22 @@ def test_flag_reaches_its_child(words: list[str], child: str, expected: dict[str
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_tls_is_for_every_service_and_in_every_address() -> None:
+    services = planned("--ssl")
+    assert [spec.address.split(":")[0] for spec in services.services] == ["https"] * 3
+    assert all("--ssl" in spec.argv for spec in services.services)
+    assert worker(services.workers[0]).controller_address == "https://localhost:21001"
+    assert worker(services.workers[0]).worker_address == "https://localhost:20002"
+
+
+@pytest.mark.parametrize("words", [[], ["--no-register"]])
+def test_a_worker_gets_api_keys_only_where_it_serves_alone(words: list[str]) -> None:
+    services = planned("--api-keys", "sk-one", *words)
+    env = services.workers[0].env
+    assert env.get("FASTSERVE_API_KEYS") == ("sk-one" if words else None)
+    assert "sk-one" not in " ".join(services.workers[0].argv)
+
+
 def test_off_and_unset_flags_emit_nothing() -> None:
     assert arguments(planned().controller) == ()
     assert arguments(planned().workers[0]) == (
@@ -281,6 +297,7 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
         (["--model-path-address", "/missing/model@localhost@5001"], "The model '/missing/model' is missing"),
         (["--model-path-address", "C:\\missing\\model@localhost@5001"], "is missing: there is no such file or folder"),
         (["--model-path-address", "a/b/c@localhost@5001"], "The model 'a/b/c' is missing"),
+        (["--ssl"], "--ssl needs the environment variable SSL_KEYFILE"),
         (["--server-port", "0"], "--server-port 0: a port is a number from 1 to 65535."),
         (["--controller-port", "70000"], "--controller-port 70000: a port is a number from 1 to 65535."),
         (["--api-keys-file", "/missing/keys"], "--api-keys-file /missing/keys: there is no such file."),
@@ -296,7 +313,7 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
 def test_refused_before_anything_starts(words: list[str], message: str) -> None:
     config = parse(*words)
     with pytest.raises(StartupError) as caught:
-        check(config, [parse_item(text) for text in config.model_path_address], [])
+        check(config, [parse_item(text) for text in config.model_path_address], {}, [])
     assert message in caught.value.message
 
 
@@ -348,7 +365,7 @@ def test_the_launcher_passes_on_every_limit_of_every_service() -> None:
 
 def test_a_variable_that_holds_no_key_is_refused_and_an_empty_one_is_as_good_as_none() -> None:
     with pytest.raises(StartupError, match="FASTSERVE_API_KEYS"):
-        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], [])
+        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], {}, [])
     assert parse(environ={"FASTSERVE_API_KEYS": ""}).api_keys is None
 
 
