@@ -18,13 +18,12 @@ from pathlib import Path
 from fastserve.config import LauncherConfig
 from fastserve.control import dispatch
 from fastserve.errors import StartupError
-from fastserve.launching import handover
 from fastserve.launching.checks import check
 from fastserve.launching.console import Console
-from fastserve.launching.handover import Stopped, StopSignals
+from fastserve.launching.handover import Stopped, StopSignals, Supervisor, follow
 from fastserve.launching.log_files import locked, prepare_folder, rotate
 from fastserve.launching.order import Order
-from fastserve.launching.plan import SECRETS, Item, Plan, log_path, parse_item, plan, summary, worker_config
+from fastserve.launching.plan import SECRETS, Item, log_path, parse_item, plan, summary, worker_config
 from fastserve.launching.processes import absolute, find_services
 from fastserve.observability.private_files import reason
 from fastserve.options import parse_config
@@ -45,43 +44,44 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
             flag = "--" + name.replace("_", "-")
             console.say(f"{flag} has no effect: each item of --model-path-address names its model, host and port.")
     with StopSignals() as signals:
-        # Launches side by side must not choose the same logs.
+        # Launches side by side must not choose the same logs: until its supervisor runs, this one cannot be seen.
         with locked(log_dir):
-            services, own_log = _prepare(config, items, environ, log_dir, package)
-        console.say(f"Starting the services; their logs are in {config.log_dir}")
-        order = Order(
-            run_id=uuid.uuid4().hex[:12],
-            log_dir=str(log_dir),
-            server_port=config.server_port,
-            services=services,
-            num_registered=sum(not worker_config(config, item).no_register for item in items),
-            controller_headers={},
-            client_certificate=(environ["SSL_CERTFILE"], environ["SSL_KEYFILE"]) if config.ssl else None,
-            wait_timeout_s=config.wait_timeout_s,
-            restart=config.restart,
-            log_max_bytes=config.log_max_bytes,
-            log_keep=config.log_keep,
-        )
-        own_environ = {name: value for name, value in environ.items() if name not in SECRETS}
-        handover.launch(order, own_environ, own_log, console, signals)
-    console.say(summary(config, items, services))
+            order, own_log = _prepare(config, items, environ, log_dir, package)
+            console.say(f"Starting the services; their logs are in {config.log_dir}")
+            own_environ = {name: value for name, value in environ.items() if name not in SECRETS}
+            supervisor = Supervisor(order, own_environ, own_log)
+        follow(supervisor, console, signals)
+    console.say(summary(config, items, order.services))
 
 
 def _prepare(
     config: LauncherConfig, items: Sequence[Item], environ: Mapping[str, str], log_dir: Path, package: str
-) -> tuple[Plan, Path]:
-    """The plan, and the supervisor's log. Refuses what cannot work, and makes room for the new logs."""
+) -> tuple[Order, Path]:
+    """The order, and the supervisor's log. Refuses what cannot work, and makes room for the new logs."""
     running = find_services()
-    check(config, items, environ, running)
-    in_use = {service.mark.log for service in running}
-    services = plan(config, items, environ, package=package, log_dir=log_dir, logs_in_use=in_use)
-    own_log = log_path(log_dir, "launcher.log", config.server_port, in_use)
+    check(config, items, environ, running, log_dir)
+    is_second = any(service.mark.log_dir == str(log_dir) for service in running)
+    services = plan(config, items, environ, package=package, log_dir=log_dir, is_second=is_second)
+    own_log = log_path(log_dir, "launcher.log", config.server_port, is_second=is_second)
     for log in (own_log, *(spec.log for spec in services.services)):
         try:
             rotate(Path(log), config.log_keep)
         except OSError as error:
             raise StartupError(f"The log {log} cannot be written: {reason(error)}.") from error
-    return services, Path(own_log)
+    order = Order(
+        run_id=uuid.uuid4().hex[:12],
+        log_dir=str(log_dir),
+        server_port=config.server_port,
+        services=services,
+        num_registered=sum(not worker_config(config, item).no_register for item in items),
+        controller_headers={},
+        client_certificate=(environ["SSL_CERTFILE"], environ["SSL_KEYFILE"]) if config.ssl else None,
+        wait_timeout_s=config.wait_timeout_s,
+        restart=config.restart,
+        log_max_bytes=config.log_max_bytes,
+        log_keep=config.log_keep,
+    )
+    return order, Path(own_log)
 
 
 def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> None:

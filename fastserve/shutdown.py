@@ -9,6 +9,7 @@ drain; what still runs after that is killed with all that it started.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastserve.launching.run_file import RunFile, run_files_in
 from fastserve.observability.private_files import reason
 from fastserve.options import parse_config
 
+AS_THAT_USER = "run the shutdown as the user who started the launch"
 ORDER = ("openai_api_server", "model_worker", "controller")
 
 
@@ -32,18 +34,19 @@ def shut_down(config: ShutdownConfig, console: Console) -> None:
     kinds = (SUPERVISOR, *ORDER) if wanted == "all" else (wanted,)
     # Two shutdowns side by side: a second SIGTERM would cut short the drain that the first has begun.
     with locked(log_dir):
+        files = _run_files(log_dir)
         if wanted != "all":
-            _keep_from_restarting(_find(config, log_dir), wanted, console)
+            _keep_from_restarting(_find(config, log_dir, files), wanted, console)
         ended = 0
-        failures = []
+        failures = [] if files is not None else [StartupError(f"{log_dir} is closed to this user: {AS_THAT_USER}.")]
         for kind in kinds:
-            services = [service for service in _find(config, log_dir) if service.mark.kind == kind]
+            services = [service for service in _find(config, log_dir, files) if service.mark.kind == kind]
             try:
                 _end(services, config.drain_timeout_s, console)
             except StartupError as error:
                 failures.append(error)
             ended += kind != SUPERVISOR and len(services)
-        _remove_run_files(config, log_dir, console)
+        failures += _remove_run_files(config, files or [], console)
     if failures:
         raise failures[0]
     if not ended:
@@ -52,9 +55,17 @@ def shut_down(config: ShutdownConfig, console: Console) -> None:
         _say_where_others_are(log_dir, console)
 
 
-def _find(config: ShutdownConfig, log_dir: Path) -> list[RunningService]:
+def _run_files(log_dir: Path) -> list[RunFile] | None:
+    """The run files in the folder; None where this user may not look into it."""
+    try:
+        return run_files_in(log_dir)
+    except PermissionError:
+        return None
+
+
+def _find(config: ShutdownConfig, log_dir: Path, files: Sequence[RunFile] | None) -> list[RunningService]:
     """The services of the launches that log to the folder, or whose run file stands in it."""
-    listed = {file.run_id for file in run_files_in(log_dir)}
+    listed = {file.run_id for file in files or ()}
     return [
         service
         for service in find_services()
@@ -87,16 +98,25 @@ def _keep_from_restarting(services: Sequence[RunningService], kind: str, console
             end_services([supervisor], grace_s=5.0)
 
 
-def _remove_run_files(config: ShutdownConfig, log_dir: Path, console: Console) -> None:
-    """Remove the files of launches of which nothing runs any more."""
+def _remove_run_files(config: ShutdownConfig, files: Sequence[RunFile], console: Console) -> list[StartupError]:
+    """Remove the files of launches of which nothing runs any more. Returns failures: launches of other users."""
     running = {service.mark.run_id for service in find_services()}
-    for file in run_files_in(log_dir):
+    failures = []
+    for file in files:
         if file.run_id in running or config.server_port not in (None, file.server_port):
             continue
         try:
-            file.remove()
+            owner = file.path.lstat().st_uid
+            if os.name == "posix" and os.geteuid() not in (0, owner):
+                # What it lists may run: this user cannot see the marks of another one's processes.
+                failures.append(StartupError(f"{file.path} belongs to another user (id {owner}): {AS_THAT_USER}."))
+            else:
+                file.remove()
+        except FileNotFoundError:
+            continue
         except OSError as error:
             console.say(f"{file.path} cannot be removed: {reason(error)}.")
+    return failures
 
 
 def _say_where_others_are(log_dir: Path, console: Console) -> None:
@@ -112,11 +132,18 @@ def _say_where_others_are(log_dir: Path, console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if os.name == "posix":
+        # Half a shutdown is worse than one that nobody watches.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    errors = Console(sys.stderr)
     try:
         shut_down(parse_config(ShutdownConfig, argv, "fastserve.shutdown", os.environ), Console(sys.stdout))
     except StartupError as error:
-        Console(sys.stderr).say(error.message)
+        errors.say(error.message)
         sys.exit(1)
+    except KeyboardInterrupt:
+        errors.say("Interrupted: some services may still run. Run the shutdown again to end them.")
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check(
-    config: LauncherConfig, items: Sequence[Item], environ: Mapping[str, str], running: Sequence[RunningService]
+    config: LauncherConfig,
+    items: Sequence[Item],
+    environ: Mapping[str, str],
+    running: Sequence[RunningService],
+    log_dir: Path,
 ) -> None:
     """Raises StartupError with the first thing that cannot work. `running`: the services of earlier launches."""
     for variable in ("SSL_KEYFILE", "SSL_CERTFILE") if config.ssl else ():
@@ -43,7 +47,7 @@ def check(
         ("--server-port", config.server_host, config.server_port),
         *((f"--model-path-address {item.label}", item.host, item.port) for item in items),
     ]
-    _check_ports(claims, running)
+    _check_ports(claims, running, log_dir)
 
 
 def check_model(model: str) -> None:
@@ -58,7 +62,7 @@ def check_model(model: str) -> None:
         )
 
 
-def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[RunningService]) -> None:
+def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[RunningService], log_dir: Path) -> None:
     wanted: dict[int, str] = {}
     for flag, _, port in claims:
         if not 0 < port < 65536:
@@ -69,7 +73,9 @@ def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[Runni
     ours = {service.mark.port: service for service in running if service.leader is not None}
     for flag, host, port in claims:
         problem = port_problem(host, port)
-        if problem and port in ours:
+        # One that has just been started has not bound its port yet. Those of other folders may be in a container, which
+        # has ports of its own.
+        if port in ours and (problem or ours[port].mark.log_dir == str(log_dir)):
             mark = ours[port].mark
             raise StartupError(
                 f"Port {port} ({flag}) is in use by the {mark.name} of an earlier launch (process {ours[port].pid}): "

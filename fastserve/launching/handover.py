@@ -63,15 +63,16 @@ class StopSignals:
         self.count += 1
 
 
-def launch(order: Order, environ: Mapping[str, str], log: Path, console: Console, signals: StopSignals) -> None:
-    """Start everything and return when all of it serves. `log`: the supervisor's, `environ`: its environment.
+def follow(supervisor: Supervisor, console: Console, signals: StopSignals) -> None:
+    """Return when all services serve.
 
     Raises StartupError when that fails and Stopped after a signal; whatever was started is gone by then.
     """
+    order = supervisor.order
     is_ready = False
     try:
-        with _Supervisor(order, environ, log) as supervisor:
-            failure = _follow(supervisor, console, signals)
+        with supervisor:
+            failure = _relay(supervisor, console, signals)
             is_ready = failure is None
         if failure is not None:
             raise failure
@@ -89,7 +90,7 @@ def _remove(run_file: RunFile) -> None:
         return  # a file that nothing depends on, where nothing can be written any more
 
 
-def _follow(supervisor: _Supervisor, console: Console, signals: StopSignals) -> Exception | None:
+def _relay(supervisor: Supervisor, console: Console, signals: StopSignals) -> Exception | None:
     """Pass on reports until the launch has succeeded (None) or ended (the reason)."""
     deadline: float | None = None
     while True:
@@ -118,11 +119,12 @@ def _follow(supervisor: _Supervisor, console: Console, signals: StopSignals) -> 
             return None
 
 
-class _Supervisor:
+class Supervisor:
     """The supervisor's process, until the launch has succeeded or failed."""
 
     def __init__(self, order: Order, environ: Mapping[str, str], log: Path) -> None:
-        """Start it. Raises StartupError."""
+        """Start it with its environment; it logs to `log`. Raises StartupError."""
+        self.order = order
         self.log = log
         self.reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         """What it reports; None when it has ended."""

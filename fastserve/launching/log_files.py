@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 TAIL_BYTES = 65536
 MAX_MODEL_PART_BYTES = 120
 """Of a log's name: names of files end at 255 bytes, and `worker_`, host, port and `.log.1` belong to it too."""
+MAX_LOCK_WAIT_S = 60.0
 _OURS = re.compile(r"\.gitkeep|.*\.log(\.\d+)?|fastserve-\d+-[0-9a-f]+\.(pid|stop)\.(json|tmp)", re.DOTALL)
 _COPY_BYTES = 1 << 20
 
@@ -78,8 +80,8 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone. Where it cannot be locked (it is gone, or the system has no locks), the
-    block runs without."""
+    """Hold the folder for this process alone. Where it cannot be locked (it is gone, the system has no locks, or another
+    process holds it for a minute), the block runs without."""
     try:
         import fcntl
 
@@ -88,8 +90,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        deadline = time.monotonic() + MAX_LOCK_WAIT_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks
         yield
     finally:
         os.close(descriptor)

@@ -173,14 +173,13 @@ def plan(
     *,
     package: str = "fastserve",
     log_dir: Path | None = None,
-    logs_in_use: Collection[str] = (),
+    is_second: bool = False,
     cluster_environ: Mapping[str, str] | None = None,
 ) -> Plan:
     """What to start, with what arguments and environment. Pure.
 
     API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
-    `cluster_environ` goes to all services. A log that another launch writes to (`logs_in_use`, absolute) gets the port
-    into its name instead.
+    `cluster_environ` goes to all services. With `is_second`, another launch logs to the folder: see `log_path`.
     """
     environ = {**environ, "PYTHONUNBUFFERED": "1", **(cluster_environ or {})}
     for secret in SECRETS:
@@ -190,7 +189,7 @@ def plan(
     def service(
         module: str, name: str, log_name: str, host: str, port: int, argv: Sequence[str], **env: str
     ) -> ChildSpec:
-        log = log_path(log_dir, log_name, port, logs_in_use)
+        log = log_path(log_dir, log_name, port, is_second=is_second)
         command = (sys.executable, "-m", f"{package}.{module}", *argv)
         return ChildSpec(module, name, command, {**environ, **env}, log, reachable(host), port, scheme_of(config))
 
@@ -231,10 +230,11 @@ def plan(
     )
 
 
-def log_path(log_dir: Path, name: str, port: int, logs_in_use: Collection[str]) -> str:
-    """Where a service logs to; beside a log that another launch writes to, with the port in its name."""
+def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
+    """Where a service logs to. `is_second`: another launch logs to the folder, so the port is part of the name."""
     log = log_dir / name
-    return str(log.with_name(f"{log.stem}_{port}.log") if str(log) in logs_in_use else log)
+    has_port = log.stem.endswith(f"_{port}")
+    return str(log.with_name(f"{log.stem}_{port}.log") if is_second and not has_port else log)
 
 
 # ---- what the person is shown -----------------------------------------------------------------------------------

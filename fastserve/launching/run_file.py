@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastserve.observability.private_files import replace_file
+from fastserve.observability.private_files import draft_of, replace_file
 
 _NAME = re.compile(r"fastserve-([0-9]{1,5})-([0-9a-f]{12})\.pid\.json")
 MAX_STOP_BYTES = 4096
@@ -47,8 +47,9 @@ class RunFile:
 
     def remove(self) -> None:
         """Raises OSError when a file cannot be removed."""
-        self.path.unlink(missing_ok=True)
-        self.stop_path.unlink(missing_ok=True)
+        for path in (self.path, self.stop_path):
+            path.unlink(missing_ok=True)
+            draft_of(path).unlink(missing_ok=True)
 
     def write_stopped(self, kinds: Sequence[str]) -> None:
         """Add to the kinds of services that are not to be started again. Raises OSError."""
@@ -76,9 +77,11 @@ class ListedService:
 
 
 def run_files_in(log_dir: Path) -> list[RunFile]:
-    """The launches whose run files stand in the folder."""
+    """The launches whose run files stand in the folder. Raises PermissionError when this user may not look into it."""
     try:
         names = sorted(os.listdir(log_dir))
+    except PermissionError:
+        raise
     except OSError:
         return []
     matches = [match for name in names if (match := _NAME.fullmatch(name))]

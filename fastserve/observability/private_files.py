@@ -47,7 +47,7 @@ def _problem(found: os.stat_result) -> str | None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write `text` to `path` in one step, so that no reader sees half of it. Raises OSError."""
-    draft = path.with_suffix(".tmp")
+    draft = draft_of(path)
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, FILE_MODE)
     try:
@@ -57,6 +57,11 @@ def replace_file(path: Path, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def draft_of(path: Path) -> Path:
+    """Where `replace_file` writes before it replaces `path`."""
+    return path.with_suffix(".tmp")
 
 
 def reason(error: OSError) -> str:

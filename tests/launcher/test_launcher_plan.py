@@ -247,11 +247,12 @@ def test_item_is_read_from_the_right(item: str, model: str, log: str) -> None:
     assert Path(spec.log) == Path("logs") / log
 
 
-def test_log_in_use_by_another_launch_is_left_alone() -> None:
+def test_a_second_launch_in_a_folder_has_logs_of_its_own() -> None:
     config = parse("--server-port", "9999")
-    services = plan(config, [parse_item("m@h@1")], {}, logs_in_use={"logs/openai_api_server.log"})
+    services = plan(config, [parse_item("m@h@1")], {}, is_second=True)
     assert services.server.log == "logs/openai_api_server_9999.log"
-    assert services.controller.log == "logs/controller.log"
+    assert services.controller.log == "logs/controller_21001.log"
+    assert services.workers[0].log == "logs/worker_m_h_1.log"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
 def test_refused_before_anything_starts(words: list[str], message: str) -> None:
     config = parse(*words)
     with pytest.raises(StartupError) as caught:
-        check(config, [parse_item(text) for text in config.model_path_address], {}, [])
+        check(config, [parse_item(text) for text in config.model_path_address], {}, [], Path("/nowhere"))
     assert message in caught.value.message
 
 
@@ -365,7 +366,7 @@ def test_the_launcher_passes_on_every_limit_of_every_service() -> None:
 
 def test_a_variable_that_holds_no_key_is_refused_and_an_empty_one_is_as_good_as_none() -> None:
     with pytest.raises(StartupError, match="FASTSERVE_API_KEYS"):
-        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], {}, [])
+        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], {}, [], Path("/nowhere"))
     assert parse(environ={"FASTSERVE_API_KEYS": ""}).api_keys is None
 
 

@@ -40,7 +40,6 @@ def test_the_log_of_a_crash_survives_the_next_starts(place: Place) -> None:
 
 
 def test_logs_and_run_files_are_for_their_owner_alone(place: Place) -> None:
-    os.umask(0o022)
     place.logs.mkdir(mode=0o755)
     (place.logs / "controller.log").write_text("of an older version\n")
     result = place.launch("--model-path-address", place.item(place.model()))

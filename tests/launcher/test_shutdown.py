@@ -7,12 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from fastserve.config import ShutdownConfig
+from fastserve.errors import StartupError
+from fastserve.launching.console import Console
 from fastserve.launching.run_file import ListedService, RunFile
+from fastserve.shutdown import shut_down
 
 from .launching import Place, is_alive, wait_until
 
@@ -172,6 +177,39 @@ def test_another_folder_says_where_it_looked_and_what_runs_elsewhere(place: Plac
     again = subprocess.run([*command, *line.split()], cwd=elsewhere, timeout=30, check=False)
     assert again.returncode == 0
     assert place.strays() == []
+
+
+def test_launches_at_the_same_time_have_logs_of_their_own(place: Place) -> None:
+    model = place.model()
+    places = [Place(place.folder) for _ in range(3)]
+    launches = [here.start("--model-path-address", here.item(model)) for here in places]
+    errors = [process.communicate(timeout=60)[1] for process in launches]
+    assert errors == ["", "", ""]
+    logs = [service["log"] for run in place.runs() for service in run["services"]]
+    assert len(logs) == len(set(logs)) == 12
+    assert place.shutdown().stdout.count("has ended") == 9
+    assert place.strays() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
+@pytest.mark.parametrize("folder_mode", [0o700, 0o755])
+def test_another_users_launch_is_named_and_left_alone(place: Place, folder_mode: int) -> None:
+    launched(place)
+    place.logs.chmod(folder_mode)
+    for folder in [place.folder, *place.folder.parents[:-2]]:
+        folder.chmod(0o755)
+    with pytest.raises(StartupError, match="run the shutdown as the user who started the launch"):
+        as_nobody(lambda: shut_down(ShutdownConfig(log_dir=str(place.logs)), Console(None)))
+    assert len(place.services()) == 3
+    assert all(is_alive(pid) for pid in place.services().values())
+
+
+def as_nobody(action: Callable[[], None]) -> None:
+    os.seteuid(65534)
+    try:
+        action()
+    finally:
+        os.seteuid(0)
 
 
 def test_shutdowns_side_by_side_leave_nothing_and_cut_no_drain(place: Place) -> None:
