@@ -80,8 +80,8 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone. Where it cannot be locked (it is gone, the system has no locks, or another
-    process holds it for a minute), the block runs without."""
+    """Hold the folder for this process alone. Where it cannot be locked (it is gone, the system has no locks, or
+    another process holds it for a minute), the block runs without."""
     try:
         import fcntl
 
