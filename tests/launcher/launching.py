@@ -50,9 +50,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def dump(port: int) -> dict[str, Any]:
+def dump(port: int, host: str = "127.0.0.1") -> dict[str, Any]:
     """What a stand-in was started with: `argv` and `env`."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request("GET", "/dump")
         told: dict[str, Any] = json.loads(connection.getresponse().read())

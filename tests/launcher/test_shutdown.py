@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -223,3 +224,21 @@ def test_shutdowns_side_by_side_leave_nothing_and_cut_no_drain(place: Place) -> 
     log = (place.logs / "openai_api_server.log").read_text()
     assert log.count("SIGTERM") == 1, "the second shutdown must not cut the drain short"
     assert "drained" in log
+
+
+def test_a_closed_terminal_does_not_stop_a_shutdown_and_ctrl_c_leaves_the_rest_to_be_found(place: Place) -> None:
+    pids = launched(place, STANDIN_MOOD="openai_api_server=drain")
+    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+               "from fastserve.shutdown import main; main([])"]  # fmt: skip
+    for number, code in ((signal.SIGINT, 130), (signal.SIGHUP, 0)):
+        process = subprocess.Popen(command, cwd=place.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Ending")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert "Traceback" not in errors
+        if number == signal.SIGINT:
+            assert "Run the shutdown again" in errors
+            assert is_alive(pids["controller"])
+    assert place.strays() == []

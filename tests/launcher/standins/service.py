@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -92,6 +93,7 @@ def run(kind: str, config_class: type[ServerConfig]) -> None:
         threading.Thread(target=chat, daemon=True).start()
     if mood == "late":
         threading.Timer(0.5, os._exit, (7,)).start()
+    ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     server = ThreadingHTTPServer((config.host, config.port), Handler)
     log("INFO", f"Uvicorn running on http://{config.host}:{config.port}")
     server.serve_forever()
