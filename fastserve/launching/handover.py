@@ -171,7 +171,9 @@ class Supervisor:
             return  # what could not be sent to a supervisor that is gone
 
     def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            self.reports.put(read_report(line.decode()))
-        self.reports.put(None)
-        self._process.wait()
+        try:
+            for line in stream:
+                self.reports.put(read_report(line))
+        finally:
+            self.reports.put(None)
+            self._process.wait()

@@ -60,5 +60,5 @@ class Report:
         return json.dumps(asdict(self))
 
 
-def read_report(text: str) -> Report:
+def read_report(text: str | bytes) -> Report:
     return Report(**json.loads(text))

@@ -143,7 +143,7 @@ def kill_at(place: Place, delay_s: float, *, both: bool) -> str:
 @pytest.mark.parametrize("both", [False, True])
 def test_a_killed_launcher_leaves_nothing_that_shutdown_does_not_find(place: Place, both: bool) -> None:
     place.model()
-    number_of_kills = int(os.environ.get("FASTSERVE_KILLS", "3"))
+    number_of_kills = int(os.environ.get("FASTSERVE_KILLS", "2"))
     rng = random.Random(7)
     for round_number in range(number_of_kills):
         state = kill_at(place, 0.1 + (round_number + rng.random()) * 1.5 / number_of_kills, both=both)

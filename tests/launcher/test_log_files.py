@@ -68,24 +68,36 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(name: str) -> None:
         prepare_folder(Path(name), f"--log-dir {name[:20]}")
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder", "hard link"])
-@pytest.mark.parametrize("log", ["controller.log", "launcher.log"])
-def test_nothing_but_a_file_of_our_own_is_written_to(place: Place, log: str, kind: str) -> None:
-    place.logs.mkdir()
-    path, victim = place.logs / log, place.folder / "victim"
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "device", "folder", "hard link"])
+def test_nothing_but_a_file_of_our_own_is_written_to(tmp_path: Path, kind: str) -> None:
+    log, victim = tmp_path / "controller.log", tmp_path / "victim"
     if kind != "dangling link":
         victim.write_text("precious")
-    if "link" in kind:
-        path.hardlink_to(victim) if kind == "hard link" else path.symlink_to(victim)
+    if kind == "hard link":
+        log.hardlink_to(victim)
+    elif kind in ("link", "dangling link", "device"):
+        log.symlink_to("/dev/null" if kind == "device" else victim)
     elif kind == "pipe":
-        os.mkfifo(path)
+        os.mkfifo(log)
     else:
-        path.mkdir()
-    result = place.launch("--model-path-address", place.item(place.model()))
-    assert result.returncode == 1
-    assert re.fullmatch(rf"The log {place.logs}/{log} cannot be written: [^\n]+\.\n", result.stderr)
+        log.mkdir()
+    for refused in (open_for_append, lambda path: rotate(path, 5)):
+        with pytest.raises(OSError, match=r"link|such device|directory"):
+            refused(log)
     assert victim.exists() is (kind != "dangling link")
     assert not victim.exists() or victim.read_text() == "precious"
+    assert not (tmp_path / "controller.log.1").exists()
+
+
+def test_a_launch_whose_log_is_a_link_is_a_sentence(place: Place) -> None:
+    place.logs.mkdir()
+    (place.logs / "launcher.log").symlink_to(place.folder / "victim")
+    result = place.launch("--model-path-address", place.item(place.model()))
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"The log {place.logs}/launcher.log cannot be written: it is a link, and links are not followed: remove it.\n"
+    )
+    assert not (place.folder / "victim").exists()
     assert place.strays() == []
 
 

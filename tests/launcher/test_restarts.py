@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 
 from fastserve.launching.restarts import MAX_PAUSE_S, STABLE_S, Pauses
 
@@ -63,20 +62,24 @@ def test_a_service_that_cannot_start_is_tried_again_with_a_growing_pause(place: 
     wait_until(lambda: "serves again" in log_of(place), "a service that serves again", 20.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_service_that_was_ended_on_purpose_stays_away(place: Place, number: signal.Signals) -> None:
+def test_services_ended_on_purpose_stay_away_and_the_supervisor_ends_with_the_last(place: Place) -> None:
     pids = launched(place)
-    os.kill(pids["model_worker"], number)
+    supervisor = place.supervisor()
+    os.kill(pids["model_worker"], signal.SIGTERM)
     wait_until(lambda: "it was ended on purpose, and is not started again" in log_of(place), "its end")
     assert set(place.services()) == {"controller", "openai_api_server"}
+    os.kill(pids["openai_api_server"], signal.SIGINT)
+    os.kill(pids["controller"], signal.SIGTERM)
+    wait_until(lambda: not is_alive(supervisor), "the supervisor's end")
+    assert not list(place.logs.glob("*.json"))
+    assert place.strays() == []
 
 
 def test_shutdown_of_one_kind_is_not_undone_even_where_it_had_to_kill(place: Place) -> None:
     pids = launched(place, STANDIN_MOOD="openai_api_server=stubborn")
     result = place.shutdown("--serve", "openai_api_server", "--drain-timeout-s", "0.2")
     assert "openai_api_server was killed after 0.2 s" in result.stdout
-    wait_until(lambda: "openai_api_server" not in place.services(), "the run file without it")
-    assert "is not started again" in log_of(place)
+    wait_until(lambda: "is not started again" in log_of(place), "its end")
     os.kill(pids["controller"], signal.SIGKILL)
     wait_until(lambda: "controller serves again" in log_of(place), "other kinds are started again")
     assert "openai_api_server" not in place.services()
@@ -102,16 +105,6 @@ def test_services_need_no_supervisor_and_it_is_small(place: Place) -> None:
     wait_until(lambda: not is_alive(supervisor.pid), "its end")
     assert all(is_alive(pid) for pid in pids.values())
     assert place.shutdown().stdout.count("has ended") == 3
-    assert place.strays() == []
-
-
-def test_a_supervisor_ends_with_its_last_service(place: Place) -> None:
-    pids = launched(place)
-    supervisor = place.supervisor()
-    for kind in ("openai_api_server", "model_worker", "controller"):
-        os.kill(pids[kind], signal.SIGTERM)
-    wait_until(lambda: not is_alive(supervisor), "its end")
-    assert not list(place.logs.glob("*.json"))
     assert place.strays() == []
 
 
