@@ -17,6 +17,7 @@ from fastserve.launching.plan import ChildSpec
 from fastserve.launching.probe import Probe
 from fastserve.launching.processes import RunningService, end_services, find_services
 from fastserve.launching.run_file import RunFile
+from fastserve.observability.logging import Throttle
 from fastserve.observability.private_files import reason
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ MIN_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
 STABLE_S = 300.0
 """A service that served so long gets the shortest pause again."""
+WARNING_INTERVAL_S = 60.0
 ORDERLY = (0, -signal.SIGTERM, -signal.SIGINT)
 """How a service ends that somebody has ended on purpose."""
 
@@ -72,6 +74,7 @@ class Restarts:
         self._probe = probe
         self._on_change = on_change
         self._clock = clock
+        self._rotation_warnings = Throttle(WARNING_INTERVAL_S, clock)
         self._watched = [Watched(child, clock()) for child in children]
 
     @property
@@ -90,12 +93,13 @@ class Restarts:
         """Rotate each service's log, and `extra`, that has grown too large."""
         for log in (*(Path(watched.spec.log) for watched in self._watched), extra):
             try:
-                if log.stat().st_size > self._order.log_max_bytes:
+                if log.lstat().st_size > self._order.log_max_bytes:
                     rotate_in_use(log, self._order.log_keep)
             except FileNotFoundError:
                 continue
             except OSError as error:
-                logger.warning("%s cannot be rotated: %s", log, reason(error))
+                if self._rotation_warnings.passes():
+                    logger.warning("%s cannot be rotated: %s", log, reason(error))
 
     def _look(self, watched: Watched, child: Child) -> None:
         exit_code = child.process.poll()
