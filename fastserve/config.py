@@ -300,7 +300,7 @@ SERVICE_OPTIONS = tuple(
     if {item.name} <= {other.name for other in fields(ApiServerConfig)} & {other.name for other in fields(WorkerConfig)}
     and item.name not in ("host", "port")
 )
-"""What all services have: the launcher takes it for all of them."""
+"""Options that all services have: the launcher takes them for all."""
 
 
 @dataclass(frozen=True)

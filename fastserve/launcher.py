@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> No
 
 
 def _open_standard_streams() -> None:
-    """Where this process was started with some of them closed, no file of ours may take their numbers."""
+    """Open those that this process was started without, so that no file of ours takes their numbers."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -142,7 +142,7 @@ def build_parser(
 
 
 def _metavar(name: str, kind: Any) -> str:
-    """What stands for an option's value in the help text: its unit where the name has one."""
+    """Placeholder of an option's value in the help text: its unit where the name has one."""
     last = name.rsplit("_", 1)[-1]
     return {"s": "SECONDS", "bytes": "BYTES"}.get(last) or {int: "N", float: "NUMBER"}.get(kind) or last.upper()
 

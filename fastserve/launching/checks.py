@@ -1,4 +1,4 @@
-"""What is refused before anything starts: the sentences that a person can act on."""
+"""Checks before anything starts. What cannot work is refused with a sentence that a person can act on."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Child:
 
 
 def _message(line: str) -> str:
-    """What a line of a log says, without time, level and logger."""
+    """Message of a line of a log, without time, level and logger."""
     return line.rsplit(" | ", 1)[-1].strip()
 
 

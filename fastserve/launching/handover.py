@@ -127,7 +127,7 @@ class Supervisor:
         self.order = order
         self.log = log
         self.reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
-        """What it reports; None when it has ended."""
+        """Its reports, then None when it has ended."""
         mark = Mark(order.run_id, order.log_dir, order.server_port, SUPERVISOR, SUPERVISOR, 0, str(log))
         try:
             descriptor = open_for_append(log)

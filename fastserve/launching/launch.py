@@ -19,7 +19,7 @@ from fastserve.observability.private_files import reason
 
 REGISTRATION_TIMEOUT_S = 30.0
 LAUNCH_GRACE_S = 3.0
-"""What the services of a failed launch get between SIGTERM and SIGKILL: they have no requests to finish."""
+"""Time between SIGTERM and SIGKILL for services of a failed launch: they have no requests to finish."""
 
 
 class Launch:

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 TAIL_BYTES = 65536
 MAX_MODEL_PART_BYTES = 120
-"""Of a log's name: names of files end at 255 bytes, and `worker_`, host, port and `.log.1` belong to it too."""
+"""Longest part of a log's name that comes from model and host: file names end at 255 bytes, and `worker_`, port and
+`.log.1` belong to them too."""
 MAX_LOCK_WAIT_S = 60.0
 _OURS = re.compile(r"\.gitkeep|.*\.log(\.\d+)?|fastserve-\d+-[0-9a-f]+\.(pid|stop)\.(json|tmp)", re.DOTALL)
 _COPY_BYTES = 1 << 20

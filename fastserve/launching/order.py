@@ -1,4 +1,4 @@
-"""What a launcher and its supervisor say to each other: one order, then reports, each a line of JSON in a pipe.
+"""Messages between a launcher and its supervisor: one order, then reports, each a line of JSON in a pipe.
 
 The order holds environments with keys: it is never written to a file or a command line.
 """
@@ -24,7 +24,7 @@ class Order:
     num_registered: int
     """How many workers must have registered with the controller."""
     controller_headers: Mapping[str, str] = field(repr=False)
-    """What requests to the controller must carry."""
+    """Headers of requests to the controller."""
     client_certificate: tuple[str, str] | None
     """Files of a certificate and its key, for services that ask their callers for one."""
     wait_timeout_s: float
@@ -50,7 +50,7 @@ def _spec(content: dict[str, Any]) -> ChildSpec:
 
 @dataclass(frozen=True)
 class Report:
-    """What the supervisor reports to the launcher. `ready` and `failed` are last words."""
+    """A message of the supervisor to the launcher. `ready` and `failed` are last words."""
 
     kind: str
     """`line` and `progress` (for the console), `ready`, or `failed`."""

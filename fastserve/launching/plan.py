@@ -1,4 +1,4 @@
-"""What a launch consists of, decided before anything starts: items of --model-path-address and the services' commands.
+"""The plan of a launch, made before anything starts: items of --model-path-address and the services' commands.
 
 An item may end in options of its own worker, named like the worker's flags and given as in a URL:
 `MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. In their values %26 stands for &, %40 for @, and so
@@ -39,9 +39,9 @@ WORKER_OPTIONS = tuple(
     for item in dataclasses.fields(WorkerConfig)
     if item.name not in {"host", "port", "ssl", "model_path", "controller_address", "api_keys", "api_keys_file"}
 )
-"""What an item may set for its own worker."""
+"""Options that an item may set for its own worker."""
 NOT_SHARED = {"host", "port", "api_keys"}
-"""What the launcher and a service have by the same name, but not in common."""
+"""Options of launcher and services that have the same name, but different meanings."""
 
 
 # ---- items ------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class ChildSpec:
     log: str
     """Absolute path."""
     host: str
-    """Where the service answers, as seen from this machine."""
+    """Host under which the service answers on this machine."""
     port: int
 
     scheme: str = "http"
@@ -176,7 +176,7 @@ def plan(
     is_second: bool = False,
     cluster_environ: Mapping[str, str] | None = None,
 ) -> Plan:
-    """What to start, with what arguments and environment. Pure.
+    """Decide what to start, with which arguments and environment. Pure.
 
     API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
     `cluster_environ` goes to all services. With `is_second`, another launch logs to the folder: see `log_path`.
@@ -231,7 +231,7 @@ def plan(
 
 
 def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
-    """Where a service logs to. `is_second`: another launch logs to the folder, so the port is part of the name."""
+    """Path of a service's log. `is_second`: another launch logs to the folder, so the port is part of the name."""
     log = log_dir / name
     has_port = log.stem.endswith(f"_{port}")
     return str(log.with_name(f"{log.stem}_{port}.log") if is_second and not has_port else log)

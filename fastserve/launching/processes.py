@@ -23,7 +23,7 @@ SERVICE_MARK = "FASTSERVE_SERVICE"
 SUPERVISOR = "supervisor"
 POLL_S = 0.05
 ORPHAN_GRACE_S = 2.0
-"""What the processes that a service started get after the service itself has ended."""
+"""Time for the processes that a service started to end after the service itself."""
 START_S = 0.02
 """A generous time for the system to put a program and its environment into a new process."""
 MAX_KILL_ROUNDS = 5
@@ -32,7 +32,7 @@ MAX_KILL_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Mark:
-    """What a process carries in its environment: the launch and the service that it belongs to."""
+    """The launch and the service that a process belongs to, as its environment says."""
 
     run_id: str
     log_dir: str

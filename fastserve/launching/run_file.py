@@ -21,7 +21,7 @@ MAX_STOP_BYTES = 4096
 
 @dataclass(frozen=True)
 class RunFile:
-    """Where the files of one launch stand."""
+    """Paths of the files of one launch."""
 
     log_dir: Path
     server_port: int

@@ -60,7 +60,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """Where `replace_file` writes before it replaces `path`."""
+    """Path that `replace_file` writes to before it replaces `path`."""
     return path.with_suffix(".tmp")
 
 
