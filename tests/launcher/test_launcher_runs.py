@@ -1,5 +1,6 @@
 """The launcher as a command, with stand-in services: what it starts, what it refuses, how it takes back a launch."""
 
+import http.client
 import os
 import signal
 import socket
@@ -124,6 +125,16 @@ def test_worker_that_does_not_register(place: Place) -> None:
     assert "not all of the 1 workers have registered with the controller" in result.stderr
     assert place.strays() == []
     assert place.launch(*words, "--no-register", STANDIN_MOOD="controller=lonely").returncode == 0
+
+
+def test_running_is_said_when_a_request_can_be_answered(place: Place) -> None:
+    words = ("--model-path-address", place.item(place.model()))
+    result = place.launch(*words, STANDIN_MOOD="openai_api_server=unready")
+    assert result.returncode == 0, result.stderr
+    connection = http.client.HTTPConnection("127.0.0.1", place.server_port, timeout=5)
+    connection.request("GET", "/ready")
+    assert connection.getresponse().status == 200
+    connection.close()
 
 
 def test_stubborn_services_and_a_workers_engine_are_killed_too(place: Place) -> None:

@@ -2,7 +2,7 @@
 KIND=MOOD, makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine` (starts a
 process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a controller
 that no worker reaches), `drain` (takes half a second to end after SIGTERM), `chatty`
-(logs without end)."""
+(logs without end), `unready` (answers `/ready` with 503 for the first two seconds)."""
 
 import contextlib
 import json
@@ -34,11 +34,12 @@ def mood_of(kind: str, config: ServerConfig) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     workers = 9
+    ready_at_s = 0.0
 
     def do_GET(self) -> None:
         told = {"argv": sys.argv[1:], "env": dict(os.environ)} if self.path == "/dump" else {"workers": self.workers}
         body = json.dumps(told).encode()
-        self.send_response(200)
+        self.send_response(503 if self.path == "/ready" and time.monotonic() < self.ready_at_s else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -85,6 +86,8 @@ def run(kind: str, config_class: type[ServerConfig]) -> None:
         assert engine.stdout is not None
         engine.stdout.readline()
         log("INFO", f"engine {engine.pid}")
+    if mood == "unready":
+        Handler.ready_at_s = time.monotonic() + 2.0
     if mood == "lonely":
         Handler.workers = 0
     if mood == "drain":
