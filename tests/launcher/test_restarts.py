@@ -99,7 +99,8 @@ def test_no_restart(place: Place) -> None:
 def test_services_need_no_supervisor_and_it_is_small(place: Place) -> None:
     pids = launched(place)
     supervisor = psutil.Process(place.supervisor())
-    assert supervisor.memory_info().rss < 30e6
+    if not any(name.startswith("COVERAGE_") for name in os.environ):  # which would be measured too
+        assert supervisor.memory_info().rss < 30e6
     assert not any("-c" in word for word in supervisor.cmdline())
     supervisor.kill()
     wait_until(lambda: not is_alive(supervisor.pid), "its end")
