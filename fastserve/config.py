@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
-from fastserve.options import comma_list, json_list, limit, option, same_option
+from fastserve.options import comma_list, json_list, limit, option, pass_on, same_option
 
 CONTROLLER_PORT = 21001
 WORKER_PORT = 21002
@@ -16,6 +18,8 @@ HEARTBEAT_INTERVAL_S = 1.0
 class ServerConfig:
     """What every HTTP process of fastserve needs."""
 
+    title: ClassVar[str] = "listening and logs"
+
     host: str = option("localhost", "address to listen on")
     port: int = option(API_SERVER_PORT, "port to listen on")
     ssl: bool = option(False, "serve TLS with the key and certificate named by SSL_KEYFILE and SSL_CERTFILE")
@@ -26,6 +30,8 @@ class ServerConfig:
 @dataclass(frozen=True)
 class ControllerConfig(ServerConfig):
     """The controller: knows the workers and says which one takes the next request."""
+
+    title: ClassVar[str] = "controller"
 
     port: int = option(CONTROLLER_PORT, "port to listen on")
     dispatch_method: str = option("shortest_queue", "how a worker is chosen among those that serve the model")
@@ -47,6 +53,8 @@ class ControllerConfig(ServerConfig):
 @dataclass(frozen=True)
 class ApiServerConfig(ServerConfig):
     """The OpenAI-compatible API server."""
+
+    title: ClassVar[str] = "API server"
 
     controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
     allow_credentials: bool = option(False, "CORS: allow credentials")
@@ -83,6 +91,8 @@ class ApiServerConfig(ServerConfig):
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model to load and how (FastChat's shared model flags)."""
+
+    title: ClassVar[str] = "model"
 
     model_path: str = option("fastserve-demo", "local folder, Hugging Face repository id, or fastserve-demo")
     revision: str = option("main", "revision on the Hugging Face hub")
@@ -135,6 +145,8 @@ class ModelConfig:
 class EngineOptions:
     """Sizes of the engine."""
 
+    title: ClassVar[str] = "engine"
+
     max_model_len: int | None = option(
         None, "longest prompt and answer together, in tokens; from the model if unset", added=True
     )
@@ -166,6 +178,8 @@ class EngineOptions:
 @dataclass(frozen=True)
 class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     """The model worker: loads one model and generates."""
+
+    title: ClassVar[str] = "worker"
 
     port: int = option(WORKER_PORT, "port to listen on")
     worker_address: str | None = option(None, "address told to the controller; from host and port if unset")
@@ -237,15 +251,18 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
 class ClassicLauncherFlags:
     """The flags that the launcher has always had. Their abbreviations win over those of newer flags."""
 
+    title: ClassVar[str] = "launcher"
+
     model_path_address: tuple[str, ...] = option(
         ("fastserve-demo@localhost@20002",),
         "one item for each worker: MODEL@HOST@PORT, or MODEL@HOST@PORT?OPTION=VALUE&OPTION=VALUE with options of that "
         "worker alone, such as device, gpus, num-gpus, model-names, dtype (put it in quotes)",
         parse=str,
         nargs="+",
+        group="workers",
     )
-    controller_host: str = option("localhost", "address that the controller listens on")
-    controller_port: int = option(CONTROLLER_PORT, "port that the controller listens on")
+    controller_host: str = option("localhost", "address that the controller listens on", group="controller")
+    controller_port: int = option(CONTROLLER_PORT, "port that the controller listens on", group="controller")
     dispatch_method: str = same_option(ControllerConfig, "dispatch_method")
     worker_host: str = option("localhost", "has no effect: each item of --model-path-address names its host")
     worker_port: int = option(WORKER_PORT, "has no effect: each item of --model-path-address names its port")
@@ -271,15 +288,34 @@ class ClassicLauncherFlags:
     limit_worker_concurrency: int | None = same_option(WorkerConfig, "limit_worker_concurrency")
     stream_interval: int = same_option(WorkerConfig, "stream_interval")
     no_register: bool = same_option(WorkerConfig, "no_register")
-    server_host: str = option("localhost", "address that the API server listens on")
-    server_port: int = option(8888, "port that the API server listens on")
+    server_host: str = option("localhost", "address that the API server listens on", group="API server")
+    server_port: int = option(8888, "port that the API server listens on", group="API server")
     allow_credentials: bool = same_option(ApiServerConfig, "allow_credentials")
     api_keys: tuple[str, ...] | None = same_option(ApiServerConfig, "api_keys")
 
 
+SERVICE_OPTIONS = tuple(
+    item.name
+    for item in fields(ControllerConfig)
+    if {item.name} <= {other.name for other in fields(ApiServerConfig)} & {other.name for other in fields(WorkerConfig)}
+    and item.name not in ("host", "port")
+)
+"""Options that all services have: the launcher takes them for all."""
+
+
 @dataclass(frozen=True)
+@pass_on(ControllerConfig, ApiServerConfig, WorkerConfig, names=SERVICE_OPTIONS)
 class LauncherConfig(EngineOptions, ClassicLauncherFlags):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
+
+    title: ClassVar[str] = "launcher"
+    renamed_groups: ClassVar[Mapping[str, str]] = {
+        "model": "workers",
+        "engine": "workers",
+        "worker": "workers",
+        "listening and logs": "every service",
+        "limits": "limits of every service",
+    }
 
     dtype: str | None = same_option(WorkerConfig, "dtype", added=True)
     load_4bit: bool = same_option(WorkerConfig, "load_4bit", added=True)
@@ -292,11 +328,19 @@ class LauncherConfig(EngineOptions, ClassicLauncherFlags):
     trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code", added=True)
     engine: str = same_option(WorkerConfig, "engine", added=True)
     api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file", added=True)
-    log_level: str = same_option(ServerConfig, "log_level", added=True)
-    log_dir: str = option(
-        "logs", "folder of the services' logs and of the file that the shutdown command reads", added=True
-    )
+    ssl: bool = same_option(ServerConfig, "ssl", added=True)
+    log_dir: str = option("logs", "folder of the services' logs; the shutdown command is given the same", added=True)
     wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve", added=True)
+    restart: bool = option(
+        True,
+        "start a service again that died, after a pause of 1 s that doubles up to 60 s; one that was ended on purpose "
+        "(SIGTERM, Ctrl-C, exit code 0) stays away",
+        added=True,
+    )
+    log_max_bytes: int = limit(
+        20_000_000, "size of a log; a larger one becomes LOG.1, that one LOG.2, ...", minimum=10_000, group="launcher"
+    )
+    log_keep: int = limit(5, "old logs that are kept of each service: LOG.1 is the newest", group="launcher")
 
 
 SERVICE_KINDS = ("controller", "model_worker", "openai_api_server")
@@ -305,6 +349,8 @@ SERVICE_KINDS = ("controller", "model_worker", "openai_api_server")
 @dataclass(frozen=True)
 class ShutdownConfig:
     """Ends what launchers started: running requests may end first, then what still runs is killed."""
+
+    title: ClassVar[str] = "shutdown"
 
     serve: str = option("all", "which services to end", choices=("all", *SERVICE_KINDS))
     down: str | None = option(None, "the same as --serve", choices=("all", *SERVICE_KINDS))

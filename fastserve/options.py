@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import sys
 import types
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from fastserve.errors import StartupError
 
 ConfigT = TypeVar("ConfigT")
+LIMITS = "limits"
 
 
 def comma_list(text: str) -> tuple[str, ...]:
@@ -45,26 +47,28 @@ def option(
     env: str | None = None,
     added: bool = False,
     minimum: float | None = None,
+    group: str | None = None,
 ) -> Any:
     """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default.
 
     `added`: the program that ours takes the place of has no such flag. Its users' abbreviations still mean its flags.
     `minimum`: the least value; one below it (or NaN) ends the start with a sentence.
+    `group`: the heading in the help text under which it stands; if unset the `title` of the class that declares it.
     """
     metadata = {
         "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env, "added": added,
-        "minimum": minimum, "is_limit": False,
+        "minimum": minimum, "is_limit": False, "group": group,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
-def limit(default: Any, help: str, *, minimum: float = 1) -> Any:
+def limit(default: Any, help: str, *, minimum: float = 1, group: str = LIMITS) -> Any:
     """A bound on what comes from outside: a size, number, depth or time. Its name ends in its unit (`_bytes`, `_s`).
 
     It is an `option` that the environment variable `FASTSERVE_<NAME>` sets too, so that services started by the
     launcher inherit it. docs/limits.md lists every one.
     """
-    made = option(default, help, added=True, minimum=minimum)
+    made = option(default, help, added=True, minimum=minimum, group=group)
     return field(default=default, metadata={**made.metadata, "is_limit": True})
 
 
@@ -85,14 +89,38 @@ def flag_of(option_field: dataclasses.Field[Any]) -> str:
     return option_field.metadata["flag"] or "--" + option_field.name.replace("_", "-")
 
 
+def group_of(config_class: type[Any], name: str) -> str:
+    """Heading in the help text for the option `name`: its own, else that of the first class to declare it."""
+    item = next(item for item in dataclasses.fields(config_class) if item.name == name)
+    title = item.metadata["group"] or next(
+        cls.__dict__.get("title", "options") for cls in reversed(config_class.__mro__) if name in _annotations(cls)
+    )
+    renamed: typing.Mapping[str, str] = getattr(config_class, "renamed_groups", {})
+    return renamed.get(title, title)
+
+
+def _annotations(cls: type[Any]) -> typing.Mapping[str, Any]:
+    return inspect.get_annotations(cls)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Gives defaults, but where the help text says itself what comes of an unset option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def build_parser(
     config_class: type[Any], prog: str, choices: typing.Mapping[str, Sequence[str]] | None = None
 ) -> argparse.ArgumentParser:
     """`choices` gives, by field name, those that only the caller knows: what can be plugged in."""
     description = (config_class.__doc__ or "").strip().split("\n")[0]
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=prog, usage="%(prog)s [OPTION ...]", description=description, formatter_class=_HelpFormatter
     )
+    groups: dict[str, Any] = {}
     hints = typing.get_type_hints(config_class)
     for item in dataclasses.fields(config_class):
         if "help" not in item.metadata:
@@ -100,13 +128,23 @@ def build_parser(
         kind = _plain_type(hints[item.name])
         arguments: dict[str, Any] = {"dest": item.name, "default": item.default, "help": item.metadata["help"]}
         if kind is bool:
-            arguments["action"] = "store_true"
+            arguments["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
         else:
             arguments["type"] = item.metadata["parse"] or kind
             arguments["choices"] = (choices or {}).get(item.name, item.metadata["choices"])
             arguments["nargs"] = item.metadata["nargs"]
-        parser.add_argument(flag_of(item), **arguments)
+            arguments["metavar"] = None if arguments["choices"] else _metavar(item.name, kind)
+        title = group_of(config_class, item.name)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag_of(item), **arguments)
     return parser
+
+
+def _metavar(name: str, kind: Any) -> str:
+    """Placeholder of an option's value in the help text: its unit where the name has one."""
+    last = name.rsplit("_", 1)[-1]
+    return {"s": "SECONDS", "bytes": "BYTES"}.get(last) or {int: "N", float: "NUMBER"}.get(kind) or last.upper()
 
 
 def parse_config(
@@ -175,7 +213,7 @@ def to_argv(config: Any) -> list[str]:
         if "help" not in item.metadata or value == item.default:
             continue
         if isinstance(value, bool):
-            argv.append(flag_of(item))
+            argv.append(flag_of(item) if value else "--no-" + flag_of(item).removeprefix("--"))
         elif item.metadata["parse"] is json_list:
             argv += [flag_of(item), json.dumps(list(value))]
         elif isinstance(value, tuple) and item.metadata["nargs"]:
@@ -197,8 +235,34 @@ def _plain_type(hint: Any) -> Any:
 def same_option(config_class: type[Any], name: str, **changes: Any) -> Any:
     """The option `name` of another process's settings, spelled there; `changes`: default, help, added."""
     original = next(item for item in dataclasses.fields(config_class) if item.name == name)
-    metadata = {**original.metadata, **{key: value for key, value in changes.items() if key != "default"}}
+    metadata = {
+        **original.metadata,
+        "group": group_of(config_class, name),
+        **{key: value for key, value in changes.items() if key != "default"},
+    }
     return field(default=changes.get("default", original.default), metadata=metadata)
+
+
+def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[type[ConfigT]], type[ConfigT]]:
+    """Decorator of a dataclass to be: adds each limit, and the options `names`, of other processes' settings, for a
+    program that passes them on. Unset, a limit stays what each process has as its default."""
+
+    def add(cls: type[ConfigT]) -> type[ConfigT]:
+        present = {name for base in cls.__mro__ for name in _annotations(base)}
+        for config_class in config_classes:
+            hints = typing.get_type_hints(config_class)
+            for item in dataclasses.fields(config_class):
+                is_limit = item.metadata.get("is_limit", False)
+                if item.name in present or not (is_limit or item.name in names):
+                    continue
+                present.add(item.name)
+                # No limit of this program: the environment reaches the processes without its help.
+                changes = {"default": None, "is_limit": False} if is_limit else {}
+                cls.__annotations__[item.name] = hints[item.name]
+                setattr(cls, item.name, same_option(config_class, item.name, added=True, **changes))
+        return cls
+
+    return add
 
 
 def parse_option(config_class: type[Any], name: str, text: str) -> Any:

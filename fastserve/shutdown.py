@@ -1,67 +1,149 @@
 """Ends what launchers started, and only that: `python -m fastserve.shutdown --serve all|controller|...`.
 
-The API server goes first and the controller last, so that running requests can end and workers can say goodbye. Each
-service gets SIGTERM, then time to drain; what still runs after that is killed with all that it started.
+A launch belongs to the folder that it logs to; its processes are found by the marks that they carry, whatever has
+become of the folder. The supervisor goes first, so that nothing is started again; then the API server, and the
+controller last, so that running requests can end and workers can say goodbye. Each service gets SIGTERM, then time to
+drain; what still runs after that is killed with all that it started.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
-from fastserve import supervisor
 from fastserve.config import ShutdownConfig
 from fastserve.errors import StartupError
+from fastserve.launching.console import Console
+from fastserve.launching.log_files import locked
+from fastserve.launching.processes import SUPERVISOR, RunningService, absolute, end_services, find_services
+from fastserve.launching.run_file import RunFile, run_files_in
+from fastserve.observability.private_files import reason
 from fastserve.options import parse_config
-from fastserve.supervisor import Run
 
+AS_THAT_USER = "run the shutdown as the user who started the launch"
 ORDER = ("openai_api_server", "model_worker", "controller")
 
 
-def shut_down(config: ShutdownConfig) -> None:
-    """Raises StartupError when a run file cannot be read or a service may not be ended by this user."""
-    log_dir = Path(config.log_dir)
+def shut_down(config: ShutdownConfig, console: Console) -> None:
+    """Raises StartupError when a service may not be ended by this user; all others have been ended then."""
+    log_dir = absolute(config.log_dir, "--log-dir")
     wanted = config.down or config.serve
-    runs = {run.run_id: run for run in supervisor.read_runs(log_dir)}
-    chosen = [run_id for run_id, run in runs.items() if config.server_port in (None, run.server_port)]
-    ended = 0
-    for kind in ORDER:
-        if wanted not in ("all", kind):
-            continue
-        for run_id in chosen:
-            runs[run_id], count = _end_kind(log_dir, runs[run_id], kind, config.drain_timeout_s)
-            ended += count
+    kinds = (SUPERVISOR, *ORDER) if wanted == "all" else (wanted,)
+    # Two shutdowns side by side: a second SIGTERM would cut short the drain that the first has begun.
+    with locked(log_dir):
+        files = _run_files(log_dir)
+        if wanted != "all":
+            _keep_from_restarting(_find(config, log_dir, files), wanted, console)
+        ended = 0
+        failures = [] if files is not None else [StartupError(f"{log_dir} is closed to this user: {AS_THAT_USER}.")]
+        for kind in kinds:
+            services = [service for service in _find(config, log_dir, files) if service.mark.kind == kind]
+            try:
+                _end(services, config.drain_timeout_s, console)
+            except StartupError as error:
+                failures.append(error)
+            ended += kind != SUPERVISOR and len(services)
+        failures += _remove_run_files(config, files or [], console)
+    if failures:
+        raise failures[0]
     if not ended:
-        print(f"Nothing to shut down: no {'service' if wanted == 'all' else wanted} of a launch in {log_dir} runs.")
+        noun = "service" if wanted == "all" else wanted
+        console.say(f"Nothing to shut down: no {noun} of a launch in {config.log_dir} runs.")
+        _say_where_others_are(log_dir, console)
 
 
-def _end_kind(log_dir: Path, run: Run, kind: str, drain_timeout_s: float) -> tuple[Run, int]:
-    """End one kind of service of one launch. Returns what is left of the run, and how many were ended."""
-    of_kind = [service for service in run.services if service.kind == kind]
-    running = [service for service in of_kind if supervisor.members(run, service)]
-    for service in running:
-        print(f"Ending {service.name} (process {service.pid}, port {service.port})", flush=True)
+def _run_files(log_dir: Path) -> list[RunFile] | None:
+    """The run files in the folder; None where this user may not look into it."""
     try:
-        killed = supervisor.end_services(run, running, drain_timeout_s)
-    except psutil.AccessDenied as error:
-        raise StartupError(f"Process {error.pid} belongs to another user: run the shutdown as that user.") from error
-    for service in running:
-        print(f"{service.name} {f'was killed after {drain_timeout_s:g} s' if service in killed else 'has ended'}")
-    left = Run(run.run_id, run.server_port, tuple(service for service in run.services if service.kind != kind))
-    supervisor.write_run(log_dir, left)
-    return left, len(running)
+        return run_files_in(log_dir)
+    except PermissionError:
+        return None
+
+
+def _find(config: ShutdownConfig, log_dir: Path, files: Sequence[RunFile] | None) -> list[RunningService]:
+    """The services of the launches that log to the folder, or whose run file stands in it."""
+    listed = {file.run_id for file in files or ()}
+    return [
+        service
+        for service in find_services()
+        if (service.mark.log_dir == str(log_dir) or service.mark.run_id in listed)
+        and config.server_port in (None, service.mark.server_port)
+    ]
+
+
+def _end(services: Sequence[RunningService], drain_timeout_s: float, console: Console) -> None:
+    loud = [service for service in services if service.mark.kind != SUPERVISOR]
+    for service in loud:
+        console.say(f"Ending {service.mark.name} (process {service.pid}, port {service.mark.port})")
+    killed = {service.mark for service in end_services(services, drain_timeout_s)}
+    for service in loud:
+        late = service.mark in killed
+        console.say(f"{service.mark.name} {f'was killed after {drain_timeout_s:g} s' if late else 'has ended'}")
+
+
+def _keep_from_restarting(services: Sequence[RunningService], kind: str, console: Console) -> None:
+    """Let the supervisors know that services of this kind are ended on purpose; those that cannot know are ended."""
+    for supervisor in [service for service in services if service.mark.kind == SUPERVISOR]:
+        mark = supervisor.mark
+        try:
+            RunFile(Path(mark.log_dir), mark.server_port, mark.run_id).write_stopped([kind])
+        except OSError as error:
+            console.say(
+                f"{mark.log_dir} cannot be written ({reason(error)}), so the supervisor is ended too: services of this "
+                "launch that die are not started again."
+            )
+            end_services([supervisor], grace_s=5.0)
+
+
+def _remove_run_files(config: ShutdownConfig, files: Sequence[RunFile], console: Console) -> list[StartupError]:
+    """Remove the files of launches of which nothing runs any more. Returns failures: launches of other users."""
+    running = {service.mark.run_id for service in find_services()}
+    failures = []
+    for file in files:
+        if file.run_id in running or config.server_port not in (None, file.server_port):
+            continue
+        try:
+            owner = file.path.lstat().st_uid
+            if os.name == "posix" and os.geteuid() not in (0, owner):
+                # What it lists may run: this user cannot see the marks of another one's processes.
+                failures.append(StartupError(f"{file.path} belongs to another user (id {owner}): {AS_THAT_USER}."))
+            else:
+                file.remove()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            console.say(f"{file.path} cannot be removed: {reason(error)}.")
+    return failures
+
+
+def _say_where_others_are(log_dir: Path, console: Console) -> None:
+    elsewhere = {
+        (service.mark.log_dir, service.mark.server_port)
+        for service in find_services()
+        if service.mark.log_dir != str(log_dir)
+    }
+    if elsewhere:
+        console.say(f"Looked for launches that log to {log_dir}. Others run:")
+    for folder, server_port in sorted(elsewhere):
+        console.say(f"  --log-dir {folder} --server-port {server_port}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if os.name == "posix":
+        # Half a shutdown is worse than one that nobody watches.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    errors = Console(sys.stderr)
     try:
-        shut_down(parse_config(ShutdownConfig, argv, "fastserve.shutdown", os.environ))
+        shut_down(parse_config(ShutdownConfig, argv, "fastserve.shutdown", os.environ), Console(sys.stdout))
     except StartupError as error:
-        print(error.message, file=sys.stderr, flush=True)
+        errors.say(error.message)
         sys.exit(1)
+    except KeyboardInterrupt:
+        errors.say("Interrupted: some services may still run. Run the shutdown again to end them.")
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
-from fastserve.config import ApiServerConfig, WorkerConfig
+from fastserve.config import ApiServerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.options import limit, limits_of, parse_config, to_argv
 
@@ -26,6 +30,37 @@ def test_help_shows_no_secret_from_the_environment(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "--api-keys" in shown
     assert "hush" not in shown
+
+
+@pytest.mark.parametrize(
+    ("module", "groups"),
+    [
+        ("launcher", ["workers", "controller", "launcher", "API server", "every service"]),
+        ("controller", ["listening and logs", "controller"]),
+        ("model_worker", ["listening and logs", "model", "engine", "worker"]),
+        ("openai_api_server", ["listening and logs", "API server"]),
+        ("shutdown", ["shutdown"]),
+    ],
+)
+def test_help_is_grouped_and_fits_a_terminal(module: str, groups: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", f"fastserve.{module}", "--help"],
+        env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    shown = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")][1:]
+    assert [title for title in shown if title in groups] == groups
+    assert "options" not in shown, "a settings class without a title"
+    assert max(map(len, lines)) <= 80 or "{" in max(lines, key=len), "only a list of choices may be longer"
+    assert "None)" not in result.stdout
+    assert not re.search(r"\| (torch|transformers)$", result.stderr, re.MULTILINE)
+
+
+def test_an_option_that_is_on_by_default_can_be_switched_off() -> None:
+    assert parse_config(LauncherConfig, [], "x", {}).restart is True
+    config = parse_config(LauncherConfig, ["--no-restart"], "x", {})
+    assert config.restart is False
+    assert to_argv(config) == ["--no-restart"]
 
 
 def test_a_bad_variable_is_named() -> None:

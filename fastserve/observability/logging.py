@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import re
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from logging.handlers import TimedRotatingFileHandler
 from pathlib import Path
 
 from fastserve.errors import StartupError
+from fastserve.observability.lines import escape_controls
+from fastserve.observability.private_files import FOLDER_MODE, open_for_append, reason
 
 FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
+MAX_LOG_DAYS = 14
+"""How long files in LOGDIR are kept."""
+
+
+class OneLineFormatter(logging.Formatter):
+    """Each record is one line, whatever names and values from outside its message holds; a traceback follows on lines
+    of its own, indented so that none of them can pass for a record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escape_controls(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: object) -> str:
+        text = super().formatException(ei)  # type: ignore[arg-type]
+        return "\n".join("    " + escape_controls(line) for line in text.split("\n"))
+
+
+class PrivateDailyFile(TimedRotatingFileHandler):
+    """A log file for its owner alone, which becomes NAME.DATE each day; those older than `MAX_LOG_DAYS` are removed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, when="D", utc=True, encoding="utf-8", backupCount=MAX_LOG_DAYS)
+
+    def _open(self) -> io.TextIOWrapper:
+        return open(open_for_append(Path(self.baseFilename)), "a", encoding="utf-8", errors="backslashreplace")
 
 
 def setup_logging(level: str, file_name: str | None = None, environ: Mapping[str, str] | None = None) -> None:
@@ -21,11 +53,14 @@ def setup_logging(level: str, file_name: str | None = None, environ: Mapping[str
     if folder and file_name:
         path = Path(folder) / f"{file_name}.log"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(TimedRotatingFileHandler(path, when="D", utc=True, encoding="utf-8"))
+            path.parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+            _remove_old(path.parent)
+            handlers.append(PrivateDailyFile(path))
         except OSError as error:
-            raise StartupError(f"LOGDIR={folder}: {path} cannot be written ({error.strerror}).") from error
-    logging.basicConfig(level=level.upper(), format=FORMAT, datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
+            raise StartupError(f"LOGDIR={folder}: {path} cannot be written ({reason(error)}).") from error
+    logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
+    for handler in handlers:
+        handler.setFormatter(OneLineFormatter(FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -34,6 +69,16 @@ def setup_logging(level: str, file_name: str | None = None, environ: Mapping[str
     logging.getLogger("fastserve.serving").setLevel(min(logging.INFO, logging.getLevelName(level.upper())))
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove workers' logs of earlier days: each start of a worker has a file name of its own."""
+    oldest_s = time.time() - MAX_LOG_DAYS * 86400
+    for name in os.listdir(folder):
+        if re.fullmatch(r"model_worker_[0-9a-f]{8}\.log(\.[\d_-]+)?", name):
+            with suppress(OSError):  # another worker has removed it, or it is another user's
+                if (folder / name).stat().st_mtime < oldest_s:
+                    (folder / name).unlink()
 
 
 class Throttle:

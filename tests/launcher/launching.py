@@ -3,6 +3,8 @@
 import http.client
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from typing import Any
 
 import psutil
 
-from fastserve import supervisor
+from fastserve.launching.processes import SUPERVISOR
+from fastserve.launching.run_file import run_files_in
 
 HERE = Path(__file__).parent
+PATHS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 LAUNCHER = "from fastserve.launcher import main; main(package='standins')"
 
 
@@ -46,9 +50,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def dump(port: int) -> dict[str, Any]:
+def dump(port: int, host: str = "127.0.0.1") -> dict[str, Any]:
     """What a stand-in was started with: `argv` and `env`."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request("GET", "/dump")
         told: dict[str, Any] = json.loads(connection.getresponse().read())
@@ -87,23 +91,44 @@ class Place:
     def item(self, model: Path | str, options: str = "", port: int | None = None) -> str:
         return f"{model}@127.0.0.1@{port or self.worker_port}{options}"
 
-    def start(self, *words: str, stdout: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
+    def command(self, *words: str) -> list[str]:
         """Flags given in `words` come after, and so win over, the ports of this place."""
         flags = [
             *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
             *("--server-host", "127.0.0.1", "--server-port", str(self.server_port)),
         ]
-        # The stand-ins come before this checkout, which may not be the installed one.
-        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return [sys.executable, "-c", LAUNCHER, *flags, *words]
+
+    def environ(self, **env: str) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *PATHS]), **env}
+
+    def start_in_shell(self, before: str, *words: str, after: str = "", **env: str) -> "subprocess.Popen[str]":
+        """The launcher as a shell starts it: `before` and `after` stand around its command."""
         return subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, *flags, *words],
+            ["sh", "-c", f"{before} {shlex.join(self.command(*words))} {after}"],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": path, **env},
+            env=self.environ(**env),
             stdin=subprocess.DEVNULL,
-            stdout=stdout,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def start(self, *words: str, stdout: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
+        # Whoever started the tests may ignore Ctrl-C (a shell's script does for what it starts in the background).
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                self.command(*words),
+                cwd=self.folder,
+                env=self.environ(**env),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def launch(self, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*words, stdout=subprocess.PIPE, **env)
@@ -116,8 +141,17 @@ class Place:
 
     def services(self) -> dict[str, int]:
         """Process ids by kind, as the run files list them."""
-        runs = supervisor.read_runs(self.logs)
-        return {service.kind: service.pid for run in runs for service in run.services}
+        return {kind: pid for run in self.runs() for kind, pid in run["pids"].items() if kind != SUPERVISOR}
+
+    def supervisor(self) -> int:
+        """Process id of the one supervisor."""
+        (run,) = self.runs()
+        return int(run["pids"][SUPERVISOR])
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The content of the run files, and process ids by kind."""
+        runs = [json.loads(file.path.read_text()) for file in run_files_in(self.logs)]
+        return [{**run, "pids": {service["kind"]: service["pid"] for service in run["services"]}} for run in runs]
 
     def strays(self) -> list[int]:
         """Processes that were started in this folder and still run."""

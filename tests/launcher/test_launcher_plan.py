@@ -1,16 +1,27 @@
 """What the launcher would start, as pure values: flags, items, environments, log names."""
 
 import dataclasses
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from fastserve.config import ApiServerConfig, ClassicLauncherFlags, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
-from fastserve.launcher import Plan, check, parse_item, plan, summary
-from fastserve.options import build_parser, expand_abbreviations, flag_of, parse_config
-from fastserve.supervisor import ChildSpec
+from fastserve.launching.checks import check, check_model
+from fastserve.launching.plan import ChildSpec, Plan, parse_item, plan, summary
+from fastserve.options import (
+    build_parser,
+    expand_abbreviations,
+    flag_of,
+    limit,
+    limits_of,
+    option,
+    parse_config,
+    pass_on,
+)
 
 
 def parse(*words: str, environ: dict[str, str] | None = None) -> LauncherConfig:
@@ -93,6 +104,15 @@ def test_default_launch_reaches_three_services_at_their_addresses() -> None:
         (["--controller-host", "h", "--controller-port", "1"], "worker", {"controller_address": "http://h:1"}),
         (["--model-path-address", "m@h@5"], "worker", {"host": "h", "port": 5, "worker_address": "http://h:5"}),
         (["--model-path-address", "m@::1@5"], "worker", {"host": "::1", "worker_address": "http://[::1]:5"}),
+        (["--model-path-address", "m@[::1]@5"], "worker", {"host": "::1", "worker_address": "http://[::1]:5"}),
+        (["--model-path-address", "m@::@5"], "worker", {"host": "::", "worker_address": None}),
+        (["--model-path-address", "a/[b]@[::]@5?seed=1"], "worker", {"model_path": "a/[b]", "host": "::", "seed": 1}),
+        (["--controller-host", "::"], "worker", {"controller_address": "http://[::1]:21001"}),
+        (["--controller-host", "::1"], "server", {"controller_address": "http://[::1]:21001"}),
+        (["--server-host", "::"], "server", {"host": "::"}),
+        (["--drain-timeout-s", "7"], "server", {"drain_timeout_s": 7.0}),
+        (["--drain-timeout-s", "7"], "controller", {"drain_timeout_s": 7.0}),
+        (["--drain-timeout-s", "7"], "worker", {"drain_timeout_s": 7.0}),
         (["--model-path-address", "m@0.0.0.0@5"], "worker", {"host": "0.0.0.0", "worker_address": None}),
         (["--model-path-address", "a/b@h@5"], "worker", {"model_path": "a/b"}),
         (["--worker-host", "y", "--worker-port", "9"], "worker", {"host": "localhost", "port": 20002}),
@@ -128,6 +148,22 @@ def test_flag_reaches_its_child(words: list[str], child: str, expected: dict[str
     }[child]
     config: Any = parse_config(config_class, arguments(spec), child, {})
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_tls_is_for_every_service_and_in_every_address() -> None:
+    services = planned("--ssl")
+    assert [spec.address.split(":")[0] for spec in services.services] == ["https"] * 3
+    assert all("--ssl" in spec.argv for spec in services.services)
+    assert worker(services.workers[0]).controller_address == "https://localhost:21001"
+    assert worker(services.workers[0]).worker_address == "https://localhost:20002"
+
+
+@pytest.mark.parametrize("words", [[], ["--no-register"]])
+def test_a_worker_gets_api_keys_only_where_it_serves_alone(words: list[str]) -> None:
+    services = planned("--api-keys", "sk-one", *words)
+    env = services.workers[0].env
+    assert env.get("FASTSERVE_API_KEYS") == ("sk-one" if words else None)
+    assert "sk-one" not in " ".join(services.workers[0].argv)
 
 
 def test_off_and_unset_flags_emit_nothing() -> None:
@@ -208,14 +244,15 @@ def test_option_values_are_written_as_in_a_url() -> None:
 def test_item_is_read_from_the_right(item: str, model: str, log: str) -> None:
     spec = planned("--model-path-address", item).workers[0]
     assert worker(spec).model_path == model
-    assert spec.log == Path("logs") / log
+    assert Path(spec.log) == Path("logs") / log
 
 
-def test_log_in_use_by_another_launch_is_left_alone() -> None:
+def test_a_second_launch_in_a_folder_has_logs_of_its_own() -> None:
     config = parse("--server-port", "9999")
-    services = plan(config, [parse_item("m@h@1")], {}, logs_in_use={Path("logs/openai_api_server.log")})
-    assert services.server.log == Path("logs/openai_api_server_9999.log")
-    assert services.controller.log == Path("logs/controller.log")
+    services = plan(config, [parse_item("m@h@1")], {}, is_second=True)
+    assert services.server.log == "logs/openai_api_server_9999.log"
+    assert services.controller.log == "logs/controller_21001.log"
+    assert services.workers[0].log == "logs/worker_m_h_1.log"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +264,11 @@ def test_log_in_use_by_another_launch_is_left_alone() -> None:
         ("model@localhost@0", "an item has the form"),
         ("model@localhost@70000", "an item has the form"),
         ("@localhost@1", "an item has the form"),
+        ("m@[::1@1", "an item has the form"),
+        ("m@::1]@1", "an item has the form"),
+        ("m@[]@1", "an item has the form"),
+        ("m@h@\u0661", "an item has the form"),
+        ("m@h@" + "1" * 5000, "an item has the form"),
         ("m@h@1?colour=red", "a worker has no option 'colour'"),
         ("m@h@1?port=5", "a worker has no option 'port'"),
         ("m@h@1?num-gpus=two", "num-gpus: 'two' is not a valid int."),
@@ -254,26 +296,77 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
          "Port 21001 is wanted twice: by --controller-port and by --model-path-address m@localhost@21001."),
         (["--model-path-address", "./missing/model@localhost@5001"], "The model './missing/model' is missing"),
         (["--model-path-address", "/missing/model@localhost@5001"], "The model '/missing/model' is missing"),
-        (["--model-path-address", "C:\\missing\\model@localhost@5001"], "is missing: there is no such folder"),
+        (["--model-path-address", "C:\\missing\\model@localhost@5001"], "is missing: there is no such file or folder"),
         (["--model-path-address", "a/b/c@localhost@5001"], "The model 'a/b/c' is missing"),
-        (["--model-path-address", f"{__file__}@localhost@5001"], "is a file: give the folder of the checkpoint."),
+        (["--ssl"], "--ssl needs the environment variable SSL_KEYFILE"),
+        (["--server-port", "0"], "--server-port 0: a port is a number from 1 to 65535."),
+        (["--controller-port", "70000"], "--controller-port 70000: a port is a number from 1 to 65535."),
         (["--api-keys-file", "/missing/keys"], "--api-keys-file /missing/keys: there is no such file."),
         (["--api-keys", ""], "--api-keys (or FASTSERVE_API_KEYS) holds no key"),
         (["--api-keys", " , "], "--api-keys (or FASTSERVE_API_KEYS) holds no key"),
         (["--controller-host", "no.such.host.invalid"], "the host name no.such.host.invalid cannot be resolved"),
+        (["--server-host", "a" * 300], "cannot be resolved"),
+        (["--server-host", "a..b"], "cannot be resolved"),
+        (["--server-host", "2001:db8::7"], "this machine has no address 2001:db8::7"),
         (["--server-host", "192.0.2.7"], "this machine has no address 192.0.2.7"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_starts(words: list[str], message: str) -> None:
     config = parse(*words)
     with pytest.raises(StartupError) as caught:
-        check(config, [parse_item(text) for text in config.model_path_address], [])
+        check(config, [parse_item(text) for text in config.model_path_address], {}, [], Path("/nowhere"))
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["file.gguf", "file", "folder", "name"])
+def test_whatever_the_path_holds_is_the_workers_business(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / kind
+    path.mkdir() if kind == "folder" else path.write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    check_model(kind if kind == "name" else str(path))
+    check_model("owner/a.model-name")
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Settings with bounds."""
+
+    title: ClassVar[str] = "service"
+    max_body_bytes: int = limit(100, "largest body", minimum=10)
+    mode: str = option("plain", "how it is done")
+    other: str = option("plain", "what is not passed on")
+
+
+@dataclass(frozen=True)
+@pass_on(Bounded, names=["mode"])
+class Passing:
+    """A program that passes options on."""
+
+    title: ClassVar[str] = "launcher"
+    own: int = option(1, "its own")
+
+
+def test_limits_and_named_options_of_a_service_are_passed_on() -> None:
+    config: Any = parse_config(Passing, ["--max-body-bytes=20", "--mode=x"], "x", {})
+    assert (config.max_body_bytes, config.mode, hasattr(config, "other")) == (20, "x", False)
+    unset: Any = parse_config(Passing, [], "x", {"FASTSERVE_MAX_BODY_BYTES": "30"})
+    assert (unset.max_body_bytes, unset.mode) == (None, "plain"), "services read their environment themselves"
+    assert limits_of(Passing) == []
+    with pytest.raises(SystemExit):
+        parse_config(Passing, ["--max-body-bytes=5"], "x", {})
+
+
+def test_the_launcher_passes_on_every_limit_of_every_service() -> None:
+    known = {item.name for item in dataclasses.fields(LauncherConfig)}
+    for config_class in (ControllerConfig, ApiServerConfig, WorkerConfig):
+        assert {item.name for item in limits_of(config_class)} <= known
 
 
 def test_a_variable_that_holds_no_key_is_refused_and_an_empty_one_is_as_good_as_none() -> None:
     with pytest.raises(StartupError, match="FASTSERVE_API_KEYS"):
-        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], [])
+        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], {}, [], Path("/nowhere"))
     assert parse(environ={"FASTSERVE_API_KEYS": ""}).api_keys is None
 
 
@@ -285,6 +378,7 @@ def test_a_variable_that_holds_no_key_is_refused_and_an_empty_one_is_as_good_as_
         ("--max", "--max-gpu-memory"),
         ("--lo", "--load-8bit"),
         ("--no", "--no-register"),
+        ("--no-r", "--no-register"),
         ("--api-key", "--api-keys"),
         ("--dev", "--device"),
         ("--st=1", "--stream-interval=1"),
@@ -317,13 +411,14 @@ def test_full_flags_and_values_are_left_alone() -> None:
         (["--api-keys", "secret"], "http://localhost:8888", "fastserve-demo", True),
         (["--no-register"], "http://localhost:20002", "fastserve-demo", False),
         (["--model-path-address", "C:\\m\\it's\\@localhost@5"], "http://localhost:8888", "it's", False),
+        (["--server-host", "::"], "http://[::1]:8888", "fastserve-demo", False),
     ],
 )
 def test_summary_shows_a_request_that_works(words: list[str], front: str, model: str, has_key: bool) -> None:
     config = parse(*words)
     items = [parse_item(text) for text in config.model_path_address]
     text = summary(config, items, plan(config, items, {}))
-    assert f"{front}/v1/chat/completions" in text
+    assert shlex.quote(f"{front}/v1/chat/completions") in text, "brackets are special in some shells"
     assert model.replace("'", "'\"'\"'") in text
     assert ("Bearer YOUR_API_KEY" in text) is has_key
     assert "secret" not in text

@@ -1,5 +1,6 @@
 """The launcher as a command, with stand-in services: what it starts, what it refuses, how it takes back a launch."""
 
+import http.client
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastserve.launcher import Console
+from fastserve.launching.console import Console
 
 from .launching import Place, dump, free_ports, is_alive, wait_until
 
@@ -36,12 +37,13 @@ def test_services_run_on_after_the_launcher_has_gone(place: Place) -> None:
     names = {path.name for path in place.logs.glob("*.log")}
     assert names == {
         "controller.log",
+        "launcher.log",
         "openai_api_server.log",
         f"worker_model_127_0_0_1_{place.worker_port}.log",
     }
 
 
-def test_missing_log_folder_is_made_and_old_logs_are_replaced(place: Place) -> None:
+def test_missing_log_folder_is_made_and_a_line_of_an_earlier_day_is_no_sign_of_life(place: Place) -> None:
     nested = place.folder / "deep" / "er"
     assert place.launch("--model-path-address", place.item(place.model()), "--log-dir", "deep/er").returncode == 0
     place.clear()
@@ -51,6 +53,7 @@ def test_missing_log_folder_is_made_and_old_logs_are_replaced(place: Place) -> N
     )
     assert result.returncode == 1
     assert "earlier day" not in (nested / "controller.log").read_text()
+    assert "earlier day" in (nested / "controller.log.1").read_text()
 
 
 def test_log_folder_that_cannot_be_made(place: Place) -> None:
@@ -64,7 +67,7 @@ def test_log_that_cannot_be_written(place: Place) -> None:
     (place.logs / "openai_api_server.log").mkdir(parents=True)
     result = place.launch("--model-path-address", place.item(place.model()))
     assert result.returncode == 1
-    assert result.stderr.startswith("openai_api_server cannot be started: ")
+    assert result.stderr == f"The log {place.logs}/openai_api_server.log cannot be written: Is a directory.\n"
     assert place.services() == {}
     assert place.strays() == []
 
@@ -79,7 +82,7 @@ def test_child_that_dies_ends_the_launch_with_its_cause(place: Place, kind: str)
     name = f"model_worker {place.folder / 'model'}@127.0.0.1@{place.worker_port}" if kind == "model_worker" else kind
     first, second, *lines = errors.splitlines()
     assert first == f"{name} ended with exit code 3: The checkpoint has no config.json."
-    assert second.startswith("The last lines of logs/")
+    assert second.startswith(f"The last lines of {place.logs}/")
     assert len(lines) == 20
     assert "step 29" in lines[-2]
     assert "Taking down what was started: controller" in output
@@ -124,6 +127,16 @@ def test_worker_that_does_not_register(place: Place) -> None:
     assert place.launch(*words, "--no-register", STANDIN_MOOD="controller=lonely").returncode == 0
 
 
+def test_running_is_said_when_a_request_can_be_answered(place: Place) -> None:
+    words = ("--model-path-address", place.item(place.model()))
+    result = place.launch(*words, STANDIN_MOOD="openai_api_server=unready")
+    assert result.returncode == 0, result.stderr
+    connection = http.client.HTTPConnection("127.0.0.1", place.server_port, timeout=5)
+    connection.request("GET", "/ready")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
 def test_stubborn_services_and_a_workers_engine_are_killed_too(place: Place) -> None:
     items = [place.item(place.model("a", "engine")), place.item(place.model("b", "die"), port=place.other_port)]
     result = place.launch("--model-path-address", *items, STANDIN_MOOD="controller=stubborn")
@@ -165,7 +178,8 @@ def test_refusals_are_one_sentence_and_exit_code_1(place: Place) -> None:
     cases = {
         ("--gpus", "0", "--num-gpus", "2"): "Larger --num-gpus (2) than --gpus 0!\n",
         ("--model-path-address", place.item("./none")): (
-            "The model './none' is missing: there is no such folder, and it is no Hugging Face id (owner/name).\n"
+            "The model './none' is missing: there is no such file or folder, and it is no "
+            "Hugging Face id (owner/name).\n"
         ),
         ("--model-path-address", "model@127.0.0.1"): (
             "--model-path-address 'model@127.0.0.1': an item has the form MODEL@HOST@PORT "
@@ -246,6 +260,29 @@ def test_keys_by_file(place: Place) -> None:
     result = place.launch("--model-path-address", place.item(place.model()), "--api-keys-file", "keys.txt")
     assert result.returncode == 0, result.stderr
     assert "--api-keys-file=keys.txt" in dump(place.server_port)["argv"]
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+def test_a_launch_on_ipv6_alone(place: Place) -> None:
+    item = f"{place.model()}@[::1]@{place.worker_port}"
+    result = place.launch("--controller-host", "::1", "--server-host", "::", "--model-path-address", item)
+    assert result.returncode == 0, result.stderr
+    assert f"API server  http://[::1]:{place.server_port}\n" in result.stdout
+    assert f"curl -N 'http://[::1]:{place.server_port}/v1/chat/completions'" in result.stdout
+    assert f"--controller-address=http://[::1]:{place.controller_port}" in dump(place.worker_port, "::1")["argv"]
+    assert "--host=::" in dump(place.server_port, "::1")["argv"]
+    again = place.launch("--controller-host", "::1", "--server-host", "::", "--model-path-address", item)
+    assert "is in use by the controller of an earlier launch" in again.stderr
+    assert place.shutdown().returncode == 0
 
 
 def test_flags_without_effect_are_told(place: Place) -> None:

@@ -1,11 +1,14 @@
 """What the three stand-ins share. The file `mood` in the model's folder, or the variable STANDIN_MOOD of the form
 KIND=MOOD, makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine` (starts a
 process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a controller
-that no worker reaches)."""
+that no worker reaches), `drain` (takes half a second to end after SIGTERM), `chatty`
+(logs without end), `unready` (answers `/ready` with 503 for the first two seconds)."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,11 +34,12 @@ def mood_of(kind: str, config: ServerConfig) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     workers = 9
+    ready_at_s = 0.0
 
     def do_GET(self) -> None:
         told = {"argv": sys.argv[1:], "env": dict(os.environ)} if self.path == "/dump" else {"workers": self.workers}
         body = json.dumps(told).encode()
-        self.send_response(200)
+        self.send_response(503 if self.path == "/ready" and time.monotonic() < self.ready_at_s else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -45,7 +49,21 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def log(level: str, message: str) -> None:
-    print(f"2026-01-01 00:00:00 | {level} | standin | {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # as logging does
+        print(f"2026-01-01 00:00:00 | {level} | standin | {message}", file=sys.stderr, flush=True)
+
+
+def drain(number: int, frame: object) -> None:
+    log("INFO", "SIGTERM")
+    time.sleep(0.5)
+    log("INFO", "drained")
+    sys.exit(0)
+
+
+def chat() -> None:
+    while True:
+        log("INFO", "chatting " * 100)
+        time.sleep(0.01)
 
 
 def run(kind: str, config_class: type[ServerConfig]) -> None:
@@ -68,10 +86,17 @@ def run(kind: str, config_class: type[ServerConfig]) -> None:
         assert engine.stdout is not None
         engine.stdout.readline()
         log("INFO", f"engine {engine.pid}")
+    if mood == "unready":
+        Handler.ready_at_s = time.monotonic() + 2.0
     if mood == "lonely":
         Handler.workers = 0
+    if mood == "drain":
+        signal.signal(signal.SIGTERM, drain)
+    if mood == "chatty":
+        threading.Thread(target=chat, daemon=True).start()
     if mood == "late":
         threading.Timer(0.5, os._exit, (7,)).start()
+    ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     server = ThreadingHTTPServer((config.host, config.port), Handler)
     log("INFO", f"Uvicorn running on http://{config.host}:{config.port}")
     server.serve_forever()

@@ -1,0 +1,1 @@
+"""Services as processes: planned, started, watched, started again, found and ended."""

@@ -1,0 +1,179 @@
+"""The launcher's side of a launch: hand the order to a supervisor, pass on what it reports, and see to it that nothing
+is left of a launch that fails."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, Self
+
+from fastserve.errors import StartupError
+from fastserve.launching.child import detached
+from fastserve.launching.console import Console
+from fastserve.launching.launch import LAUNCH_GRACE_S
+from fastserve.launching.order import Order, Report, read_report
+from fastserve.launching.processes import ORPHAN_GRACE_S, POLL_S, SUPERVISOR, Mark, end_run
+from fastserve.launching.run_file import RunFile
+from fastserve.observability.private_files import open_for_append, reason
+
+TAKE_BACK_TIMEOUT_S = LAUNCH_GRACE_S + 3 * ORPHAN_GRACE_S
+"""How long the supervisor may take to end what it started; then the launcher does it."""
+
+
+class Stopped(Exception):
+    """The person at the terminal, or the system, wants the launch to end."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP inside a block, unless this process was started with them ignored."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM) + ((signal.SIGHUP,) if os.name == "posix" else ())
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.count = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in self.NUMBERS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        self.count += 1
+
+
+def follow(supervisor: Supervisor, console: Console, signals: StopSignals) -> None:
+    """Return when all services serve.
+
+    Raises StartupError when that fails and Stopped after a signal; whatever was started is gone by then.
+    """
+    order = supervisor.order
+    is_ready = False
+    try:
+        with supervisor:
+            failure = _relay(supervisor, console, signals)
+            is_ready = failure is None
+        if failure is not None:
+            raise failure
+    finally:
+        if not is_ready:
+            # Whatever has become of the supervisor: nothing is left.
+            end_run(order.run_id, 0.0 if signals.count > 1 else LAUNCH_GRACE_S)
+            _remove(RunFile(Path(order.log_dir), order.server_port, order.run_id))
+
+
+def _remove(run_file: RunFile) -> None:
+    try:
+        run_file.remove()
+    except OSError:
+        return  # a file that nothing depends on, where nothing can be written any more
+
+
+def _relay(supervisor: Supervisor, console: Console, signals: StopSignals) -> Exception | None:
+    """Pass on reports until the launch has succeeded (None) or ended (the reason)."""
+    deadline: float | None = None
+    while True:
+        if signals.received is not None and deadline is None:
+            supervisor.take_back()
+            deadline = time.monotonic() + TAKE_BACK_TIMEOUT_S
+        if signals.count > 1 or (deadline is not None and time.monotonic() > deadline):
+            return Stopped(signals.received or signal.SIGTERM)
+        try:
+            report = supervisor.reports.get(timeout=POLL_S)
+        except queue.Empty:
+            continue
+        if report is None:
+            if signals.received is not None:
+                return Stopped(signals.received)
+            return StartupError(
+                f"The launch has ended early: its supervisor is gone. Its log {supervisor.log} says more."
+            )
+        if report.kind == "line":
+            console.say(report.text)
+        elif report.kind == "progress":
+            console.show_progress(report.text)
+        elif report.kind == "failed":
+            return StartupError(report.text) if signals.received is None else Stopped(signals.received)
+        elif signals.received is None:
+            return None
+
+
+class Supervisor:
+    """The supervisor's process, until the launch has succeeded or failed."""
+
+    def __init__(self, order: Order, environ: Mapping[str, str], log: Path) -> None:
+        """Start it with its environment; it logs to `log`. Raises StartupError."""
+        self.order = order
+        self.log = log
+        self.reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        """Its reports, then None when it has ended."""
+        mark = Mark(order.run_id, order.log_dir, order.server_port, SUPERVISOR, SUPERVISOR, 0, str(log))
+        try:
+            descriptor = open_for_append(log)
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "fastserve.supervisor", str(log)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=descriptor,
+                    env={**environ, **mark.environ()},
+                    **detached(),
+                )
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StartupError(f"The supervisor cannot be started: {error.filename or ''} {reason(error)}.") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin: IO[bytes] = self._process.stdin
+        self._reader = threading.Thread(target=self._read, args=[self._process.stdout], daemon=True)
+        self._reader.start()
+        try:
+            self._stdin.write((order.to_json() + "\n").encode())
+            self._stdin.flush()
+        except OSError:
+            return  # it has ended, which the reader reports
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.take_back()
+
+    def take_back(self) -> None:
+        """End the launch, unless it has succeeded: the supervisor takes the end of its input for that."""
+        try:
+            self._stdin.close()
+        except OSError:
+            return  # what could not be sent to a supervisor that is gone
+
+    def _read(self, stream: IO[bytes]) -> None:
+        try:
+            for line in stream:
+                self.reports.put(read_report(line))
+        finally:
+            self.reports.put(None)
+            self._process.wait()

@@ -1,0 +1,64 @@
+"""Messages between a launcher and its supervisor: one order, then reports, each a line of JSON in a pipe.
+
+The order holds environments with keys: it is never written to a file or a command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastserve.launching.plan import ChildSpec, Plan
+
+
+@dataclass(frozen=True)
+class Order:
+    """A launch as the launcher wants it."""
+
+    run_id: str
+    log_dir: str
+    server_port: int
+    services: Plan
+    num_registered: int
+    """How many workers must have registered with the controller."""
+    controller_headers: Mapping[str, str] = field(repr=False)
+    """Headers of requests to the controller."""
+    client_certificate: tuple[str, str] | None
+    """Files of a certificate and its key, for services that ask their callers for one."""
+    wait_timeout_s: float
+    restart: bool
+    log_max_bytes: int
+    log_keep: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def read_order(text: str | bytes) -> Order:
+    content = json.loads(text)
+    plan = content.pop("services")
+    services = Plan(_spec(plan["controller"]), tuple(map(_spec, plan["workers"])), _spec(plan["server"]))
+    certificate = content.pop("client_certificate")
+    return Order(services=services, client_certificate=certificate and tuple(certificate), **content)
+
+
+def _spec(content: dict[str, Any]) -> ChildSpec:
+    return ChildSpec(**{**content, "argv": tuple(content["argv"])})
+
+
+@dataclass(frozen=True)
+class Report:
+    """A message of the supervisor to the launcher. `ready` and `failed` are last words."""
+
+    kind: str
+    """`line` and `progress` (for the console), `ready`, or `failed`."""
+    text: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def read_report(text: str | bytes) -> Report:
+    return Report(**json.loads(text))

@@ -1,0 +1,270 @@
+"""The plan of a launch, made before anything starts: items of --model-path-address and the services' commands.
+
+An item may end in options of its own worker, named like the worker's flags and given as in a URL:
+`MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. In their values %26 stands for &, %40 for @, and so
+on. Host and port are read from the right, so the model's path may contain anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, WorkerConfig
+from fastserve.errors import StartupError
+from fastserve.launching.log_files import worker_log_name
+from fastserve.options import parse_option, to_argv
+
+ConfigT = TypeVar("ConfigT")
+
+ITEM_FORM = "MODEL@HOST@PORT or MODEL@HOST@PORT?OPTION=VALUE&OPTION=VALUE"
+_ITEM = re.compile(
+    r"(?P<model>.+)@(\[(?P<ipv6>[^]@?]+)\]|(?P<host>[^]@?[]+))@(?P<port>[0-9]+)(?:\?(?P<options>[^@]*))?", re.DOTALL
+)
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+SECRETS = ("FASTSERVE_API_KEYS",)
+"""Environment variables that one service alone gets."""
+
+WORKER_OPTIONS = tuple(
+    item.name
+    for item in dataclasses.fields(WorkerConfig)
+    if item.name not in {"host", "port", "ssl", "model_path", "controller_address", "api_keys", "api_keys_file"}
+)
+"""Options that an item may set for its own worker."""
+NOT_SHARED = {"host", "port", "api_keys"}
+"""Options of launcher and services that have the same name, but different meanings."""
+
+
+# ---- items ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One worker to be started: what stands in --model-path-address."""
+
+    model: str
+    host: str
+    port: int
+    options: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}@{self.host}@{self.port}"
+
+
+def parse_item(text: str) -> Item:
+    """Raises StartupError with a sentence that names the item and the form."""
+    match = _ITEM.fullmatch(text)
+    if match is None or len(match["port"]) > 5 or not 0 < int(match["port"]) < 65536:
+        raise StartupError(f"--model-path-address {text!r}: an item has the form {ITEM_FORM}.")
+    options = {}
+    for part in (match["options"] or "").split("&"):
+        if not part:
+            continue
+        flag, _, value = part.partition("=")
+        name = flag.replace("-", "_")
+        if name not in WORKER_OPTIONS:
+            raise StartupError(f"--model-path-address {text!r}: a worker has no option {flag!r} ({ITEM_FORM}).")
+        try:
+            options[name] = parse_option(WorkerConfig, name, unquote(value))
+        except ValueError as error:
+            raise StartupError(f"--model-path-address {text!r}: {flag}: {error}.") from None
+    return Item(os.path.expanduser(match["model"]), match["ipv6"] or match["host"], int(match["port"]), options)
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """A service to be started."""
+
+    kind: str
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(repr=False)
+    """The whole environment. It may hold API keys, so it is never shown."""
+    log: str
+    """Absolute path."""
+    host: str
+    """Host under which the service answers on this machine."""
+    port: int
+
+    scheme: str = "http"
+
+    @property
+    def address(self) -> str:
+        return url_of(self.scheme, self.host, self.port)
+
+
+@dataclass(frozen=True)
+class Plan:
+    controller: ChildSpec
+    workers: tuple[ChildSpec, ...]
+    server: ChildSpec
+
+    @property
+    def services(self) -> tuple[ChildSpec, ...]:
+        return (self.controller, *self.workers, self.server)
+
+
+def url_of(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def scheme_of(config: LauncherConfig) -> str:
+    """How all services are reached."""
+    return "https" if config.ssl else "http"
+
+
+def reachable(host: str) -> str:
+    """The host under which a service that listens on `host` answers on this machine."""
+    return WILDCARDS.get(host, host)
+
+
+def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
+    """The worker's settings: the launcher's where both have the option, the item's own over them."""
+    given: dict[str, Any] = {
+        "model_path": item.model,
+        "host": item.host,
+        "port": item.port,
+        "controller_address": controller_address(config),
+        # A worker that listens everywhere finds out itself under which address others reach it.
+        "worker_address": None if item.host in WILDCARDS else url_of(scheme_of(config), item.host, item.port),
+    }
+    worker = _service_config(WorkerConfig, config, {**given, **item.options})
+    if worker.no_register:
+        return worker
+    # API keys stand between clients and us: a worker has none of these for clients unless it serves alone.
+    return _service_config(WorkerConfig, config, {**given, **item.options}, without={"api_keys_file"})
+
+
+def controller_address(config: LauncherConfig) -> str:
+    return url_of(scheme_of(config), reachable(config.controller_host), config.controller_port)
+
+
+def _service_config(
+    config_class: type[ConfigT], config: LauncherConfig, given: Mapping[str, Any], without: Collection[str] = ()
+) -> ConfigT:
+    """Settings of a service: `given`, and each option that the launcher has by the same name."""
+    common = {item.name for item in dataclasses.fields(config)} & set(_names(config_class))
+    shared = {name: getattr(config, name) for name in common - NOT_SHARED - set(without)}
+    # The launcher leaves to each service what its own default is: bounds differ between them.
+    return config_class(**{**{name: value for name, value in shared.items() if value is not None}, **given})
+
+
+def _names(config_class: Any) -> Iterator[str]:
+    return (item.name for item in dataclasses.fields(config_class))
+
+
+def plan(
+    config: LauncherConfig,
+    items: Sequence[Item],
+    environ: Mapping[str, str],
+    *,
+    package: str = "fastserve",
+    log_dir: Path | None = None,
+    is_second: bool = False,
+    cluster_environ: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide what to start, with which arguments and environment. Pure.
+
+    API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
+    `cluster_environ` goes to all services. With `is_second`, another launch logs to the folder: see `log_path`.
+    """
+    environ = {**environ, "PYTHONUNBUFFERED": "1", **(cluster_environ or {})}
+    for secret in SECRETS:
+        environ.pop(secret, None)
+    log_dir = Path(config.log_dir) if log_dir is None else log_dir
+
+    def service(
+        module: str, name: str, log_name: str, host: str, port: int, argv: Sequence[str], **env: str
+    ) -> ChildSpec:
+        log = log_path(log_dir, log_name, port, is_second=is_second)
+        command = (sys.executable, "-m", f"{package}.{module}", *argv)
+        return ChildSpec(module, name, command, {**environ, **env}, log, reachable(host), port, scheme_of(config))
+
+    controller = _service_config(
+        ControllerConfig, config, {"host": config.controller_host, "port": config.controller_port}
+    )
+    server = _service_config(
+        ApiServerConfig,
+        config,
+        {
+            "host": config.server_host,
+            "port": config.server_port,
+            "controller_address": controller_address(config),
+        },
+    )
+    keys = {"FASTSERVE_API_KEYS": ",".join(config.api_keys)} if config.api_keys else {}
+    workers = []
+    for item in items:
+        worker = worker_config(config, item)
+        env = {"CUDA_VISIBLE_DEVICES": worker.gpus} if worker.gpus else {}
+        if worker.no_register:
+            env |= keys
+        name = f"model_worker {item.label}"
+        log_name = worker_log_name(item.model, item.host, item.port)
+        workers.append(service("model_worker", name, log_name, item.host, item.port, to_argv(worker), **env))
+    return Plan(
+        service("controller", "controller", "controller.log", controller.host, controller.port, to_argv(controller)),
+        tuple(workers),
+        service(
+            "openai_api_server",
+            "openai_api_server",
+            "openai_api_server.log",
+            server.host,
+            server.port,
+            to_argv(server),
+            **keys,
+        ),
+    )
+
+
+def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
+    """Path of a service's log. `is_second`: another launch logs to the folder, so the port is part of the name."""
+    log = log_dir / name
+    has_port = log.stem.endswith(f"_{port}")
+    return str(log.with_name(f"{log.stem}_{port}.log") if is_second and not has_port else log)
+
+
+# ---- what the person is shown -----------------------------------------------------------------------------------
+
+
+def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> str:
+    """The addresses, a request to try, and how to stop."""
+    # Workers that do not register are not known to the API server: they are asked directly.
+    front = services.workers[0] if config.no_register else services.server
+    first = worker_config(config, items[0])
+    model = (first.model_names or (re.split(r"[/\\]", items[0].model.rstrip("/\\"))[-1],))[0]
+    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "What is 7 + 5?"}]}
+    key = " -H 'Authorization: Bearer YOUR_API_KEY'" if config.api_keys or config.api_keys_file else ""
+    stop = "python -m fastserve.shutdown" + (
+        "" if config.log_dir == "logs" else f" --log-dir {shlex.quote(config.log_dir)}"
+    )
+    url = f"{front.address}/v1/chat/completions"
+    lines = [
+        "fastserve is running.",
+        f"  API server  {services.server.address}",
+        f"  controller  {services.controller.address}",
+        *(
+            f"  worker      {worker.address}  {item.model}"
+            for worker, item in zip(services.workers, items, strict=True)
+        ),
+        f"  base_url for the OpenAI SDK: {front.address}/v1",
+        "Try it:",
+        f"  curl -N {shlex.quote(url)} -H 'Content-Type: application/json'{key} \\",
+        f"    -d {shlex.quote(json.dumps(body))}",
+        f"The logs are in {Path(services.server.log).parent}",
+        f"To stop:  {stop}",
+    ]
+    return "\n".join(lines)

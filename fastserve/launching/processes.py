@@ -1,0 +1,209 @@
+"""Processes of launches: known by marks in their environment, found by them, and ended.
+
+Each process that a launch starts carries the launch's id and the service that it is part of in its environment, and so
+does everything that it starts. So a launch is found though its log folder was deleted, its run file is broken or was
+never written, or its launcher was killed; and a stranger who got a recycled process id is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from fastserve.errors import StartupError
+
+RUN_MARK = "FASTSERVE_RUN"
+SERVICE_MARK = "FASTSERVE_SERVICE"
+SUPERVISOR = "supervisor"
+POLL_S = 0.05
+ORPHAN_GRACE_S = 2.0
+"""Time for the processes that a service started to end after the service itself."""
+START_S = 0.02
+"""A generous time for the system to put a program and its environment into a new process."""
+MAX_KILL_ROUNDS = 5
+"""Killing is repeated for processes that were started meanwhile."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The launch and the service that a process belongs to, as its environment says."""
+
+    run_id: str
+    log_dir: str
+    """The launch's log folder, absolute: a launch belongs to the folder that it logs to."""
+    server_port: int
+    """Port of the launch's API server, by which people tell launches apart."""
+    kind: str
+    name: str
+    port: int
+    log: str
+
+    def environ(self) -> dict[str, str]:
+        service = {name: value for name, value in asdict(self).items() if name != "run_id"}
+        return {RUN_MARK: self.run_id, SERVICE_MARK: json.dumps(service)}
+
+
+@dataclass(frozen=True)
+class RunningService:
+    """A service of a launch with all of its processes."""
+
+    mark: Mark
+    leader: psutil.Process | None
+    """The process that the launch started; None when it has ended and left some of its own behind."""
+    members: frozenset[psutil.Process]
+    """All of them, the leader too."""
+
+    @property
+    def pid(self) -> int:
+        return min(process.pid for process in self.members) if self.leader is None else self.leader.pid
+
+
+def find_services(run_id: str | None = None) -> list[RunningService]:
+    """The services of all launches (or of one) that this user may see, as far as they run."""
+    marked: dict[Mark, set[psutil.Process]] = {}
+    sessions: dict[int, set[psutil.Process]] = {}
+    for process in _others():
+        mark = _read_mark(process)
+        if mark is not None and run_id in (None, mark.run_id):
+            marked.setdefault(mark, set()).add(process)
+        session = _session(process)
+        if session is not None:
+            sessions.setdefault(session, set()).add(process)
+    services = []
+    for mark, members in marked.items():
+        leader = next((process for process in members if _is_leader(process, members)), None)
+        if leader is not None:
+            # What a service started with an environment of its own is in its session still.
+            members |= sessions.get(leader.pid, set()) | (set() if sessions else set(leader.children(recursive=True)))
+        services.append(RunningService(mark, leader, frozenset(members)))
+    return services
+
+
+def _others() -> Iterator[psutil.Process]:
+    """All living processes but this one; those that are just being started come last, when they have a program."""
+    starting = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid() or not is_alive(process):
+            continue
+        if _is_starting(process):
+            starting.append(process)
+        else:
+            yield process
+    if starting:
+        time.sleep(START_S)
+    yield from starting
+
+
+def _is_starting(process: psutil.Process) -> bool:
+    """Whether its environment may not be there yet: for an instant after `exec` the system shows an empty one."""
+    try:
+        return time.time() - process.create_time() < 1.0 and not process.environ()
+    except (psutil.Error, OSError):
+        return False
+
+
+def _read_mark(process: psutil.Process) -> Mark | None:
+    try:
+        environ = process.environ()
+    except (psutil.Error, OSError):
+        return None
+    run_id = environ.get(RUN_MARK)
+    if run_id is None:
+        return None
+    try:
+        return Mark(run_id=run_id, **json.loads(environ[SERVICE_MARK]))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _session(process: psutil.Process) -> int | None:
+    if os.name != "posix":
+        return None
+    try:
+        return os.getsid(process.pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _is_leader(process: psutil.Process, members: set[psutil.Process]) -> bool:
+    if os.name == "posix":
+        return _session(process) == process.pid
+    return not any(parent in members for parent in process.parents())
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_services(services: Sequence[RunningService], grace_s: float) -> set[RunningService]:
+    """SIGTERM, wait for at most `grace_s`, then SIGKILL for all that is left. Returns those that had to be killed.
+
+    Raises StartupError when a process belongs to another user; the others are ended nevertheless.
+    """
+    denied: set[int] = set()
+    for service in services:
+        # A service ends its own processes in good order; only orphans get the signal themselves.
+        _signal(service.members if service.leader is None else [service.leader], "terminate", denied)
+    leaders = {service: service.leader for service in services if service.leader is not None}
+    _wait_gone(leaders.values(), grace_s, denied)
+    late = {service for service, leader in leaders.items() if is_alive(leader)}
+    _wait_gone(
+        (process for service in services if service not in late for process in service.members), ORPHAN_GRACE_S, denied
+    )
+    marks = {service.mark for service in services}
+    left = [process for service in services for process in service.members if is_alive(process)]
+    for _ in range(MAX_KILL_ROUNDS):
+        # Looked for anew: the processes known at the beginning may have started others since.
+        left += [process for service in find_services() if service.mark in marks for process in service.members]
+        if not left:
+            break
+        _signal(left, "kill", denied)
+        _wait_gone(left, ORPHAN_GRACE_S, denied)
+        left = [process for process in left if is_alive(process) and process.pid not in denied]
+    if denied:
+        numbers = ", ".join(map(str, sorted(denied)))
+        raise StartupError(f"Process {numbers} belongs to another user: run the shutdown as that user.")
+    return late
+
+
+def end_run(run_id: str, grace_s: float) -> None:
+    """End all that a launch has started: first its supervisor, which would start others anew."""
+    end_services([service for service in find_services(run_id) if service.mark.kind == SUPERVISOR], grace_s)
+    end_services(find_services(run_id), grace_s)
+
+
+def _signal(processes: Iterable[psutil.Process], method: str, denied: set[int]) -> None:
+    for process in processes:
+        try:
+            getattr(process, method)()
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:
+            denied.add(process.pid)
+
+
+def _wait_gone(processes: Iterable[psutil.Process], timeout_s: float, denied: set[int]) -> None:
+    waiting = list(processes)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        waiting = [process for process in waiting if process.pid not in denied and is_alive(process)]
+        if not waiting:
+            return
+        time.sleep(POLL_S)
+
+
+def absolute(folder: str, flag: str) -> Path:
+    """`folder` with links resolved. Raises StartupError where the working directory has been deleted."""
+    try:
+        return Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise StartupError(f"{flag} {folder}: the folder cannot be found ({error}): give its whole path.") from error

@@ -1,0 +1,121 @@
+"""Services that died are brought back, with a growing pause, and those that were ended on purpose are not."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+
+from fastserve.launching.restarts import MAX_PAUSE_S, STABLE_S, Pauses
+
+from .launching import Place, dump, is_alive, wait_until
+
+
+def launched(place: Place, *words: str, mood: str = "", **env: str) -> dict[str, int]:
+    result = place.launch("--model-path-address", place.item(place.model(mood=mood)), *words, **env)
+    assert result.returncode == 0, result.stderr
+    return place.services()
+
+
+def log_of(place: Place) -> str:
+    return (place.logs / "launcher.log").read_text()
+
+
+def test_pauses_double_up_to_a_minute_and_start_anew_after_five_minutes_of_service() -> None:
+    pauses = Pauses()
+    assert [pauses.next_s(0.0) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, MAX_PAUSE_S]
+    assert pauses.next_s(STABLE_S - 1) == MAX_PAUSE_S
+    assert [pauses.next_s(STABLE_S), pauses.next_s(0.0)] == [1, 2]
+
+
+def test_killed_services_come_back_with_their_settings_and_logs(place: Place) -> None:
+    pids = launched(place, "--api-keys", "sk-one", mood="engine")
+    ports = (place.controller_port, place.worker_port, place.server_port)
+    before = [dump(port) for port in ports]
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: log_of(place).count("serves again at") == 3, "three services that serve again")
+    assert not set(place.services().values()) & set(pids.values())
+    assert [dump(port) for port in ports] == before
+    log = log_of(place)
+    for kind, pid in pids.items():
+        assert f"(process {pid}) was killed by SIGKILL" in log, kind
+    assert log.count("It is started again in 1 s.") == 3
+    (run,) = place.runs()
+    for service in run["services"]:
+        served = Path(service["log"]).read_text().count("Uvicorn running on")
+        assert served == (0 if service["kind"] == "supervisor" else 2), "the log goes on where it was"
+    assert place.shutdown().returncode == 0
+    assert place.strays() == [], "the first worker's engine too"
+
+
+def test_a_service_that_cannot_start_is_tried_again_with_a_growing_pause(place: Place) -> None:
+    model = place.model()
+    assert place.launch("--model-path-address", place.item(model)).returncode == 0
+    pid = place.services()["model_worker"]
+    (model / "mood").write_text("die")
+    os.kill(pid, signal.SIGKILL)
+    line = "ended with exit code 3: The checkpoint has no config.json. It is started again in 2 s."
+    wait_until(lambda: line in log_of(place), "a second death", 20.0)
+    assert set(place.services()) == {"controller", "openai_api_server"}
+    (model / "mood").write_text("")
+    wait_until(lambda: "serves again" in log_of(place), "a service that serves again", 20.0)
+
+
+def test_services_ended_on_purpose_stay_away_and_the_supervisor_ends_with_the_last(place: Place) -> None:
+    pids = launched(place)
+    supervisor = place.supervisor()
+    os.kill(pids["model_worker"], signal.SIGTERM)
+    wait_until(lambda: "it was ended on purpose, and is not started again" in log_of(place), "its end")
+    assert set(place.services()) == {"controller", "openai_api_server"}
+    os.kill(pids["openai_api_server"], signal.SIGINT)
+    os.kill(pids["controller"], signal.SIGTERM)
+    wait_until(lambda: not is_alive(supervisor), "the supervisor's end")
+    assert not list(place.logs.glob("*.json"))
+    assert place.strays() == []
+
+
+def test_shutdown_of_one_kind_is_not_undone_even_where_it_had_to_kill(place: Place) -> None:
+    pids = launched(place, STANDIN_MOOD="openai_api_server=stubborn")
+    result = place.shutdown("--serve", "openai_api_server", "--drain-timeout-s", "0.2")
+    assert "openai_api_server was killed after 0.2 s" in result.stdout
+    wait_until(lambda: "is not started again" in log_of(place), "its end")
+    os.kill(pids["controller"], signal.SIGKILL)
+    wait_until(lambda: "controller serves again" in log_of(place), "other kinds are started again")
+    assert "openai_api_server" not in place.services()
+    assert place.shutdown().returncode == 0
+    assert place.strays() == []
+    assert not list(place.logs.glob("*.json"))
+
+
+def test_no_restart(place: Place) -> None:
+    pids = launched(place, "--no-restart")
+    os.kill(pids["model_worker"], signal.SIGKILL)
+    wait_until(lambda: "was killed by SIGKILL" in log_of(place), "its end")
+    assert "It is not started again (--no-restart)." in log_of(place)
+    assert set(place.services()) == {"controller", "openai_api_server"}
+
+
+def test_services_need_no_supervisor_and_it_is_small(place: Place) -> None:
+    pids = launched(place)
+    supervisor = psutil.Process(place.supervisor())
+    if not any(name.startswith("COVERAGE_") for name in os.environ):  # which would be measured too
+        assert supervisor.memory_info().rss < 30e6
+    assert not any("-c" in word for word in supervisor.cmdline())
+    supervisor.kill()
+    wait_until(lambda: not is_alive(supervisor.pid), "its end")
+    assert all(is_alive(pid) for pid in pids.values())
+    assert place.shutdown().stdout.count("has ended") == 3
+    assert place.strays() == []
+
+
+def test_a_deleted_log_folder_is_made_again_for_a_service_that_comes_back(place: Place) -> None:
+    pids = launched(place)
+    for path in place.logs.iterdir():
+        path.unlink()
+    place.logs.rmdir()
+    os.kill(pids["controller"], signal.SIGKILL)
+    wait_until(lambda: (place.logs / "controller.log").exists(), "a new log", 10.0)
+    wait_until(lambda: "Uvicorn running on" in (place.logs / "controller.log").read_text(), "a service", 10.0)
+    assert place.shutdown().stdout.count("has ended") == 3
+    assert place.strays() == []
