@@ -23,7 +23,7 @@ from fastserve.engine.runner.quantised import QuantisedWeight
 from fastserve.engine.settings import PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 
-from .conftest import TinyModels, logits_of
+from .conftest import TinyModels, logits_of, plain
 from .packers import Pack, Rounded, awq, gptq, pack_stream, packed_integers, round_to_nearest, write_packed
 
 SIZES: dict[str, Any] = {
@@ -348,7 +348,7 @@ def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp
             packed[name] = tensor
     assert any(name.endswith(".qweight") for name in packed)
     save_file(state, tmp_path / "model.safetensors")
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = plain(tmp_path)
     save_file(packed, tmp_path / "model.safetensors")
     loaded = load(tmp_path, packed=PackedCheckpoint("gptq", None, 8))
     assert_same_logits(loaded, expected)
