@@ -337,7 +337,8 @@ def test_a_bias_of_zeros_that_packers_add_is_left_out(base: str, tmp_path: Path)
 def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp_path: Path, name: str) -> None:
     """Also where the model has one weight for all experts, and gate and up beside each other."""
     shutil.copytree(tiny_models.path(name), tmp_path, dirs_exist_ok=True)
-    state = load_file(tmp_path / "model.safetensors")
+    # Copies: what was loaded may lie in the file, which is written anew.
+    state = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     packed: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if ".experts." in name and tensor.shape[1] % 16 == 0:
