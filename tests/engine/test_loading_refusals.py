@@ -284,7 +284,7 @@ def test_weights_that_an_adapter_replaces(base: str, tmp_path: Path) -> None:
 def test_a_folder_for_the_rest_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    words = r"^--cpu-offloading: the folder \S+ for what fits neither .* cannot be made .*; set XDG_CACHE_HOME"
+    words = r"^--cpu-offloading: the folder for what fits neither .* cannot be made .*; set XDG_CACHE_HOME"
     with pytest.raises(StartupError, match=words):
         placement._offload_folder()
 
