@@ -112,6 +112,14 @@ class TinyModels:
         return answer
 
 
+def plain(path: str | Path, **settings: Any) -> PreTrainedModel:
+    """transformers' own model of a folder, which may be written anew afterwards."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **settings).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # it may have been mapped from the file
+    return model
+
+
 def logits_of(loaded: LoadedModel, token_ids: list[int]) -> torch.Tensor:
     """(tokens, vocabulary) of one sequence, computed module by module in one step."""
     probe_shapes(loaded)

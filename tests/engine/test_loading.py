@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastserve.engine.build import build_core
 from fastserve.engine.runner.checkpoint import PagePool
@@ -24,7 +24,7 @@ from fastserve.engine.runner.quantised import QuantisedWeight
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.errors import StartupError
 
-from .conftest import CONFIGS, SHAPE, TinyModels
+from .conftest import CONFIGS, SHAPE, TinyModels, plain
 from .test_formats import assert_same_logits, forms, load
 
 
@@ -32,10 +32,6 @@ from .test_formats import assert_same_logits, forms, load
 def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
     """A copy of the tiny Llama model that may be damaged."""
     return Path(shutil.copytree(tiny_models.path("llama"), tmp_path / "model"))
-
-
-def plain(path: str | Path, **settings: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **settings).eval()
 
 
 # ---- files ------------------------------------------------------------------------------------------------------

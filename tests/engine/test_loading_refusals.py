@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from fastserve.engine import build
-from fastserve.engine.runner import checkpoint, placement
+from fastserve.engine.contract import FusedLayers
+from fastserve.engine.runner import checkpoint, loading, placement
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint
 from fastserve.errors import StartupError
 
@@ -283,7 +284,7 @@ def test_weights_that_an_adapter_replaces(base: str, tmp_path: Path) -> None:
 def test_a_folder_for_the_rest_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    words = r"^--cpu-offloading: the folder \S+ for what fits neither .* cannot be made .*; set XDG_CACHE_HOME"
+    words = r"^--cpu-offloading: the folder for what fits neither .* cannot be made .*; set XDG_CACHE_HOME"
     with pytest.raises(StartupError, match=words):
         placement._offload_folder()
 
@@ -315,6 +316,7 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 def test_a_model_without_attention(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind that nobody has named before: nothing in it asks for attention."""
     monkeypatch.setattr(build, "probe_shapes", lambda loaded: None)
+    monkeypatch.setattr(loading, "fuse_attention", lambda *_: FusedLayers("attention", 0, 0))
     config = EngineConfig(model_dir=base, device="cpu", dtype="float32", max_num_seqs=4, max_total_tokens=64)
     with pytest.raises(StartupError, match=r"^LlamaForCausalLM cannot be served: it has no attention that can be"):
         build.build_core(config, lambda *_: None)

@@ -118,8 +118,9 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "qwen3-next": (
         Qwen3NextConfig(**SHAPE, num_experts=2, moe_intermediate_size=16), r"its layers \(linear_attention\) keep"
     ),
-    "recurrent-gemma": (
-        RecurrentGemmaConfig(**SMALL, lru_width=48, attention_window_size=16), r"its layers \(linear_attention\) keep"
+    "recurrent-gemma": (  # by its layer types, where the release names them
+        RecurrentGemmaConfig(**SMALL, lru_width=48, attention_window_size=16),
+        r"(its layers \(linear_attention\) keep|its code in transformers does not let)",
     ),
     # Attention that looks ahead: nothing in the settings tells, the logits do.
     "bert": (BertConfig(**SMALL, intermediate_size=96), "logits differ"),

@@ -1,4 +1,4 @@
-"""Compiles the kernels once for each machine and source, and keeps them in the user's cache.
+"""Compiles the kernels once for each machine and source, and keeps them in the user's cache (or see cache_folder.py).
 
 A plain shared library behind a C interface, not a torch extension: it compiles in seconds instead of minutes, needs no
 headers of torch, and fits every torch.
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastserve.engine.cache_folder import FOLDERS, make_private
 
 if TYPE_CHECKING:
     import torch
@@ -97,28 +99,43 @@ def work_alone() -> None:
 def build_library(name: str) -> ctypes.CDLL | None:
     """The library of a dtype, looked for anew."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if not found:
-        logger.warning("No C++ compiler (g++, clang++) is installed: slower torch operations are used.")
+    if not found or shutil.which(shlex.split(found)[0]) is None:
+        logger.warning("No C++ compiler (g++, clang++) is found: slower torch operations are used.")
         return None
     try:
-        return ctypes.CDLL(str(_cached(name, shlex.split(found))))
+        return _build(name, shlex.split(found))
     except subprocess.CalledProcessError as error:
         logger.warning("%s does not compile here, slower torch operations are used: %s", _SOURCE.name, error.stderr)
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         logger.warning("%s cannot be used, slower torch operations are used instead: %s", _SOURCE.name, error)
     return None
 
 
-def _cached(name: str, compiler: list[str]) -> Path:
+def _build(name: str, compiler: list[str]) -> ctypes.CDLL:
+    """In the first folder where a library can be written and loaded from. Raises the error of the last one."""
+    troubles: list[str] = []
+    for find_folder in FOLDERS:
+        try:
+            folder = make_private(make_private(find_folder()) / "kernels")
+            library = ctypes.CDLL(str(_cached(name, compiler, folder)))
+        except OSError as error:
+            troubles.append(str(error))
+            continue
+        if troubles:
+            logger.warning(
+                "The CPU kernels are kept in %s, since the user's cache cannot be used: %s", folder, troubles[0]
+            )
+        return library
+    raise OSError("; ".join(troubles))
+
+
+def _cached(name: str, compiler: list[str], folder: Path) -> Path:
     texts = [path.read_bytes() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
     command = [*compiler, *_FLAGS, f"-DSCALAR={SCALARS[name]}"]
     parts = [*texts, " ".join(command).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "fastserve" / "kernels"
     library = folder / f"{_SOURCE.stem}-{key[:20]}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
             subprocess.run(

@@ -48,6 +48,7 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
         like = self._like[0]
         first = "gate_up_proj" if like.has_gate else "up_proj"
         between = like._apply_gate if like.has_gate else like.act_fn
+        has_norm = getattr(like, "has_post_expert_norm", False)  # older releases of transformers have none
         pairs = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
         # In float32, and in the order of the experts: a token's sum is the same whatever is beside it in the batch.
@@ -57,7 +58,7 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
                 continue
             tokens = of_expert // chosen.shape[-1]
             y = self._product("down_proj", expert, between(self._product(first, expert, x[tokens])))
-            if like.has_post_expert_norm:
+            if has_norm:
                 y = like.post_expert_norm(y)
             out.index_add_(0, tokens, (y * shares.flatten()[of_expert, None]).float())
         return out.to(x.dtype)

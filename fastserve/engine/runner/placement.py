@@ -28,6 +28,7 @@ from accelerate.utils import CustomDtype, compute_module_sizes, get_balanced_mem
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastserve.engine.cache_folder import user_cache
 from fastserve.engine.devices import Spread, refuse_spread
 from fastserve.engine.memory import free_host_memory
 from fastserve.errors import StartupError
@@ -295,13 +296,12 @@ def _unsplittable(model: PreTrainedModel) -> list[str]:
 
 
 def _offload_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "fastserve" / "offload"
     try:
+        folder = user_cache() / "offload"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StartupError(
-            f"--cpu-offloading: the folder {folder} for what fits neither GPUs nor host memory cannot be made "
+            "--cpu-offloading: the folder for what fits neither GPUs nor host memory cannot be made "
             f"({error}); set XDG_CACHE_HOME to one that can be written."
         ) from error
     return folder
