@@ -125,6 +125,8 @@ async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_by
             pieces.append(piece)
             if size > max_bytes:
                 raise too_long(max_bytes)
+            if len(pieces) == 1 and piece.strip() and not piece.lstrip().startswith(b"{"):
+                raise InvalidAnswerError("The worker's answer is not valid JSON.")  # whatever else may come
         content = b"".join(pieces)
     finally:
         budget.give(size)

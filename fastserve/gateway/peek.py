@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 from starlette.requests import Request
 
 from fastserve.errors import BodyTooLargeError, InvalidRequestError
 
 MAX_BODY_BYTES = 64 * 2**20
+
+
+LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+PLACE = re.compile(r"\(byte (\d+)\)")
 
 
 class Peek(msgspec.Struct):
@@ -38,12 +46,29 @@ def peek(body: bytes) -> tuple[str, bool]:
     """The model that the request names, and whether it wants a stream. Raises InvalidRequestError."""
     try:
         seen = _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        # msgspec names the place as a path, such as "- at `$.stream`".
-        param = str(error).rpartition("`$.")[2].rstrip("`") if "`$." in str(error) else None
-        raise InvalidRequestError(f"The request body is not valid: {error}.", param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"The request body is not valid JSON: {error}.", code="invalid_json") from error
+        raise _explain(body, error) from error
     if not seen.model:
         raise InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
     return seen.model, bool(seen.stream)
+
+
+def _explain(body: bytes, error: Exception) -> InvalidRequestError:
+    """Says what is wrong with the body in words of our own."""
+    if isinstance(error, msgspec.ValidationError):
+        for name, wanted in (("model", "a string"), ("stream", "true or false")):
+            if f"`$.{name}`" in str(error):
+                return InvalidRequestError(f"Invalid value for '{name}': it must be {wanted}.", param=name)
+        return InvalidRequestError("The request body must be a JSON object.")
+    if LONE_SURROGATE.search(body):
+        problem = "a string has half of a surrogate pair (\\ud800 to \\udfff alone), which is no character"
+    elif isinstance(error, UnicodeDecodeError):
+        problem = "it is not UTF-8"
+    elif isinstance(error, RecursionError):
+        problem = "it is nested too deep"
+    elif "truncated" in str(error):
+        problem = "it ends too early" if body.strip() else "it is empty"
+    else:
+        place = PLACE.search(str(error))
+        problem = f"it is malformed at byte {place[1]}" if place else "it is malformed"
+    return InvalidRequestError(f"The request body is not valid JSON: {problem}.", code="invalid_json")
