@@ -7,6 +7,7 @@
           UnsupportedParameterError   400  a known field that cannot be honoured yet
           ContextLengthError          400  prompt and answer do not fit the context
         AuthenticationError           401
+        PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
         BodyTooLargeError             413
         OverloadedError               429  the queue is full; carries Retry-After
@@ -17,6 +18,7 @@
         InvalidAnswerError            502  a worker's answer was none: no JSON, no event stream, another shape, too long
         ShortageError                 503  this process is out of connections, memory or room for bodies
         LoopDetectedError             508  a request came back to an API server that had already passed it on
+        ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
       InternalError                 500
         RequestKilledWorkersError     500  two workers died while they worked on the request; it is not tried again
@@ -86,6 +88,12 @@ class AuthenticationError(RequestError):
     legacy_code = 40101
 
 
+class PermissionDeniedError(RequestError):
+    status = 403
+    code = "permission_denied"
+    legacy_code = 40101
+
+
 class ModelNotFoundError(RequestError):
     status = 404
     code = "model_not_found"
@@ -146,6 +154,11 @@ class WorkerLostError(ServiceError):
 
 class EngineDeadError(ServiceError):
     code = "engine_dead"
+    retry_after_s = 2.0
+
+
+class ModelLoadingError(ServiceError):
+    code = "model_loading"
 
 
 class WorkerTimeoutError(ServiceError):

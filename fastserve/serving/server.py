@@ -65,8 +65,11 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         cancel_start: Callable[[], None],
         before_shutdown: Callable[[], Awaitable[None]] | None,
+        wait_ready: Callable[[], Awaitable[None]] | None,
     ) -> None:
         super().__init__(config)
+        self._wait_ready = wait_ready
+        self._announcing: asyncio.Task[None] | None = None
         self._cancel_start = cancel_start
         self._before_shutdown = before_shutdown
 
@@ -78,11 +81,19 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if sockets and self.started:
-            # uvicorn keeps quiet when it is handed bound sockets; launchers wait for this line.
-            scheme = "https" if self.config.ssl_keyfile else "http"
-            logger.info("Uvicorn running on %s://%s:%d", scheme, self.config.host, self.config.port)
+            self._announcing = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        if self._wait_ready is not None:
+            await self._wait_ready()
+        # uvicorn keeps quiet when it is handed bound sockets; launchers wait for this line.
+        scheme = "https" if self.config.ssl_keyfile else "http"
+        logger.info("Uvicorn running on %s://%s:%d", scheme, self.config.host, self.config.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.gather(self._announcing, return_exceptions=True)
         if self._before_shutdown is not None:
             await self._before_shutdown()
         await super().shutdown(sockets)
@@ -93,8 +104,12 @@ def serve(
     config: ServerConfig,
     sockets: list[socket.socket],
     before_shutdown: Callable[[], Awaitable[None]] | None = None,
+    *,
+    wait_ready: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests end, and return.
+
+    The line that launchers wait for is logged when `wait_ready` has returned; requests are answered before.
 
     A signal that comes before the application has started cancels its lifespan, and `serve` returns when the lifespan
     has cleaned up. Raises StartupError when the application's lifespan failed.
@@ -117,6 +132,7 @@ def serve(
         ),
         application.cancel_start,
         before_shutdown,
+        wait_ready,
     )
     # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
     # orderly end look like a crash.
