@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 from starlette.requests import Request
 
 from fastserve.errors import BodyTooLargeError, InvalidRequestError
+from fastserve.openai.body import explain_json
 
 MAX_BODY_BYTES = 64 * 2**20
-
-
-LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
-)
-PLACE = re.compile(r"\(byte (\d+)\)")
 
 
 class Peek(msgspec.Struct):
@@ -60,15 +53,6 @@ def _explain(body: bytes, error: Exception) -> InvalidRequestError:
             if f"`$.{name}`" in str(error):
                 return InvalidRequestError(f"Invalid value for '{name}': it must be {wanted}.", param=name)
         return InvalidRequestError("The request body must be a JSON object.")
-    if LONE_SURROGATE.search(body):
-        problem = "a string has half of a surrogate pair (\\ud800 to \\udfff alone), which is no character"
-    elif isinstance(error, UnicodeDecodeError):
-        problem = "it is not UTF-8"
-    elif isinstance(error, RecursionError):
-        problem = "it is nested too deep"
-    elif "truncated" in str(error):
-        problem = "it ends too early" if body.strip() else "it is empty"
-    else:
-        place = PLACE.search(str(error))
-        problem = f"it is malformed at byte {place[1]}" if place else "it is malformed"
-    return InvalidRequestError(f"The request body is not valid JSON: {problem}.", code="invalid_json")
+    if isinstance(error, RecursionError):
+        return InvalidRequestError("The request body is not valid JSON: it is nested too deep.")
+    return explain_json(body, error, "")

@@ -13,8 +13,8 @@ from fastserve.gateway.peek import peek
     [
         (b"", "is empty"),
         (b'{"model":"a"', "ends too early"),
-        (b'{"model":"a",}', "malformed at byte 13"),
-        (b'{"model":"\xff"}', "not UTF-8"),
+        (b'{"model":"a",}', "at byte 13"),
+        (b'{"model":"\xff"}', "not valid UTF-8"),
         (b'{"messages":' + b"[" * 100_000, "nested too deep"),
         (b'{"model":"\\ud800"}', "half of a surrogate pair"),
         (b'{"model":"a","messages":[{"content":"x\\ud83dy"}]}', "half of a surrogate pair"),
