@@ -125,6 +125,8 @@ async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_by
             pieces.append(piece)
             if size > max_bytes:
                 raise too_long(max_bytes)
+            if len(pieces) == 1 and piece.strip() and not piece.lstrip().startswith(b"{"):
+                raise InvalidAnswerError("The worker's answer is not valid JSON.")  # whatever else may come
         content = b"".join(pieces)
     finally:
         budget.give(size)
@@ -153,7 +155,7 @@ def check_answer(status: int, body: bytes, retry_after: str | None) -> Answer:
         return Answer(status, body)
     if parsed.error is None:
         raise InvalidAnswerError(f"The worker answered with status {status} and no error object.")
-    if status in (401, 403, 407):
+    if status in (401, 403, 407, 421):
         raise InvalidAnswerError(f"The worker did not accept this API server (status {status}).")
     if retry_after is not None and not DIGITS.fullmatch(retry_after):
         retry_after = None

@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 
 from fastserve.errors import BodyTooLargeError, InvalidRequestError
+from fastserve.openai.body import explain_json
 
 MAX_BODY_BYTES = 64 * 2**20
 
@@ -38,12 +39,20 @@ def peek(body: bytes) -> tuple[str, bool]:
     """The model that the request names, and whether it wants a stream. Raises InvalidRequestError."""
     try:
         seen = _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        # msgspec names the place as a path, such as "- at `$.stream`".
-        param = str(error).rpartition("`$.")[2].rstrip("`") if "`$." in str(error) else None
-        raise InvalidRequestError(f"The request body is not valid: {error}.", param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"The request body is not valid JSON: {error}.", code="invalid_json") from error
+        raise _explain(body, error) from error
     if not seen.model:
         raise InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
     return seen.model, bool(seen.stream)
+
+
+def _explain(body: bytes, error: Exception) -> InvalidRequestError:
+    """Says what is wrong with the body in words of our own."""
+    if isinstance(error, msgspec.ValidationError):
+        for name, wanted in (("model", "a string"), ("stream", "true or false")):
+            if f"`$.{name}`" in str(error):
+                return InvalidRequestError(f"Invalid value for '{name}': it must be {wanted}.", param=name)
+        return InvalidRequestError("The request body must be a JSON object.")
+    if isinstance(error, RecursionError):
+        return InvalidRequestError("The request body is not valid JSON: it is nested too deep.")
+    return explain_json(body, error, "")

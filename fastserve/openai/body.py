@@ -102,7 +102,7 @@ def read_fields(
     except msgspec.ValidationError as error:
         raise InvalidRequestError("The request body is not a JSON object.") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _explain_json(body, error, "") from error
+        raise explain_json(body, error, "") from error
     return {
         name: _read_field(name, bytes(value), None if name in long else bounds.max_field_bytes)
         if name in known
@@ -124,7 +124,7 @@ def _read_field(name: str, raw: bytes, max_bytes: int | None) -> Any:
             raise InvalidRequestError(
                 f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
             ) from error
-        raise _explain_json(raw, error, name) from error
+        raise explain_json(raw, error, name) from error
 
 
 def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
@@ -139,7 +139,7 @@ def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
         raise invalid(name, text, "It is not valid JSON.") from error
 
 
-def _explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestError:
+def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestError:
     """The error for JSON that is a whole body, or the value of the field `name`."""
     if isinstance(error, UnicodeDecodeError):
         return InvalidRequestError("The request body is not valid UTF-8.")

@@ -189,6 +189,8 @@ class StubWorker(StubServer):
         return app
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET" and request.path == "/health":
+            return web.json_response({"status": "ok"})
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.requests.append((request.path, headers, await request.read()))
         self.running += 1

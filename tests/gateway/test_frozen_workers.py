@@ -31,8 +31,6 @@ class FrozenWorker(StubWorker):
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         if self.is_frozen:
             await asyncio.sleep(60)
-        if request.path == "/health":
-            return web.json_response({})
         return await super()._handle(request)
 
 
