@@ -98,6 +98,8 @@ def read_fields(
         )
     check_json_depth(body, bounds.max_json_depth)
     try:
+        if not body.isascii():
+            body.decode()  # fields that are not known are not decoded
         raw = _RAW_FIELDS.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequestError("The request body is not a JSON object.") from error

@@ -50,7 +50,7 @@ def test_a_worker_writes_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     worker = Service("worker", "model_worker", flags, tmp_path)
     worker.start()
     try:
-        worker.wait_serving()
+        worker.wait_serving("/ready")
         with openai.OpenAI(base_url=worker.address + "/v1", api_key="none", max_retries=0) as client:
             answer = client.completions.create(
                 model="fastserve-demo", prompt="Once", max_tokens=200, temperature=1.0, extra_body={"ignore_eos": True}

@@ -157,14 +157,17 @@ class Trio:
             if not service.running:
                 service.start()
         for service in self.services:
-            service.wait_serving()
+            # A worker is healthy while its model loads.
+            service.wait_serving("/ready" if service in self.workers else "/health")
         wait_until(lambda: self.table() == {worker.address for worker in self.workers}, "both registered", 15.0)
         self.server.wait_serving("/ready")
 
     def table(self) -> set[str]:
         """The workers that the controller would give requests to."""
         body = get(self.controller.address + "/workers")
-        return set() if body is None else {row.address for row in RoutingTable.model_validate_json(body).workers}
+        if body is None:
+            return set()
+        return {row.address for row in RoutingTable.model_validate_json(body).workers if row.status.ready}
 
     def stop(self) -> None:
         for service in (self.server, *self.workers, self.controller):

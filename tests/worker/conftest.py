@@ -146,7 +146,8 @@ def run_worker(model_dir: Path) -> RunWorker:
             uvicorn.Config(worker.app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         )
         serving = asyncio.create_task(server.serve(sockets=sockets))
-        await until(lambda: serving.done() or worker.app.state.runtime is not None)
+        await until(lambda: serving.done() or ended.is_set() or worker.app.state.runtime is not None)
+        assert worker.failure is None, "the worker did not start"
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         try:
             async with aiohttp.ClientSession() as http:
