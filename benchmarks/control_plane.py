@@ -1,10 +1,11 @@
 """What the controller costs with many workers: `python -m benchmarks.control_plane`.
 
-Mock workers in a few processes send a heartbeat a second each over connections of their own; beside them an API server's
-questions are asked one after the other (acquire, release) for the latencies, then by several clients at once for the
-rate. Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats alone
-(its own CPU time, not the clock on the wall), the latencies of `/acquire`, pairs of acquire and release in a second,
-heartbeats that came to nothing, and memory for each worker. Latencies count as ratios to those with 2 workers only.
+Mock workers in a few processes send a heartbeat a second each over connections of their own; beside them an API
+server's questions are asked one after the other (acquire, release) for the latencies, then by several clients at once
+for the rate. Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats
+alone (its own CPU time, not the clock on the wall), the latencies of `/acquire`, pairs of acquire and release in a
+second, heartbeats that came to nothing, and memory for each worker. Latencies count as ratios to those with 2 workers
+only, and the mock workers themselves take a good part of a core.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import time
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
+import uvloop
 
 from fastserve.protocol import AcquireRequest, HeartbeatRequest, ReleaseRequest, WorkerStatus
 
@@ -45,8 +47,7 @@ class Connection(asyncio.Protocol):
         self.num_answers = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._answer += data
@@ -67,6 +68,24 @@ class Connection(asyncio.Protocol):
         self._waiter = asyncio.get_running_loop().create_future()
         self.send(request)
         return await asyncio.wait_for(self._waiter, 10.0)
+
+
+class Sender(asyncio.Protocol):
+    """A worker's connection: its answers are counted only."""
+
+    def __init__(self) -> None:
+        self.num_answers = 0
+        self.num_sent = 0
+        self.is_lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.is_lost = True
+
+    def data_received(self, data: bytes) -> None:
+        self.num_answers += data.count(b"HTTP/1.1 200")
 
 
 def post(path: str, body: bytes, key: str | None) -> bytes:
@@ -101,26 +120,29 @@ def heartbeat(worker: int, num_leases: int, key: str | None) -> bytes:
 
 
 async def beat(port: int, workers: range, num_leases: int, key: str | None, stop: Event) -> tuple[int, int]:
-    """Heartbeats of these workers, spread evenly over each second; returns how many were sent and answered."""
+    """Heartbeats of these workers, spread evenly over each second; returns how many were due, and answered."""
     loop = asyncio.get_running_loop()
     senders = []
     for worker in workers:
-        _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
+        _, connection = await loop.create_connection(Sender, "127.0.0.1", port)
         senders.append((connection, heartbeat(worker, num_leases, key)))
-    begin, num_sent = time.monotonic(), 0
+    begin, num_due = time.monotonic(), 0
     while not stop.is_set():
-        due = int((time.monotonic() - begin) * len(senders)) + 1
-        while num_sent < due:
-            connection, request = senders[num_sent % len(senders)]
-            connection.send(request)
-            num_sent += 1
+        now_due = int((time.monotonic() - begin) * len(senders)) + 1
+        while num_due < now_due:
+            connection, request = senders[num_due % len(senders)]
+            num_due += 1
+            # As workers do: the next heartbeat waits for the answer to the last one.
+            if connection.num_answers == connection.num_sent and not connection.is_lost:
+                connection.num_sent += 1
+                connection.transport.write(request)
         await asyncio.sleep(0.005)
     await asyncio.sleep(1.0)
-    return num_sent, sum(connection.num_answers for connection, _ in senders)
+    return num_due, sum(connection.num_answers for connection, _ in senders)
 
 
 def run_workers(port: int, workers: range, num_leases: int, key: str | None, stop: Event, results: Any) -> None:
-    results.put(asyncio.run(beat(port, workers, num_leases, key, stop)))
+    results.put(uvloop.run(beat(port, workers, num_leases, key, stop)))
 
 
 @dataclass
@@ -216,8 +238,8 @@ def measure(num_workers: int, num_leases: int, seconds: float, num_processes: in
             time.sleep(seconds)
             share = (controller.cpu_s - cpu_s) / (time.monotonic() - began)
             grown = controller.resident_bytes - resident
-            calm = asyncio.run(ask(controller.port, key, 1, seconds, 0.002))
-            busy = asyncio.run(ask(controller.port, key, 8, seconds / 2, 0.0))
+            calm = uvloop.run(ask(controller.port, key, 1, seconds, 0.002))
+            busy = uvloop.run(ask(controller.port, key, 8, seconds / 2, 0.0))
             stop.set()
             counts = [results.get(timeout=20.0) for _ in senders]
             for sender in senders:

@@ -58,7 +58,9 @@ class DirectProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._offer is not None:
-            if self._answer_directly(data, self._offer):
+            while data and (rest := self._answer_directly(data, self._offer)) is not None:
+                data = rest
+            if not data:
                 return
             self._offer = None
         self._last_piece = data if self._between_messages and len(data) <= MAX_DIRECT_BYTES else b""
@@ -81,8 +83,10 @@ class DirectProtocol(HttpToolsProtocol):
         if head is not None:
             self._offer = _Offer(head[1], head[3], answer, self.loop.time() + REPEAT_S)
 
-    def _answer_directly(self, data: bytes, offer: _Offer) -> bool:
-        """Answer if `data` is one whole request like the one that the offer was made for."""
+    def _answer_directly(self, data: bytes, offer: _Offer) -> bytes | None:
+        """Answer the whole request that `data` begins with, if it is like the one that the offer was made for, and
+        return the data behind it; None: it takes the usual way.
+        """
         if not (
             data.startswith(offer.before_length)
             and self._between_messages
@@ -91,20 +95,21 @@ class DirectProtocol(HttpToolsProtocol):
             and not self.pipeline
             and not self.flow.write_paused
             and not self.transport.is_closing()
-            and len(data) <= MAX_DIRECT_BYTES
             and self.loop.time() < offer.until
         ):
-            return False
+            return None
         begin = len(offer.before_length)
         end = data.find(b"\r", begin, begin + _MAX_LENGTH_DIGITS + 1)
-        length, body_begin = data[begin:end], end + len(offer.after_length)
+        length = data[begin:end]
         if end < 0 or not length.isdigit() or not data.startswith(offer.after_length, end):
-            return False
-        if int(length) != len(data) - body_begin:
-            return False
-        answer = offer.answer(data[body_begin:])
+            return None
+        body_begin = end + len(offer.after_length)
+        body_end = body_begin + int(length)
+        if body_end > len(data):
+            return None
+        answer = offer.answer(data[body_begin:body_end])
         if answer is None:
-            return False
+            return None
         lines = [b"HTTP/1.1 200 OK"]
         lines += [b"%b: %b" % header for header in self.server_state.default_headers]
         lines.append(b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(answer))
@@ -112,4 +117,4 @@ class DirectProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-        return True
+        return data[body_end:]
