@@ -4,13 +4,14 @@ uvicorn parses each header in Python and makes a task, an event and a dozen othe
 every middleware looks at it; a heartbeat is handled in a fraction of that time. So an endpoint may offer a function for
 requests like the one that it has just answered: those on the same connection whose head is the same, byte for byte but
 for the length of the body. What the parser and all checks made of that head holds for them too. Their bodies go to the
-function, which answers at once or leaves them to the usual way. After REPEAT_S one goes the usual way again, so that
-what checks depend on besides the head (keys that have changed) is not overlooked.
+function, which answers at once or leaves them to the usual way. After REPEAT_S at most one goes the usual way again, so
+that what checks depend on besides the head (keys that have changed) is not overlooked.
 """
 
 from __future__ import annotations
 
 import functools
+import random
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-REPEAT_S = 30.0
+REPEAT_S = 40.0
 MAX_DIRECT_BYTES = 64 * 1024
 """Of a request, head and all; longer ones take the usual way."""
 _EXTENSION = "fastserve.direct"
@@ -81,7 +82,9 @@ class DirectProtocol(HttpToolsProtocol):
         """`piece` begins with the message that `answer` is offered for."""
         head = _HEAD.match(piece)
         if head is not None:
-            self._offer = _Offer(head[1], head[3], answer, self.loop.time() + REPEAT_S)
+            # Not all at the same time: thousands of connections may have been opened in the same second.
+            seconds = REPEAT_S * random.uniform(0.5, 1.0)
+            self._offer = _Offer(head[1], head[3], answer, self.loop.time() + seconds)
 
     def _answer_directly(self, data: bytes, offer: _Offer) -> bytes | None:
         """Answer the whole request that `data` begins with, if it is like the one that the offer was made for, and
