@@ -7,8 +7,8 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-TICK_S = 0.25
-MAX_GAP_S = 1.0
+TICK_S = 0.1
+MAX_GAP_S = 0.3
 
 
 class RunningClock:

@@ -56,8 +56,27 @@ class DirectProtocol(HttpToolsProtocol):
     """The parser has no part of a message."""
     _last_piece = b""
     """The data that came last, if a message begins with it."""
+    _waiting = b""
+    """Data that waits for its turn in the event loop."""
 
     def data_received(self, data: bytes) -> None:
+        if self._offer is None:
+            self._receive(data)
+            return
+        # In its turn, as the tasks of other requests: answered right here, thousands of connections that always have
+        # something to read would keep the event loop from ever coming to anything else.
+        if not self._waiting:
+            self.loop.call_soon(self._receive_waiting)
+        self._waiting += data
+        if len(self._waiting) > MAX_DIRECT_BYTES:
+            self._receive_waiting()
+
+    def _receive_waiting(self) -> None:
+        data, self._waiting = self._waiting, b""
+        if data and not self.transport.is_closing():
+            self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
         if self._offer is not None:
             while data and (rest := self._answer_directly(data, self._offer)) is not None:
                 data = rest

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,10 +30,10 @@ def test_time_goes_on_while_the_process_runs_and_hardly_while_it_is_held_up() ->
         clock.tick()
     assert clock() == 60.0
     plain.now += 300
-    assert clock() == 60.0 + MAX_GAP_S
+    assert clock() == pytest.approx(60.0 + MAX_GAP_S)
     clock.tick()
-    plain.now += 0.5
-    assert clock() == 60.0 + MAX_GAP_S + 0.5
+    plain.now += 0.2
+    assert clock() == pytest.approx(60.0 + MAX_GAP_S + 0.2)
 
 
 @given(steps=st.lists(st.tuples(st.floats(0, 5), st.booleans()), max_size=50))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastserve.control import changes
 from fastserve.control.changes import ChangeLog
-from fastserve.control.registry import WorkerRegistry
+from fastserve.control.registry import MAX_LINES_PER_S, WorkerRegistry
 from fastserve.protocol import RoutingTable, WorkerStatus
 
 
@@ -289,3 +290,18 @@ def test_a_shorter_interval_counts_from_the_heartbeat_that_says_it(
     registry.heartbeat("w", 0, status(heartbeat_interval_s=1.0))
     clock.now += 3.1
     assert registry.addresses() == []
+
+
+def test_thousands_that_come_at_once_do_not_flood_the_log(
+    registry: WorkerRegistry, status: MakeStatus, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for number in range(1000):
+        registry.heartbeat(f"w{number}", 0, status(heartbeat_interval_s=100.0))
+    assert len(caplog.records) == MAX_LINES_PER_S
+    clock.now += 1.0
+    registry.deregister("w1")
+    assert [record.getMessage() for record in caplog.records][MAX_LINES_PER_S:] == [
+        f"{1000 - MAX_LINES_PER_S} more lines about workers were left out.",
+        "Worker w1 is dropped: it said goodbye. Models: m.",
+    ]
