@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from fastserve import __version__
 from fastserve.config import ControllerConfig
+from fastserve.control.clock import RunningClock
 from fastserve.control.endpoint import DirectRoutes
 from fastserve.control.metrics import ControlMetrics
 from fastserve.control.registry import RegistryLimits, WorkerRegistry
@@ -22,6 +23,7 @@ from fastserve.serving.errors import install_error_handlers
 
 def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.monotonic) -> FastAPI:
     """Raises StartupError when the dispatch method does not exist. `clock` gives monotonic seconds."""
+    running_clock = RunningClock(clock)
     registry = WorkerRegistry(
         dispatch_method=config.dispatch_method,
         heartbeat_expiration_s=config.heartbeat_expiration_s,
@@ -31,7 +33,7 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
             max_leases=config.max_leases,
             model_memory_s=config.model_memory_s,
         ),
-        clock=clock,
+        clock=running_clock,
         rng=random.Random(),
     )
     client = WorkerClient()
@@ -39,7 +41,7 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with client:
+        async with client, running_clock.ticking():
             yield
 
     endpoints = message_endpoints(registry, client, metrics)

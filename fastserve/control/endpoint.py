@@ -1,7 +1,8 @@
-"""Endpoints that take one JSON message and answer with another, and the shortest way to them.
+"""Endpoints that take one JSON message and answer with another, and the shortest ways to them.
 
 Heartbeats, `/acquire` and `/release` come by the thousand each second, so they pass neither FastAPI's machinery nor the
-router, which would cost more than the answer: `DirectRoutes` stands right behind the application's middlewares.
+router, which would cost more than the answer: `DirectRoutes` stands right behind the application's middlewares, and a
+connection that asks for the same again and again is answered without them (`serving/direct.py`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic
 
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.control.metrics import ControlMetrics
 from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.logging import Throttle
 from fastserve.observability.text import printable
+from fastserve.serving.direct import offer_direct_answers
 from fastserve.serving.errors import error_response
 from fastserve.serving.messages import MessageT, parse_message
 
@@ -27,28 +28,49 @@ BAD_MESSAGE_LOG_INTERVAL_S = 5.0
 
 
 class MessageEndpoint(Generic[MessageT]):
-    """An ASGI application. `handle` gets the parsed message and returns JSON; what it raises becomes an answer too."""
+    """An ASGI application.
+
+    `answer` gets the parsed message and the request's scope, and returns JSON at once, or None when it would have to
+    wait; then `answer_later` does it. A FastserveError that they raise becomes the answer.
+    """
 
     def __init__(
-        self, kind: type[MessageT], handle: Callable[[MessageT, Request], Awaitable[bytes]], metrics: ControlMetrics
+        self,
+        kind: type[MessageT],
+        metrics: ControlMetrics,
+        answer: Callable[[MessageT, Scope], bytes | None],
+        answer_later: Callable[[MessageT, Scope], Awaitable[bytes]] | None = None,
     ) -> None:
         self._kind = kind
-        self._handle = handle
         self._metrics = metrics
+        self._answer = answer
+        self._answer_later = answer_later
         self._throttle = Throttle(BAD_MESSAGE_LOG_INTERVAL_S, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(receive)
+            body = await _read_body(receive)
             if body is None:
                 return
-            answer = await self._handle(self._parse(body, scope), Request(scope, receive))
+            message = self._parse(body, scope)
+            answer = self._answer(message, scope)
+            if answer is None:
+                assert self._answer_later is not None
+                answer = await self._answer_later(message, scope)
         except FastserveError as error:
             await error_response(error)(scope, receive, send)
             return
+        offer_direct_answers(scope, lambda body: self._answer_directly(body, scope))
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
+
+    def _answer_directly(self, body: bytes, scope: Scope) -> bytes | None:
+        """None also when something is wrong: the usual way finds and reports it again."""
+        try:
+            return self._answer(self._kind.model_validate_json(body), scope)
+        except (ValueError, FastserveError):
+            return None
 
     def _parse(self, body: bytes, scope: Scope) -> MessageT:
         try:
@@ -61,21 +83,16 @@ class MessageEndpoint(Generic[MessageT]):
             raise
 
 
-async def read_body(receive: Receive) -> bytes | None:
+async def _read_body(receive: Receive) -> bytes | None:
     """The whole body, or None when the client has gone."""
-    message: Any = await receive()
-    if message["type"] == "http.disconnect":
-        return None
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body", False):
-        return body
-    pieces = [body]
-    while message.get("more_body", False):
-        message = await receive()
+    pieces: list[bytes] = []
+    while True:
+        message: Any = await receive()
         if message["type"] == "http.disconnect":
             return None
         pieces.append(message.get("body", b""))
-    return b"".join(pieces)
+        if not message.get("more_body", False):
+            return b"".join(pieces)
 
 
 class DirectRoutes:

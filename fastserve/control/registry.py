@@ -41,6 +41,7 @@ REPORT_MEMORY_S = 30.0
 SPEED_CHANGE = 0.05
 """Relative change of a speed that makes a row of the table a changed one."""
 BUSY_RETRY_AFTER_S = 1.0
+MAX_LINES_PER_S = 50
 LOADING_RETRY_AFTER_S = 5.0
 
 
@@ -109,6 +110,7 @@ class WorkerRegistry:
         self._epoch = f"{rng.getrandbits(64):016x}"
         self._wakes: list[tuple[float, int, _Worker]] = []
         self._sequence = itertools.count()
+        self._log_second, self._num_lines = -math.inf, 0
         self._num_refused = 0
         self._num_breakers_opened = 0
 
@@ -175,7 +177,9 @@ class WorkerRegistry:
         worker.reported_at = now
         if not is_contradicted:
             if worker.failed_at is None:
-                logger.warning("Worker %s is out of dispatch: a connection to it failed. %s", *_named(worker))
+                self._log(
+                    logging.WARNING, "Worker %s is out of dispatch: a connection to it failed. %s", *_named(worker)
+                )
             worker.failed_at = now
         self._failed_request(worker, now, None)
         self._update(worker, now)
@@ -351,7 +355,7 @@ class WorkerRegistry:
 
     def _add(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> _Worker:
         worker = self._workers[name] = _Worker(name, status, check_heart_beat, self._clock())
-        logger.info("Worker %s is registered. %s", *_named(worker))
+        self._log(logging.INFO, "Worker %s is registered. %s", *_named(worker))
         return worker
 
     def _remove(self, name: str, reason: str) -> None:
@@ -364,12 +368,12 @@ class WorkerRegistry:
         self._leases.drop_worker(name)
         self._update_all(self._speeds.remove(name, now), now)
         address, models = _named(worker)
-        logger.warning("Worker %s is dropped: %s. %s", address, reason, models)
+        self._log(logging.WARNING, "Worker %s is dropped: %s. %s", address, reason, models)
 
     def _sign_of_life(self, worker: _Worker, queue_length: int, status: WorkerStatus | None) -> None:
         now = self._clock()
         if worker.failed_at is not None:
-            logger.info("Worker %s is back. %s", *_named(worker))
+            self._log(logging.INFO, "Worker %s is back. %s", *_named(worker))
         is_new_status = status is not None
         worker.status = status = status or worker.status.model_copy(update={"queue_length": queue_length})
         worker.last_beat = now
@@ -462,7 +466,20 @@ class WorkerRegistry:
         if worker.breaker.fail(now, sent_at):
             self._num_breakers_opened += 1
             worker.probe = None
-            logger.warning("Worker %s fails request after request: its breaker is open. %s", *_named(worker))
+            self._log(
+                logging.WARNING, "Worker %s fails request after request: its breaker is open. %s", *_named(worker)
+            )
+
+    def _log(self, level: int, text: str, *values: str) -> None:
+        """Log a line about a worker; at most MAX_LINES_PER_S, for thousands may come or go at the same time."""
+        now = self._clock()
+        if now - self._log_second >= 1.0:
+            if self._num_lines > MAX_LINES_PER_S:
+                logger.warning("%d more lines about workers were left out.", self._num_lines - MAX_LINES_PER_S)
+            self._log_second, self._num_lines = now, 0
+        self._num_lines += 1
+        if self._num_lines <= MAX_LINES_PER_S:
+            logger.log(level, text, *values)
 
     def _schedule(self, worker: _Worker, now: float) -> None:
         """Look at the worker again when something of it becomes due, if not sooner for another reason."""

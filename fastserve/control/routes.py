@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Scope
 
 from fastserve.control.endpoint import MessageEndpoint
 from fastserve.control.fastchat_relay import relay
@@ -30,8 +32,9 @@ from fastserve.protocol import (
     ServingRequest,
     ServingResponse,
     WorkerName,
+    WorkerStatus,
 )
-from fastserve.serving.messages import MessageT, parse_message
+from fastserve.serving.messages import parse_message
 from fastserve.serving.responses import StreamResponse
 
 logger = logging.getLogger(__name__)
@@ -44,61 +47,62 @@ EXISTS_NOT = b'{"exist":false}'
 
 def message_endpoints(
     registry: WorkerRegistry, client: WorkerClient, metrics: ControlMetrics
-) -> dict[str, MessageEndpoint]:  # type: ignore[type-arg]
-    """The endpoints that take a message and answer at once, by path."""
+) -> dict[str, MessageEndpoint[Any]]:
+    """The endpoints that take a message and answer with another, by path."""
 
-    async def register_worker(body: RegisterRequest, _: Request) -> bytes:
-        status = body.worker_status
-        if status is None:
-            try:
-                status = await client.get_status(body.worker_name)
-            except (WorkerLostError, WorkerTimeoutError) as error:
-                logger.warning("Worker %s is not registered: %s", printable(body.worker_name), printable(error.message))
-                return NULL
+    def register_worker(body: RegisterRequest, _: Scope) -> bytes | None:
+        if body.worker_status is None:
+            return None
+        return register(body, body.worker_status)
+
+    async def ask_and_register(body: RegisterRequest, _: Scope) -> bytes:
+        try:
+            return register(body, await client.get_status(body.worker_name))
+        except (WorkerLostError, WorkerTimeoutError) as error:
+            name = printable(body.worker_name)
+            logger.warning("Worker %s is not registered: %s", name, printable(error.message))
+            return NULL
+
+    def register(body: RegisterRequest, status: WorkerStatus) -> bytes:
         if body.multimodal:
             status = status.model_copy(update={"multimodal": True})
         registry.register(body.worker_name, body.check_heart_beat, status)
         return NULL
 
-    async def receive_heart_beat(body: HeartbeatRequest, _: Request) -> bytes:
+    def receive_heart_beat(body: HeartbeatRequest, _: Scope) -> bytes:
         return EXISTS if registry.heartbeat(body.worker_name, body.queue_length, body.status) else EXISTS_NOT
 
-    async def get_worker_address(body: ModelRequest, _: Request) -> bytes:
+    def get_worker_address(body: ModelRequest, _: Scope) -> bytes:
         return _json(AddressResponse(address=registry.get_worker_address(body.model)))
 
-    async def acquire(body: AcquireRequest, _: Request) -> bytes:
+    def acquire(body: AcquireRequest, _: Scope) -> bytes:
         answer = registry.acquire(body.model, body.lease, body.exclude)
         return answer.model_dump_json(exclude_none=True).encode()
 
-    async def release(body: ReleaseRequest, _: Request) -> bytes:
+    def release(body: ReleaseRequest, _: Scope) -> bytes:
         registry.release(body.leases, body.failed, body.unused)
         return NULL
 
-    async def serving(body: ServingRequest, _: Request) -> bytes:
+    def serving(body: ServingRequest, _: Scope) -> bytes:
         return _json(ServingResponse(leases=registry.serving(body.leases)))
 
-    async def report_failure(body: WorkerName, _: Request) -> bytes:
+    def report_failure(body: WorkerName, _: Scope) -> bytes:
         registry.report_failure(body.worker_name)
         return NULL
 
-    async def deregister_worker(body: WorkerName, _: Request) -> bytes:
+    def deregister_worker(body: WorkerName, _: Scope) -> bytes:
         registry.deregister(body.worker_name)
         return NULL
 
-    def endpoint(
-        kind: type[MessageT], handle: Callable[[MessageT, Request], Awaitable[bytes]]
-    ) -> MessageEndpoint[MessageT]:
-        return MessageEndpoint(kind, handle, metrics)
-
     return {
-        "/register_worker": endpoint(RegisterRequest, register_worker),
-        "/receive_heart_beat": endpoint(HeartbeatRequest, receive_heart_beat),
-        "/get_worker_address": endpoint(ModelRequest, get_worker_address),
-        "/acquire": endpoint(AcquireRequest, acquire),
-        "/release": endpoint(ReleaseRequest, release),
-        "/serving": endpoint(ServingRequest, serving),
-        "/report_failure": endpoint(WorkerName, report_failure),
-        "/deregister_worker": endpoint(WorkerName, deregister_worker),
+        "/register_worker": MessageEndpoint(RegisterRequest, metrics, register_worker, ask_and_register),
+        "/receive_heart_beat": MessageEndpoint(HeartbeatRequest, metrics, receive_heart_beat),
+        "/get_worker_address": MessageEndpoint(ModelRequest, metrics, get_worker_address),
+        "/acquire": MessageEndpoint(AcquireRequest, metrics, acquire),
+        "/release": MessageEndpoint(ReleaseRequest, metrics, release),
+        "/serving": MessageEndpoint(ServingRequest, metrics, serving),
+        "/report_failure": MessageEndpoint(WorkerName, metrics, report_failure),
+        "/deregister_worker": MessageEndpoint(WorkerName, metrics, deregister_worker),
     }
 
 

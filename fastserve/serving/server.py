@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fastserve.config import ServerConfig
 from fastserve.errors import StartupError
+from fastserve.serving.direct import DirectProtocol
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def serve(
         uvicorn.Config(
             application,
             interface="asgi3",
+            http=DirectProtocol,
             host=config.host,
             port=sockets[0].getsockname()[1],
             log_config=None,

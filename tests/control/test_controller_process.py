@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -38,6 +39,9 @@ class Controller:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         found = wait_for(lambda: re.search(r"Uvicorn running on (http://\S+:(\d+))", self._log.read_text()))
         self.address, self.port = found[1], int(found[2])
+
+    def log(self) -> str:
+        return self._log.read_text()
 
     def kill(self) -> None:
         self.process.kill()
@@ -152,6 +156,20 @@ def test_a_killed_worker_is_out_at_once_when_reported_and_soon_when_not(controll
     assert answer == {"address": "", "known": True, "retry_after_s": 1.0}
     wait_for(lambda: httpx.post(f"{controller.address}/list_models").json()["models"] == [])
     assert time.monotonic() - killed < 3.5
+
+
+def test_a_controller_that_was_held_up_does_not_take_its_workers_for_silent(controller: Controller) -> None:
+    status = WorkerStatus(model_names=["m"], queue_length=1, leases=["a"], heartbeat_interval_s=0.8)
+    with HeartbeatSender(controller.address, "http://w:1", status):
+        wait_for(lambda: addresses(controller))
+        controller.process.send_signal(signal.SIGSTOP)
+        time.sleep(3.5)
+        controller.process.send_signal(signal.SIGCONT)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            assert addresses(controller) == ["http://w:1"]
+            assert in_flight(controller) == [1]
+    assert "is dropped" not in controller.log()
 
 
 async def test_a_client_that_leaves_the_relay_stops_the_worker(controller: Controller) -> None:
