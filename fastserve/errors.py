@@ -8,9 +8,14 @@
           ContextLengthError          400  prompt and answer do not fit the context
         AuthenticationError           401
         ModelNotFoundError            404
+        RequestTimeoutError           408  headers or body did not come in time
         BodyTooLargeError             413
+        UnsupportedEncodingError      415  a compressed body
+        HeadersTooLargeError          431
         OverloadedError               429  the queue is full; carries Retry-After
       ServiceError                  the client cannot mend it (5xx); another worker may do better
+        ShuttingDownError             503  the drain has ended, or refuses what has not begun
+        ShortageError                 503  this process is out of connections, memory or room for bodies
         NoWorkerError                 503
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
@@ -22,6 +27,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -45,6 +51,12 @@ class FastserveError(Exception):
         """OpenAI's error object, with FastChat's `object`, `message` and `code` beside it."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error, "object": "error", "message": self.message, "code": self.legacy_code}
+
+    def events(self) -> bytes:
+        """The end of an event stream that failed after its first byte."""
+        return (
+            b"data: " + json.dumps(self.body(), ensure_ascii=False).encode(errors="replace") + b"\n\ndata: [DONE]\n\n"
+        )
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
@@ -92,6 +104,21 @@ class BodyTooLargeError(RequestError):
     code = "request_too_large"
 
 
+class RequestTimeoutError(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class UnsupportedEncodingError(RequestError):
+    status = 415
+    code = "unsupported_encoding"
+
+
+class HeadersTooLargeError(RequestError):
+    status = 431
+    code = "headers_too_large"
+
+
 class OverloadedError(RequestError):
     status = 429
     type = "overloaded_error"
@@ -107,6 +134,18 @@ class ServiceError(FastserveError):
     status = 503
     type = "service_unavailable_error"
     code = "service_unavailable"
+
+
+class ShuttingDownError(ServiceError):
+    code = "server_shutting_down"
+    retry_after_s = 2.0
+
+
+class ShortageError(ServiceError):
+    """This process refuses for want of something of its own; nobody else has failed."""
+
+    code = "server_overloaded"
+    retry_after_s = 1.0
 
 
 class NoWorkerError(ServiceError):

@@ -28,6 +28,7 @@ from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, 
 from fastserve.control import dispatch
 from fastserve.errors import StartupError
 from fastserve.options import parse_config, parse_option, to_argv
+from fastserve.serving.listen import port_problem
 from fastserve.supervisor import ChildSpec, Launch, Stopped, StopSignals, http_address
 
 REGISTRATION_TIMEOUT_S = 30.0
@@ -235,7 +236,7 @@ def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[super
                 f"Port {port} ({flag}) is in use by the {ours[port].name} of an earlier launch (process "
                 f"{ours[port].pid}): end it with `python -m fastserve.shutdown`, or choose another port."
             )
-        problem = supervisor.port_problem(host, port)
+        problem = port_problem(host, port)
         if problem:
             raise StartupError(f"Cannot listen on {host}:{port} ({flag}): {problem}.")
 

@@ -8,12 +8,10 @@ that a stranger who got a recycled process id is never touched.
 
 from __future__ import annotations
 
-import errno
 import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -198,32 +196,7 @@ def _wait_gone(processes: Iterable[psutil.Process], timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-# ---- ports and logs ---------------------------------------------------------------------------------------------
-
-
-def port_problem(host: str, port: int) -> str | None:
-    """Why a service could not listen there, or None. Binds as the services do, and lets go at once."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        return f"the host name {host} cannot be resolved ({error.strerror})"
-    missing = f"this machine has no address {host}"
-    bound = 0
-    for family, _, _, _, address in found:
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
-            if os.name == "posix":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                sock.bind(address)
-                bound += 1
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return "the port is in use by another program"
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    return str(error.strerror)
-    return None if bound else missing
+# ---- logs ------------------------------------------------------------------------------------------------------
 
 
 def tail(path: Path) -> list[str]:

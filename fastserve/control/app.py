@@ -18,10 +18,14 @@ from fastserve.control.registry import RegistryLimits, WorkerRegistry
 from fastserve.control.routes import fastchat_routes, fastserve_routes, message_endpoints
 from fastserve.control.worker_client import WorkerClient
 from fastserve.serving.errors import install_error_handlers
+from fastserve.serving.tls import client_ssl_context
 
 
 def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.monotonic) -> FastAPI:
-    """Raises StartupError when the dispatch method does not exist. `clock` gives monotonic seconds."""
+    """Raises StartupError when the dispatch method does not exist or a file for TLS cannot be read.
+
+    `clock` gives monotonic seconds.
+    """
     registry = WorkerRegistry(
         dispatch_method=config.dispatch_method,
         heartbeat_expiration_s=config.heartbeat_expiration_s,
@@ -34,7 +38,7 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
         clock=clock,
         rng=random.Random(),
     )
-    client = WorkerClient()
+    client = WorkerClient(client_ssl_context(config))
     metrics = ControlMetrics()
 
     @asynccontextmanager

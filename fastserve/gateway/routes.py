@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from fastserve.errors import ModelNotFoundError, NoWorkerError
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.metrics import GatewayMetrics
-from fastserve.gateway.peek import peek, read_body
+from fastserve.gateway.peek import peek
 from fastserve.gateway.relay import Call, Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
@@ -52,7 +52,7 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         gateway = _gateway(request)
         try:
-            body = await read_body(request)
+            body = await request.body()
         except ClientDisconnect:
             return
         model, stream = peek(body)

@@ -22,6 +22,7 @@ from fastserve.engine.contract import Engine, EngineInfo
 from fastserve.errors import EngineDeadError, StartupError
 from fastserve.observability.metrics import CONTENT_TYPE
 from fastserve.serving.errors import error_response, install_error_handlers
+from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -159,7 +160,13 @@ class Worker:
 
     def _make_heartbeat(self, runtime: Runtime) -> Heartbeat:
         config = self._setup.config
-        return Heartbeat(config.controller_address, self._setup.address, config.heartbeat_interval_s, runtime.status)
+        return Heartbeat(
+            config.controller_address,
+            self._setup.address,
+            config.heartbeat_interval_s,
+            runtime.status,
+            client_ssl_context(config),
+        )
 
     async def _vital(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Do `work`, and end the process when it fails: without it nobody would restart or reach this worker."""
