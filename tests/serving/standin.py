@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -74,6 +75,14 @@ async def stream(count: int = 1_000_000, pause_s: float = 0.02, piece: int = 20,
             print("stream closed", flush=True)
 
     return StreamResponse(events(), media_type="text/event-stream" if kind == "event" else "application/octet-stream")
+
+
+@router.get("/block")
+async def block() -> Response:
+    """Stops the event loop, as a bug would."""
+    for _ in range(600):
+        time.sleep(0.1)  # noqa: ASYNC251 - that is the bug
+    return JSONResponse({})
 
 
 @router.get("/allocate")
