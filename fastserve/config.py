@@ -19,15 +19,12 @@ class ServerConfig:
     host: str = option("localhost", "address to listen on")
     port: int = option(API_SERVER_PORT, "port to listen on")
     ssl: bool = option(False, "serve TLS with the key and certificate named by SSL_KEYFILE and SSL_CERTFILE")
-    tls_cert: str | None = option(
-        None, "serve TLS with this certificate chain, a PEM file", env="FASTSERVE_TLS_CERT", added=True
-    )
-    tls_key: str | None = option(None, "private key of --tls-cert, a PEM file", env="FASTSERVE_TLS_KEY", added=True)
+    tls_cert: str | None = option(None, "serve TLS with this certificate chain, a PEM file", added=True)
+    tls_key: str | None = option(None, "private key of --tls-cert, a PEM file", added=True)
     tls_ca: str | None = option(
         None,
         "PEM file of the authorities that the cluster's other services are verified with; controller and worker then "
         "accept only clients with a certificate of theirs",
-        env="FASTSERVE_TLS_CA",
         added=True,
     )
     tls_client_cert_required: bool = option(

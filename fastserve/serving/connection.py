@@ -249,7 +249,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             # Upgrades are not taken, as HTTP allows; what follows one cannot be parsed.
             self.cycle.keep_alive = False
-        if not self.cycle.keep_alive:
+        if not (self.cycle.keep_alive and self.parser.should_keep_alive()):
             self.cycle.transport = _LingeringTransport(self)  # type: ignore[assignment]
         self._set_read_deadline()
 
