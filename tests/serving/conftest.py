@@ -57,6 +57,15 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 def impatient(start_service: StartService) -> Service:
     """A service with short deadlines, shared by all tests that do not end it."""
     return start_service(
-        *("--head-timeout-s", "1", "--body-timeout-s", "1.5", "--keep-alive-timeout-s", "1", "--write-timeout-s", "1"),
+        *(
+            "--head-timeout-s",
+            "0.5",
+            "--body-timeout-s",
+            "0.7",
+            "--keep-alive-timeout-s",
+            "1",
+            "--write-timeout-s",
+            "0.7",
+        ),
         *("--max-body-bytes", "100000", "--max-buffered-bytes", "250000"),
     )

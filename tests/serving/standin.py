@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -83,6 +84,19 @@ async def block() -> Response:
     for _ in range(600):
         time.sleep(0.1)  # noqa: ASYNC251 - that is the bug
     return JSONResponse({})
+
+
+@router.get("/exhaust")
+async def exhaust(seconds: float) -> Response:
+    """Takes all files that may be open, for a while."""
+    files = []
+    with suppress(OSError):
+        while True:
+            files.append(os.open(os.devnull, os.O_RDONLY))
+    await asyncio.sleep(seconds)
+    for file in files:
+        os.close(file)
+    return JSONResponse({"files": len(files)})
 
 
 @router.get("/allocate")

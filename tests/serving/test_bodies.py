@@ -22,7 +22,7 @@ def test_a_body_up_to_the_limit_is_read(impatient: Service) -> None:
 def test_a_body_that_is_announced_too_large_is_refused_before_it_is_sent(impatient: Service) -> None:
     with impatient.wire() as wire:
         wire.send(POST + b"Content-Length: 100001\r\n\r\n")
-        reply = wire.last_reply()
+        reply = wire.next_reply()
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
     assert "100000 bytes" in reply.error["message"]
 
@@ -48,7 +48,7 @@ def test_a_chunked_body_is_counted_while_it_is_read(impatient: Service) -> None:
         wire.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"2710\r\n" + b"x" * 10_000 + b"\r\n")
         for _ in range(10):
             wire.send(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
-        assert wire.last_reply().status == 413
+        assert wire.next_reply().status == 413
 
 
 def test_an_endless_body_that_nobody_reads_is_not_kept(impatient: Service) -> None:

@@ -68,7 +68,7 @@ def test_a_body_over_the_default_limit_is_refused_with_413(services: dict[str, S
     with services[name].wire() as wire:
         wire.send(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % (POSTS[name].encode(), limit + 1))
         wire.send(b"Content-Type: application/json\r\n\r\n")
-        reply = wire.last_reply()
+        reply = wire.next_reply()
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
     assert str(limit) in reply.error["message"]
 
@@ -143,6 +143,7 @@ def test_a_worker_above_its_memory_mark_refuses_requests_but_lives(tmp_path: Pat
         worker.process.wait()
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_no_engine_behind(tmp_path: Path) -> None:
     command = ["fastserve.model_worker", "--no-register", "--max-total-tokens", "4096", "--speculative-method", "off"]
     worker = start(command, tmp_path / "log")

@@ -76,6 +76,15 @@ class Wire:
             data += piece
         return bytes(data)
 
+    def next_reply(self) -> Reply:
+        """One answer with Content-Length; the connection may stay open."""
+        head = self.read_until(b"\r\n\r\n")
+        while True:
+            [reply, *_] = parse_replies(head)
+            if len(reply.body) == int(reply.headers["content-length"]):
+                return reply
+            head += self.socket.recv(65536)
+
     def last_reply(self, timeout_s: float = PATIENCE_S) -> Reply:
         """The one answer that comes before the server closes."""
         [reply] = parse_replies(self.read_to_end(timeout_s))
