@@ -50,6 +50,7 @@ VITAL_PATHS = frozenset(
         "/register_worker",
         "/receive_heart_beat",
         "/get_worker_address",
+        "/serving",
         "/workers",
         "/ready",
     }

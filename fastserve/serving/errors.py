@@ -120,7 +120,11 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
         return InvalidRequestError(f"The request body is not valid JSON: {reason}.", code="invalid_json")
     if kind == "extra_forbidden":
         return InvalidRequestError(f"The field '{name}' is not known.", param=name)
-    sentence = printable(str(first.get("msg", "")).removeprefix("Value error, ").rstrip("."))
+    if kind == "string_pattern_mismatch":
+        # The pattern itself says little to people; ours are against what forges lines and steers terminals.
+        sentence = "It may not be empty or hold control characters"
+    else:
+        sentence = printable(str(first.get("msg", "")).removeprefix("Value error, ").rstrip("."))
     return InvalidRequestError(f"Invalid value for '{name}': {shown(first.get('input'))}. {sentence}.", param=name)
 
 
