@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -204,7 +205,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin_message()
         self._num_piece_bytes = len(data)
         self._num_overhead_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._num_overhead_bytes > self._limits.max_head_bytes and self._has_begun:
             self._refuse(self._too_large())
 
@@ -244,11 +246,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = InvalidRequestError(f"More than {MAX_PIPELINED} requests wait on this connection.")
             raise _RefusedError
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._refusal = InvalidRequestError("CONNECT is not supported: this server is no proxy.")
+                raise _RefusedError
+            # Upgrades are not taken, as HTTP allows. The parser stops here and leaves the body away: see `_parse`.
+            return
         self._in_body = True
         super().on_headers_complete()
-        if self.parser.should_upgrade():
-            # Upgrades are not taken, as HTTP allows; what follows one cannot be parsed.
-            self.cycle.keep_alive = False
         if not (self.cycle.keep_alive and self.parser.should_keep_alive()):
             self.cycle.transport = _LingeringTransport(self)  # type: ignore[assignment]
         self._set_read_deadline()
@@ -259,6 +264,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self._has_begun = False
         self._in_body = False
@@ -292,10 +299,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         refusal, self._refusal = self._refusal, None
-        self._refuse(refusal or InvalidRequestError(f"The request is not valid HTTP/1.1. {msg}", code="invalid_http"))
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing to warn of: the request is answered as if it asked for no upgrade."""
+        self._refuse(refusal or InvalidRequestError("The request is not valid HTTP/1.1.", code="invalid_http"))
 
     def shutdown(self) -> None:
         """The drain begins: what is being answered may end; a request that is not complete is refused."""
@@ -337,6 +341,26 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         elif self._linger():
             self._write_eof()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            while data and not self.is_lingering:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                self._parse_head_without_upgrade()
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _parse_head_without_upgrade(self) -> None:
+        """Give the head at which the parser stopped to another one, without the wish that it stopped for."""
+        head = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        head += [b"%s: %s" % item for item in self.headers if item[0] not in (b"upgrade", b"connection")]
+        self._num_headers = 0
+        self.parser = _new_parser(self)
+        self.parser.feed_data(b"\r\n".join(head) + b"\r\n\r\n")
 
     def _begin_message(self) -> None:
         self._has_begun = True
@@ -397,6 +421,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def _write_eof(self) -> None:
         if self.transport.can_write_eof():
             self.transport.write_eof()
+
+
+def _new_parser(connection: BoundedProtocol) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(connection)
+    # As uvicorn's own: what comes after a last request is no error.
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 class _LingeringTransport:

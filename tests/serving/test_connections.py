@@ -217,8 +217,35 @@ def test_http_1_0_is_answered_and_closed(wire: Wire) -> None:
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
 def test_an_upgrade_is_answered_as_if_none_was_asked_for(wire: Wire, protocol: bytes) -> None:
-    wire.send(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n" % protocol)
-    assert wire.last_reply().status == 200
+    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n" % protocol
+    for request in (upgrade, GET, upgrade, GET + upgrade):
+        wire.send(request)
+        assert wire.next_reply().body == b'{"status":"ok"}'
+
+
+@pytest.mark.parametrize("step", [1, 10, 1000])
+def test_a_body_is_read_beside_an_upgrade(wire: Wire, step: int) -> None:
+    """As Java's client sends each first request."""
+    head = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    for body in (b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"):
+        data = POST + head + body
+        for start in range(0, len(data), step):
+            wire.send(data[start : start + step])
+        assert wire.next_reply().body == b'{"size":3}'
+
+
+def test_a_flood_of_upgrades_is_cut(impatient: Service) -> None:
+    upgrade = b"GET /sleep?seconds=1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with impatient.wire() as wire, suppress(ConnectionError):
+        wire.send(upgrade * 5000)
+        wire.read_to_end()
+    assert impatient.ask().status == 200
+    assert "Traceback" not in impatient.log
+
+
+def test_connect_is_refused(wire: Wire) -> None:
+    wire.send(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n")
+    assert wire.last_reply().status == 400
 
 
 def test_expect_100_continue(impatient: Service) -> None:
@@ -304,7 +331,6 @@ def test_connections_never_take_the_last_open_file(start_service: StartService) 
     for wire in held:
         wire.socket.close()
     wait_until(lambda: service.ask().status == 200, "there is room again")
-    assert "Traceback" not in service.log
 
 
 def test_a_process_without_files_neither_dies_nor_spins(start_service: StartService) -> None:
