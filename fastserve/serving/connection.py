@@ -20,7 +20,7 @@ from typing import Any
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from fastserve.config import ServerConfig
@@ -169,6 +169,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """The client's, unless it is one of this machine."""
         self.is_lingering = False
         """The last answer has been written; what still comes is dropped."""
+        self._answering: RequestResponseCycle | None = None
+        """The request that is being answered; `cycle` is the last one that came."""
         self._refusal: FastserveError | None = None
         self._has_begun = False
         """A message is incomplete (or, before the first one, has not begun to come)."""
@@ -196,6 +198,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._table.remove(self)
         self._unset_keepalive_if_required()
+        self._disconnect()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -254,6 +257,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._in_body = True
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
         if not (self.cycle.keep_alive and self.parser.should_keep_alive()):
             self.cycle.transport = _LingeringTransport(self)  # type: ignore[assignment]
         self._set_read_deadline()
@@ -282,6 +287,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         is_early = self._in_body and not self.pipeline
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.is_lingering or self.transport.is_closing():
             return
@@ -333,6 +339,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def abort(self) -> None:
         """Close at once, without what is still to be written."""
+        self._disconnect()
         self.transport.abort()
 
     def close_with_rest(self) -> None:
@@ -361,6 +368,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_headers = 0
         self.parser = _new_parser(self)
         self.parser.feed_data(b"\r\n".join(head) + b"\r\n\r\n")
+
+    def _disconnect(self) -> None:
+        """Let the application see that its client is gone. uvicorn does so for the last request that came only."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+            self._answering = None
 
     def _begin_message(self) -> None:
         self._has_begun = True
@@ -395,9 +409,7 @@ class BoundedProtocol(HttpToolsProtocol):
             # The answer under way is another request's, or half of this one's: cutting it is all that is left.
             self.abort()
             return
-        if is_answering:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self._disconnect()
         if self._linger():
             self._write_last(refusal)
 

@@ -26,7 +26,7 @@ def wire(impatient: Service) -> Iterator[Wire]:
 # ---- deadlines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("begin", [b"G", b"GET /health HTTP/1.1\r\nHo", b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n"])
+@pytest.mark.parametrize("begin", [b"G", b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n"])
 def test_headers_that_do_not_end_are_answered_with_408(wire: Wire, begin: bytes) -> None:
     wire.send(begin)
     reply = wire.last_reply()
@@ -198,6 +198,17 @@ def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
     assert [reply.body for reply in replies] == [b'{"name":"%d"}' % number for number in range(10)]
 
 
+def test_a_client_that_leaves_is_noticed_although_it_has_pipelined(start_service: StartService) -> None:
+    service = start_service()
+    with service.wire() as wire:
+        wire.send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n" + GET)
+        wire.read_until(b"data: 2")
+    assert service.process.stdout is not None
+    assert service.process.stdout.readline() == "stream closed\n"
+    assert service.ask().status == 200
+    assert "Traceback" not in service.log
+
+
 def test_a_flood_of_pipelined_requests_is_cut(impatient: Service) -> None:
     before = impatient.rss_mb()
     with impatient.wire() as wire:
@@ -333,6 +344,7 @@ def test_connections_never_take_the_last_open_file(start_service: StartService) 
     wait_until(lambda: service.ask().status == 200, "there is room again")
 
 
+@pytest.mark.slow
 def test_a_process_without_files_neither_dies_nor_spins(start_service: StartService) -> None:
     service = start_service(max_files=200)
     with service.wire() as holder:

@@ -168,3 +168,31 @@ def test_a_second_signal_leaves_no_engine_behind(tmp_path: Path) -> None:
     finally:
         worker.process.kill()
         worker.process.wait()
+
+
+def test_the_end_of_the_api_servers_drain_is_an_error_event_of_its_own(tmp_path: Path) -> None:
+    services = []
+    try:
+        services.append(start(COMMANDS["controller"], tmp_path / "controller"))
+        to_controller = ["--controller-address", f"http://127.0.0.1:{services[0].port}"]
+        services.append(start(["fastserve.model_worker", "--engine", "fake", *to_controller], tmp_path / "worker"))
+        server = start([*COMMANDS["api server"], *to_controller, "--drain-timeout-s", "0.5"], tmp_path / "server")
+        services.append(server)
+        wait_until(lambda: server.ask("/ready").status == 200, "the model is known", 30)
+        body = {"model": "fastserve-demo", "prompt": "a", "stream": True, "max_tokens": 2000, "ignore_eos": True}
+        data = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with server.wire() as wire:
+            wire.send(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            begun = wire.read_until(b"data: ", 30)
+            server.process.send_signal(signal.SIGTERM)
+            answer = begun + wire.read_to_end()
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        event = answer.split(b"data: ")[-2].partition(b"\n\n")[0]
+        assert json.loads(event)["error"]["code"] == "server_shutting_down"
+        assert server.process.wait(5) == 0
+        assert "Traceback" not in server.log
+    finally:
+        for service in services:
+            service.process.kill()
+            service.process.wait()
