@@ -30,6 +30,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+MAX_MESSAGE_CHARS = 2000
+MAX_PARAM_CHARS = 200
+
 
 class FastserveError(Exception):
     """Base of everything that fastserve raises on purpose."""
@@ -49,14 +52,14 @@ class FastserveError(Exception):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object, with FastChat's `object`, `message` and `code` beside it."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return {"error": error, "object": "error", "message": self.message, "code": self.legacy_code}
+        message = _sendable(self.message, MAX_MESSAGE_CHARS)
+        param = None if self.param is None else _sendable(self.param, MAX_PARAM_CHARS)
+        error = {"message": message, "type": self.type, "param": param, "code": self.code}
+        return {"error": error, "object": "error", "message": message, "code": self.legacy_code}
 
     def events(self) -> bytes:
         """The end of an event stream that failed after its first byte."""
-        return (
-            b"data: " + json.dumps(self.body(), ensure_ascii=False).encode(errors="replace") + b"\n\ndata: [DONE]\n\n"
-        )
+        return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\ndata: [DONE]\n\n"
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
@@ -172,3 +175,9 @@ class WorkerTimeoutError(ServiceError):
 
 class InternalError(FastserveError):
     pass
+
+
+def _sendable(text: str, max_chars: int) -> str:
+    """`text` cut to a length that no client chooses, and without lone surrogates, which UTF-8 does not have."""
+    kept = text if len(text) <= max_chars else text[:max_chars] + "…"
+    return kept if kept.isascii() else kept.encode(errors="backslashreplace").decode()

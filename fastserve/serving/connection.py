@@ -188,7 +188,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.address = _foreign_address(transport)
+        self.address = client_address(transport)
         refusal = self._table.admit(self)
         if refusal is None:
             self._read_deadline = self.loop.time() + self._limits.head_timeout_s
@@ -467,17 +467,23 @@ def _response(refusal: FastserveError) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def _foreign_address(transport: asyncio.Transport) -> str | None:
-    """The client's address, or None when it is of this machine: a proxy or a service of ours, for many clients."""
+def client_address(transport: asyncio.Transport) -> str | None:
+    """The client's address, or None when it is of this machine: a proxy or a service of ours, for many clients.
+
+    Public IPv6 addresses are given out by networks of 64 bits, so the network counts as one.
+    """
     peer = transport.get_extra_info("peername")
     sock: socket.socket | None = transport.get_extra_info("socket")
     if not isinstance(peer, tuple) or not peer:
         return None
     address = str(peer[0])
     try:
-        if ipaddress.ip_address(address).is_loopback:
-            return None
+        parsed = ipaddress.ip_address(address)
         own = sock.getsockname()[0] if sock is not None else None
     except (ValueError, OSError):
         return address
-    return None if own == address else address
+    if parsed.is_loopback or own == address:
+        return None
+    if parsed.version == 6 and parsed.is_global:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from fastserve.config import ServerConfig
+from fastserve.errors import InvalidRequestError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.errors import install_error_handlers
@@ -33,6 +35,13 @@ async def health() -> Response:
 @router.get("/things/{name:path}")
 async def thing(name: str) -> Response:
     return JSONResponse({"name": name})
+
+
+@router.post("/refuse")
+async def refuse(request: Request) -> Response:
+    """Repeats the body, a JSON string, in an error."""
+    word = json.loads(await request.body())
+    raise InvalidRequestError(f"'{word}' is wrong, that is to say '{word}'.", param=word)
 
 
 @router.post("/size")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from fastserve.serving.connection import client_address
 from tests.serving.wire import Service, StartService, Wire, parse_replies, wait_until
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -322,6 +325,33 @@ def test_connections_of_one_address_are_bounded_but_not_those_of_this_machine(st
     with service.wire(source=own) as wire:
         wire.send(GET)
         assert wire.read_until(b"}").startswith(b"HTTP/1.1 200 ")
+
+
+class FakeTransport:
+    def __init__(self, peer: str, own: str) -> None:
+        self._peer = peer
+        self._own = own
+
+    def getsockname(self) -> tuple[str, int]:
+        return self._own, 80
+
+    def get_extra_info(self, name: str) -> Any:
+        return self if name == "socket" else (self._peer, 1234)
+
+
+@pytest.mark.parametrize(
+    ("peer", "own", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1", None),
+        ("::1", "::1", None),
+        ("192.0.2.7", "192.0.2.7", None),
+        ("192.0.2.7", "192.0.2.8", "192.0.2.7"),
+        ("2600:1:2:3:4:5:6:7", "2600::1", "2600:1:2:3::/64"),
+        ("fd00::7", "fd00::8", "fd00::7"),
+    ],
+)
+def test_whose_connections_count_together(peer: str, own: str, address: str | None) -> None:
+    assert client_address(cast(asyncio.Transport, FakeTransport(peer, own))) == address
 
 
 def test_connections_never_take_the_last_open_file(start_service: StartService) -> None:

@@ -105,6 +105,15 @@ def test_an_unknown_route_is_named_with_those_that_there_are(
     assert len(message) < 1000
 
 
+@pytest.mark.parametrize("word", ["a" * 90_000, "\\ud800", "\\u0000\\udfff" * 5000, "\u20ac" * 20_000])
+def test_no_error_repeats_what_is_long_or_cannot_be_sent(impatient: Service, word: str) -> None:
+    reply = impatient.ask("/refuse", "POST", f'"{word}"'.encode())
+    assert reply.status == 400
+    assert "is wrong" in reply.error["message"] or len(reply.error["message"]) > 1000
+    assert len(reply.error["message"]) <= 6 * 2000 + 1
+    assert len(reply.body) < 50_000
+
+
 def test_a_wrong_method_is_answered_with_the_right_ones(impatient: Service) -> None:
     reply = impatient.ask("/size", "DELETE")
     assert (reply.status, reply.headers["allow"]) == (405, "POST")
