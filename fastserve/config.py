@@ -113,6 +113,17 @@ class ApiServerConfig(ServerConfig):
         env="FASTCHAT_WORKER_API_TIMEOUT",
         added=True,
     )
+    max_attempts: int = limit(3, "most workers that one request is sent to, one after the other")
+    retry_budget_percent: float = limit(
+        20.0, "retries of all requests together, as a share of the requests of the last 10 s, in percent", minimum=0
+    )
+    min_retries_per_s: float = limit(
+        10.0, "retries a second that are allowed on top of --retry-budget-percent", minimum=0
+    )
+    max_answer_bytes: int = limit(64 * 2**20, "longest whole answer of a worker; all that are held: twice as much")
+    max_event_bytes: int = limit(4 * 2**20, "longest event in a worker's stream")
+    max_stream_bytes: int = limit(2**30, "longest stream of a worker")
+    max_hops: int = limit(4, "most API servers that a request passes through, one behind the other")
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,32 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     limit_worker_concurrency: int | None = option(
         None, "most requests that generate at once; bounded by the KV cache alone if unset"
     )
-    queue_size: int = option(1024, "most requests that may wait; past that the answer is 429", added=True)
+    queue_size: int = limit(1024, "most requests that may wait; past that the answer is 429", minimum=0)
+    max_queued_tokens: int = limit(
+        2_097_152, "most prompt tokens of the requests that wait, all together; past that the answer is 429"
+    )
+    max_messages: int = limit(4096, "most messages in one chat")
+    max_content_parts: int = limit(4096, "most content parts and tool calls in one chat")
+    max_prompts: int = limit(2048, "most prompts in one completion request")
+    max_stop_chars: int = limit(1024, "longest stop string, in characters")
+    max_stop_token_ids: int = limit(1024, "most stop_token_ids in one request")
+    max_logit_bias: int = limit(4096, "most entries of logit_bias in one request")
+    max_prompt_logprobs: int = limit(
+        1_000_000, "most log probabilities of prompt tokens (tokens times top entries) in one request"
+    )
+    max_json_depth: int = limit(
+        64, "deepest nesting of arrays and objects in a body, and in the arguments of tool calls"
+    )
+    max_json_containers: int = limit(
+        262_144, "most opening brackets and braces in a body, those inside its texts included"
+    )
+    prompt_threads: int = limit(
+        2, "threads that read bodies, render chat templates and tokenise; one more takes bodies over 256 KiB"
+    )
+    max_preparing: int = limit(
+        256, "most requests whose body waits to be read, rendered and tokenised; past that the answer is 429"
+    )
+    template_timeout_s: float = limit(10.0, "longest time in which a chat template may render", minimum=0.1)
     stream_interval: int = option(2, "tokens between two chunks of a stream (the first token is sent at once)")
     no_register: bool = option(False, "do not register with a controller")
     seed: int | None = option(None, "seed of requests that bring none")

@@ -7,6 +7,7 @@
           UnsupportedParameterError   400  a known field that cannot be honoured yet
           ContextLengthError          400  prompt and answer do not fit the context
         AuthenticationError           401
+        PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
         RequestTimeoutError           408  headers or body did not come in time
         BodyTooLargeError             413
@@ -19,8 +20,13 @@
         NoWorkerError                 503
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
+        InvalidAnswerError            502  a worker's answer was none: no JSON, no event stream, another shape, too long
+        ShortageError                 503  this process is out of connections, memory or room for bodies
+        LoopDetectedError             508  a request came back to an API server that had already passed it on
+        ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
-        InternalError                 500
+      InternalError                 500
+        RequestKilledWorkersError     500  two workers died while they worked on the request; it is not tried again
 
 `legacy_code` is FastChat's number for the same case, so that clients of FastChat can read our bodies too.
 """
@@ -28,6 +34,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 MAX_MESSAGE_CHARS = 2000
@@ -62,7 +69,7 @@ class FastserveError(Exception):
         return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\ndata: [DONE]\n\n"
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
 class StartupError(FastserveError):
@@ -93,6 +100,12 @@ class ContextLengthError(InvalidRequestError):
 class AuthenticationError(RequestError):
     status = 401
     code = "invalid_api_key"
+    legacy_code = 40101
+
+
+class PermissionDeniedError(RequestError):
+    status = 403
+    code = "permission_denied"
     legacy_code = 40101
 
 
@@ -137,11 +150,19 @@ class ServiceError(FastserveError):
     status = 503
     type = "service_unavailable_error"
     code = "service_unavailable"
+    retry_after_s: float | None = 1.0
 
-
-class ShuttingDownError(ServiceError):
-    code = "server_shutting_down"
-    retry_after_s = 2.0
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class ShortageError(ServiceError):
@@ -151,10 +172,14 @@ class ShortageError(ServiceError):
     retry_after_s = 1.0
 
 
+class ShuttingDownError(ServiceError):
+    code = "server_shutting_down"
+    retry_after_s = 2.0
+
+
 class NoWorkerError(ServiceError):
     code = "no_worker"
     legacy_code = 50005
-    retry_after_s = 1.0
 
 
 class WorkerLostError(ServiceError):
@@ -164,6 +189,11 @@ class WorkerLostError(ServiceError):
 
 class EngineDeadError(ServiceError):
     code = "engine_dead"
+    retry_after_s = 2.0
+
+
+class ModelLoadingError(ServiceError):
+    code = "model_loading"
 
 
 class WorkerTimeoutError(ServiceError):
@@ -173,8 +203,27 @@ class WorkerTimeoutError(ServiceError):
     legacy_code = 50006
 
 
+class InvalidAnswerError(ServiceError):
+    status = 502
+    code = "bad_worker_answer"
+
+
+class LoopDetectedError(ServiceError):
+    status = 508
+    code = "loop_detected"
+    retry_after_s = None
+
+
 class InternalError(FastserveError):
     pass
+
+
+class RequestKilledWorkersError(InternalError):
+    code = "request_killed_workers"
+
+    def headers(self) -> dict[str, str]:
+        """With the header by which OpenAI's SDKs are asked not to send the request again."""
+        return {**super().headers(), "x-should-retry": "false"}
 
 
 def _sendable(text: str, max_chars: int) -> str:

@@ -14,7 +14,6 @@ from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine
 from fastserve.engine.devices import read_gpu_memory
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
-from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.listen import advertised_address, bind
@@ -56,10 +55,9 @@ def _serve(config: WorkerConfig) -> None:
             end_process=lambda: signal.raise_signal(signal.SIGINT),
         )
     )
-    try:
-        serve(worker.app, config, sockets, before_shutdown=worker.goodbye)
-    except StartupError as error:
-        raise worker.failure or error from None
+    serve(worker.app, config, sockets, before_shutdown=worker.goodbye, wait_ready=worker.wait_loaded)
+    if worker.failure is not None:
+        raise worker.failure
     if worker.keeper.gave_up:
         sys.exit(1)
 

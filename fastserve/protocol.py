@@ -23,6 +23,8 @@ from fastserve.breaker import State as BreakerState
 
 LEASE_HEADER = "x-fastserve-lease"
 REQUEST_ID_HEADER = "x-request-id"
+HOPS_HEADER = "x-fastserve-hops"
+"""Ids of the API servers that have passed the request on, separated by commas."""
 
 MAX_NAME_CHARS = 512
 MAX_ADDRESS_CHARS = 300

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -35,6 +33,7 @@ from fastserve.engine.contract import (
 )
 from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.socket_folder import SocketFolder
 from fastserve.errors import EngineDeadError, InternalError, StartupError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class EngineProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._context: zmq.asyncio.Context | None = None
-        self._folder: str | None = None
+        self._folder: SocketFolder | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
@@ -83,8 +82,8 @@ class EngineProcess:
     async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
         self._stats = EngineStats()
         self._dead = asyncio.get_running_loop().create_future()
-        endpoint = self._open_socket()
         try:
+            endpoint = self._open_socket()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -110,9 +109,12 @@ class EngineProcess:
         if os.name == "nt":
             self._socket.bind("tcp://127.0.0.1:*")
             return str(self._socket.get_string(zmq.LAST_ENDPOINT))
-        self._folder = tempfile.mkdtemp(prefix="fastserve-")  # mode 0700: nobody else can join
-        endpoint = f"ipc://{self._folder}/engine"
-        self._socket.bind(endpoint)
+        self._folder = SocketFolder(os.environ)
+        endpoint = f"ipc://{self._folder.socket}"
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise StartupError(f"The socket between worker and engine, {endpoint}, cannot be made: {error}.") from error
         return endpoint
 
     async def _wait_ready(
@@ -262,7 +264,7 @@ class EngineProcess:
             self._context.destroy(linger=0)
             self._context = None
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
             self._folder = None
 
 

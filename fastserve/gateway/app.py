@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
+import aiohttp
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from fastserve import __version__
 from fastserve.config import ApiServerConfig
+from fastserve.errors import StartupError
+from fastserve.gateway.api_docs import install_api_docs
+from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, Call
 from fastserve.gateway.auth import ApiKeyMiddleware, load_keys
 from fastserve.gateway.context import RequestContextMiddleware, name_failures
-from fastserve.gateway.dispatch import open_dispatcher
+from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
+from fastserve.gateway.hops import LoopGuardMiddleware
 from fastserve.gateway.metrics import GatewayMetrics
+from fastserve.gateway.outliers import OutlierDetector
 from fastserve.gateway.relay import Relay
+from fastserve.gateway.retry_budget import RetryBudget
 from fastserve.gateway.routes import Gateway, router
 from fastserve.gateway.upstream import open_session
 from fastserve.observability.metrics import CollectorRegistry
+from fastserve.observability.text import printable
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.listen import advertised_address
@@ -30,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(config: ApiServerConfig) -> FastAPI:
-    """Raises StartupError when the API keys or a file for TLS cannot be read."""
+    """Raises StartupError when the API keys or a file for TLS cannot be read, or the controller's address is the
+    server's own.
+    """
+    _check_controller_address(config)
     keys = load_keys(config)
     ssl_context = client_ssl_context(config)
     registry = CollectorRegistry()
@@ -42,7 +55,7 @@ def create_app(config: ApiServerConfig) -> FastAPI:
             open_session(ssl_context) as session,
             open_dispatcher(session, config.controller_address, metrics.bad_table_rows.inc) as dispatcher,
         ):
-            relay = Relay(session, dispatcher, metrics, config.worker_timeout_s, time.monotonic)
+            relay = _make_relay(config, session, dispatcher, metrics)
             logger.info(
                 "OpenAI-compatible API: point clients to base_url %s/v1 (%s); controller %s",
                 advertised_address(config.host, config.port, ssl=serves_tls(config)),
@@ -55,6 +68,7 @@ def create_app(config: ApiServerConfig) -> FastAPI:
     install_error_handlers(app)
     name_failures(app)
     app.include_router(router)
+    install_api_docs(app)
     # The last one added is the outermost: CORS answers preflights, which carry no key, before keys are asked for.
     app.add_middleware(ApiKeyMiddleware, keys=keys)
     app.add_middleware(
@@ -65,5 +79,47 @@ def create_app(config: ApiServerConfig) -> FastAPI:
         allow_headers=config.allowed_headers,
         expose_headers=[REQUEST_ID_HEADER, "retry-after"],
     )
+    app.add_middleware(LoopGuardMiddleware, server_id=secrets.token_hex(8), max_hops=config.max_hops)
     app.add_middleware(RequestContextMiddleware, metrics=metrics, clock=time.monotonic)
     return app
+
+
+def _make_relay(
+    config: ApiServerConfig, session: aiohttp.ClientSession, dispatcher: Dispatcher, metrics: GatewayMetrics
+) -> Relay:
+    clock = time.monotonic
+
+    def note_first_data(call: Call) -> None:
+        metrics.time_to_first_token.observe(clock() - call.started_at)
+
+    bounds = AnswerBounds(
+        silence_s=config.worker_timeout_s,
+        max_answer_bytes=config.max_answer_bytes,
+        max_event_bytes=config.max_event_bytes,
+        max_stream_bytes=config.max_stream_bytes,
+    )
+    return Relay(
+        AttemptRunner(session, dispatcher, bounds, note_first_data),
+        dispatcher,
+        RetryBudget(clock, config.retry_budget_percent, config.min_retries_per_s),
+        OutlierDetector(clock),
+        metrics,
+        config.max_attempts,
+        clock,
+    )
+
+
+def _check_controller_address(config: ApiServerConfig) -> None:
+    """Raises StartupError when the server is told to ask itself."""
+    parts = urlsplit(config.controller_address)
+    try:
+        is_own = parts.port == config.port and parts.hostname in (config.host, "localhost", "127.0.0.1", "::1")
+    except ValueError as error:
+        raise StartupError(
+            f"--controller-address {printable(config.controller_address)}: the port is not a number."
+        ) from error
+    if is_own:
+        raise StartupError(
+            f"--controller-address {printable(config.controller_address)} is this API server's own address: name the "
+            "controller's (port 21001 by default)."
+        )

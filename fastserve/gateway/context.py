@@ -16,7 +16,18 @@ from fastserve.protocol import REQUEST_ID_HEADER
 
 SANE_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 CLIENT_GONE = 499
-ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics"})
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+    }
+)
 
 
 class RequestContextMiddleware:

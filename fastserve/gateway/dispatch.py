@@ -8,23 +8,29 @@ finds out when the controller is back: no request waits for a controller that is
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import math
 import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import aiohttp
 from pydantic import BaseModel, ValidationError
 
-from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError
+from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, ShortageError
+from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
 from fastserve.observability.logging import Throttle
+from fastserve.observability.text import printable
 from fastserve.protocol import (
+    MAX_NAME_CHARS,
+    MAX_RELEASES,
     AcquireRequest,
     AcquireResponse,
     ReleaseRequest,
@@ -33,6 +39,7 @@ from fastserve.protocol import (
     ServingResponse,
     WorkerName,
 )
+from fastserve.serving.shortage import is_own_shortage
 
 logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
@@ -42,6 +49,10 @@ POLL_INTERVAL_S = 1.0
 POLL_INTERVAL_AWAY_S = 0.2
 RELEASE_RETRY_S = 0.2
 RESTART_PAUSE_S = 1.0
+PROBE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+MAX_PROBES = 64
+"""At a time."""
+SHOWN_NAME_CHARS = 100
 BAD_ROWS_LOG_INTERVAL_S = 5.0
 RELEASE_LIFETIME_S = 10.0
 """A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
@@ -51,10 +62,28 @@ class ControllerAwayError(Exception):
     """The controller could not be reached, or its answer was not one."""
 
 
+class ControllerBusyError(ControllerAwayError):
+    """The controller is there, and has no room for what it was asked."""
+
+
+Outcome = Literal["success", "failed", "unused"]
+
+
 @dataclass(frozen=True)
+class _Release:
+    outcome: Outcome
+    until: float
+    """When it is no longer tried."""
+
+
+@dataclass
 class Lease:
+    """A worker for one request."""
+
     id: str
     address: str
+    outcome: Outcome = "unused"
+    """What the request says about the worker; reported to the controller when the lease is released."""
 
 
 class Dispatcher:
@@ -75,51 +104,92 @@ class Dispatcher:
         self._clock = clock
         self._table = CachedTable(clock, rng)
         self._in_flight: Counter[str] = Counter()
+        self._known_models = KnownModels(clock)
         self._controller_answers = True
         self._away = asyncio.Event()
-        self._unreleased: dict[str, float] = {}
+        self._unreleased: dict[str, _Release] = {}
         self._releasable = asyncio.Event()
+        self._watchers: dict[str, list[Callable[[], None]]] = {}
+        self._has_missing = asyncio.Event()
+        self._refreshed_at = -math.inf
+        self._refreshing = asyncio.Lock()
 
     @asynccontextmanager
-    async def acquire(self, model: str, exclude: Collection[str] = ()) -> AsyncIterator[Lease]:
-        """A worker for one request to `model`, other than those in `exclude`, for the time of the block.
+    async def acquire(
+        self, model: str, exclude: Collection[str] = (), avoid: Collection[str] = ()
+    ) -> AsyncIterator[Lease]:
+        """A worker for one request to `model`, for the time of the block: none of `exclude`, and one of `avoid` only
+        when there is no other.
 
-        Raises ModelNotFoundError when nobody serves the model, NoWorkerError when no worker is left for it.
+        Raises ModelNotFoundError when nobody serves the model, NoWorkerError when no worker is left for it, and
+        ShortageError when this process cannot ask.
         """
-        lease_id = secrets.token_hex(12)
+        lease = Lease(secrets.token_hex(12), "")
         try:
-            address = await self._place(model, lease_id, exclude)
-            self._in_flight[address] += 1
+            lease.address = await self._place(model, lease.id, exclude, avoid)
+            self._in_flight[lease.address] += 1
             try:
-                yield Lease(lease_id, address)
+                yield lease
             finally:
-                self._in_flight[address] -= 1
-                if not self._in_flight[address]:
-                    del self._in_flight[address]
+                if lease.outcome != "unused":
+                    self._table.record(lease.address, failed=lease.outcome == "failed")
+                self._in_flight[lease.address] -= 1
+                if not self._in_flight[lease.address]:
+                    del self._in_flight[lease.address]
         finally:
             # Also when the asking itself was broken off: the controller may have granted the lease by then.
-            self._unreleased[lease_id] = self._clock() + RELEASE_LIFETIME_S
+            self._unreleased[lease.id] = _Release(lease.outcome, self._clock() + RELEASE_LIFETIME_S)
             self._releasable.set()
+
+    def in_flight(self, address: str) -> int:
+        """Requests of this process that the worker has."""
+        return self._in_flight[address]
+
+    @contextmanager
+    def watching(self, address: str, on_frozen: Callable[[], None]) -> Iterator[None]:
+        """Within the block, `on_frozen` is called once if the worker is found to be frozen."""
+        watchers = self._watchers.setdefault(address, [])
+        watchers.append(on_frozen)
+        try:
+            yield
+        finally:
+            watchers.remove(on_frozen)
+            if not watchers:
+                self._watchers.pop(address, None)
 
     async def report_failure(self, address: str) -> None:
         """Tell the controller that a connection to this worker failed; waits a second at most and never fails."""
         self._table.suspect(address)
-        self._table.record(address, failed=True)
         if self._controller_answers:
             try:
                 await self._post("/report_failure", WorkerName(worker_name=address))
+            except ShortageError as error:
+                logger.warning("The failure of worker %s is not reported: %s", printable(address), error.message)
             except ControllerAwayError as error:
                 self._note_away(error)
+
+    async def ensure_fresh(self, max_age_s: float = 0.0) -> None:
+        """Refresh the table unless that was done within `max_age_s`; callers at the same time share one refresh."""
+        asked_at = self._clock()
+        async with self._refreshing:
+            if self._refreshed_at < asked_at - max_age_s:
+                await self.refresh()
+                self._refreshed_at = self._clock()
 
     async def refresh(self) -> None:
         """Read the controller's table anew; keep the last one when the controller is away."""
         try:
             position = f"epoch={self._table.epoch}&since={self._table.version}"
             table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
+        except ShortageError:
+            return
         except ControllerAwayError as error:
             self._note_away(error)
             return
         self._table.update(table, self._in_flight)
+        self._known_models.note(self._table.model_names())
+        if any(not self._table.is_listed(address) for address in self._watchers):
+            self._has_missing.set()
         if not self._controller_answers:
             logger.info("The controller at %s answers again.", self._controller_address)
         self._controller_answers = True
@@ -136,6 +206,8 @@ class Dispatcher:
         try:
             answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
             return lease.id in _parse(ServingResponse, answer).leases
+        except ShortageError:
+            return True  # We could not ask, which says nothing against the worker.
         except ControllerAwayError as error:
             self._note_away(error)
             return False
@@ -152,7 +224,18 @@ class Dispatcher:
                 logger.warning("%d rows of the controller's table are left out: %s", len(problems), problems[0])
         return table
 
-    async def _place(self, model: str, lease_id: str, exclude: Collection[str]) -> str:
+    def is_known(self, model: str) -> bool:
+        """Whether a worker has served the model lately."""
+        return self._known_models.contains(model)
+
+    async def _place(self, model: str, lease_id: str, exclude: Collection[str], avoid: Collection[str]) -> str:
+        if len(model) > MAX_NAME_CHARS:
+            raise unknown_model(model)  # No worker can have such a name.
+        if avoid:
+            try:
+                return await self._place(model, lease_id, {*exclude, *avoid}, ())
+            except NoWorkerError:
+                pass
         answer: AcquireResponse | None = None
         if self._controller_answers:
             asked = AcquireRequest(model=model, lease=lease_id, exclude=list(exclude))
@@ -161,24 +244,60 @@ class Dispatcher:
             except ControllerAwayError as error:
                 self._note_away(error)
         if answer is not None and answer.address and answer.address not in exclude:
+            self._known_models.note([model])
             return answer.address
         # No controller, or one that knows no worker: perhaps it has just been restarted, and our table knows better.
+        # For the workers that it knows, its word counts: it may have reasons (a circuit breaker, a model that loads).
         address = self._table.choose(model, exclude, self._in_flight)
-        if address:
+        if address and (answer is None or not answer.known or not self._table.is_listed(address)):
             return address
-        if answer is not None and not answer.known:
-            raise ModelNotFoundError(
-                f"The model '{model}' does not exist; /v1/models lists those that do.", param="model"
-            )
         if answer is None and not self._table.model_names():
             raise NoWorkerError("The controller cannot be reached and no worker is known yet. Try again in a moment.")
-        raise NoWorkerError(f"No worker can take a request to the model '{model}' now. Try again in a moment.")
+        if answer is not None and not answer.known and not self._known_models.contains(model):
+            raise unknown_model(model)
+        raise no_worker(model, None if answer is None else answer.retry_after_s)
 
     def _note_away(self, error: ControllerAwayError) -> None:
+        if isinstance(error, ControllerBusyError):
+            return
         if self._controller_answers:
             logger.warning("The controller at %s does not answer (%s).", self._controller_address, error)
         self._controller_answers = False
         self._away.set()
+
+    async def watch_missing(self) -> None:
+        """Background task: ask workers that have left the table, while they have requests of ours, whether they live.
+
+        A worker leaves the table when it ends in order, when a connection to it failed, when the controller was
+        restarted, and when its heartbeats have stopped. Only in the last case are its requests lost.
+        """
+        while True:
+            await self._has_missing.wait()
+            self._has_missing.clear()
+            missing = [address for address in self._watchers if not self._table.is_listed(address)]
+            for start in range(0, len(missing), MAX_PROBES):
+                await asyncio.gather(*(self._probe(address) for address in missing[start : start + MAX_PROBES]))
+
+    async def _probe(self, address: str) -> None:
+        """Tell the watchers of the worker if it gives no sign of life. One that refuses the connection is another case:
+        the machine is up, so what it had open is closed, or still served by a process that is about to end.
+        """
+        try:
+            async with self._session.get(address.rstrip("/") + "/health", timeout=PROBE_TIMEOUT, allow_redirects=False):
+                return
+        except TimeoutError:
+            pass
+        except (aiohttp.ClientError, OSError):
+            return
+        if not self._table.is_listed(address):
+            watchers = list(self._watchers.get(address, ()))
+            logger.warning(
+                "Worker %s sends no heartbeats and does not answer: %d requests leave it.",
+                printable(address),
+                len(watchers),
+            )
+            for on_frozen in watchers:
+                on_frozen()
 
     async def _post(self, path: str, message: BaseModel) -> bytes:
         return await self._request("POST", path, message.model_dump_json().encode())
@@ -194,12 +313,19 @@ class Dispatcher:
                 allow_redirects=False,
             ) as response:
                 content = await response.read()
+                if response.status in (429, 503):
+                    raise ControllerBusyError(f"{path} answered with status {response.status}")
                 if response.status != 200:
-                    raise ControllerAwayError(f"{path} answered with status {response.status}")
+                    raise ControllerAwayError(f"{path} answered with status {response.status}: is it a controller?")
                 return content
         except TimeoutError as error:
             raise ControllerAwayError(f"{path} took longer than {CONTROLLER_TIMEOUT.total} s") from error
         except (aiohttp.ClientError, OSError) as error:
+            if is_own_shortage(error):
+                raise ShortageError(
+                    "This API server has no open file or port left for the controller. Try again in a moment.",
+                    code="server_out_of_resources",
+                ) from error
             raise ControllerAwayError(str(error) or type(error).__name__) from error
 
     async def poll(self) -> None:
@@ -220,7 +346,7 @@ class Dispatcher:
             if not await self._give_back():
                 await asyncio.sleep(RELEASE_RETRY_S)
             now = self._clock()
-            for lease_id in [lease_id for lease_id, until in self._unreleased.items() if until <= now]:
+            for lease_id in [lease_id for lease_id, release in self._unreleased.items() if release.until <= now]:
                 del self._unreleased[lease_id]
             if not self._unreleased:
                 self._releasable.clear()
@@ -228,9 +354,14 @@ class Dispatcher:
     async def _give_back(self) -> bool:
         if not self._controller_answers:
             return False
-        leases = list(self._unreleased)
+        leases = list(itertools.islice(self._unreleased, MAX_RELEASES))
+        outcomes = {lease_id: self._unreleased[lease_id].outcome for lease_id in leases}
+        failed = [lease_id for lease_id, outcome in outcomes.items() if outcome == "failed"]
+        unused = [lease_id for lease_id, outcome in outcomes.items() if outcome == "unused"]
         try:
-            await self._post("/release", ReleaseRequest(leases=leases))
+            await self._post("/release", ReleaseRequest(leases=leases, failed=failed, unused=unused))
+        except ShortageError:
+            return False
         except ControllerAwayError as error:
             self._note_away(error)
             return False
@@ -244,6 +375,18 @@ class Dispatcher:
             logger.info("Not all leases could be given back; the controller will drop them.")
 
 
+def unknown_model(model: str) -> ModelNotFoundError:
+    shown = printable(model, SHOWN_NAME_CHARS)
+    return ModelNotFoundError(f"The model '{shown}' does not exist; /v1/models lists those that do.", param="model")
+
+
+def no_worker(model: str, retry_after_s: float | None = None) -> NoWorkerError:
+    shown = printable(model, SHOWN_NAME_CHARS)
+    return NoWorkerError(
+        f"No worker can take a request to the model '{shown}' now. Try again in a moment.", retry_after_s=retry_after_s
+    )
+
+
 @asynccontextmanager
 async def open_dispatcher(
     session: aiohttp.ClientSession, controller_address: str, count_bad_rows: Callable[[float], object] = lambda _: None
@@ -251,7 +394,8 @@ async def open_dispatcher(
     """A dispatcher whose background tasks live as long as the block; the first table has been asked for on entering."""
     dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random(), count_bad_rows)
     await dispatcher.refresh()
-    tasks = [asyncio.ensure_future(_keep_running(loop)) for loop in (dispatcher.poll, dispatcher.send_releases)]
+    loops = (dispatcher.poll, dispatcher.send_releases, dispatcher.watch_missing)
+    tasks = [asyncio.ensure_future(_keep_running(loop)) for loop in loops]
     try:
         yield dispatcher
     finally:

@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.types import Send
 
-from fastserve.errors import ServiceError
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A worker's whole answer, held back until it is known that it will be passed on."""
-
-    status: int
-    content_type: str
-    retry_after: str | None
-    body: bytes
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether the worker failed without an error of its own making, as one does that is made to end."""
-        return self.status >= 500 and b'"error"' not in self.body
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether it says that the worker has no such route at all, rather than that it has no such model."""
-        return self.status in (404, 405) and b'"error"' not in self.body
-
-    def error(self) -> Any:
-        """The OpenAI error object of an answer that is an error."""
-        try:
-            return msgspec.json.decode(self.body)["error"]
-        except (msgspec.DecodeError, KeyError, TypeError):
-            return ServiceError(f"The worker answered with status {self.status}.").body()["error"]
+from fastserve.gateway.answers import Answer
 
 
 class Downstream:
@@ -71,11 +43,5 @@ class Downstream:
         if self.started:
             await self.fail(answer.error())
             return
-        headers = [
-            (b"content-type", answer.content_type.encode("latin-1")),
-            (b"content-length", str(len(answer.body)).encode()),
-        ]
-        if answer.retry_after is not None:
-            headers.append((b"retry-after", answer.retry_after.encode("latin-1")))
-        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": answer.headers()})
         await self._send({"type": "http.response.body", "body": answer.body, "more_body": False})

@@ -17,9 +17,13 @@ class GatewayMetrics:
         self.retries = Counter(
             "fastserve_gateway_retries", "Requests handed to another worker, unseen by the client", registry=registry
         )
+        self.retries_denied = Counter(
+            "fastserve_gateway_retries_denied", "Retries that the retry budget did not allow", registry=registry
+        )
         self.worker_failures = Counter(
             "fastserve_gateway_worker_failures",
-            "Connections to workers that failed: connect, lost (before the end of the answer) or timeout (silent)",
+            "Attempts at workers that failed: refused or connect (no connection), lost (it broke), cut (a stream "
+            "without its end), timeout (silent), frozen (no heartbeats), invalid (no answer of OpenAI's), error (5xx)",
             ["kind"],
             registry=registry,
         )

@@ -12,14 +12,19 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from fastserve.errors import ModelNotFoundError, NoWorkerError
-from fastserve.gateway.dispatch import Dispatcher
+from fastserve.errors import NoWorkerError
+from fastserve.gateway.attempt import Call
+from fastserve.gateway.dispatch import Dispatcher, no_worker, unknown_model
+from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.gateway.peek import peek
-from fastserve.gateway.relay import Call, Relay
+from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.serving.responses import run_until_disconnect
+
+READY_REFRESH_S = 0.2
+"""While no worker is known, `/ready` has the table read anew, but not more often than this."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class GenerationEndpoint:
         except ClientDisconnect:
             return
         model, stream = peek(body)
-        call = Call(self._path, body, model, stream, request.state.request_id, started_at)
+        call = Call(self._path, body, model, stream, request.state.request_id, next_hops(request), started_at)
         with gateway.metrics.in_flight.track_inprogress():
             await run_until_disconnect(request, gateway.relay.forward(call, send))
 
@@ -70,27 +75,33 @@ router = APIRouter(
 
 @router.get("/v1/models")
 async def list_models(gateway: GatewayDep) -> ModelCards:
-    await gateway.dispatcher.refresh()
+    """The models that workers serve now."""
+    await gateway.dispatcher.ensure_fresh()
     return ModelCards(data=[describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()])
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, gateway: GatewayDep) -> Model:
-    await gateway.dispatcher.refresh()
+    """One model."""
+    await gateway.dispatcher.ensure_fresh()
     if model not in gateway.dispatcher.model_names():
-        raise ModelNotFoundError(f"The model '{model}' does not exist; /v1/models lists those that do.", param="model")
+        raise no_worker(model) if gateway.dispatcher.is_known(model) else unknown_model(model)
     return describe_model(model, gateway.started_at)
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health() -> Response:
     """The process is alive."""
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/ready")
+@router.head("/ready", include_in_schema=False)
 async def ready(gateway: GatewayDep) -> Response:
     """A request could be answered: at least one worker is known."""
+    if not gateway.dispatcher.model_names():
+        await gateway.dispatcher.ensure_fresh(max_age_s=READY_REFRESH_S)
     if not gateway.dispatcher.model_names():
         raise NoWorkerError("No worker is known yet.")
     return JSONResponse({"status": "ready"})
@@ -98,4 +109,5 @@ async def ready(gateway: GatewayDep) -> Response:
 
 @router.get("/metrics")
 async def metrics(gateway: GatewayDep) -> Response:
+    """In Prometheus's form."""
     return Response(exposition(gateway.registry), media_type=CONTENT_TYPE)

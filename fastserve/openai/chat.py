@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from fastserve.errors import UnsupportedParameterError
+from fastserve.errors import InvalidRequestError, UnsupportedParameterError
+from fastserve.observability.text import printable
 from fastserve.openai.answers import TokenText, Usage, encode_json
+from fastserve.openai.body import Flag, Integer, RequestBounds, at_most, bounds_of, invalid, parse_json, wrong
 from fastserve.openai.parameters import OF_MESSAGE, KnownFields
-from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid
+from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _PART_SEPARATOR = "\n"
+_LISTS = ("content", "tool_calls")
+"""Fields of a message that may hold any number of parts."""
 
 
 class ChatMessage(BaseModel):
@@ -25,16 +28,31 @@ class ChatMessage(BaseModel):
     """A string, or a list of text parts."""
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = None
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most("max_messages", "messages")]
+    max_completion_tokens: Integer | None = Field(None, ge=1)
     """The newer name of max_tokens; it wins."""
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Flag | None = None
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _count_parts(cls, value: Any, info: ValidationInfo) -> Any:
+        most, count = bounds_of(info).max_content_parts, 0
+        if not isinstance(value, list) or len(value) > bounds_of(info).max_messages:
+            return value  # refused for that
+        for message in value:
+            if isinstance(message, dict):
+                count += sum(len(message[name]) for name in _LISTS if isinstance(message.get(name), list))
+        if count > most:
+            raise wrong(
+                f"Send at most {most} content parts and tool calls in one request (--max-content-parts), not {count}."
+            )
+        return value
 
     def check(self) -> None:
         super().check()
@@ -50,16 +68,24 @@ class ChatRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def template_messages(self) -> list[dict[str, Any]]:
+    def template_messages(self, bounds: RequestBounds) -> list[dict[str, Any]]:
         """The messages in the form that chat templates take: plain text, role system for developer."""
-        return [_template_message(message, f"messages.{i}") for i, message in enumerate(self.messages)]
+        return [_template_message(message, f"messages.{i}", bounds) for i, message in enumerate(self.messages)]
 
 
-def _template_message(message: ChatMessage, where: str) -> dict[str, Any]:
+def _template_message(message: ChatMessage, where: str, bounds: RequestBounds) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
+    if role == "tool" and not message.tool_call_id:
+        raise InvalidRequestError(
+            f"Missing required field '{where}.tool_call_id': a tool's message names the call that it answers.",
+            param=f"{where}.tool_call_id",
+            code="missing_required_parameter",
+        )
     out: dict[str, Any] = {"role": role, "content": _text(message, f"{where}.content")}
     if message.tool_calls:
-        out["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in message.tool_calls]
+        out["tool_calls"] = [
+            _tool_call(call, f"{where}.tool_calls.{i}", bounds) for i, call in enumerate(message.tool_calls)
+        ]
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value is not None:
@@ -74,34 +100,33 @@ def _text(message: ChatMessage, where: str) -> str | None:
     if content is None:
         if message.role == "assistant":
             return None if message.tool_calls else ""
-        raise invalid(where, None, "Give a string, or a list of text parts.")
+        raise invalid(where, None, "Give a string, or an array of text parts.")
     if not isinstance(content, list):
-        raise invalid(where, content, "Give a string, or a list of text parts.")
+        raise invalid(where, content, "Give a string, or an array of text parts.")
     texts = []
     for part in content:
+        # Each part, as each message, is looked at until the first that is wrong.
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("text", "refusal") and isinstance(part.get(kind), str):
             texts.append(part[kind])
         elif isinstance(kind, str) and kind != "text":
             raise UnsupportedParameterError(
-                f"Content parts of type '{kind}' are not supported by this model. Send text parts only.", param=where
+                f"Content parts of type '{printable(kind, 40)}' are not supported by this model. Send text parts only.",
+                param=where,
             )
         else:
             raise invalid(where, part, 'A text part is {"type": "text", "text": "..."}.')
     return _PART_SEPARATOR.join(texts)
 
 
-def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+def _tool_call(call: dict[str, Any], where: str, bounds: RequestBounds) -> dict[str, Any]:
     """Clients send a call's arguments as JSON text; templates expect the object."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(where, call, 'A tool call has a "function" with "name" and "arguments".')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise invalid(f"{where}.function.arguments", arguments, f"It is not valid JSON: {error}.") from error
+        arguments = parse_json(arguments or "{}", f"{where}.function.arguments", bounds)
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 

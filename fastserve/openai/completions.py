@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from pydantic import Field
 
 from fastserve.openai.answers import TokenText, Usage, encode_json
-from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest, invalid
+from fastserve.openai.body import Flag, Integer, RequestBounds, invalid
+from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
-MAX_PROMPTS = 2048
 
 
 class CompletionRequest(GenerationRequest):
     prompt: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Integer | None = Field(None, ge=0)
     """0 asks for what is known of the prompt alone."""
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool | None = None
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: Flag | None = None
     """The text begins with the prompt, and the logprobs with those of the prompt's tokens."""
 
     def check(self) -> None:
@@ -34,25 +35,38 @@ class CompletionRequest(GenerationRequest):
         asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((count for count in asked if count is not None), default=None)
 
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self, bounds: RequestBounds) -> list[str | list[int]]:
         """Each prompt, as text or as token ids. Raises InvalidRequestError."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
         if isinstance(prompt, list) and prompt:
-            if all(map(_is_id, prompt)):
-                return [prompt]
-            if len(prompt) > MAX_PROMPTS:
-                raise invalid("prompt", f"{len(prompt)} prompts", f"Send at most {MAX_PROMPTS} in one request.")
-            if all(isinstance(item, str) for item in prompt):
+            if type(prompt[0]) is int:
+                return [_ids(prompt)]
+            if len(prompt) > bounds.max_prompts:
+                raise invalid("prompt", prompt, f"Send at most {bounds.max_prompts} in one request (--max-prompts).")
+            if isinstance(prompt[0], str):
+                for item in prompt:
+                    if not isinstance(item, str):
+                        raise invalid("prompt", item, _PROMPT_REMEDY)
                 return list(prompt)
-            if all(isinstance(item, list) and item and all(map(_is_id, item)) for item in prompt):
-                return list(prompt)
-        raise invalid("prompt", prompt, "Give a string, a list of strings, a list of token ids, or a list of these.")
+            if isinstance(prompt[0], list):
+                return [_ids(item) for item in prompt]
+        raise invalid("prompt", prompt, _PROMPT_REMEDY)
 
 
-def _is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
+_PROMPT_REMEDY = "Give a string, an array of strings, an array of token ids, or an array of these."
+
+
+def _ids(prompt: Any) -> list[int]:
+    """Token ids, as they are. Checked in C: prompts of a hundred thousand are nothing unusual."""
+    if prompt:
+        try:
+            return msgspec.convert(prompt, list[int])
+        except msgspec.ValidationError:
+            wrong = next((item for item in prompt if type(item) is not int), None) if isinstance(prompt, list) else None
+            raise invalid("prompt", prompt if wrong is None else wrong, _PROMPT_REMEDY) from None
+    raise invalid("prompt", prompt, _PROMPT_REMEDY)
 
 
 def completion_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.errors import UnsupportedParameterError
+from fastserve.openai.body import shown
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,8 @@ class KnownFields:
         """Raises UnsupportedParameterError for the first field that is known and asks for what we cannot do."""
         for name, value in given.items():
             if name in self.unsupported and value is not None and not _asks_for_nothing(value, self.unsupported[name]):
-                shown = repr(value)
                 raise UnsupportedParameterError(
-                    f"'{where}{name}' is not supported yet (given: {shown if len(shown) <= 80 else shown[:77] + '...'}"
-                    "). Leave it out.",
-                    param=where + name,
+                    f"'{where}{name}' is not supported yet (given: {shown(value)}). Leave it out.", param=where + name
                 )
 
     def unknown(self, given: Iterable[str]) -> list[str]:

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from fastserve.errors import InvalidRequestError
+from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_fields, validate
 from fastserve.openai.parameters import OF_REQUEST, OF_STREAM_OPTIONS, KnownFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_COUNT = 2**31 - 1
+"""Of tokens: more are the same as no bound."""
 MOST_URGENT, LEAST_URGENT = -100, 100
 _MAX_BIAS = 100.0
 
 RequestT = TypeVar("RequestT", bound="GenerationRequest")
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+_TOKEN_ID = re.compile(r"-?[0-9]{1,18}")
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
 
 
-def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:
-    """An error that names field, value and remedy."""
-    shown = repr(value)
-    return InvalidRequestError(
-        f"Invalid value for '{name}': {shown if len(shown) <= 80 else shown[:77] + '...'}. {remedy}", param=name
-    )
+def parse_request(request_class: type[RequestT], body: bytes, bounds: RequestBounds) -> RequestT:
+    """Read a request's body. Raises InvalidRequestError or UnsupportedParameterError."""
+    known = request_class.model_fields.keys() | OF_REQUEST.unsupported.keys()
+    return check_request(request_class, read_fields(body, bounds, known), bounds)
 
 
-def parse_request(request_class: type[RequestT], body: bytes) -> RequestT:
-    """Read a request's body. Raises RequestValidationError, InvalidRequestError or UnsupportedParameterError."""
-    try:
-        request = request_class.model_validate_json(body)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False)) from error
+def check_request(request_class: type[RequestT], fields: Mapping[str, Any], bounds: RequestBounds) -> RequestT:
+    """The request of these fields. Raises InvalidRequestError or UnsupportedParameterError."""
+    request = validate(request_class, fields, bounds)
     for where, known, given in request.undeclared():
         known.refuse_unsupported(given, where)
     request.check()
@@ -43,59 +41,89 @@ def parse_request(request_class: type[RequestT], body: bytes) -> RequestT:
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
-    include_usage: bool | None = None
+    include_usage: Flag | None = None
 
 
 class GenerationRequest(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: Integer | None = Field(None, ge=1)
+    n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
+    best_of: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     """Choices that are generated; the n of them with the highest mean log probability of a token are the answer."""
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, ge=0, le=1)
     """0 is greedy."""
-    top_k: int | None = Field(None, ge=-1)
+    top_k: Integer | None = Field(None, ge=-1, le=MAX_COUNT)
     """-1 or 0 is off."""
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, gt=0, le=1)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    typical_p: Number | None = Field(None, gt=0, le=1)
     """1 is off."""
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
     logit_bias: dict[int, float] | None = None
     stop: tuple[str, ...] | None = None
-    include_stop_str_in_output: bool | None = None
+    include_stop_str_in_output: Flag | None = None
     stop_token_ids: tuple[int, ...] | None = None
-    min_tokens: int | None = Field(None, ge=0)
-    ignore_eos: bool | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    min_tokens: Integer | None = Field(None, ge=0, le=MAX_COUNT)
+    ignore_eos: Flag | None = None
+    prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """How many of the likeliest tokens are told at each place of the prompt, beside the prompt's own."""
-    priority: int | None = Field(None, ge=MOST_URGENT, le=LEAST_URGENT)
+    priority: Integer | None = Field(None, ge=MOST_URGENT, le=LEAST_URGENT)
     """Lower runs first; 0 when not given."""
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _read_stop(cls, value: Any) -> Any:
+    def _read_stop(cls, value: Any, info: ValidationInfo) -> Any:
         stops = [value] if isinstance(value, str) else value
         if stops is None:
             return None
         if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-            raise invalid("stop", value, f"Give a string or a list of up to {MAX_STOPS} strings, none of them empty.")
+            raise invalid("stop", value, f"Give a string or an array of up to {MAX_STOPS} strings, none of them empty.")
+        max_chars = bounds_of(info).max_stop_chars
+        for stop in stops:
+            if len(stop) > max_chars:
+                raise invalid("stop", stop, f"A stop string has at most {max_chars} characters (--max-stop-chars).")
         return tuple(stops)
 
-    @field_validator("logit_bias")
+    @field_validator("stop_token_ids", mode="before")
     @classmethod
-    def _check_bias(cls, value: dict[int, float] | None) -> dict[int, float] | None:
-        for token_id, bias in (value or {}).items():
-            if not -_MAX_BIAS <= bias <= _MAX_BIAS:
-                raise invalid(f"logit_bias.{token_id}", bias, "Give a number from -100 to 100.")
-        return value
+    def _read_stop_token_ids(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            raise invalid("stop_token_ids", value, "Give an array of token ids.")
+        most = bounds_of(info).max_stop_token_ids
+        if len(value) > most:
+            raise invalid("stop_token_ids", value, f"Give at most {most} token ids (--max-stop-token-ids).")
+        for token_id in value:
+            if not isinstance(token_id, int) or isinstance(token_id, bool):
+                raise invalid("stop_token_ids", token_id, "Give an array of token ids, which are integers.")
+        return tuple(value)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _read_logit_bias(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise invalid("logit_bias", value, "Give an object that maps token ids to numbers from -100 to 100.")
+        most = bounds_of(info).max_logit_bias
+        if len(value) > most:
+            raise invalid("logit_bias", value, f"Give at most {most} token ids (--max-logit-bias).")
+        biases = {}
+        for token_id, bias in value.items():
+            if not _TOKEN_ID.fullmatch(token_id):
+                raise invalid("logit_bias", token_id, 'Its names are token ids, such as "42".')
+            if not isinstance(bias, int | float) or isinstance(bias, bool) or not -_MAX_BIAS <= bias <= _MAX_BIAS:
+                raise invalid(join("logit_bias", token_id), bias, "Give a number from -100 to 100.")
+            biases[int(token_id)] = float(bias)
+        return biases
 
     def check(self) -> None:
         """What concerns more than one field."""

@@ -98,12 +98,15 @@ class _Server(uvicorn.Server):
         ssl_context: ssl.SSLContext | None,
         drain_timeout_s: float,
         before_shutdown: Callable[[], Awaitable[None]] | None,
+        wait_ready: Callable[[], Awaitable[None]] | None,
     ) -> None:
         super().__init__(config)
         self._application = application
         self._ssl_context = ssl_context
         self._limits = limits
         self._drain_timeout_s = drain_timeout_s
+        self._wait_ready = wait_ready
+        self._announcing: asyncio.Task[None] | None = None
         self._before_shutdown = before_shutdown
         self._table: ConnectionTable | None = None
 
@@ -134,13 +137,20 @@ class _Server(uvicorn.Server):
             for sock in sockets
         ]
         self.started = True
+        self._announcing = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        if self._wait_ready is not None:
+            await self._wait_ready()
         # Launchers wait for this line.
-        logger.info(
-            "Uvicorn running on %s", url_of(self.config.host, self.config.port, ssl=self._ssl_context is not None)
-        )
+        has_tls = self._ssl_context is not None
+        logger.info("Uvicorn running on %s", url_of(self.config.host, self.config.port, ssl=has_tls))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logger.info("Shutting down")
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.gather(self._announcing, return_exceptions=True)
         if self._before_shutdown is not None:
             await self._until_second_signal(self._before_shutdown())
         for server in self.servers:
@@ -205,9 +215,12 @@ def serve(
     sockets: list[socket.socket],
     before_shutdown: Callable[[], Awaitable[None]] | None = None,
     *,
+    wait_ready: Callable[[], Awaitable[None]] | None = None,
     vital_paths: Collection[str] = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests end, and return.
+
+    The line that launchers wait for is logged when `wait_ready` has returned; requests are answered before.
 
     Requests that still run when `config.drain_timeout_s` are over get a 503 or, in event streams, an error event. A
     second signal ends the process at once. A signal that comes before the application has started cancels its lifespan,
@@ -230,7 +243,9 @@ def serve(
         timeout_keep_alive=max(1, round(config.keep_alive_timeout_s)),
     )
     limits = connection_limits(config)
-    server = _Server(uvicorn_config, application, limits, ssl_context, config.drain_timeout_s, before_shutdown)
+    server = _Server(
+        uvicorn_config, application, limits, ssl_context, config.drain_timeout_s, before_shutdown, wait_ready
+    )
     # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
     # orderly end look like a crash.
     previous = signal.signal(signal.SIGTERM, _end_in_order)

@@ -8,6 +8,7 @@ templates are written for, that of transformers: trimmed blocks, loop controls, 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +20,21 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fastserve.errors import InvalidRequestError, StartupError
+from fastserve.errors import FastserveError, InvalidRequestError, StartupError
+from fastserve.observability.text import printable
 from fastserve.text.tokenizer import read_json, token_text
 
 Message = dict[str, Any]
+MAX_RENDERED_CHARS = 2**26
+"""Of a prompt, where the model sets no lower bound."""
+
+
+class RenderedTooLongError(InvalidRequestError):
+    """A template wrote more characters than the caller allows."""
+
+    def __init__(self, num_chars: int) -> None:
+        super().__init__(f"The rendered prompt has more than {num_chars} characters.", param="messages")
+        self.num_chars = num_chars
 
 
 class _GenerationBlock(Extension):
@@ -83,23 +95,46 @@ class ChatTemplate:
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        max_chars: int = MAX_RENDERED_CHARS,
+        timeout_s: float = 10.0,
     ) -> str:
-        """Raises InvalidRequestError when the template refuses the messages."""
+        """Raises InvalidRequestError when the template refuses the messages or takes longer than `timeout_s`, and
+        RenderedTooLongError when it has written `max_chars` characters and still goes on.
+        """
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         # Many templates stumble over an explicit null, where a missing key is what they expect.
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        deadline = time.monotonic() + timeout_s
+        pieces, num_chars = [], 0
         try:
-            return template.render(
+            for piece in template.generate(
                 **self._special_tokens,
                 messages=given,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            ):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > max_chars:
+                    raise RenderedTooLongError(num_chars)
+                if time.monotonic() > deadline:
+                    raise InvalidRequestError(
+                        f"The model's chat template took longer than {timeout_s:g} s (--template-timeout-s) to render "
+                        "these messages. Send fewer or shorter ones.",
+                        param="messages",
+                    )
+        except FastserveError:
+            raise
+        # A template is a foreign program that runs on a stranger's input: whatever it fails with is the fault of the
+        # two together, and no fault of this process.
+        except Exception as error:
             raise InvalidRequestError(
-                f"The model's chat template does not take these messages: {error}.", param="messages"
+                "The model's chat template could not render these messages: "
+                f"{printable(str(error) or type(error).__name__)}.",
+                param="messages",
             ) from error
+        return "".join(pieces)
 
 
 def load_chat_template(folder: Path, override: Path | None = None) -> ChatTemplate | None:

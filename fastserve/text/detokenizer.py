@@ -31,7 +31,7 @@ class Detokenizer(Protocol):
         ...
 
     def finish(self) -> str:
-        """Return what was held back. Nothing may be pushed afterwards."""
+        """Return what was held back. What is pushed afterwards begins anew, but is no beginning of a text."""
         ...
 
 

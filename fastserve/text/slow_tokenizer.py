@@ -43,6 +43,14 @@ class SlowTokenizer:
     def bos_text(self) -> str | None:
         return self._bos_text
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
+
+    @property
+    def max_token_chars(self) -> int | None:
+        return None  # its rules are in Python code, which may drop or join anything
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 

@@ -2,11 +2,15 @@
 
 Text that may be the beginning of a stop string is held back until it is decided. The first stop string is the one
 whose last character comes first; of several that end there, the longest.
+
+Each character is looked at once for each stop string, however long these are and whatever they repeat (Knuth, Morris
+and Pratt's search).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopStrings:
@@ -14,9 +18,8 @@ class StopStrings:
         """`include`: the stop string itself is part of the answer."""
         if "" in stops:
             raise ValueError("an empty stop string would stop everything")
-        self._stops = tuple(stops)
+        self._searches = [_Search(stop) for stop in stops]
         self._include = include
-        self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.stopped: str | None = None
         """The stop string that ended the text."""
@@ -25,15 +28,20 @@ class StopStrings:
         """Take more text; return what may be sent. Once `stopped` is set, nothing more comes."""
         if self.stopped is not None:
             return ""
-        if not self._stops:
+        if not self._searches:
             return text
+        before = len(self._held)
+        found = [
+            (before + end, before + end - len(search.stop), search.stop)
+            for search in self._searches
+            if (end := search.feed(text)) is not None
+        ]
         text = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             end, start, self.stopped = min(found)
             self._held = ""
             return text[: end if self._include else start]
-        keep = self._undecided(text)
+        keep = max(search.num_matched for search in self._searches)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -42,10 +50,41 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+
+class _Search:
+    """The search for one string in a text that comes in pieces."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.num_matched = 0
+        """Length of the longest end of the text that begins the string."""
+
+    def feed(self, text: str) -> int | None:
+        """The place in `text` behind the string's last character, once it is complete."""
+        stop, matched, at = self.stop, self.num_matched, 0
+        while at < len(text):
+            if not matched:
+                at = text.find(stop[0], at)
+                if at < 0:
+                    break
+            char = text[at]
+            while matched and stop[matched] != char:
+                matched = _borders(stop)[matched - 1]
+            matched += stop[matched] == char
+            at += 1
+            if matched == len(stop):
+                return at
+        self.num_matched = matched
+        return None
+
+
+@lru_cache(maxsize=256)
+def _borders(stop: str) -> tuple[int, ...]:
+    """For each beginning of `stop`: the length of its longest proper end that is a beginning, too."""
+    lengths = [0]
+    for char in stop[1:]:
+        length = lengths[-1]
+        while length and stop[length] != char:
+            length = lengths[length - 1]
+        lengths.append(length + (stop[length] == char))
+    return tuple(lengths)

@@ -6,7 +6,6 @@ folder without tokenizer.json is read by `slow_tokenizer`, the one place that do
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,7 @@ import tokenizers
 
 from fastserve.errors import StartupError
 from fastserve.text.detokenizer import Detokenizer, PieceDetokenizer, PieceTable, WindowDetokenizer, rule_of_decoder
-
-_INLINE_CHARACTERS = 4096
-"""Texts up to this length are encoded on the event loop: quicker than a thread can be asked."""
+from fastserve.text.prompt_length import max_token_chars
 
 
 class Tokenizer(Protocol):
@@ -35,6 +32,16 @@ class Tokenizer(Protocol):
         """The text of the token that encoding with special tokens puts first; None when it puts none."""
         ...
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that steer the model and write nothing into an answer."""
+        ...
+
+    @property
+    def max_token_chars(self) -> int | None:
+        """No token stands for more characters of a text than this; None when nothing is known of it."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -46,13 +53,6 @@ class Tokenizer(Protocol):
         ...
 
     def detokenizer(self) -> Detokenizer: ...
-
-
-async def encode_off_loop(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Encode without holding up the event loop: a long text is encoded in a thread."""
-    if len(text) <= _INLINE_CHARACTERS:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -116,6 +116,7 @@ class FastTokenizer:
         decoder = self._tokenizer.decoder
         rule = None if decoder is None else rule_of_decoder(json.loads(decoder.__getstate__()))
         self._table = None if rule is None else PieceTable(rule, self._tokenizer.id_to_token, self._special_ids)
+        self._max_token_chars = max_token_chars(self._tokenizer)
 
     def _id_of(self, text: str | None) -> int | None:
         return None if text is None else self._tokenizer.token_to_id(text)
@@ -136,6 +137,14 @@ class FastTokenizer:
     @property
     def bos_text(self) -> str | None:
         return self._bos_text
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
+
+    @property
+    def max_token_chars(self) -> int | None:
+        return self._max_token_chars
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # Not `encode`: that one holds the interpreter's lock, so that a thread would be no help, and it is slower.

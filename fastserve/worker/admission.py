@@ -1,68 +1,77 @@
-"""Who may generate now: a number of permits, a bounded queue behind them, and 429 past that.
+"""Who may generate now: a semaphore of permits, a bounded number of requests that wait for one, and 429 past that.
 
 A permit belongs to one client request, all its choices together. It lives inside `async with`, so it ends with the
-stream whatever ends the stream. The queue is served by priority, and in order of arrival within one priority.
+stream whatever ends the stream. Permits are given first come, first served; priorities act in the engine's scheduler,
+among the requests that hold one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import islice
 
 from fastserve.errors import OverloadedError
+from fastserve.protocol import MAX_LEASES
 
 _THROUGHPUT_WINDOW_S = 30.0
-_MOST_RETRY_AFTER_S = 60.0
+_MAX_RETRY_AFTER_S = 60.0
 
 
 class Admission:
-    def __init__(self, limit: int, queue_size: int, clock: Callable[[], float]) -> None:
-        """`limit` requests run at once, `queue_size` wait; `clock` tells seconds."""
+    def __init__(self, limit: int, queue_size: int, max_queued_tokens: int, clock: Callable[[], float]) -> None:
+        """`limit` requests run at once. At most `queue_size` wait, their prompts together no longer than
+        `max_queued_tokens`; one request may wait however long it is. `clock` gives seconds.
+        """
         self.limit = limit
         self.queue_size = queue_size
+        self.max_queued_tokens = max_queued_tokens
         self._clock = clock
+        self._permits = asyncio.Semaphore(limit)
         self._running = 0
-        self._numbers = itertools.count()
-        # By priority, then arrival. Whenever somebody waits, all permits are taken: one that is given back is handed
-        # on at once, so that nobody who comes in between can take it.
-        self._queue: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting = 0
+        self._queued_tokens = 0
         self._leases: Counter[str] = Counter()
         self._ended: deque[float] = deque(maxlen=256)
 
     @property
     def running(self) -> int:
+        """Requests that hold a permit."""
         return self._running
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        """Requests that wait for a permit."""
+        return self._waiting
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of the requests that wait."""
+        return self._queued_tokens
 
     @property
     def leases(self) -> list[str]:
         """Lease ids of the requests that run or wait."""
-        return list(self._leases)
+        return list(islice(self._leases, MAX_LEASES))
 
     @asynccontextmanager
-    async def permit(self, lease: str | None = None, priority: int = 0) -> AsyncIterator[None]:
-        """Wait for a turn, lower priorities first, and hold it. Raises OverloadedError when the queue is full."""
-        if self._running >= self.limit and self.waiting >= self.queue_size:
-            raise OverloadedError(
-                f"This worker is busy: {self._running} requests run and {self.waiting} wait (--queue-size). "
-                "Try again later.",
-                retry_after_s=self._retry_after_s(),
-            )
+    async def permit(self, lease: str | None = None, num_tokens: int = 0) -> AsyncIterator[None]:
+        """Wait for a permit and hold it. `num_tokens`: of the request's prompts.
+
+        Raises OverloadedError when too much waits already.
+        """
         if lease is not None:
             self._leases[lease] += 1
         try:
-            await self._acquire(priority)
+            await self._acquire(num_tokens)
+            self._running += 1
             try:
                 yield
             finally:
-                self._release()
+                self._running -= 1
+                self._permits.release()
                 self._ended.append(self._clock())
         finally:
             if lease is not None:
@@ -70,36 +79,34 @@ class Admission:
                 if not self._leases[lease]:
                     del self._leases[lease]
 
-    async def _acquire(self, priority: int) -> None:
-        if self._running < self.limit:
-            self._running += 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place = (priority, next(self._numbers), turn)
-        insort(self._queue, place)
+    async def _acquire(self, num_tokens: int) -> None:
+        if self._permits.locked():
+            self._check_room(num_tokens)
+        self._waiting += 1
+        self._queued_tokens += num_tokens
         try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                self._queue.remove(place)
-            else:
-                self._release()  # the turn came in the same moment
-            raise
+            await self._permits.acquire()
+        finally:
+            self._waiting -= 1
+            self._queued_tokens -= num_tokens
 
-    def _release(self) -> None:
-        """Hand the permit to the first in the queue, if there is one."""
-        for at, (_, _, turn) in enumerate(self._queue):
-            if not turn.done():  # one that was cancelled a moment ago takes itself out
-                del self._queue[at]
-                turn.set_result(None)
-                return
-        self._running -= 1
+    def _check_room(self, num_tokens: int) -> None:
+        if self._waiting >= self.queue_size:
+            limit = f"{self._waiting} wait (--queue-size)"
+        elif self._waiting and self._queued_tokens + num_tokens > self.max_queued_tokens:
+            limit = f"{self._waiting} wait with {self._queued_tokens} prompt tokens (--max-queued-tokens)"
+        else:
+            return
+        raise OverloadedError(
+            f"This worker is busy: {self._running} requests run and {limit}. Try again later.",
+            retry_after_s=self._retry_after_s(),
+        )
 
     def _retry_after_s(self) -> float:
-        """When the queue should have moved on by its own length, going by the requests that ended lately."""
+        """Time in which the queue should have moved on by its own length, going by the requests that ended lately."""
         now = self._clock()
         recent = [at for at in self._ended if now - at <= _THROUGHPUT_WINDOW_S]
         if not recent:
             return 1.0
         per_s = len(recent) / max(now - recent[0], 1.0)
-        return min(_MOST_RETRY_AFTER_S, max(1.0, self.waiting / per_s))
+        return min(_MAX_RETRY_AFTER_S, max(1.0, self._waiting / per_s))

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from fastserve import __version__
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine, EngineInfo
-from fastserve.errors import EngineDeadError, StartupError
+from fastserve.errors import StartupError
 from fastserve.observability.metrics import CONTENT_TYPE
-from fastserve.serving.errors import error_response, install_error_handlers
+from fastserve.observability.text import printable
+from fastserve.openai.body import RequestBounds
+from fastserve.protocol import MAX_MODEL_NAMES, MAX_NAME_CHARS, WorkerStatus
+from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
@@ -33,6 +37,7 @@ from fastserve.worker.jobs import JobMaker
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.progress import progress_reporter
+from fastserve.worker.prompt_pool import PromptPool
 from fastserve.worker.runtime import Runtime, runtime_of
 from fastserve.worker.sampling import read_defaults
 from fastserve.worker.service import GenerationService
@@ -51,32 +56,35 @@ class WorkerSetup:
     address: str
     """Under which others reach this worker."""
     wait_listening: Callable[[], Awaitable[None]]
-    """Returns when requests are accepted: not before is the worker registered."""
+    """Returns when requests are accepted: not before is the worker announced."""
     end_process: Callable[[], None]
-    """Called when the engine has been given up, or a task that the worker cannot live without has failed."""
+    """Called when the model cannot be loaded, the engine has been given up, or another task that the worker cannot
+    live without has failed."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
 
 
-class _App(FastAPI):
-    """FastAPI, but a start that fails leaves no traceback in the log: the cause has been told in a sentence."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_quietly(message: MutableMapping[str, Any]) -> None:
-            await send({"type": message["type"]} if message["type"] == "lifespan.startup.failed" else message)
-
-        await super().__call__(scope, receive, send_quietly if scope["type"] == "lifespan" else send)
-
-
 class Worker:
-    """One worker's life. `app` serves it; `goodbye` is to be awaited when the process is told to stop."""
+    """One worker's life. `app` serves it; `goodbye` is to be awaited when the process is told to stop.
+
+    The application listens before the model is loaded: meanwhile it is announced to the controller as not ready,
+    answers what looks after it, and asks clients to come again.
+    """
 
     def __init__(self, setup: WorkerSetup) -> None:
+        """Raises StartupError when the worker's names cannot be announced."""
         self._setup = setup
-        self._heartbeat: Heartbeat | None = None
+        self._metrics = WorkerMetrics()
+        self._heartbeat = None if setup.config.no_register else self._make_heartbeat()
+        self._loaded = asyncio.Event()
         self.failure: StartupError | None = None
-        """Why the start failed."""
+        """Why the model could not be loaded."""
+        _check_names(setup.model_names)
         self.keeper = EngineKeeper(setup.engine, progress_reporter(sys.stderr), time.monotonic, setup.restart_policy)
-        self.app = _App(title="fastserve worker", version=__version__, lifespan=self._lifespan)
+        self.app = FastAPI(title="fastserve worker", version=__version__, lifespan=self._lifespan)
+        self.app.state.runtime = None
+        self.app.state.keeper = self.keeper
+        self.app.state.metrics = self._metrics
+        self.app.state.status = self.status
         install_error_handlers(self.app)
         self.app.include_router(openai_routes.router)
         self.app.include_router(fastchat_routes.router)
@@ -88,36 +96,68 @@ class Worker:
         if self._heartbeat is not None:
             await self._heartbeat.goodbye()
 
+    async def wait_loaded(self) -> None:
+        """Return once the model is loaded; never when it cannot be."""
+        await self._loaded.wait()
+
+    def status(self) -> WorkerStatus:
+        runtime: Runtime | None = self.app.state.runtime
+        if runtime is not None:
+            return runtime.status()
+        return WorkerStatus(
+            model_names=list(self._setup.model_names),
+            heartbeat_interval_s=self._setup.config.heartbeat_interval_s,
+            version=__version__,
+            ready=False,
+        )
+
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._setup.engine.close)
-            try:
-                runtime = await self._start()
-            except StartupError as error:
-                self.failure = error
-                raise
-            app.state.runtime = runtime
-            tasks = [asyncio.create_task(self._vital("engine watch", self._look_after_engine(runtime)))]
-            if not self._setup.config.no_register:
-                self._heartbeat = self._make_heartbeat(runtime)
-                tasks.append(asyncio.create_task(self._vital("heartbeat", self._register(self._heartbeat))))
+            pool = PromptPool(self._setup.config.prompt_threads, self._setup.config.max_preparing)
+            stack.callback(pool.close)
+            tasks = [asyncio.create_task(self._vital("engine watch", self._load_and_look_after(pool)))]
             stack.push_async_callback(_end, tasks)
+            if self._heartbeat is not None:
+                tasks.append(asyncio.create_task(self._vital("heartbeat", self._announce(self._heartbeat))))
             yield
 
-    async def _start(self) -> Runtime:
+    async def _load_and_look_after(self, pool: PromptPool) -> None:
+        try:
+            runtime = await self._load(pool)
+        except StartupError as error:
+            self._fail(error)
+            return
+        except Exception as error:
+            logger.exception("the model could not be loaded")
+            cause = f"{type(error).__name__}: {printable(str(error), 500)}"
+            self._fail(StartupError(f"The worker could not start: {cause}. The lines above say where."))
+            return
+        self.app.state.runtime = runtime
+        self._loaded.set()
+        if self._heartbeat is not None:
+            self._heartbeat.beat_now()
+        await self._look_after_engine(runtime)
+
+    def _fail(self, failure: StartupError) -> None:
+        self.failure = failure
+        self.keeper.gave_up = True
+        self._setup.end_process()
+
+    async def _load(self, pool: PromptPool) -> Runtime:
         """Engine and tokenizer start side by side. Raises StartupError."""
         setup, config = self._setup, self._setup.config
         try:
             async with asyncio.TaskGroup() as group:
                 starting = group.create_task(self.keeper.start())
                 reading = group.create_task(asyncio.to_thread(_read_texts, setup))
-        except* StartupError as errors:
+        except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         info, (tokenizer, template) = starting.result(), reading.result()
-        metrics = WorkerMetrics()
-        admission = Admission(_limit(config, info), config.queue_size, time.monotonic)
-        metrics.watch(admission, lambda: setup.engine.stats)
+        metrics = self._metrics
+        admission = Admission(_limit(config, info), config.queue_size, config.max_queued_tokens, time.monotonic)
+        metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
         # A tokenizer may know tokens that the model has no row for; the engine takes none of these.
         known_eos = [
@@ -136,6 +176,9 @@ class Worker:
             stream_interval=config.stream_interval,
             seed=config.seed,
             metrics=metrics,
+            bounds=_request_bounds(config),
+            max_prompt_logprobs=config.max_prompt_logprobs,
+            template_timeout_s=config.template_timeout_s,
         )
         logger.info(
             "ready: %s at %s, context of %d tokens, KV cache of %d tokens, up to %d requests at once",
@@ -151,6 +194,7 @@ class Worker:
             admission=admission,
             metrics=metrics,
             jobs=jobs,
+            pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics),
             conversation=derive_conversation(setup.model_names[0], template, eos),
             heartbeat_interval_s=config.heartbeat_interval_s,
@@ -158,13 +202,13 @@ class Worker:
             started_at=int(time.time()),
         )
 
-    def _make_heartbeat(self, runtime: Runtime) -> Heartbeat:
+    def _make_heartbeat(self) -> Heartbeat:
         config = self._setup.config
         return Heartbeat(
             config.controller_address,
             self._setup.address,
             config.heartbeat_interval_s,
-            runtime.status,
+            self.status,
             client_ssl_context(config),
         )
 
@@ -177,7 +221,7 @@ class Worker:
             self.keeper.gave_up = True
             self._setup.end_process()
 
-    async def _register(self, heartbeat: Heartbeat) -> None:
+    async def _announce(self, heartbeat: Heartbeat) -> None:
         await self._setup.wait_listening()
         await heartbeat.run()
 
@@ -185,10 +229,8 @@ class Worker:
         async def changed() -> None:
             if self.keeper.ready:
                 runtime.metrics.engine_restarts.inc()
-                if self._heartbeat is not None:
-                    self._heartbeat.resume()
-            else:
-                await self.goodbye()
+            if self._heartbeat is not None:
+                self._heartbeat.beat_now()
 
         await self.keeper.watch(changed)
         self._setup.end_process()
@@ -198,6 +240,20 @@ def _read_texts(setup: WorkerSetup) -> tuple[Tokenizer, ChatTemplate | None]:
     override = setup.config.chat_template
     template = load_chat_template(setup.model_dir, None if override is None else Path(override))
     return load_tokenizer(setup.model_dir, trust_remote_code=setup.config.trust_remote_code), template
+
+
+def _check_names(model_names: tuple[str, ...]) -> None:
+    try:
+        WorkerStatus(model_names=list(model_names))
+    except pydantic.ValidationError as error:
+        raise StartupError(
+            f"--model-names: at most {MAX_MODEL_NAMES} names of at most {MAX_NAME_CHARS} printable characters can be "
+            "served; the name of a model's folder counts when the flag is not given."
+        ) from error
+
+
+def _request_bounds(config: WorkerConfig) -> RequestBounds:
+    return RequestBounds(**{item.name: getattr(config, item.name) for item in dataclasses.fields(RequestBounds)})
 
 
 def _limit(config: WorkerConfig, info: EngineInfo) -> int:
@@ -214,21 +270,20 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 
 
 async def _health(request: Request) -> Response:
-    """200 as long as this process can serve or will be able to again."""
-    keeper = runtime_of(request).keeper
-    state = "ready" if keeper.ready else "failed" if keeper.gave_up else "recovering"
+    """200 as long as this process can serve or will be able to."""
+    keeper: EngineKeeper = request.app.state.keeper
+    is_loaded = request.app.state.runtime is not None
+    state = "failed" if keeper.gave_up else "loading" if not is_loaded else "ready" if keeper.ready else "recovering"
     return JSONResponse({"status": state}, status_code=503 if keeper.gave_up else 200)
 
 
 async def _ready(request: Request) -> Response:
     """200 while requests can be served now."""
     runtime = runtime_of(request)
-    try:
-        runtime.keeper.require_ready()
-    except EngineDeadError as error:
-        return error_response(error)
+    runtime.keeper.require_ready()
     return JSONResponse({"status": "ready", "models": runtime.jobs.model_names})
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(runtime_of(request).metrics.exposition(), media_type=CONTENT_TYPE)
+    metrics: WorkerMetrics = request.app.state.metrics
+    return Response(metrics.exposition(), media_type=CONTENT_TYPE)

@@ -6,24 +6,22 @@ prompt comes ready-made from the caller, who wrote it with the conversation that
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.openai.completions import CompletionRequest, completion_logprobs
-from fastserve.openai.sampling import parse_request
+from fastserve.openai.body import read_fields
+from fastserve.openai.completions import completion_logprobs
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
-from fastserve.worker.caller import Caller, caller_of
+from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, Prompt
 from fastserve.worker.prompts import Echo, with_echo
-from fastserve.worker.runtime import Runtime, runtime_of
+from fastserve.worker.runtime import Runtime, runtime_of, status_of
 from fastserve.worker.service import Answer
 
 router = APIRouter()
@@ -42,16 +40,20 @@ _SAME_NAME = (
     "use_beam_search",
     "images",
 )
+_FIELDS = frozenset({*_SAME_NAME, "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
 
 
 @router.post("/worker_generate_stream")
 async def generate_stream(request: Request) -> Response:
-    return StreamResponse(_as_bytes(_records(request)), media_type="application/octet-stream")
+    # The body is read first: the response listens for the client's end on the same channel.
+    records = _records(request, await read_body(request))
+    return StreamResponse(_as_bytes(records), media_type="application/octet-stream")
 
 
 @router.post("/worker_generate")
 async def generate(request: Request) -> Response:
-    record = await run_until_disconnect(request, _last(_records(request)))
+    records = _records(request, await read_body(request))
+    record = await run_until_disconnect(request, _last(records))
     return Response(encode_json(record), media_type=JSON)
 
 
@@ -62,16 +64,18 @@ async def embeddings() -> Record:
 
 @router.post("/worker_get_status")
 async def status(request: Request) -> Record:
-    return runtime_of(request).status().model_dump()
+    return status_of(request).model_dump()
 
 
 @router.post("/count_token")
 async def count_token(request: Request) -> Record:
-    runtime = runtime_of(request)
-    prompt = (await _json_object(request)).get("prompt")
-    if not isinstance(prompt, str):
-        raise InvalidRequestError("Missing required field 'prompt', a string.", param="prompt")
-    return {"count": len(await _prompt_ids(runtime, prompt)), "error_code": 0}
+    runtime, body = runtime_of(request), await read_body(request)
+
+    def count() -> int:
+        prompt = _prompt(read_fields(body, runtime.jobs.bounds, _FIELDS))
+        return runtime.jobs.encoder.count_rendered(runtime.conversation.restore(prompt))
+
+    return {"count": await runtime.pool.run(len(body), count), "error_code": 0}
 
 
 @router.post("/worker_get_conv_template")
@@ -84,14 +88,13 @@ async def details(request: Request) -> Record:
     return {"context_length": runtime_of(request).jobs.context_length}
 
 
-async def _records(request: Request) -> AsyncGenerator[Record, None]:
-    runtime, caller = runtime_of(request), caller_of(request)
+async def _records(request: Request, body: bytes) -> AsyncGenerator[Record, None]:
+    caller = caller_of(request)
     try:
+        runtime = runtime_of(request)
         with runtime.metrics.refusals():
             runtime.keeper.require_ready()
-            params = await _json_object(request)
-            job = await _job(runtime, params, caller)
-        echo = _echo(runtime, params, job) if params.get("echo", True) else None
+            job, echo = await runtime.pool.run(len(body), lambda: _job(runtime, body, caller))
         answer = Answer(job)
         async with aclosing(runtime.service.generate(job)) as batches:
             async for batch in batches:
@@ -100,30 +103,39 @@ async def _records(request: Request) -> AsyncGenerator[Record, None]:
                 if batch:
                     yield _record(echo, answer, None)
         yield _record(echo, answer, answer.runs[0].finish_reason)
-    except RequestValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        yield _error_record(InvalidRequestError(f"Invalid value for '{name}'. {first['msg']}."))
     except FastserveError as error:
         yield _error_record(error)
 
 
-async def _job(runtime: Runtime, params: dict[str, Any], caller: Caller) -> Job:
-    """FastChat's parameters under OpenAI's names. A too large max_new_tokens is lowered, as for OpenAI's routes."""
+def _prompt(params: dict[str, Any]) -> str:
     prompt = params.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequestError("Missing required field 'prompt', a string.", param="prompt")
+    return prompt
+
+
+def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | None]:
+    """FastChat's parameters under OpenAI's names, and what the answer begins with. A too large max_new_tokens is
+    lowered, as for OpenAI's routes.
+    """
+    params = read_fields(body, runtime.jobs.bounds, _FIELDS)
+    prompt = _prompt(params)
     stop = params.get("stop")
     fields = {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {
         "model": runtime.jobs.model_names[0],
-        "prompt": await _prompt_ids(runtime, prompt),
+        "prompt": runtime.jobs.encoder.encode_rendered(runtime.conversation.restore(prompt)),
         "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
         "echo": bool(params.get("echo", True)),
         "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
         "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
     }
-    return await runtime.jobs.completion(parse_request(CompletionRequest, encode_json(fields)), caller)
+    job = runtime.jobs.completion_of(fields, caller)
+    if not job.answer.echo:
+        return job, None
+    # The caller's own text, not what it was restored to; the tokens are those that the model got.
+    given = Prompt(prompt, job.prompts[0].token_ids, job.prompts[0].params)
+    return job, Echo(runtime.jobs.tokenizer, given, job.answer.logprobs or 0)
 
 
 def _known_ids(stop_token_ids: Any, vocab_size: int) -> Any:
@@ -133,26 +145,6 @@ def _known_ids(stop_token_ids: Any, vocab_size: int) -> Any:
     if not isinstance(stop_token_ids, list):
         return stop_token_ids
     return [item for item in stop_token_ids if not isinstance(item, int) or 0 <= item < vocab_size]
-
-
-async def _prompt_ids(runtime: Runtime, prompt: str) -> list[int]:
-    return await runtime.jobs.encode_rendered(runtime.conversation.restore(prompt))
-
-
-async def _json_object(request: Request) -> dict[str, Any]:
-    try:
-        value = json.loads(await request.body())
-    except ValueError as error:
-        raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise InvalidRequestError("The request body is not a JSON object.")
-    return value
-
-
-def _echo(runtime: Runtime, params: Record, job: Job) -> Echo:
-    """The caller's own text, not what it was restored to; the tokens are those that the model got."""
-    prompt = Prompt(params["prompt"], job.prompts[0].token_ids, job.prompts[0].params)
-    return Echo(runtime.jobs.tokenizer, prompt, params.get("logprobs") or 0)
 
 
 def _record(echo: Echo | None, answer: Answer, finish_reason: str | None) -> Record:

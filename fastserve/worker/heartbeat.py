@@ -1,7 +1,9 @@
-"""Tells the controller that this worker is there: its whole status, every interval, for as long as the engine lives.
+"""Tells the controller that this worker is there: its whole status, every interval, from before the model is loaded.
 
-A heartbeat with a status registers by itself at our controller; one of FastChat's answers `exist: false`, and is then
-told by `/register_worker`. So a controller that was restarted knows the worker again within one interval.
+A status that is not ready makes the models known, so that who asks for one is asked to come again; no request is sent
+here. A heartbeat with a status registers by itself at our controller; one of FastChat's answers `exist: false`, and is
+then told by `/register_worker`, as soon as the worker is ready. So a controller that was restarted knows the worker
+again within one interval.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Heartbeat:
         self._silent = False
         self._failing = False
         self._known = False
+        self._was_ready = False
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -57,9 +60,8 @@ class Heartbeat:
                 except TimeoutError:
                     pass
 
-    def resume(self) -> None:
-        """Beat again after a `goodbye`, from now on."""
-        self._silent = False
+    def beat_now(self) -> None:
+        """Do not wait for the interval's end: the status has changed."""
         self._wake.set()
 
     async def goodbye(self) -> None:
@@ -88,7 +90,7 @@ class Heartbeat:
                 "/receive_heart_beat",
                 HeartbeatRequest(worker_name=self._worker, queue_length=status.queue_length, status=status),
             )
-            if not (isinstance(answer, dict) and answer.get("exist")):
+            if status.ready and not (isinstance(answer, dict) and answer.get("exist")):
                 await self._post(
                     session,
                     "/register_worker",
@@ -99,9 +101,10 @@ class Heartbeat:
                 logger.warning("the controller %s cannot be reached: %s; trying on", self._controller, _cause(error))
             self._failing = True
             return
-        if self._failing or not self._known:
-            logger.info("registered %s with the controller %s", self._worker, self._controller)
-        self._failing, self._known = False, True
+        if self._failing or not self._known or status.ready != self._was_ready:
+            state = "registered" if status.ready else "announced (not ready yet)"
+            logger.info("%s %s with the controller %s", state, self._worker, self._controller)
+        self._failing, self._known, self._was_ready = False, True, status.ready
 
     async def _post(self, session: aiohttp.ClientSession, path: str, message: BaseModel) -> object:
         body = message.model_dump_json().encode()

@@ -1,28 +1,34 @@
-"""A request becomes a job: template, tokens, length check, sampling parameters."""
+"""A request becomes a job: template, tokens, length check, sampling parameters.
+
+All of this may run in a thread of the prompt pool: it touches nothing but its arguments and the (thread-safe) metrics.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastserve.engine.contract import SamplingParams
-from fastserve.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from fastserve.errors import InvalidRequestError, ModelNotFoundError, PermissionDeniedError
+from fastserve.observability.text import printable
+from fastserve.openai.body import RequestBounds
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
-from fastserve.openai.sampling import GenerationRequest, invalid
-from fastserve.text.chat_template import ChatTemplate
-from fastserve.text.tokenizer import Tokenizer, encode_off_loop
+from fastserve.openai.sampling import GenerationRequest, check_request, parse_request
+from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
+from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.caller import Caller
 from fastserve.worker.choice import Telling
+from fastserve.worker.encoding import PromptEncoder
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling import SEED_MASK, SamplingDefaults, resolve
 
 logger = logging.getLogger(__name__)
 
-_MOST_UNKNOWN_NAMES = 100
+_MAX_UNKNOWN_NAMES = 100
 """Names of unknown fields that are remembered, and logged once each."""
 _ONLY_AT_THE_END = 2**31
 
@@ -30,9 +36,21 @@ _ONLY_AT_THE_END = 2**31
 @dataclass(frozen=True)
 class Prompt:
     text: str | None
-    """None when the client sent token ids."""
+    """None when the client sent token ids, or does not ask for the prompt's text."""
     token_ids: list[int]
     params: SamplingParams
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What a request says about the form of its answer. The rest of it is not kept while the answer is generated."""
+
+    model: str
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+    echo: bool
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,7 @@ class Job:
     """How many of them are told: the best."""
     telling: Telling
     priority: int
+    answer: AnswerOptions
 
     @property
     def prompt_tokens(self) -> int:
@@ -68,23 +87,34 @@ class JobMaker:
         stream_interval: int,
         seed: int | None,
         metrics: WorkerMetrics,
+        bounds: RequestBounds,
+        max_prompt_logprobs: int,
+        template_timeout_s: float,
     ) -> None:
-        """`max_sequences`: the most that one request may ask for, all its prompts and runs together."""
+        """`max_sequences`: the most that one request may ask for, all its prompts and runs together.
+        `max_prompt_logprobs`: likewise of log probabilities of prompt tokens.
+        """
         self.model_names = list(model_names)
         self.tokenizer = tokenizer
         self.context_length = context_length
+        self.bounds = bounds
+        self.encoder = PromptEncoder(tokenizer, vocab_size, context_length)
         self._template = template
         self._defaults = defaults
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._max_sequences = max_sequences
+        self._max_prompt_logprobs = max_prompt_logprobs
+        self._template_timeout_s = template_timeout_s
         self._stream_interval = stream_interval
         self._seed = seed
         self._metrics = metrics
         self._unknown: set[str] = set()
 
-    async def chat(self, request: ChatRequest, caller: Caller) -> Job:
-        self._check_model(request.model)
+    def chat(self, body: bytes, caller: Caller) -> Job:
+        """The job of a chat request's body. Raises RequestError, as the other methods do."""
+        request = parse_request(ChatRequest, body, self.bounds)
+        self._check(request, caller)
         if self._template is None:
             raise InvalidRequestError(
                 f"The model '{request.model}' has no chat template. Use /v1/completions, or start the worker with "
@@ -92,99 +122,86 @@ class JobMaker:
                 param="messages",
             )
         self._check_size(1, request)
-        text = self._template.render(request.template_messages())
         # Templates write the special tokens themselves.
-        ids = await encode_off_loop(self.tokenizer, text, add_special_tokens=False)
-        self._check_encoded(ids, "messages")
+        ids = self.encoder.encode(self._render(self._template, request), "messages", add_special_tokens=False)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        room = self._room(len(ids), "messages")
+        room = self.encoder.room(len(ids), "messages")
+        self._check_prompt_logprobs(len(ids), request.prompt_logprobs)
         max_tokens = room if request.token_limit is None else min(request.token_limit, room)
         params = self._params(request, max_tokens, self._pick_seed(), logprobs, request.prompt_logprobs)
-        return self._job(request, caller, [Prompt(text, ids, params)], logprobs)
+        return self._job(request, caller, [Prompt(None, ids, params)], logprobs, echo=False)
 
-    async def completion(self, request: CompletionRequest, caller: Caller) -> Job:
-        self._check_model(request.model)
+    def completion(self, body: bytes, caller: Caller) -> Job:
+        """The job of a completion request's body."""
+        return self._completion(parse_request(CompletionRequest, body, self.bounds), caller)
+
+    def completion_of(self, fields: Mapping[str, Any], caller: Caller) -> Job:
+        """The job of a completion request that has been read already."""
+        return self._completion(check_request(CompletionRequest, fields, self.bounds), caller)
+
+    def _completion(self, request: CompletionRequest, caller: Caller) -> Job:
+        self._check(request, caller)
         seed = self._pick_seed()
-        given = request.prompts()
+        given = request.prompts(self.bounds)
         self._check_size(len(given), request)
-        prompts = []
-        for text, ids in await self._encode(given):
-            asked = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
-            max_tokens = min(asked, self._room(len(ids), "prompt"))
+        asked = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
+        prompts, num_tokens = [], 0
+        for prompt in given:
+            if isinstance(prompt, str):
+                ids = self.encoder.encode(prompt, "prompt", add_special_tokens=True)
+            else:
+                ids = prompt
+                self.encoder.check_given(ids, "prompt")
+            num_tokens += len(ids)
+            self._check_prompt_logprobs(num_tokens, request.asked_of_prompt)
+            max_tokens = min(asked, self.encoder.room(len(ids), "prompt"))
             params = self._params(request, max_tokens, seed, request.logprobs, request.asked_of_prompt)
-            prompts.append(Prompt(text, ids, params))
-        return self._job(request, caller, prompts, request.logprobs)
+            prompts.append(Prompt(prompt if request.echo and isinstance(prompt, str) else None, ids, params))
+        return self._job(request, caller, prompts, request.logprobs, echo=bool(request.echo))
 
-    async def encode_rendered(self, text: str) -> list[int]:
-        """The ids of a prompt that a FastChat client has written: BOS is put first unless the text has it."""
-        bos = self.tokenizer.bos_text
-        has_bos = bos is not None and text.startswith(bos)
-        return await encode_off_loop(self.tokenizer, text, add_special_tokens=not has_bos)
-
-    async def _encode(self, prompts: list[str | list[int]]) -> list[tuple[str | None, list[int]]]:
-        """Text (None when the client sent ids) and ids of each prompt."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter(await self._encode_texts(texts))
-        return [
-            (prompt, self._check_encoded(next(encoded), "prompt"))
-            if isinstance(prompt, str)
-            else (None, self._check_given(prompt))
-            for prompt in prompts
-        ]
-
-    async def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        if len(texts) <= 1:
-            return [await encode_off_loop(self.tokenizer, text, add_special_tokens=True) for text in texts]
-        # Many short texts would hold up the event loop as one long text does: one thread takes them all.
-        return await asyncio.to_thread(lambda: [self.tokenizer.encode(text, add_special_tokens=True) for text in texts])
-
-    def _check_given(self, ids: list[int]) -> list[int]:
-        for token_id in ids:
-            if not 0 <= token_id < self._vocab_size:
-                raise invalid("prompt", token_id, f"Token ids of this model run from 0 to {self._vocab_size - 1}.")
-        return ids
-
-    def _check_encoded(self, ids: list[int], param: str) -> list[int]:
-        """A tokenizer may know added tokens that the model has no row for: these would be the engine's death."""
-        if not ids:
-            raise invalid(param, "", "It has no tokens; give at least one character.")
-        if max(ids) >= self._vocab_size:
-            token_id = next(token_id for token_id in ids if token_id >= self._vocab_size)
-            token = self.tokenizer.token_bytes(token_id).decode(errors="replace")
-            raise InvalidRequestError(
-                f"Invalid value for '{param}': the tokenizer makes token id {token_id} of {token!r}, but ids of this "
-                f"model run from 0 to {self._vocab_size - 1}. Leave this text out.",
-                param=param,
+    def _render(self, template: ChatTemplate, request: ChatRequest) -> str:
+        try:
+            return template.render(
+                request.template_messages(self.bounds),
+                max_chars=self.encoder.max_chars,
+                timeout_s=self._template_timeout_s,
             )
-        return ids
+        except RenderedTooLongError as error:
+            raise self.encoder.refuse_chars(error.num_chars, "messages") from error
+
+    def _check(self, request: GenerationRequest, caller: Caller) -> None:
+        if request.model not in self.model_names:
+            served = printable(", ".join(self.model_names), 300)
+            raise ModelNotFoundError(
+                f"The model '{printable(request.model, 80)}' is not served here. Served: {served}.", param="model"
+            )
+        if (request.priority or 0) < 0 and not caller.may_prioritise:
+            raise PermissionDeniedError(
+                f"Your key may not set a priority below 0 (given: {request.priority}). Leave it out, or ask whoever "
+                "runs this server for a key with that right.",
+                param="priority",
+            )
 
     def _check_size(self, num_prompts: int, request: GenerationRequest) -> None:
         """Admission counts requests: one of them must not bring more sequences than the engine runs at once."""
         if num_prompts * request.num_runs > self._max_sequences:
             name = "n" if request.best_of is None else "best_of"
-            raise invalid(
-                "prompt" if num_prompts > self._max_sequences else name,
-                f"{num_prompts} prompts, {name}={request.num_runs}" if num_prompts > 1 else request.num_runs,
-                f"This worker takes at most {self._max_sequences} sequences (prompts times {name}) in one request; "
-                "split the request.",
-            )
-
-    def _check_model(self, name: str) -> None:
-        if name not in self.model_names:
-            raise ModelNotFoundError(
-                f"The model '{name}' is not served here. Served: {', '.join(self.model_names)}.", param="model"
-            )
-
-    def _room(self, num_tokens: int, param: str) -> int:
-        """Tokens left for the answer. Raises ContextLengthError when there is none."""
-        room = self.context_length - num_tokens
-        if room < 1:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.context_length} tokens. However, your {param} resulted "
-                f"in {num_tokens} tokens, and the answer needs at least one. Please reduce the length of the {param}.",
+            asked = f"{num_prompts} prompts, {name}={request.num_runs}" if num_prompts > 1 else str(request.num_runs)
+            param = "prompt" if num_prompts > self._max_sequences else name
+            raise InvalidRequestError(
+                f"Invalid value for '{param}': {asked}. This worker takes at most {self._max_sequences} sequences "
+                f"(prompts times {name}) in one request; split the request.",
                 param=param,
             )
-        return room
+
+    def _check_prompt_logprobs(self, num_tokens: int, num_top: int | None) -> None:
+        if num_top is not None and num_tokens * (num_top + 1) > self._max_prompt_logprobs:
+            raise InvalidRequestError(
+                f"Log probabilities of {num_tokens} prompt tokens with {num_top} others each are more than this worker "
+                f"gives in one request (--max-prompt-logprobs {self._max_prompt_logprobs}). Ask for fewer, or split "
+                "the request.",
+                param="logprobs",
+            )
 
     def _pick_seed(self) -> int:
         return random.getrandbits(63) & SEED_MASK if self._seed is None else self._seed
@@ -210,7 +227,9 @@ class JobMaker:
             vocab_size=self._vocab_size,
         )
 
-    def _job(self, request: GenerationRequest, caller: Caller, prompts: list[Prompt], logprobs: int | None) -> Job:
+    def _job(
+        self, request: GenerationRequest, caller: Caller, prompts: list[Prompt], logprobs: int | None, *, echo: bool
+    ) -> Job:
         self._report_unknown(request.unknown)
         telling = Telling(
             stops=request.stop or (),
@@ -221,12 +240,21 @@ class JobMaker:
             stop_token=logprobs is not None and isinstance(request, CompletionRequest),
             answer=request.token_limit != 0,
         )
-        return Job(caller, prompts, request.num_runs, request.num_choices, telling, request.priority or 0)
+        answer = AnswerOptions(
+            model=request.model,
+            stream=bool(request.stream),
+            include_usage=request.wants_usage,
+            logprobs=logprobs,
+            echo=echo,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        return Job(caller, prompts, request.num_runs, request.num_choices, telling, request.priority or 0, answer)
 
     def _report_unknown(self, names: Sequence[str]) -> None:
+        # Names come from clients, so they are bounded in number and length.
         for name in names:
-            if name not in self._unknown and len(self._unknown) < _MOST_UNKNOWN_NAMES:
-                self._unknown.add(name)
-                logger.warning("request field %.100r is not known and has no effect (logged once)", name)
-            # Names come from clients, so they are bounded in number and length.
-            self._metrics.unknown_fields.labels(name[:100] if name in self._unknown else "other").inc()
+            label = printable(name, 100)
+            if label not in self._unknown and len(self._unknown) < _MAX_UNKNOWN_NAMES:
+                self._unknown.add(label)
+                logger.warning("request field '%s' is not known and has no effect (logged once)", label)
+            self._metrics.unknown_fields.labels(label if label in self._unknown else "other").inc()

@@ -9,9 +9,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastserve.engine.contract import Engine, EngineInfo, LoadProgress
-from fastserve.errors import EngineDeadError, StartupError
+from fastserve.errors import EngineDeadError, ModelLoadingError, ServiceError, StartupError
 
 logger = logging.getLogger(__name__)
+
+_MIN_RETRY_AFTER_S = 1.0
+_MAX_RETRY_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,52 @@ class EngineKeeper:
         self.ready = False
         self.gave_up = False
         """The engine died too often, or what looks after the worker failed; the process is to end."""
-        self._reason = "The engine is starting."
+        self._reason: str | None = None
+        """Why the engine died; None before its first start."""
+        self._progress: LoadProgress | None = None
+        self._loading_since = clock()
         self._on_progress = on_progress
         self._clock = clock
         self._policy = policy
 
     async def start(self) -> EngineInfo:
         """The first start. Raises StartupError."""
-        info = await self.engine.start(self._on_progress)
+        info = await self._start_engine()
         self.ready = True
         return info
 
     def require_ready(self) -> None:
-        """Raises EngineDeadError while there is no engine to generate."""
+        """Raises ModelLoadingError or EngineDeadError while there is no engine to generate."""
         if not self.ready:
-            raise EngineDeadError(f"{self._reason} It is being started again; try again soon.")
+            raise self.unavailable()
+
+    def unavailable(self) -> ServiceError:
+        """The error for requests that come while there is no engine; it says when to try again."""
+        if self._reason is None:
+            return ModelLoadingError("The model is being loaded. Try again soon.", retry_after_s=self._remaining_s())
+        error = EngineDeadError(f"{self._reason} It is being started again; try again soon.")
+        error.retry_after_s = self._remaining_s()
+        return error
+
+    def _remaining_s(self) -> float:
+        """How long loading should still take, going by how far it has come."""
+        progress = self._progress
+        if progress is None or not progress.done:
+            return 2 * _MIN_RETRY_AFTER_S
+        elapsed_s = self._clock() - self._loading_since
+        remaining_s = elapsed_s * (progress.total - progress.done) / progress.done
+        return min(_MAX_RETRY_AFTER_S, max(_MIN_RETRY_AFTER_S, remaining_s))
+
+    async def _start_engine(self) -> EngineInfo:
+        self._progress, self._loading_since = None, self._clock()
+
+        def note(progress: LoadProgress) -> None:
+            if self._progress is not None and progress.what != self._progress.what:
+                self._loading_since = self._clock()
+            self._progress = progress
+            self._on_progress(progress)
+
+        return await self.engine.start(note)
 
     async def watch(self, on_change: Callable[[], Awaitable[None]]) -> None:
         """Await deaths and start the engine again; return when it has been given up. `on_change` follows `ready`."""
@@ -79,7 +113,7 @@ class EngineKeeper:
             starts.append(now)
             logger.info("starting the engine again (attempt %d)", len(starts))
             try:
-                await self.engine.start(self._on_progress)
+                await self._start_engine()
             except StartupError as error:
                 logger.error("the engine did not start: %s", error.message)
             except Exception:  # no memory for a process, a first message that cannot be read: the next may succeed

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
-from fastapi.exceptions import RequestValidationError
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats, FusedLayers
 from fastserve.engine.contract import Histogram as EngineHistogram
-from fastserve.errors import FastserveError, InvalidRequestError
+from fastserve.errors import FastserveError
 from fastserve.observability.metrics import LATENCY_BUCKETS_S, CollectorRegistry, Counter, Gauge, Histogram, exposition
 from fastserve.worker.admission import Admission
 
@@ -21,7 +20,7 @@ _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0
 
 class WorkerMetrics:
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
+        registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "fastserve_worker_requests", "Requests that ended, by how.", ["outcome"], registry=registry
         )
@@ -54,15 +53,18 @@ class WorkerMetrics:
             "fastserve_worker_engine_restarts", "Times that the engine was started again.", registry=registry
         )
 
-    def watch(self, admission: Admission, stats: Callable[[], EngineStats]) -> None:
-        """Show the queue and the engine's snapshots too. Called once."""
+    def watch(self, admission: Admission, preparing: Callable[[], int], stats: Callable[[], EngineStats]) -> None:
+        """Show the queues and the engine's snapshots too. Called once."""
         for name, text, read in (
             ("running", "Requests that hold a permit.", lambda: admission.running),
             ("waiting", "Requests that wait for a permit.", lambda: admission.waiting),
+            ("limit", "Permits: the most requests that run at once.", lambda: admission.limit),
+            ("preparing", "Requests whose body is read in a thread, or waits for one.", preparing),
+            ("waiting_tokens", "Prompt tokens of the requests that wait.", lambda: admission.queued_tokens),
         ):
-            gauge = Gauge(f"fastserve_worker_requests_{name}", text, registry=self._registry)
+            gauge = Gauge(f"fastserve_worker_requests_{name}", text, registry=self.registry)
             gauge.set_function(read)
-        self._registry.register(_EngineCollector(stats))
+        self.registry.register(_EngineCollector(stats))
 
     def show_fused_layers(self, kinds: Iterable[FusedLayers]) -> None:
         """Show which layers the engine's fused kernels compute. Called once."""
@@ -70,7 +72,7 @@ class WorkerMetrics:
             "fastserve_engine_layers",
             "Layers of the model, by whether a fused kernel computes them.",
             ["kind", "fused"],
-            registry=self._registry,
+            registry=self.registry,
         )
         for layers in kinds:
             gauge.labels(layers.kind, "true").set(layers.fused)
@@ -84,12 +86,9 @@ class WorkerMetrics:
         except FastserveError as error:
             self.requests.labels(error.code or error.type).inc()
             raise
-        except RequestValidationError:
-            self.requests.labels(InvalidRequestError.code).inc()
-            raise
 
     def exposition(self) -> bytes:
-        return exposition(self._registry)
+        return exposition(self.registry)
 
 
 class QuickHistogram(Collector):

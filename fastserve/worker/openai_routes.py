@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fastserve.openai.answers import JSON, Usage, encode_json
-from fastserve.openai.chat import ChatRequest, ChatStream, chat_choice, chat_response
+from fastserve.openai.chat import ChatStream, chat_choice, chat_response
 from fastserve.openai.completions import (
-    CompletionRequest,
     CompletionStream,
     completion_choice,
     completion_response,
 )
 from fastserve.openai.models import ModelCards, describe_model
-from fastserve.openai.sampling import parse_request
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
-from fastserve.worker.caller import caller_of
+from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.choice import Delta
 from fastserve.worker.jobs import Job
 from fastserve.worker.prompts import Echo, logprobs_by_id, with_echo
@@ -30,6 +29,7 @@ from fastserve.worker.sse import events
 
 router = APIRouter()
 _CLIENT_GONE = 499
+_BYTES_PER_LOGPROB = 16
 
 
 class Writer(Protocol):
@@ -49,44 +49,71 @@ async def models(request: Request) -> Response:
 
 @router.post("/v1/chat/completions")
 async def chat(request: Request) -> Response:
-    runtime, caller, created = runtime_of(request), caller_of(request), int(time.time())
-    with runtime.metrics.refusals():
-        runtime.keeper.require_ready()
-        body = parse_request(ChatRequest, await request.body())
-        job = await runtime.jobs.chat(body, caller)
-    if body.stream:
-        stream = ChatStream(caller.request_id, created, body.model, include_usage=body.wants_usage)
-        return _stream(runtime, job, ChatWriter(stream), include_usage=body.wants_usage)
+    runtime, created = runtime_of(request), int(time.time())
+    job = await _prepare(request, runtime, runtime.jobs.chat)
+    options, request_id = job.answer, job.caller.request_id
+    if options.stream:
+        stream = ChatStream(request_id, created, options.model, include_usage=options.include_usage)
+        return _stream(runtime, job, ChatWriter(stream))
     answer = await run_until_disconnect(request, fold(runtime.service, job))
     if answer is None:
         return Response(status_code=_CLIENT_GONE)
-    told = answer.choices
-    choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(told)]
-    prompt_logprobs = _prompt_logprobs(runtime, told[0], body.prompt_logprobs)
-    return _json(job, chat_response(caller.request_id, created, body.model, choices, answer.usage, prompt_logprobs))
+
+    def write() -> bytes:
+        told = answer.choices
+        choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(told)]
+        prompt_logprobs = _prompt_logprobs(runtime, told[0], options.prompt_logprobs)
+        return encode_json(chat_response(request_id, created, options.model, choices, answer.usage, prompt_logprobs))
+
+    return _json(job, await runtime.pool.run(_written_bytes(job), write))
 
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
-    runtime, caller, created = runtime_of(request), caller_of(request), int(time.time())
-    with runtime.metrics.refusals():
-        runtime.keeper.require_ready()
-        body = parse_request(CompletionRequest, await request.body())
-        job = await runtime.jobs.completion(body, caller)
-    echoes = [Echo(runtime.jobs.tokenizer, prompt, body.logprobs or 0) if body.echo else None for prompt in job.prompts]
-    if body.stream:
-        stream = CompletionStream(caller.request_id, created, body.model, include_usage=body.wants_usage)
+    runtime, created = runtime_of(request), int(time.time())
+    job = await _prepare(request, runtime, runtime.jobs.completion)
+    options, request_id = job.answer, job.caller.request_id
+    echoes = await runtime.pool.run(_written_bytes(job), lambda: _echoes(runtime, job))
+    if options.stream:
+        stream = CompletionStream(request_id, created, options.model, include_usage=options.include_usage)
         per_choice = [echo for echo in echoes for _ in range(job.num_choices)]
-        return _stream(runtime, job, CompletionWriter(stream, per_choice), include_usage=body.wants_usage)
+        return _stream(runtime, job, CompletionWriter(stream, per_choice))
     answer = await run_until_disconnect(request, fold(runtime.service, job))
     if answer is None:
         return Response(status_code=_CLIENT_GONE)
-    choices = []
-    for i, one in enumerate(answer.choices):
-        text, tokens = with_echo(echoes[i // job.num_choices], one)
-        prompt_logprobs = _prompt_logprobs(runtime, one, body.prompt_logprobs)
-        choices.append(completion_choice(i, text, one.finish_reason, tokens, prompt_logprobs))
-    return _json(job, completion_response(caller.request_id, created, body.model, choices, answer.usage))
+
+    def write() -> bytes:
+        choices = []
+        for i, one in enumerate(answer.choices):
+            text, tokens = with_echo(echoes[i // job.num_choices], one)
+            prompt_logprobs = _prompt_logprobs(runtime, one, options.prompt_logprobs)
+            choices.append(completion_choice(i, text, one.finish_reason, tokens, prompt_logprobs))
+        return encode_json(completion_response(request_id, created, options.model, choices, answer.usage))
+
+    return _json(job, await runtime.pool.run(_written_bytes(job), write))
+
+
+async def _prepare(request: Request, runtime: Runtime, make: Callable[[bytes, Caller], Job]) -> Job:
+    """The job of a request's body. Refusals are counted."""
+    caller = caller_of(request)
+    with runtime.metrics.refusals():
+        runtime.keeper.require_ready()
+        body = await read_body(request)
+        return await runtime.pool.run(len(body), lambda: make(body, caller))
+
+
+def _echoes(runtime: Runtime, job: Job) -> list[Echo | None]:
+    if not job.answer.echo:
+        return [None] * len(job.prompts)
+    return [Echo(runtime.jobs.tokenizer, prompt, job.answer.logprobs or 0) for prompt in job.prompts]
+
+
+def _written_bytes(job: Job) -> int:
+    """About what is to be written of the prompt; an answer is written on the event loop where there is none."""
+    options = job.answer
+    if not options.echo and options.prompt_logprobs is None:
+        return 0
+    return job.prompt_tokens * (1 + max(options.logprobs or 0, options.prompt_logprobs or 0)) * _BYTES_PER_LOGPROB
 
 
 def _prompt_logprobs(runtime: Runtime, choice: ChoiceAnswer, num_top: int | None) -> Any:
@@ -94,12 +121,13 @@ def _prompt_logprobs(runtime: Runtime, choice: ChoiceAnswer, num_top: int | None
     return None if num_top is None else logprobs_by_id(runtime.jobs.tokenizer, choice.prompt_logprobs or [], num_top)
 
 
-def _json(job: Job, body: dict[str, Any]) -> Response:
-    return Response(encode_json(body), media_type=JSON, headers={REQUEST_ID_HEADER: job.caller.request_id})
+def _json(job: Job, body: bytes) -> Response:
+    return Response(body, media_type=JSON, headers={REQUEST_ID_HEADER: job.caller.request_id})
 
 
-def _stream(runtime: Runtime, job: Job, writer: Writer, *, include_usage: bool) -> Response:
-    response = StreamResponse(events(runtime.service, job, writer.delta, writer.usage if include_usage else None))
+def _stream(runtime: Runtime, job: Job, writer: Writer) -> Response:
+    write_usage = writer.usage if job.answer.include_usage else None
+    response = StreamResponse(events(runtime.service, job, writer.delta, write_usage))
     response.headers[REQUEST_ID_HEADER] = job.caller.request_id
     return response
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastserve.engine.contract import TokenLogprob
 from fastserve.openai.answers import TokenText
+from fastserve.text.detokenizer import REPLACEMENT_CHARACTER
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import LEAST_LOGPROB, Delta, tell_token
 from fastserve.worker.jobs import Prompt
@@ -22,16 +23,16 @@ class Echo:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, num_top: int) -> None:
         """`num_top`: how many of the likeliest tokens are told at each place."""
-        self.text = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
         self._tokenizer = tokenizer
         self._token_ids = prompt.token_ids
         self._num_top = num_top
         self._tokens: list[TokenText] | None = None
+        self.text, self._offsets = _place(tokenizer, prompt)
 
     def tokens(self, logprobs: Sequence[TokenLogprob]) -> list[TokenText]:
         """Every token of the prompt, at its place in `text`. Made once: all choices of a prompt have the same."""
         if self._tokens is None:
-            first, *offsets = self._offsets()
+            first, *offsets = self._offsets
             rest = zip(logprobs, offsets, strict=True)
             self._tokens = [
                 TokenText(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
@@ -43,17 +44,37 @@ class Echo:
         """Tokens of the answer, at their place behind the prompt."""
         return [replace(token, text_offset=token.text_offset + len(self.text)) for token in tokens]
 
-    def _offsets(self) -> list[int]:
-        offsets, at, detokenizer = [], 0, self._tokenizer.detokenizer()
-        for token_id in self._token_ids:
-            offsets.append(at)
+
+def _place(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[int]]:
+    """The text of a prompt, and how many characters of it come before each token.
+
+    In a prompt that was sent as ids, special tokens are written with their names; in one that was sent as text, they
+    stand where the client wrote them.
+    """
+    given, special_ids = prompt.text, tokenizer.special_ids
+    pieces: list[str] = []
+    offsets: list[int] = []
+    at, detokenizer = 0, tokenizer.detokenizer()
+    for token_id in prompt.token_ids:
+        if token_id in special_ids:
+            held = detokenizer.finish()
+            name = tokenizer.token_bytes(token_id).decode(errors="replace")
+            offsets.append(at + len(held))
+            text = held + (name if given is None or given.startswith(name, at + len(held)) else "")
+        else:
             text = detokenizer.push([token_id])
-            if not text:
-                # A special token stands in the text only if the client wrote it there.
-                name = self._tokenizer.token_bytes(token_id).decode(errors="ignore")
-                text = name if self.text.startswith(name, at) else ""
-            at += len(text)
-        return offsets
+            offsets.append(at + _broken_before(tokenizer, token_id, text))
+        pieces.append(text)
+        at += len(text)
+    return "".join([*pieces, detokenizer.finish()]) if given is None else given, offsets
+
+
+def _broken_before(tokenizer: Tokenizer, token_id: int, text: str) -> int:
+    """Characters of a token's new text that stand for bytes of earlier tokens, which turned out to be no character."""
+    if not text.startswith(REPLACEMENT_CHARACTER):
+        return 0
+    own = tokenizer.token_bytes(token_id).decode(errors="ignore")
+    return len(text) - len(own) if own and text.endswith(own) else 0
 
 
 def with_echo(echo: Echo | None, told: ChoiceAnswer | Delta) -> tuple[str, list[TokenText] | None]:

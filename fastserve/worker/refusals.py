@@ -77,7 +77,6 @@ def refuse_unavailable(config: WorkerConfig) -> None:
             raise StartupError(sentence)
     for flag, value, least in (
         ("--limit-worker-concurrency", config.limit_worker_concurrency, 1),
-        ("--queue-size", config.queue_size, 0),
         ("--stream-interval", config.stream_interval, 1),
         ("--heartbeat-interval-s", config.heartbeat_interval_s, 0.01),
         ("--engine-timeout-s", config.engine_timeout_s, 2),  # an idle engine speaks each second

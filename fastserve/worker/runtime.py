@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -13,6 +14,7 @@ from fastserve.worker.admission import Admission
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.keeper import EngineKeeper
 from fastserve.worker.metrics import WorkerMetrics, kv_usage
+from fastserve.worker.prompt_pool import PromptPool
 from fastserve.worker.service import GenerationService
 
 
@@ -23,6 +25,7 @@ class Runtime:
     admission: Admission
     metrics: WorkerMetrics
     jobs: JobMaker
+    pool: PromptPool
     service: GenerationService
     conversation: Conversation
     heartbeat_interval_s: float
@@ -33,6 +36,7 @@ class Runtime:
     def status(self) -> WorkerStatus:
         stats = self.keeper.engine.stats
         return WorkerStatus(
+            ready=self.keeper.ready,
             model_names=self.jobs.model_names,
             queue_length=self.admission.running + self.admission.waiting,
             tokens_per_s=stats.tokens_per_s or None,
@@ -46,5 +50,15 @@ class Runtime:
 
 
 def runtime_of(request: Request) -> Runtime:
-    runtime: Runtime = request.app.state.runtime
+    """Raises ModelLoadingError before the model is loaded."""
+    runtime: Runtime | None = request.app.state.runtime
+    if runtime is None:
+        keeper: EngineKeeper = request.app.state.keeper
+        raise keeper.unavailable()
     return runtime
+
+
+def status_of(request: Request) -> WorkerStatus:
+    """The worker's status, also while the model loads."""
+    status: Callable[[], WorkerStatus] = request.app.state.status
+    return status()

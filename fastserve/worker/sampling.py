@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastserve.engine.contract import SamplingParams
-from fastserve.openai.sampling import GenerationRequest, invalid
+from fastserve.openai.body import invalid
+from fastserve.openai.sampling import GenerationRequest
 from fastserve.text.tokenizer import read_json
 
 SEED_MASK = 2**63 - 1

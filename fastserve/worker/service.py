@@ -61,7 +61,7 @@ class GenerationService:
             self._metrics.requests.labels(outcome).inc()
 
     async def _run(self, job: Job, box: Mailbox[Delta]) -> None:
-        async with self._admission.permit(job.caller.lease, job.priority):
+        async with self._admission.permit(job.caller.lease, job.prompt_tokens):
             self._keeper.require_ready()  # it may have died while we waited
             self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived)
             self._metrics.prompt_tokens.inc(job.prompt_tokens)

@@ -72,6 +72,13 @@ class StubServer:
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+        self._site = site
+
+    async def stop_listening(self) -> None:
+        """Refuse new connections; those that are open stay."""
+        server = self._site._server
+        assert server is not None
+        server.close()
 
     async def kill(self) -> None:
         if self._runner is not None:
@@ -89,10 +96,17 @@ class StubController(StubServer):
         self.workers: dict[str, WorkerStatus] = {}
         self.in_flight: dict[str, str] = {}
         self.acquired: list[str] = []
+        self.granted: list[str] = []
         self.released: list[str] = []
+        self.failed: list[str] = []
+        self.unused: list[str] = []
+        """Leases by what their requests said of the worker."""
         self.failures: list[str] = []
         self.excluded: list[list[str]] = []
         self.polls = 0
+        self.remembered: set[str] = set()
+        """Models that are known though no worker serves them."""
+        self.retry_after_s: float | None = None
         self.hangs = False
 
     def add(self, address: str, *models: str) -> None:
@@ -118,13 +132,17 @@ class StubController(StubServer):
         free = [address for address in serving if address not in asked.exclude]
         chosen = min(free, key=loads.count, default="")
         if chosen:
+            self.granted.append(asked.lease)
             self.in_flight[asked.lease] = chosen
-        return _answer(AcquireResponse(address=chosen, known=bool(serving)))
+        known = bool(serving) or asked.model in self.remembered
+        return _answer(AcquireResponse(address=chosen, known=known, retry_after_s=self.retry_after_s))
 
     async def _release(self, request: web.Request) -> web.Response:
-        leases = ReleaseRequest.model_validate_json(await request.read()).leases
-        self.released += leases
-        for lease in leases:
+        asked = ReleaseRequest.model_validate_json(await request.read())
+        self.released += asked.leases
+        self.failed += asked.failed
+        self.unused += asked.unused
+        for lease in asked.leases:
             self.in_flight.pop(lease, None)
         return web.json_response({})
 
@@ -205,6 +223,28 @@ def stream(*pieces: bytes, delay_s: float = 0.0, then: str = "end") -> Script:
     return script
 
 
+def reply(body: bytes, content_type: str = "application/json", status: int = 200, **headers: str) -> Script:
+    """Answer with these bytes, whatever they are."""
+
+    async def script(_: web.Request) -> web.StreamResponse:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(body=body, status=status, headers={"content-type": content_type, **named})
+
+    return script
+
+
+def raw(content: bytes) -> Script:
+    """Write these bytes to the connection, in the place of an answer, and close it."""
+
+    async def script(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(content)
+        request.transport.close()
+        return web.Response()
+
+    return script
+
+
 def say(status: int, body: Any, headers: dict[str, str] | None = None) -> Script:
     async def script(_: web.Request) -> web.StreamResponse:
         return web.json_response(body, status=status, headers=headers)
@@ -279,8 +319,13 @@ class Cluster:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
     async def all_released(self) -> None:
-        await until(lambda: not self.controller.in_flight)
-        assert set(self.controller.acquired) <= set(self.controller.released)
+        await until(lambda: set(self.controller.acquired) <= set(self.controller.released))
+        assert not self.controller.in_flight
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have reached workers."""
+        return sum(len(worker.requests) for worker in self.workers)
 
 
 @asynccontextmanager

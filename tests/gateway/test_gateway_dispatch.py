@@ -18,7 +18,7 @@ from fastserve.gateway.app import create_app
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.table import MISSING_GRACE_S, SUSPECT_S, CachedTable
 from fastserve.protocol import HeartbeatRequest, RoutingTable, WorkerEntry, WorkerStatus
-from tests.gateway.cluster import CHAT, Cluster, StubWorker, answer_well, die, serve_app, stream, until
+from tests.gateway.cluster import CHAT, DONE, EVENTS, Cluster, StubWorker, answer_well, die, serve_app, stream, until
 
 STREAM = {**CHAT, "stream": True}
 
@@ -136,7 +136,7 @@ async def test_a_background_task_that_fails_is_logged_and_started_again(
 
 async def test_no_request_fails_when_the_controller_is_killed_under_load(cluster: Cluster) -> None:
     for _ in range(2):
-        await cluster.worker(stream(b"data: 1\n\n", b"data: [DONE]\n\n", delay_s=0.005))
+        await cluster.worker(stream(EVENTS[0], DONE, delay_s=0.005))
     await cluster.in_table()
     statuses: list[int] = []
     stop = asyncio.Event()

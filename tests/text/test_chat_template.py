@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fastserve.errors import InvalidRequestError, StartupError
-from fastserve.text.chat_template import ChatTemplate, load_chat_template
+from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError, load_chat_template
 from tests.text import tiny_tokenizers as tiny
 from tests.text.chat_templates import CHATML, GEMMA, LLAMA2, TOOLS, WITH_FEATURES
 
@@ -102,3 +102,43 @@ def test_where_the_template_is_found(tmp_path: Path) -> None:
     own.write_text("{% if %}")
     with pytest.raises(StartupError, match="line 1"):
         load_chat_template(tmp_path, own)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[7].content }}",  # undefined
+        "{{ 1 // 0 }}",
+        "{{ 'a' + 1 }}",
+        "{{ messages[0].content.nothing.at_all }}",
+        "{{ 'x' * 10 ** 12 }}",
+        "{{ 2.0 ** 100000 }}",
+        "{{ range(10 ** 9) | list }}",
+        "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}",
+        "{{ messages[0].content.encode('ascii') }}",
+        "{{ '%d' % 'x' }}",
+        "{{ raise_exception('no \\x1b[31m such role') }}",
+        "{{ strftime_now(messages) }}",
+        "{{ messages | tojson(indent=messages) }}",
+        "{{ namespace(1, 2) }}",
+        "{{ (messages[0].content * 3)[5:1:0] }}",
+    ],
+)
+def test_whatever_a_template_fails_with_is_the_clients_error(source: str) -> None:
+    template = ChatTemplate({"default": source}, TOKENS)
+    with pytest.raises(InvalidRequestError, match=r"could not render these messages: \S") as caught:
+        template.render([{"role": "user", "content": "naïve"}])
+    assert caught.value.param == "messages"
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 400
+
+
+def test_a_template_is_ended_when_it_writes_too_much_or_takes_too_long() -> None:
+    endless = "{% for i in range(9999) %}{% for k in range(9999) %}{{ messages[0].content }}{% endfor %}{% endfor %}"
+    template = ChatTemplate({"default": endless}, TOKENS)
+    chat = [{"role": "user", "content": "abc"}]
+    with pytest.raises(RenderedTooLongError) as caught:
+        template.render(chat, max_chars=10_000)
+    assert 10_000 < caught.value.num_chars < 10_010
+    with pytest.raises(InvalidRequestError, match="--template-timeout-s"):
+        template.render(chat, timeout_s=0.05)

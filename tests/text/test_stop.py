@@ -54,3 +54,28 @@ def test_no_stops_hold_nothing_back() -> None:
 def test_an_empty_stop_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopStrings([""])
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_repetitive_strings_are_found_where_a_plain_search_finds_them(data: st.DataObject) -> None:
+    word = st.text(alphabet="ab", min_size=1, max_size=6)
+    stops = data.draw(st.lists(word, min_size=1, max_size=3))
+    pieces = data.draw(st.lists(st.text(alphabet="ab", max_size=5), max_size=8))
+    text = "".join(pieces)
+    found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
+    window = StopStrings(stops)
+    sent = "".join(window.push(piece) for piece in pieces)
+    if found:
+        _, start, stop = min(found)
+        assert (sent, window.stopped) == (text[:start], stop)
+    else:
+        assert (sent + window.finish(), window.stopped) == (text, None)
+
+
+def test_the_longest_stop_strings_cost_each_character_a_bounded_amount_of_work() -> None:
+    """Strings that nearly match again and again: a search that starts anew each time would take minutes."""
+    window = StopStrings(["a" * 1000 + str(i) for i in range(16)])
+    sent = "".join(window.push("a") for _ in range(5_000))
+    assert len(sent) == 5_000 - 1000
+    assert len(window.finish()) == 1000

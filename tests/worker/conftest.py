@@ -146,7 +146,7 @@ def run_worker(model_dir: Path) -> RunWorker:
             uvicorn.Config(worker.app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         )
         serving = asyncio.create_task(server.serve(sockets=sockets))
-        await until(lambda: serving.done() or (server is not None and server.started))
+        await until(lambda: serving.done() or worker.app.state.runtime is not None)
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         try:
             async with aiohttp.ClientSession() as http:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -20,7 +21,9 @@ TIMEOUT_S = 2.0
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "one", "max_tokens": 1900, "ignore_eos": True}
 
 
-async def test_requests_fail_in_time_and_the_worker_returns() -> None:
+async def test_requests_fail_in_time_and_the_worker_returns(tmp_path: Path) -> None:
+    too_long_for_a_socket = tmp_path / ("x" * 180)
+    too_long_for_a_socket.mkdir()
     engine = ("--engine", "native", "--device", "cpu", "--max-total-tokens", "4096")
     async with (
         controller() as stub,
@@ -28,6 +31,7 @@ async def test_requests_fail_in_time_and_the_worker_returns() -> None:
             *engine,
             *("--engine-timeout-s", str(TIMEOUT_S)),
             *("--controller-address", stub.url, "--heartbeat-interval-s", "0.05"),
+            TMPDIR=str(too_long_for_a_socket),
         ) as worker,
         aiohttp.ClientSession() as http,
     ):

@@ -5,11 +5,13 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
+from fastserve.engine.fake import FakeOptions
 from fastserve.worker.keeper import RestartPolicy
-from tests.worker.conftest import RunWorker, until
+from tests.worker.conftest import MODEL, RunWorker, until
 
 FAST = 0.03
 
@@ -21,6 +23,9 @@ class StubController:
         self.fastchat = fastchat
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.known: set[str] = set()
+        """Workers that requests may be sent to."""
+        self.announced: set[str] = set()
+        """Workers whose models load, or whose engine restarts."""
         self._runner: web.AppRunner | None = None
         self._port = 0
 
@@ -53,8 +58,11 @@ class StubController:
         if path == "deregister_worker":
             self.known.discard(name)
         elif path == "register_worker" or not self.fastchat:
-            self.known.add(name)
-        return web.json_response({"exist": name in self.known} if path == "receive_heart_beat" else None)
+            is_ready = body.get("status", body.get("worker_status"))["ready"]
+            (self.known if is_ready else self.announced).add(name)
+            (self.announced if is_ready else self.known).discard(name)
+        exist = name in self.known or name in self.announced
+        return web.json_response({"exist": exist} if path == "receive_heart_beat" else None)
 
 
 @contextlib.asynccontextmanager
@@ -132,11 +140,79 @@ async def test_a_dead_engine_takes_the_worker_out(run_worker: RunWorker, setting
         async with run_worker(controller_address=stub.url, restart_policy=policy, **settings) as running:
             await until(lambda: stub.known == {running.url})
             running.engine.die("crashed")
-            await until(lambda: stub.known == set())
+            await until(lambda: stub.announced == {running.url})
+            assert stub.known == set()
             await asyncio.sleep(FAST * 3)
-            assert stub.paths()[-1] == "deregister_worker"
+            assert stub.calls[-1][1]["status"]["ready"] is False, "its models are still known"
             await until(lambda: running.worker.keeper.ready)
             await until(lambda: stub.known == {running.url})
+
+
+async def test_a_loading_model_is_announced_and_asks_clients_to_come_again(
+    run_worker: RunWorker, settings: dict[str, Any]
+) -> None:
+    async with controller() as stub, aiohttp.ClientSession() as http:
+
+        def load_slowly(options: FakeOptions) -> None:
+            options.start_s = 0.9
+
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+        run = run_worker(controller_address=stub.url, prepare=load_slowly, **settings)
+        starting = asyncio.create_task(run.__aenter__())
+        await until(lambda: bool(stub.announced))
+        (address,) = stub.announced
+        assert stub.calls[-1][1]["status"]["model_names"] == [MODEL]
+        async with http.get(address + "/health") as response:
+            assert (response.status, await response.json()) == (200, {"status": "loading"})
+        for method, path, body in (
+            ("POST", "/v1/chat/completions", chat),
+            ("POST", "/v1/completions", {"model": MODEL, "prompt": "x"}),
+            ("GET", "/v1/models", None),
+            ("GET", "/ready", None),
+            ("POST", "/count_token", {"prompt": "x"}),
+        ):
+            async with http.request(method, address + path, json=body) as response:
+                assert (path, response.status) == (path, 503)
+                assert 1 <= int(response.headers["Retry-After"]) <= 60
+                assert (await response.json())["error"]["code"] == "model_loading"
+        async with http.post(address + "/worker_generate", json={"prompt": "x"}) as response:
+            assert (await response.json())["error_code"] == 50001
+        async with http.post(address + "/worker_get_status", json={}) as response:
+            assert (await response.json())["ready"] is False
+        async with http.get(address + "/metrics") as response:
+            assert response.status == 200
+        assert stub.known == set()
+        running = await starting
+        await until(lambda: stub.known == {running.url})
+        assert (await running.post("/v1/chat/completions", chat))[0] == 200
+        await run.__aexit__(None, None, None)
+
+
+async def test_a_fastchat_controller_learns_of_a_worker_when_it_is_ready(
+    run_worker: RunWorker, settings: dict[str, Any]
+) -> None:
+    async with controller(fastchat=True) as stub:
+
+        def load_slowly(options: FakeOptions) -> None:
+            options.start_s = 0.3
+
+        async with run_worker(controller_address=stub.url, prepare=load_slowly, **settings) as running:
+            first = stub.paths().index("register_worker") if "register_worker" in stub.paths() else len(stub.paths())
+            assert first >= 2, "heartbeats alone while it loads"
+            await until(lambda: stub.known == {running.url})
+
+
+@pytest.mark.parametrize("lease", ["x" * 129, "with space", "a\tb", ""])
+async def test_a_lease_that_the_controller_would_refuse_stays_out_of_the_heartbeat(
+    run_worker: RunWorker, settings: dict[str, Any], lease: str
+) -> None:
+    async with controller() as stub, run_worker(controller_address=stub.url, **settings, token_s=0.02) as running:
+        body = {"model": MODEL, "prompt": "one two three four", "max_tokens": 50, "ignore_eos": True}
+        headers = {"x-fastserve-lease": lease}
+        asking = asyncio.create_task(running.post("/v1/completions", body, **headers))
+        await until(lambda: stub.calls[-1][1].get("queue_length") == 1)
+        assert stub.calls[-1][1]["status"]["leases"] == []
+        assert (await asking)[0] == 200
 
 
 async def test_an_absent_controller_holds_nothing_up(

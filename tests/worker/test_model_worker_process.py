@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -40,9 +41,14 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def start(*argv: str) -> AsyncIterator[Process]:
+async def start(*argv: str, **environ: str) -> AsyncIterator[Process]:
+    """A worker with these flags, and these environment variables beside its own."""
     arguments = ["-m", "fastserve.model_worker", "--engine", "fake", "--port", "0", *argv]
-    process = Process(await asyncio.create_subprocess_exec(sys.executable, *arguments, stderr=asyncio.subprocess.PIPE))
+    process = Process(
+        await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, env={**os.environ, **environ}, stderr=asyncio.subprocess.PIPE
+        )
+    )
     reading = asyncio.create_task(process.read())
     try:
         yield process
@@ -150,4 +156,50 @@ async def test_when_the_engine_is_given_up_the_process_ends() -> None:
     assert process.returncode == 1
     assert b"crashed" in log
     assert log.count(b"no memory left") == 2
+    assert b"Traceback" not in log
+
+
+UNEXPECTED = """
+import fastserve.model_worker as entry
+from fastserve.engine.fake import FakeEngine, FakeOptions
+
+class Broken(FakeEngine):
+    async def start(self, on_progress):
+        raise OSError(28, "No space left on device", "/somewhere")
+
+entry._make_engine = lambda config, model_dir: Broken(FakeOptions())
+entry.main(["--port", "0", "--no-register"])
+"""
+
+
+async def test_whatever_fails_at_the_start_is_told_in_the_last_line() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", UNEXPECTED, stderr=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(20):
+        _, log = await process.communicate()
+    assert process.returncode == 1
+    last = log.decode().splitlines()[-1]
+    assert "could not start" in last
+    assert "No space left on device: '/somewhere'" in last
+    assert b"Uvicorn running" not in log
+
+
+@pytest.mark.parametrize("name", ["bell\a", "x" * 513, "turned \u202e name"])
+async def test_a_name_that_cannot_be_announced_ends_the_start(name: str) -> None:
+    async with start("--no-register", "--model-names", name) as worker:
+        assert await worker.ended() == 1
+    assert "--model-names" in worker.log.splitlines()[-1]
+    assert "Traceback" not in worker.log
+
+
+async def test_a_signal_while_the_model_loads_ends_at_once() -> None:
+    code = HOPELESS.replace("await super().start(on_progress)", "await asyncio.sleep(60)")
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    log = b""
+    async with asyncio.timeout(20):
+        while b"Started server process" not in log and b"startup complete" not in log:
+            log += await process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        log += await process.stderr.read()
+        assert await process.wait() in (0, -signal.SIGTERM)
     assert b"Traceback" not in log

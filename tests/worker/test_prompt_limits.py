@@ -68,7 +68,7 @@ async def test_one_request_brings_no_more_sequences_than_run_at_once(
         assert len(running.engine.requests) == 8
 
 
-async def test_lists_of_prompts_are_encoded_off_the_loop(
+async def test_long_bodies_are_read_and_encoded_off_the_loop(
     run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: set[int] = set()
@@ -81,6 +81,11 @@ async def test_lists_of_prompts_are_encoded_off_the_loop(
     async with run_worker() as running:
         monkeypatch.setattr(FastTokenizer, "encode", recording)
         status, answer = await running.post("/v1/completions", {"model": MODEL, "prompt": ["one", "two", "three"]})
-    assert (status, [choice["text"] for choice in answer["choices"]]) == (200, ["one", "two", "three"])
-    assert len(threads) == 1
-    assert threading.get_ident() not in threads
+        assert (status, [choice["text"] for choice in answer["choices"]]) == (200, ["one", "two", "three"])
+        assert threads == {threading.get_ident()}, "a short body is quicker done than handed over"
+        threads.clear()
+        prompts = ["a b " * 200] * 20
+        status, answer = await running.post("/v1/completions", {"model": MODEL, "prompt": prompts, "max_tokens": 1})
+        assert (status, len(answer["choices"])) == (200, 20)
+        assert len(threads) == 1
+        assert threading.get_ident() not in threads

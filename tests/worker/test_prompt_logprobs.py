@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.fake import Script
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.jobs import Prompt
+from fastserve.worker.prompts import Echo
 from tests.worker.conftest import MODEL, RunWorker
 
 Say = Callable[[str], Script]
@@ -120,13 +125,29 @@ async def test_echo_of_text_with_special_tokens(run_worker: RunWorker, say: Say,
         assert choice.logprobs.text_offset == [
             len("".join((choice.logprobs.tokens or [])[:at])) for at in range(len(ids))
         ]
-        # Sent as ids, the text has no special tokens, and they take no room in it.
-        choice = (await create(model=MODEL, prompt=ids, echo=True, logprobs=0, max_tokens=0)).choices[0]
-        assert choice.logprobs is not None
-        assert choice.text == tokenizer.decode(ids)
-        assert choice.logprobs.text_offset is not None
-        assert choice.logprobs.text_offset[:2] == [0, 0]
-        assert choice.logprobs.text_offset[-1] < len(choice.text)
+        # Sent as ids it is the same.
+        by_ids = (await create(model=MODEL, prompt=ids, echo=True, logprobs=0, max_tokens=0)).choices[0]
+        assert (by_ids.text, by_ids.logprobs) == (choice.text, choice.logprobs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_echoed_token_ids_agree_with_their_offsets_and_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=30))
+    ids += data.draw(st.lists(st.sampled_from(sorted(tokenizer.special_ids)), max_size=3))
+    ids = data.draw(st.permutations(ids))
+    echo = Echo(tokenizer, Prompt(None, ids, SamplingParams(max_tokens=1)), 0)
+    tokens = echo.tokens([TokenLogprob(token_id, -1.0, []) for token_id in ids[1:]])
+    assert len(tokens) == len(ids)
+    ends = [token.text_offset for token in tokens[1:]] + [len(echo.text)]
+    assert [token.text_offset for token in tokens] == sorted(token.text_offset for token in tokens)
+    for token, end in zip(tokens, ends, strict=True):
+        if "\ufffd" not in token.text:
+            assert echo.text.startswith(token.text, token.text_offset)
+            assert end >= token.text_offset + len(token.text)
+    for token_id, token in zip(ids, tokens, strict=True):
+        if token_id in tokenizer.special_ids:
+            assert echo.text.startswith(token.text, token.text_offset), "special tokens are not dropped"
 
 
 async def test_prompt_logprobs_in_vllms_form(run_worker: RunWorker, say: Say, tokenizer: Tokenizer) -> None:

@@ -36,7 +36,6 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"embed_in_truncate": True}, "--embed-in-truncate"),
         ({"conv_template": "vicuna"}, "--conv-template"),
         ({"limit_worker_concurrency": 0}, "--limit-worker-concurrency 0"),
-        ({"queue_size": -1}, "--queue-size -1"),
         ({"stream_interval": 0}, "--stream-interval 0"),
         ({"heartbeat_interval_s": 0.0}, "--heartbeat-interval-s 0.0"),
         ({"gptq_groupsize": 128}, "give --gptq-wbits or --gptq-ckpt too"),

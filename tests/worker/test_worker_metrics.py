@@ -11,7 +11,7 @@ from fastserve.worker.metrics import WorkerMetrics
 
 def read(stats: EngineStats) -> dict[str, float]:
     metrics = WorkerMetrics()
-    metrics.watch(Admission(4, 4, lambda: 0.0), lambda: stats)
+    metrics.watch(Admission(4, 4, 10**6, lambda: 0.0), lambda: 0, lambda: stats)
     found = {}
     for family in text_string_to_metric_families(metrics.exposition().decode()):
         for sample in family.samples:

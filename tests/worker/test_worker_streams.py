@@ -139,14 +139,15 @@ async def test_every_token_has_its_chunk_even_without_text(
         assert (first.delta.content, first.logprobs) == ("", None)
 
 
-async def test_the_queue_follows_priorities(run_worker: RunWorker) -> None:
+async def test_permits_go_by_arrival_and_priorities_to_the_engine(run_worker: RunWorker) -> None:
     async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
         first = asyncio.create_task(
             running.post("/v1/completions", {"model": MODEL, "prompt": "first", "max_tokens": 20})
         )
         await until(lambda: running.runtime.admission.running == 1)
         waiting: list[asyncio.Task[Any]] = []
-        for at, priority in enumerate([5, None, -5, 0, 5, -100]):
+        priorities = [5, None, -5, 0, 5, -100]
+        for at, priority in enumerate(priorities):
             extra: dict[str, Any] = {} if priority is None else {"priority": priority}
             create: Any = (running.openai.completions if at % 2 else running.openai.chat.completions).create
             body: dict[str, Any] = {"prompt": "x"} if at % 2 else {"messages": HELLO}
@@ -155,7 +156,7 @@ async def test_the_queue_follows_priorities(run_worker: RunWorker) -> None:
         assert (await first)[0] == 200
         await asyncio.gather(*waiting)
         ran = [(request.priority, request.params.seed) for request in running.engine.requests[1:]]
-        assert ran == [(-100, 5), (-5, 2), (0, 1), (0, 3), (5, 0), (5, 4)]
+        assert ran == [(priority or 0, at) for at, priority in enumerate(priorities)]
 
 
 async def _exhaust(stream: Any) -> None:

@@ -1,0 +1,190 @@
+"""A worker's whole answer: read within bounds, and checked before anything of it reaches the client. No I/O here but
+the reading.
+
+Workers are not trusted to be workers: behind an address may stand a proxy's error page, another kind of server, or a
+defect. An answer is passed on when it is JSON of the shape that OpenAI's clients can read, and is an InvalidAnswerError
+otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+
+from fastserve.errors import InvalidAnswerError, ShortageError
+from fastserve.gateway.body import AnswerBody
+from fastserve.observability.text import printable
+
+MAX_ERROR_BYTES = 2**18
+"""Of a worker's answer that is an error; it repeats at most a part of the request."""
+SHOWN_CHARS = 80
+DIGITS = re.compile(r"[0-9]{1,6}")
+
+Kind = Literal["success", "foreign", "refusal", "failure", "client error"]
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+
+
+class _Error(msgspec.Struct):
+    message: str
+    type: str | None = None
+    code: str | int | None = None
+
+
+class Body(msgspec.Struct):
+    """What every answer and every event of a stream has: one of these two."""
+
+    choices: list[_Choice] | None = None
+    error: _Error | None = None
+
+
+decode_body = msgspec.json.Decoder(Body).decode
+_decode_any = msgspec.json.Decoder().decode
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A worker's whole answer, held back until it is known that it will be passed on."""
+
+    status: int
+    body: bytes
+    retry_after: str | None = None
+    error_code: str | int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What it means for the request.
+
+        refusal: this worker cannot take the request now, or does not serve its model. failure: it could not answer as
+        it should. foreign: it has no such route, as FastChat's workers. client error: the request itself is wrong.
+        """
+        if self.status == 200:
+            return "success"
+        if self.status in (404, 405) and self.error_code is None and _is_foreign(self.body):
+            return "foreign"
+        if self.status in (408, 429, 503, 504) or self.error_code == "model_not_found":
+            return "refusal"
+        return "failure" if self.status >= 500 else "client error"
+
+    def error(self) -> Any:
+        """The OpenAI error object of an answer that is an error."""
+        return _decode_any(self.body)["error"]
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self.body)).encode())]
+        if self.status in (429, 503, 504):
+            headers.append((b"retry-after", (self.retry_after or "1").encode()))
+        return headers
+
+
+class ByteBudget:
+    """Bounds what all answers together hold in memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._left = max_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Raises ShortageError; then nothing was taken."""
+        if num_bytes > self._left:
+            raise ShortageError(
+                "The answers of the workers fill this server's memory. Try again in a moment.",
+                code="server_out_of_resources",
+            )
+        self._left -= num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        self._left += num_bytes
+
+
+async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget) -> Answer:
+    """The whole answer. Raises InvalidAnswerError, ShortageError, and what aiohttp raises for a lost connection.
+
+    The budget is charged while the answer is read; afterwards it is on its way to the client, one copy of it.
+    """
+    check_headers(response.headers, "application/json")
+    if response.status != 200:
+        if response.status < 400:
+            raise InvalidAnswerError(f"The worker answered with status {response.status}.")
+        max_bytes = min(max_bytes, MAX_ERROR_BYTES)
+    length = response.headers.get("content-length", "")
+    if DIGITS.fullmatch(length) and int(length) > max_bytes:
+        raise too_long(max_bytes)
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while piece := await body.read():
+            budget.take(len(piece))
+            size += len(piece)
+            pieces.append(piece)
+            if size > max_bytes:
+                raise too_long(max_bytes)
+        content = b"".join(pieces)
+    finally:
+        budget.give(size)
+    return check_answer(response.status, content, response.headers.get("retry-after"))
+
+
+def check_headers(headers: Mapping[str, str], content_type: str) -> None:
+    """Raises InvalidAnswerError for another type of content, or one that is encoded (nobody asked for that)."""
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() not in ("identity", ""):
+        raise InvalidAnswerError(f"The worker's answer has content-encoding {printable(encoding, SHOWN_CHARS)}.")
+    given = headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != content_type:
+        shown = printable(given, SHOWN_CHARS) or "none"
+        raise InvalidAnswerError(f"The worker's answer has the wrong type of content: {shown}, not {content_type}.")
+
+
+def check_answer(status: int, body: bytes, retry_after: str | None) -> Answer:
+    """Raises InvalidAnswerError for a body that is not what the status promises."""
+    if status in (404, 405) and _is_foreign(body):
+        return Answer(status, body)
+    parsed = parse_body(body)
+    if status == 200:
+        if not parsed.choices:
+            raise InvalidAnswerError("The worker's answer has no choices.")
+        return Answer(status, body)
+    if parsed.error is None:
+        raise InvalidAnswerError(f"The worker answered with status {status} and no error object.")
+    if status in (401, 403, 407):
+        raise InvalidAnswerError(f"The worker did not accept this API server (status {status}).")
+    if retry_after is not None and not DIGITS.fullmatch(retry_after):
+        retry_after = None
+    return Answer(status, body, retry_after, parsed.error.code)
+
+
+def parse_body(data: bytes) -> Body:
+    """Raises InvalidAnswerError unless the data are UTF-8 and a JSON object with OpenAI's choices or error.
+
+    Takes time and memory in proportion to the size.
+    """
+    try:
+        if not data.isascii():
+            data.decode()
+        return decode_body(data)
+    except UnicodeDecodeError as error:
+        raise InvalidAnswerError("The worker's answer is not UTF-8.") from error
+    except msgspec.ValidationError as error:
+        raise InvalidAnswerError("The worker's answer has another shape than OpenAI's.") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidAnswerError("The worker's answer is not valid JSON.") from error
+
+
+def too_long(max_bytes: int) -> InvalidAnswerError:
+    return InvalidAnswerError(f"The worker's answer is longer than {max_bytes} bytes.")
+
+
+def _is_foreign(body: bytes) -> bool:
+    """Whether an error is FastAPI's own: the server knows no such route."""
+    try:
+        parsed = _decode_any(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and isinstance(parsed.get("detail"), str) and "error" not in parsed

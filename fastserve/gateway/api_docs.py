@@ -1,0 +1,161 @@
+"""`/openapi.json` and `/docs`: a description of the API server's routes.
+
+FastAPI describes the routes that it knows. The generation endpoints are plain ASGI, so their request schemas are added
+here. The page is made on the server and loads nothing, no script and no style from anywhere: it works offline.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from fastserve.openai.chat import ChatRequest
+from fastserve.openai.completions import CompletionRequest
+
+REF = "#/components/schemas/{model}"
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+ERRORS = {
+    "400": "The request is wrong; `param` names the field",
+    "401": "The API key is missing or not known",
+    "404": "The model does not exist",
+    "413": "The request is too large",
+    "429": "All workers are full; Retry-After says when to try again",
+    "500": "A defect, or a request that workers died of (`request_killed_workers`)",
+    "502": "The workers' answers were none",
+    "503": "No worker can take the request now; Retry-After says when to try again",
+    "504": "The worker was silent for too long",
+}
+GENERATION: dict[str, tuple[str, str, type[BaseModel]]] = {
+    "/v1/chat/completions": ("Answer a chat", "chat.completion", ChatRequest),
+    "/v1/completions": ("Continue a text", "text_completion", CompletionRequest),
+}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
+h2 { border-top: 1px solid #ccc; padding-top: 1em; } code { background: #f3f3f3; padding: 0 .2em; }
+table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .2em .6em; }
+tr:nth-child(even) { background: #f8f8f8; }
+"""
+
+
+def install_api_docs(app: FastAPI) -> None:
+    """Call it when all routes have been added. Both routes are guarded like all others."""
+    description = _describe(app)
+    page = _page(description)
+
+    async def show_openapi(_: Request) -> Response:
+        return JSONResponse(description)
+
+    async def show_page(_: Request) -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"})
+
+    app.add_route("/openapi.json", show_openapi, methods=["GET"], include_in_schema=False)
+    app.add_route("/docs", show_page, methods=["GET"], include_in_schema=False)
+
+
+def _describe(app: FastAPI) -> dict[str, Any]:
+    description: dict[str, Any] = app.openapi()
+    components = description.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    schemas["Error"] = ERROR
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, (summary, object_name, request_class) in GENERATION.items():
+        schema = request_class.model_json_schema(ref_template=REF)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[request_class.__name__] = schema
+        description["paths"][path] = {"post": _generation_route(summary, object_name, request_class.__name__)}
+    description["paths"] = dict(sorted(description["paths"].items()))
+    return description
+
+
+def _generation_route(summary: str, object_name: str, request_name: str) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
+    return {
+        "summary": summary,
+        "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
+        "operationId": request_name,
+        "security": [{"key": []}],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": REF.format(model=request_name)}}},
+        },
+        "responses": {
+            "200": {
+                "description": f"OpenAI's `{object_name}` object, or its chunks",
+                "content": {
+                    "application/json": {"schema": {"type": "object", "required": ["choices"]}},
+                    "text/event-stream": {"schema": {"type": "string"}},
+                },
+            },
+            **{status: {"description": text, "content": error} for status, text in ERRORS.items()},
+        },
+    }
+
+
+def _page(description: dict[str, Any]) -> str:
+    parts = [
+        f"<h1>{_text(description['info']['title'])} {_text(description['info']['version'])}</h1>",
+        '<p>OpenAI\'s API. Machines read <a href="/openapi.json">openapi.json</a>.</p>',
+    ]
+    for path, methods in description["paths"].items():
+        for method, route in methods.items():
+            parts.append(f"<h2><code>{method.upper()} {_text(path)}</code></h2>")
+            parts.append(f"<p>{_text(route.get('summary', ''))}. {_text(route.get('description', ''))}</p>")
+            parts.append(_fields(route, description["components"]["schemas"]))
+            rows = [(status, answer["description"]) for status, answer in route["responses"].items()]
+            parts.append(_table("status", "answer", rows))
+    title = _text(description["info"]["title"])
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
+
+
+def _fields(route: dict[str, Any], schemas: dict[str, Any]) -> str:
+    """A table of the fields of a route's body; empty for a route without one."""
+    content = route.get("requestBody", {}).get("content", {}).get("application/json")
+    if content is None:
+        return ""
+    schema = schemas[content["schema"]["$ref"].rpartition("/")[2]]
+    required = schema.get("required", [])
+    rows = [
+        (f"{name} (required)" if name in required else name, _kind(field))
+        for name, field in schema["properties"].items()
+    ]
+    return _table("field", "type", rows)
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """A schema in few words: `integer, at least 1, or null`."""
+    if "anyOf" in field:
+        return ", or ".join(_kind(part) for part in field["anyOf"])
+    if "$ref" in field:
+        return str(field["$ref"].rpartition("/")[2])
+    bounds = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+    limits = [f"{words} {field[key]:g}" for key, words in bounds.items() if key in field]
+    return ", ".join([str(field.get("type", "any")), *limits])
+
+
+def _table(first: str, second: str, rows: list[tuple[str, str]]) -> str:
+    body = "".join(f"<tr><td><code>{_text(a)}</code></td><td>{_text(b)}</td></tr>" for a, b in rows)
+    return f"<table><tr><th>{first}</th><th>{second}</th></tr>{body}</table>"
+
+
+def _text(text: str) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,265 @@
+"""One try of a request at one worker: what is sent, what comes back, and what it says about the worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+
+from fastserve.errors import (
+    FastserveError,
+    InvalidAnswerError,
+    OverloadedError,
+    RequestError,
+    ServiceError,
+    ShortageError,
+    WorkerLostError,
+    WorkerTimeoutError,
+)
+from fastserve.gateway.answers import Answer, ByteBudget, check_answer, check_headers, parse_body, read_answer
+from fastserve.gateway.body import AnswerBody
+from fastserve.gateway.dispatch import Dispatcher, Lease
+from fastserve.gateway.downstream import Downstream
+from fastserve.gateway.events import EventStream
+from fastserve.gateway.upstream import ConnectionUse
+from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, REQUEST_ID_HEADER
+from fastserve.serving.shortage import is_own_shortage
+
+CONNECT_TIMEOUT_S = 3.0
+LAST_CHUNK_S = 0.2
+"""How long the end of the body is awaited after `[DONE]`, so that the connection can be used again."""
+MAX_HELD_ANSWERS = 2
+"""How many of the longest answers may be held at a time by all requests together."""
+ERROR_STATUSES = {
+    OverloadedError.type: OverloadedError.status,
+    ServiceError.type: ServiceError.status,
+    WorkerTimeoutError.type: WorkerTimeoutError.status,
+    RequestError.type: RequestError.status,
+}
+"""The statuses that errors of these types have when they do not come as an event of a stream."""
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request of a client."""
+
+    path: str
+    body: bytes
+    model: str
+    stream: bool
+    request_id: str
+    hops: str
+    """Value of HOPS_HEADER for the worker."""
+    started_at: float
+    """On the relay's clock."""
+
+
+@dataclass(frozen=True)
+class AnswerBounds:
+    """What a worker may take, in time and size."""
+
+    silence_s: float
+    max_answer_bytes: int
+    max_event_bytes: int
+    max_stream_bytes: int
+
+
+class AttemptError(Exception):
+    """The worker failed. `error` is what the client gets when no other worker can take over.
+
+    `kind` is one of: refused (nobody listens there), connect (no connection within the time), lost (the connection
+    broke while the worker had the request), cut (a stream without its end), timeout (silent), frozen (silent, and so
+    are its heartbeats), invalid (an answer that is none).
+    """
+
+    def __init__(self, kind: str, error: FastserveError, cause: BaseException | None = None) -> None:
+        super().__init__(error.message if cause is None else str(cause) or type(cause).__name__)
+        self.kind = kind
+        self.error = error
+
+
+class _Deadline:
+    """A timeout without a time, which is set off from outside."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self._timeout = timeout
+        self.reason: str | None = None
+        """The kind of failure that it was set off for."""
+
+    def expire(self, reason: str) -> None:
+        """The block is left with a TimeoutError as soon as the loop turns."""
+        if self.reason is None:
+            self.reason = reason
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+
+class AttemptRunner:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        dispatcher: Dispatcher,
+        bounds: AnswerBounds,
+        on_first_data: Callable[[Call], None],
+    ) -> None:
+        self._session = session
+        self._dispatcher = dispatcher
+        self._bounds = bounds
+        self._memory = ByteBudget(MAX_HELD_ANSWERS * bounds.max_answer_bytes)
+        self._on_first_data = on_first_data
+
+    async def run(self, call: Call, lease: Lease, client: Downstream) -> Answer | None:
+        """Returns a whole answer, which has been checked, or None when a stream was relayed to its end.
+
+        Raises AttemptError when the worker failed, ShortageError when this process did.
+        """
+        try:
+            async with asyncio.timeout(None) as timeout:
+                deadline = _Deadline(timeout)
+                with self._dispatcher.watching(lease.address, lambda: deadline.expire("frozen")):
+                    if call.stream:
+                        return await self._relay_stream(call, lease, client, deadline)
+                    return await self._read_whole(call, lease, deadline)
+        except InvalidAnswerError as error:
+            raise AttemptError("invalid", error) from error
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            if is_own_shortage(error):
+                raise ShortageError(
+                    "This API server has no open file or port left for a worker. Try again in a moment.",
+                    code="server_out_of_resources",
+                ) from error
+            raise self._failure(deadline.reason or _kind(error), error) from error
+
+    async def _read_whole(self, call: Call, lease: Lease, deadline: _Deadline) -> Answer:
+        """The wire is silent until the answer is there, so the worker's heartbeats speak for it."""
+        watch = asyncio.create_task(self._expire_when_idle(lease, deadline))
+        try:
+            response = await self._post(call, lease, None)
+            try:
+                with AnswerBody(response, lambda: deadline.expire("invalid")) as body:
+                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+            finally:
+                response.close()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _expire_when_idle(self, lease: Lease, deadline: _Deadline) -> None:
+        while True:
+            await asyncio.sleep(self._bounds.silence_s)
+            if not await self._dispatcher.is_serving(lease):
+                deadline.expire("timeout")
+                return
+
+    async def _relay_stream(self, call: Call, lease: Lease, client: Downstream, deadline: _Deadline) -> Answer | None:
+        response = await self._post(call, lease, self._bounds.silence_s)
+        try:
+            with AnswerBody(response, lambda: deadline.expire("invalid")) as body:
+                if response.status != 200:
+                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+                check_headers(response.headers, "text/event-stream")
+                return await self._relay_events(body, call, client)
+        finally:
+            response.close()
+
+    async def _relay_events(self, body: AnswerBody, call: Call, client: Downstream) -> Answer | None:
+        """Relay a stream to its end. An Answer is an error that stood in the place of the first data event."""
+        stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes)
+        while not stream.is_done:
+            piece = await body.read()
+            events = stream.feed(piece) if piece else stream.finish()
+            if stream.error is not None and not client.has_data and not stream.has_data:
+                return refusal_of(stream.error)
+            if stream.has_data and not client.has_data:
+                client.has_data = True
+                self._on_first_data(call)
+            if events:
+                await client.write(events)
+            if not piece:
+                break
+        if not stream.is_done:
+            if stream.error is None:
+                raise AttemptError(
+                    "cut", WorkerLostError("The worker ended its stream before the answer was complete.")
+                )
+            await client.write(DONE)
+        await client.end()
+        await _read_last_chunk(body)
+        return None
+
+    async def _post(self, call: Call, lease: Lease, silence_s: float | None) -> aiohttp.ClientResponse:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
+        headers = {
+            "content-type": "application/json",
+            LEASE_HEADER: lease.id,
+            REQUEST_ID_HEADER: call.request_id,
+            HOPS_HEADER: call.hops,
+        }
+        lost: aiohttp.ClientError | None = None
+        while True:
+            use = ConnectionUse()
+            try:
+                return await self._session.post(
+                    lease.address.rstrip("/") + call.path,
+                    data=call.body,
+                    headers=headers,
+                    timeout=timeout,
+                    allow_redirects=False,
+                    trace_request_ctx=use,
+                )
+            except aiohttp.ClientConnectorError as error:
+                if lost is None:
+                    raise
+                # The worker went while it had the request.
+                raise lost from error
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                # A connection from the pool may have been stale, and is now used up: the worker itself may be well.
+                if not use.reused:
+                    raise
+                lost = error
+
+    def _failure(self, kind: str, error: BaseException) -> AttemptError:
+        if kind == "invalid":
+            return AttemptError(kind, InvalidAnswerError("The worker's answer breaks the rules of HTTP."), error)
+        if kind == "timeout":
+            silence_s = self._bounds.silence_s
+            return AttemptError(
+                kind, WorkerTimeoutError(f"The worker was silent for more than {silence_s:g} s."), error
+            )
+        if kind == "frozen":
+            return AttemptError(kind, WorkerLostError("The worker stopped before the answer was complete."), error)
+        return AttemptError(kind, WorkerLostError("The worker went away before the answer was complete."), error)
+
+
+def refusal_of(data: bytes) -> Answer:
+    """An error event that came before any data, as the answer with a status that it would have been otherwise."""
+    error = parse_body(data).error
+    status = 500 if error is None or error.type is None else ERROR_STATUSES.get(error.type, 500)
+    if error is not None and isinstance(error.code, int) and 400 <= error.code < 600:
+        status = error.code  # vLLM puts the status there
+    return check_answer(status, data, None)
+
+
+async def _read_last_chunk(body: AnswerBody) -> None:
+    """Read to the end of the body if that comes soon: then the connection can be used again."""
+    try:
+        async with asyncio.timeout(LAST_CHUNK_S):
+            await body.read()
+    except (aiohttp.ClientError, OSError):
+        return  # The answer is complete; the connection will be closed.
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return "connect"
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.InvalidURL):
+        return "refused"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "invalid"
+    if isinstance(error, aiohttp.ClientPayloadError) and "not completed" not in str(error):
+        return "invalid"
+    return "lost"

@@ -1,0 +1,55 @@
+"""The body of a worker's answer, with a look at its connection from time to time.
+
+aiohttp closes the connection when a body breaks the rules of its framing, but whoever waits for more of the body is not
+always woken. Here the reader is, within a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from types import TracebackType
+
+import aiohttp
+
+LOOK_S = 1.0
+
+
+class AnswerBody:
+    """Use it as a context manager: the timer runs within the block."""
+
+    def __init__(self, response: aiohttp.ClientResponse, on_broken: Callable[[], None]) -> None:
+        """`on_broken` is called when the connection has been closed while `read` waits; it has to end the waiting."""
+        self._response = response
+        self._content = response.content
+        self._on_broken = on_broken
+        self._loop = asyncio.get_running_loop()
+        self._waiting_since = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> AnswerBody:
+        self._timer = self._loop.call_later(LOOK_S, self._look)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def read(self) -> bytes:
+        """What has come, at least a byte; b"" at the end of the body. Raises what aiohttp raises."""
+        self._waiting_since = self._loop.time()
+        try:
+            return await self._content.readany()
+        finally:
+            self._waiting_since = math.inf
+
+    def _look(self) -> None:
+        connection = self._response.connection
+        is_closed = connection is not None and connection.transport is None
+        if is_closed and self._loop.time() - self._waiting_since >= LOOK_S / 2:
+            self._on_broken()
+        else:
+            self._timer = self._loop.call_later(LOOK_S, self._look)

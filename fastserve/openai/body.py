@@ -1,0 +1,296 @@
+"""Request bodies: strict JSON, checked against bounds before it is parsed, and validated up to the first error.
+
+A body that is wrong must cost little, and hold the interpreter's lock for a short time only. So its brackets are
+counted first; then it is cut into its fields, which builds nothing of them (a gigabyte a second); then the fields that
+are known are parsed, each against a bound on its size; lists are refused by their length before their elements are
+looked at, and by their first wrong element. Errors are written in the words of JSON (null, true, array), not in those
+of a library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from fastserve.errors import InvalidRequestError
+from fastserve.observability.text import printable
+from fastserve.serving.json_bounds import check_json_depth
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+LONG_FIELDS = frozenset({"messages", "prompt"})
+"""Fields that may be as large as the body."""
+_RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
+"""Stops at the first element that is no object."""
+_ANYTHING = msgspec.json.Decoder()
+_NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
+
+_SHOWN_CHARS = 80
+_NAME_CHARS = 80
+_MAX_INTEGER = 2**64
+_MAX_DIGITS = 4000
+"""Of an integer: Python itself reads 4,300."""
+_WHOLE_FLOATS = 2**53
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class RequestBounds:
+    """How large the parts of one request may be. The worker's options of the same names."""
+
+    max_messages: int = 4096
+    max_content_parts: int = 4096
+    """Of all messages together, tool calls included."""
+    max_prompts: int = 2048
+    max_stop_chars: int = 1024
+    max_stop_token_ids: int = 1024
+    max_logit_bias: int = 4096
+    max_json_depth: int = 64
+    max_json_containers: int = 262_144
+
+    @property
+    def max_field_bytes(self) -> int:
+        """Of a field that holds neither messages nor prompts: more than the largest that the other bounds allow."""
+        return max(65_536, 192 * self.max_stop_chars, 48 * self.max_logit_bias, 24 * self.max_stop_token_ids)
+
+
+def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:
+    """An error that names field, value and remedy."""
+    return InvalidRequestError(f"Invalid value for '{name}': {shown(value)}. {remedy}", param=name)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON writes it, shortened, on one line and printable."""
+    if isinstance(value, str):
+        text = '"' + printable(value, _SHOWN_CHARS) + '"'
+    elif isinstance(value, list | tuple):
+        text = "[]" if not value else f"[{shown(value[0])}]" if len(value) == 1 else f"an array of {len(value)} items"
+    elif isinstance(value, dict):
+        names = ", ".join(f'"{printable(str(name), 20)}"' for name in list(value)[:3])
+        text = "{}" if not value else f"an object with {names}{', ...' if len(value) > 3 else ''}"
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        text = "a number of more than 30 digits"
+    else:
+        text = json.dumps(value)
+    return text if len(text) <= _SHOWN_CHARS + 3 else text[:_SHOWN_CHARS] + "…"
+
+
+def read_fields(
+    body: bytes, bounds: RequestBounds, known: Container[str], long: Container[str] = LONG_FIELDS
+) -> dict[str, Any]:
+    """The fields of a body, which is a JSON object. Those that are not `known` have the value None, whatever it is.
+
+    `long`: fields that may be as large as the body. Raises InvalidRequestError that names the field where it can.
+    """
+    if body.count(b"[") + body.count(b"{") > bounds.max_json_containers:
+        raise InvalidRequestError(
+            f"The request body has more than {bounds.max_json_containers} brackets and braces "
+            "(--max-json-containers). Send less in one request."
+        )
+    check_json_depth(body, bounds.max_json_depth)
+    try:
+        raw = _RAW_FIELDS.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError("The request body is not a JSON object.") from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _explain_json(body, error, "") from error
+    return {
+        name: _read_field(name, bytes(value), None if name in long else bounds.max_field_bytes)
+        if name in known
+        else None
+        for name, value in raw.items()
+    }
+
+
+def _read_field(name: str, raw: bytes, max_bytes: int | None) -> Any:
+    if max_bytes is not None and len(raw) > max_bytes:
+        raise InvalidRequestError(
+            f"Invalid value for '{name}': it has {len(raw)} bytes, which is too much.", param=name
+        )
+    try:
+        return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        if (found := _NO_OBJECT.match(str(error))) is not None:
+            where = name if found[1] is None else join(name, found[1])
+            raise InvalidRequestError(
+                f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
+            ) from error
+        raise _explain_json(raw, error, name) from error
+
+
+def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
+    """The value of JSON text in the field `name`. Raises InvalidRequestError that names it."""
+    try:
+        body = text.encode()
+        check_json_depth(body, bounds.max_json_depth)
+        return msgspec.json.decode(body)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"Invalid value for '{name}'. {error.message}", param=name) from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise invalid(name, text, "It is not valid JSON.") from error
+
+
+def _explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestError:
+    """The error for JSON that is a whole body, or the value of the field `name`."""
+    if isinstance(error, UnicodeDecodeError):
+        return InvalidRequestError("The request body is not valid UTF-8.")
+    try:
+        # Python's own parser lets pass what ours refuses for its value, so that the field can be named.
+        value = json.loads(body, parse_int=_parse_int)
+    except (ValueError, RecursionError):
+        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+    found = _first_refused(value, name)
+    if found is None:
+        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+    where, culprit = found
+    if isinstance(culprit, str):
+        return invalid(
+            where, culprit, "It has half of a surrogate pair (\\ud800 to \\udfff alone), which is no character."
+        )
+    what = "NaN" if math.isnan(culprit) else "Infinity, or a number too large,"
+    return InvalidRequestError(
+        f"Invalid value for '{where}': {what} is no number in JSON. Give a finite number.", param=where
+    )
+
+
+def _parse_int(digits: str) -> float:
+    """A stand-in for an integer: only whether it is of a size that can be read matters here."""
+    return 0.0 if len(digits) <= _MAX_DIGITS else math.inf
+
+
+def _place(body: bytes, error: Exception) -> str:
+    found = re.search(r"\(byte (\d+)\)", str(error))
+    if found is not None:
+        return f" (at byte {found[1]})"
+    return ": it is empty" if not body.strip() else ": it ends too early" if "truncated" in str(error) else ""
+
+
+def _first_refused(value: Any, name: str) -> tuple[str, Any] | None:
+    """Name and value of the first string with a lone surrogate, or number that is not finite."""
+    if isinstance(value, str):
+        return (name or "body", value) if _SURROGATE.search(value) else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (name or "body", value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            where = join(name, key)
+            if _SURROGATE.search(key):
+                return where, key
+            if (found := _first_refused(item, where)) is not None:
+                return found
+    if isinstance(value, list):
+        for at, item in enumerate(value):
+            if (found := _first_refused(item, join(name, at))) is not None:
+                return found
+    return None
+
+
+def join(name: str, part: str | int) -> str:
+    """The name of a part of a field, such as messages.0.role."""
+    return f"{name}.{printable(str(part), _NAME_CHARS)}" if name else printable(str(part), _NAME_CHARS)
+
+
+# ---- validation -------------------------------------------------------------------------------------------------
+
+
+def validate(model: type[ModelT], fields: Mapping[str, Any], bounds: RequestBounds) -> ModelT:
+    """Raises InvalidRequestError for the first field that is missing or wrong."""
+    try:
+        return model.model_validate(fields, context=bounds)
+    except ValidationError as error:
+        # There is one error for a field at most: lists stop at their first wrong element.
+        raise _explain(error.errors(include_url=False)[0]) from error
+
+
+def bounds_of(info: ValidationInfo) -> RequestBounds:
+    return info.context if isinstance(info.context, RequestBounds) else RequestBounds()
+
+
+_NUMBERS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "greater than or equal to"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "less than or equal to"),
+}
+_KINDS = {
+    "string_type": "Give a string.",
+    "bool_type": "Give true or false.",
+    "list_type": "Give an array.",
+    "dict_type": "Give an object.",
+    "model_type": "Give an object.",
+    "model_attributes_type": "Give an object.",
+}
+
+
+def _explain(problem: Mapping[str, Any]) -> InvalidRequestError:
+    """One of pydantic's findings as a sentence that names field, value and remedy."""
+    name = ""
+    for part in problem["loc"]:
+        name = join(name, part)
+    name = name or "body"
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "missing":
+        return InvalidRequestError(f"Missing required field '{name}'.", param=name, code="missing_required_parameter")
+    if kind == "ours":
+        remedy = problem["msg"]
+    elif kind in _NUMBERS:
+        bound, words = _NUMBERS[kind]
+        remedy = f"Give a number {words} {context[bound]}."
+    elif kind == "too_short":
+        remedy = f"Give at least {context['min_length']}."
+    elif kind == "literal_error":
+        remedy = f"Give one of {context['expected'].replace(chr(39), chr(34))}."
+    else:
+        remedy = _KINDS.get(kind, "It is not of the right kind.")
+    return invalid(name, problem["input"], remedy)
+
+
+def wrong(remedy: str) -> PydanticCustomError:
+    """The error of a validator: the field's name and value are put before `remedy`."""
+    return PydanticCustomError("ours", remedy.replace("{", "(").replace("}", ")"))
+
+
+def _integer(value: Any) -> Any:
+    """JSON has one kind of numbers, so 5.0 is an integer. A string or a boolean is none."""
+    if isinstance(value, float) and abs(value) <= _WHOLE_FLOATS and value.is_integer():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) <= _MAX_INTEGER:
+            return value
+        raise wrong("It is too large; give an integer of at most 64 bits.")
+    raise wrong("Give an integer.")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) <= 1e300:
+            return float(value)
+        raise wrong("It is too large.")
+    raise wrong("Give a number.")
+
+
+def at_most(limit: str, what: str) -> BeforeValidator:
+    """Refuses by length before any element is looked at."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        most = getattr(bounds_of(info), limit)
+        if isinstance(value, list) and len(value) > most:
+            flag = "--" + limit.replace("_", "-")
+            raise wrong(f"Send at most {most} {what} in one request ({flag}).")
+        return value
+
+    return BeforeValidator(check)
+
+
+Integer = Annotated[int, BeforeValidator(_integer)]
+Number = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, Field(strict=True)]

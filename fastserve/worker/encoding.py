@@ -1,0 +1,90 @@
+"""Prompts as token ids, refused by their length before they are tokenised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastserve.errors import ContextLengthError, InvalidRequestError
+from fastserve.observability.text import printable
+from fastserve.openai.body import invalid
+from fastserve.text.chat_template import MAX_RENDERED_CHARS
+from fastserve.text.prompt_length import least_num_tokens
+from fastserve.text.tokenizer import Tokenizer
+
+
+class PromptEncoder:
+    """Thread-safe: holds no state but the tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, context_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+
+    @property
+    def max_chars(self) -> int:
+        """Characters of a text beyond which it certainly does not fit the context."""
+        per_token = self._tokenizer.max_token_chars
+        return MAX_RENDERED_CHARS if per_token is None else min(MAX_RENDERED_CHARS, self._context_length * per_token)
+
+    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises ContextLengthError, or InvalidRequestError for a text without tokens that the model knows."""
+        self._check_least(text, param)
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if not ids:
+            raise invalid(param, "", "It has no tokens; give at least one character.")
+        if max(ids) >= self._vocab_size:
+            # A tokenizer may know added tokens that the model has no row for: these would be the engine's death.
+            token_id = next(token_id for token_id in ids if token_id >= self._vocab_size)
+            token = printable(self._tokenizer.token_bytes(token_id).decode(errors="replace"), 80)
+            raise InvalidRequestError(
+                f"Invalid value for '{param}': the tokenizer makes token id {token_id} of '{token}', but ids of this "
+                f"model run from 0 to {self._vocab_size - 1}. Leave this text out.",
+                param=param,
+            )
+        return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a prompt that a FastChat client has written: BOS is put first unless the text has it."""
+        return self.encode(text, "prompt", add_special_tokens=not self._has_bos(text))
+
+    def count_rendered(self, text: str) -> int:
+        """Number of tokens of `encode_rendered`; of a text that is far too long, a number beyond the context."""
+        least = least_num_tokens(self._tokenizer, text, self._context_length)
+        if least > self._context_length:
+            return least
+        return len(self._tokenizer.encode(text, add_special_tokens=not self._has_bos(text)))
+
+    def check_given(self, ids: Sequence[int], param: str) -> None:
+        """Token ids from a client. Raises InvalidRequestError or ContextLengthError."""
+        self.room(len(ids), param)
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            wrong = next(token_id for token_id in ids if not 0 <= token_id < self._vocab_size)
+            raise invalid(param, wrong, f"Token ids of this model run from 0 to {self._vocab_size - 1}.")
+
+    def room(self, num_tokens: int, param: str) -> int:
+        """Tokens left for the answer. Raises ContextLengthError when there is none."""
+        room = self._context_length - num_tokens
+        if room < 1:
+            raise self._too_long(str(num_tokens), param)
+        return room
+
+    def refuse_chars(self, num_chars: int, param: str) -> ContextLengthError:
+        """The error for a text of more than `max_chars` characters."""
+        per_token = self._tokenizer.max_token_chars
+        return self._too_long("too many" if per_token is None else f"at least {num_chars // per_token}", param)
+
+    def _check_least(self, text: str, param: str) -> None:
+        least = least_num_tokens(self._tokenizer, text, self._context_length)
+        if least > self._context_length:
+            raise self._too_long(f"at least {least}", param)
+
+    def _too_long(self, num_tokens: str, param: str) -> ContextLengthError:
+        return ContextLengthError(
+            f"This model's maximum context length is {self._context_length} tokens. However, your {param} resulted "
+            f"in {num_tokens} tokens, and the answer needs at least one. Please reduce the length of the {param}.",
+            param=param,
+        )
+
+    def _has_bos(self, text: str) -> bool:
+        bos = self._tokenizer.bos_text
+        return bos is not None and text.startswith(bos)

@@ -1,0 +1,139 @@
+"""A stream's bytes, cut and checked: nothing is lost, and nothing unfit passes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastserve.errors import InvalidAnswerError
+from fastserve.gateway.events import MAX_SILENT_BYTES, EventStream
+
+EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+MIXED = [
+    b": keep-alive\n\n",
+    EVENT % b"a",
+    EVENT % "é 中 \U0001f600".encode(),
+    b"event: message\nid: 7\n: [[1],[2]]\n" + EVENT % b"b",
+    EVENT % b"data: [DONE]",
+    b'data: {"choices":[],\ndata: "usage":{"total_tokens":3}}\n\n',
+    EVENT % b"x" * 50,
+]
+
+
+def make_stream(max_event_bytes: int = 2**20, max_stream_bytes: int = 2**30) -> EventStream:
+    return EventStream(max_event_bytes, max_stream_bytes)
+
+
+def feed_all(stream: EventStream, data: bytes, size: int) -> bytes:
+    return b"".join(stream.feed(data[at : at + size]) for at in range(0, len(data), size))
+
+
+def feed_times(stream: EventStream, piece: bytes, count: int) -> None:
+    for _ in range(count):
+        stream.feed(piece)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 200), st.booleans())
+def test_events_pass_byte_for_byte_however_they_are_cut(size: int, has_carriage_returns: bool) -> None:
+    data = b"".join(MIXED) + DONE
+    if has_carriage_returns:
+        data = data.replace(b"\n", b"\r\n")
+    stream = make_stream()
+    assert feed_all(stream, data, size) == data
+    assert stream.is_done
+    assert stream.has_data
+    assert stream.error is None
+    assert stream.finish() == b""
+
+
+def test_half_an_event_is_held_back() -> None:
+    stream = make_stream()
+    event = EVENT % b"a"
+    assert stream.feed(event + event[:9]) == event
+    assert stream.feed(event[9:]) == event
+    assert stream.feed(event[:-1]) == b""
+    assert stream.finish() == b""
+    assert not stream.is_done
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\n"])
+def test_a_last_event_without_its_blank_line_counts(end: bytes) -> None:
+    stream = make_stream()
+    assert stream.feed(EVENT % b"a" + end) == EVENT % b"a"
+    assert stream.finish() == end.strip() + b"\n\n"
+    assert stream.is_done
+
+
+@pytest.mark.parametrize("mark", [b"\n", b"\r\n"])
+def test_what_comes_after_done_is_dropped(mark: bytes) -> None:
+    stream = make_stream()
+    data = (EVENT % b"data: [DONE]" + DONE + b": bye\n\n" + EVENT % b"late").replace(b"\n", mark)
+    passed = stream.feed(data)
+    assert passed.replace(b"\r\n", b"\n") == EVENT % b"data: [DONE]" + DONE
+
+
+def test_an_error_event_is_seen_and_passed() -> None:
+    stream = make_stream()
+    error = b'data: {"error":{"message":"gone","type":"service_unavailable_error","param":null,"code":null}}\n\n'
+    assert stream.feed(error) == error
+    assert stream.error == error.removeprefix(b"data: ").strip()
+    assert not stream.has_data
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(b"<html><body>502 Bad Gateway</body></html>\n\n", id="html"),
+        pytest.param(b"hello\n\n", id="text"),
+        pytest.param(b"data: hello\n\n", id="no json"),
+        pytest.param(b'data: {"choices":[{"index":0}\n\n', id="half json"),
+        pytest.param(b'data: ["choices"]\n\n', id="a list"),
+        pytest.param(b"data: 17\n\n", id="a number"),
+        pytest.param(b'data: {"text":"a"}\n\n', id="neither choices nor error"),
+        pytest.param(b'data: {"choices":{"0":1}}\n\n', id="choices that are no list"),
+        pytest.param(b'data: {"choices":["a"]}\n\n', id="choices that are no objects"),
+        pytest.param(b'data: {"error":"broken"}\n\n', id="an error that is no object"),
+        pytest.param(b'data: {"choices":[{"x":"\xff\xfe"}]}\n\n', id="no utf-8"),
+        pytest.param(b": \xc3(\n\n", id="a comment that is no utf-8"),
+        pytest.param(b'data: {"choices":[{"x":' + b"[" * 50_000 + b"\n\n", id="nested too deep"),
+        pytest.param(b"data: \x00\x01\x02\n\n", id="binary"),
+        pytest.param(b"choices: []\n\n", id="a field that is none"),
+    ],
+)
+@pytest.mark.parametrize("before", [b"", EVENT % b"a", b": alive\n\n"], ids=["first", "after data", "after a comment"])
+def test_what_is_no_event_of_openai_is_refused(before: bytes, event: bytes) -> None:
+    stream = make_stream()
+    assert stream.feed(before) == before if before else True
+    with pytest.raises(InvalidAnswerError):
+        stream.feed(event)
+
+
+def test_an_event_without_an_end_is_refused_at_its_bound() -> None:
+    stream = make_stream(max_event_bytes=1000)
+    with pytest.raises(InvalidAnswerError, match="longer than 1000 bytes"):
+        feed_times(stream, b"data: " + b"x" * 94, 100)
+
+
+def test_an_endless_stream_is_refused_at_its_bound() -> None:
+    stream = make_stream(max_stream_bytes=10_000)
+    with pytest.raises(InvalidAnswerError, match="longer than 10000 bytes"):
+        feed_times(stream, EVENT % b"a", 1000)
+
+
+@pytest.mark.parametrize("filler", [b": keep-alive\n\n", b"\n\n", b"id: 1\n\n"], ids=["comments", "blank lines", "ids"])
+def test_a_stream_of_nothing_is_refused_at_its_bound(filler: bytes) -> None:
+    stream = make_stream()
+    stream.feed(EVENT % b"a")
+    piece = filler * 1000
+    with pytest.raises(InvalidAnswerError, match="without data"):
+        feed_times(stream, piece, MAX_SILENT_BYTES // len(piece) + 2)
+
+
+def test_keep_alive_comments_between_data_are_no_flood() -> None:
+    stream = make_stream()
+    for _ in range(300):
+        stream.feed(b": keep-alive\n\n" * 500)
+        stream.feed(EVENT % b"a")
