@@ -23,8 +23,48 @@ class ServerConfig:
     host: str = option("localhost", "address to listen on")
     port: int = option(API_SERVER_PORT, "port to listen on")
     ssl: bool = option(False, "serve TLS with the key and certificate named by SSL_KEYFILE and SSL_CERTFILE")
+    tls_cert: str | None = option(None, "serve TLS with this certificate chain, a PEM file", added=True)
+    tls_key: str | None = option(None, "private key of --tls-cert, a PEM file", added=True)
+    tls_ca: str | None = option(
+        None,
+        "PEM file of the authorities that the cluster's other services are verified with; controller and worker then "
+        "accept only clients with a certificate of theirs",
+        added=True,
+    )
+    tls_client_cert_required: bool = option(
+        False, "accept only clients with a certificate of an authority in --tls-ca", added=True
+    )
     drain_timeout_s: float = option(30.0, "seconds that running requests may take to end after SIGTERM", added=True)
     log_level: str = option("info", "logging level", choices=("debug", "info", "warning", "error"), added=True)
+    max_connections: int = limit(
+        8192, "open connections of all clients; never more than half of the files that the process may open"
+    )
+    max_connections_per_address: int = limit(
+        1024, "open connections from one address; addresses of this machine are not bounded by it"
+    )
+    max_head_bytes: int = limit(32768, "request line and headers of a request, and trailers and framing of its body")
+    max_header_lines: int = limit(100, "headers of a request")
+    head_timeout_s: float = limit(
+        10.0, "seconds until request line and headers are complete; a TLS handshake has as many", minimum=0.1
+    )
+    body_timeout_s: float = limit(60.0, "seconds until the body of a request is complete", minimum=0.1)
+    keep_alive_timeout_s: float = limit(75.0, "seconds that a connection may idle between two requests", minimum=1)
+    write_timeout_s: float = limit(
+        60.0, "seconds that a client may take to read what the connection buffers", minimum=0.1
+    )
+    max_body_bytes: int = limit(8 * 2**20, "body of one request")
+    max_buffered_bytes: int = limit(256 * 2**20, "bodies of all requests that run, together")
+    memory_high_mark: float = limit(
+        0.97,
+        "share of the memory that machine, container or process limit allow (a number above 1: bytes of this process) "
+        "from which on new requests are refused",
+        minimum=0.01,
+    )
+
+    @property
+    def requires_client_cert(self) -> bool:
+        """Whether TLS clients must show a certificate."""
+        return self.tls_client_cert_required
 
 
 @dataclass(frozen=True)
@@ -34,6 +74,8 @@ class ControllerConfig(ServerConfig):
     title: ClassVar[str] = "controller"
 
     port: int = option(CONTROLLER_PORT, "port to listen on")
+    max_connections_per_address: int = same_option(ServerConfig, "max_connections_per_address", default=4096)
+    max_body_bytes: int = same_option(ServerConfig, "max_body_bytes", default=2**20)
     dispatch_method: str = option("shortest_queue", "how a worker is chosen among those that serve the model")
     heartbeat_expiration_s: float = option(
         90.0,
@@ -48,6 +90,10 @@ class ControllerConfig(ServerConfig):
     model_memory_s: float = limit(
         900.0, "seconds for which a model whose last worker has gone is answered with 503 in place of 404", minimum=0
     )
+
+    @property
+    def requires_client_cert(self) -> bool:
+        return self.tls_client_cert_required or self.tls_ca is not None
 
 
 @dataclass(frozen=True)
@@ -182,6 +228,7 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     title: ClassVar[str] = "worker"
 
     port: int = option(WORKER_PORT, "port to listen on")
+    max_connections_per_address: int = same_option(ServerConfig, "max_connections_per_address", default=4096)
     worker_address: str | None = option(None, "address told to the controller; from host and port if unset")
     controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
     model_names: tuple[str, ...] | None = option(
@@ -245,6 +292,11 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     heartbeat_interval_s: float = option(
         HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL", added=True
     )
+
+    @property
+    def requires_client_cert(self) -> bool:
+        # Without a controller it serves clients of its own, like an API server.
+        return self.tls_client_cert_required or (self.tls_ca is not None and not self.no_register)
 
 
 @dataclass(frozen=True)

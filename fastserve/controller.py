@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fastserve.config import ControllerConfig
 from fastserve.control import dispatch
 from fastserve.control.app import create_app
+from fastserve.control.routes import VITAL_PATHS
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.listen import bind
@@ -25,7 +26,7 @@ def _run(argv: Sequence[str] | None) -> None:
     config = parse_config(ControllerConfig, argv, "fastserve-controller", os.environ, choices)
     setup_logging(config.log_level, "controller", os.environ)
     sockets = bind(config.host, config.port)
-    serve(create_app(config), config, sockets)
+    serve(create_app(config), config, sockets, vital_paths=VITAL_PATHS)
 
 
 if __name__ == "__main__":

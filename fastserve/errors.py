@@ -9,9 +9,14 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
+        RequestTimeoutError           408  headers or body did not come in time
         BodyTooLargeError             413
+        UnsupportedEncodingError      415  a compressed body
+        HeadersTooLargeError          431
         OverloadedError               429  the queue is full; carries Retry-After
       ServiceError                  the client cannot mend it (5xx); another worker may do better
+        ShuttingDownError             503  the drain has ended, or refuses what has not begun
+        ShortageError                 503  this process is out of connections, memory or room for bodies
         NoWorkerError                 503
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
@@ -28,8 +33,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
+
+MAX_MESSAGE_CHARS = 2000
+MAX_PARAM_CHARS = 200
 
 
 class FastserveError(Exception):
@@ -50,8 +59,14 @@ class FastserveError(Exception):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object, with FastChat's `object`, `message` and `code` beside it."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return {"error": error, "object": "error", "message": self.message, "code": self.legacy_code}
+        message = _sendable(self.message, MAX_MESSAGE_CHARS)
+        param = None if self.param is None else _sendable(self.param, MAX_PARAM_CHARS)
+        error = {"message": message, "type": self.type, "param": param, "code": self.code}
+        return {"error": error, "object": "error", "message": message, "code": self.legacy_code}
+
+    def events(self) -> bytes:
+        """The end of an event stream that failed after its first byte."""
+        return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\ndata: [DONE]\n\n"
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
@@ -105,6 +120,21 @@ class BodyTooLargeError(RequestError):
     code = "request_too_large"
 
 
+class RequestTimeoutError(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class UnsupportedEncodingError(RequestError):
+    status = 415
+    code = "unsupported_encoding"
+
+
+class HeadersTooLargeError(RequestError):
+    status = 431
+    code = "headers_too_large"
+
+
 class OverloadedError(RequestError):
     status = 429
     type = "overloaded_error"
@@ -140,6 +170,11 @@ class ShortageError(ServiceError):
 
     code = "server_overloaded"
     retry_after_s = 1.0
+
+
+class ShuttingDownError(ServiceError):
+    code = "server_shutting_down"
+    retry_after_s = 2.0
 
 
 class NoWorkerError(ServiceError):
@@ -189,3 +224,9 @@ class RequestKilledWorkersError(InternalError):
     def headers(self) -> dict[str, str]:
         """With the header by which OpenAI's SDKs are asked not to send the request again."""
         return {**super().headers(), "x-should-retry": "false"}
+
+
+def _sendable(text: str, max_chars: int) -> str:
+    """`text` cut to a length that no client chooses, and without lone surrogates, which UTF-8 does not have."""
+    kept = text if len(text) <= max_chars else text[:max_chars] + "…"
+    return kept if kept.isascii() else kept.encode(errors="backslashreplace").decode()

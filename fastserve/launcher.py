@@ -23,10 +23,11 @@ from fastserve.launching.console import Console
 from fastserve.launching.handover import Stopped, StopSignals, Supervisor, follow
 from fastserve.launching.log_files import locked, prepare_folder, rotate
 from fastserve.launching.order import Order
-from fastserve.launching.plan import SECRETS, Item, log_path, parse_item, plan, summary, worker_config
+from fastserve.launching.plan import SECRETS, Item, common_config, log_path, parse_item, plan, summary, worker_config
 from fastserve.launching.processes import absolute, find_services
 from fastserve.observability.private_files import reason
 from fastserve.options import parse_config
+from fastserve.serving.tls import certificate_paths
 
 
 def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console, *, package: str = "fastserve") -> None:
@@ -59,7 +60,7 @@ def _prepare(
 ) -> tuple[Order, Path]:
     """The order, and the supervisor's log. Refuses what cannot work, and makes room for the new logs."""
     running = find_services()
-    check(config, items, environ, running, log_dir)
+    check(config, items, running, log_dir)
     is_second = any(service.mark.log_dir == str(log_dir) for service in running)
     services = plan(config, items, environ, package=package, log_dir=log_dir, is_second=is_second)
     own_log = log_path(log_dir, "launcher.log", config.server_port, is_second=is_second)
@@ -75,7 +76,7 @@ def _prepare(
         services=services,
         num_registered=sum(not worker_config(config, item).no_register for item in items),
         controller_headers={},
-        client_certificate=(environ["SSL_CERTFILE"], environ["SSL_KEYFILE"]) if config.ssl else None,
+        client_certificate=certificate_paths(common_config(config), environ),
         wait_timeout_s=config.wait_timeout_s,
         restart=config.restart,
         log_max_bytes=config.log_max_bytes,

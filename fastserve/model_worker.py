@@ -18,6 +18,7 @@ from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.listen import advertised_address, bind
 from fastserve.serving.server import run_entry, serve
+from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.tokenizer import configured_eos_ids, read_json
 from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _serve(config: WorkerConfig) -> None:
+    check_tls(config)
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)
@@ -47,7 +49,7 @@ def _serve(config: WorkerConfig) -> None:
             engine=_make_engine(config, model),
             model_dir=model.folder,
             model_names=config.model_names or (default_name(config.model_path),),
-            address=config.worker_address or advertised_address(config.host, port, ssl=config.ssl),
+            address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),
             # Like Ctrl-C: uvicorn ends in order, and the code below runs.
             end_process=lambda: signal.raise_signal(signal.SIGINT),

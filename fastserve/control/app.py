@@ -19,10 +19,14 @@ from fastserve.control.registry import RegistryLimits, WorkerRegistry
 from fastserve.control.routes import fastchat_routes, fastserve_routes, message_endpoints
 from fastserve.control.worker_client import WorkerClient
 from fastserve.serving.errors import install_error_handlers
+from fastserve.serving.tls import client_ssl_context
 
 
 def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.monotonic) -> FastAPI:
-    """Raises StartupError when the dispatch method does not exist. `clock` gives monotonic seconds."""
+    """Raises StartupError when the dispatch method does not exist or a file for TLS cannot be read.
+
+    `clock` gives monotonic seconds.
+    """
     running_clock = RunningClock(clock)
     registry = WorkerRegistry(
         dispatch_method=config.dispatch_method,
@@ -36,7 +40,7 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
         clock=running_clock,
         rng=random.Random(),
     )
-    client = WorkerClient()
+    client = WorkerClient(client_ssl_context(config))
     metrics = ControlMetrics()
 
     @asynccontextmanager

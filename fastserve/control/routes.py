@@ -44,6 +44,22 @@ NULL = b"null"
 EXISTS = b'{"exist":true}'
 EXISTS_NOT = b'{"exist":false}'
 
+VITAL_PATHS = frozenset(
+    {
+        "/acquire",
+        "/release",
+        "/report_failure",
+        "/deregister_worker",
+        "/register_worker",
+        "/receive_heart_beat",
+        "/get_worker_address",
+        "/serving",
+        "/workers",
+        "/ready",
+    }
+)
+"""Small messages that hold the cluster together: served even when memory is short."""
+
 
 def message_endpoints(
     registry: WorkerRegistry, client: WorkerClient, metrics: ControlMetrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncGenerator
 from types import TracebackType
 
@@ -25,8 +26,12 @@ class WorkerClient:
 
     _session: aiohttp.ClientSession
 
+    def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
+        """`ssl_context` is for `https` addresses; None verifies them with the system's authorities."""
+        self._ssl_context = ssl_context
+
     async def __aenter__(self) -> WorkerClient:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl_context or True))
         return self
 
     async def __aexit__(

@@ -34,27 +34,31 @@ from fastserve.observability.text import printable
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.listen import advertised_address
+from fastserve.serving.tls import client_ssl_context, serves_tls
 
 logger = logging.getLogger(__name__)
 
 
 def create_app(config: ApiServerConfig) -> FastAPI:
-    """Raises StartupError when the API keys cannot be read, or the controller's address is the server's own."""
+    """Raises StartupError when the API keys or a file for TLS cannot be read, or the controller's address is the
+    server's own.
+    """
     _check_controller_address(config)
     keys = load_keys(config)
+    ssl_context = client_ssl_context(config)
     registry = CollectorRegistry()
     metrics = GatewayMetrics(registry)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with (
-            open_session() as session,
+            open_session(ssl_context) as session,
             open_dispatcher(session, config.controller_address, metrics.bad_table_rows.inc) as dispatcher,
         ):
             relay = _make_relay(config, session, dispatcher, metrics)
             logger.info(
                 "OpenAI-compatible API: point clients to base_url %s/v1 (%s); controller %s",
-                advertised_address(config.host, config.port, ssl=config.ssl),
+                advertised_address(config.host, config.port, ssl=serves_tls(config)),
                 "an API key is needed" if keys else "no API key is needed",
                 config.controller_address,
             )

@@ -1,14 +1,11 @@
-"""The door for request bodies: read with a bound, and looked at just enough to choose a worker."""
+"""A request body, looked at just enough to choose a worker."""
 
 from __future__ import annotations
 
 import msgspec
-from starlette.requests import Request
 
-from fastserve.errors import BodyTooLargeError, InvalidRequestError
+from fastserve.errors import InvalidRequestError
 from fastserve.openai.body import explain_json
-
-MAX_BODY_BYTES = 64 * 2**20
 
 
 class Peek(msgspec.Struct):
@@ -19,20 +16,6 @@ class Peek(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(Peek)
-
-
-async def read_body(request: Request, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body. Raises BodyTooLargeError, and starlette's ClientDisconnect when the client goes away."""
-    too_large = BodyTooLargeError(f"The request body is larger than {limit_bytes} bytes.")
-    announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced) > limit_bytes:
-        raise too_large
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)
 
 
 def peek(body: bytes) -> tuple[str, bool]:

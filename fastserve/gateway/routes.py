@@ -17,7 +17,7 @@ from fastserve.gateway.attempt import Call
 from fastserve.gateway.dispatch import Dispatcher, no_worker, unknown_model
 from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
-from fastserve.gateway.peek import peek, read_body
+from fastserve.gateway.peek import peek
 from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
@@ -57,7 +57,7 @@ class GenerationEndpoint:
         request = Request(scope, receive)
         gateway = _gateway(request)
         try:
-            body = await read_body(request)
+            body = await request.body()
         except ClientDisconnect:
             return
         model, stream = peek(body)

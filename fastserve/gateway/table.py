@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastserve.breaker import Breaker
 from fastserve.protocol import MAX_WORKERS, RoutingTable, WorkerEntry
-from fastserve.serving.messages import invalid_message
+from fastserve.serving.errors import first_error
 
 MISSING_GRACE_S = 10.0
 """How long a worker stays usable here after the controller's table no longer shows it: a restarted controller knows
@@ -41,7 +41,7 @@ def parse_table(content: bytes) -> tuple[RoutingTable, list[str]]:
     try:
         return RoutingTable.model_validate_json(content), []
     except ValidationError as error:
-        problem = invalid_message(error)
+        problem = first_error(error)
     try:
         raw = pydantic_core.from_json(content)
         rows = raw["workers"]
@@ -55,7 +55,7 @@ def parse_table(content: bytes) -> tuple[RoutingTable, list[str]]:
         try:
             good.append(WorkerEntry.model_validate(row))
         except ValidationError as error:
-            problems.append(invalid_message(error).message)
+            problems.append(first_error(error).message)
     return table.model_copy(update={"workers": good}), problems
 
 

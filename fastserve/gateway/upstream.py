@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from contextlib import AbstractAsyncContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,15 @@ class ConnectionUse:
         self.reused = False
 
 
-def open_session() -> AbstractAsyncContextManager[aiohttp.ClientSession]:
-    """One session for all: no limit of connections, no cookies, bodies as they are on the wire."""
+def open_session(ssl_context: ssl.SSLContext | None = None) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
+    """One session for all: no limit of connections, no cookies, bodies as they are on the wire.
+
+    `ssl_context` is for `https` addresses; None verifies them with the system's authorities.
+    """
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ssl=ssl_context or True),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastserve.config import LauncherConfig
 from fastserve.errors import StartupError
-from fastserve.launching.plan import Item, worker_config
+from fastserve.launching.plan import Item, common_config, worker_config
 from fastserve.launching.processes import RunningService
+from fastserve.serving.listen import port_problem
+from fastserve.serving.tls import check_tls
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -20,16 +20,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def check(
     config: LauncherConfig,
     items: Sequence[Item],
-    environ: Mapping[str, str],
     running: Sequence[RunningService],
     log_dir: Path,
 ) -> None:
     """Raises StartupError with the first thing that cannot work. `running`: the services of earlier launches."""
-    for variable in ("SSL_KEYFILE", "SSL_CERTFILE") if config.ssl else ():
-        if not os.path.isfile(environ.get(variable, "")):
-            raise StartupError(
-                f"--ssl needs the environment variable {variable}, which names a file (SSL_KEYFILE, SSL_CERTFILE)."
-            )
+    check_tls(common_config(config))
     for item in items:
         worker = worker_config(config, item)
         if worker.gpus and len(worker.gpus.split(",")) < worker.num_gpus:
@@ -83,31 +78,3 @@ def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[Runni
             )
         if problem:
             raise StartupError(f"Cannot listen on {host}:{port} ({flag}): {problem}.")
-
-
-def port_problem(host: str, port: int) -> str | None:
-    """Why a service could not listen there, or None. Binds as the services do, and lets go at once."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        # A name that cannot be encoded at all: too long, or with an empty part.
-        why = error.strerror if isinstance(error, OSError) else "it is no host name"
-        return f"the host name {host} cannot be resolved ({why})"
-    missing = f"this machine has no address {host}"
-    bound = 0
-    for family, _, _, _, address in found:
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as sock:
-                if os.name == "posix":
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind(address)
-                bound += 1
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return "the port is in use by another program"
-            # A family that the machine's kernel has not, or an address that it has not.
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                return str(error.strerror)
-    return None if bound else missing

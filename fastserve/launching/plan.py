@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, WorkerConfig
+from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, ServerConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.launching.log_files import worker_log_name
 from fastserve.options import parse_option, to_argv
+from fastserve.serving.tls import serves_tls
 
 ConfigT = TypeVar("ConfigT")
 
@@ -123,7 +124,12 @@ def url_of(scheme: str, host: str, port: int) -> str:
 
 def scheme_of(config: LauncherConfig) -> str:
     """How all services are reached."""
-    return "https" if config.ssl else "http"
+    return "https" if serves_tls(common_config(config)) else "http"
+
+
+def common_config(config: LauncherConfig) -> ServerConfig:
+    """The settings that all services have in common."""
+    return _service_config(ServerConfig, config, {})
 
 
 def reachable(host: str) -> str:

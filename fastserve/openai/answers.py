@@ -9,8 +9,6 @@ from typing import Any
 
 import msgspec
 
-from fastserve.errors import FastserveError
-
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 JSON = "application/json"
@@ -57,8 +55,3 @@ def request_id_of(header: str | None) -> str:
 
 def event(payload: Any) -> bytes:
     return b"data: " + encode_json(payload) + b"\n\n"
-
-
-def error_events(error: FastserveError) -> bytes:
-    """The end of a stream that failed after its first byte."""
-    return event(error.body()) + DONE

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from fastserve.errors import FastserveError, InternalError, InvalidRequestError
+from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
+
+MAX_SHOWN_CHARS = 80
+MAX_LISTED_ROUTES = 40
+MAX_LISTED_ERRORS = 64
+CLIENT_GONE = 499
+NOT_BUILT = (
+    "assistants",
+    "audio",
+    "batches",
+    "containers",
+    "conversations",
+    "embeddings",
+    "engines",
+    "evals",
+    "files",
+    "fine_tuning",
+    "images",
+    "messages",
+    "moderations",
+    "realtime",
+    "rerank",
+    "responses",
+    "threads",
+    "uploads",
+    "vector_stores",
+    "videos",
+)
+"""First words after /v1/ of OpenAI's and related APIs that clients ask for and fastserve does not have."""
 
 
 def error_response(error: FastserveError) -> JSONResponse:
@@ -27,37 +60,129 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         problems = error.errors() if isinstance(error, RequestValidationError) else []
-        return error_response(_explain(problems))
+        return error_response(explain(problems))
 
-    async def http(_: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
+        if status == 404:
+            return error_response(_no_such_route(request))
+        if status == 405:
+            refusal, allowed = _wrong_method(request)
+            return JSONResponse(refusal.body(), status_code=405, headers={"Allow": ", ".join(allowed)})
         named = InvalidRequestError(str(getattr(error, "detail", error)), code=f"http_{status}")
         headers = error.headers if isinstance(error, HTTPException) else None
         return JSONResponse(named.body(), status_code=status, headers=headers)
 
+    async def gone(_: Request, __: Exception) -> Response:
+        # Nobody reads it.
+        return Response(status_code=CLIENT_GONE)
+
     async def unexpected(request: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        logger.error("%s %s failed", request.method, printable(request.url.path), exc_info=error)
         return error_response(InternalError("The server failed on this request; its log has the cause."))
 
     app.add_exception_handler(FastserveError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(404, http)
     app.add_exception_handler(405, http)
     app.add_exception_handler(Exception, unexpected)
 
 
-def _explain(problems: Any) -> InvalidRequestError:
-    """The first of pydantic's findings, as a sentence that names field, value and remedy."""
+# ---- what is wrong with a body ----------------------------------------------------------------------------------
+
+
+def first_error(error: ValidationError) -> InvalidRequestError:
+    """The first of pydantic's findings, as a sentence.
+
+    pydantic offers only all of them at once, each a dict with its input: where there are many, the sentence says no
+    more than how many. Lists of messages should stop at their first error (`Annotated[list[...], FailFast()]`).
+    """
+    if error.error_count() > MAX_LISTED_ERRORS:
+        return InvalidRequestError(f"The request body has {error.error_count()} invalid values.")
+    return explain(error.errors(include_url=False))
+
+
+def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
+    """The first of pydantic's findings, as a sentence that names field, value and remedy in the words of JSON."""
     if not problems:
         return InvalidRequestError("The request body is not valid.")
     first = problems[0]
     path = [str(part) for part in first.get("loc", ()) if part != "body"]
-    name = ".".join(path) or "body"
-    if first.get("type") == "missing":
+    name = printable(".".join(path) or "body", MAX_SHOWN_CHARS)
+    kind = first.get("type")
+    context = first.get("ctx", {})
+    if kind == "missing":
         return InvalidRequestError(f"Missing required field '{name}'.", param=name, code="missing_required_parameter")
-    if first.get("type") == "json_invalid":
-        return InvalidRequestError(f"The request body is not valid JSON: {first.get('ctx', {}).get('error', '')}.")
-    value = repr(first.get("input"))
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return InvalidRequestError(f"Invalid value for '{name}': {shown}. {first.get('msg', '')}.", param=name)
+    if kind == "json_invalid":
+        reason = printable(str(context.get("error", "")), MAX_SHOWN_CHARS)
+        return InvalidRequestError(f"The request body is not valid JSON: {reason}.", code="invalid_json")
+    if kind == "extra_forbidden":
+        return InvalidRequestError(f"The field '{name}' is not known.", param=name)
+    if kind == "string_pattern_mismatch":
+        # The pattern itself says little to people; ours are against what forges lines and steers terminals.
+        sentence = "It may not be empty or hold control characters"
+    else:
+        sentence = printable(str(first.get("msg", "")).removeprefix("Value error, ").rstrip("."))
+    return InvalidRequestError(f"Invalid value for '{name}': {shown(first.get('input'))}. {sentence}.", param=name)
+
+
+def shown(value: object) -> str:
+    """A value of a request in the words of JSON, short and on one line, however large it is."""
+    if isinstance(value, str):
+        return '"' + printable(value, MAX_SHOWN_CHARS).replace('"', '\\"') + '"'
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)} fields"
+    if isinstance(value, list | tuple | set | frozenset):
+        return f"an array of {len(value)} values"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of more than 70 digits"
+    try:
+        return printable(json.dumps(value), MAX_SHOWN_CHARS)
+    except (TypeError, ValueError):
+        return f"a value of type {type(value).__name__}"
+
+
+# ---- routes that are not there ----------------------------------------------------------------------------------
+
+
+def _no_such_route(request: Request) -> InvalidRequestError:
+    path = request.scope["path"]
+    asked = f"{request.method} {printable(path, MAX_SHOWN_CHARS)}"
+    words = path.strip("/").split("/")
+    if words[0] == "v1" and len(words) > 1 and words[1] in NOT_BUILT:
+        error = InvalidRequestError(
+            f"'{asked}' is not supported yet. {_list_routes(request)}", code="unsupported_route"
+        )
+    else:
+        error = InvalidRequestError(f"There is no route '{asked}'. {_list_routes(request)}", code="unknown_route")
+    error.status = 404
+    return error
+
+
+def _wrong_method(request: Request) -> tuple[InvalidRequestError, list[str]]:
+    path = request.scope["path"]
+    allowed = sorted({method for route in _routes(request) if route.path_regex.match(path) for method in route.methods})
+    asked = f"{printable(request.method, 20)} {printable(path, MAX_SHOWN_CHARS)}"
+    return InvalidRequestError(f"'{asked}' is not possible: use {' or '.join(allowed)}.", code="wrong_method"), allowed
+
+
+def _list_routes(request: Request) -> str:
+    found = sorted({f"{'/'.join(sorted(route.methods - {'HEAD'}))} {route.path}" for route in _routes(request)})
+    more = ", ..." if len(found) > MAX_LISTED_ROUTES else ""
+    return f"This server's routes are {', '.join(found[:MAX_LISTED_ROUTES])}{more}."
+
+
+def _routes(request: Request) -> Iterator[Any]:
+    """The application's routes that have a path and methods; newer releases of FastAPI keep included ones nested."""
+    yield from _flatten(request.app.routes)
+
+
+def _flatten(routes: Iterable[Any]) -> Iterator[Any]:
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        if included is not None:
+            yield from _flatten(included.routes)
+        elif getattr(route, "methods", None) and hasattr(route, "path_regex"):
+            yield route

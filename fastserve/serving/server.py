@@ -7,32 +7,44 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Collection
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.config import ServerConfig
 from fastserve.errors import StartupError
+from fastserve.serving.bounds import BodyBounds, MemoryGuard, MemoryMeter
+from fastserve.serving.connection import BoundedProtocol, ConnectionLimits, ConnectionTable, connection_limits
 from fastserve.serving.direct import DirectProtocol
+from fastserve.serving.listen import url_of
+from fastserve.serving.running import RunningRequests
+from fastserve.serving.shortage import raise_file_limit
+from fastserve.serving.tls import server_ssl_context
 
 logger = logging.getLogger(__name__)
 
+HARD_EXIT_S = 0.8
+"""After a second signal the process ends within this time, whatever it still does."""
+POLL_S = 0.05
+FLUSH_S = 0.5
+"""How long the last bytes of answers may take to leave at the end of a drain."""
+BACKLOG = 4096
 
-class _Application:
-    """The application as uvicorn sees it, with a start that can be cancelled: loading a model takes minutes."""
 
-    def __init__(self, app: FastAPI) -> None:
+class _Lifespan:
+    """The application's lifespan, with a start that can be cancelled: loading a model takes minutes."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._starting: asyncio.Task[Any] | None = None
         self._is_cancelled = False
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        return self._live(scope, receive, send) if scope["type"] == "lifespan" else self._app(scope, receive, send)
 
     def cancel_start(self) -> None:
         """From a signal handler. Does nothing once the application has started."""
@@ -44,60 +56,162 @@ class _Application:
         if self._starting is not None:
             self._starting.cancel()
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def tell(message: Message) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def note_start(message: Message) -> None:
             self._starting = None
             # A start that was cancelled failed for no reason that a traceback could tell.
             is_cancelled = self._is_cancelled and message["type"] == "lifespan.startup.failed"
             await send({"type": message["type"]} if is_cancelled else message)
 
         if self._is_cancelled:
-            await tell({"type": "lifespan.startup.failed"})
+            await note_start({"type": "lifespan.startup.failed"})
             return
         self._starting = asyncio.current_task()
-        await self._app(scope, receive, tell)
+        await self._app(scope, receive, note_start)
+
+
+class _Application:
+    """The application with everything around it that all services have alike."""
+
+    def __init__(self, app: FastAPI, config: ServerConfig, vital_paths: Collection[str]) -> None:
+        self.lifespan = _Lifespan(app)
+        bounded = BodyBounds(app, config.max_body_bytes, config.max_buffered_bytes)
+        guarded = MemoryGuard(bounded, MemoryMeter(config.memory_high_mark, time.monotonic), vital_paths)
+        self.requests = RunningRequests(guarded)
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] == "lifespan":
+            return self.lifespan(scope, receive, send)
+        if scope["method"] == "HEAD":
+            # The connection leaves the body away.
+            scope = {**scope, "method": "GET"}
+        return self.requests(scope, receive, send)
+
+
+class _Connection(DirectProtocol, BoundedProtocol):
+    """A bounded connection that answers repeated messages without a task."""
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a start that signals end at once, and a farewell before the listening sockets close."""
+    """uvicorn's loop and lifespan, with bounded connections and a drain that answers each client before it ends."""
 
     def __init__(
         self,
         config: uvicorn.Config,
-        cancel_start: Callable[[], None],
+        application: _Application,
+        limits: ConnectionLimits,
+        ssl_context: ssl.SSLContext | None,
+        drain_timeout_s: float,
         before_shutdown: Callable[[], Awaitable[None]] | None,
         wait_ready: Callable[[], Awaitable[None]] | None,
     ) -> None:
         super().__init__(config)
+        self._application = application
+        self._ssl_context = ssl_context
+        self._limits = limits
+        self._drain_timeout_s = drain_timeout_s
         self._wait_ready = wait_ready
         self._announcing: asyncio.Task[None] | None = None
-        self._cancel_start = cancel_start
         self._before_shutdown = before_shutdown
+        self._table: ConnectionTable | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and not self.force_exit:
+            self.force_exit = True
+            _begin_hard_exit()
         # uvicorn only takes a note, and reads it when the application has started.
         super().handle_exit(sig, frame)
-        self._cancel_start()
+        self._application.lifespan.cancel_start()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if sockets and self.started:
-            self._announcing = asyncio.create_task(self._announce())
+        assert sockets, "services are handed bound sockets"
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(1)
+        loop = asyncio.get_running_loop()
+        table = self._table = ConnectionTable(self._limits, loop)
+
+        def make_protocol() -> _Connection:
+            return _Connection(self.config, self.server_state, self.lifespan.state, table)
+
+        handshake_s = self._limits.head_timeout_s if self._ssl_context else None
+        self.servers = [
+            await loop.create_server(
+                make_protocol, sock=sock, ssl=self._ssl_context, backlog=BACKLOG, ssl_handshake_timeout=handshake_s
+            )
+            for sock in sockets
+        ]
+        self.started = True
+        self._announcing = asyncio.create_task(self._announce())
 
     async def _announce(self) -> None:
         if self._wait_ready is not None:
             await self._wait_ready()
-        # uvicorn keeps quiet when it is handed bound sockets; launchers wait for this line.
-        scheme = "https" if self.config.ssl_keyfile else "http"
-        logger.info("Uvicorn running on %s://%s:%d", scheme, self.config.host, self.config.port)
+        # Launchers wait for this line.
+        has_tls = self._ssl_context is not None
+        logger.info("Uvicorn running on %s", url_of(self.config.host, self.config.port, ssl=has_tls))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logger.info("Shutting down")
         if self._announcing is not None:
             self._announcing.cancel()
             await asyncio.gather(self._announcing, return_exceptions=True)
         if self._before_shutdown is not None:
-            await self._before_shutdown()
-        await super().shutdown(sockets)
+            await self._until_second_signal(self._before_shutdown())
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        requests = self._application.requests
+        if requests and not self.force_exit:
+            logger.info("waiting up to %g s for %d running requests", self._drain_timeout_s, len(requests))
+            await self._until_second_signal(self._wait_for(lambda: not requests, self._drain_timeout_s))
+        if self.force_exit:
+            logger.warning("a second signal came: ending at once")
+        if requests:
+            logger.warning("the drain is over: %d running requests are ended", len(requests))
+        await requests.end_all()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await self._wait_for(lambda: not self.server_state.connections, FLUSH_S)
+        if self._table is not None:
+            self._table.abort_all()
+            self._table.close()
+        await self.lifespan.shutdown()
+
+    async def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110 - uvicorn's sets wake nobody
+            await asyncio.sleep(POLL_S)
+
+    async def _until_second_signal(self, work: Awaitable[None]) -> None:
+        """Await `work`, or cancel it when a second signal comes."""
+        task = asyncio.ensure_future(work)
+        try:
+            # A signal handler wakes no loop, so its note is looked at.
+            while not task.done() and not self.force_exit:
+                await asyncio.wait({task}, timeout=POLL_S)
+            if task.done():
+                task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _begin_hard_exit() -> None:
+    """Have the system end this process after HARD_EXIT_S, even if it hangs. Safe to call from a signal handler."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, HARD_EXIT_S)
+    else:  # Windows
+        os._exit(1)
+
+
+def _cancel_hard_exit() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def serve(
@@ -107,34 +221,35 @@ def serve(
     before_shutdown: Callable[[], Awaitable[None]] | None = None,
     *,
     wait_ready: Callable[[], Awaitable[None]] | None = None,
+    vital_paths: Collection[str] = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests end, and return.
 
     The line that launchers wait for is logged when `wait_ready` has returned; requests are answered before.
 
-    A signal that comes before the application has started cancels its lifespan, and `serve` returns when the lifespan
-    has cleaned up. Raises StartupError when the application's lifespan failed.
+    Requests that still run when `config.drain_timeout_s` are over get a 503 or, in event streams, an error event. A
+    second signal ends the process at once. A signal that comes before the application has started cancels its lifespan,
+    and `serve` returns when the lifespan has cleaned up. `vital_paths` are served when memory is short, too.
+
+    Raises StartupError when a file for TLS is missing or wrong, and when the application's lifespan failed.
     """
-    key, certificate = _tls_files() if config.ssl else (None, None)
-    application = _Application(app)
+    ssl_context = server_ssl_context(config)
+    raise_file_limit()
+    application = _Application(app, config, vital_paths)
+    uvicorn_config = uvicorn.Config(
+        application,
+        interface="asgi3",
+        host=config.host,
+        port=sockets[0].getsockname()[1],
+        http=_Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=max(1, round(config.keep_alive_timeout_s)),
+    )
+    limits = connection_limits(config)
     server = _Server(
-        uvicorn.Config(
-            application,
-            interface="asgi3",
-            http=DirectProtocol,
-            host=config.host,
-            port=sockets[0].getsockname()[1],
-            log_config=None,
-            access_log=False,
-            ssl_keyfile=key,
-            ssl_certfile=certificate,
-            timeout_graceful_shutdown=max(1, int(config.drain_timeout_s)),
-            timeout_keep_alive=75,
-            backlog=4096,
-        ),
-        application.cancel_start,
-        before_shutdown,
-        wait_ready,
+        uvicorn_config, application, limits, ssl_context, config.drain_timeout_s, before_shutdown, wait_ready
     )
     # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
     # orderly end look like a crash.
@@ -149,6 +264,7 @@ def serve(
             raise
     finally:
         signal.signal(signal.SIGTERM, previous)
+        _cancel_hard_exit()
     if server.started:
         return
     if server.should_exit:
@@ -163,15 +279,6 @@ class _TerminatedError(BaseException):
 
 def _end_in_order(*_: object) -> None:
     raise _TerminatedError
-
-
-def _tls_files() -> tuple[str, str]:
-    try:
-        return os.environ["SSL_KEYFILE"], os.environ["SSL_CERTFILE"]
-    except KeyError as error:
-        raise StartupError(
-            f"--ssl needs the environment variable {error.args[0]} (SSL_KEYFILE, SSL_CERTFILE)."
-        ) from None
 
 
 def run_entry(run: Callable[[], None]) -> None:

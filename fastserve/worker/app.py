@@ -26,6 +26,7 @@ from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
 from fastserve.protocol import MAX_MODEL_NAMES, MAX_NAME_CHARS, WorkerStatus
 from fastserve.serving.errors import install_error_handlers
+from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -203,7 +204,13 @@ class Worker:
 
     def _make_heartbeat(self) -> Heartbeat:
         config = self._setup.config
-        return Heartbeat(config.controller_address, self._setup.address, config.heartbeat_interval_s, self.status)
+        return Heartbeat(
+            config.controller_address,
+            self._setup.address,
+            config.heartbeat_interval_s,
+            self.status,
+            client_ssl_context(config),
+        )
 
     async def _vital(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Do `work`, and end the process when it fails: without it nobody would restart or reach this worker."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 
 import aiohttp
@@ -25,12 +26,19 @@ _GOODBYE_TIMEOUT_S = 2.0
 
 class Heartbeat:
     def __init__(
-        self, controller_address: str, worker_address: str, interval_s: float, status: Callable[[], WorkerStatus]
+        self,
+        controller_address: str,
+        worker_address: str,
+        interval_s: float,
+        status: Callable[[], WorkerStatus],
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
+        """`ssl_context` is for a controller with an `https` address; None verifies it with the system's authorities."""
         self._controller = controller_address.rstrip("/")
         self._worker = worker_address
         self._interval_s = interval_s
         self._status = status
+        self._ssl_context = ssl_context
         self._lock = asyncio.Lock()  # a beat that is on its way must not arrive after the goodbye
         self._wake = asyncio.Event()
         self._silent = False
@@ -40,7 +48,7 @@ class Heartbeat:
 
     async def run(self) -> None:
         """Beat until cancelled."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_BEAT_TIMEOUT_S)) as session:
+        async with self._open_session(_BEAT_TIMEOUT_S) as session:
             while True:
                 self._wake.clear()
                 async with self._lock:
@@ -63,13 +71,16 @@ class Heartbeat:
             if not self._known:
                 return
             self._known = False
-            timeout = aiohttp.ClientTimeout(total=_GOODBYE_TIMEOUT_S)
             try:
-                async with aiohttp.ClientSession(timeout=timeout) as session:
+                async with self._open_session(_GOODBYE_TIMEOUT_S) as session:
                     await self._post(session, "/deregister_worker", WorkerName(worker_name=self._worker))
                 logger.info("said goodbye to the controller")
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 logger.warning("could not say goodbye to the controller: %s", _cause(error))
+
+    def _open_session(self, timeout_s: float) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(ssl=self._ssl_context or True)
+        return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout_s))
 
     async def _beat(self, session: aiohttp.ClientSession) -> None:
         status = self._status()

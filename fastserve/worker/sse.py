@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fastserve.errors import FastserveError, InternalError
-from fastserve.openai.answers import DONE, KEEP_ALIVE, Usage, error_events
+from fastserve.openai.answers import DONE, KEEP_ALIVE, Usage
 from fastserve.worker.choice import Delta
 from fastserve.worker.jobs import Job
 from fastserve.worker.service import Answer, GenerationService
@@ -37,12 +37,12 @@ async def events(
         if not started:
             raise
         logger.warning("request %s failed after its first byte: %s", job.caller.request_id, error.message)
-        yield error_events(error)
+        yield error.events()
         return
     except Exception:
         if not started:
             raise
         logger.exception("request %s failed after its first byte", job.caller.request_id)
-        yield error_events(InternalError("The server failed on this request; its log has the cause."))
+        yield InternalError("The server failed on this request; its log has the cause.").events()
         return
     yield (b"" if write_usage is None else write_usage(answer.usage)) + DONE

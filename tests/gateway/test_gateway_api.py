@@ -19,10 +19,9 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from fastserve.config import ApiServerConfig
-from fastserve.errors import BodyTooLargeError, StartupError
+from fastserve.errors import StartupError
 from fastserve.gateway.app import create_app
 from fastserve.gateway.auth import PUBLIC_PATHS, load_keys
-from fastserve.gateway.peek import read_body
 from fastserve.gateway.routes import router
 from tests.gateway.cluster import (
     CHAT,
@@ -107,21 +106,6 @@ async def test_a_malformed_body_is_400_in_openai_shape(cluster: Cluster, body: b
         error = (await response.json())["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert not cluster.controller.acquired
-
-
-@pytest.mark.parametrize("announced", [True, False])
-async def test_a_body_over_the_limit_is_refused(announced: bool) -> None:
-    pieces = [b"x" * 60, b"x" * 60]
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
-
-    headers = [(b"content-length", b"120")] if announced else []
-    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    with pytest.raises(BodyTooLargeError):
-        await read_body(request, limit_bytes=100)
-    assert len(pieces) == (2 if announced else 0)
-    assert BodyTooLargeError.status == 413
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)])

@@ -151,9 +151,9 @@ def test_flag_reaches_its_child(words: list[str], child: str, expected: dict[str
 
 
 def test_tls_is_for_every_service_and_in_every_address() -> None:
-    services = planned("--ssl")
+    services = planned("--tls-cert", "c.pem", "--tls-key", "k.pem")
     assert [spec.address.split(":")[0] for spec in services.services] == ["https"] * 3
-    assert all("--ssl" in spec.argv for spec in services.services)
+    assert all({"--tls-cert=c.pem", "--tls-key=k.pem"} <= set(spec.argv) for spec in services.services)
     assert worker(services.workers[0]).controller_address == "https://localhost:21001"
     assert worker(services.workers[0]).worker_address == "https://localhost:20002"
 
@@ -298,7 +298,9 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
         (["--model-path-address", "/missing/model@localhost@5001"], "The model '/missing/model' is missing"),
         (["--model-path-address", "C:\\missing\\model@localhost@5001"], "is missing: there is no such file or folder"),
         (["--model-path-address", "a/b/c@localhost@5001"], "The model 'a/b/c' is missing"),
-        (["--ssl"], "--ssl needs the environment variable SSL_KEYFILE"),
+        (["--ssl"], "--ssl needs the environment variable SSL_CERTFILE"),
+        (["--tls-cert", "c.pem"], "--tls-key is missing"),
+        (["--tls-cert", "/missing/c.pem", "--tls-key", "/missing/k.pem"], "--tls-cert /missing/c.pem cannot be read"),
         (["--server-port", "0"], "--server-port 0: a port is a number from 1 to 65535."),
         (["--controller-port", "70000"], "--controller-port 70000: a port is a number from 1 to 65535."),
         (["--api-keys-file", "/missing/keys"], "--api-keys-file /missing/keys: there is no such file."),
@@ -314,7 +316,7 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
 def test_refused_before_anything_starts(words: list[str], message: str) -> None:
     config = parse(*words)
     with pytest.raises(StartupError) as caught:
-        check(config, [parse_item(text) for text in config.model_path_address], {}, [], Path("/nowhere"))
+        check(config, [parse_item(text) for text in config.model_path_address], [], Path("/nowhere"))
     assert message in caught.value.message
 
 
@@ -366,7 +368,7 @@ def test_the_launcher_passes_on_every_limit_of_every_service() -> None:
 
 def test_a_variable_that_holds_no_key_is_refused_and_an_empty_one_is_as_good_as_none() -> None:
     with pytest.raises(StartupError, match="FASTSERVE_API_KEYS"):
-        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], {}, [], Path("/nowhere"))
+        check(parse(environ={"FASTSERVE_API_KEYS": ","}), [], [], Path("/nowhere"))
     assert parse(environ={"FASTSERVE_API_KEYS": ""}).api_keys is None
 
 

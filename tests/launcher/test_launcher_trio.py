@@ -1,11 +1,13 @@
 """The launcher with the real services on the fake engine: from the command to a guarded answer and back to nothing."""
 
+import ssl
 import subprocess
 import sys
 
 import openai
 import psutil
 import pytest
+import trustme
 
 from .launching import Place
 
@@ -55,4 +57,25 @@ def test_real_workers_refusal_ends_the_launch_with_its_sentence(place: Place) ->
     assert result.returncode == 1
     first = result.stderr.splitlines()[0]
     assert first.startswith(f"model_worker {model}@localhost@{place.worker_port} ended with exit code 1: ")
+    assert place.strays() == []
+
+
+@pytest.mark.slow
+def test_a_launch_with_tls_and_client_certificates(place: Place) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost", "127.0.0.1", "::1")
+    ca, cert, key = (place.folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    authority.cert_pem.write_to_path(str(ca))
+    certificate.private_key_pem.write_to_path(str(key))
+    cert.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+    words = ["--tls-cert", str(cert), "--tls-key", str(key), "--tls-ca", str(ca), "--engine", "fake"]
+    item = f"fastserve-demo@localhost@{place.worker_port}"
+    result = place.launch_real("--model-path-address", item, *words)
+    assert result.returncode == 0, result.stderr
+    base_url = f"https://localhost:{place.server_port}/v1"
+    assert f"base_url for the OpenAI SDK: {base_url}\n" in result.stdout
+    http = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=str(ca)))
+    with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, http_client=http) as client:
+        assert [model.id for model in client.models.list()] == ["fastserve-demo"]
+    assert place.shutdown().returncode == 0
     assert place.strays() == []

@@ -1,0 +1,156 @@
+"""Bounds on bodies and memory, as middleware around any application."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+
+import psutil
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve.errors import BodyTooLargeError, ShortageError, UnsupportedEncodingError
+from fastserve.host_memory import MemoryBound, memory_bounds
+from fastserve.observability.text import printable
+from fastserve.serving.errors import error_response
+
+logger = logging.getLogger(__name__)
+
+ALWAYS_SERVED = frozenset({"/health", "/metrics"})
+"""Paths that are answered whatever the memory: what looks after a service must still see it."""
+SAMPLE_INTERVAL_S = 0.25
+
+
+class BodyBounds:
+    """Bounds the body of each request and the sum of all bodies, where the application reads them.
+
+    A body that nobody reads costs nothing, so keys are asked for and routes are looked up first. What is refused raises
+    from `receive`, before it is read where Content-Length gives it away, and is answered like any error of the
+    application: BodyTooLargeError, UnsupportedEncodingError, ShortageError. A body counts until its request has ended.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_buffered_bytes: int,
+        max_body_bytes_by_path: Mapping[str, int] | None = None,
+    ) -> None:
+        """`max_body_bytes_by_path`: routes that have a bound of their own."""
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_buffered_bytes = max_buffered_bytes
+        self._by_path = max_body_bytes_by_path or {}
+        self._num_buffered_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        max_bytes = self._by_path.get(scope["path"], self._max_body_bytes)
+        num_bytes = 0
+        num_reserved = 0
+        is_checked = False
+
+        def reserve(wanted: int) -> None:
+            nonlocal num_reserved
+            if wanted > max_bytes:
+                raise BodyTooLargeError(f"The body of the request is larger than {max_bytes} bytes, which is the most.")
+            more = wanted - num_reserved
+            if more > 0:
+                if self._num_buffered_bytes + more > self._max_buffered_bytes:
+                    raise ShortageError("The server holds as many bytes of requests as it may; try again in a moment.")
+                self._num_buffered_bytes += more
+                num_reserved += more
+
+        async def bounded_receive() -> Message:
+            nonlocal num_bytes, is_checked
+            if not is_checked:
+                is_checked = True
+                reserve(_announced_bytes(scope))
+            message = await receive()
+            if body := message.get("body"):
+                num_bytes += len(body)
+                reserve(num_bytes)
+            return message
+
+        try:
+            await self._app(scope, bounded_receive, send)
+        finally:
+            self._num_buffered_bytes -= num_reserved
+
+
+def _announced_bytes(scope: Scope) -> int:
+    """Content-Length, or 0 without one. Raises UnsupportedEncodingError for a compressed body."""
+    announced = 0
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            announced = int(value)
+        elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            encoding = printable(value.decode("latin-1"), 40)
+            raise UnsupportedEncodingError(
+                f"The body has the content encoding '{encoding}', which is not supported: send it as it is."
+            )
+    return announced
+
+
+class MemoryGuard:
+    """Refuses new requests while memory is nearly used up, so that those that run can end.
+
+    `vital_paths` are served all the same, beside ALWAYS_SERVED.
+    """
+
+    def __init__(self, app: ASGIApp, meter: MemoryMeter, vital_paths: Collection[str]) -> None:
+        self._app = app
+        self._meter = meter
+        self._served = ALWAYS_SERVED.union(vital_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._meter.is_high() and scope["path"] not in self._served:
+            error = ShortageError("The server is short of memory and takes no new requests; try again in a moment.")
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class MemoryMeter:
+    """Whether memory is used beyond a mark; looks at most every SAMPLE_INTERVAL_S, when asked."""
+
+    def __init__(
+        self,
+        high_mark: float,
+        clock: Callable[[], float],
+        bounds: Callable[[], list[MemoryBound]] = memory_bounds,
+    ) -> None:
+        """`high_mark`: a share of each bound, or above 1 the bytes of this process. `clock`: monotonic seconds."""
+        self._high_mark = high_mark
+        self._clock = clock
+        self._bounds = bounds
+        self._process = psutil.Process()
+        self._sampled_at = -SAMPLE_INTERVAL_S
+        self._is_high = False
+
+    def is_high(self) -> bool:
+        now = self._clock()
+        if now - self._sampled_at >= SAMPLE_INTERVAL_S:
+            self._sampled_at = now
+            self._sample()
+        return self._is_high
+
+    def _sample(self) -> None:
+        problem = self._problem()
+        if (problem is not None) == self._is_high:
+            return
+        self._is_high = problem is not None
+        if problem is not None:
+            logger.warning("new requests are refused for want of memory: %s", problem)
+        else:
+            logger.info("there is memory again; new requests are taken")
+
+    def _problem(self) -> str | None:
+        if self._high_mark > 1:
+            used = self._process.memory_info().rss
+            return f"this process uses {used / 1e6:.0f} MB" if used > self._high_mark else None
+        for bound in self._bounds():
+            if bound.limit_bytes > 0 and 1 - bound.free_bytes / bound.limit_bytes > self._high_mark:
+                return f"{max(0, bound.free_bytes) / 1e6:.0f} MB are left {bound.where}"
+        return None

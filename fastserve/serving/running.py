@@ -1,0 +1,101 @@
+"""The requests that run, and how they end with the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve.errors import ShuttingDownError
+from fastserve.serving.errors import error_response
+
+logger = logging.getLogger(__name__)
+
+FAREWELL_S = 0.5
+"""How long a client that does not read may hold up its own error event."""
+
+
+class RunningRequests:
+    """Middleware that knows every running request and can end them all with a proper last word.
+
+    It must be the outermost: the application is cancelled, so that its `finally` blocks run, and the client then gets a
+    503, or an error event at the end of an event stream. Answers of other kinds that have begun can only be cut.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_over = False
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def end_all(self) -> None:
+        """End every request, and refuse those that still come. Returns when their clients have been answered."""
+        self._is_over = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=2 * FAREWELL_S)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        progress = _Progress(send)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if self._is_over:
+                raise asyncio.CancelledError
+            await self._app(scope, receive, progress.send)
+        except asyncio.CancelledError:
+            if not self._is_over:
+                raise
+            await _say_farewell(progress, scope, receive, send)
+        finally:
+            self._tasks.discard(task)
+
+
+class _Progress:
+    """Notes how far an answer has come."""
+
+    __slots__ = ("_send", "is_complete", "is_event_stream", "is_started", "send")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_started = False
+        self.is_event_stream = False
+        self.is_complete = False
+        self.send = self._note  # not a coroutine function: a piece of a stream passes it by one plain call
+
+    def _note(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self.is_started = True
+            self.is_event_stream = any(
+                name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                for name, value in message.get("headers", ())
+            )
+        elif not message.get("more_body", False):
+            self.is_complete = True
+        return self._send(message)
+
+
+async def _say_farewell(progress: _Progress, scope: Scope, receive: Receive, send: Send) -> None:
+    error = ShuttingDownError("The server is shutting down and ended this request before it was complete.")
+    try:
+        async with asyncio.timeout(FAREWELL_S):
+            if progress.is_complete:
+                return
+            if not progress.is_started:
+                await error_response(error)(scope, receive, send)
+            elif progress.is_event_stream:
+                await send({"type": "http.response.body", "body": error.events(), "more_body": False})
+            else:
+                logger.warning("%s %s was cut by the end of the drain", scope["method"], scope["path"])
+    except TimeoutError:
+        logger.info("a client did not read the end of its answer")

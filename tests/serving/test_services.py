@@ -1,0 +1,198 @@
+"""The bounds hold for each of the three services, as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.serving.wire import Service, wait_until
+from tests.trio.processes import is_running
+
+COMMANDS = {
+    "controller": ["fastserve.controller"],
+    "worker": ["fastserve.model_worker", "--engine", "fake", "--no-register"],
+    "api server": ["fastserve.openai_api_server"],
+}
+POSTS = {"controller": "/acquire", "worker": "/v1/completions", "api server": "/v1/chat/completions"}
+
+
+def start(command: list[str], log_file: Path, **environ: str) -> Service:
+    with log_file.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", "0"],
+            stderr=log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        )
+    service = Service(process, 0, log_file)
+
+    def serves() -> bool:
+        assert process.poll() is None, service.log
+        return "Uvicorn running on http://127.0.0.1:" in service.log
+
+    wait_until(serves, "the service listens", 90)
+    service.port = int(service.log.partition("Uvicorn running on http://127.0.0.1:")[2].split()[0])
+    return service
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Service]]:
+    folder = tmp_path_factory.mktemp("services")
+    started = {
+        name: start(command, folder / name, FASTSERVE_HEAD_TIMEOUT_S="1", FASTSERVE_MAX_BUFFERED_BYTES="9000000")
+        for name, command in COMMANDS.items()
+    }
+    yield started
+    for service in started.values():
+        service.process.kill()
+        service.process.wait()
+
+
+@pytest.fixture(params=COMMANDS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_body_over_the_default_limit_is_refused_with_413(services: dict[str, Service], name: str) -> None:
+    limit = 2**20 if name == "controller" else 8 * 2**20
+    with services[name].wire() as wire:
+        wire.send(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % (POSTS[name].encode(), limit + 1))
+        wire.send(b"Content-Type: application/json\r\n\r\n")
+        reply = wire.next_reply()
+    assert (reply.status, reply.error["code"]) == (413, "request_too_large")
+    assert str(limit) in reply.error["message"]
+
+
+def test_a_large_body_within_the_limit_is_read(services: dict[str, Service], name: str) -> None:
+    body = json.dumps({"model": "a", "padding": "x" * 900_000}).encode()
+    assert services[name].ask(POSTS[name], "POST", body, "Content-Type: application/json\r\n").status not in (413, 500)
+
+
+def test_bodies_beyond_the_sum_are_refused_with_503(services: dict[str, Service], name: str) -> None:
+    size = 1_000_000 if name == "controller" else 8_000_000
+    count = 9_000_000 // size
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    wires = [services[name].wire() for _ in range(count)]
+    for wire in wires:
+        wire.send(head % (POSTS[name].encode(), size) + b"{")
+
+    def is_refused() -> bool:
+        with services[name].wire() as wire:
+            wire.send(head % (POSTS[name].encode(), size))
+            wire.socket.settimeout(0.3)
+            try:
+                return b" 503 " in wire.socket.recv(65536)
+            except TimeoutError:
+                return False
+
+    wait_until(is_refused, "the sum is reached")
+    for wire in wires:
+        wire.socket.close()
+
+
+def test_compressed_bodies_are_refused_with_415(services: dict[str, Service], name: str) -> None:
+    reply = services[name].ask(
+        POSTS[name], "POST", b"xyz", "Content-Encoding: gzip\r\nContent-Type: application/json\r\n"
+    )
+    assert reply.status == 415
+
+
+def test_half_a_head_is_answered_with_408(services: dict[str, Service], name: str) -> None:
+    with services[name].wire() as wire:
+        wire.send(b"POST /v1/comp")
+        assert wire.last_reply().status == 408
+
+
+def test_head_is_answered_on_health_and_ready(services: dict[str, Service], name: str) -> None:
+    for path in ("/health", "/ready"):
+        status = services[name].ask(path).status
+        reply = services[name].ask(path, "HEAD")
+        assert (reply.status, reply.body) == (status, b"")
+
+
+def test_an_unknown_route_is_named(services: dict[str, Service], name: str) -> None:
+    reply = services[name].ask("/v1/embeddings", "POST", b"{}", "Content-Type: application/json\r\n")
+    assert reply.status == 404
+    assert "'POST /v1/embeddings' is not supported yet." in reply.error["message"]
+    assert f"POST {POSTS[name]}" in reply.error["message"]
+
+
+def test_a_worker_above_its_memory_mark_refuses_requests_but_lives(tmp_path: Path) -> None:
+    worker = start(COMMANDS["worker"], tmp_path / "log", FASTSERVE_MEMORY_HIGH_MARK="1000000")
+    try:
+        body: dict[str, Any] = {"model": "fastserve-demo", "prompt": "hi"}
+        headers = "Content-Type: application/json\r\n"
+        reply = worker.ask("/v1/completions", "POST", json.dumps(body).encode(), headers)
+        assert (reply.status, reply.error["code"]) == (503, "server_overloaded")
+        assert int(reply.headers["retry-after"]) >= 1
+        assert worker.ask("/health").status == 200
+        assert worker.ask("/metrics").status == 200
+        assert "refused for want of memory" in worker.log
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_no_engine_behind(tmp_path: Path) -> None:
+    command = ["fastserve.model_worker", "--no-register", "--max-total-tokens", "4096", "--speculative-method", "off"]
+    worker = start(command, tmp_path / "log")
+    try:
+        children = psutil.Process(worker.process.pid).children(recursive=True)
+        assert children
+        body = {"model": "fastserve-demo", "prompt": "a", "stream": True, "max_tokens": 2000, "ignore_eos": True}
+        data = json.dumps(body).encode()
+        with worker.wire() as wire:
+            wire.send(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(data) + data
+            )
+            wire.read_until(b"data: ", 30)
+            worker.process.send_signal(signal.SIGTERM)
+            wire.read_until(b"data: ")
+            began = time.monotonic()
+            worker.process.send_signal(signal.SIGTERM)
+            worker.process.wait(10)
+            assert time.monotonic() - began < 3
+        wait_until(lambda: not any(is_running(child.pid) for child in children), "the engine has ended too", 15)
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+
+
+def test_the_end_of_the_api_servers_drain_is_an_error_event_of_its_own(tmp_path: Path) -> None:
+    services = []
+    try:
+        services.append(start(COMMANDS["controller"], tmp_path / "controller"))
+        to_controller = ["--controller-address", f"http://127.0.0.1:{services[0].port}"]
+        services.append(start(["fastserve.model_worker", "--engine", "fake", *to_controller], tmp_path / "worker"))
+        server = start([*COMMANDS["api server"], *to_controller, "--drain-timeout-s", "0.5"], tmp_path / "server")
+        services.append(server)
+        wait_until(lambda: server.ask("/ready").status == 200, "the model is known", 30)
+        body = {"model": "fastserve-demo", "prompt": "a", "stream": True, "max_tokens": 2000, "ignore_eos": True}
+        data = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with server.wire() as wire:
+            wire.send(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            begun = wire.read_until(b"data: ", 30)
+            server.process.send_signal(signal.SIGTERM)
+            answer = begun + wire.read_to_end()
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        event = answer.split(b"data: ")[-2].partition(b"\n\n")[0]
+        assert json.loads(event)["error"]["code"] == "server_shutting_down"
+        assert server.process.wait(5) == 0
+        assert "Traceback" not in server.log
+    finally:
+        for service in services:
+            service.process.kill()
+            service.process.wait()
