@@ -158,7 +158,9 @@ class Trio:
                 service.start()
         for service in self.services:
             service.wait_serving()
-        wait_until(lambda: self.table() == {worker.address for worker in self.workers}, "both registered", 15.0)
+        wait_until(
+            lambda: self.table() == {worker.address for worker in self.workers}, "both registered", START_TIMEOUT_S
+        )
         self.server.wait_serving("/ready")
 
     def table(self) -> set[str]:
