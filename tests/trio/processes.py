@@ -159,7 +159,9 @@ class Trio:
         for service in self.services:
             # A worker is healthy while its model loads.
             service.wait_serving("/ready" if service in self.workers else "/health")
-        wait_until(lambda: self.table() == {worker.address for worker in self.workers}, "both registered", 15.0)
+        wait_until(
+            lambda: self.table() == {worker.address for worker in self.workers}, "both registered", START_TIMEOUT_S
+        )
         self.server.wait_serving("/ready")
 
     def table(self) -> set[str]:
