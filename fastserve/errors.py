@@ -9,7 +9,10 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
+        ConflictError                 409  the name belongs to somebody else
         BodyTooLargeError             413
+        UnsupportedMediaTypeError     415
+        MisdirectedRequestError       421  the Host header names another server
         OverloadedError               429  the queue is full; carries Retry-After
       ServiceError                  the client cannot mend it (5xx); another worker may do better
         NoWorkerError                 503
@@ -100,9 +103,24 @@ class ModelNotFoundError(RequestError):
     legacy_code = 40301
 
 
+class ConflictError(RequestError):
+    status = 409
+    code = "conflict"
+
+
 class BodyTooLargeError(RequestError):
     status = 413
     code = "request_too_large"
+
+
+class UnsupportedMediaTypeError(RequestError):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class MisdirectedRequestError(RequestError):
+    status = 421
+    code = "unknown_host"
 
 
 class OverloadedError(RequestError):

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from urllib.parse import unquote
 
 from fastserve import supervisor
+from fastserve.access.cluster_key import ENV_CLUSTER_KEY, find_or_make, make_keys
 from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.control import dispatch
 from fastserve.errors import StartupError
@@ -39,7 +40,7 @@ _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 WORKER_OPTIONS = tuple(
     item.name
     for item in dataclasses.fields(WorkerConfig)
-    if item.name not in {"host", "port", "ssl", "model_path", "controller_address"}
+    if item.name not in {"host", "port", "ssl", "model_path", "controller_address", "api_keys", "api_keys_file"}
 )
 """What an item may set for its own worker."""
 
@@ -343,7 +344,8 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
 
 
 def _count_registered(controller: ChildSpec) -> int:
-    body = supervisor.http_get(controller.host, controller.port, "/ready")
+    keys = make_keys(controller.env[ENV_CLUSTER_KEY].split(","), ENV_CLUSTER_KEY)
+    body = supervisor.http_get(controller.host, controller.port, "/ready", keys.authorization())
     return 0 if body is None else int(json.loads(body)["workers"])
 
 
@@ -353,7 +355,10 @@ def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> No
     try:
         choices = {"dispatch_method": dispatch.names()}
         config = parse_config(LauncherConfig, argv, "fastserve.launcher", os.environ, choices)
-        launch(config, os.environ, console, package=package)
+        environ = dict(os.environ)
+        if not environ.get(ENV_CLUSTER_KEY):
+            environ[ENV_CLUSTER_KEY] = find_or_make(environ).current
+        launch(config, environ, console, package=package)
     except StartupError as error:
         print(error.message, file=sys.stderr, flush=True)
         sys.exit(1)

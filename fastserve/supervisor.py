@@ -237,12 +237,12 @@ def tail(path: Path) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
-def http_get(host: str, port: int, path: str) -> bytes | None:
+def http_get(host: str, port: int, path: str, headers: Mapping[str, str] | None = None) -> bytes | None:
     """The body that a service answers with status 200; None for anything else."""
     # http.client and not urllib: a proxy in the environment must not stand between us and our own machine.
     connection = http.client.HTTPConnection(host, port, timeout=1.0)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers or {})
         response = connection.getresponse()
         return response.read() if response.status == 200 else None
     except (OSError, http.client.HTTPException):

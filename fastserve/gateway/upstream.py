@@ -8,6 +8,10 @@ from typing import Any
 
 import aiohttp
 
+from fastserve.access.cluster_key import ClusterKeys
+from fastserve.access.key_files import Reloadable
+from fastserve.access.outgoing import send_cluster_key
+
 
 class ConnectionUse:
     """Given to a request as `trace_request_ctx`, it learns whether the request went over a pooled connection.
@@ -20,8 +24,8 @@ class ConnectionUse:
         self.reused = False
 
 
-def open_session() -> AbstractAsyncContextManager[aiohttp.ClientSession]:
-    """One session for all: no limit of connections, no cookies, bodies as they are on the wire."""
+def open_session(keys: Reloadable[ClusterKeys | None]) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
+    """One session for all: it sends the cluster key, limits no connections, and leaves bodies as they are."""
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
@@ -29,7 +33,7 @@ def open_session() -> AbstractAsyncContextManager[aiohttp.ClientSession]:
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
-        trace_configs=[trace],
+        trace_configs=[trace, send_cluster_key(keys)],
     )
 
 
