@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import resource
+import secrets
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from typing import Any, cast
 import psutil
 import uvloop
 
+from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.protocol import AcquireRequest, HeartbeatRequest, ReleaseRequest, WorkerStatus
 
 MODEL = "m"
@@ -92,11 +94,10 @@ class Sender(asyncio.Protocol):
         self.num_answers += data.count(b"HTTP/1.1 200")
 
 
-def post(path: str, body: bytes, key: str | None) -> bytes:
-    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
+def post(path: str, body: bytes, key: str) -> bytes:
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
-        f"User-Agent: Python/3 aiohttp/3\r\nContent-Type: application/json\r\n{authorization}"
+        f"User-Agent: Python/3 aiohttp/3\r\nContent-Type: application/json\r\nAuthorization: Bearer {key}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
@@ -106,7 +107,7 @@ def lease_of(worker: int, number: int) -> str:
     return f"{worker:012x}{number:012x}"
 
 
-def heartbeat(worker: int, num_leases: int, key: str | None) -> bytes:
+def heartbeat(worker: int, num_leases: int, key: str) -> bytes:
     status = WorkerStatus(
         model_names=[MODEL if worker % NUM_MODELS == 0 or worker < 2 else f"{MODEL}{worker % NUM_MODELS}"],
         leases=[lease_of(worker, number) for number in range(num_leases)],
@@ -123,9 +124,7 @@ def heartbeat(worker: int, num_leases: int, key: str | None) -> bytes:
     return post("/receive_heart_beat", message.model_dump_json().encode(), key)
 
 
-async def beat(
-    port: int, workers: range, num_leases: int, key: str | None, warm: Event, stop: Event
-) -> tuple[int, int]:
+async def beat(port: int, workers: range, num_leases: int, key: str, warm: Event, stop: Event) -> tuple[int, int]:
     """Heartbeats of these workers, spread evenly over each second; returns how many were due since `warm`, and how many
     of these could not be sent because the one before had no answer yet.
     """
@@ -155,9 +154,7 @@ async def beat(
     return num_due - num_cold, num_lost
 
 
-def run_workers(
-    port: int, workers: range, num_leases: int, key: str | None, warm: Event, stop: Event, results: Any
-) -> None:
+def run_workers(port: int, workers: range, num_leases: int, key: str, warm: Event, stop: Event, results: Any) -> None:
     results.put(uvloop.run(beat(port, workers, num_leases, key, warm, stop)))
 
 
@@ -168,7 +165,7 @@ class Asked:
     pairs_per_s: float
 
 
-async def ask(port: int, key: str | None, num_clients: int, seconds: float, pause_s: float) -> Asked:
+async def ask(port: int, key: str, num_clients: int, seconds: float, pause_s: float) -> Asked:
     """Acquire and release, again and again, by each of the clients."""
     loop = asyncio.get_running_loop()
     latencies: list[float] = []
@@ -204,10 +201,12 @@ class Row:
 
 
 class Controller:
-    def __init__(self, folder: Path, key: str | None) -> None:
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, folder: Path, key: str) -> None:
+        self._headers = {"Authorization": f"Bearer {key}"}
         self._log = folder / "controller.log"
         command = [sys.executable, "-m", "fastserve.controller", "--host", "127.0.0.1", "--port", "0"]
+        # The workers exist by name only.
+        command += ["--no-worker-probe", "--allowed-worker-networks", "any"]
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(command, stdout=log, stderr=log)
         self._process = psutil.Process(self._popen.pid)
@@ -243,7 +242,7 @@ class Controller:
         self._popen.wait()
 
 
-def measure(num_workers: int, num_leases: int, seconds: float, num_processes: int, key: str | None) -> Row:
+def measure(num_workers: int, num_leases: int, seconds: float, num_processes: int, key: str) -> Row:
     context = multiprocessing.get_context("spawn")
     warm, stop, results = context.Event(), context.Event(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -300,7 +299,8 @@ def main() -> None:
     args = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    key = os.environ.get("FASTSERVE_CLUSTER_KEY")
+    # The controllers inherit it.
+    key = os.environ.setdefault(ENV_CLUSTER_KEY, secrets.token_urlsafe(32))
     print("| workers | open leases | share of a core | acquire p50 / p99, ms | pairs/s | lost | kB a worker |")
     print("|---|---|---|---|---|---|---|")
     for num_leases in args.leases:

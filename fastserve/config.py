@@ -68,7 +68,40 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
-class ControllerConfig(ServerConfig):
+class AccessOptions:
+    """Who may call a service beside its clients: other services, administrators, and under which names."""
+
+    title: ClassVar[str] = "access"
+
+    cluster_key_file: str | None = option(
+        None,
+        "file with the cluster's keys, a KEY or OWNER KEY a line: the first is sent, all are accepted. Unset: "
+        "FASTSERVE_CLUSTER_KEY, or among services on localhost a key that the first of them makes for this user",
+        added=True,
+    )
+    insecure: bool = option(
+        False,
+        "neither ask other services for the cluster key nor send it: whoever reaches the port can use and change the "
+        "cluster. FastChat's programs need it",
+        added=True,
+    )
+    admin_key_file: str | None = option(
+        None,
+        "file with the keys, one a line, that open routes which change the service. Unset: FASTSERVE_ADMIN_KEY, or "
+        "such routes answer to this machine only",
+        added=True,
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "comma-separated names in Host headers that this service answers to, beside IP addresses, localhost and this "
+        "machine's name; .example.com stands for all below it, * for all",
+        parse=comma_list,
+        added=True,
+    )
+
+
+@dataclass(frozen=True)
+class ControllerConfig(AccessOptions, ServerConfig):
     """The controller: knows the workers and says which one takes the next request."""
 
     title: ClassVar[str] = "controller"
@@ -90,6 +123,21 @@ class ControllerConfig(ServerConfig):
     model_memory_s: float = limit(
         900.0, "seconds for which a model whose last worker has gone is answered with 503 in place of 404", minimum=0
     )
+    allowed_worker_networks: tuple[str, ...] = option(
+        ("local",),
+        "comma-separated networks that workers may be in, such as local,10.0.0.0/8: local is loopback and the subnets "
+        "of this machine, any is everywhere",
+        parse=comma_list,
+        added=True,
+    )
+    no_worker_probe: bool = option(
+        False,
+        "list workers without calling them first, for a controller that cannot reach them where the API servers can",
+        added=True,
+    )
+    max_worker_probes: int = limit(64, "workers that are called at once before they are listed")
+    worker_probe_timeout_s: float = limit(2.0, "seconds that a worker may take to answer such a call", minimum=0.01)
+    max_worker_status_bytes: int = limit(4 * 1024 * 1024, "longest status that is read from a worker")
 
     @property
     def requires_client_cert(self) -> bool:
@@ -97,14 +145,18 @@ class ControllerConfig(ServerConfig):
 
 
 @dataclass(frozen=True)
-class ApiServerConfig(ServerConfig):
+class ApiServerConfig(AccessOptions, ServerConfig):
     """The OpenAI-compatible API server."""
 
     title: ClassVar[str] = "API server"
 
     controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
     allow_credentials: bool = option(False, "CORS: allow credentials")
-    allowed_origins: tuple[str, ...] = option(("*",), "CORS: allowed origins, a JSON list", parse=json_list)
+    allowed_origins: tuple[str, ...] | None = option(
+        None,
+        "CORS: allowed origins, a JSON list. Unset: all, but without API keys on localhost only pages of this machine",
+        parse=json_list,
+    )
     allowed_methods: tuple[str, ...] = option(("*",), "CORS: allowed methods, a JSON list", parse=json_list)
     allowed_headers: tuple[str, ...] = option(("*",), "CORS: allowed headers, a JSON list", parse=json_list)
     api_keys: tuple[str, ...] | None = option(
@@ -114,7 +166,12 @@ class ApiServerConfig(ServerConfig):
         parse=comma_list,
         env="FASTSERVE_API_KEYS",
     )
-    api_keys_file: str | None = option(None, "file with one API key a line", added=True)
+    api_keys_file: str | None = option(
+        None,
+        "file with one API key a line; `KEY priority` marks one whose requests may go before others. It is read again "
+        "when it changes",
+        added=True,
+    )
     worker_timeout_s: float = option(
         100.0,
         "longest silence of a worker, in seconds, before a request to it is given up",
@@ -222,7 +279,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
+class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     """The model worker: loads one model and generates."""
 
     title: ClassVar[str] = "worker"
@@ -269,7 +326,13 @@ class WorkerConfig(EngineOptions, ModelConfig, ServerConfig):
     )
     template_timeout_s: float = limit(10.0, "longest time in which a chat template may render", minimum=0.1)
     stream_interval: int = option(2, "tokens between two chunks of a stream (the first token is sent at once)")
-    no_register: bool = option(False, "do not register with a controller")
+    no_register: bool = option(False, "do not register with a controller: a server of its own, with API keys if set")
+    api_keys: tuple[str, ...] | None = same_option(
+        ApiServerConfig, "api_keys", added=True, help="with --no-register: as for the API server"
+    )
+    api_keys_file: str | None = same_option(
+        ApiServerConfig, "api_keys_file", help="with --no-register: as for the API server"
+    )
     seed: int | None = option(None, "seed of requests that bring none")
     debug: bool = option(False, "print the model")
     profile_steps: int = option(
@@ -357,7 +420,7 @@ SERVICE_OPTIONS = tuple(
 
 @dataclass(frozen=True)
 @pass_on(ControllerConfig, ApiServerConfig, WorkerConfig, names=SERVICE_OPTIONS)
-class LauncherConfig(EngineOptions, ClassicLauncherFlags):
+class LauncherConfig(EngineOptions, AccessOptions, ClassicLauncherFlags):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
 
     title: ClassVar[str] = "launcher"

@@ -9,9 +9,12 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
+        ConflictError                 409  the name belongs to somebody else
         RequestTimeoutError           408  headers or body did not come in time
         BodyTooLargeError             413
         UnsupportedEncodingError      415  a compressed body
+        UnsupportedMediaTypeError     415
+        MisdirectedRequestError       421  the Host header names another server
         HeadersTooLargeError          431
         OverloadedError               429  the queue is full; carries Retry-After
       ServiceError                  the client cannot mend it (5xx); another worker may do better
@@ -21,7 +24,6 @@
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
         InvalidAnswerError            502  a worker's answer was none: no JSON, no event stream, another shape, too long
-        ShortageError                 503  this process is out of connections, memory or room for bodies
         LoopDetectedError             508  a request came back to an API server that had already passed it on
         ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
@@ -115,6 +117,11 @@ class ModelNotFoundError(RequestError):
     legacy_code = 40301
 
 
+class ConflictError(RequestError):
+    status = 409
+    code = "conflict"
+
+
 class BodyTooLargeError(RequestError):
     status = 413
     code = "request_too_large"
@@ -133,6 +140,16 @@ class UnsupportedEncodingError(RequestError):
 class HeadersTooLargeError(RequestError):
     status = 431
     code = "headers_too_large"
+
+
+class UnsupportedMediaTypeError(RequestError):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class MisdirectedRequestError(RequestError):
+    status = 421
+    code = "unknown_host"
 
 
 class OverloadedError(RequestError):

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastserve.access.cluster_key import ENV_CLUSTER_KEY, find_or_make, make_keys, read_key_file
 from fastserve.config import LauncherConfig
 from fastserve.control import dispatch
 from fastserve.errors import StartupError
@@ -62,7 +63,16 @@ def _prepare(
     running = find_services()
     check(config, items, running, log_dir)
     is_second = any(service.mark.log_dir == str(log_dir) for service in running)
-    services = plan(config, items, environ, package=package, log_dir=log_dir, is_second=is_second)
+    cluster_environ, controller_headers = _cluster_access(config, environ)
+    services = plan(
+        config,
+        items,
+        environ,
+        package=package,
+        log_dir=log_dir,
+        is_second=is_second,
+        cluster_environ=cluster_environ,
+    )
     own_log = log_path(log_dir, "launcher.log", config.server_port, is_second=is_second)
     for log in (own_log, *(spec.log for spec in services.services)):
         try:
@@ -75,7 +85,7 @@ def _prepare(
         server_port=config.server_port,
         services=services,
         num_registered=sum(not worker_config(config, item).no_register for item in items),
-        controller_headers={},
+        controller_headers=controller_headers,
         client_certificate=certificate_paths(common_config(config), environ),
         wait_timeout_s=config.wait_timeout_s,
         restart=config.restart,
@@ -83,6 +93,22 @@ def _prepare(
         log_keep=config.log_keep,
     )
     return order, Path(own_log)
+
+
+def _cluster_access(config: LauncherConfig, environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The cluster key for the environment of all services, and the headers of requests to the controller.
+
+    Makes the user's key where there is none. Raises StartupError.
+    """
+    if config.insecure:
+        return {}, {}
+    if config.cluster_key_file is not None:
+        return {}, read_key_file(config.cluster_key_file).authorization()
+    given = environ.get(ENV_CLUSTER_KEY, "")
+    if given.strip():
+        return {}, make_keys(given.split(","), ENV_CLUSTER_KEY).authorization()
+    keys = find_or_make(environ)
+    return {ENV_CLUSTER_KEY: keys.current}, keys.authorization()
 
 
 def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> None:

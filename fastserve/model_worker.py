@@ -10,6 +10,9 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from fastserve.access.admin import ENV_ADMIN_KEY
+from fastserve.access.api_keys import ENV_API_KEYS
+from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine
 from fastserve.engine.devices import read_gpu_memory
@@ -55,6 +58,9 @@ def _serve(config: WorkerConfig) -> None:
             end_process=lambda: signal.raise_signal(signal.SIGINT),
         )
     )
+    for variable in (ENV_CLUSTER_KEY, ENV_ADMIN_KEY, ENV_API_KEYS):
+        # They have been read, and the engine's process would inherit them.
+        os.environ.pop(variable, None)
     serve(worker.app, config, sockets, before_shutdown=worker.goodbye, wait_ready=worker.wait_loaded)
     if worker.failure is not None:
         raise worker.failure

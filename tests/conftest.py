@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fastserve.access.cluster_key import ENV_CLUSTER_KEY
+from tests.keys import CLUSTER_KEY
+
+# Services that tests start inherit it: no test finds or makes the key of the user who runs them.
+os.environ[ENV_CLUSTER_KEY] = CLUSTER_KEY
+
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels are interpreted. Its library looks at this when it is imported, and never again.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastserve.serving import direct
 from fastserve.serving.direct import DirectProtocol, offer_direct_answers
 from tests.gateway.cluster import until
+from tests.keys import UNGUARDED
 
 Answer = tuple[int, bytes]
 
@@ -95,7 +96,7 @@ class Connection:
 
 
 def post(body: bytes, *headers: bytes, path: bytes = b"/beat", method: bytes = b"POST") -> bytes:
-    lines = [method + b" " + path + b" HTTP/1.1", b"Host: x", *headers, b"Content-Length: %d" % len(body)]
+    lines = [method + b" " + path + b" HTTP/1.1", b"Host: localhost", *headers, b"Content-Length: %d" % len(body)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
@@ -127,10 +128,10 @@ async def test_the_first_takes_the_usual_way_and_the_like_are_answered_directly(
         post(b"2", path=b"/other"),
         post(b"2", b"Authorization: Bearer else"),
         post(b"2", b"Origin: http://evil"),
-        post(b"2").replace(b"Host: x", b"Host: y"),
+        post(b"2").replace(b"Host: localhost", b"Host: y"),
         post(b"2", method=b"PUT"),
         post(b"2").replace(b"Content-Length: 1", b"Content-Length: 1\r\nX-More: 1"),
-        b"POST /beat HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n2\r\n0\r\n\r\n",
+        b"POST /beat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n2\r\n0\r\n\r\n",
     ],
 )
 async def test_a_request_with_another_head_takes_the_usual_way(
@@ -221,13 +222,15 @@ async def test_the_controllers_messages_are_answered_directly_and_alike() -> Non
     from fastserve.config import ControllerConfig
     from fastserve.control.app import create_app
 
-    app = create_app(ControllerConfig())
+    app = create_app(ControllerConfig(**UNGUARDED))
     async with app.router.lifespan_context(app), serve(app) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         connection = Connection(reader, writer)
 
         async def ask(path: str, **message: Any) -> tuple[int, Any]:
-            status, body = await connection.ask(post(json.dumps(message).encode(), path=path.encode()))
+            status, body = await connection.ask(
+                post(json.dumps(message).encode(), b"Content-Type: application/json", path=path.encode())
+            )
             return status, json.loads(body)
 
         status = {"model_names": ["m"], "heartbeat_interval_s": 60.0}
@@ -243,7 +246,7 @@ async def test_the_controllers_messages_are_answered_directly_and_alike() -> Non
         assert (code, "'lease'" in error["error"]["message"]) == (400, True)
         for _ in range(2):
             assert await ask("/release", leases=["l1"]) == (200, None)
-        await connection.send(b"GET /workers HTTP/1.1\r\nHost: x\r\n\r\n")
+        await connection.send(b"GET /workers HTTP/1.1\r\nHost: localhost\r\n\r\n")
         _, body = await connection.answer()
         assert [row["in_flight"] for row in json.loads(body)["workers"]] == [4]
         writer.close()

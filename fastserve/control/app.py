@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 
 from fastserve import __version__
+from fastserve.access.addresses import parse_networks
+from fastserve.access.key_files import reloading
+from fastserve.access.resolving import NetworkResolver
+from fastserve.access.service import guard_cluster_service, load_access
 from fastserve.config import ControllerConfig
+from fastserve.control.admission import WorkerAdmission
 from fastserve.control.clock import RunningClock
 from fastserve.control.endpoint import DirectRoutes
 from fastserve.control.metrics import ControlMetrics
@@ -22,11 +28,16 @@ from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.tls import client_ssl_context
 
 
-def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.monotonic) -> FastAPI:
-    """Raises StartupError when the dispatch method does not exist or a file for TLS cannot be read.
-
-    `clock` gives monotonic seconds.
+def create_app(
+    config: ControllerConfig,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    environ: Mapping[str, str] = os.environ,
+) -> FastAPI:
+    """Raises StartupError when the dispatch method does not exist, there is no cluster key, or a file for TLS cannot be
+    read. `clock` gives monotonic seconds, `environ` the keys.
     """
+    access = load_access(config, environ, host=config.host, cluster_hosts=[config.host])
     running_clock = RunningClock(clock)
     registry = WorkerRegistry(
         dispatch_method=config.dispatch_method,
@@ -40,15 +51,28 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
         clock=running_clock,
         rng=random.Random(),
     )
-    client = WorkerClient(client_ssl_context(config))
+    resolver = NetworkResolver(parse_networks(config.allowed_worker_networks))
+    client = WorkerClient(access.cluster_keys, resolver, config.max_worker_status_bytes, client_ssl_context(config))
+
+    async def probe(address: str) -> None:
+        await client.probe(address, config.worker_probe_timeout_s)
+
+    admission = WorkerAdmission(
+        resolver.check, None if config.no_worker_probe else probe, registry.knows, config.max_worker_probes
+    )
     metrics = ControlMetrics()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with client, running_clock.ticking():
+        async with (
+            reloading(access.cluster_keys, access.admin_keys),
+            client,
+            admission,
+            running_clock.ticking(),
+        ):
             yield
 
-    endpoints = message_endpoints(registry, client, metrics)
+    endpoints = message_endpoints(registry, admission, client, metrics)
     # The router has them too: it answers other methods than POST.
     routes: list[BaseRoute] = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
     routes += [*fastserve_routes(registry, metrics), *fastchat_routes(registry, client)]
@@ -56,4 +80,5 @@ def create_app(config: ControllerConfig, *, clock: Callable[[], float] = time.mo
     install_error_handlers(app)
     # The first one added is the innermost: all checks of requests come before it.
     app.add_middleware(DirectRoutes, endpoints=endpoints)
+    guard_cluster_service(app, access, metrics.registry)
     return app

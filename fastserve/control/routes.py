@@ -13,6 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from fastserve.access.addresses import parse_worker_address
+from fastserve.control.admission import WorkerAdmission
 from fastserve.control.endpoint import MessageEndpoint
 from fastserve.control.fastchat_relay import relay
 from fastserve.control.metrics import ControlMetrics
@@ -32,7 +34,6 @@ from fastserve.protocol import (
     ServingRequest,
     ServingResponse,
     WorkerName,
-    WorkerStatus,
 )
 from fastserve.serving.messages import parse_message
 from fastserve.serving.responses import StreamResponse
@@ -62,31 +63,48 @@ VITAL_PATHS = frozenset(
 
 
 def message_endpoints(
-    registry: WorkerRegistry, client: WorkerClient, metrics: ControlMetrics
+    registry: WorkerRegistry, admission: WorkerAdmission, client: WorkerClient, metrics: ControlMetrics
 ) -> dict[str, MessageEndpoint[Any]]:
     """The endpoints that take a message and answer with another, by path."""
 
-    def register_worker(body: RegisterRequest, _: Scope) -> bytes | None:
-        if body.worker_status is None:
-            return None
-        return register(body, body.worker_status)
+    def wait(_: RegisterRequest, __: Scope) -> None:
+        """No registration is answered at once: the worker is called."""
 
-    async def ask_and_register(body: RegisterRequest, _: Scope) -> bytes:
+    async def register_worker(body: RegisterRequest, scope: Scope) -> bytes:
+        owner: str = scope["state"]["owner"]
         try:
-            return register(body, await client.get_status(body.worker_name))
+            await register(body, owner)
         except (WorkerLostError, WorkerTimeoutError) as error:
-            name = printable(body.worker_name)
-            logger.warning("Worker %s is not registered: %s", name, printable(error.message))
-            return NULL
-
-    def register(body: RegisterRequest, status: WorkerStatus) -> bytes:
-        if body.multimodal:
-            status = status.model_copy(update={"multimodal": True})
-        registry.register(body.worker_name, body.check_heart_beat, status)
+            logger.warning("Worker %s is not registered yet: %s", printable(body.worker_name), printable(error.message))
+            admission.retry_later(body.worker_name, lambda: register(body, owner))
         return NULL
 
-    def receive_heart_beat(body: HeartbeatRequest, _: Scope) -> bytes:
-        return EXISTS if registry.heartbeat(body.worker_name, body.queue_length, body.status) else EXISTS_NOT
+    async def register(body: RegisterRequest, owner: str) -> None:
+        status = body.worker_status
+        if status is None:
+            # Nothing but the address is known yet, and the address is called: it is checked first.
+            status = await client.get_status(await admission.admit(body.worker_name, owner, ()))
+        address = await admission.admit(body.worker_name, owner, status.model_names, is_ready=status.ready)
+        if body.multimodal:
+            status = status.model_copy(update={"multimodal": True})
+        registry.register(address, body.check_heart_beat, status)
+
+    def receive_heart_beat(body: HeartbeatRequest, scope: Scope) -> bytes | None:
+        status, owner = body.status, scope["state"]["owner"]
+        if status is None:
+            address = admission.address_of(body.worker_name, owner)
+        else:
+            known = admission.find(body.worker_name, owner, status.model_names, is_ready=status.ready)
+            if known is None:
+                return None
+            address = known
+        return EXISTS if registry.heartbeat(address, body.queue_length, status) else EXISTS_NOT
+
+    async def admit_and_receive(body: HeartbeatRequest, scope: Scope) -> bytes:
+        status, owner = body.status, scope["state"]["owner"]
+        names, is_ready = ((), True) if status is None else (status.model_names, status.ready)
+        address = await admission.admit(body.worker_name, owner, names, is_ready=is_ready)
+        return EXISTS if registry.heartbeat(address, body.queue_length, status) else EXISTS_NOT
 
     def get_worker_address(body: ModelRequest, _: Scope) -> bytes:
         return _json(AddressResponse(address=registry.get_worker_address(body.model)))
@@ -103,16 +121,16 @@ def message_endpoints(
         return _json(ServingResponse(leases=registry.serving(body.leases)))
 
     def report_failure(body: WorkerName, _: Scope) -> bytes:
-        registry.report_failure(body.worker_name)
+        registry.report_failure(str(parse_worker_address(body.worker_name)))
         return NULL
 
-    def deregister_worker(body: WorkerName, _: Scope) -> bytes:
-        registry.deregister(body.worker_name)
+    def deregister_worker(body: WorkerName, scope: Scope) -> bytes:
+        registry.deregister(admission.address_of(body.worker_name, scope["state"]["owner"]))
         return NULL
 
     return {
-        "/register_worker": MessageEndpoint(RegisterRequest, metrics, register_worker, ask_and_register),
-        "/receive_heart_beat": MessageEndpoint(HeartbeatRequest, metrics, receive_heart_beat),
+        "/register_worker": MessageEndpoint(RegisterRequest, metrics, wait, register_worker),
+        "/receive_heart_beat": MessageEndpoint(HeartbeatRequest, metrics, receive_heart_beat, admit_and_receive),
         "/get_worker_address": MessageEndpoint(ModelRequest, metrics, get_worker_address),
         "/acquire": MessageEndpoint(AcquireRequest, metrics, acquire),
         "/release": MessageEndpoint(ReleaseRequest, metrics, release),

@@ -9,6 +9,10 @@ from types import TracebackType
 import aiohttp
 from pydantic import ValidationError
 
+from fastserve.access.cluster_key import ClusterKeys
+from fastserve.access.key_files import Reloadable
+from fastserve.access.outgoing import read_bounded, send_cluster_key
+from fastserve.access.resolving import NetworkResolver
 from fastserve.errors import WorkerLostError, WorkerTimeoutError
 from fastserve.protocol import LEASE_HEADER, WorkerStatus
 
@@ -22,16 +26,32 @@ class WorkerUnreachableError(WorkerLostError):
 
 
 class WorkerClient:
-    """Open it (`async with`) before use; it holds the connections to the workers."""
+    """Open it (`async with`) before use; it holds the connections to the workers.
+
+    It follows no redirects, and resolves names by `resolver` at each new connection.
+    """
 
     _session: aiohttp.ClientSession
 
-    def __init__(self, ssl_context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        keys: Reloadable[ClusterKeys | None],
+        resolver: NetworkResolver,
+        max_status_bytes: int,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
         """`ssl_context` is for `https` addresses; None verifies them with the system's authorities."""
+        self._keys = keys
+        self._resolver = resolver
+        self._max_status_bytes = max_status_bytes
         self._ssl_context = ssl_context
 
     async def __aenter__(self) -> WorkerClient:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl_context or True))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, resolver=self._resolver, ssl=self._ssl_context or True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[send_cluster_key(self._keys)],
+        )
         return self
 
     async def __aexit__(
@@ -39,16 +59,33 @@ class WorkerClient:
     ) -> None:
         await self._session.close()
 
-    async def get_status(self, address: str) -> WorkerStatus:
+    async def probe(self, address: str, timeout_s: float) -> None:
+        """Return when a worker answers: `/health` with 200, or FastChat's `/worker_get_status`. Raises like
+        `get_status`.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.get(f"{address}/health", timeout=timeout, allow_redirects=False) as response:
+                if response.status == 200:
+                    return
+        except TimeoutError as error:
+            raise WorkerTimeoutError(f"{address} did not answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
+        await self.get_status(address, timeout_s)
+
+    async def get_status(self, address: str, timeout_s: float | None = None) -> WorkerStatus:
         """Raises WorkerUnreachableError; WorkerTimeoutError when the worker is busy; WorkerLostError when it answers,
         but not with a status.
         """
-        timeout = aiohttp.ClientTimeout(total=STATUS_TIMEOUT_S)
+        timeout_s = STATUS_TIMEOUT_S if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        url = f"{address}/worker_get_status"
         try:
-            async with self._session.post(f"{address}/worker_get_status", timeout=timeout) as response:
-                body = await response.read()
+            async with self._session.post(url, timeout=timeout, allow_redirects=False) as response:
+                body = await read_bounded(response, self._max_status_bytes)
         except TimeoutError as error:
-            raise WorkerTimeoutError(f"{address} did not tell its status within {STATUS_TIMEOUT_S:g} s") from error
+            raise WorkerTimeoutError(f"{address} did not send its status within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
         try:
@@ -62,7 +99,9 @@ class WorkerClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=GENERATE_SILENCE_S, sock_connect=STATUS_TIMEOUT_S)
         url = f"{address}/worker_generate_stream"
         try:
-            async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
+            async with self._session.post(
+                url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 if response.status != 200:
                     raise WorkerLostError(f"{address} answered with HTTP {response.status}")
                 async for piece in response.content.iter_any():

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
-from fastserve.errors import InvalidAnswerError, ShortageError
+from fastserve.errors import InvalidAnswerError, PermissionDeniedError, ShortageError
 from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
 
@@ -155,7 +155,9 @@ def check_answer(status: int, body: bytes, retry_after: str | None) -> Answer:
         return Answer(status, body)
     if parsed.error is None:
         raise InvalidAnswerError(f"The worker answered with status {status} and no error object.")
-    if status in (401, 403, 407, 421):
+    # A 403 for the client says that its key has not some right.
+    is_for_client = status == 403 and parsed.error.code == PermissionDeniedError.code
+    if status in (401, 403, 407, 421) and not is_for_client:
         raise InvalidAnswerError(f"The worker did not accept this API server (status {status}).")
     if retry_after is not None and not DIGITS.fullmatch(retry_after):
         retry_after = None

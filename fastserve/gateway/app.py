@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,11 +16,14 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from fastserve import __version__
+from fastserve.access.api_keys import load_api_keys
+from fastserve.access.hosts import LOOPBACK_ORIGINS, host_of
+from fastserve.access.key_files import reloading
+from fastserve.access.service import guard_client_service, load_access
 from fastserve.config import ApiServerConfig
 from fastserve.errors import StartupError
 from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, Call
-from fastserve.gateway.auth import ApiKeyMiddleware, load_keys
 from fastserve.gateway.context import RequestContextMiddleware, name_failures
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.hops import LoopGuardMiddleware
@@ -39,12 +43,18 @@ from fastserve.serving.tls import client_ssl_context, serves_tls
 logger = logging.getLogger(__name__)
 
 
-def create_app(config: ApiServerConfig) -> FastAPI:
-    """Raises StartupError when the API keys or a file for TLS cannot be read, or the controller's address is the
-    server's own.
+def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.environ) -> FastAPI:
+    """Raises StartupError when keys are missing, keys or a file for TLS cannot be read, or the controller's address is
+    the server's own.
+
+    `environ` gives the cluster's keys and the administrators'.
     """
     _check_controller_address(config)
-    keys = load_keys(config)
+    keys = load_api_keys(config.api_keys, config.api_keys_file)
+    access = load_access(config, environ, host=config.host, cluster_hosts=[host_of(config.controller_address)])
+    own_origins_only = config.allowed_origins is None and access.checks_pages and not keys.value
+    if not keys.value and not access.is_on_loopback:
+        logger.warning("Whoever reaches %s:%d can use the models: set API keys.", config.host, config.port)
     ssl_context = client_ssl_context(config)
     registry = CollectorRegistry()
     metrics = GatewayMetrics(registry)
@@ -52,14 +62,15 @@ def create_app(config: ApiServerConfig) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with (
-            open_session(ssl_context) as session,
+            reloading(keys, access.cluster_keys, access.admin_keys),
+            open_session(access.cluster_keys, ssl_context) as session,
             open_dispatcher(session, config.controller_address, metrics.bad_table_rows.inc) as dispatcher,
         ):
             relay = _make_relay(config, session, dispatcher, metrics)
             logger.info(
                 "OpenAI-compatible API: point clients to base_url %s/v1 (%s); controller %s",
                 advertised_address(config.host, config.port, ssl=serves_tls(config)),
-                "an API key is needed" if keys else "no API key is needed",
+                "an API key is needed" if keys.value else "no API key is needed",
                 config.controller_address,
             )
             yield {"gateway": Gateway(dispatcher, relay, metrics, registry, int(time.time()))}
@@ -70,10 +81,11 @@ def create_app(config: ApiServerConfig) -> FastAPI:
     app.include_router(router)
     install_api_docs(app)
     # The last one added is the outermost: CORS answers preflights, which carry no key, before keys are asked for.
-    app.add_middleware(ApiKeyMiddleware, keys=keys)
+    guard_client_service(app, access, registry, keys, own_origins_only=own_origins_only, json_only=False)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=config.allowed_origins,
+        allow_origins=() if own_origins_only else config.allowed_origins or ("*",),
+        allow_origin_regex=LOOPBACK_ORIGINS if own_origins_only else None,
         allow_credentials=config.allow_credentials,
         allow_methods=config.allowed_methods,
         allow_headers=config.allowed_headers,

@@ -24,7 +24,7 @@ from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.events import EventStream
 from fastserve.gateway.upstream import ConnectionUse
-from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, REQUEST_ID_HEADER
+from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER
 from fastserve.serving.shortage import is_own_shortage
 
 CONNECT_TIMEOUT_S = 3.0
@@ -55,6 +55,8 @@ class Call:
     """Value of HOPS_HEADER for the worker."""
     started_at: float
     """On the relay's clock."""
+    may_prioritise: bool = False
+    """Whether the client's key may put the request before others."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ class AttemptRunner:
             REQUEST_ID_HEADER: call.request_id,
             HOPS_HEADER: call.hops,
         }
+        if call.may_prioritise:
+            headers[MAY_PRIORITISE_HEADER] = "1"
         lost: aiohttp.ClientError | None = None
         while True:
             use = ConnectionUse()

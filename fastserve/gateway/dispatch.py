@@ -23,6 +23,7 @@ from typing import Literal, TypeVar
 import aiohttp
 from pydantic import BaseModel, ValidationError
 
+from fastserve.access.addresses import is_worker_address
 from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, ShortageError
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
@@ -186,7 +187,9 @@ class Dispatcher:
         except ControllerAwayError as error:
             self._note_away(error)
             return
-        self._table.update(table, self._in_flight)
+        # Requests are sent nowhere else, whatever the controller says.
+        proper = [row for row in table.workers if is_worker_address(row.address)]
+        self._table.update(table.model_copy(update={"workers": proper}), self._in_flight)
         self._known_models.note(self._table.model_names())
         if any(not self._table.is_listed(address) for address in self._watchers):
             self._has_missing.set()
@@ -243,7 +246,7 @@ class Dispatcher:
                 answer = _parse(AcquireResponse, await self._post("/acquire", asked))
             except ControllerAwayError as error:
                 self._note_away(error)
-        if answer is not None and answer.address and answer.address not in exclude:
+        if answer is not None and answer.address not in exclude and is_worker_address(answer.address):
             self._known_models.note([model])
             return answer.address
         # No controller, or one that knows no worker: perhaps it has just been restarted, and our table knows better.
@@ -313,6 +316,8 @@ class Dispatcher:
                 allow_redirects=False,
             ) as response:
                 content = await response.read()
+                if response.status == 401:
+                    raise ControllerAwayError("it has another cluster key: FASTSERVE_CLUSTER_KEY, --cluster-key-file")
                 if response.status in (429, 503):
                     raise ControllerBusyError(f"{path} answered with status {response.status}")
                 if response.status != 200:

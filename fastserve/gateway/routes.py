@@ -61,7 +61,17 @@ class GenerationEndpoint:
         except ClientDisconnect:
             return
         model, stream = peek(body)
-        call = Call(self._path, body, model, stream, request.state.request_id, next_hops(request), started_at)
+        state = request.state
+        call = Call(
+            self._path,
+            body,
+            model,
+            stream,
+            state.request_id,
+            next_hops(request),
+            started_at,
+            may_prioritise=state.may_prioritise,
+        )
         with gateway.metrics.in_flight.track_inprogress():
             await run_until_disconnect(request, gateway.relay.forward(call, send))
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import aiohttp
 
+from fastserve.access.cluster_key import ClusterKeys
+from fastserve.access.key_files import Reloadable
+from fastserve.access.outgoing import send_cluster_key
+
 
 class ConnectionUse:
     """Given to a request as `trace_request_ctx`, it learns whether the request went over a pooled connection.
@@ -21,8 +25,10 @@ class ConnectionUse:
         self.reused = False
 
 
-def open_session(ssl_context: ssl.SSLContext | None = None) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
-    """One session for all: no limit of connections, no cookies, bodies as they are on the wire.
+def open_session(
+    keys: Reloadable[ClusterKeys | None], ssl_context: ssl.SSLContext | None = None
+) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
+    """One session for all: it sends the cluster key, limits no connections, and leaves bodies as they are.
 
     `ssl_context` is for `https` addresses; None verifies them with the system's authorities.
     """
@@ -33,7 +39,7 @@ def open_session(ssl_context: ssl.SSLContext | None = None) -> AbstractAsyncCont
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
-        trace_configs=[trace],
+        trace_configs=[trace, send_cluster_key(keys)],
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from fastserve import __version__
+from fastserve.access.api_keys import load_api_keys
+from fastserve.access.hosts import host_of
+from fastserve.access.key_files import reloading
+from fastserve.access.service import guard_client_service, guard_cluster_service, load_access
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine, EngineInfo
 from fastserve.errors import StartupError
@@ -61,6 +66,8 @@ class WorkerSetup:
     """Called when the model cannot be loaded, the engine has been given up, or another task that the worker cannot
     live without has failed."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    """Where the cluster's and the administrators' keys may stand."""
 
 
 class Worker:
@@ -71,9 +78,10 @@ class Worker:
     """
 
     def __init__(self, setup: WorkerSetup) -> None:
-        """Raises StartupError when the worker's names cannot be announced."""
+        """Raises StartupError when keys are missing or cannot be read, or the worker's names cannot be announced."""
         self._setup = setup
         self._metrics = WorkerMetrics()
+        self._load_keys()
         self._heartbeat = None if setup.config.no_register else self._make_heartbeat()
         self._loaded = asyncio.Event()
         self.failure: StartupError | None = None
@@ -91,6 +99,33 @@ class Worker:
         self.app.add_api_route("/health", _health, methods=["GET"])
         self.app.add_api_route("/ready", _ready, methods=["GET"])
         self.app.add_api_route("/metrics", _metrics, methods=["GET"])
+        self._guard()
+
+    def _load_keys(self) -> None:
+        setup, config = self._setup, self._setup.config
+        self._access = load_access(
+            config,
+            setup.environ,
+            host=config.host,
+            cluster_hosts=[config.host, host_of(config.controller_address)],
+            is_in_cluster=not config.no_register,
+            names=[host_of(setup.address)],
+        )
+        self._api_keys = load_api_keys(config.api_keys, config.api_keys_file)
+
+    def _guard(self) -> None:
+        """A worker of a cluster lets its other services in; a lone one is a server for clients."""
+        setup, config = self._setup, self._setup.config
+        if not config.no_register:
+            if self._api_keys.value:
+                logger.warning("API keys have no effect on a worker of a cluster, which asks for the cluster key.")
+            guard_cluster_service(self.app, self._access, self._metrics.registry)
+            return
+        if not self._api_keys.value and not self._access.is_on_loopback:
+            logger.warning("Whoever reaches %s can use the model: set API keys.", setup.address)
+        guard_client_service(
+            self.app, self._access, self._metrics.registry, self._api_keys, own_origins_only=True, json_only=True
+        )
 
     async def goodbye(self) -> None:
         if self._heartbeat is not None:
@@ -115,6 +150,9 @@ class Worker:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._setup.engine.close)
+            await stack.enter_async_context(
+                reloading(self._api_keys, self._access.cluster_keys, self._access.admin_keys)
+            )
             pool = PromptPool(self._setup.config.prompt_threads, self._setup.config.max_preparing)
             stack.callback(pool.close)
             tasks = [asyncio.create_task(self._vital("engine watch", self._load_and_look_after(pool)))]
@@ -209,6 +247,7 @@ class Worker:
             self._setup.address,
             config.heartbeat_interval_s,
             self.status,
+            self._access.cluster_keys,
             client_ssl_context(config),
         )
 

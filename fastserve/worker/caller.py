@@ -31,7 +31,7 @@ def caller_of(request: Request) -> Caller:
         # Leases are sent on with each heartbeat: one that the controller would refuse must not get into it.
         lease if lease is not None and _LEASE.fullmatch(lease) else None,
         time.monotonic(),
-        may_prioritise=True,
+        may_prioritise=request.state.may_prioritise,
     )
 
 

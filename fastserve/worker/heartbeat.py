@@ -9,6 +9,7 @@ again within one interval.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import ssl
 from collections.abc import Callable
@@ -16,12 +17,17 @@ from collections.abc import Callable
 import aiohttp
 from pydantic import BaseModel
 
+from fastserve.access.cluster_key import ClusterKeys
+from fastserve.access.key_files import Reloadable
+from fastserve.access.outgoing import read_bounded, send_cluster_key
 from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
 _BEAT_TIMEOUT_S = 5.0
 _GOODBYE_TIMEOUT_S = 2.0
+_MAX_ANSWER_BYTES = 64 * 1024
+_MAX_SHOWN_CHARS = 500
 
 
 class Heartbeat:
@@ -31,9 +37,11 @@ class Heartbeat:
         worker_address: str,
         interval_s: float,
         status: Callable[[], WorkerStatus],
+        keys: Reloadable[ClusterKeys | None],
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """`ssl_context` is for a controller with an `https` address; None verifies it with the system's authorities."""
+        self._keys = keys
         self._controller = controller_address.rstrip("/")
         self._worker = worker_address
         self._interval_s = interval_s
@@ -43,6 +51,7 @@ class Heartbeat:
         self._wake = asyncio.Event()
         self._silent = False
         self._failing = False
+        self._refusal: str | None = None
         self._known = False
         self._was_ready = False
 
@@ -75,12 +84,16 @@ class Heartbeat:
                 async with self._open_session(_GOODBYE_TIMEOUT_S) as session:
                     await self._post(session, "/deregister_worker", WorkerName(worker_name=self._worker))
                 logger.info("said goodbye to the controller")
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 logger.warning("could not say goodbye to the controller: %s", _cause(error))
 
     def _open_session(self, timeout_s: float) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(ssl=self._ssl_context or True)
-        return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout_s))
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._ssl_context or True),
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[send_cluster_key(self._keys)],
+        )
 
     async def _beat(self, session: aiohttp.ClientSession) -> None:
         status = self._status()
@@ -97,22 +110,39 @@ class Heartbeat:
                     RegisterRequest(worker_name=self._worker, check_heart_beat=True, worker_status=status),
                 )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            if not self._failing:
+            # Why it refuses is said also when it could not be reached before.
+            refusal = str(error) if isinstance(error, _RefusedError) else None
+            if not self._failing or refusal not in (None, self._refusal):
                 logger.warning("the controller %s cannot be reached: %s; trying on", self._controller, _cause(error))
             self._failing = True
+            self._refusal = refusal or self._refusal
             return
         if self._failing or not self._known or status.ready != self._was_ready:
             state = "registered" if status.ready else "announced (not ready yet)"
             logger.info("%s %s with the controller %s", state, self._worker, self._controller)
-        self._failing, self._known, self._was_ready = False, True, status.ready
+        self._failing, self._known, self._was_ready, self._refusal = False, True, status.ready, None
 
     async def _post(self, session: aiohttp.ClientSession, path: str, message: BaseModel) -> object:
         body = message.model_dump_json().encode()
         headers = {"Content-Type": "application/json"}
-        async with session.post(self._controller + path, data=body, headers=headers) as response:
-            response.raise_for_status()
-            answer: object = await response.json(content_type=None)
+        url = self._controller + path
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            content = await read_bounded(response, _MAX_ANSWER_BYTES)
+            if response.status != 200:
+                raise _RefusedError(response.status, content)
+            answer: object = json.loads(content)
             return answer
+
+
+class _RefusedError(ValueError):
+    """The controller answered with an error, which says what to do."""
+
+    def __init__(self, status: int, content: bytes) -> None:
+        try:
+            reason = str(json.loads(content)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            reason = "no reason was given"
+        super().__init__(f"status {status}: {reason[:_MAX_SHOWN_CHARS]!a}")
 
 
 def _cause(error: Exception) -> str:

@@ -19,17 +19,19 @@ from fastserve.control import worker_client
 from fastserve.control.app import create_app
 from fastserve.errors import StartupError
 from fastserve.protocol import LEASE_HEADER
+from tests.keys import UNGUARDED
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+JSON = {"content-type": "application/json"}
 FASTCHAT_STATUS = {"model_names": ["m"], "speed": 1, "queue_length": 0}
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(ControllerConfig())
+    app = create_app(ControllerConfig(**UNGUARDED))
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://controller") as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", headers=JSON) as client,
     ):
         yield client
 

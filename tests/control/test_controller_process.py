@@ -35,6 +35,8 @@ class Controller:
     def start(self) -> None:
         """Also after `kill`: on the same port then."""
         command = [sys.executable, "-m", "fastserve.controller", "--host", "127.0.0.1", "--port", str(self.port)]
+        # The workers of these tests exist by name only.
+        command += ["--insecure", "--no-worker-probe", "--allowed-worker-networks", "any"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         found = wait_for(lambda: re.search(r"Uvicorn running on (http://\S+:(\d+))", self._log.read_text()))
@@ -77,7 +79,7 @@ class HeartbeatSender:
         with httpx.Client() as client:
             while not self._stop.wait(self._interval_s):
                 try:
-                    client.post(self._url, content=self._body)
+                    client.post(self._url, content=self._body, headers={"content-type": "application/json"})
                 except httpx.TransportError:
                     continue  # the controller is away; the next heartbeat tells all
 

@@ -21,18 +21,21 @@ from fastserve.protocol import (
     MAX_NAME_CHARS,
     MAX_RELEASES,
 )
+from tests.keys import UNGUARDED
 
 ADDRESS = "http://w:1"
+JSON = {"content-type": "application/json"}
 STATUS = {"model_names": ["m"], "heartbeat_interval_s": 60.0, "tokens_per_s": 10.0}
 BEAT: dict[str, Any] = {"worker_name": ADDRESS, "queue_length": 0}
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(ControllerConfig(max_workers=3, max_model_names=5, max_leases=4, model_memory_s=60.0))
+    bounds: dict[str, Any] = {"max_workers": 3, "max_model_names": 5, "max_leases": 4, "model_memory_s": 60.0}
+    app = create_app(ControllerConfig(**UNGUARDED, **bounds))
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://controller") as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", headers=JSON) as client,
     ):
         await client.post("/receive_heart_beat", json=BEAT | {"status": STATUS})
         yield client
@@ -44,7 +47,7 @@ async def table(client: httpx.AsyncClient) -> list[dict[str, Any]]:
 
 
 async def refused(client: httpx.AsyncClient, path: str, body: str, field: str) -> str:
-    response = await client.post(path, content=body, headers={"content-type": "application/json"})
+    response = await client.post(path, content=body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert f"'{field}'" in error["message"]
@@ -176,8 +179,10 @@ async def test_names_in_the_log_are_escaped_and_shortened(
 ) -> None:
     caplog.set_level(logging.INFO)
     # Characters that are no controls, and still must not steer a terminal or fill a disk.
-    names = ["long" * 100, "back\\slash", "private\ue000"]
-    body = {"worker_name": "http://odd\ue000:1", "queue_length": 0, "status": STATUS | {"model_names": names}}
+    names = ["private\ue000", "back\\slash", "long" * 100]
+    body = {"worker_name": ADDRESS, "queue_length": 0, "status": STATUS | {"model_names": names}}
+    await client.post("/deregister_worker", json={"worker_name": ADDRESS})
+    caplog.clear()
     assert (await client.post("/receive_heart_beat", json=body)).status_code == 200
     await client.post("/deregister_worker", json={"worker_name": body["worker_name"]})
     lines = [record.getMessage() for record in caplog.records if record.name == "fastserve.control.registry"]

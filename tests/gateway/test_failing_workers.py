@@ -36,6 +36,7 @@ from tests.gateway.cluster import (
     until,
 )
 from tests.gateway.test_gateway_relay import STREAM, ask, error_event
+from tests.keys import UNGUARDED
 
 BROKEN = {"error": {"message": "broken", "type": "internal_error", "param": None, "code": "internal_error"}}
 WRONG = {"error": {"message": "wrong", "type": "invalid_request_error", "param": "n", "code": "invalid_value"}}
@@ -280,7 +281,7 @@ async def test_a_client_that_leaves_says_nothing_about_the_worker(cluster: Clust
 async def real_trio(*scripts: Script) -> AsyncIterator[tuple[Callable[[Any], Awaitable[int]], list[StubWorker]]]:
     """A controller and an API server with these workers, which send heartbeats; gives what asks a question."""
     async with AsyncExitStack() as stack:
-        controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig())))
+        controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig(**UNGUARDED))))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         workers = []
         for script in scripts:

@@ -18,10 +18,10 @@ import pytest
 from starlette.requests import Request
 from starlette.routing import Route
 
+from fastserve.access.api_keys import PUBLIC_PATHS
+from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import ApiServerConfig
-from fastserve.errors import StartupError
 from fastserve.gateway.app import create_app
-from fastserve.gateway.auth import PUBLIC_PATHS, load_keys
 from fastserve.gateway.routes import router
 from tests.gateway.cluster import (
     CHAT,
@@ -35,6 +35,7 @@ from tests.gateway.cluster import (
     start_cluster,
     stream,
 )
+from tests.keys import CLUSTER, CLUSTER_KEY
 
 
 def sdk(cluster: Cluster, key: str = "none") -> openai.AsyncOpenAI:
@@ -160,8 +161,9 @@ async def test_right_keys_open_and_wrong_ones_do_not(caplog: pytest.LogCaptureFi
                 assert response.headers["www-authenticate"] == "Bearer"
         async with cluster.post(headers={"Authorization": f"bearer  {KEYS[1]}"}) as response:
             assert response.status == 200
-        # The key is ours: workers never see it.
-        assert all("authorization" not in headers for _, headers, _ in cluster.workers[0].requests)
+        # The client's key stays here: workers see the cluster's.
+        sent = {headers["authorization"] for _, headers, _ in cluster.workers[0].requests}
+        assert sent == {CLUSTER["Authorization"]}
     assert "secret" not in caplog.text
 
 
@@ -178,21 +180,6 @@ async def test_cors_preflight_needs_no_key() -> None:
         asked["Origin"] = "http://b.example"
         async with cluster.http.options(cluster.url + "/v1/chat/completions", headers=asked) as response:
             assert response.status == 400
-
-
-def test_keys_come_from_flag_and_file_and_an_empty_source_ends_the_start(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# ours\n one \n\ntwo\none\n")
-    config = ApiServerConfig(api_keys=("zero", "one"), api_keys_file=str(path))
-    assert load_keys(config) == ("zero", "one", "two")
-    assert load_keys(ApiServerConfig()) == ()
-    path.write_text("\n# none\n")
-    with pytest.raises(StartupError, match="holds no key"):
-        load_keys(ApiServerConfig(api_keys_file=str(path)))
-    with pytest.raises(StartupError, match="holds no key"):
-        load_keys(ApiServerConfig(api_keys=()))
-    with pytest.raises(StartupError, match="cannot be read: No such file"):
-        load_keys(ApiServerConfig(api_keys_file=str(tmp_path / "absent")))
 
 
 # ---- models, ids, metrics ---------------------------------------------------------------------------------------
@@ -256,11 +243,12 @@ async def test_the_process_is_small_has_no_torch_and_ends_cleanly(tmp_path: Path
     await controller.start()
     keys = tmp_path / "keys"
     keys.write_text("sk-file-secret\n")
+    keys.chmod(0o600)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "fastserve.openai_api_server", "--port=0", "--host=127.0.0.1"),
         *(f"--controller-address={controller.address}", f"--api-keys-file={keys}"),
         stderr=asyncio.subprocess.PIPE,
-        env={"PATH": "", "FASTSERVE_API_KEYS": "sk-env-secret"},
+        env={"PATH": "", "FASTSERVE_API_KEYS": "sk-env-secret", ENV_CLUSTER_KEY: CLUSTER_KEY},
     )
     lines: list[str] = []
     try:

@@ -19,6 +19,7 @@ from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.table import MISSING_GRACE_S, SUSPECT_S, CachedTable
 from fastserve.protocol import HeartbeatRequest, RoutingTable, WorkerEntry, WorkerStatus
 from tests.gateway.cluster import CHAT, DONE, EVENTS, Cluster, StubWorker, answer_well, die, serve_app, stream, until
+from tests.keys import CLUSTER
 
 STREAM = {**CHAT, "stream": True}
 
@@ -218,9 +219,9 @@ async def test_an_unknown_model_is_404_and_a_known_one_without_workers_503(clust
 
 async def test_with_the_real_controller_leases_come_and_go_and_a_failed_worker_leaves() -> None:
     async with (
-        serve_app(create_controller(ControllerConfig())) as controller,
+        serve_app(create_controller(ControllerConfig(no_worker_probe=True))) as controller,
         serve_app(create_app(ApiServerConfig(controller_address=controller))) as url,
-        aiohttp.ClientSession() as http,
+        aiohttp.ClientSession(headers=CLUSTER) as http,
     ):
         worker = StubWorker(answer_well)
         await worker.start()
@@ -238,7 +239,7 @@ async def test_with_the_real_controller_leases_come_and_go_and_a_failed_worker_l
         assert await ask_once() == 404
         status = WorkerStatus(model_names=["demo"], heartbeat_interval_s=60.0)
         beat = HeartbeatRequest(worker_name=worker.address, queue_length=0, status=status)
-        async with http.post(controller + "/receive_heart_beat", data=beat.model_dump_json()) as response:
+        async with http.post(controller + "/receive_heart_beat", json=beat.model_dump()) as response:
             assert response.status == 200
         assert await ask_once() == 200
         worker.script = stream(b": alive\n\n", then="hang")

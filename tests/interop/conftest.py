@@ -29,6 +29,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
         def start_one(module: str, *arguments: str, **env: str) -> Service:
             command = [sys.executable, "-m", f"fastserve.{module}", "--host", "127.0.0.1", "--port", "0", *arguments]
+            # FastChat's programs know no cluster key.
+            command.append("--insecure")
             log = tmp_path_factory.mktemp(module) / f"{module}.log"
             return stack.enter_context(Service(command, log, {**os.environ, "OMP_NUM_THREADS": "1", **env}))
 

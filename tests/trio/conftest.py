@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import aiohttp
 import pytest
 
+from tests.keys import CLUSTER
+
 from . import questions
 from .clients import Client, Eyes
 from .processes import Trio
@@ -32,7 +34,8 @@ def trio(running_trio: Trio) -> Trio:
 @pytest.fixture
 async def http(trio: Trio) -> AsyncIterator[aiohttp.ClientSession]:
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=CLUSTER) as session:
         yield session
 
 

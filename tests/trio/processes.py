@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from fastserve.protocol import RoutingTable
+from tests.keys import CLUSTER
 
 START_TIMEOUT_S = 90.0
 """A worker imports torch and measures itself, which a busy machine may take long over."""
@@ -39,9 +40,9 @@ def is_running(pid: int) -> bool:
 
 
 def get(url: str) -> bytes | None:
-    """The body of a 200, None for anything else."""
+    """The body of a 200, None for anything else; the cluster key is sent along."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=CLUSTER), timeout=5) as response:
             return bytes(response.read())
     except OSError:
         return None

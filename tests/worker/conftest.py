@@ -122,6 +122,7 @@ def run_worker(model_dir: Path) -> RunWorker:
         if prepare is not None:
             prepare(options)
         settings.setdefault("no_register", True)
+        settings.setdefault("insecure", True)
         config = WorkerConfig(engine="fake", **settings)
         sockets = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
@@ -150,7 +151,8 @@ def run_worker(model_dir: Path) -> RunWorker:
         assert worker.failure is None, "the worker did not start"
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         try:
-            async with aiohttp.ClientSession() as http:
+            # Also bodies that are no JSON say that they are: others are refused before they are looked at.
+            async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as http:
                 yield Running(url, worker, engine, http, client, ended)
         finally:
             await client.close()

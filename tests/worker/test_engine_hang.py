@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from tests.keys import CLUSTER
 from tests.worker.conftest import MODEL, until
 from tests.worker.test_heartbeat import controller
 from tests.worker.test_model_worker_process import start
@@ -33,7 +34,7 @@ async def test_requests_fail_in_time_and_the_worker_returns(tmp_path: Path) -> N
             *("--controller-address", stub.url, "--heartbeat-interval-s", "0.05"),
             TMPDIR=str(too_long_for_a_socket),
         ) as worker,
-        aiohttp.ClientSession() as http,
+        aiohttp.ClientSession(headers=CLUSTER) as http,
     ):
         await until(lambda: bool(worker.address) and stub.known == {worker.address}, 60)
         (stopped,) = psutil.Process(worker.process.pid).children()

@@ -16,6 +16,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from tests.keys import CLUSTER
 from tests.worker.conftest import MODEL, until
 from tests.worker.test_heartbeat import controller
 
@@ -63,7 +64,7 @@ async def test_it_serves_registers_and_says_goodbye_on_sigterm() -> None:
     async with (
         controller() as stub,
         start("--controller-address", stub.url, "--heartbeat-interval-s", "0.05") as worker,
-        aiohttp.ClientSession() as http,
+        aiohttp.ClientSession(headers=CLUSTER) as http,
     ):
         await until(lambda: bool(worker.address), 20)
         await until(lambda: stub.known == {worker.address})
@@ -117,7 +118,7 @@ async def test_names_and_the_advertised_address(tmp_path: Path, model_dir: Path)
         start(
             *("--controller", stub.url, "--worker-address", "http://example.invalid:1", "--model-path", str(folder))
         ) as worker,
-        aiohttp.ClientSession() as http,
+        aiohttp.ClientSession(headers=CLUSTER) as http,
     ):
         await until(lambda: bool(worker.address), 20)
         await until(lambda: stub.known == {"http://example.invalid:1"})

@@ -1,0 +1,36 @@
+"""Bearer tokens: found in a request's headers, and compared without letting the time taken say anything about a key.
+
+Only SHA-256 digests of keys are kept, and a token's digest is compared with each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from typing import TypeVar
+
+KeyT = TypeVar("KeyT")
+
+
+def digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
+
+
+def find_key(token: bytes, known: Iterable[tuple[bytes, KeyT]]) -> KeyT | None:
+    """The second part of the pair whose first part is the token's digest. Every pair is compared."""
+    given = digest(token)
+    found: KeyT | None = None
+    for key_digest, key in known:
+        if hmac.compare_digest(given, key_digest):
+            found = key
+    return found
+
+
+def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The token of the only `Authorization: Bearer` header; None when there is none, or more than one."""
+    values = [value for name, value in headers if name == b"authorization"]
+    if len(values) != 1:
+        return None
+    scheme, _, token = values[0].partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else None

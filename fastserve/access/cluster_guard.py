@@ -1,0 +1,86 @@
+"""The guard of controller and workers: only who has the cluster key comes in, and no web page does.
+
+It stands before the router, so unknown routes and routes still to be written are guarded too. `/health` alone is open.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fastserve.access.admin import AdminCheck
+from fastserve.access.bearer import bearer_token
+from fastserve.access.cluster_key import DEFAULT_OWNER, ENV_CLUSTER_KEY, ClusterKeys
+from fastserve.access.hosts import HostCheck
+from fastserve.access.key_files import Reloadable
+from fastserve.access.refusals import RefusedKeys, refuse
+from fastserve.access.web import check_host, check_media_type, header_of
+from fastserve.errors import AuthenticationError, FastserveError, PermissionDeniedError
+from fastserve.protocol import MAY_PRIORITISE_HEADER
+
+_MAY_PRIORITISE = MAY_PRIORITISE_HEADER.encode()
+
+
+class ClusterGuard:
+    """Middleware. Leaves in the request's state the key's `owner`, `may_prioritise`, and what `require_admin` asks."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Reloadable[ClusterKeys | None],
+        admin: AdminCheck,
+        hosts: HostCheck,
+        refused: RefusedKeys,
+        everybody_may_prioritise: bool,
+    ) -> None:
+        """Without keys (--insecure) `everybody_may_prioritise` says whose requests may go before others."""
+        self._app = app
+        self._keys = keys
+        self._admin = admin
+        self._hosts = hosts
+        self._refused = refused
+        self._everybody_may_prioritise = everybody_may_prioritise
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_http = scope["type"] == "http"
+        if scope["type"] == "lifespan" or (
+            is_http and scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")
+        ):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(scope)
+        except FastserveError as error:
+            await refuse(error, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        check_host(self._hosts, headers)
+        if header_of(headers, b"origin") is not None:
+            raise PermissionDeniedError(
+                "Web pages may not call a service of the cluster (the request has an Origin header); the API server is "
+                "for clients.",
+                code="origin_not_allowed",
+            )
+        token = bearer_token(headers)
+        is_admin = self._admin.note(scope, token)
+        state, keys = scope["state"], self._keys.value
+        if keys is None:
+            state["owner"] = DEFAULT_OWNER
+            state["may_prioritise"] = self._everybody_may_prioritise
+        else:
+            owner = DEFAULT_OWNER if is_admin else None if token is None else keys.owner_of(token)
+            if owner is None:
+                self._refused.note(scope, has_key=token is not None)
+                raise AuthenticationError(
+                    f"{'Wrong' if token else 'No'} cluster key: controller, workers and API servers of a cluster share "
+                    f"one ({ENV_CLUSTER_KEY} or --cluster-key-file; services started by hand on one machine find the "
+                    "user's). Send it as the header 'Authorization: Bearer <key>'. Clients talk to the API server.",
+                    code="invalid_cluster_key",
+                )
+            state["owner"] = owner
+            state["may_prioritise"] = header_of(headers, _MAY_PRIORITISE) == b"1"
+        if scope["type"] == "http":
+            check_media_type(scope["method"], headers)

@@ -1,0 +1,88 @@
+"""Names and addresses of hosts: which are loopback, and which `Host` headers and origins a service answers to.
+
+A page of a foreign site reaches services on loopback through its visitor's browser. It cannot choose the `Host` header:
+after DNS rebinding that still names the site, so a service that answers to its own names only is out of reach. A page's
+`Origin` header says which site it came from.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+_HOST_HEADER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]/@?#\s]+)(?::\d{1,5})?")
+_MAX_HEADER_CHARS = 300
+_MAX_REMEMBERED = 64
+LOOPBACK_ORIGINS = r"https?://(localhost|[a-z0-9-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
+"""A regular expression of the origins that pages of this machine's own servers have."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host as a user writes it (`localhost`, `127.0.0.1`, `::1`, `[::1]`) is this machine only.
+
+    Names other than localhost are not looked up: they are taken to be reachable from outside.
+    """
+    host = host.strip("[]").lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host_of(url: str) -> str:
+    """Host of a URL, or "" when it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+class HostCheck:
+    """Which `Host` headers a service answers to: IP addresses, localhost, this machine's name, and `names`.
+
+    A name `.example.com` stands for every host below example.com, and `*` for every host.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        own = socket.gethostname().lower()
+        self._names = {name.lower().strip("[]").rstrip(".") for name in names if name} | {own, own.partition(".")[0]}
+        self._suffixes = tuple(name for name in self._names if name.startswith("."))
+        self._remembered: set[bytes] = set()
+
+    def allows(self, header: bytes | None) -> bool:
+        """None: the request has no Host header, which no browser sends."""
+        if header is None or header in self._remembered or "*" in self._names:
+            return True
+        if len(header) > _MAX_HEADER_CHARS or not self._is_known(header.decode("latin-1")):
+            return False
+        if len(self._remembered) < _MAX_REMEMBERED:
+            self._remembered.add(header)
+        return True
+
+    def _is_known(self, text: str) -> bool:
+        match = _HOST_HEADER.fullmatch(text)
+        if match is None:
+            return False
+        host = match["host"].strip("[]").lower().rstrip(".")
+        if is_loopback(host) or host in self._names or host.endswith(self._suffixes):
+            return True
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return True
+
+
+def is_own_origin(origin: bytes, host: bytes | None) -> bool:
+    """Whether a page came from a server of this machine's loopback, or from the very server that it now asks."""
+    text = origin.decode("latin-1").lower()
+    if len(text) > _MAX_HEADER_CHARS:
+        return False
+    if re.fullmatch(LOOPBACK_ORIGINS, text):
+        return True
+    return host is not None and text.partition("://")[2].encode("latin-1") == host.lower()

@@ -1,0 +1,68 @@
+"""Requests that are turned away: counted, logged at a bounded rate, and answered in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.types import Receive, Scope, Send
+
+from fastserve.errors import FastserveError
+from fastserve.observability.logging import Throttle
+from fastserve.observability.metrics import CollectorRegistry, Counter
+from fastserve.protocol import REQUEST_ID_HEADER
+from fastserve.serving.errors import error_response
+
+logger = logging.getLogger(__name__)
+
+MIN_LOG_INTERVAL_S = 1.0
+_REQUEST_ID = REQUEST_ID_HEADER.encode()
+_MAX_ID_CHARS = 128
+
+
+class RefusedKeys:
+    """Counts requests with a wrong key or none, and logs at most one of them a second. No part of a key is logged."""
+
+    def __init__(self, kind: str, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
+        """`kind`: `api` or `cluster`, which is part of the metric's name."""
+        self._kind = kind
+        self._counter = Counter(
+            f"fastserve_refused_{kind}_keys", f"Requests without a valid {kind} key.", registry=registry
+        )
+        self._throttle = Throttle(MIN_LOG_INTERVAL_S, clock)
+        self._num_unlogged = 0
+
+    def note(self, scope: Scope, *, has_key: bool) -> None:
+        self._counter.inc()
+        if not self._throttle.passes():
+            self._num_unlogged += 1
+            return
+        client = scope.get("client")
+        logger.warning(
+            "Refused a request with %s: from %s, %s%s",
+            f"a wrong {self._kind} key" if has_key else f"no {self._kind} key",
+            client[0] if client else "an unknown address",
+            f"request {_request_id(scope)}",
+            f" ({self._num_unlogged} more since the last such line)" if self._num_unlogged else "",
+        )
+        self._num_unlogged = 0
+
+
+def _request_id(scope: Scope) -> str:
+    """As the service has named the request, or as the client has, escaped and shortened."""
+    named: str | None = scope.get("state", {}).get("request_id")
+    if named is not None:
+        return named
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), None)
+    return "without an id" if given is None else ascii(given[:_MAX_ID_CHARS].decode("latin-1"))
+
+
+async def refuse(error: FastserveError, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    response = error_response(error)
+    if error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    await response(scope, receive, send)

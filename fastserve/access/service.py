@@ -1,0 +1,110 @@
+"""What a service of the cluster knows about who may call it, read from its settings once and handed to its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from fastserve.access.admin import AdminCheck, AdminKeys, load_admin_keys
+from fastserve.access.api_keys import ApiKeyMiddleware, ApiKeys
+from fastserve.access.cluster_guard import ClusterGuard
+from fastserve.access.cluster_key import ClusterKeys, load_cluster_keys
+from fastserve.access.hosts import HostCheck, is_loopback
+from fastserve.access.key_files import Reloadable
+from fastserve.access.refusals import RefusedKeys
+from fastserve.access.web import WebPageGuard
+from fastserve.config import AccessOptions
+from fastserve.observability.metrics import CollectorRegistry
+
+
+@dataclass(frozen=True)
+class ServiceAccess:
+    cluster_keys: Reloadable[ClusterKeys | None]
+    admin_keys: Reloadable[AdminKeys]
+    hosts: HostCheck
+    is_on_loopback: bool
+    """Whether it listens on this machine's loopback device only."""
+    checks_pages: bool
+    """Whether web pages are kept out of a service without API keys: on loopback, and where --allowed-hosts names it
+    (a container listens on every address and may still be published on loopback only).
+    """
+
+    @property
+    def everybody_may_prioritise(self) -> bool:
+        """Where no key says whose requests may go before others."""
+        return self.is_on_loopback
+
+
+def load_access(
+    config: AccessOptions,
+    environ: Mapping[str, str],
+    *,
+    host: str,
+    cluster_hosts: Sequence[str],
+    is_in_cluster: bool = True,
+    names: Sequence[str] = (),
+) -> ServiceAccess:
+    """Raises StartupError when keys are missing or cannot be read.
+
+    `host` is where the service listens, `names` are others that it goes by. `cluster_hosts` are the hosts between which
+    the cluster key travels; a service that is not in a cluster has none.
+    """
+
+    def read() -> ClusterKeys | None:
+        if not is_in_cluster:
+            return None
+        return load_cluster_keys(
+            environ, key_file=config.cluster_key_file, insecure=config.insecure, hosts=cluster_hosts
+        )
+
+    path = config.cluster_key_file if is_in_cluster and not config.insecure else None
+    return ServiceAccess(
+        cluster_keys=Reloadable(read, path, "--cluster-key-file"),
+        admin_keys=load_admin_keys(environ, config.admin_key_file),
+        hosts=HostCheck([host, *names, *config.allowed_hosts]),
+        is_on_loopback=is_loopback(host),
+        checks_pages=is_loopback(host) or bool(config.allowed_hosts),
+    )
+
+
+def guard_cluster_service(app: FastAPI, access: ServiceAccess, registry: CollectorRegistry) -> None:
+    """Let nobody in without the cluster key, and no web page."""
+    app.add_middleware(
+        ClusterGuard,
+        keys=access.cluster_keys,
+        admin=AdminCheck(access.admin_keys),
+        hosts=access.hosts,
+        refused=RefusedKeys("cluster", registry),
+        everybody_may_prioritise=access.everybody_may_prioritise,
+    )
+
+
+def guard_client_service(
+    app: FastAPI,
+    access: ServiceAccess,
+    registry: CollectorRegistry,
+    keys: Reloadable[ApiKeys],
+    *,
+    own_origins_only: bool,
+    json_only: bool,
+) -> None:
+    """Ask clients for an API key where there are any, and keep foreign web pages out where loopback is the only guard.
+
+    What is added to the application afterwards stands before these checks.
+    """
+    app.add_middleware(
+        ApiKeyMiddleware,
+        keys=keys,
+        admin=AdminCheck(access.admin_keys),
+        refused=RefusedKeys("api", registry),
+        everybody_may_prioritise=access.everybody_may_prioritise,
+    )
+    app.add_middleware(
+        WebPageGuard,
+        hosts=access.hosts,
+        is_open=lambda: access.checks_pages and not keys.value,
+        own_origins_only=own_origins_only,
+        json_only=json_only,
+    )

@@ -1,0 +1,101 @@
+"""Checks against web pages, which reach services on loopback through their visitors' browsers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fastserve.access.hosts import HostCheck, is_own_origin
+from fastserve.access.refusals import refuse
+from fastserve.errors import (
+    FastserveError,
+    MisdirectedRequestError,
+    PermissionDeniedError,
+    UnsupportedMediaTypeError,
+)
+
+Headers = Iterable[tuple[bytes, bytes]]
+_MAX_SHOWN_CHARS = 80
+
+
+def header_of(headers: Headers, wanted: bytes) -> bytes | None:
+    """The first header of this (lower-case) name."""
+    return next((value for name, value in headers if name == wanted), None)
+
+
+def check_host(hosts: HostCheck, headers: Headers) -> None:
+    """Raises MisdirectedRequestError when any Host header names a host that is not ours."""
+    for name, value in headers:
+        if name == b"host" and not hosts.allows(value):
+            raise MisdirectedRequestError(
+                f"The Host header {_shown(value)} does not name this service. Call it by an IP address or localhost, "
+                "or start it with --allowed-hosts NAME."
+            )
+
+
+def check_media_type(method: str, headers: Headers) -> None:
+    """Raises UnsupportedMediaTypeError for a body that is not said to be JSON: forms and plain text are the bodies that
+    web pages may send without asking first.
+    """
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return
+    media_type = b""
+    has_body = False
+    for name, value in headers:
+        if name == b"content-type":
+            media_type = value
+        elif name == b"content-length":
+            has_body = value.strip(b"0") != b""
+        elif name == b"transfer-encoding":
+            has_body = True
+    if has_body and media_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise UnsupportedMediaTypeError(
+            f"The body has the content type {_shown(media_type)}: send JSON with the header 'Content-Type: "
+            "application/json'."
+        )
+
+
+class WebPageGuard:
+    """Middleware of services that clients call: while they are open to everybody on this machine, pages of foreign
+    sites are kept out.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, hosts: HostCheck, is_open: Callable[[], bool], own_origins_only: bool, json_only: bool
+    ) -> None:
+        """`is_open`: no API key is asked for. `json_only`: bodies of other media types are refused in any case."""
+        self._app = app
+        self._hosts = hosts
+        self._is_open = is_open
+        self._own_origins_only = own_origins_only
+        self._json_only = json_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] != "lifespan":
+                self._check(scope)
+        except FastserveError as error:
+            await refuse(error, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        if self._is_open():
+            check_host(self._hosts, headers)
+            origin = header_of(headers, b"origin")
+            if self._own_origins_only and origin is not None and not is_own_origin(origin, header_of(headers, b"host")):
+                raise PermissionDeniedError(
+                    f"Pages of {_shown(origin)} may not use this server, which asks for no API key. Set API keys, or "
+                    "allow the page with --allowed-origins.",
+                    code="origin_not_allowed",
+                )
+        if self._json_only and scope["type"] == "http":
+            check_media_type(scope["method"], headers)
+
+
+def _shown(value: bytes) -> str:
+    """A header's value for an error message: escaped and shortened."""
+    text = ascii(value[: _MAX_SHOWN_CHARS + 1].decode("latin-1"))
+    return text if len(value) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "...'"

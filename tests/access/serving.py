@@ -1,0 +1,94 @@
+"""Controller, worker and API server in the test's own event loop, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from fastserve.config import ApiServerConfig, ControllerConfig, WorkerConfig
+from fastserve.control.app import create_app as create_controller
+from fastserve.demo import demo_model_path
+from fastserve.engine.fake import FakeEngine, FakeOptions
+from fastserve.gateway.app import create_app as create_server
+from fastserve.serving.listen import bind
+from fastserve.worker.app import Worker, WorkerSetup
+from tests.gateway.cluster import until
+
+MODEL = "fastserve-demo"
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    """Wait until the condition holds."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if await holds():
+                return
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def run_app(make: Any) -> AsyncIterator[str]:
+    """Serve what `make(address)` returns on a free port of the loopback device; gives the address."""
+    sockets = bind("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+    config = uvicorn.Config(make(address), log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=sockets))
+    await until(lambda: server.started or serving.done())
+    try:
+        yield address
+    finally:
+        server.should_exit = True
+        await serving
+        for sock in sockets:
+            sock.close()
+
+
+@asynccontextmanager
+async def run_controller(**settings: Any) -> AsyncIterator[str]:
+    async with run_app(lambda _: create_controller(ControllerConfig(**settings))) as address:
+        yield address
+
+
+@asynccontextmanager
+async def run_server(controller: str, **settings: Any) -> AsyncIterator[str]:
+    async with run_app(lambda _: create_server(ApiServerConfig(controller_address=controller, **settings))) as address:
+        yield address
+
+
+@asynccontextmanager
+async def run_worker(controller: str | None = None, **settings: Any) -> AsyncIterator[str]:
+    """A worker on the fake engine; without a controller, a lone one."""
+    if controller is None:
+        settings["no_register"] = True
+    else:
+        settings["controller_address"] = controller
+    config = WorkerConfig(engine="fake", heartbeat_interval_s=0.05, **settings)
+    folder = Path(demo_model_path())
+    made: list[Worker] = []
+
+    async def listening() -> None:
+        await asyncio.sleep(0.05)
+
+    def make(address: str) -> Any:
+        setup = WorkerSetup(
+            config=config,
+            engine=FakeEngine(FakeOptions(vocab_size=4096)),
+            model_dir=folder,
+            model_names=config.model_names or (MODEL,),
+            address=address,
+            wait_listening=listening,
+            end_process=lambda: None,
+        )
+        made.append(Worker(setup))
+        return made[0].app
+
+    async with run_app(make) as address:
+        await made[0].wait_loaded()
+        yield address
+        await made[0].goodbye()
