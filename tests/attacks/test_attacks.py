@@ -17,7 +17,7 @@ SHORT_S = 1.5
 LONG_S = 20.0
 MAX_GROWTH_MB = 300.0
 MAX_LATENCY_S = 15.0
-"""Far above what any request takes on a busy machine: nobody is left waiting for a service that has stopped to answer."""
+"""Far above what a request takes on a busy machine: nobody waits for a service that no longer answers."""
 
 
 @pytest.fixture(scope="module")
