@@ -1,0 +1,56 @@
+"""Attacks on a running trio: good clients lose nothing, and no service grows.
+
+What the clients notice of an attack in time is measured by `python -m benchmarks.attacks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import aiohttp
+import pytest
+
+from benchmarks.attacks import ATTACKS, NUM_GOOD_CLIENTS, Target, measure, running_trio
+
+SHORT_S = 1.5
+LONG_S = 20.0
+MAX_GROWTH_MB = 300.0
+MAX_LATENCY_S = 15.0
+"""Far above what a request takes on a busy machine: nobody waits for a service that no longer answers."""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    with running_trio(tmp_path_factory.mktemp("attacked")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [SHORT_S, pytest.param(LONG_S, marks=[pytest.mark.slow, pytest.mark.timeout(300)])],
+    ids=["short", "long"],
+)
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+async def test_good_clients_lose_nothing_and_memory_stays(target: Target, name: str, seconds: float) -> None:
+    row = await measure(target, name, seconds)
+    assert len(row.attacked.latencies_s) >= NUM_GOOD_CLIENTS
+    assert not row.quiet.lost + row.attacked.lost, row.quiet.lost[:2] + row.attacked.lost[:2]
+    assert max(row.attacked.latencies_s) < MAX_LATENCY_S
+    assert row.grown_mb < MAX_GROWTH_MB
+    await serves_as_before(target)
+
+
+async def serves_as_before(target: Target) -> None:
+    """Both services that others stand on are well, and the table shows the one worker that is left."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as http:
+        for address in (target.controller, target.worker, target.server):
+            async with http.get(address + "/health") as response:
+                assert response.status == 200
+        async with asyncio.timeout(15):
+            while True:
+                async with http.get(target.controller + "/workers", headers=target.member) as response:
+                    table = await response.json()
+                if [row["address"] for row in table["workers"]] == [target.worker]:
+                    return
+                await asyncio.sleep(0.1)
