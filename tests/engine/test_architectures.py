@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Ministral3Config, PretrainedConfig
 
 from fastserve.engine.build import build_core
-from fastserve.engine.contract import EngineRequest, SamplingParams, TokenLogprob
+from fastserve.engine.contract import EngineRequest, FusedLayers, SamplingParams, TokenLogprob
 from fastserve.engine.core import EngineCore
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
@@ -121,6 +121,16 @@ def test_scaled_rope_equals_the_models_own(name: str, context: int, tmp_path: Pa
     if name != "dynamic":  # which is plain up to the length it was trained for
         with pytest.raises(AssertionError):
             assert_equals_own_forward(plain, requests, told)
+
+
+def test_queries_that_are_scaled_at_far_positions_equal_the_models_own(tmp_path: Path) -> None:
+    """The short prompts of the check at start do not reach these; the trial of the attention layers does."""
+    rope = {**ROPES["yarn"], "type": "yarn", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5}
+    path = save(Ministral3Config(**SHAPE, head_dim=12, rope_parameters=rope), tmp_path)
+    core = start(path, max_num_batched_tokens=64, max_total_tokens=1024, max_model_len=160)
+    assert FusedLayers("attention", 3, 3) not in core.info.fused_layers
+    requests = requests_for(random.Random(5), 130)
+    assert_equals_own_forward(path, requests, run(core, requests))
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])

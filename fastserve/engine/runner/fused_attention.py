@@ -13,6 +13,7 @@ releases; what an attention layer computes does not.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,13 +147,19 @@ def fuse_attention(
     for module, asked in layers.items():
         try:
             call = _read_call(*calls[module], asked)
-            _try(module, call, asked, attention, kernels, context_length)
+            with _current(call.hidden_states.device):
+                _try(module, call, asked, attention, kernels, context_length)
             parent, _, child = paths[module].rpartition(".")
             setattr(model.get_submodule(parent), child, FusedAttention(module, asked, attention, kernels))
             reasons.append(None)
         except _DifferentError as error:
             reasons.append(f"{type(module).__name__} {error}")
     return report("attention", reasons)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _observe(
