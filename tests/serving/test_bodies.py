@@ -12,7 +12,7 @@ from fastserve.errors import InvalidRequestError
 from fastserve.serving.json_bounds import check_json_depth
 from tests.serving.wire import Service, wait_until
 
-POST = b"POST /size HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /size HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def test_a_body_up_to_the_limit_is_read(impatient: Service) -> None:
@@ -54,7 +54,7 @@ def test_a_chunked_body_is_counted_while_it_is_read(impatient: Service) -> None:
 def test_an_endless_body_that_nobody_reads_is_not_kept(impatient: Service) -> None:
     before = impatient.rss_mb()
     with impatient.wire() as wire:
-        wire.send(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+        wire.send(b"POST /unread HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\n")
         began = time.monotonic()
         with pytest.raises(ConnectionError):  # noqa: PT012 - it is one flood
             while time.monotonic() - began < 8:
@@ -63,7 +63,7 @@ def test_an_endless_body_that_nobody_reads_is_not_kept(impatient: Service) -> No
 
 
 def test_the_sum_of_all_bodies_is_bounded_and_becomes_free_again(impatient: Service) -> None:
-    hold = b"POST /hold HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000
+    hold = b"POST /hold HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000
     with impatient.wire() as first, impatient.wire() as second:
         for wire in (first, second):
             wire.send(hold)

@@ -15,8 +15,8 @@ import pytest
 from fastserve.serving.connection import client_address
 from tests.serving.wire import Service, StartService, Wire, parse_replies, wait_until
 
-GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-POST = b"POST /size HTTP/1.1\r\nHost: x\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /size HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -29,7 +29,7 @@ def wire(impatient: Service) -> Iterator[Wire]:
 # ---- deadlines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("begin", [b"G", b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n"])
+@pytest.mark.parametrize("begin", [b"G", b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b\r\n"])
 def test_headers_that_do_not_end_are_answered_with_408(wire: Wire, begin: bytes) -> None:
     wire.send(begin)
     reply = wire.last_reply()
@@ -80,7 +80,7 @@ def test_the_deadline_of_headers_holds_for_a_second_request_too(wire: Wire) -> N
 
 
 def test_half_a_next_request_does_not_end_a_long_answer(wire: Wire) -> None:
-    wire.send(b"GET /stream?count=60&pause_s=0.02 HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /hea")
+    wire.send(b"GET /stream?count=60&pause_s=0.02 HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"GET /hea")
     data = wire.read_until(b"data: [DONE]")
     assert data.count(b"data: ") == 61
     # The clock of the next one runs from now on.
@@ -91,7 +91,7 @@ def test_a_client_that_does_not_read_is_cut_off(impatient: Service) -> None:
     with impatient.wire() as stalled, impatient.wire() as reading:
         stalled.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         for wire in (stalled, reading):
-            wire.send(b"GET /stream?piece=50000&pause_s=0&count=300 HTTP/1.1\r\nHost: x\r\n\r\n")
+            wire.send(b"GET /stream?piece=50000&pause_s=0&count=300 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         before = impatient.rss_mb()
         assert reading.read_until(b"[DONE]").count(b"data: ") > 0
         assert impatient.rss_mb() - before < 50, "the answer is not piled up"
@@ -182,7 +182,7 @@ def test_trailers_do_not_become_headers(impatient: Service) -> None:
         POST + b"Content-Length: -1\r\n\r\n",
         POST + b"Content-Length: 1e3\r\n\r\n",
         CHUNKED + b"zz\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\n folded: y\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n folded: y\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost : x\r\n\r\n",
     ],
 )
@@ -196,7 +196,7 @@ def test_what_is_no_request_is_answered_with_400_in_openais_shape(impatient: Ser
 
 def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
     paths = [b"/things/%d" % number for number in range(10)]
-    wire.send(b"".join(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths))
+    wire.send(b"".join(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths))
     replies = parse_replies(wire.read_until(b'"9"}'))
     assert [reply.body for reply in replies] == [b'{"name":"%d"}' % number for number in range(10)]
 
@@ -204,7 +204,7 @@ def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
 def test_a_client_that_leaves_is_noticed_although_it_has_pipelined(start_service: StartService) -> None:
     service = start_service()
     with service.wire() as wire:
-        wire.send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n" + GET)
+        wire.send(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n" + GET)
         wire.read_until(b"data: 2")
     assert service.process.stdout is not None
     assert service.process.stdout.readline() == "stream closed\n"
@@ -215,7 +215,7 @@ def test_a_client_that_leaves_is_noticed_although_it_has_pipelined(start_service
 def test_a_flood_of_pipelined_requests_is_cut(impatient: Service) -> None:
     before = impatient.rss_mb()
     with impatient.wire() as wire:
-        wire.send(b"GET /sleep?seconds=5 HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.send(b"GET /sleep?seconds=5 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with pytest.raises(ConnectionError):  # noqa: PT012 - it is one flood
             for _ in range(1000):
                 wire.send(GET * 1000)
@@ -231,7 +231,7 @@ def test_http_1_0_is_answered_and_closed(wire: Wire) -> None:
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
 def test_an_upgrade_is_answered_as_if_none_was_asked_for(wire: Wire, protocol: bytes) -> None:
-    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n" % protocol
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n" % protocol
     for request in (upgrade, GET, upgrade, GET + upgrade):
         wire.send(request)
         assert wire.next_reply().body == b'{"status":"ok"}'
@@ -249,7 +249,7 @@ def test_a_body_is_read_beside_an_upgrade(wire: Wire, step: int) -> None:
 
 
 def test_a_flood_of_upgrades_is_cut(impatient: Service) -> None:
-    upgrade = b"GET /sleep?seconds=1 HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    upgrade = b"GET /sleep?seconds=1 HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     with impatient.wire() as wire, suppress(ConnectionError):
         wire.send(upgrade * 5000)
         wire.read_to_end()
@@ -290,7 +290,7 @@ def test_more_connections_than_allowed_are_refused_and_room_is_found_again(start
     service = start_service("--max-connections", "20")
     held = [service.wire() for _ in range(20)]
     for wire in held:
-        wire.send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.send(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wire.read_until(b"data: 1")
     for _ in range(30):
         reply = service.ask()
@@ -359,7 +359,7 @@ def test_connections_never_take_the_last_open_file(start_service: StartService) 
     held = []
     for _ in range(200):
         held.append(service.wire())
-        held[-1].send(b"GET /sleep?seconds=8 HTTP/1.1\r\nHost: x\r\n\r\n")
+        held[-1].send(b"GET /sleep?seconds=8 HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
     def is_refused() -> bool:
         """While refused connections are many, the next are closed without an answer."""
@@ -378,7 +378,7 @@ def test_connections_never_take_the_last_open_file(start_service: StartService) 
 def test_a_process_without_files_neither_dies_nor_spins(start_service: StartService) -> None:
     service = start_service(max_files=200)
     with service.wire() as holder:
-        holder.send(b"GET /exhaust?seconds=2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        holder.send(b"GET /exhaust?seconds=2 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.3)
         process = psutil.Process(service.process.pid)
         before = sum(process.cpu_times()[:2])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.wire import Service, StartService, Wire, parse_replies
 
-STREAM = b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n"
+STREAM = b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def unchunk(data: bytes) -> bytes:
@@ -44,9 +44,9 @@ def test_at_the_end_of_a_drain_every_client_gets_a_last_word(start_service: Star
     stream, begun = begin_stream(service)
     other, other_begun = begin_stream(service, STREAM.replace(b"/stream", b"/stream?kind=binary"))
     waiting = service.wire()
-    waiting.send(b"GET /sleep?seconds=60 HTTP/1.1\r\nHost: x\r\n\r\n")
+    waiting.send(b"GET /sleep?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     late = service.wire()
-    late.send(b"GET /sleep?seconds=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+    late.send(b"GET /sleep?seconds=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     time.sleep(0.3)  # all four are being answered
     service.process.send_signal(signal.SIGTERM)
     *_, error_event, done, rest = unchunk(begun + stream.read_to_end()).split(b"\n\n")
@@ -68,10 +68,10 @@ def test_at_the_end_of_a_drain_every_client_gets_a_last_word(start_service: Star
 def test_half_sent_requests_and_idle_connections_do_not_hold_up_a_drain(start_service: StartService) -> None:
     service = start_service("--drain-timeout-s", "30")
     idle, silent, head, body = (service.wire() for _ in range(4))
-    idle.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    idle.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     idle.read_until(b"}")
     head.send(b"GET /health HTT")
-    body.send(b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
+    body.send(b"POST /size HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nhalf")
     time.sleep(0.2)
     service.process.send_signal(signal.SIGTERM)
     assert wait_ended(service, 10) < 5
@@ -85,7 +85,7 @@ def test_half_sent_requests_and_idle_connections_do_not_hold_up_a_drain(start_se
 def test_a_client_that_does_not_read_does_not_hold_up_the_end(start_service: StartService) -> None:
     service = start_service("--drain-timeout-s", "0.5")
     with service.wire() as wire:
-        wire.send(b"GET /stream?piece=100000&pause_s=0 HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.send(b"GET /stream?piece=100000&pause_s=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.5)
         service.process.send_signal(signal.SIGTERM)
         assert wait_ended(service, 10) < 5
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_at_once(start_service: StartService, second: signa
 def test_a_second_signal_ends_a_process_that_hangs(start_service: StartService) -> None:
     service = start_service()
     with service.wire() as wire:
-        wire.send(b"GET /block HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.send(b"GET /block HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.3)
         service.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)

@@ -11,11 +11,11 @@ import pytest
 from tests.serving.wire import StartService, wait_until
 
 REQUESTS = [
-    b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"HEAD /things/a%20b HTTP/1.0\r\n\r\n",
     b"GET /sleep?seconds=0.05 HTTP/1.1\r\n\r\n",
     b"GET /stream?count=3&pause_s=0.01 HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
-    b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
+    b"POST /size HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello",
     b"POST /size HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nT: x\r\n\r\n",
     b"POST /size HTTP/1.1\r\nContent-Length: 20000\r\nConnection: close\r\n\r\n" + b"x" * 20_000,
     b"POST /size HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",

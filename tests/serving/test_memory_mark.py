@@ -13,7 +13,7 @@ def test_requests_are_refused_above_the_mark_and_taken_again_below(
     usual_mb = impatient.rss_mb()
     service = start_service("--memory-high-mark", f"{(usual_mb + 100) * 1e6:.0f}")
     with service.wire() as wire:
-        wire.send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.send(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wire.read_until(b"data: 1")
         assert service.ask("/allocate?megabytes=200").status == 200
         wait_until(lambda: service.ask("/things/a").status == 503, "new requests are refused")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.serving.wire import Service, wait_until
+from tests.serving.wire import KNOWN, Service, wait_until
 from tests.trio.processes import is_running
 
 COMMANDS = {
@@ -66,7 +66,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_a_body_over_the_default_limit_is_refused_with_413(services: dict[str, Service], name: str) -> None:
     limit = 2**20 if name == "controller" else 8 * 2**20
     with services[name].wire() as wire:
-        wire.send(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % (POSTS[name].encode(), limit + 1))
+        wire.send(f"POST {POSTS[name]} HTTP/1.1\r\n{KNOWN}Content-Length: {limit + 1}\r\n".encode())
         wire.send(b"Content-Type: application/json\r\n\r\n")
         reply = wire.next_reply()
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
@@ -81,14 +81,15 @@ def test_a_large_body_within_the_limit_is_read(services: dict[str, Service], nam
 def test_bodies_beyond_the_sum_are_refused_with_503(services: dict[str, Service], name: str) -> None:
     size = 1_000_000 if name == "controller" else 8_000_000
     count = 9_000_000 // size
-    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    lines = f"POST {POSTS[name]} HTTP/1.1\r\n{KNOWN}Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    head = lines.encode()
     wires = [services[name].wire() for _ in range(count)]
     for wire in wires:
-        wire.send(head % (POSTS[name].encode(), size) + b"{")
+        wire.send(head + b"{")
 
     def is_refused() -> bool:
         with services[name].wire() as wire:
-            wire.send(head % (POSTS[name].encode(), size))
+            wire.send(head)
             wire.socket.settimeout(0.3)
             try:
                 return b" 503 " in wire.socket.recv(65536)
@@ -154,7 +155,7 @@ def test_a_second_signal_leaves_no_engine_behind(tmp_path: Path) -> None:
         data = json.dumps(body).encode()
         with worker.wire() as wire:
             wire.send(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(data) + data
             )
             wire.read_until(b"data: ", 30)
@@ -181,7 +182,7 @@ def test_the_end_of_the_api_servers_drain_is_an_error_event_of_its_own(tmp_path:
         wait_until(lambda: server.ask("/ready").status == 200, "the model is known", 30)
         body = {"model": "fastserve-demo", "prompt": "a", "stream": True, "max_tokens": 2000, "ignore_eos": True}
         data = json.dumps(body).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with server.wire() as wire:
             wire.send(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             begun = wire.read_until(b"data: ", 30)

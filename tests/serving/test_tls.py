@@ -21,6 +21,7 @@ import trustme
 from fastserve.config import ApiServerConfig, ControllerConfig, ServerConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.serving.tls import check_tls, server_ssl_context
+from tests.keys import CLUSTER
 from tests.serving.wire import wait_until
 from tests.trio.processes import free_ports
 
@@ -160,7 +161,7 @@ class Cluster:
 
     def ask(self, url: str, context: ssl.SSLContext, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"content-type": "application/json"})
+        request = urllib.request.Request(url, data, {"content-type": "application/json", **CLUSTER})
         with urllib.request.urlopen(request, timeout=10, context=context) as response:
             return json.loads(response.read())
 
@@ -230,7 +231,7 @@ def test_a_handshake_that_does_not_end_is_closed_and_plain_http_is_not_answered(
         "--tls-cert", certificates.cert, "--tls-key", certificates.key, "--head-timeout-s", "1"
     )  # fmt: skip
     with service.wire() as silent, service.wire() as plain:
-        plain.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        plain.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200" not in plain.read_to_end()
         assert silent.is_closed(5)
     context = certificates.client(cert=False)

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from tests.keys import CLUSTER_KEY
+
 PATIENCE_S = 10.0
 
 
@@ -100,6 +102,10 @@ class Wire:
             return False
 
 
+KNOWN = f"Host: localhost\r\nAuthorization: Bearer {CLUSTER_KEY}\r\n"
+"""Header lines of a member of the cluster."""
+
+
 @dataclass
 class Service:
     process: subprocess.Popen[str]
@@ -118,7 +124,7 @@ class Service:
     ) -> Reply:
         with self.wire() as wire:
             length = f"Content-Length: {len(body)}\r\n" if body else ""
-            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{length}{headers}\r\n"
+            head = f"{method} {path} HTTP/1.1\r\n{KNOWN}Connection: close\r\n{length}{headers}\r\n"
             wire.send(head.encode() + body)
             return wire.last_reply(timeout_s)
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from tests.keys import CLUSTER
 from tests.worker.conftest import MODEL, until
 from tests.worker.test_heartbeat import StubController, controller
 from tests.worker.test_model_worker_process import start
@@ -77,7 +78,7 @@ async def target() -> AsyncIterator[Target]:
     async with (
         controller() as stub,
         start("--controller-address", stub.url, "--heartbeat-interval-s", "0.2") as worker,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=CLUSTER) as http,
     ):
         await until(lambda: bool(worker.address), 30)
         yield Target(worker.address, worker.process.pid, http, stub)
