@@ -650,24 +650,21 @@ async def _until(target: Target, work: Awaitable[Any]) -> None:
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    quiet: Seen
-    attacked: Seen
-    grown_mb: float
-
-
-async def measure(target: Target, name: str, seconds: float) -> Row:
-    """A quiet time, then the same load beside the attack."""
-    async with good_clients(target) as quiet:
-        await asyncio.sleep(seconds)
+async def attacked(target: Target, name: str, seconds: float) -> tuple[Seen, float]:
+    """What good clients noticed of an attack, and by how many MB the services grew."""
     before_mb = target.rss_mb()
     target.until = time.monotonic() + seconds
-    async with good_clients(target) as attacked:
+    async with good_clients(target) as seen:
         await ATTACKS[name](target)
     await asyncio.sleep(0.5)
-    return Row(name, quiet, attacked, target.rss_mb() - before_mb)
+    return seen, target.rss_mb() - before_mb
+
+
+async def quiet(target: Target, seconds: float) -> Seen:
+    """The same clients by themselves."""
+    async with good_clients(target) as seen:
+        await asyncio.sleep(seconds)
+    return seen
 
 
 def main() -> None:
@@ -679,14 +676,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder, running_trio(Path(folder)) as target:
         for name in options.only or ATTACKS:
-            row = asyncio.run(measure(target, name, options.seconds))
-            ratio = row.attacked.p99_s / row.quiet.p99_s
+            before = asyncio.run(quiet(target, options.seconds))
+            seen, grown_mb = asyncio.run(attacked(target, name, options.seconds))
             print(
-                f"| {name} | {len(row.attacked.latencies_s)} | {len(row.attacked.lost)} | {row.quiet.p99_s * 1e3:.0f} "
-                f"| {row.attacked.p99_s * 1e3:.0f} | {ratio:.2f} | {row.grown_mb:+.0f} |",
+                f"| {name} | {len(seen.latencies_s)} | {len(seen.lost)} | {before.p99_s * 1e3:.0f} "
+                f"| {seen.p99_s * 1e3:.0f} | {seen.p99_s / before.p99_s:.2f} | {grown_mb:+.0f} |",
                 flush=True,
             )
-            for problem in row.attacked.lost[:2]:
+            for problem in seen.lost[:2]:
                 print(f"lost under {name}: {problem}", file=sys.stderr, flush=True)
 
 

@@ -18,15 +18,16 @@ if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels are interpreted. Its library looks at this when it is imported, and never again.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A shell that starts a command in the background has it ignore SIGINT, and so would every process that a test starts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell has a command in the background ignore SIGINT, and nohup SIGHUP: so would every process that a test starts.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 _COMPAT = {
     *("test_architectures", "test_bitsandbytes", "test_engine_equality", "test_experts", "test_formats", "test_fusion"),
     *("test_loading", "test_loading_refusals", "test_refusals", "test_weights"),
     *("test_chat_template", "test_tokenizer"),
-    *("test_gateway_api", "test_model_worker_process", "test_openai_routes", "test_serving"),
+    *("test_gateway_api", "test_model_worker_process", "test_openai_routes", "test_connections", "test_start"),
     *("test_dependencies", "test_trio_first_answer"),
 }
 """Modules whose tests show that a release of a dependency is served with: what it loads, recognises and computes."""

@@ -39,7 +39,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     service = Service("worker", "model_worker", flags, tmp_path_factory.mktemp("soak"))
     service.start()
     try:
-        service.wait_serving()
+        service.wait_serving("/ready")
         yield service
     finally:
         service.stop()
