@@ -564,9 +564,9 @@ def _sick(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Att
         app.router.add_post("/worker_get_status", get_status)
         app.router.add_get("/health", get_status)
         app.router.add_route("*", "/{path:.*}", answer)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port, shutdown_timeout=0.1).start()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
         beat = json.dumps({"worker_name": address, "queue_length": 0, "status": status}).encode()
         try:
             async with _session() as http:
