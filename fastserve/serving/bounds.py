@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 import psutil
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,58 +25,46 @@ class BodyBounds:
 
     A body that nobody reads costs nothing, so keys are asked for and routes are looked up first. What is refused raises
     from `receive`, before it is read where Content-Length gives it away, and is answered like any error of the
-    application: BodyTooLargeError, UnsupportedEncodingError, ShortageError. A body counts until its request has ended.
+    application: BodyTooLargeError, UnsupportedEncodingError, ShortageError. Bytes count from when they come until their
+    request has ended; those that are announced only do not, or a few clients that send nothing would fill the room.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        max_body_bytes: int,
-        max_buffered_bytes: int,
-        max_body_bytes_by_path: Mapping[str, int] | None = None,
-    ) -> None:
-        """`max_body_bytes_by_path`: routes that have a bound of their own."""
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_buffered_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._max_buffered_bytes = max_buffered_bytes
-        self._by_path = max_body_bytes_by_path or {}
         self._num_buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        max_bytes = self._by_path.get(scope["path"], self._max_body_bytes)
+        max_bytes = self._max_body_bytes
         num_bytes = 0
-        num_reserved = 0
         is_checked = False
 
-        def reserve(wanted: int) -> None:
-            nonlocal num_reserved
-            if wanted > max_bytes:
+        def check_room(more: int) -> None:
+            if num_bytes + more > max_bytes:
                 raise BodyTooLargeError(f"The body of the request is larger than {max_bytes} bytes, which is the most.")
-            more = wanted - num_reserved
-            if more > 0:
-                if self._num_buffered_bytes + more > self._max_buffered_bytes:
-                    raise ShortageError("The server holds as many bytes of requests as it may; try again in a moment.")
-                self._num_buffered_bytes += more
-                num_reserved += more
+            if self._num_buffered_bytes + more > self._max_buffered_bytes:
+                raise ShortageError("The server holds as many bytes of requests as it may; try again in a moment.")
 
         async def bounded_receive() -> Message:
             nonlocal num_bytes, is_checked
             if not is_checked:
                 is_checked = True
-                reserve(_announced_bytes(scope))
+                check_room(_announced_bytes(scope))
             message = await receive()
             if body := message.get("body"):
+                check_room(len(body))
                 num_bytes += len(body)
-                reserve(num_bytes)
+                self._num_buffered_bytes += len(body)
             return message
 
         try:
             await self._app(scope, bounded_receive, send)
         finally:
-            self._num_buffered_bytes -= num_reserved
+            self._num_buffered_bytes -= num_bytes
 
 
 def _announced_bytes(scope: Scope) -> int:

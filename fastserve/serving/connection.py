@@ -337,6 +337,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 seconds = self._limits.head_timeout_s
                 self._refuse(RequestTimeoutError(f"The headers of the request were not complete after {seconds:g} s."))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether a next message may come, of which nothing has come yet."""
+        return not self._has_begun and not self.is_lingering
+
     def abort(self) -> None:
         """Close at once, without what is still to be written."""
         self._disconnect()

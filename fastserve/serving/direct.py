@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 REPEAT_S = 40.0
 MAX_DIRECT_BYTES = 64 * 1024
-"""Of a request, head and all; longer ones take the usual way."""
+"""Of a body; longer ones take the usual way."""
 _EXTENSION = "fastserve.direct"
 _HEAD = re.compile(
     rb"(POST [^\r\n]+ HTTP/1\.1\r\n(?:[^\r\n]+\r\n)*?content-length: )(\d+)(\r\n(?:[^\r\n]+\r\n)*\r\n)", re.I
@@ -58,6 +58,8 @@ class DirectProtocol(HttpToolsProtocol):
     """The data that came last, if a message begins with it."""
     _waiting = b""
     """Data that waits for its turn in the event loop."""
+    max_direct_bytes = MAX_DIRECT_BYTES
+    """Longest body that is answered directly: no longer than the usual way would take."""
 
     def data_received(self, data: bytes) -> None:
         if self._offer is None:
@@ -105,25 +107,29 @@ class DirectProtocol(HttpToolsProtocol):
             seconds = REPEAT_S * random.uniform(0.5, 1.0)
             self._offer = _Offer(head[1], head[3], answer, self.loop.time() + seconds)
 
-    def _answer_directly(self, data: bytes, offer: _Offer) -> bytes | None:
-        """Answer the whole request that `data` begins with, if it is like the one that the offer was made for, and
-        return the data behind it; None: it takes the usual way.
-        """
-        if not (
-            data.startswith(offer.before_length)
-            and self._between_messages
+    def _is_free(self) -> bool:
+        """Whether the connection waits for a request, and an answer could be written now."""
+        return (
+            self._between_messages
             and self.cycle is not None
             and self.cycle.response_complete
             and not self.pipeline
             and not self.flow.write_paused
             and not self.transport.is_closing()
-            and self.loop.time() < offer.until
-        ):
+        )
+
+    def _answer_directly(self, data: bytes, offer: _Offer) -> bytes | None:
+        """Answer the whole request that `data` begins with, if it is like the one that the offer was made for, and
+        return the data behind it; None: it takes the usual way.
+        """
+        if not (data.startswith(offer.before_length) and self.loop.time() < offer.until and self._is_free()):
             return None
         begin = len(offer.before_length)
         end = data.find(b"\r", begin, begin + _MAX_LENGTH_DIGITS + 1)
         length = data[begin:end]
         if end < 0 or not length.isdigit() or not data.startswith(offer.after_length, end):
+            return None
+        if int(length) > self.max_direct_bytes:
             return None
         body_begin = end + len(offer.after_length)
         body_end = body_begin + int(length)

@@ -22,7 +22,7 @@ from fastserve.config import ServerConfig
 from fastserve.errors import StartupError
 from fastserve.serving.bounds import BodyBounds, MemoryGuard, MemoryMeter
 from fastserve.serving.connection import BoundedProtocol, ConnectionLimits, ConnectionTable, connection_limits
-from fastserve.serving.direct import DirectProtocol
+from fastserve.serving.direct import MAX_DIRECT_BYTES, DirectProtocol
 from fastserve.serving.listen import url_of
 from fastserve.serving.running import RunningRequests
 from fastserve.serving.shortage import raise_file_limit
@@ -91,6 +91,9 @@ class _Application:
 class _Connection(DirectProtocol, BoundedProtocol):
     """A bounded connection that answers repeated messages without a task."""
 
+    def _is_free(self) -> bool:
+        return self.is_idle and super()._is_free()
+
 
 class _Server(uvicorn.Server):
     """uvicorn's loop and lifespan, with bounded connections and a drain that answers each client before it ends."""
@@ -100,6 +103,7 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         application: _Application,
         limits: ConnectionLimits,
+        max_body_bytes: int,
         ssl_context: ssl.SSLContext | None,
         drain_timeout_s: float,
         before_shutdown: Callable[[], Awaitable[None]] | None,
@@ -109,6 +113,7 @@ class _Server(uvicorn.Server):
         self._application = application
         self._ssl_context = ssl_context
         self._limits = limits
+        self._max_body_bytes = max_body_bytes
         self._drain_timeout_s = drain_timeout_s
         self._wait_ready = wait_ready
         self._announcing: asyncio.Task[None] | None = None
@@ -132,7 +137,9 @@ class _Server(uvicorn.Server):
         table = self._table = ConnectionTable(self._limits, loop)
 
         def make_protocol() -> _Connection:
-            return _Connection(self.config, self.server_state, self.lifespan.state, table)
+            connection = _Connection(self.config, self.server_state, self.lifespan.state, table)
+            connection.max_direct_bytes = min(self._max_body_bytes, MAX_DIRECT_BYTES)
+            return connection
 
         handshake_s = self._limits.head_timeout_s if self._ssl_context else None
         self.servers = [
@@ -249,7 +256,14 @@ def serve(
     )
     limits = connection_limits(config)
     server = _Server(
-        uvicorn_config, application, limits, ssl_context, config.drain_timeout_s, before_shutdown, wait_ready
+        uvicorn_config,
+        application,
+        limits,
+        config.max_body_bytes,
+        ssl_context,
+        config.drain_timeout_s,
+        before_shutdown,
+        wait_ready,
     )
     # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
     # orderly end look like a crash.

@@ -13,11 +13,14 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from fastserve.config import ServerConfig
 from fastserve.errors import InvalidRequestError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
+from fastserve.serving.direct import offer_direct_answers
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.listen import bind
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
@@ -116,6 +119,19 @@ async def allocate(megabytes: int) -> Response:
     else:
         kept.clear()
     return JSONResponse({})
+
+
+class Repeated:
+    """Says which way a body took; those like it are answered directly. The usual way takes a moment."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        await asyncio.sleep(0.1)
+        offer_direct_answers(scope, lambda body: json.dumps({"direct": len(body)}).encode())
+        await JSONResponse({"usual": len(body)})(scope, receive, send)
+
+
+router.routes.append(Route("/repeated", Repeated(), methods=["POST"]))
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fastserve.errors import InvalidRequestError
 from fastserve.serving.json_bounds import check_json_depth
-from tests.serving.wire import Service, wait_until
+from tests.serving.wire import Service, StartService, wait_until
 
 POST = b"POST /size HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -75,6 +75,17 @@ def test_the_sum_of_all_bodies_is_bounded_and_becomes_free_again(impatient: Serv
         assert int(reply.headers["retry-after"]) >= 1
         assert impatient.ask("/size", "POST", b"x" * 1000).status == 200, "small ones still fit"
     wait_until(lambda: impatient.ask("/size", "POST", b"x" * 60_000).status == 200, "there is room again")
+
+
+def test_bodies_that_are_announced_and_do_not_come_take_no_room(start_service: StartService) -> None:
+    service = start_service("--max-body-bytes", "100000", "--max-buffered-bytes", "250000")
+    wires = [service.wire() for _ in range(20)]
+    for wire in wires:
+        wire.send(POST + b"Content-Length: 100000\r\n\r\n{")
+    for _ in range(20):
+        assert service.ask("/size", "POST", b"x" * 100_000).status == 200
+    for wire in wires:
+        wire.socket.close()
 
 
 @pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("identity", 200)])

@@ -85,7 +85,7 @@ def test_bodies_beyond_the_sum_are_refused_with_503(services: dict[str, Service]
     head = lines.encode()
     wires = [services[name].wire() for _ in range(count)]
     for wire in wires:
-        wire.send(head + b"{")
+        wire.send(head + b"x" * (size - 1))
 
     def is_refused() -> bool:
         with services[name].wire() as wire:
