@@ -24,8 +24,8 @@ from fastserve.breaker import State as BreakerState
 LEASE_HEADER = "x-fastserve-lease"
 REQUEST_ID_HEADER = "x-request-id"
 MAY_PRIORITISE_HEADER = "x-fastserve-may-prioritise"
-"""Set to "1" by the API server for requests whose key may put them before others. Only who has the cluster key is
-believed."""
+"""Set by the API server: "1" for requests whose key may put them before others, else "0". Only who has the cluster key
+is believed (with --insecure, everybody)."""
 HOPS_HEADER = "x-fastserve-hops"
 """Ids of the API servers that have passed the request on, separated by commas."""
 

@@ -33,7 +33,9 @@ class ClusterGuard:
         refused: RefusedKeys,
         everybody_may_prioritise: bool,
     ) -> None:
-        """Without keys (--insecure) `everybody_may_prioritise` says whose requests may go before others."""
+        """Without keys (--insecure) `everybody_may_prioritise` says whose requests may go before others, where no API
+        server of ours has said it.
+        """
         self._app = app
         self._keys = keys
         self._admin = admin
@@ -67,9 +69,12 @@ class ClusterGuard:
         token = bearer_token(headers)
         is_admin = self._admin.note(scope, token)
         state, keys = scope["state"], self._keys.value
+        may_prioritise = header_of(headers, _MAY_PRIORITISE)
         if keys is None:
             state["owner"] = DEFAULT_OWNER
-            state["may_prioritise"] = self._everybody_may_prioritise
+            state["may_prioritise"] = (
+                self._everybody_may_prioritise if may_prioritise is None else may_prioritise == b"1"
+            )
         else:
             owner = DEFAULT_OWNER if is_admin else None if token is None else keys.owner_of(token)
             if owner is None:
@@ -81,6 +86,6 @@ class ClusterGuard:
                     code="invalid_cluster_key",
                 )
             state["owner"] = owner
-            state["may_prioritise"] = header_of(headers, _MAY_PRIORITISE) == b"1"
+            state["may_prioritise"] = may_prioritise == b"1"
         if scope["type"] == "http":
             check_media_type(scope["method"], headers)

@@ -198,9 +198,8 @@ class AttemptRunner:
             LEASE_HEADER: lease.id,
             REQUEST_ID_HEADER: call.request_id,
             HOPS_HEADER: call.hops,
+            MAY_PRIORITISE_HEADER: "1" if call.may_prioritise else "0",
         }
-        if call.may_prioritise:
-            headers[MAY_PRIORITISE_HEADER] = "1"
         lost: aiohttp.ClientError | None = None
         while True:
             use = ConnectionUse()

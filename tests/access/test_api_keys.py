@@ -159,6 +159,10 @@ def test_the_log_says_how_many_refusals_it_left_out(caplog: pytest.LogCaptureFix
     ]
 
 
+async def is_ready(http: aiohttp.ClientSession, server: str) -> bool:
+    return (await ask(http, "GET", server + "/ready"))[0] == 200
+
+
 async def test_going_before_others_takes_a_key_with_that_right(http: aiohttp.ClientSession, file: Path) -> None:
     write(file, "plain\nurgent priority\n")
     forged = {"X-Fastserve-May-Prioritise": "1"}
@@ -182,6 +186,15 @@ async def test_going_before_others_takes_a_key_with_that_right(http: aiohttp.Cli
         assert await priority(open_to_all, -5, {}) == (200, None), "without keys on loopback everybody may"
         assert await priority(worker, -5, CLUSTER) == denied
         assert await priority(worker, -5, CLUSTER | forged) == (200, None), "who has the cluster key is believed"
+    async with (
+        run_controller(insecure=True) as controller,
+        run_worker(controller, insecure=True) as worker,
+        run_server(controller, insecure=True, api_keys_file=str(file)) as guarded,
+    ):
+        await eventually(lambda: is_ready(http, guarded))
+        assert await priority(guarded, -5, bearer("urgent")) == (200, None)
+        assert await priority(guarded, -5, bearer("plain")) == denied, "keys of clients count without a cluster key too"
+        assert await priority(worker, -5, {}) == (200, None)
     async with run_worker(api_keys_file=str(file)) as alone:
         assert await priority(alone, -5, bearer("urgent")) == (200, None)
         assert await priority(alone, -5, bearer("plain") | forged) == denied
