@@ -101,6 +101,10 @@ class WorkerAdmission:
             return None
         return text if self._is_listed(text) and admitted.model_names == tuple(model_names) else None
 
+    async def admit_again(self, address: str, model_names: Sequence[str], *, is_ready: bool) -> None:
+        """The same for a listed worker that was asked what it serves: its owner stays."""
+        await self.admit(address, self._admitted[address].owner, model_names, is_ready=is_ready)
+
     def address_of(self, name: str, owner: str) -> str:
         """The address of a worker that its owner speaks of. Raises InvalidRequestError and ConflictError."""
         text = str(parse_worker_address(name))

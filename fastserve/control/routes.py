@@ -140,7 +140,7 @@ def message_endpoints(
     }
 
 
-def fastchat_routes(registry: WorkerRegistry, client: WorkerClient) -> list[Route]:
+def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client: WorkerClient) -> list[Route]:
     """The other endpoints of FastChat's controller, with its answers."""
 
     async def refresh_all_workers(_: Request) -> Response:
@@ -149,7 +149,10 @@ def fastchat_routes(registry: WorkerRegistry, client: WorkerClient) -> list[Rout
 
     async def refresh(address: str) -> None:
         try:
-            registry.polled(address, await client.get_status(address))
+            status = await client.get_status(address)
+            if registry.knows(address):  # it may have gone meanwhile
+                await admission.admit_again(address, status.model_names, is_ready=status.ready)
+                registry.polled(address, status)
         except WorkerUnreachableError:
             registry.report_failure(address)
         except FastserveError as error:

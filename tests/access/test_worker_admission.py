@@ -210,6 +210,39 @@ async def test_names_and_addresses_stay_with_their_owner_while_its_workers_live(
         assert await beat(http, controller, first, key=ours, model_names=["n"]) == conflict
 
 
+async def test_a_worker_that_is_asked_for_its_status_takes_no_name_of_another_owner(
+    http: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    ours, theirs = (secrets.token_urlsafe(32) for _ in range(2))
+    path = tmp_path / "cluster.key"
+    path.write_text(f"{ours}\nteam-b {theirs}\n")
+    headers = {"Authorization": f"Bearer {ours}"}
+    served = ["x"]
+
+    async def status(_: web.Request) -> web.StreamResponse:
+        return web.json_response(STATUS | {"heartbeat_interval_s": 60.0, "model_names": served})
+
+    async with (
+        run_controller(cluster_key_file=str(path)) as controller,
+        stand_in(says(200)) as first,
+        stand_in(status) as second,
+    ):
+
+        async def addresses(model: str) -> list[str]:
+            async with http.get(controller + "/workers", headers=headers) as response:
+                rows = (await response.json())["workers"]
+            return sorted(row["address"] for row in rows if model in row["status"]["model_names"])
+
+        assert await beat(http, controller, first, key=ours, model_names=["m"]) == (200, None)
+        assert await beat(http, controller, second, key=theirs, model_names=["x"]) == (200, None)
+        for names, listed_now in ((["x", "m"], "x"), (["y"], "y")):
+            served[:] = names
+            await ask(http, "POST", controller + "/refresh_all_workers", headers=headers)
+            assert await addresses("m") == [first]
+            assert await addresses(listed_now) == [second]
+        assert await beat(http, controller, first, key=ours, model_names=["m", "y"]) == (409, "conflict")
+
+
 async def test_a_worker_that_refuses_the_api_servers_key_is_no_matter_of_the_clients(
     http: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
