@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -87,7 +87,7 @@ def guard_client_service(
     registry: CollectorRegistry,
     keys: Reloadable[ApiKeys],
     *,
-    own_origins_only: bool,
+    allowed_origins: Collection[str],
     json_only: bool,
 ) -> None:
     """Ask clients for an API key where there are any, and keep foreign web pages out where loopback is the only guard.
@@ -105,6 +105,6 @@ def guard_client_service(
         WebPageGuard,
         hosts=access.hosts,
         is_open=lambda: access.checks_pages and not keys.value,
-        own_origins_only=own_origins_only,
+        allowed_origins=allowed_origins,
         json_only=json_only,
     )

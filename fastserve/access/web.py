@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -62,13 +62,21 @@ class WebPageGuard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: HostCheck, is_open: Callable[[], bool], own_origins_only: bool, json_only: bool
+        self,
+        app: ASGIApp,
+        *,
+        hosts: HostCheck,
+        is_open: Callable[[], bool],
+        allowed_origins: Collection[str],
+        json_only: bool,
     ) -> None:
-        """`is_open`: no API key is asked for. `json_only`: bodies of other media types are refused in any case."""
+        """`is_open`: no API key is asked for. `allowed_origins`: whose pages may call it beside its own; `*` is all.
+        `json_only`: bodies of other media types are refused in any case.
+        """
         self._app = app
         self._hosts = hosts
         self._is_open = is_open
-        self._own_origins_only = own_origins_only
+        self._allowed_origins = frozenset(origin.encode() for origin in allowed_origins)
         self._json_only = json_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +93,8 @@ class WebPageGuard:
         if self._is_open():
             check_host(self._hosts, headers)
             origin = header_of(headers, b"origin")
-            if self._own_origins_only and origin is not None and not is_own_origin(origin, header_of(headers, b"host")):
+            if origin is not None and not self._is_allowed(origin, header_of(headers, b"host")):
+                # Not left to the browser: it sends what takes no question before, and only hides the answer.
                 raise PermissionDeniedError(
                     f"Pages of {_shown(origin)} may not use this server, which asks for no API key. Set API keys, or "
                     "allow the page with --allowed-origins.",
@@ -93,6 +102,10 @@ class WebPageGuard:
                 )
         if self._json_only and scope["type"] == "http":
             check_media_type(scope["method"], headers)
+
+    def _is_allowed(self, origin: bytes, host: bytes | None) -> bool:
+        allowed = self._allowed_origins
+        return origin in allowed or b"*" in allowed or is_own_origin(origin, host)
 
 
 def _shown(value: bytes) -> str:

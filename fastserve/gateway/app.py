@@ -81,10 +81,10 @@ def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.envir
     app.include_router(router)
     install_api_docs(app)
     # The last one added is the outermost: CORS answers preflights, which carry no key, before keys are asked for.
-    guard_client_service(app, access, registry, keys, own_origins_only=own_origins_only, json_only=False)
+    guard_client_service(app, access, registry, keys, allowed_origins=config.allowed_origins or (), json_only=False)
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=() if own_origins_only else config.allowed_origins or ("*",),
+        allow_origins=() if own_origins_only else ("*",) if config.allowed_origins is None else config.allowed_origins,
         allow_origin_regex=LOOPBACK_ORIGINS if own_origins_only else None,
         allow_credentials=config.allow_credentials,
         allow_methods=config.allowed_methods,

@@ -124,7 +124,7 @@ class Worker:
         if not self._api_keys.value and not self._access.is_on_loopback:
             logger.warning("Whoever reaches %s can use the model: set API keys.", setup.address)
         guard_client_service(
-            self.app, self._access, self._metrics.registry, self._api_keys, own_origins_only=True, json_only=True
+            self.app, self._access, self._metrics.registry, self._api_keys, allowed_origins=(), json_only=True
         )
 
     async def goodbye(self) -> None:

@@ -39,7 +39,7 @@ def make_app(environ: dict[str, str], *, lone: bool = False) -> FastAPI:
     registry = CollectorRegistry()
     if lone:
         keys = load_api_keys(("sk-client",), None)
-        guard_client_service(app, access, registry, keys, own_origins_only=True, json_only=True)
+        guard_client_service(app, access, registry, keys, allowed_origins=(), json_only=True)
     else:
         guard_cluster_service(app, access, registry)
     return app
@@ -74,6 +74,15 @@ async def test_without_one_they_answer_to_this_machine_only(lone: bool) -> None:
     for client in ("10.0.0.7", "192.0.2.1", "fe80::1"):
         assert await post(app, plain, client) == 403
     assert await post(app, plain, path="/look") == 200
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "X-Real-IP", "Via"])
+async def test_without_one_a_proxy_on_this_machine_opens_them_to_nobody(name: str) -> None:
+    app = make_app({})
+    for client in ("127.0.0.1", "::1"):
+        for value in ("203.0.113.9", "127.0.0.1", "for=127.0.0.1"):
+            assert await post(app, CLUSTER | {name: value}, client) == 403
+            assert await post(app, CLUSTER | {name: value}, client, path="/look") == 200
 
 
 async def test_a_web_page_on_this_machine_is_no_administrator() -> None:

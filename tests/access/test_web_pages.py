@@ -57,6 +57,18 @@ async def test_with_keys_or_named_origins_or_hosts_pages_may_come_from_elsewhere
             assert response.headers["access-control-allow-origin"] == "https://chat.example"
         async with http.get(server + "/v1/models", headers=foreign | {"Origin": "https://other.example"}) as response:
             assert "access-control-allow-origin" not in response.headers
+            assert response.status == 403
+        # A request that the browser sends without asking first, only to hide the answer.
+        simple = {"Host": "api.example", "Origin": "https://other.example", "Content-Type": "text/plain"}
+        url = server + "/v1/chat/completions"
+        assert await ask(http, "POST", url, data=b"{}", headers=simple) == (403, "origin_not_allowed")
+    async with run_server(NOBODY, allowed_origins=("*",)) as server:
+        assert await ask(http, "GET", server + "/v1/models", headers={"Origin": FOREIGN[0]}) == (200, None)
+    async with (
+        run_server(NOBODY, host="0.0.0.0", allowed_origins=()) as server,
+        http.get(server + "/v1/models", headers={"Origin": FOREIGN[0]}) as response,
+    ):
+        assert "access-control-allow-origin" not in response.headers, "no origin is none, not all"
 
 
 async def test_named_hosts_are_checked_beyond_loopback_too(http: aiohttp.ClientSession) -> None:
