@@ -126,10 +126,15 @@ def _weakness(key: str) -> str | None:
 
 
 def user_key_path(environ: Mapping[str, str]) -> Path:
-    """Where the user's own key lies: below XDG_CONFIG_HOME, else ~/.config."""
+    """Where the user's own key lies: below XDG_CONFIG_HOME, else ~/.config; without a home, among temporary files."""
     config = environ.get("XDG_CONFIG_HOME", "")
-    folder = Path(config) if Path(config).is_absolute() else Path(environ.get("HOME") or Path.home()) / ".config"
-    return folder / "fastserve" / "cluster.key"
+    if Path(config).is_absolute():
+        return Path(config) / "fastserve" / "cluster.key"
+    try:
+        home = Path(environ.get("HOME") or Path.home())
+    except RuntimeError:  # a user id that the system has no entry for, as in containers
+        return _temporary_path(environ)
+    return home / ".config" / "fastserve" / "cluster.key"
 
 
 def find_or_make(environ: Mapping[str, str]) -> ClusterKeys:

@@ -318,6 +318,8 @@ class Dispatcher:
                 content = await response.read()
                 if response.status == 401:
                     raise ControllerAwayError("it has another cluster key: FASTSERVE_CLUSTER_KEY, --cluster-key-file")
+                if response.status == 421:
+                    raise ControllerAwayError("it does not go by this name: start it with --allowed-hosts NAME")
                 if response.status in (429, 503):
                     raise ControllerBusyError(f"{path} answered with status {response.status}")
                 if response.status != 200:

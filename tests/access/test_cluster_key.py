@@ -135,6 +135,18 @@ def test_without_a_usable_home_the_key_lies_in_a_private_temporary_folder(home: 
     assert made.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_user_without_a_home_or_an_entry_has_the_key_there_too(
+    home: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_entry() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_entry)
+    environ = {"TMPDIR": home["TMPDIR"]}
+    assert find_or_make(environ) == find_or_make(environ)
+    assert user_key_path(environ).is_relative_to(home["TMPDIR"])
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
 def test_a_key_that_others_can_read_is_not_used(home: dict[str, str], mode: int) -> None:
     find_or_make(home)
