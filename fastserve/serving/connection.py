@@ -287,6 +287,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         is_early = self._in_body and not self.pipeline
+        if self._answering is not None:
+            # The connection keeps the cycle until the next request comes: not with what nobody has read.
+            self._answering.body = bytearray()
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.is_lingering or self.transport.is_closing():

@@ -23,6 +23,7 @@ REPEAT_S = 40.0
 MAX_DIRECT_BYTES = 64 * 1024
 """Of a body; longer ones take the usual way."""
 _EXTENSION = "fastserve.direct"
+_END_OF_HEAD = b"\r\n\r\n"
 _HEAD = re.compile(
     rb"(POST [^\r\n]+ HTTP/1\.1\r\n(?:[^\r\n]+\r\n)*?content-length: )(\d+)(\r\n(?:[^\r\n]+\r\n)*\r\n)", re.I
 )
@@ -54,8 +55,8 @@ class DirectProtocol(HttpToolsProtocol):
     _offer: _Offer | None = None
     _between_messages = True
     """The parser has no part of a message."""
-    _last_piece = b""
-    """The data that came last, if a message begins with it."""
+    _last_head = b""
+    """The head that the data began with, while the parser reads them."""
     _waiting = b""
     """Data that waits for its turn in the event loop."""
     max_direct_bytes = MAX_DIRECT_BYTES
@@ -85,23 +86,26 @@ class DirectProtocol(HttpToolsProtocol):
             if not data:
                 return
             self._offer = None
-        self._last_piece = data if self._between_messages and len(data) <= MAX_DIRECT_BYTES else b""
+        if self._between_messages:
+            # Without its body, which an idle connection would keep.
+            self._last_head = data[: data.find(_END_OF_HEAD) + len(_END_OF_HEAD)]
         super().data_received(data)
+        self._last_head = b""
 
     def on_message_begin(self) -> None:
         self._between_messages = False
         super().on_message_begin()
-        extensions: dict[str, Any] = {_EXTENSION: functools.partial(self._take_up, self._last_piece)}
+        extensions: dict[str, Any] = {_EXTENSION: functools.partial(self._take_up, self._last_head)}
         self.scope["extensions"] = extensions
-        self._last_piece = b""  # a message that begins later in the same piece has another head
+        self._last_head = b""  # a message that begins later in the same piece has another one
 
     def on_message_complete(self) -> None:
         self._between_messages = True
         super().on_message_complete()
 
-    def _take_up(self, piece: bytes, answer: DirectAnswer) -> None:
-        """`piece` begins with the message that `answer` is offered for."""
-        head = _HEAD.match(piece)
+    def _take_up(self, first_head: bytes, answer: DirectAnswer) -> None:
+        """`first_head` is of the message that `answer` is offered for."""
+        head = _HEAD.fullmatch(first_head)
         if head is not None:
             # Not all at the same time: thousands of connections may have been opened in the same second.
             seconds = REPEAT_S * random.uniform(0.5, 1.0)

@@ -62,6 +62,22 @@ def test_an_endless_body_that_nobody_reads_is_not_kept(impatient: Service) -> No
     assert impatient.rss_mb() - before < 10
 
 
+@pytest.mark.parametrize("path", ["/size", "/unread"])
+def test_idle_connections_keep_nothing_of_their_bodies(start_service: StartService, path: str) -> None:
+    service = start_service()
+    wires = [service.wire() for _ in range(400)]
+    for size in (1, 60_000):
+        before = service.rss_mb()
+        for wire in wires:
+            body = b"Content-Length: %d\r\n\r\n" % size + b"x" * size
+            wire.send(POST.replace(b"/size", path.encode()) + body)
+            assert wire.next_reply().status == 200
+    grown = service.rss_mb() - before
+    for wire in wires:
+        wire.socket.close()
+    assert grown < 8
+
+
 def test_the_sum_of_all_bodies_is_bounded_and_becomes_free_again(impatient: Service) -> None:
     hold = b"POST /hold HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000
     with impatient.wire() as first, impatient.wire() as second:
