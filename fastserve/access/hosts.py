@@ -13,9 +13,15 @@ import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from fastserve.errors import StartupError
+from fastserve.observability.text import printable
+
 _HOST_HEADER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]/@?#\s]+)(?::\d{1,5})?")
+_HOST_NAME = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _MAX_HEADER_CHARS = 300
 _MAX_REMEMBERED = 64
+_CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
+"""This machine, as containers on it call it. No site has such a name."""
 LOOPBACK_ORIGINS = r"https?://(localhost|[a-z0-9-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 """A regular expression of the origins that pages of this machine's own servers have."""
 
@@ -34,6 +40,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _is_ip_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
 def host_of(url: str) -> str:
     """Host of a URL, or "" when it has none."""
     try:
@@ -43,14 +57,16 @@ def host_of(url: str) -> str:
 
 
 class HostCheck:
-    """Which `Host` headers a service answers to: IP addresses, localhost, this machine's name, and `names`.
+    """Which `Host` headers a service answers to: IP addresses, localhost, this machine's names, and `names`.
 
     A name `.example.com` stands for every host below example.com, and `*` for every host.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         own = socket.gethostname().lower()
-        self._names = {name.lower().strip("[]").rstrip(".") for name in names if name} | {own, own.partition(".")[0]}
+        label = own.partition(".")[0]
+        self._names = {name.lower().strip("[]").rstrip(".") for name in names if name} | _CONTAINER_HOSTS
+        self._names |= {own, label, f"{label}.local"}
         self._suffixes = tuple(name for name in self._names if name.startswith("."))
         self._remembered: set[bytes] = set()
 
@@ -71,11 +87,17 @@ class HostCheck:
         host = match["host"].strip("[]").lower().rstrip(".")
         if is_loopback(host) or host in self._names or host.endswith(self._suffixes):
             return True
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return True
+        return _is_ip_address(host)
+
+
+def check_host_names(names: Iterable[str], flag: str) -> None:
+    """Raises StartupError for what is no name of a host and would match nothing: a URL, a name with a port."""
+    for name in names:
+        if name != "*" and not (_HOST_NAME.fullmatch(name) or _is_ip_address(name)):
+            raise StartupError(
+                f"{flag}: {printable(name, 80)!r} is no name of a host: write it without scheme, port and path, such "
+                "as api.example.com, .example.com or *."
+            )
 
 
 def is_own_origin(origin: bytes, host: bytes | None) -> bool:

@@ -11,7 +11,7 @@ from fastserve.access.admin import AdminCheck, AdminKeys, load_admin_keys
 from fastserve.access.api_keys import ApiKeyMiddleware, ApiKeys
 from fastserve.access.cluster_guard import ClusterGuard
 from fastserve.access.cluster_key import ClusterKeys, load_cluster_keys
-from fastserve.access.hosts import HostCheck, is_loopback
+from fastserve.access.hosts import HostCheck, check_host_names, is_loopback
 from fastserve.access.key_files import Reloadable
 from fastserve.access.refusals import RefusedKeys
 from fastserve.access.web import WebPageGuard
@@ -59,6 +59,7 @@ def load_access(
             environ, key_file=config.cluster_key_file, insecure=config.insecure, hosts=cluster_hosts
         )
 
+    check_host_names(config.allowed_hosts, "--allowed-hosts")
     path = config.cluster_key_file if is_in_cluster and not config.insecure else None
     return ServiceAccess(
         cluster_keys=Reloadable(read, path, "--cluster-key-file"),

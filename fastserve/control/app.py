@@ -76,7 +76,7 @@ def create_app(
     # The router has them too: it answers other methods than POST.
     routes: list[BaseRoute] = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
     routes += [*fastserve_routes(registry, metrics), *fastchat_routes(registry, admission, client)]
-    app = FastAPI(title="fastserve controller", version=__version__, lifespan=lifespan, routes=routes)
+    app = FastAPI(title="fastserve controller", version=__version__, lifespan=lifespan, routes=routes, openapi_url=None)
     install_error_handlers(app)
     # The first one added is the innermost: all checks of requests come before it.
     app.add_middleware(DirectRoutes, endpoints=endpoints)

@@ -88,7 +88,10 @@ class Worker:
         """Why the model could not be loaded."""
         _check_names(setup.model_names)
         self.keeper = EngineKeeper(setup.engine, progress_reporter(sys.stderr), time.monotonic, setup.restart_policy)
-        self.app = FastAPI(title="fastserve worker", version=__version__, lifespan=self._lifespan)
+        # Without FastAPI's pages, which load scripts from elsewhere.
+        self.app = FastAPI(
+            title="fastserve worker", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
+        )
         self.app.state.runtime = None
         self.app.state.keeper = self.keeper
         self.app.state.metrics = self._metrics

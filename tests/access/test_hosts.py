@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from fastserve.access.hosts import HostCheck, is_loopback, is_own_origin
+from fastserve.access.hosts import HostCheck, check_host_names, is_loopback, is_own_origin
+from fastserve.errors import StartupError
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ from fastserve.access.hosts import HostCheck, is_loopback, is_own_origin
     [
         *("localhost", "LOCALHOST:21001", "localhost.", "127.0.0.1:80", "10.1.2.3", "[::1]:21001", "[fe80::1]"),
         *("app.localhost:1", "gpu-box:21002", "api.example.com", "EXAMPLE.ORG", "a.b.example.org:8"),
-        socket.gethostname(),
+        *(socket.gethostname(), socket.gethostname().partition(".")[0] + ".local:21001", "host.docker.internal:8888"),
     ],
 )
 def test_own_names_and_addresses_are_answered(header: str) -> None:
@@ -35,6 +36,13 @@ def test_foreign_and_malformed_names_are_not(header: str) -> None:
     hosts = HostCheck(["localhost", ".example.org"])
     assert not hosts.allows(header.encode("latin-1"))
     assert HostCheck(["*"]).allows(header.encode("latin-1"))
+
+
+@pytest.mark.parametrize("name", ["https://api.example", "api.example:8888", "api.example/", "a b", "*.example", "."])
+def test_a_name_that_would_match_nothing_is_refused(name: str) -> None:
+    with pytest.raises(StartupError, match=r"--allowed-hosts: .* is no name of a host"):
+        check_host_names([name], "--allowed-hosts")
+    check_host_names(["*", ".example.org", "api.example", "Box_1", "10.0.0.1", "::1", "[::1]"], "--allowed-hosts")
 
 
 def test_loopback_is_this_machine_only() -> None:
