@@ -11,10 +11,12 @@ import re
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import psutil
 
 from fastserve.errors import InvalidRequestError, PermissionDeniedError, StartupError
+from fastserve.observability.text import printable
 
 MAX_ADDRESS_CHARS = 300
 LOCAL_NETWORKS = "local"
@@ -63,6 +65,19 @@ def is_worker_address(text: str) -> bool:
     except InvalidRequestError:
         return False
     return True
+
+
+def check_service_address(text: str, flag: str) -> None:
+    """Raises StartupError, which names `flag`, unless `text` is http or https, a host, and perhaps port and path."""
+    try:
+        parts = urlsplit(text)
+        is_valid = parts.scheme in _DEFAULT_PORTS and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number or too large, or a bracket is missing
+        is_valid = False
+    if not is_valid:
+        raise StartupError(
+            f"{flag} {printable(text, _MAX_SHOWN_CHARS)} is no address of a service: write it like http://HOST:PORT."
+        )
 
 
 def _plain_host(text: str) -> str | None:

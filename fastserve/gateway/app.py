@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from fastserve import __version__
+from fastserve.access.addresses import check_service_address
 from fastserve.access.api_keys import load_api_keys
 from fastserve.access.hosts import LOOPBACK_ORIGINS, host_of
 from fastserve.access.key_files import reloading
@@ -122,15 +123,10 @@ def _make_relay(
 
 
 def _check_controller_address(config: ApiServerConfig) -> None:
-    """Raises StartupError when the server is told to ask itself."""
+    """Raises StartupError when it is no address, or the server is told to ask itself."""
+    check_service_address(config.controller_address, "--controller-address")
     parts = urlsplit(config.controller_address)
-    try:
-        is_own = parts.port == config.port and parts.hostname in (config.host, "localhost", "127.0.0.1", "::1")
-    except ValueError as error:
-        raise StartupError(
-            f"--controller-address {printable(config.controller_address)}: the port is not a number."
-        ) from error
-    if is_own:
+    if parts.port == config.port and parts.hostname in (config.host, "localhost", "127.0.0.1", "::1"):
         raise StartupError(
             f"--controller-address {printable(config.controller_address)} is this API server's own address: name the "
             "controller's (port 21001 by default)."

@@ -41,7 +41,7 @@ def max_connections_of_process(wanted: int) -> int:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY:
         return wanted
-    return max(MIN_CONNECTIONS, min(wanted, (soft - min(_RESERVED_FILES, soft // 4)) // 2))
+    return min(wanted, max(MIN_CONNECTIONS, (soft - min(_RESERVED_FILES, soft // 4)) // 2))
 
 
 def is_own_shortage(error: BaseException) -> bool:

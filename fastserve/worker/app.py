@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from fastserve import __version__
+from fastserve.access.addresses import check_service_address
 from fastserve.access.api_keys import load_api_keys
 from fastserve.access.hosts import host_of
 from fastserve.access.key_files import reloading
@@ -78,7 +79,9 @@ class Worker:
     """
 
     def __init__(self, setup: WorkerSetup) -> None:
-        """Raises StartupError when keys are missing or cannot be read, or the worker's names cannot be announced."""
+        """Raises StartupError when keys are missing or cannot be read, an address is none, or the worker's names cannot
+        be announced.
+        """
         self._setup = setup
         self._metrics = WorkerMetrics()
         self._load_keys()
@@ -106,6 +109,9 @@ class Worker:
 
     def _load_keys(self) -> None:
         setup, config = self._setup, self._setup.config
+        if not config.no_register:
+            check_service_address(config.controller_address, "--controller-address")
+            check_service_address(setup.address, "--worker-address")
         self._access = load_access(
             config,
             setup.environ,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.access.addresses import own_networks, parse_networks, parse_worker_address
+from fastserve.access.addresses import check_service_address, own_networks, parse_networks, parse_worker_address
 from fastserve.access.resolving import NetworkResolver
 from fastserve.errors import InvalidRequestError, PermissionDeniedError, StartupError
 
@@ -143,3 +143,24 @@ async def test_a_name_is_judged_by_every_address_and_again_at_each_connection(mo
                 await resolver.resolve("worker.example", 1)
     finally:
         await resolver.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "localhost:1",
+        "http://",
+        "http://:1",
+        "http://h:99999",
+        "http://h:x",
+        "http://h:0",
+        "ftp://h:1",
+        "http://[::1",
+        "",
+    ],
+)
+def test_an_address_of_a_service_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(StartupError, match=r"^--flag .*is no address of a service"):
+        check_service_address(text, "--flag")
+    for good in ("http://h", "https://h:1/", "HTTP://[::1]:21001", "http://proxy.example/cluster"):
+        check_service_address(good, "--flag")

@@ -73,6 +73,14 @@ async def test_three_services_started_side_by_side_find_each_others_key(tmp_path
         assert not {ENV_CLUSTER_KEY, *SECRETS} & set(engine.environ()), "the engine's process has no use for keys"
 
 
+@pytest.mark.parametrize("service", ["model_worker", "openai_api_server"])
+def test_an_address_that_is_none_is_named_before_a_key_is_asked_for(service: str) -> None:
+    command = [sys.executable, "-m", f"fastserve.{service}", "--port=0", "--controller-address=localhost:21001"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "--controller-address localhost:21001 is no address of a service" in ended.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fastserve.serving.shortage import is_own_shortage
+from fastserve.serving.shortage import MIN_CONNECTIONS, is_own_shortage, max_connections_of_process
 
 CONNECT_WITHOUT_FILES = """
 import asyncio, os, resource, socket, sys
@@ -70,6 +70,12 @@ def test_a_shortage_is_found_behind_the_error_that_it_was_raised_as(number: int)
         except OSError as cause:
             raise RuntimeError from cause
     assert is_own_shortage(caught.value)
+
+
+@pytest.mark.parametrize(("wanted", "most"), [(1, 1), (8, 8), (10**6, None)])
+def test_no_more_connections_than_wanted_or_than_there_are_files(wanted: int, most: int | None) -> None:
+    limit = max_connections_of_process(wanted)
+    assert limit == most if most else MIN_CONNECTIONS <= limit <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one() -> None:
