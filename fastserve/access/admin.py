@@ -13,14 +13,12 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from fastserve.access.bearer import digest, find_key
-from fastserve.access.hosts import is_loopback
+from fastserve.access.hosts import is_of_this_machine
 from fastserve.access.key_files import Reloadable, read_lines
 from fastserve.errors import PermissionDeniedError, StartupError
 
 ENV_ADMIN_KEY = "FASTSERVE_ADMIN_KEY"
 MIN_ADMIN_KEY_CHARS = 16
-_PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"})
-"""Headers that proxies add. What they say of the client may be forged, so it only counts that there is one."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,9 @@ class AdminCheck:
         keys = self._keys.value
         has_key = token is not None and keys.accepts(token)
         state = scope.setdefault("state", {})
-        state["is_admin"] = has_key if keys.digests else _is_of_this_machine(scope)
+        state["is_admin"] = has_key if keys.digests else is_of_this_machine(scope)
         state["has_admin_keys"] = bool(keys.digests)
         return has_key
-
-
-def _is_of_this_machine(scope: Scope) -> bool:
-    """Whether the client itself is here, and not only a proxy that speaks for it."""
-    client = scope.get("client")
-    if client is None or not is_loopback(client[0]):
-        return False
-    return not any(name in _PROXY_HEADERS for name, _ in scope["headers"])
 
 
 def require_admin(request: HTTPConnection) -> None:

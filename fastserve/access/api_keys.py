@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.access.admin import AdminCheck
 from fastserve.access.bearer import bearer_token, digest, find_key
+from fastserve.access.hosts import is_of_this_machine
 from fastserve.access.key_files import Reloadable, read_lines
 from fastserve.access.refusals import RefusedKeys, refuse
 from fastserve.errors import AuthenticationError, StartupError
@@ -84,7 +85,7 @@ class ApiKeyMiddleware:
         refused: RefusedKeys,
         everybody_may_prioritise: bool,
     ) -> None:
-        """Without keys `everybody_may_prioritise` says whose requests may go before others."""
+        """Without keys `everybody_may_prioritise` says whether requests of this machine may go before others."""
         self._app = app
         self._keys = keys
         self._admin = admin
@@ -99,7 +100,7 @@ class ApiKeyMiddleware:
         token = bearer_token(scope["headers"])
         is_admin = self._admin.note(scope, token)
         if not keys:
-            scope["state"]["may_prioritise"] = self._everybody_may_prioritise
+            scope["state"]["may_prioritise"] = self._everybody_may_prioritise and is_of_this_machine(scope)
         else:
             key = None if token is None else keys.find(token)
             if key is None and not is_admin:

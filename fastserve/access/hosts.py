@@ -13,6 +13,8 @@ import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.types import Scope
+
 from fastserve.errors import StartupError
 from fastserve.observability.text import printable
 
@@ -20,6 +22,8 @@ _HOST_HEADER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]/@?#\s]+)(?::\d{1
 _HOST_NAME = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _MAX_HEADER_CHARS = 300
 _MAX_REMEMBERED = 64
+_PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"})
+"""Headers that proxies add. What they say of the client may be forged, so it only counts that there is one."""
 _CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
 """This machine, as containers on it call it. No site has such a name."""
 LOOPBACK_ORIGINS = r"https?://(localhost|[a-z0-9-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
@@ -46,6 +50,14 @@ def _is_ip_address(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_of_this_machine(scope: Scope) -> bool:
+    """Whether the client of a request is on this machine itself, and not only a proxy that speaks for it."""
+    client = scope.get("client")
+    if client is None or not is_loopback(client[0]):
+        return False
+    return not any(name in _PROXY_HEADERS for name, _ in scope["headers"])
 
 
 def host_of(url: str) -> str:

@@ -200,6 +200,7 @@ async def test_going_before_others_takes_a_key_with_that_right(http: aiohttp.Cli
         assert await priority(alone, -5, bearer("plain") | forged) == denied
     async with run_worker() as alone:
         assert await priority(alone, -5, {}) == (200, None)
+        assert await priority(alone, -5, {"X-Forwarded-For": "127.0.0.1"}) == denied, "a proxy speaks for strangers"
     async with run_worker(host="0.0.0.0") as alone:
         assert await priority(alone, -5, forged) == denied, "beyond loopback nobody may without a key"
         assert await priority(alone, 5, {}) == (200, None)
