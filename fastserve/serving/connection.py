@@ -32,6 +32,7 @@ from fastserve.errors import (
     ShortageError,
     ShuttingDownError,
 )
+from fastserve.observability.logging import Throttle
 from fastserve.serving.shortage import max_connections_of_process
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ SWEEP_INTERVAL_S = 0.5
 LINGER_S = 2.0
 """How long the rest of a request is read and dropped after its answer. A connection closed with unread bytes is reset,
 and the client would lose the answer."""
+FULL_LOG_INTERVAL_S = 5.0
 MAX_PIPELINED = 16
 """Requests that may wait behind the one that is answered."""
 MAX_LINGERING = 256
@@ -80,7 +82,7 @@ class ConnectionTable:
         self._connections: set[BoundedProtocol] = set()
         self._per_address: Counter[str] = Counter()
         self._num_lingering = 0
-        self._is_full = False
+        self._full_log = Throttle(FULL_LOG_INTERVAL_S, loop.time)
         self._timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def __len__(self) -> int:
@@ -117,14 +119,9 @@ class ConnectionTable:
         self._timer.cancel()
 
     def _refusal(self, address: str | None) -> FastserveError | None:
-        is_full = len(self._connections) - self._num_lingering >= self.limits.max_connections
-        if is_full != self._is_full:
-            self._is_full = is_full
-            if is_full:
+        if len(self._connections) - self._num_lingering >= self.limits.max_connections:
+            if self._full_log.passes():
                 logger.warning("all %d connections are in use; new ones are refused", self.limits.max_connections)
-            else:
-                logger.info("new connections are accepted again")
-        if is_full:
             return ShortageError(
                 f"All {self.limits.max_connections} connections of this server are in use; try again in a moment."
             )

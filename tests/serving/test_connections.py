@@ -12,7 +12,7 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from fastserve.serving.connection import client_address
+from fastserve.serving.connection import FULL_LOG_INTERVAL_S, client_address
 from tests.serving.wire import Service, StartService, Wire, parse_replies, wait_until
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -302,6 +302,18 @@ def test_more_connections_than_allowed_are_refused_and_room_is_found_again(start
     wait_until(lambda: service.ask().status == 200, "there is room again")
     for wire in held:
         wire.socket.close()
+
+
+def test_connections_that_come_and_go_at_the_limit_do_not_flood_the_log(start_service: StartService) -> None:
+    service = start_service("--max-connections", "8")
+    began = time.monotonic()
+    for _ in range(10):
+        wires = [service.wire() for _ in range(16)]
+        for wire in wires:
+            wire.socket.close()
+        wait_until(lambda: service.num_connections() == 0, "all are gone")
+    num_lines = service.log.count("connections are in use")
+    assert 1 <= num_lines <= 1 + (time.monotonic() - began) / FULL_LOG_INTERVAL_S
 
 
 def test_connections_of_one_address_are_bounded_but_not_those_of_this_machine(start_service: StartService) -> None:
