@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 REPEAT_S = 40.0
 MAX_DIRECT_BYTES = 64 * 1024
-"""Of a body; longer ones take the usual way."""
+"""Longest body; longer ones take the usual way."""
 _EXTENSION = "fastserve.direct"
 _END_OF_HEAD = b"\r\n\r\n"
 _HEAD = re.compile(
