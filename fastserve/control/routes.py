@@ -16,7 +16,7 @@ from starlette.types import Scope
 from fastserve.access.addresses import parse_worker_address
 from fastserve.control.admission import WorkerAdmission
 from fastserve.control.endpoint import MessageEndpoint
-from fastserve.control.fastchat_relay import relay
+from fastserve.control.fastchat_relay import MAX_HOPS, relay
 from fastserve.control.metrics import ControlMetrics
 from fastserve.control.registry import WorkerRegistry
 from fastserve.control.worker_client import WorkerClient, WorkerUnreachableError
@@ -35,6 +35,7 @@ from fastserve.protocol import (
     ServingResponse,
     WorkerName,
 )
+from fastserve.serving.hops import LoopGuard
 from fastserve.serving.messages import parse_message
 from fastserve.serving.responses import StreamResponse
 
@@ -142,6 +143,7 @@ def message_endpoints(
 
 def fastchat_routes(registry: WorkerRegistry, client: WorkerClient) -> list[Route]:
     """The other endpoints of FastChat's controller, with its answers."""
+    loop_guard = LoopGuard("controller", MAX_HOPS)
 
     async def refresh_all_workers(_: Request) -> Response:
         await asyncio.gather(*(refresh(address) for address in registry.addresses()))
@@ -156,8 +158,9 @@ def fastchat_routes(registry: WorkerRegistry, client: WorkerClient) -> list[Rout
             logger.warning("Worker %s stays as it is: %s", printable(address), printable(error.message))
 
     async def worker_generate_stream(request: Request) -> Response:
+        hops = loop_guard.next_hops(request.scope["headers"])
         content = await request.body()
-        answer = relay(registry, client, parse_message(ModelRequest, content).model, content)
+        answer = relay(registry, client, parse_message(ModelRequest, content).model, content, hops)
         return StreamResponse(answer, media_type="application/octet-stream")
 
     async def worker_get_status(_: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncGenerator
 from types import TracebackType
@@ -14,7 +15,7 @@ from fastserve.access.key_files import Reloadable
 from fastserve.access.outgoing import read_bounded, send_cluster_key
 from fastserve.access.resolving import NetworkResolver
 from fastserve.errors import WorkerLostError, WorkerTimeoutError
-from fastserve.protocol import LEASE_HEADER, WorkerStatus
+from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, WorkerStatus
 
 STATUS_TIMEOUT_S = 5.0
 GENERATE_SILENCE_S = 100.0
@@ -23,6 +24,10 @@ GENERATE_SILENCE_S = 100.0
 
 class WorkerUnreachableError(WorkerLostError):
     """No connection to the worker, or it broke."""
+
+
+class WorkerBrokenError(WorkerUnreachableError):
+    """The connection broke while the worker had the request."""
 
 
 class WorkerClient:
@@ -93,20 +98,27 @@ class WorkerClient:
         except ValidationError as error:
             raise WorkerLostError(f"{address} gave no status (HTTP {response.status})") from error
 
-    async def generate_stream(self, address: str, body: bytes, lease: str) -> AsyncGenerator[bytes, None]:
-        """FastChat's `/worker_generate_stream`: the answer's bytes as they come. Raises like `get_status`."""
-        headers = {"Content-Type": "application/json", LEASE_HEADER: lease}
+    async def generate_stream(self, address: str, body: bytes, lease: str, hops: str) -> AsyncGenerator[bytes, None]:
+        """FastChat's `/worker_generate_stream`: the answer's bytes as they come. Raises like `get_status`, and
+        WorkerBrokenError.
+        """
+        headers = {"Content-Type": "application/json", LEASE_HEADER: lease, HOPS_HEADER: hops}
         timeout = aiohttp.ClientTimeout(total=None, sock_read=GENERATE_SILENCE_S, sock_connect=STATUS_TIMEOUT_S)
         url = f"{address}/worker_generate_stream"
         try:
-            async with self._session.post(
-                url, data=body, headers=headers, timeout=timeout, allow_redirects=False
-            ) as response:
+            # Headers that come byte by byte are silence too.
+            async with asyncio.timeout(GENERATE_SILENCE_S):
+                response = await self._session.post(
+                    url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+                )
+            async with response:
                 if response.status != 200:
                     raise WorkerLostError(f"{address} answered with HTTP {response.status}")
                 async for piece in response.content.iter_any():
                     yield piece
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise WorkerUnreachableError(f"The connection to {address} broke: {error}") from error
+            raise WorkerBrokenError(f"The connection to {address} broke: {error}") from error

@@ -13,6 +13,7 @@ import json
 import logging
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 from pydantic import BaseModel
@@ -130,8 +131,7 @@ class Heartbeat:
             content = await read_bounded(response, _MAX_ANSWER_BYTES)
             if response.status != 200:
                 raise _RefusedError(response.status, content)
-            answer: object = json.loads(content)
-            return answer
+            return _parse(content)
 
 
 class _RefusedError(ValueError):
@@ -139,10 +139,20 @@ class _RefusedError(ValueError):
 
     def __init__(self, status: int, content: bytes) -> None:
         try:
-            reason = str(json.loads(content)["error"]["message"])
+            answer: Any = _parse(content)
+            reason = str(answer["error"]["message"])
         except (ValueError, KeyError, TypeError):
             reason = "no reason was given"
         super().__init__(f"status {status}: {reason[:_MAX_SHOWN_CHARS]!a}")
+
+
+def _parse(content: bytes) -> object:
+    """Raises ValueError, whatever the content is."""
+    try:
+        answer: object = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("the answer is nested too deep to be a controller's") from error
+    return answer
 
 
 def _cause(error: Exception) -> str:

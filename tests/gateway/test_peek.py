@@ -44,7 +44,9 @@ MANY = 2**20
     "body",
     [
         pytest.param(b'{"model":"a","messages":[' + b"0," * MANY + b"NaN]}", id="numbers before one that is none"),
-        pytest.param(b'{"model":"a","messages":[' + b"1.5," * MANY + b"-Infinity]}", id="floats before one that is none"),
+        pytest.param(
+            b'{"model":"a","messages":[' + b"1.5," * MANY + b"-Infinity]}", id="floats before one that is none"
+        ),
         pytest.param(b'{"model":"a","messages":[' + b"[]," * MANY, id="arrays without an end"),
         pytest.param(b'{"model":"a","messages":[' + b"{}," * MANY, id="objects without an end"),
         pytest.param(b'{"model":"a","messages":[' + b'"",' * MANY + b'"\\ud800"]}', id="strings before half a pair"),
@@ -62,7 +64,7 @@ def test_a_large_body_that_is_no_json_costs_little(body: bytes) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("text", ["a, b, [c] {d}, \\\"e\\\", " * 20_000, "\\\\" * 200_000], ids=["words", "backslashes"])
+@pytest.mark.parametrize("text", ['a, b, [c] {d}, \\"e\\", ' * 20_000, "\\\\" * 200_000], ids=["words", "backslashes"])
 def test_the_field_is_named_however_long_its_text(text: str) -> None:
     body = f'{{"model":"a","messages":[{{"role":"user","content":"{text}\\ud800"}}]}}'.encode()
     with pytest.raises(InvalidRequestError, match=r"'messages\.0\.content'.*surrogate pair"):
