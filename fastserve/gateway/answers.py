@@ -28,8 +28,18 @@ DIGITS = re.compile(r"[0-9]{1,6}")
 Kind = Literal["success", "foreign", "refusal", "failure", "client error"]
 
 
+class _Object(msgspec.Struct):
+    """A JSON object, whatever is in it."""
+
+
 class _Choice(msgspec.Struct):
+    """Fields that SDKs read, where they are there."""
+
     index: int = 0
+    message: _Object | None = None
+    delta: _Object | None = None
+    text: str | None = None
+    finish_reason: str | None = None
 
 
 class _Error(msgspec.Struct):
@@ -110,7 +120,7 @@ async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_by
     """
     check_headers(response.headers, "application/json")
     if response.status != 200:
-        if response.status < 400:
+        if not 400 <= response.status < 600:
             raise InvalidAnswerError(f"The worker answered with status {response.status}.")
         max_bytes = min(max_bytes, MAX_ERROR_BYTES)
     length = response.headers.get("content-length", "")

@@ -24,6 +24,7 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 
 from fastserve.access.addresses import is_worker_address
+from fastserve.access.outgoing import read_bounded
 from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, ShortageError
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
@@ -55,6 +56,8 @@ MAX_PROBES = 64
 """At a time."""
 SHOWN_NAME_CHARS = 100
 BAD_ROWS_LOG_INTERVAL_S = 5.0
+MAX_CONTROLLER_ANSWER_BYTES = 2**27
+"""A routing table of MAX_WORKERS rows; a longer answer counts as none."""
 RELEASE_LIFETIME_S = 10.0
 """A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
 
@@ -209,7 +212,7 @@ class Dispatcher:
         try:
             answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
             return lease.id in _parse(ServingResponse, answer).leases
-        except ShortageError:
+        except (ShortageError, ControllerBusyError):
             return True  # We could not ask, which says nothing against the worker.
         except ControllerAwayError as error:
             self._note_away(error)
@@ -315,7 +318,7 @@ class Dispatcher:
                 timeout=CONTROLLER_TIMEOUT,
                 allow_redirects=False,
             ) as response:
-                content = await response.read()
+                content = await read_bounded(response, MAX_CONTROLLER_ANSWER_BYTES)
                 if response.status == 401:
                     raise ControllerAwayError("it has another cluster key: FASTSERVE_CLUSTER_KEY, --cluster-key-file")
                 if response.status in (429, 503):

@@ -25,6 +25,17 @@ class ConnectionUse:
         self.reused = False
 
 
+class _CleanRequest(aiohttp.ClientRequest):
+    """Goes over connections that are silent before it only: what has come already is no answer to it, but perhaps a
+    second one to another client's request.
+    """
+
+    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        if conn.protocol is not None and conn.protocol.should_close:
+            raise aiohttp.ServerDisconnectedError("The other side spoke without having been asked.")
+        return await super().send(conn)
+
+
 def open_session(
     keys: Reloadable[ClusterKeys | None], ssl_context: ssl.SSLContext | None = None
 ) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
@@ -36,6 +47,7 @@ def open_session(
     trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ssl=ssl_context or True),
+        request_class=_CleanRequest,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),
