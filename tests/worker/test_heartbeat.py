@@ -213,6 +213,8 @@ async def test_a_loading_model_is_announced_and_asks_clients_to_come_again(
             assert (await response.json())["ready"] is False
         async with http.get(address + "/metrics") as response:
             assert response.status == 200
+            refused = 'fastserve_worker_requests_total{outcome="model_loading"} 3.0'
+            assert refused in await response.text(), "requests to generate are counted"
         assert stub.known == set()
         running = await starting
         await until(lambda: stub.known == {running.url})
