@@ -25,7 +25,7 @@ from fastserve.control.models import Model, ModelBook
 from fastserve.control.speed import SpeedBook
 from fastserve.errors import OverloadedError
 from fastserve.observability.text import printable
-from fastserve.protocol import AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
+from fastserve.protocol import MAX_REQUESTS, AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,9 @@ class WorkerRegistry:
             if is_probe:
                 worker.probe = None
             if lease in failed:
-                self._failed_request(worker, now, sent_at)
+                # A lost connection is reported at once, too, and counts once.
+                if worker.reported_at < sent_at:
+                    self._failed_request(worker, now, sent_at)
             elif lease not in unused:
                 worker.answered_at = now
                 worker.breaker.succeed(sent_at)
@@ -534,7 +536,8 @@ class WorkerRegistry:
         return worker.row_json
 
     def _in_flight(self, worker: _Worker) -> int:
-        return self._leases.count(worker.address) + worker.unleased + worker.unlisted
+        # Who claims a million has the last place anyway, and its row stays within what API servers accept.
+        return min(self._leases.count(worker.address) + worker.unleased + worker.unlisted, MAX_REQUESTS)
 
     def _is_usable(self, worker: _Worker, now: float) -> bool:
         if not worker.status.ready:
