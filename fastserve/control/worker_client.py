@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
-from fastserve.access.outgoing import read_bounded, send_cluster_key
+from fastserve.access.outgoing import CleanRequest, FinalResponse, read_bounded, send_cluster_key
 from fastserve.access.resolving import NetworkResolver
 from fastserve.errors import WorkerLostError, WorkerTimeoutError
 from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, WorkerStatus
@@ -54,6 +54,8 @@ class WorkerClient:
     async def __aenter__(self) -> WorkerClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, resolver=self._resolver, ssl=self._ssl_context or True),
+            request_class=CleanRequest,
+            response_class=FinalResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[send_cluster_key(self._keys)],
         )

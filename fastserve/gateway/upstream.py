@@ -11,7 +11,7 @@ import aiohttp
 
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
-from fastserve.access.outgoing import send_cluster_key
+from fastserve.access.outgoing import CleanRequest, FinalResponse, send_cluster_key
 
 
 class ConnectionUse:
@@ -25,17 +25,6 @@ class ConnectionUse:
         self.reused = False
 
 
-class _CleanRequest(aiohttp.ClientRequest):
-    """Goes over connections that are silent before it only: what has come already is no answer to it, but perhaps a
-    second one to another client's request.
-    """
-
-    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
-        if conn.protocol is not None and conn.protocol.should_close:
-            raise aiohttp.ServerDisconnectedError("The other side spoke without having been asked.")
-        return await super().send(conn)
-
-
 def open_session(
     keys: Reloadable[ClusterKeys | None], ssl_context: ssl.SSLContext | None = None
 ) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
@@ -47,7 +36,8 @@ def open_session(
     trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ssl=ssl_context or True),
-        request_class=_CleanRequest,
+        request_class=CleanRequest,
+        response_class=FinalResponse,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
-from fastserve.access.outgoing import read_bounded, send_cluster_key
+from fastserve.access.outgoing import CleanRequest, FinalResponse, read_bounded, send_cluster_key
 from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ class Heartbeat:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=self._ssl_context or True),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
+            request_class=CleanRequest,
+            response_class=FinalResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[send_cluster_key(self._keys)],
         )

@@ -23,6 +23,7 @@ from tests.gateway.cluster import (
     reply,
     start_cluster,
     stream,
+    until,
 )
 from tests.gateway.test_gateway_relay import STREAM, WHOLE, ask, error_event
 
@@ -199,6 +200,20 @@ async def test_interim_answers_come_before_the_answer(cluster: Cluster, body: An
     assert await ask(cluster, body) == (200, content)
 
 
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+async def test_interim_answers_without_end_are_no_answer(cluster: Cluster, body: Any) -> None:
+    async def script(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        while True:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 20)
+            await asyncio.sleep(0.01)
+
+    worker = await cluster.worker(script)
+    async with asyncio.timeout(5), cluster.post(body) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (502, "bad_worker_answer")
+    await until(lambda: bool(worker.aborted_at))
+
+
 @pytest.mark.parametrize("delay_s", [0.0, 0.1], ids=["at once", "a moment later"])
 async def test_an_answer_that_nobody_asked_for_is_nobodys(cluster: Cluster, delay_s: float) -> None:
     """A second answer behind the first, on a connection that is kept: the next request must not get it."""
@@ -226,7 +241,6 @@ async def test_an_answer_that_nobody_asked_for_is_nobodys(cluster: Cluster, dela
     ("begin", "piece"),
     [
         pytest.param(b"HTTP/1.1 200 OK\r\nx: ", b"a", id="headers"),
-        pytest.param(b"", b"HTTP/1.1 100 Continue\r\n\r\n", id="interim answers"),
         pytest.param(chunked(SSE, b""), b"1\r\nx\r\n", id="an event"),
         pytest.param(HEAD.replace(b"200 OK", b"500 No") % b"application/json", b"1\r\n \r\n", id="an error"),
     ],
