@@ -18,6 +18,7 @@ from fastserve.errors import (
     InvalidAnswerError,
     NoWorkerError,
     RequestKilledWorkersError,
+    ShortageError,
     WorkerLostError,
     WorkerTimeoutError,
 )
@@ -70,6 +71,10 @@ async def relay(
             num_deaths += isinstance(error, WorkerBrokenError)
             if started or not is_unreachable:
                 break
+        except ShortageError as error:
+            # Nothing against the worker, and no other one could be asked either.
+            yield _error_record(error.message, error.legacy_code)
+            return
         finally:
             ended = [lease]
             registry.release(ended, ended if outcome == "failed" else (), ended if outcome == "unused" else ())

@@ -19,6 +19,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 RELEASE_MEMORY_S = 5.0
+MAX_REMEMBERED = 200_000
+"""Released leases that are remembered, the newest ones: whoever has the cluster key can release what never was."""
 
 
 @dataclass(slots=True)
@@ -73,7 +75,7 @@ class LeaseBook:
             self._drop(lease)
             self._released[lease] = now
             self._released.move_to_end(lease)
-        while len(self._released) > self._max_leases:
+        while len(self._released) > MAX_REMEMBERED:
             self._released.popitem(last=False)
 
     def drop_worker(self, worker: str) -> None:

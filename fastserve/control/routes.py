@@ -42,6 +42,8 @@ from fastserve.serving.responses import StreamResponse
 logger = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
+MAX_REFRESHED_AT_ONCE = 64
+"""Workers that are asked for their status at a time."""
 NULL = b"null"
 EXISTS = b'{"exist":true}'
 EXISTS_NOT = b'{"exist":false}'
@@ -144,14 +146,28 @@ def message_endpoints(
 def fastchat_routes(registry: WorkerRegistry, client: WorkerClient) -> list[Route]:
     """The other endpoints of FastChat's controller, with its answers."""
     loop_guard = LoopGuard("controller", MAX_HOPS)
+    refreshes: list[asyncio.Task[None]] = []
+    """The one under way, if any."""
 
     async def refresh_all_workers(_: Request) -> Response:
-        await asyncio.gather(*(refresh(address) for address in registry.addresses()))
+        # All who ask at the same time share one refresh, and few workers are called at once.
+        if refreshes and not refreshes[-1].done():
+            task = refreshes[-1]
+        else:
+            task = asyncio.create_task(refresh_all())
+            refreshes[:] = [task]
+        await asyncio.shield(task)
         return JSONResponse(None)
 
-    async def refresh(address: str) -> None:
+    async def refresh_all() -> None:
+        slots = asyncio.Semaphore(MAX_REFRESHED_AT_ONCE)
+        await asyncio.gather(*(refresh(address, slots) for address in registry.addresses()))
+
+    async def refresh(address: str, slots: asyncio.Semaphore) -> None:
         try:
-            registry.polled(address, await client.get_status(address))
+            async with slots:
+                status = await client.get_status(address)
+            registry.polled(address, status)
         except WorkerUnreachableError:
             registry.report_failure(address)
         except FastserveError as error:

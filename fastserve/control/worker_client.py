@@ -14,8 +14,9 @@ from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
 from fastserve.access.outgoing import CleanRequest, FinalResponse, read_bounded, send_cluster_key
 from fastserve.access.resolving import NetworkResolver
-from fastserve.errors import WorkerLostError, WorkerTimeoutError
+from fastserve.errors import ServiceError, ShortageError, WorkerLostError, WorkerTimeoutError
 from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, WorkerStatus
+from fastserve.serving.shortage import is_own_shortage
 
 STATUS_TIMEOUT_S = 5.0
 GENERATE_SILENCE_S = 100.0
@@ -78,12 +79,12 @@ class WorkerClient:
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
+            raise _unreachable(address, error) from error
         await self.get_status(address, timeout_s)
 
     async def get_status(self, address: str, timeout_s: float | None = None) -> WorkerStatus:
         """Raises WorkerUnreachableError; WorkerTimeoutError when the worker is busy; WorkerLostError when it answers,
-        but not with a status.
+        but not with a status; ShortageError when this process could not ask.
         """
         timeout_s = STATUS_TIMEOUT_S if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -94,7 +95,7 @@ class WorkerClient:
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not send its status within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
+            raise _unreachable(address, error) from error
         try:
             return WorkerStatus.model_validate_json(body)
         except ValidationError as error:
@@ -119,8 +120,15 @@ class WorkerClient:
                 async for piece in response.content.iter_any():
                     yield piece
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
+            raise _unreachable(address, error) from error
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise WorkerBrokenError(f"The connection to {address} broke: {error}") from error
+
+
+def _unreachable(address: str, error: Exception) -> ServiceError:
+    """The error for a connection that did not come about: the worker's failure, or a want of our own."""
+    if is_own_shortage(error):
+        return ShortageError(f"This controller has no open file or port left to reach {address}.")
+    return WorkerUnreachableError(f"{address} cannot be reached: {error}")

@@ -23,6 +23,8 @@ from fastserve.observability.text import printable
 MAX_ERROR_BYTES = 2**18
 """Of a worker's answer that is an error; it repeats at most a part of the request."""
 SHOWN_CHARS = 80
+NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
+"""Codes of our own services that have no such route: a controller that was registered as a worker."""
 DIGITS = re.compile(r"[0-9]{1,6}")
 
 Kind = Literal["success", "foreign", "refusal", "failure", "client error"]
@@ -77,9 +79,10 @@ class Answer:
         """
         if self.status == 200:
             return "success"
-        if self.status in (404, 405) and self.error_code is None and _is_foreign(self.body):
+        if self.status in (404, 405) and (self.error_code in NO_SUCH_ROUTE or _is_foreign(self.body)):
             return "foreign"
-        if self.status in (408, 429, 503, 504) or self.error_code == "model_not_found":
+        # The route is right, and the controller knows the model: a 404 is no client's mistake, whatever it means.
+        if self.status in (404, 408, 429, 503, 504) or self.error_code == "model_not_found":
             return "refusal"
         return "failure" if self.status >= 500 else "client error"
 

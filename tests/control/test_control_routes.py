@@ -15,10 +15,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from fastserve.config import ControllerConfig
-from fastserve.control import fastchat_relay, worker_client
+from fastserve.control import fastchat_relay, routes, worker_client
 from fastserve.control.app import create_app
 from fastserve.errors import StartupError
-from fastserve.protocol import LEASE_HEADER
+from fastserve.protocol import LEASE_HEADER, WorkerStatus
 from tests.gateway.cluster import serve_app
 from tests.keys import UNGUARDED
 
@@ -275,6 +275,40 @@ async def test_relay_of_a_request_that_kills_workers_ends_with_the_second(client
         (record,) = records(response.content)
         assert record["text"].startswith("2 workers died")
         assert len((await client.get("/workers")).json()["workers"]) == 3
+
+
+async def test_a_want_of_the_controllers_own_is_not_the_workers_failure(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client, "is_own_shortage", lambda _: True)
+    gone = unused_address()
+    await register(client, gone)
+    await post(client, "/refresh_all_workers")
+    response = await client.post("/worker_generate_stream", json={"model": "m"})
+    (record,) = records(response.content)
+    assert record["text"].startswith("This controller has no open file")
+    table = (await client.get("/workers")).json()["workers"]
+    assert [(worker["address"], worker["in_flight"]) for worker in table] == [(gone, 0)]
+
+
+async def test_few_workers_are_asked_for_their_status_at_a_time(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = running = asked = 0
+
+    async def get_status(*_: Any) -> WorkerStatus:
+        nonlocal most, running, asked
+        running, asked = running + 1, asked + 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+        return WorkerStatus.model_validate(FASTCHAT_STATUS)
+
+    for port in range(1, 201):
+        await register(client, f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(worker_client.WorkerClient, "get_status", get_status)
+    await asyncio.gather(*(post(client, "/refresh_all_workers") for _ in range(5)))
+    assert (most, asked) == (routes.MAX_REFRESHED_AT_ONCE, 200)
 
 
 async def test_a_controller_among_its_own_workers_ends_with_an_error(client: httpx.AsyncClient) -> None:
