@@ -131,12 +131,18 @@ def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | Non
         "model": runtime.jobs.model_names[0],
         "prompt": runtime.jobs.encoder.encode_rendered(runtime.conversation.restore(prompt)),
         "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
-        "echo": bool(params.get("echo", True)),
+        "echo": params.get("echo", True),
         "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
         "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
     }
-    job = runtime.jobs.completion_of(fields, caller)
+    try:
+        job = runtime.jobs.completion_of(fields, caller)
+    except InvalidRequestError as error:
+        if error.param != "max_tokens":
+            raise
+        message = error.message.replace("'max_tokens'", "'max_new_tokens'")
+        raise InvalidRequestError(message, param="max_new_tokens") from error
     if not job.answer.echo:
         return job, None
     # The caller's own text, not what it was restored to; the tokens are those that the model got.

@@ -99,6 +99,8 @@ async def test_a_prompt_by_fastchats_rule_becomes_the_templates(run_worker: RunW
         ({}, 40302, "prompt"),
         ({"prompt": "x", "temperature": 9}, 40302, "temperature"),
         ({"prompt": "word " * 600}, 40303, "maximum context length"),
+        ({"prompt": "x", "max_new_tokens": -1}, 40302, "'max_new_tokens': -1"),
+        ({"prompt": "x", "echo": "no"}, 40302, "'echo'"),
         ({"prompt": "x", "best_of": 2}, 40302, "best_of"),
         ({"prompt": "x", "use_beam_search": True}, 40302, "use_beam_search"),
         ({"prompt": "x", "images": ["data:"]}, 40302, "images"),
