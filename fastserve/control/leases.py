@@ -50,6 +50,10 @@ class LeaseBook:
     def count(self, worker: str) -> int:
         return len(self._by_worker.get(worker, ()))
 
+    def served(self, worker: str) -> list[str]:
+        """The leases that the worker listed in its last heartbeat."""
+        return [lease for lease, state in self._by_worker.get(worker, {}).items() if state.confirmed]
+
     def owner(self, lease: str) -> str | None:
         return self._owner.get(lease)
 
@@ -88,7 +92,7 @@ class LeaseBook:
         held = self._by_worker.get(worker, {})
         if not listed and not held:
             return 0
-        listed = set(listed)
+        listed = dict.fromkeys(listed)
         ended = []
         for lease, state in held.items():
             if lease in listed:

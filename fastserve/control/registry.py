@@ -267,9 +267,13 @@ class WorkerRegistry:
         return sorted({name for worker in workers for name in worker.models})
 
     def table(self) -> RoutingTable:
-        """Every worker that can take requests."""
+        """Every worker that can take requests, with its leases."""
         self.expire()
-        workers = [self._entry(self._workers[address]) for address in self._rows.addresses()]
+        workers = []
+        for address in self._rows.addresses():
+            entry = self._entry(self._workers[address])
+            status = entry.status.model_copy(update={"leases": self._leases.served(address)})
+            workers.append(entry.model_copy(update={"status": status}))
         return RoutingTable.model_construct(
             dispatch_method=self._dispatch_method,
             workers=workers,
@@ -390,6 +394,9 @@ class WorkerRegistry:
             # No list of leases came with it; the queue length covers leased requests and others alike.
             self._leases.reconcile_count(worker.address, queue_length, now, grace_s)
             worker.unleased = max(0, queue_length - self._leases.count(worker.address))
+        if status.leases:
+            # The book of leases has them, within its bound.
+            worker.status = status = status.model_copy(update={"leases": []})
         names = status.model_names
         if len(names) != len(worker.models) or any(map(str.__ne__, names, worker.models)):
             self._list_models_of(worker, tuple(dict.fromkeys(names)), now)

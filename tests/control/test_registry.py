@@ -334,3 +334,16 @@ def test_a_row_stays_within_what_its_readers_accept(registry: WorkerRegistry, st
         registry.acquire("m", f"lease{number}")
     (row,) = registry.table().workers
     assert WorkerEntry.model_validate_json(row.model_dump_json()).in_flight == MAX_REQUESTS
+
+
+def test_leases_that_workers_list_are_kept_within_the_bound_of_all(
+    make_registry: Callable[..., WorkerRegistry], status: MakeStatus
+) -> None:
+    registry = make_registry(max_leases=100)
+    for number in range(20):
+        leases = [f"{number}-{at}" for at in range(50)]
+        registry.heartbeat(f"w{number}", 50, status(*leases))
+    assert registry.figures().num_leases == 100
+    assert set(in_flight(registry).values()) == {50}
+    rows = registry.table().workers
+    assert sum(len(row.status.leases) for row in rows) == 100
