@@ -9,59 +9,101 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import aclosing
 
 from fastserve.control.registry import WorkerRegistry
-from fastserve.control.worker_client import WorkerClient, WorkerUnreachableError
-from fastserve.errors import NoWorkerError, WorkerLostError, WorkerTimeoutError
+from fastserve.control.worker_client import WorkerBrokenError, WorkerClient, WorkerUnreachableError
+from fastserve.errors import (
+    InvalidAnswerError,
+    NoWorkerError,
+    RequestKilledWorkersError,
+    ShortageError,
+    WorkerLostError,
+    WorkerTimeoutError,
+)
 from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
 
+MAX_ATTEMPTS = 3
+MAX_DEATHS = 2
+"""A request on which so many workers died is not given to another one."""
+MAX_HOPS = 4
+"""Controllers one behind the other."""
+MAX_RECORD_BYTES = 2**24
+"""Of a worker. Each record holds the whole text so far."""
 
-async def relay(registry: WorkerRegistry, client: WorkerClient, model: str, body: bytes) -> AsyncGenerator[bytes, None]:
-    """Send `body` to a worker that serves `model` and pass whole records on.
+
+async def relay(
+    registry: WorkerRegistry, client: WorkerClient, model: str, body: bytes, hops: str
+) -> AsyncGenerator[bytes, None]:
+    """Send `body` to a worker that serves `model` and pass whole records on. `hops`: HOPS_HEADER for the worker.
 
     A worker that cannot be reached is replaced by another as long as nothing has been passed on.
     """
-    lease = uuid.uuid4().hex
     failed: list[str] = []
+    num_deaths = 0
     started = False
-    outcome = "unused"
-    try:
-        while address := registry.acquire(model, lease, failed).address:
-            try:
-                async with aclosing(client.generate_stream(address, body, lease)) as pieces:
-                    rest = b""
-                    async for piece in pieces:
-                        # Only whole records leave, so that an error record never lands in the middle of one.
-                        records, end, rest = (rest + piece).rpartition(b"\0")
-                        if end:
-                            started = True
-                            yield records + end
-                if rest:
-                    yield rest + b"\0"
-                outcome = "success"
-                return
-            except WorkerUnreachableError as error:
-                logger.warning("%s", printable(error.message))
+    while len(failed) < MAX_ATTEMPTS and num_deaths < MAX_DEATHS:
+        lease = uuid.uuid4().hex
+        address = registry.acquire(model, lease, failed).address
+        if not address:
+            break
+        outcome = "unused"
+        try:
+            async with (
+                aclosing(client.generate_stream(address, body, lease, hops)) as pieces,
+                aclosing(_whole_records(pieces)) as batches,
+            ):
+                async for records in batches:
+                    started = True
+                    yield records
+            outcome = "success"
+            return
+        except (WorkerLostError, WorkerTimeoutError, InvalidAnswerError) as error:
+            logger.warning("%s", printable(error.message))
+            outcome = "failed"
+            failed.append(address)
+            is_unreachable = isinstance(error, WorkerUnreachableError)
+            if is_unreachable:
                 registry.report_failure(address)
-                failed.append(address)
-                if started:
-                    break
-            except (WorkerLostError, WorkerTimeoutError) as error:
-                logger.warning("%s", printable(error.message))
-                failed.append(address)
-                outcome = "failed"
+            num_deaths += isinstance(error, WorkerBrokenError)
+            if started or not is_unreachable:
                 break
-        if failed:
-            yield _error_record("The worker went away or did not answer in time.", WorkerTimeoutError.legacy_code)
-        else:
-            yield _error_record(f"No worker serves the model {printable(model)!r} now.", NoWorkerError.legacy_code)
-    finally:
-        ended = [lease]
-        registry.release(ended, ended if outcome == "failed" else (), ended if outcome == "unused" else ())
+        except ShortageError as error:
+            # Nothing against the worker, and no other one could be asked either.
+            yield _error_record(error.message, error.legacy_code)
+            return
+        finally:
+            ended = [lease]
+            registry.release(ended, ended if outcome == "failed" else (), ended if outcome == "unused" else ())
+    if num_deaths >= MAX_DEATHS:
+        yield _error_record(
+            f"{num_deaths} workers died while they worked on this request, so it is not tried again.",
+            RequestKilledWorkersError.legacy_code,
+        )
+    elif failed:
+        yield _error_record("The worker went away or did not answer in time.", WorkerTimeoutError.legacy_code)
+    else:
+        yield _error_record(f"No worker serves the model {printable(model)!r} now.", NoWorkerError.legacy_code)
+
+
+async def _whole_records(pieces: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
+    """Only whole records, so that an error record never lands in the middle of one. Raises InvalidAnswerError."""
+    rest = bytearray()
+    has_records = False
+    async for piece in pieces:
+        records, end, tail = piece.rpartition(b"\0")
+        if end:
+            has_records = True
+            yield bytes(rest) + records + end
+            rest.clear()
+        rest += tail
+        if len(rest) > MAX_RECORD_BYTES:
+            raise InvalidAnswerError(f"A record of the worker's answer is longer than {MAX_RECORD_BYTES} bytes.")
+    if rest or not has_records:
+        raise InvalidAnswerError("The worker's answer ended within a record, or had none.")
 
 
 def _error_record(text: str, error_code: int) -> bytes:

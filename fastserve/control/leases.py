@@ -19,6 +19,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 RELEASE_MEMORY_S = 5.0
+MAX_REMEMBERED = 200_000
+"""Released leases that are remembered, the newest ones: whoever has the cluster key can release what never was."""
 
 
 @dataclass(slots=True)
@@ -48,6 +50,10 @@ class LeaseBook:
     def count(self, worker: str) -> int:
         return len(self._by_worker.get(worker, ()))
 
+    def served(self, worker: str) -> list[str]:
+        """The leases that the worker listed in its last heartbeat."""
+        return [lease for lease, state in self._by_worker.get(worker, {}).items() if state.confirmed]
+
     def owner(self, lease: str) -> str | None:
         return self._owner.get(lease)
 
@@ -73,7 +79,7 @@ class LeaseBook:
             self._drop(lease)
             self._released[lease] = now
             self._released.move_to_end(lease)
-        while len(self._released) > self._max_leases:
+        while len(self._released) > MAX_REMEMBERED:
             self._released.popitem(last=False)
 
     def drop_worker(self, worker: str) -> None:
@@ -86,7 +92,7 @@ class LeaseBook:
         held = self._by_worker.get(worker, {})
         if not listed and not held:
             return 0
-        listed = set(listed)
+        listed = dict.fromkeys(listed)
         ended = []
         for lease, state in held.items():
             if lease in listed:

@@ -25,7 +25,7 @@ from fastserve.control.models import Model, ModelBook
 from fastserve.control.speed import SpeedBook
 from fastserve.errors import OverloadedError
 from fastserve.observability.text import printable
-from fastserve.protocol import AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
+from fastserve.protocol import MAX_REQUESTS, AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,9 @@ class WorkerRegistry:
             if is_probe:
                 worker.probe = None
             if lease in failed:
-                self._failed_request(worker, now, sent_at)
+                # A lost connection is reported at once, too, and counts once.
+                if worker.reported_at < sent_at:
+                    self._failed_request(worker, now, sent_at)
             elif lease not in unused:
                 worker.answered_at = now
                 worker.breaker.succeed(sent_at)
@@ -265,9 +267,13 @@ class WorkerRegistry:
         return sorted({name for worker in workers for name in worker.models})
 
     def table(self) -> RoutingTable:
-        """Every worker that can take requests."""
+        """Every worker that can take requests, with its leases."""
         self.expire()
-        workers = [self._entry(self._workers[address]) for address in self._rows.addresses()]
+        workers = []
+        for address in self._rows.addresses():
+            entry = self._entry(self._workers[address])
+            status = entry.status.model_copy(update={"leases": self._leases.served(address)})
+            workers.append(entry.model_copy(update={"status": status}))
         return RoutingTable.model_construct(
             dispatch_method=self._dispatch_method,
             workers=workers,
@@ -388,6 +394,9 @@ class WorkerRegistry:
             # No list of leases came with it; the queue length covers leased requests and others alike.
             self._leases.reconcile_count(worker.address, queue_length, now, grace_s)
             worker.unleased = max(0, queue_length - self._leases.count(worker.address))
+        if status.leases:
+            # The book of leases has them, within its bound.
+            worker.status = status = status.model_copy(update={"leases": []})
         names = status.model_names
         if len(names) != len(worker.models) or any(map(str.__ne__, names, worker.models)):
             self._list_models_of(worker, tuple(dict.fromkeys(names)), now)
@@ -534,7 +543,8 @@ class WorkerRegistry:
         return worker.row_json
 
     def _in_flight(self, worker: _Worker) -> int:
-        return self._leases.count(worker.address) + worker.unleased + worker.unlisted
+        # Who claims a million has the last place anyway, and its row stays within what API servers accept.
+        return min(self._leases.count(worker.address) + worker.unleased + worker.unlisted, MAX_REQUESTS)
 
     def _is_usable(self, worker: _Worker, now: float) -> bool:
         if not worker.status.ready:

@@ -16,7 +16,7 @@ from starlette.types import Scope
 from fastserve.access.addresses import parse_worker_address
 from fastserve.control.admission import WorkerAdmission
 from fastserve.control.endpoint import MessageEndpoint
-from fastserve.control.fastchat_relay import relay
+from fastserve.control.fastchat_relay import MAX_HOPS, relay
 from fastserve.control.metrics import ControlMetrics
 from fastserve.control.registry import WorkerRegistry
 from fastserve.control.worker_client import WorkerClient, WorkerUnreachableError
@@ -35,12 +35,15 @@ from fastserve.protocol import (
     ServingResponse,
     WorkerName,
 )
+from fastserve.serving.hops import LoopGuard
 from fastserve.serving.messages import parse_message
 from fastserve.serving.responses import StreamResponse
 
 logger = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
+MAX_REFRESHED_AT_ONCE = 64
+"""Workers that are asked for their status at a time."""
 NULL = b"null"
 EXISTS = b'{"exist":true}'
 EXISTS_NOT = b'{"exist":false}'
@@ -142,14 +145,28 @@ def message_endpoints(
 
 def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client: WorkerClient) -> list[Route]:
     """The other endpoints of FastChat's controller, with its answers."""
+    loop_guard = LoopGuard("controller", MAX_HOPS)
+    refreshes: list[asyncio.Task[None]] = []
+    """The one under way, if any."""
 
     async def refresh_all_workers(_: Request) -> Response:
-        await asyncio.gather(*(refresh(address) for address in registry.addresses()))
+        # All who ask at the same time share one refresh, and few workers are called at once.
+        if refreshes and not refreshes[-1].done():
+            task = refreshes[-1]
+        else:
+            task = asyncio.create_task(refresh_all())
+            refreshes[:] = [task]
+        await asyncio.shield(task)
         return JSONResponse(None)
 
-    async def refresh(address: str) -> None:
+    async def refresh_all() -> None:
+        slots = asyncio.Semaphore(MAX_REFRESHED_AT_ONCE)
+        await asyncio.gather(*(refresh(address, slots) for address in registry.addresses()))
+
+    async def refresh(address: str, slots: asyncio.Semaphore) -> None:
         try:
-            status = await client.get_status(address)
+            async with slots:
+                status = await client.get_status(address)
             if registry.knows(address):  # it may have gone meanwhile
                 await admission.admit_again(address, status.model_names, is_ready=status.ready)
                 registry.polled(address, status)
@@ -159,8 +176,9 @@ def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client
             logger.warning("Worker %s stays as it is: %s", printable(address), printable(error.message))
 
     async def worker_generate_stream(request: Request) -> Response:
+        hops = loop_guard.next_hops(request.scope["headers"])
         content = await request.body()
-        answer = relay(registry, client, parse_message(ModelRequest, content).model, content)
+        answer = relay(registry, client, parse_message(ModelRequest, content).model, content, hops)
         return StreamResponse(answer, media_type="application/octet-stream")
 
     async def worker_get_status(_: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncGenerator
 from types import TracebackType
@@ -11,10 +12,11 @@ from pydantic import ValidationError
 
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
-from fastserve.access.outgoing import read_bounded, send_cluster_key
+from fastserve.access.outgoing import CleanRequest, FinalResponse, read_bounded, send_cluster_key
 from fastserve.access.resolving import NetworkResolver
-from fastserve.errors import WorkerLostError, WorkerTimeoutError
-from fastserve.protocol import LEASE_HEADER, WorkerStatus
+from fastserve.errors import ServiceError, ShortageError, WorkerLostError, WorkerTimeoutError
+from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, WorkerStatus
+from fastserve.serving.shortage import is_own_shortage
 
 STATUS_TIMEOUT_S = 5.0
 GENERATE_SILENCE_S = 100.0
@@ -23,6 +25,10 @@ GENERATE_SILENCE_S = 100.0
 
 class WorkerUnreachableError(WorkerLostError):
     """No connection to the worker, or it broke."""
+
+
+class WorkerBrokenError(WorkerUnreachableError):
+    """The connection broke while the worker had the request."""
 
 
 class WorkerClient:
@@ -49,6 +55,8 @@ class WorkerClient:
     async def __aenter__(self) -> WorkerClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, resolver=self._resolver, ssl=self._ssl_context or True),
+            request_class=CleanRequest,
+            response_class=FinalResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[send_cluster_key(self._keys)],
         )
@@ -71,12 +79,12 @@ class WorkerClient:
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
+            raise _unreachable(address, error) from error
         await self.get_status(address, timeout_s)
 
     async def get_status(self, address: str, timeout_s: float | None = None) -> WorkerStatus:
         """Raises WorkerUnreachableError; WorkerTimeoutError when the worker is busy; WorkerLostError when it answers,
-        but not with a status.
+        but not with a status; ShortageError when this process could not ask.
         """
         timeout_s = STATUS_TIMEOUT_S if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -87,26 +95,40 @@ class WorkerClient:
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not send its status within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise WorkerUnreachableError(f"{address} cannot be reached: {error}") from error
+            raise _unreachable(address, error) from error
         try:
             return WorkerStatus.model_validate_json(body)
         except ValidationError as error:
             raise WorkerLostError(f"{address} gave no status (HTTP {response.status})") from error
 
-    async def generate_stream(self, address: str, body: bytes, lease: str) -> AsyncGenerator[bytes, None]:
-        """FastChat's `/worker_generate_stream`: the answer's bytes as they come. Raises like `get_status`."""
-        headers = {"Content-Type": "application/json", LEASE_HEADER: lease}
+    async def generate_stream(self, address: str, body: bytes, lease: str, hops: str) -> AsyncGenerator[bytes, None]:
+        """FastChat's `/worker_generate_stream`: the answer's bytes as they come. Raises like `get_status`, and
+        WorkerBrokenError.
+        """
+        headers = {"Content-Type": "application/json", LEASE_HEADER: lease, HOPS_HEADER: hops}
         timeout = aiohttp.ClientTimeout(total=None, sock_read=GENERATE_SILENCE_S, sock_connect=STATUS_TIMEOUT_S)
         url = f"{address}/worker_generate_stream"
         try:
-            async with self._session.post(
-                url, data=body, headers=headers, timeout=timeout, allow_redirects=False
-            ) as response:
+            # Headers that come byte by byte are silence too.
+            async with asyncio.timeout(GENERATE_SILENCE_S):
+                response = await self._session.post(
+                    url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+                )
+            async with response:
                 if response.status != 200:
                     raise WorkerLostError(f"{address} answered with HTTP {response.status}")
                 async for piece in response.content.iter_any():
                     yield piece
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise _unreachable(address, error) from error
         except TimeoutError as error:
             raise WorkerTimeoutError(f"{address} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise WorkerUnreachableError(f"The connection to {address} broke: {error}") from error
+            raise WorkerBrokenError(f"The connection to {address} broke: {error}") from error
+
+
+def _unreachable(address: str, error: Exception) -> ServiceError:
+    """The error for a connection that did not come about: the worker's failure, or a want of our own."""
+    if is_own_shortage(error):
+        return ShortageError(f"This controller has no open file or port left to reach {address}.")
+    return WorkerUnreachableError(f"{address} cannot be reached: {error}")

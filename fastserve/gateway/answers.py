@@ -23,13 +23,25 @@ from fastserve.observability.text import printable
 MAX_ERROR_BYTES = 2**18
 """Of a worker's answer that is an error; it repeats at most a part of the request."""
 SHOWN_CHARS = 80
+NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
+"""Codes of our own services that have no such route: a controller that was registered as a worker."""
 DIGITS = re.compile(r"[0-9]{1,6}")
 
 Kind = Literal["success", "foreign", "refusal", "failure", "client error"]
 
 
+class _Object(msgspec.Struct):
+    """A JSON object, whatever is in it."""
+
+
 class _Choice(msgspec.Struct):
+    """Fields that SDKs read, where they are there."""
+
     index: int = 0
+    message: _Object | None = None
+    delta: _Object | None = None
+    text: str | None = None
+    finish_reason: str | None = None
 
 
 class _Error(msgspec.Struct):
@@ -67,9 +79,10 @@ class Answer:
         """
         if self.status == 200:
             return "success"
-        if self.status in (404, 405) and self.error_code is None and _is_foreign(self.body):
+        if self.status in (404, 405) and (self.error_code in NO_SUCH_ROUTE or _is_foreign(self.body)):
             return "foreign"
-        if self.status in (408, 429, 503, 504) or self.error_code == "model_not_found":
+        # The route is right, and the controller knows the model: a 404 is no client's mistake, whatever it means.
+        if self.status in (404, 408, 429, 503, 504) or self.error_code == "model_not_found":
             return "refusal"
         return "failure" if self.status >= 500 else "client error"
 
@@ -110,7 +123,7 @@ async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_by
     """
     check_headers(response.headers, "application/json")
     if response.status != 200:
-        if response.status < 400:
+        if not 400 <= response.status < 600:
             raise InvalidAnswerError(f"The worker answered with status {response.status}.")
         max_bytes = min(max_bytes, MAX_ERROR_BYTES)
     length = response.headers.get("content-length", "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -92,7 +91,7 @@ def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.envir
         allow_headers=config.allowed_headers,
         expose_headers=[REQUEST_ID_HEADER, "retry-after"],
     )
-    app.add_middleware(LoopGuardMiddleware, server_id=secrets.token_hex(8), max_hops=config.max_hops)
+    app.add_middleware(LoopGuardMiddleware, max_hops=config.max_hops)
     app.add_middleware(RequestContextMiddleware, metrics=metrics, clock=time.monotonic)
     return app
 

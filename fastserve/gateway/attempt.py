@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ class AttemptRunner:
         try:
             response = await self._post(call, lease, None)
             try:
-                with AnswerBody(response, lambda: deadline.expire("invalid")) as body:
+                with self._open_body(response, deadline) as body:
                     return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
             finally:
                 response.close()
@@ -156,9 +157,14 @@ class AttemptRunner:
                 return
 
     async def _relay_stream(self, call: Call, lease: Lease, client: Downstream, deadline: _Deadline) -> Answer | None:
-        response = await self._post(call, lease, self._bounds.silence_s)
+        # Headers that come byte by byte are silence too.
+        silence = asyncio.get_running_loop().call_later(self._bounds.silence_s, deadline.expire, "timeout")
         try:
-            with AnswerBody(response, lambda: deadline.expire("invalid")) as body:
+            response = await self._post(call, lease, self._bounds.silence_s)
+        finally:
+            silence.cancel()
+        try:
+            with self._open_body(response, deadline, self._bounds.silence_s) as body:
                 if response.status != 200:
                     return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
                 check_headers(response.headers, "text/event-stream")
@@ -179,6 +185,7 @@ class AttemptRunner:
                 self._on_first_data(call)
             if events:
                 await client.write(events)
+                body.note_progress()
             if not piece:
                 break
         if not stream.is_done:
@@ -190,6 +197,11 @@ class AttemptRunner:
         await client.end()
         await _read_last_chunk(body)
         return None
+
+    def _open_body(
+        self, response: aiohttp.ClientResponse, deadline: _Deadline, silence_s: float = math.inf
+    ) -> AnswerBody:
+        return AnswerBody(response, lambda: deadline.expire("invalid"), lambda: deadline.expire("timeout"), silence_s)
 
     async def _post(self, call: Call, lease: Lease, silence_s: float | None) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)

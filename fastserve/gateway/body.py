@@ -1,7 +1,7 @@
 """The body of a worker's answer, with a look at its connection from time to time.
 
 aiohttp closes the connection when a body breaks the rules of its framing, but whoever waits for more of the body is not
-always woken. Here the reader is, within a second.
+always woken. Here the reader is, within a second. And bytes that come one by one and make nothing whole are silence.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ LOOK_S = 1.0
 class AnswerBody:
     """Use it as a context manager: the timer runs within the block."""
 
-    def __init__(self, response: aiohttp.ClientResponse, on_broken: Callable[[], None]) -> None:
-        """`on_broken` is called when the connection has been closed while `read` waits; it has to end the waiting."""
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        on_broken: Callable[[], None],
+        on_silent: Callable[[], None],
+        silence_s: float = math.inf,
+    ) -> None:
+        """While `read` waits, `on_broken` is called when the connection has been closed, and `on_silent` when
+        `note_progress` was not called for `silence_s`; they have to end the waiting.
+        """
         self._response = response
         self._content = response.content
         self._on_broken = on_broken
+        self._on_silent = on_silent
+        self._silence_s = silence_s
         self._loop = asyncio.get_running_loop()
         self._waiting_since = math.inf
+        self._progress_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> AnswerBody:
@@ -46,10 +57,17 @@ class AnswerBody:
         finally:
             self._waiting_since = math.inf
 
+    def note_progress(self) -> None:
+        """What has been read was of use."""
+        self._progress_at = self._loop.time()
+
     def _look(self) -> None:
-        connection = self._response.connection
+        connection, now = self._response.connection, self._loop.time()
         is_closed = connection is not None and connection.transport is None
-        if is_closed and self._loop.time() - self._waiting_since >= LOOK_S / 2:
+        is_waiting = self._waiting_since <= now
+        if is_closed and now - self._waiting_since >= LOOK_S / 2:
             self._on_broken()
+        elif is_waiting and now - self._progress_at > self._silence_s:
+            self._on_silent()
         else:
             self._timer = self._loop.call_later(LOOK_S, self._look)

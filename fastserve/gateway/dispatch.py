@@ -24,6 +24,7 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 
 from fastserve.access.addresses import is_worker_address
+from fastserve.access.outgoing import read_bounded
 from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, ShortageError
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
@@ -55,6 +56,8 @@ MAX_PROBES = 64
 """At a time."""
 SHOWN_NAME_CHARS = 100
 BAD_ROWS_LOG_INTERVAL_S = 5.0
+MAX_CONTROLLER_ANSWER_BYTES = 2**27
+"""A routing table of MAX_WORKERS rows; a longer answer counts as none."""
 RELEASE_LIFETIME_S = 10.0
 """A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
 
@@ -203,17 +206,19 @@ class Dispatcher:
         return self._table.model_names()
 
     async def is_serving(self, lease: Lease) -> bool:
-        """Whether the lease's worker has lately said that it is at work on it."""
+        """Whether the lease's worker has lately said that it is at work on it; while nobody can be asked for that,
+        whether it lives.
+        """
         if not self._controller_answers:
-            return False
+            return not await self._is_frozen(lease.address)
         try:
             answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
             return lease.id in _parse(ServingResponse, answer).leases
-        except ShortageError:
+        except (ShortageError, ControllerBusyError):
             return True  # We could not ask, which says nothing against the worker.
         except ControllerAwayError as error:
             self._note_away(error)
-            return False
+            return not await self._is_frozen(lease.address)
 
     def _parse_table(self, content: bytes) -> RoutingTable:
         """Raises ControllerAwayError when it is no table; rows that are not valid are counted, named and left out."""
@@ -282,17 +287,8 @@ class Dispatcher:
                 await asyncio.gather(*(self._probe(address) for address in missing[start : start + MAX_PROBES]))
 
     async def _probe(self, address: str) -> None:
-        """Tell the watchers of the worker if it gives no sign of life. One that refuses the connection is another case:
-        the machine is up, so what it had open is closed, or still served by a process that is about to end.
-        """
-        try:
-            async with self._session.get(address.rstrip("/") + "/health", timeout=PROBE_TIMEOUT, allow_redirects=False):
-                return
-        except TimeoutError:
-            pass
-        except (aiohttp.ClientError, OSError):
-            return
-        if not self._table.is_listed(address):
+        """Let the watchers of the worker know if it gives no sign of life."""
+        if await self._is_frozen(address) and not self._table.is_listed(address):
             watchers = list(self._watchers.get(address, ()))
             logger.warning(
                 "Worker %s sends no heartbeats and does not answer: %d requests leave it.",
@@ -301,6 +297,18 @@ class Dispatcher:
             )
             for on_frozen in watchers:
                 on_frozen()
+
+    async def _is_frozen(self, address: str) -> bool:
+        """Whether the worker gives no sign of life. One that refuses the connection is another case: the machine is up,
+        so what it had open is closed, or still served by a process that is about to end.
+        """
+        try:
+            async with self._session.get(address.rstrip("/") + "/health", timeout=PROBE_TIMEOUT, allow_redirects=False):
+                return False
+        except TimeoutError:
+            return True
+        except (aiohttp.ClientError, OSError):
+            return False
 
     async def _post(self, path: str, message: BaseModel) -> bytes:
         return await self._request("POST", path, message.model_dump_json().encode())
@@ -315,7 +323,7 @@ class Dispatcher:
                 timeout=CONTROLLER_TIMEOUT,
                 allow_redirects=False,
             ) as response:
-                content = await response.read()
+                content = await read_bounded(response, MAX_CONTROLLER_ANSWER_BYTES)
                 if response.status == 401:
                     raise ControllerAwayError("it has another cluster key: FASTSERVE_CLUSTER_KEY, --cluster-key-file")
                 if response.status == 421:

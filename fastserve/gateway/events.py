@@ -12,7 +12,8 @@ from fastserve.gateway.answers import parse_body
 
 MAX_SILENT_BYTES = 2**20
 """Of comments between two data events. A keep-alive comment each second takes hours for that."""
-BLANK_LINES = (b"\n\n", b"\r\n\r\n")
+BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
+"""Ends of a line and of an empty one after it. Lines end in LF, CR LF or CR."""
 FIELDS = (b":", b"event:", b"id:", b"retry:")
 
 
@@ -43,7 +44,7 @@ class EventStream:
         if self._bytes_left < 0:
             raise InvalidAnswerError(f"The worker's stream is longer than {self._max_stream_bytes} bytes.")
         is_one_line = piece.find(b"\n") == size - 2 and piece.endswith(b"\n\n")
-        if is_one_line and piece.startswith(b"data: {") and not self._held:
+        if is_one_line and piece.startswith(b"data: {") and not self._held and b"\r" not in piece:
             # The usual case, as cheaply as can be.
             self._take(piece[6:-2])
             return piece

@@ -1,9 +1,4 @@
-"""Loops: an API server that stands among its own controller's workers would hand a request to itself for ever.
-
-Each API server has an id, made at its start, and adds it to the header HOPS_HEADER of what it passes on. A request that
-carries the server's own id has been here before. The number of ids is bounded too, for loops through strangers that
-pass the header on, and for chains that are longer than anybody means.
-"""
+"""The guard against loops of API servers, as middleware."""
 
 from __future__ import annotations
 
@@ -13,10 +8,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.errors import LoopDetectedError
-from fastserve.protocol import HOPS_HEADER
 from fastserve.serving.errors import error_response
-
-NAME = HOPS_HEADER.encode()
+from fastserve.serving.hops import LoopGuard
 
 
 class LoopGuardMiddleware:
@@ -25,28 +18,18 @@ class LoopGuardMiddleware:
     It stands before the keys: what comes back carries none, and the answer should still say what is wrong.
     """
 
-    def __init__(self, app: ASGIApp, server_id: str, max_hops: int) -> None:
+    def __init__(self, app: ASGIApp, max_hops: int) -> None:
         self._app = app
-        self._server_id = server_id
-        self._max_hops = max_hops
+        self._guard = LoopGuard("API server", max_hops)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            value = next((value for name, value in scope["headers"] if name == NAME), b"").decode("latin-1")
-            passed = [part.strip() for part in value.split(",", self._max_hops + 1)] if value else []
-            if self._server_id in passed:
-                await self._refuse("This API server has got back a request that it had passed on", scope, receive, send)
+            try:
+                scope.setdefault("state", {})["next_hops"] = self._guard.next_hops(scope["headers"])
+            except LoopDetectedError as error:
+                await error_response(error)(scope, receive, send)
                 return
-            if len(passed) >= self._max_hops:
-                problem = f"The request has passed through more than {self._max_hops} API servers"
-                await self._refuse(problem, scope, receive, send)
-                return
-            scope.setdefault("state", {})["next_hops"] = ",".join([*passed, self._server_id])
         await self._app(scope, receive, send)
-
-    async def _refuse(self, problem: str, scope: Scope, receive: Receive, send: Send) -> None:
-        error = LoopDetectedError(f"{problem}: a worker is registered with an API server's address.")
-        await error_response(error)(scope, receive, send)
 
 
 def next_hops(request: Request) -> str:

@@ -11,7 +11,7 @@ import aiohttp
 
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
-from fastserve.access.outgoing import send_cluster_key
+from fastserve.access.outgoing import CleanRequest, FinalResponse, send_cluster_key
 
 
 class ConnectionUse:
@@ -36,6 +36,8 @@ def open_session(
     trace.on_connection_reuseconn.append(_note_reuse)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ssl=ssl_context or True),
+        request_class=CleanRequest,
+        response_class=FinalResponse,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),

@@ -36,6 +36,10 @@ _NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
 
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80
+MAX_FIELDS = 1024
+"""Of a request, and of a message; those that are not known count too."""
+_MAX_EXPLAINED_VALUES = 16_384
+"""A body that is no JSON is read a second time, to name the field, when it has no more values than this."""
 _MAX_INTEGER = 2**64
 _MAX_DIGITS = 4000
 """Of an integer: Python itself reads 4,300."""
@@ -105,6 +109,8 @@ def read_fields(
         raise InvalidRequestError("The request body is not a JSON object.") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise explain_json(body, error, "") from error
+    if len(raw) > MAX_FIELDS:
+        raise InvalidRequestError(f"The request has {len(raw)} fields. Send at most {MAX_FIELDS}.")
     return {
         name: _read_field(name, bytes(value), None if name in long else bounds.max_field_bytes)
         if name in known
@@ -145,6 +151,9 @@ def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestErro
     """The error for JSON that is a whole body, or the value of the field `name`."""
     if isinstance(error, UnicodeDecodeError):
         return InvalidRequestError("The request body is not valid UTF-8.")
+    # The API server does this on its event loop, and each value takes time and memory.
+    if _has_more_values(body, _MAX_EXPLAINED_VALUES):
+        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
     try:
         # Python's own parser lets pass what ours refuses for its value, so that the field can be named.
         value = json.loads(body, parse_int=_parse_int)
@@ -162,6 +171,16 @@ def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestErro
     return InvalidRequestError(
         f"Invalid value for '{where}': {what} is no number in JSON. Give a finite number.", param=where
     )
+
+
+def _has_more_values(body: bytes, most: int) -> bool:
+    """Whether a body that claims to be JSON has more than `most` values, about; strings may be as long as they like."""
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if body.count(b'"') > 4 * most:
+        return True
+    outside = b"".join(body.split(b'"')[::2])
+    return outside.count(b",") + outside.count(b"[") + outside.count(b"{") > most
 
 
 def _parse_int(digits: str) -> float:

@@ -10,7 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from fastserve.errors import InvalidRequestError, UnsupportedParameterError
 from fastserve.observability.text import printable
 from fastserve.openai.answers import TokenText, Usage, encode_json
-from fastserve.openai.body import Flag, Integer, RequestBounds, at_most, bounds_of, invalid, parse_json, wrong
+from fastserve.openai.body import (
+    MAX_FIELDS,
+    Flag,
+    Integer,
+    RequestBounds,
+    at_most,
+    bounds_of,
+    invalid,
+    parse_json,
+    wrong,
+)
 from fastserve.openai.parameters import OF_MESSAGE, KnownFields
 from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest
 
@@ -47,6 +57,8 @@ class ChatRequest(GenerationRequest):
             return value  # refused for that
         for message in value:
             if isinstance(message, dict):
+                if len(message) > MAX_FIELDS:
+                    raise wrong(f"A message has at most {MAX_FIELDS} fields, not {len(message)}.")
                 count += sum(len(message[name]) for name in _LISTS if isinstance(message.get(name), list))
         if count > most:
             raise wrong(

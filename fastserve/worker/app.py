@@ -44,7 +44,7 @@ from fastserve.worker.keeper import EngineKeeper, RestartPolicy
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.progress import progress_reporter
 from fastserve.worker.prompt_pool import PromptPool
-from fastserve.worker.runtime import Runtime, runtime_of
+from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
 from fastserve.worker.sampling import read_defaults
 from fastserve.worker.service import GenerationService
 
@@ -333,5 +333,4 @@ async def _ready(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    metrics: WorkerMetrics = request.app.state.metrics
-    return Response(metrics.exposition(), media_type=CONTENT_TYPE)
+    return Response(metrics_of(request).exposition(), media_type=CONTENT_TYPE)

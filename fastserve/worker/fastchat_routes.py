@@ -6,6 +6,7 @@ prompt comes ready-made from the caller, who wrote it with the conversation that
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
+from fastserve.errors import FastserveError, InternalError, InvalidRequestError, UnsupportedParameterError
 from fastserve.openai.answers import JSON, encode_json
 from fastserve.openai.body import read_fields
 from fastserve.openai.completions import completion_logprobs
@@ -21,9 +22,10 @@ from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, Prompt
 from fastserve.worker.prompts import Echo, with_echo
-from fastserve.worker.runtime import Runtime, runtime_of, status_of
+from fastserve.worker.runtime import Runtime, metrics_of, runtime_of, status_of
 from fastserve.worker.service import Answer
 
+logger = logging.getLogger(__name__)
 router = APIRouter()
 Record = dict[str, Any]
 
@@ -46,13 +48,13 @@ _FIELDS = frozenset({*_SAME_NAME, "prompt", "max_new_tokens", "echo", "stop", "s
 @router.post("/worker_generate_stream")
 async def generate_stream(request: Request) -> Response:
     # The body is read first: the response listens for the client's end on the same channel.
-    records = _records(request, await read_body(request))
+    records = _records(request, await read_body(request), is_streamed=True)
     return StreamResponse(_as_bytes(records), media_type="application/octet-stream")
 
 
 @router.post("/worker_generate")
 async def generate(request: Request) -> Response:
-    records = _records(request, await read_body(request))
+    records = _records(request, await read_body(request), is_streamed=False)
     record = await run_until_disconnect(request, _last(records))
     return Response(encode_json(record), media_type=JSON)
 
@@ -88,11 +90,12 @@ async def details(request: Request) -> Record:
     return {"context_length": runtime_of(request).jobs.context_length}
 
 
-async def _records(request: Request, body: bytes) -> AsyncGenerator[Record, None]:
+async def _records(request: Request, body: bytes, *, is_streamed: bool) -> AsyncGenerator[Record, None]:
+    """Each holds all that there is so far; of an answer that is not streamed there is the last one only."""
     caller = caller_of(request)
     try:
-        runtime = runtime_of(request)
-        with runtime.metrics.refusals():
+        with metrics_of(request).refusals():
+            runtime = runtime_of(request)
             runtime.keeper.require_ready()
             job, echo = await runtime.pool.run(len(body), lambda: _job(runtime, body, caller))
         answer = Answer(job)
@@ -100,11 +103,14 @@ async def _records(request: Request, body: bytes) -> AsyncGenerator[Record, None
             async for batch in batches:
                 for delta in batch:
                     answer.runs[0].add(delta)
-                if batch:
+                if batch and is_streamed:
                     yield _record(echo, answer, None)
         yield _record(echo, answer, answer.runs[0].finish_reason)
     except FastserveError as error:
         yield _error_record(error)
+    except Exception:
+        logger.exception("request %s failed", caller.request_id)
+        yield _error_record(InternalError("The server failed on this request; its log has the cause."))
 
 
 def _prompt(params: dict[str, Any]) -> str:
@@ -125,12 +131,18 @@ def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | Non
         "model": runtime.jobs.model_names[0],
         "prompt": runtime.jobs.encoder.encode_rendered(runtime.conversation.restore(prompt)),
         "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
-        "echo": bool(params.get("echo", True)),
+        "echo": params.get("echo", True),
         "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
         "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
     }
-    job = runtime.jobs.completion_of(fields, caller)
+    try:
+        job = runtime.jobs.completion_of(fields, caller)
+    except InvalidRequestError as error:
+        if error.param != "max_tokens":
+            raise
+        message = error.message.replace("'max_tokens'", "'max_new_tokens'")
+        raise InvalidRequestError(message, param="max_new_tokens") from error
     if not job.answer.echo:
         return job, None
     # The caller's own text, not what it was restored to; the tokens are those that the model got.

@@ -13,13 +13,14 @@ import json
 import logging
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 from pydantic import BaseModel
 
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
-from fastserve.access.outgoing import read_bounded, send_cluster_key
+from fastserve.access.outgoing import CleanRequest, FinalResponse, read_bounded, send_cluster_key
 from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class Heartbeat:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=self._ssl_context or True),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
+            request_class=CleanRequest,
+            response_class=FinalResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[send_cluster_key(self._keys)],
         )
@@ -130,8 +133,7 @@ class Heartbeat:
             content = await read_bounded(response, _MAX_ANSWER_BYTES)
             if response.status != 200:
                 raise _RefusedError(response.status, content)
-            answer: object = json.loads(content)
-            return answer
+            return _parse(content)
 
 
 class _RefusedError(ValueError):
@@ -139,10 +141,20 @@ class _RefusedError(ValueError):
 
     def __init__(self, status: int, content: bytes) -> None:
         try:
-            reason = str(json.loads(content)["error"]["message"])
+            answer: Any = _parse(content)
+            reason = str(answer["error"]["message"])
         except (ValueError, KeyError, TypeError):
             reason = "no reason was given"
         super().__init__(f"status {status}: {reason[:_MAX_SHOWN_CHARS]!a}")
+
+
+def _parse(content: bytes) -> object:
+    """Raises ValueError, whatever the content is."""
+    try:
+        answer: object = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("the answer is nested too deep to be a controller's") from error
+    return answer
 
 
 def _cause(error: Exception) -> str:

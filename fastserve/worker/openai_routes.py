@@ -21,9 +21,9 @@ from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.choice import Delta
-from fastserve.worker.jobs import Job
+from fastserve.worker.jobs import Job, JobMaker
 from fastserve.worker.prompts import Echo, logprobs_by_id, with_echo
-from fastserve.worker.runtime import Runtime, runtime_of
+from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
 from fastserve.worker.service import ChoiceAnswer, fold
 from fastserve.worker.sse import events
 
@@ -49,8 +49,8 @@ async def models(request: Request) -> Response:
 
 @router.post("/v1/chat/completions")
 async def chat(request: Request) -> Response:
-    runtime, created = runtime_of(request), int(time.time())
-    job = await _prepare(request, runtime, runtime.jobs.chat)
+    created = int(time.time())
+    runtime, job = await _prepare(request, lambda jobs: jobs.chat)
     options, request_id = job.answer, job.caller.request_id
     if options.stream:
         stream = ChatStream(request_id, created, options.model, include_usage=options.include_usage)
@@ -70,8 +70,8 @@ async def chat(request: Request) -> Response:
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
-    runtime, created = runtime_of(request), int(time.time())
-    job = await _prepare(request, runtime, runtime.jobs.completion)
+    created = int(time.time())
+    runtime, job = await _prepare(request, lambda jobs: jobs.completion)
     options, request_id = job.answer, job.caller.request_id
     echoes = await runtime.pool.run(_written_bytes(job), lambda: _echoes(runtime, job))
     if options.stream:
@@ -93,13 +93,17 @@ async def completions(request: Request) -> Response:
     return _json(job, await runtime.pool.run(_written_bytes(job), write))
 
 
-async def _prepare(request: Request, runtime: Runtime, make: Callable[[bytes, Caller], Job]) -> Job:
-    """The job of a request's body. Refusals are counted."""
+async def _prepare(
+    request: Request, choose: Callable[[JobMaker], Callable[[bytes, Caller], Job]]
+) -> tuple[Runtime, Job]:
+    """The job of a request's body. Refusals are counted, also while the model loads."""
     caller = caller_of(request)
-    with runtime.metrics.refusals():
+    with metrics_of(request).refusals():
+        runtime = runtime_of(request)
         runtime.keeper.require_ready()
+        make = choose(runtime.jobs)
         body = await read_body(request)
-        return await runtime.pool.run(len(body), lambda: make(body, caller))
+        return runtime, await runtime.pool.run(len(body), lambda: make(body, caller))
 
 
 def _echoes(runtime: Runtime, job: Job) -> list[Echo | None]:

@@ -58,6 +58,12 @@ def runtime_of(request: Request) -> Runtime:
     return runtime
 
 
+def metrics_of(request: Request) -> WorkerMetrics:
+    """The worker's metrics, also while the model loads."""
+    metrics: WorkerMetrics = request.app.state.metrics
+    return metrics
+
+
 def status_of(request: Request) -> WorkerStatus:
     """The worker's status, also while the model loads."""
     status: Callable[[], WorkerStatus] = request.app.state.status

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -15,10 +15,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from fastserve.config import ControllerConfig
-from fastserve.control import worker_client
+from fastserve.control import fastchat_relay, routes, worker_client
 from fastserve.control.app import create_app
 from fastserve.errors import StartupError
-from fastserve.protocol import LEASE_HEADER
+from fastserve.protocol import LEASE_HEADER, WorkerStatus
+from tests.gateway.cluster import serve_app
 from tests.keys import UNGUARDED
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -232,6 +233,93 @@ async def test_relay_of_a_refusal_is_one_error_record(client: httpx.AsyncClient,
     (record,) = records(response.content)
     assert record["error_code"] == 50006
     assert (await post(client, "/worker_get_status"))["queue_length"] == 0
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param([b"<html>It works!</html>"], id="html"),
+        pytest.param([b'{"text": "a", "error_code": 0'], id="half a record"),
+        pytest.param([b"x" * 65536] * 40, id="a record without an end"),
+    ],
+)
+async def test_relay_of_an_answer_that_is_none_is_one_error_record(
+    client: httpx.AsyncClient, pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastchat_relay, "MAX_RECORD_BYTES", 2**20)
+    async with fake_worker(worker_generate_stream=streams(*pieces)) as address:
+        await register(client, address)
+        response = await client.post("/worker_generate_stream", json={"model": "m"})
+    (record,) = records(response.content)
+    assert record["error_code"] == 50006
+    assert (await post(client, "/worker_get_status"))["queue_length"] == 0
+
+
+async def test_relay_keeps_no_more_of_a_worker_than_one_record(client: httpx.AsyncClient) -> None:
+    """Records as long as they may be cost time and memory in proportion to their length."""
+    record = json.dumps({"text": "x" * 2_000_000, "error_code": 0}).encode() + b"\0"
+    async with fake_worker(worker_generate_stream=streams(record * 4)) as address:
+        await register(client, address)
+        response = await client.post("/worker_generate_stream", json={"model": "m"})
+    assert response.content == record * 4
+
+
+async def test_relay_of_a_request_that_kills_workers_ends_with_the_second(client: httpx.AsyncClient) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(5):
+            await register(
+                client, await stack.enter_async_context(fake_worker(worker_generate_stream=streams(cut=True)))
+            )
+        response = await client.post("/worker_generate_stream", json={"model": "m"})
+        (record,) = records(response.content)
+        assert record["text"].startswith("2 workers died")
+        assert len((await client.get("/workers")).json()["workers"]) == 3
+
+
+async def test_a_want_of_the_controllers_own_is_not_the_workers_failure(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client, "is_own_shortage", lambda _: True)
+    gone = unused_address()
+    await register(client, gone)
+    await post(client, "/refresh_all_workers")
+    response = await client.post("/worker_generate_stream", json={"model": "m"})
+    (record,) = records(response.content)
+    assert record["text"].startswith("This controller has no open file")
+    table = (await client.get("/workers")).json()["workers"]
+    assert [(worker["address"], worker["in_flight"]) for worker in table] == [(gone, 0)]
+
+
+async def test_few_workers_are_asked_for_their_status_at_a_time(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = running = asked = 0
+
+    async def get_status(*_: Any) -> WorkerStatus:
+        nonlocal most, running, asked
+        running, asked = running + 1, asked + 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+        return WorkerStatus.model_validate(FASTCHAT_STATUS)
+
+    for port in range(1, 201):
+        await register(client, f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(worker_client.WorkerClient, "get_status", get_status)
+    await asyncio.gather(*(post(client, "/refresh_all_workers") for _ in range(5)))
+    assert (most, asked) == (routes.MAX_REFRESHED_AT_ONCE, 200)
+
+
+async def test_a_controller_among_its_own_workers_ends_with_an_error(client: httpx.AsyncClient) -> None:
+    app = create_app(ControllerConfig(**UNGUARDED))
+    async with serve_app(app) as url, httpx.AsyncClient(base_url=url, headers=JSON, timeout=10) as real:
+        await register(real, url)
+        response = await real.post("/worker_generate_stream", json={"model": "m"})
+        (record,) = records(response.content)
+        assert record["error_code"] == 50006
+        # One time round, and no more.
+        assert f'dispatched_total{{model="m",worker="{url}"}} 1.0' in (await real.get("/metrics")).text
 
 
 # ---- ours -------------------------------------------------------------------------------------------------------

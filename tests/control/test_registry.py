@@ -8,7 +8,7 @@ from typing import Protocol
 import pytest
 
 from fastserve.control.registry import WorkerRegistry
-from fastserve.protocol import WorkerStatus
+from fastserve.protocol import MAX_REQUESTS, WorkerEntry, WorkerStatus
 
 
 class Clock(Protocol):
@@ -326,3 +326,24 @@ def test_a_poll_renews_a_fastchat_worker(registry: WorkerRegistry) -> None:
     registry.polled("w", WorkerStatus(model_names=["renamed"], queue_length=2))
     assert registry.list_models() == ["renamed"]
     assert in_flight(registry) == {"w": 2}
+
+
+def test_a_row_stays_within_what_its_readers_accept(registry: WorkerRegistry, status: MakeStatus) -> None:
+    registry.heartbeat("w", MAX_REQUESTS, status(queue_length=MAX_REQUESTS))
+    for number in range(3):
+        registry.acquire("m", f"lease{number}")
+    (row,) = registry.table().workers
+    assert WorkerEntry.model_validate_json(row.model_dump_json()).in_flight == MAX_REQUESTS
+
+
+def test_leases_that_workers_list_are_kept_within_the_bound_of_all(
+    make_registry: Callable[..., WorkerRegistry], status: MakeStatus
+) -> None:
+    registry = make_registry(max_leases=100)
+    for number in range(20):
+        leases = [f"{number}-{at}" for at in range(50)]
+        registry.heartbeat(f"w{number}", 50, status(*leases))
+    assert registry.figures().num_leases == 100
+    assert set(in_flight(registry).values()) == {50}
+    rows = registry.table().workers
+    assert sum(len(row.status.leases) for row in rows) == 100

@@ -187,6 +187,23 @@ def test_lost_connections_feed_the_breaker(registry: WorkerRegistry, beat: Calla
     assert set(chosen(registry)) == {"b"}
 
 
+def test_a_lost_connection_that_is_reported_counts_once(
+    registry: WorkerRegistry, beat: Callable[..., None], clock: Clock
+) -> None:
+    """The API server reports it at once, and gives the lease back as failed a moment later."""
+    beat("a", "b")
+    for number in range(FAILURE_THRESHOLD):
+        assert breakers(registry)["a"] == "closed", number
+        registry.acquire("m", f"lost{number}", ["b"])
+        clock.now += 0.1
+        registry.report_failure("a")
+        clock.now += 0.1
+        registry.release([f"lost{number}"], failed=[f"lost{number}"])
+        clock.now += 0.1
+        beat("a")
+    assert breakers(registry)["a"] == "open"
+
+
 def test_a_worker_that_serves_others_is_not_taken_out_again_and_again_by_one_that_cannot_reach_it(
     registry: WorkerRegistry, beat: Callable[..., None], clock: Clock
 ) -> None:

@@ -108,6 +108,8 @@ class StubController(StubServer):
         """Models that are known though no worker serves them."""
         self.retry_after_s: float | None = None
         self.hangs = False
+        self.is_busy = False
+        """It refuses to say which leases are served."""
 
     def add(self, address: str, *models: str) -> None:
         self.workers[address] = WorkerStatus(model_names=list(models or (MODEL,)))
@@ -153,6 +155,8 @@ class StubController(StubServer):
         return web.json_response({})
 
     async def _serving(self, request: web.Request) -> web.Response:
+        if self.is_busy:
+            return web.json_response({}, status=503)
         asked = ServingRequest.model_validate_json(await request.read())
         served = {lease for status in self.workers.values() for lease in status.leases}
         return _answer(ServingResponse(leases=[lease for lease in asked.leases if lease in served]))

@@ -36,11 +36,9 @@ def feed_times(stream: EventStream, piece: bytes, count: int) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 200), st.booleans())
-def test_events_pass_byte_for_byte_however_they_are_cut(size: int, has_carriage_returns: bool) -> None:
-    data = b"".join(MIXED) + DONE
-    if has_carriage_returns:
-        data = data.replace(b"\n", b"\r\n")
+@given(st.integers(1, 200), st.sampled_from([b"\n", b"\r\n", b"\r"]))
+def test_events_pass_byte_for_byte_however_they_are_cut(size: int, line_end: bytes) -> None:
+    data = (b"".join(MIXED) + DONE).replace(b"\n", line_end)
     stream = make_stream()
     assert feed_all(stream, data, size) == data
     assert stream.is_done
@@ -67,12 +65,19 @@ def test_a_last_event_without_its_blank_line_counts(end: bytes) -> None:
     assert stream.is_done
 
 
-@pytest.mark.parametrize("mark", [b"\n", b"\r\n"])
+def test_lines_of_one_event_may_end_in_different_ways() -> None:
+    stream = make_stream()
+    data = (EVENT % b"a").strip() + b"\n\r\n" + (EVENT % b"b").strip() + b"\r\n\n" + DONE
+    assert stream.feed(data) == data
+    assert stream.is_done
+
+
+@pytest.mark.parametrize("mark", [b"\n", b"\r\n", b"\r"])
 def test_what_comes_after_done_is_dropped(mark: bytes) -> None:
     stream = make_stream()
     data = (EVENT % b"data: [DONE]" + DONE + b": bye\n\n" + EVENT % b"late").replace(b"\n", mark)
     passed = stream.feed(data)
-    assert passed.replace(b"\r\n", b"\n") == EVENT % b"data: [DONE]" + DONE
+    assert passed.replace(b"\r\n", b"\n").replace(b"\r", b"\n") == EVENT % b"data: [DONE]" + DONE
 
 
 def test_an_error_event_is_seen_and_passed() -> None:
@@ -101,6 +106,13 @@ def test_an_error_event_is_seen_and_passed() -> None:
         pytest.param(b'data: {"choices":[{"x":' + b"[" * 50_000 + b"\n\n", id="nested too deep"),
         pytest.param(b"data: \x00\x01\x02\n\n", id="binary"),
         pytest.param(b"choices: []\n\n", id="a field that is none"),
+        pytest.param(b'data: {"choices":\r[{"index":0}]}\n\n', id="json over two lines that a CR ends"),
+        pytest.param(b'data: {"choices":[{"index":0}]}\r<html>\n\n', id="a line that is none behind a CR"),
+        pytest.param(b'data: {"choices":[{"index":0,"delta":"text"}]}\n\n', id="a delta that is no object"),
+        pytest.param(b'data: {"choices":[{"index":"0","delta":{}}]}\n\n', id="an index that is no number"),
+        pytest.param(b'data: {"choices":[{"index":0,"text":{}}]}\n\n', id="a text that is none"),
+        pytest.param(b'data: {"choices":[{"index":0}],"choices":[null]}\n\n', id="choices twice, the last ones wrong"),
+        pytest.param(b'data: {"choices":[{"index":0}]}{"choices":[]}\n\n', id="two objects"),
     ],
 )
 @pytest.mark.parametrize("before", [b"", EVENT % b"a", b": alive\n\n"], ids=["first", "after data", "after a comment"])

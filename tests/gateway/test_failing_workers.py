@@ -230,9 +230,21 @@ async def test_a_client_error_of_the_only_worker_passes(cluster: Cluster) -> Non
 
 
 @BOTH
-async def test_workers_that_do_not_know_their_model_are_503(cluster: Cluster, body: Any) -> None:
-    gone = {"error": {"message": "no such model", "type": "invalid_request_error", "code": "model_not_found"}}
-    await cluster.worker(say(404, gone))
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (404, {"message": "no such model", "type": "invalid_request_error", "code": "model_not_found"}),
+        (404, {"message": "model 'x' not found", "type": "api_error", "param": None, "code": None}),
+        (404, {"message": "File Not Found", "type": "not_found_error", "code": 404}),
+        (404, {"message": "There is no route", "type": "invalid_request_error", "code": "unknown_route"}),
+        (405, {"message": "not possible", "type": "invalid_request_error", "code": "wrong_method"}),
+    ],
+    ids=["model", "model without a code", "file", "route", "method"],
+)
+async def test_workers_that_do_not_know_their_model_are_503(
+    cluster: Cluster, body: Any, status: int, error: dict[str, Any]
+) -> None:
+    await cluster.worker(say(status, {"error": error}))
     async with cluster.post(body) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (503, "no_worker")
         assert int(response.headers["retry-after"]) >= 1

@@ -10,6 +10,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from fastserve.config import ApiServerConfig, ControllerConfig
 from fastserve.controller import create_app as create_controller
@@ -255,3 +257,28 @@ async def test_with_the_real_controller_leases_come_and_go_and_a_failed_worker_l
         assert await ask_once() == 503
         async with http.post(controller + "/get_worker_address", json={"model": "demo"}) as response:
             assert (await response.json())["address"] == ""
+
+
+async def test_an_endless_answer_in_the_controllers_place_is_cut_at_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MAX_CONTROLLER_ANSWER_BYTES", 100_000)
+    num_written = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal num_written
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b" " * 10_000)
+            num_written += 10_000
+
+    app = web.Application()
+    app.router.add_get("/workers", endless)
+    async with (
+        TestServer(app) as server,
+        aiohttp.ClientSession() as session,
+        open_dispatcher(session, str(server.make_url(""))) as dispatcher,
+    ):
+        assert dispatcher.model_names() == []
+        await until(lambda: num_written > 100_000)
+    # What fills the buffers of two sockets comes on top; without a bound it is as much as a second brings.
+    assert num_written < 20_000_000

@@ -307,6 +307,22 @@ async def test_a_long_answer_is_awaited_while_the_worker_lists_its_lease() -> No
         assert not cluster.controller.failures
 
 
+@pytest.mark.parametrize("trouble", ["away", "busy"])
+async def test_a_long_answer_is_awaited_while_the_controller_cannot_be_asked(trouble: str) -> None:
+    async with start_cluster(worker_timeout_s=0.3) as cluster:
+
+        async def slow(_: web.Request) -> web.StreamResponse:
+            if trouble == "away":
+                await cluster.controller.kill()
+            await asyncio.sleep(1.5)
+            return web.json_response(ANSWER)
+
+        cluster.controller.is_busy = trouble == "busy"
+        worker = await cluster.worker(slow)
+        assert (await ask(cluster))[0] == 200
+        assert len(worker.requests) == 1
+
+
 async def test_a_restarted_worker_is_no_failure(cluster: Cluster) -> None:
     worker = await cluster.worker(answer_well)
     assert (await ask(cluster))[0] == 200

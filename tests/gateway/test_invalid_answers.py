@@ -23,6 +23,7 @@ from tests.gateway.cluster import (
     reply,
     start_cluster,
     stream,
+    until,
 )
 from tests.gateway.test_gateway_relay import STREAM, WHOLE, ask, error_event
 
@@ -64,6 +65,11 @@ EITHER: dict[str, Script] = {
     "a header that is none": raw(b"HTTP/1.1 200 OK\r\nbroken header\r\n\r\n"),
     "an endless header": raw(b"HTTP/1.1 200 OK\r\nx: " + b"a" * 100_000 + b"\r\n\r\n"),
     "endless headers": raw(b"HTTP/1.1 200 OK\r\n" + b"x: 1\r\n" * 5_000 + b"\r\n"),
+    "a status that is none": raw(
+        b'HTTP/1.1 999 x\r\ncontent-type: application/json\r\ncontent-length: 27\r\n\r\n{"error":{"message":"what"}}'
+    ),
+    "no status": raw(b"HTTP/1.1 \r\n\r\n"),
+    "nothing but interim answers": raw(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
     "upgrade": raw(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"),
 }
 WHOLE_ONLY: dict[str, Script] = {
@@ -76,6 +82,18 @@ WHOLE_ONLY: dict[str, Script] = {
     "no choice": reply(b'{"choices":[]}'),
     "choices that are text": reply(b'{"choices":"all"}'),
     "a list": reply(b"[]"),
+    "a choice that is null": reply(b'{"choices":[null]}'),
+    "a message that is text": reply(b'{"choices":[{"index":0,"message":"12"}]}'),
+    "a text that is none": reply(b'{"choices":[{"index":0,"text":["12"]}]}'),
+    "a finish reason that is none": reply(b'{"choices":[{"index":0,"finish_reason":5,"message":{}}]}'),
+    "two answers": reply(json.dumps(ANSWER).encode() * 2),
+    "shorter than announced": raw(
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n"
+        + json.dumps(ANSWER).encode()
+    ),
+    "longer than announced": raw(
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n" + json.dumps(ANSWER).encode()
+    ),
     "nested too deep": reply(b'{"choices":[{}],"x":' + b"[" * 100_000),
     "wrong type of content": reply(json.dumps(ANSWER).encode(), "text/plain"),
     "encoded": reply(json.dumps(ANSWER).encode(), "application/json", content_encoding="br"),
@@ -170,6 +188,78 @@ async def test_done_ends_the_stream_though_the_worker_goes_on(cluster: Cluster) 
     assert await asyncio.wait_for(ask(cluster, STREAM), 5) == (200, WHOLE)
     await cluster.all_released()
     assert not cluster.controller.failed
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+async def test_interim_answers_come_before_the_answer(cluster: Cluster, body: Any) -> None:
+    answer = json.dumps(ANSWER).encode()
+    kind, content = ("application/json", answer) if body is CHAT else (SSE, WHOLE)
+    head = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+    framed = chunked(kind, b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content))
+    await cluster.worker(raw(head + framed))
+    assert await ask(cluster, body) == (200, content)
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
+async def test_interim_answers_without_end_are_no_answer(cluster: Cluster, body: Any) -> None:
+    async def script(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        while True:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 20)
+            await asyncio.sleep(0.01)
+
+    worker = await cluster.worker(script)
+    async with asyncio.timeout(5), cluster.post(body) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (502, "bad_worker_answer")
+    await until(lambda: bool(worker.aborted_at))
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1], ids=["at once", "a moment later"])
+async def test_an_answer_that_nobody_asked_for_is_nobodys(cluster: Cluster, delay_s: float) -> None:
+    """A second answer behind the first, on a connection that is kept: the next request must not get it."""
+    first, stray = (json.dumps({**ANSWER, "id": name}).encode() for name in ("first", "stray"))
+    whole = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+
+    async def script(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(whole % (len(first), first))
+        if delay_s:
+            await asyncio.sleep(delay_s)
+        request.transport.write(whole % (len(stray), stray))
+        await asyncio.sleep(60)
+        return web.Response()
+
+    worker = await cluster.worker(script)
+    assert await ask(cluster) == (200, first)
+    worker.script = reply(first)
+    await asyncio.sleep(3 * delay_s)
+    for _ in range(3):
+        assert await ask(cluster) == (200, first)
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\nx: ", b"a", id="headers"),
+        pytest.param(chunked(SSE, b""), b"1\r\nx\r\n", id="an event"),
+        pytest.param(HEAD.replace(b"200 OK", b"500 No") % b"application/json", b"1\r\n \r\n", id="an error"),
+    ],
+)
+async def test_bytes_one_by_one_that_make_nothing_whole_are_silence(begin: bytes, piece: bytes) -> None:
+    async def script(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(begin)
+        while True:
+            request.transport.write(piece)
+            await asyncio.sleep(0.05)
+
+    async with start_cluster(worker_timeout_s=0.5) as cluster:
+        await cluster.worker(script)
+        async with asyncio.timeout(10), cluster.post(STREAM) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (504, "worker_timeout")
+            assert response.headers["retry-after"]
+        await cluster.all_released()
+        assert cluster.controller.failed
 
 
 async def test_a_retry_after_that_is_none_is_replaced(cluster: Cluster) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from fastserve.errors import InvalidRequestError
@@ -33,3 +35,37 @@ def test_a_bad_body_is_explained_without_words_of_libraries(body: bytes, words: 
 
 def test_pairs_of_surrogates_are_characters() -> None:
     assert peek(b'{"model":"\\ud83d\\ude00","stream":true}') == ("\U0001f600", True)
+
+
+MANY = 2**20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"model":"a","messages":[' + b"0," * MANY + b"NaN]}", id="numbers before one that is none"),
+        pytest.param(
+            b'{"model":"a","messages":[' + b"1.5," * MANY + b"-Infinity]}", id="floats before one that is none"
+        ),
+        pytest.param(b'{"model":"a","messages":[' + b"[]," * MANY, id="arrays without an end"),
+        pytest.param(b'{"model":"a","messages":[' + b"{}," * MANY, id="objects without an end"),
+        pytest.param(b'{"model":"a","messages":[' + b'"",' * MANY + b'"\\ud800"]}', id="strings before half a pair"),
+        pytest.param(b'{"model":"a",' + b'"b":0,' * MANY + b'"c":NaN}', id="fields before a number that is none"),
+    ],
+)
+def test_a_large_body_that_is_no_json_costs_little(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequestError, match="not valid JSON"):
+            peek(body)
+        # Built, the values would take more, and seconds of the event loop.
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ['a, b, [c] {d}, \\"e\\", ' * 20_000, "\\\\" * 200_000], ids=["words", "backslashes"])
+def test_the_field_is_named_however_long_its_text(text: str) -> None:
+    body = f'{{"model":"a","messages":[{{"role":"user","content":"{text}\\ud800"}}]}}'.encode()
+    with pytest.raises(InvalidRequestError, match=r"'messages\.0\.content'.*surrogate pair"):
+        peek(body)

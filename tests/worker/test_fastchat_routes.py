@@ -10,6 +10,7 @@ import pytest
 
 from fastserve.engine.fake import Script
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker import fastchat_routes
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
 Say = Callable[[str], Script]
@@ -98,6 +99,8 @@ async def test_a_prompt_by_fastchats_rule_becomes_the_templates(run_worker: RunW
         ({}, 40302, "prompt"),
         ({"prompt": "x", "temperature": 9}, 40302, "temperature"),
         ({"prompt": "word " * 600}, 40303, "maximum context length"),
+        ({"prompt": "x", "max_new_tokens": -1}, 40302, "'max_new_tokens': -1"),
+        ({"prompt": "x", "echo": "no"}, 40302, "'echo'"),
         ({"prompt": "x", "best_of": 2}, 40302, "best_of"),
         ({"prompt": "x", "use_beam_search": True}, 40302, "use_beam_search"),
         ({"prompt": "x", "images": ["data:"]}, 40302, "images"),
@@ -110,6 +113,37 @@ async def test_errors_are_records(run_worker: RunWorker, body: Any, code: int, w
         assert (status, record["error_code"]) == (200, code)
         assert words in record["text"]
         assert await stream(running, body) == [record]
+
+
+async def test_a_defect_is_a_record_too(run_worker: RunWorker, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise LookupError("a defect")
+
+    async with run_worker(say(ANSWER)) as running:
+        monkeypatch.setattr(fastchat_routes, "_record", fail)
+        for record in (
+            (await running.post("/worker_generate", {"prompt": "x"}))[1],
+            *(await stream(running, {"prompt": "x"})),
+        ):
+            assert (record["error_code"], "defect" in record["text"]) == (50001, False)
+        await running.idle()
+
+
+async def test_an_answer_that_is_not_streamed_is_written_once(
+    run_worker: RunWorker, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    write = fastchat_routes._record
+
+    def count(*args: Any) -> Any:
+        written.append(args)
+        return write(*args)
+
+    async with run_worker(say(ANSWER)) as running:
+        monkeypatch.setattr(fastchat_routes, "_record", count)
+        body = {"prompt": "x", "echo": False, "logprobs": 5}
+        assert (await running.post("/worker_generate", body))[1]["text"] == ANSWER
+        assert len(written) == 1
 
 
 async def test_a_full_queue_and_a_dead_engine_are_records_too(run_worker: RunWorker) -> None:

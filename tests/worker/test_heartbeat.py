@@ -26,6 +26,8 @@ class StubController:
         """Workers that requests may be sent to."""
         self.announced: set[str] = set()
         """Workers whose models load, or whose engine restarts."""
+        self.strange: tuple[int, bytes] | None = None
+        """Status and body, sent in the place of its answers."""
         self._runner: web.AppRunner | None = None
         self._port = 0
 
@@ -54,6 +56,8 @@ class StubController:
     async def _take(self, request: web.Request) -> web.Response:
         path, body = request.match_info["path"], await request.json()
         self.calls.append((path, body))
+        if self.strange is not None:
+            return web.Response(status=self.strange[0], body=self.strange[1])
         name = body["worker_name"]
         if path == "deregister_worker":
             self.known.discard(name)
@@ -106,6 +110,33 @@ async def test_a_fastchat_controller_is_registered_with(run_worker: RunWorker, s
         body = next(body for path, body in stub.calls if path == "register_worker")
         assert body["check_heart_beat"] is True
         assert body["worker_status"].keys() >= {"model_names", "speed", "queue_length"}
+
+
+STRANGE = {
+    "nested too deep": b"[" * 60_000,
+    "objects nested too deep": b'{"error":' * 7_000,
+    "html": b"<html>It works!</html>",
+    "another shape": b'{"error": {"message": ["no"]}, "exist": 10}',
+    "a string": b'"exist"',
+    "a long number": b"1" * 60_000,
+    "no text": b"\xff\xfe\x00",
+    "too much": b" " * 200_000,
+}
+
+
+async def test_whatever_stands_where_the_controller_should_the_worker_serves_on(
+    run_worker: RunWorker, settings: dict[str, Any]
+) -> None:
+    async with controller() as stub, run_worker(controller_address=stub.url, **settings) as running:
+        await until(lambda: stub.known == {running.url})
+        for body in STRANGE.values():
+            for status in (200, 400):
+                stub.strange = (status, body)
+                before = len(stub.calls)
+                await until(lambda seen=before: len(stub.calls) >= seen + 4)  # type: ignore[misc]
+        stub.known.clear()
+        stub.strange = None
+        await until(lambda: stub.known == {running.url})
 
 
 async def test_a_restarted_controller_knows_it_again(
@@ -182,6 +213,8 @@ async def test_a_loading_model_is_announced_and_asks_clients_to_come_again(
             assert (await response.json())["ready"] is False
         async with http.get(address + "/metrics") as response:
             assert response.status == 200
+            refused = 'fastserve_worker_requests_total{outcome="model_loading"} 3.0'
+            assert refused in await response.text(), "requests to generate are counted"
         assert stub.known == set()
         running = await starting
         await until(lambda: stub.known == {running.url})

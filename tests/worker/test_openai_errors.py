@@ -191,6 +191,16 @@ async def test_unknown_fields_inside_are_told_by_their_place(shared: Running, ca
     assert 'fastserve_worker_unknown_fields_total{field="stream_options.colour"} 1.0' in text
 
 
+async def test_more_fields_than_any_request_has_are_refused_by_their_number(shared: Running) -> None:
+    many = {f"field{i}": i for i in range(2000)}
+    status, answer = await shared.post("/v1/chat/completions", CHAT | many)
+    assert (status, answer["error"]["message"][:28]) == (400, "The request has 2002 fields.")
+    body = {"messages": [{"role": "user", "content": "hello", **many}]}
+    status, answer = await shared.post("/v1/chat/completions", CHAT | body)
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert "at most 1024 fields, not 2002" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("prompt", ["", [], [[]], [1, "x"], {"a": 1}, [-1], [10**7], True, None])
 async def test_prompts_that_make_no_sense(shared: Running, prompt: Any) -> None:
     status, answer = await shared.post("/v1/completions", {"model": MODEL, "prompt": prompt})
