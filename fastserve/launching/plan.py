@@ -23,6 +23,7 @@ from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, 
 from fastserve.errors import StartupError
 from fastserve.launching.log_files import worker_log_name
 from fastserve.options import parse_option, to_argv
+from fastserve.serving.listen import WILDCARDS, local_host, url_of
 from fastserve.serving.tls import serves_tls
 
 ConfigT = TypeVar("ConfigT")
@@ -31,7 +32,6 @@ ITEM_FORM = "MODEL@HOST@PORT or MODEL@HOST@PORT?OPTION=VALUE&OPTION=VALUE"
 _ITEM = re.compile(
     r"(?P<model>.+)@(\[(?P<ipv6>[^]@?]+)\]|(?P<host>[^]@?[]+))@(?P<port>[0-9]+)(?:\?(?P<options>[^@]*))?", re.DOTALL
 )
-WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 SECRETS = ("FASTSERVE_API_KEYS",)
 """Environment variables that one service alone gets."""
 
@@ -100,11 +100,11 @@ class ChildSpec:
     """Host under which the service answers on this machine."""
     port: int
 
-    scheme: str = "http"
+    ssl: bool = False
 
     @property
     def address(self) -> str:
-        return url_of(self.scheme, self.host, self.port)
+        return url_of(self.host, self.port, ssl=self.ssl)
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,13 @@ class Plan:
         return (self.controller, *self.workers, self.server)
 
 
-def url_of(scheme: str, host: str, port: int) -> str:
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def scheme_of(config: LauncherConfig) -> str:
-    """How all services are reached."""
-    return "https" if serves_tls(common_config(config)) else "http"
-
-
 def common_config(config: LauncherConfig) -> ServerConfig:
     """The settings that all services have in common."""
     return _service_config(ServerConfig, config, {})
 
 
-def reachable(host: str) -> str:
-    """The host under which a service that listens on `host` answers on this machine."""
-    return WILDCARDS.get(host, host)
+def has_tls(config: LauncherConfig) -> bool:
+    return serves_tls(common_config(config))
 
 
 def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
@@ -145,7 +135,7 @@ def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
         "port": item.port,
         "controller_address": controller_address(config),
         # A worker that listens everywhere finds out itself under which address others reach it.
-        "worker_address": None if item.host in WILDCARDS else url_of(scheme_of(config), item.host, item.port),
+        "worker_address": None if item.host in WILDCARDS else url_of(item.host, item.port, ssl=has_tls(config)),
     }
     worker = _service_config(WorkerConfig, config, {**given, **item.options})
     if worker.no_register:
@@ -155,7 +145,7 @@ def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
 
 
 def controller_address(config: LauncherConfig) -> str:
-    return url_of(scheme_of(config), reachable(config.controller_host), config.controller_port)
+    return url_of(local_host(config.controller_host), config.controller_port, ssl=has_tls(config))
 
 
 def _service_config(
@@ -182,7 +172,7 @@ def plan(
     is_second: bool = False,
     cluster_environ: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide what to start, with which arguments and environment. Pure.
+    """Decide what to start, with which arguments and environment.
 
     API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
     `cluster_environ` goes to all services. With `is_second`, another launch logs to the folder: see `log_path`.
@@ -197,7 +187,7 @@ def plan(
     ) -> ChildSpec:
         log = log_path(log_dir, log_name, port, is_second=is_second)
         command = (sys.executable, "-m", f"{package}.{module}", *argv)
-        return ChildSpec(module, name, command, {**environ, **env}, log, reachable(host), port, scheme_of(config))
+        return ChildSpec(module, name, command, {**environ, **env}, log, local_host(host), port, has_tls(config))
 
     controller = _service_config(
         ControllerConfig, config, {"host": config.controller_host, "port": config.controller_port}
@@ -249,8 +239,8 @@ def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
 def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> str:
     """The addresses, a request to try, and how to stop."""
     # Workers that do not register are not known to the API server: they are asked directly.
-    front = services.workers[0] if config.no_register else services.server
     first = worker_config(config, items[0])
+    front = services.workers[0] if first.no_register else services.server
     model = (first.model_names or (re.split(r"[/\\]", items[0].model.rstrip("/\\"))[-1],))[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "What is 7 + 5?"}]}
     key = " -H 'Authorization: Bearer YOUR_API_KEY'" if config.api_keys or config.api_keys_file else ""

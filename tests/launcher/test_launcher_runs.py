@@ -274,13 +274,13 @@ def has_ipv6() -> bool:
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 def test_a_launch_on_ipv6_alone(place: Place) -> None:
     item = f"{place.model()}@[::1]@{place.worker_port}"
-    result = place.launch("--controller-host", "::1", "--server-host", "::", "--model-path-address", item)
+    result = place.launch("--controller-host", "::1", "--server-host", "::1", "--model-path-address", item)
     assert result.returncode == 0, result.stderr
     assert f"API server  http://[::1]:{place.server_port}\n" in result.stdout
     assert f"curl -N 'http://[::1]:{place.server_port}/v1/chat/completions'" in result.stdout
     assert f"--controller-address=http://[::1]:{place.controller_port}" in dump(place.worker_port, "::1")["argv"]
-    assert "--host=::" in dump(place.server_port, "::1")["argv"]
-    again = place.launch("--controller-host", "::1", "--server-host", "::", "--model-path-address", item)
+    assert "--host=::1" in dump(place.server_port, "::1")["argv"]
+    again = place.launch("--controller-host", "::1", "--server-host", "::1", "--model-path-address", item)
     assert "is in use by the controller of an earlier launch" in again.stderr
     assert place.shutdown().returncode == 0
 
