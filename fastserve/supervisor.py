@@ -131,6 +131,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, supervisor.note_stop)
     if os.name == "posix":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Ignored, it would keep exit codes from us, and every crash would look like an end in good order.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     setup_logging("info")
     line = sys.stdin.buffer.readline(MAX_ORDER_BYTES)

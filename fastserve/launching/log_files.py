@@ -70,11 +70,12 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077 == 0:
         return []
-    if found.st_uid == os.geteuid() and all(_OURS.fullmatch(name) for name in names):
+    is_shared = mode & stat.S_ISVTX  # such as /tmp, which may be empty
+    if found.st_uid == os.geteuid() and not is_shared and all(_OURS.fullmatch(name) for name in names):
         with suppress(OSError):  # a file system without modes; the files have their own
             folder.chmod(FOLDER_MODE)
         return []
-    if mode & 0o022 and not mode & stat.S_ISVTX:
+    if mode & 0o022 and not is_shared:
         return [f"Warning: other users can write to {folder} (mode {mode:04o}) and replace the logs: chmod 700 it."]
     return []
 
@@ -140,13 +141,13 @@ def rotate_in_use(log: Path, keep: int) -> None:
 
 
 def _move_up(log: Path, keep: int) -> None:
-    for number in range(keep, 0, -1):
-        old = _numbered(log, number)
-        if number == keep:
-            old.unlink(missing_ok=True)
-        else:
-            with suppress(FileNotFoundError):
-                old.replace(_numbered(log, number + 1))
+    """Free the name LOG.1."""
+    free = 1
+    while free < keep and _numbered(log, free).exists():
+        free += 1
+    for number in range(free, 1, -1):
+        _numbered(log, number - 1).replace(_numbered(log, number))
+    _numbered(log, 1).unlink(missing_ok=True)
     # What an earlier launch with a larger number of logs has left.
     number = keep + 1
     while _numbered(log, number).exists():
