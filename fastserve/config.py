@@ -481,6 +481,8 @@ class ShutdownConfig:
     down: str | None = option(None, "the same as --serve", choices=("all", *SERVICE_KINDS))
     log_dir: str = option("logs", "the launcher's --log-dir")
     server_port: int | None = option(None, "end only the launch whose API server has this port")
-    drain_timeout_s: float = option(
-        35.0, "seconds until a service that still runs is killed; a little more than its own time to drain", minimum=0
+    drain_timeout_s: float | None = option(
+        None,
+        "seconds until a service that still runs is killed; if unset 5 more than its own --drain-timeout-s",
+        minimum=0,
     )

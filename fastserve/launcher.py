@@ -46,8 +46,13 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
             flag = "--" + name.replace("_", "-")
             console.say(f"{flag} has no effect: each item of --model-path-address names its model, host and port.")
     with StopSignals() as signals:
+
+        def on_wait() -> None:
+            console.show_progress(f"waiting for another launch or shutdown in {config.log_dir}")
+            signals.raise_if_received()
+
         # Launches side by side must not choose the same logs: until its supervisor runs, this one cannot be seen.
-        with locked(log_dir):
+        with locked(log_dir, on_wait):
             order, own_log = _prepare(config, items, environ, log_dir, package)
             console.say(f"Starting the services; their logs are in {config.log_dir}")
             own_environ = {name: value for name, value in environ.items() if name not in SECRETS}

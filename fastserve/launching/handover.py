@@ -58,6 +58,11 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def raise_if_received(self) -> None:
+        """Raises Stopped."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         self.count += 1

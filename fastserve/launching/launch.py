@@ -155,4 +155,6 @@ class Launch:
 
 
 def mark_of(order: Order, spec: ChildSpec) -> Mark:
-    return Mark(order.run_id, order.log_dir, order.server_port, spec.kind, spec.name, spec.port, spec.log)
+    return Mark(
+        order.run_id, order.log_dir, order.server_port, spec.kind, spec.name, spec.port, spec.log, spec.drain_timeout_s
+    )

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,9 +81,12 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the folder for this process alone. Where it cannot be locked (it is gone, the system has no locks, or
-    another process holds it for a minute), the block runs without."""
+    another process holds it for a minute), the block runs without.
+
+    `on_wait` is called again and again while another process holds it; what it raises ends the wait.
+    """
     try:
         import fcntl
 
@@ -98,6 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                on_wait()
                 time.sleep(0.1)
             except OSError:
                 break  # a file system without locks

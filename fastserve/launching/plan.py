@@ -35,11 +35,11 @@ _ITEM = re.compile(
 SECRETS = ("FASTSERVE_API_KEYS",)
 """Environment variables that one service alone gets."""
 
-WORKER_OPTIONS = tuple(
-    item.name
-    for item in dataclasses.fields(WorkerConfig)
-    if item.name not in {"host", "port", "ssl", "model_path", "controller_address", "api_keys", "api_keys_file"}
-)
+NOT_FOR_ITEMS = {
+    *("host", "port", "model_path", "controller_address", "api_keys", "api_keys_file"),
+    *("ssl", "tls_cert", "tls_key"),  # all services of a launch are reached alike
+}
+WORKER_OPTIONS = tuple(item.name for item in dataclasses.fields(WorkerConfig) if item.name not in NOT_FOR_ITEMS)
 """Options that an item may set for its own worker."""
 NOT_SHARED = {"host", "port", "api_keys"}
 """Options of launcher and services that have the same name, but different meanings."""
@@ -99,8 +99,8 @@ class ChildSpec:
     host: str
     """Host under which the service answers on this machine."""
     port: int
-
-    ssl: bool = False
+    ssl: bool
+    drain_timeout_s: float
 
     @property
     def address(self) -> str:
@@ -182,12 +182,18 @@ def plan(
         environ.pop(secret, None)
     log_dir = Path(config.log_dir) if log_dir is None else log_dir
 
-    def service(
-        module: str, name: str, log_name: str, host: str, port: int, argv: Sequence[str], **env: str
-    ) -> ChildSpec:
-        log = log_path(log_dir, log_name, port, is_second=is_second)
-        command = (sys.executable, "-m", f"{package}.{module}", *argv)
-        return ChildSpec(module, name, command, {**environ, **env}, log, local_host(host), port, has_tls(config))
+    def service(module: str, name: str, log_name: str, settings: ServerConfig, **env: str) -> ChildSpec:
+        return ChildSpec(
+            kind=module,
+            name=name,
+            argv=(sys.executable, "-m", f"{package}.{module}", *to_argv(settings)),
+            env={**environ, **env},
+            log=log_path(log_dir, log_name, settings.port, is_second=is_second),
+            host=local_host(settings.host),
+            port=settings.port,
+            ssl=serves_tls(settings),
+            drain_timeout_s=settings.drain_timeout_s,
+        )
 
     controller = _service_config(
         ControllerConfig, config, {"host": config.controller_host, "port": config.controller_port}
@@ -210,19 +216,11 @@ def plan(
             env |= keys
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
-        workers.append(service("model_worker", name, log_name, item.host, item.port, to_argv(worker), **env))
+        workers.append(service("model_worker", name, log_name, worker, **env))
     return Plan(
-        service("controller", "controller", "controller.log", controller.host, controller.port, to_argv(controller)),
+        service("controller", "controller", "controller.log", controller),
         tuple(workers),
-        service(
-            "openai_api_server",
-            "openai_api_server",
-            "openai_api_server.log",
-            server.host,
-            server.port,
-            to_argv(server),
-            **keys,
-        ),
+        service("openai_api_server", "openai_api_server", "openai_api_server.log", server, **keys),
     )
 
 

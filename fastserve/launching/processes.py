@@ -47,6 +47,8 @@ class Mark:
     name: str
     port: int
     log: str
+    drain_timeout_s: float = 30.0
+    """How long the service's requests may take to end after SIGTERM."""
 
     def environ(self) -> dict[str, str]:
         service = {name: value for name, value in asdict(self).items() if name != "run_id"}
@@ -123,7 +125,10 @@ def _read_mark(process: psutil.Process) -> Mark | None:
     if SERVICE_MARK not in environ:
         return _derive_mark(process, run_id)
     try:
-        return Mark(run_id=run_id, **json.loads(environ[SERVICE_MARK]))
+        content = json.loads(environ[SERVICE_MARK])
+        # A later version may say more.
+        known = {name: content[name] for name in Mark.__dataclass_fields__ if name in content and name != "run_id"}
+        return Mark(run_id=run_id, **known)
     except (ValueError, TypeError):
         return None
 

@@ -17,7 +17,7 @@ import pytest
 from fastserve.config import ShutdownConfig
 from fastserve.errors import StartupError
 from fastserve.launching.console import Console
-from fastserve.launching.processes import RUN_MARK, SERVICE_MARK
+from fastserve.launching.processes import RUN_MARK, SERVICE_MARK, SUPERVISOR, find_services
 from fastserve.launching.run_file import ListedService, RunFile
 from fastserve.shutdown import shut_down
 
@@ -270,6 +270,22 @@ def test_shutdowns_side_by_side_leave_nothing_and_cut_no_drain(place: Place) -> 
     log = (place.logs / "openai_api_server.log").read_text()
     assert log.count("SIGTERM") == 1, "the second shutdown must not cut the drain short"
     assert "drained" in log
+
+
+def test_each_service_gets_its_own_time_to_drain(place: Place) -> None:
+    item = place.item(place.model(mood="stubborn"), "?drain-timeout-s=0.5")
+    result = place.launch("--drain-timeout-s", "60", "--model-path-address", item)
+    assert result.returncode == 0, result.stderr
+    marks = [service.mark for service in find_services() if service.mark.log_dir == str(place.logs)]
+    assert {mark.kind: mark.drain_timeout_s for mark in marks if mark.kind != SUPERVISOR} == {
+        "controller": 60.0,
+        "model_worker": 0.5,
+        "openai_api_server": 60.0,
+    }
+    ended = place.shutdown()
+    assert "was killed after 5.5 s" in ended.stdout
+    assert ended.stdout.count("has ended") == 2
+    assert place.strays() == []
 
 
 def test_a_closed_terminal_does_not_stop_a_shutdown_and_ctrl_c_leaves_the_rest_to_be_found(place: Place) -> None:
