@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from fastserve.launching.console import Console
+from tests.processes import free_ports, is_alive
 
-from .launching import Place, dump, free_ports, is_alive, wait_until
+from .launching import Place, dump, wait_until
 
 
 def test_services_run_on_after_the_launcher_has_gone(place: Place) -> None:

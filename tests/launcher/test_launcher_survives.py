@@ -16,8 +16,9 @@ import pytest
 from fastserve.launching.console import Console
 from fastserve.launching.log_files import locked
 from fastserve.launching.processes import RUN_MARK, SERVICE_MARK, Mark, find_services
+from tests.processes import is_alive
 
-from .launching import Place, is_alive, wait_until
+from .launching import Place, wait_until
 
 KINDS = {"controller", "model_worker", "openai_api_server"}
 

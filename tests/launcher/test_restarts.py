@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 
 from fastserve.launching.restarts import MAX_PAUSE_S, STABLE_S, Pauses
+from tests.processes import is_alive
 
-from .launching import Place, dump, is_alive, wait_until
+from .launching import Place, dump, wait_until
 
 
 def launched(place: Place, *words: str, mood: str = "", **env: str) -> dict[str, int]:

@@ -20,8 +20,9 @@ from fastserve.launching.console import Console
 from fastserve.launching.processes import RUN_MARK, SERVICE_MARK, SUPERVISOR, find_services
 from fastserve.launching.run_file import ListedService, RunFile
 from fastserve.shutdown import shut_down
+from tests.processes import is_alive
 
-from .launching import Place, is_alive, wait_until
+from .launching import Place, wait_until
 
 
 def launched(place: Place, *words: str, mood: str = "", **env: str) -> dict[str, int]:
