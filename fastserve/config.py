@@ -114,8 +114,8 @@ class ControllerConfig(AccessOptions, ServerConfig):
     dispatch_method: str = option("shortest_queue", "how a worker is chosen among those that serve the model")
     heartbeat_expiration_s: float = option(
         90.0,
-        "seconds of silence after which a worker that does not tell its own heartbeat interval is dropped "
-        "(a fastserve worker tells its interval and is dropped after three of them)",
+        "seconds of silence after which a worker that does not state its own heartbeat interval is dropped "
+        "(a fastserve worker states its interval and is dropped after three of them)",
         env="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
         added=True,
         minimum=0.1,
@@ -290,7 +290,7 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
 
     port: int = same_option(ServerConfig, "port", default=WORKER_PORT)
     max_connections_per_address: int = same_option(ServerConfig, "max_connections_per_address", default=4096)
-    worker_address: str | None = option(None, "address told to the controller; from host and port if unset")
+    worker_address: str | None = option(None, "address that the controller gets; from host and port if unset")
     controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
     model_names: tuple[str, ...] | None = option(
         None, "comma-separated names to serve the model under; last part of the model path if unset", parse=comma_list

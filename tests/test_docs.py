@@ -1,4 +1,4 @@
-"""Pages: links lead somewhere, and each decision has a number of its own."""
+"""Pages: links lead somewhere, each decision has a number of its own, and every metric is described."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def test_each_decision_has_its_number_and_stands_in_the_index() -> None:
         assert (page.name[:4], titles[page].split()[:2]) == (f"{number:04}", ["#", f"{number}."])
     index = (folder / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"\]\((0.*\.md)\)", index) == [page.name for page in pages]
+
+
+def test_every_metric_is_described() -> None:
+    described = set(
+        re.findall(r"`([a-z_]+?)(?:_total)?(?:\{[a-z,]+\})?`", (ROOT / "docs/metrics.md").read_text("utf-8"))
+    )
+    declared = {
+        name
+        for path in (ROOT / "fastserve").rglob("metrics.py")
+        for name in re.findall(r'"fastserve_(?:controller|gateway|worker)_(\w+)"', path.read_text("utf-8"))
+    }
+    assert len(declared) > 20
+    assert declared <= described

@@ -122,7 +122,7 @@ def _make_relay(
 
 
 def _check_controller_address(config: ApiServerConfig) -> None:
-    """Raises StartupError when the server is told to ask itself."""
+    """Raises StartupError when the controller's address is that of this server itself."""
     parts = urlsplit(config.controller_address)
     try:
         is_own = parts.port == config.port and parts.hostname in (config.host, "localhost", "127.0.0.1", "::1")

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 REPEAT_S = 40.0
 MAX_DIRECT_BYTES = 64 * 1024
-"""Of a request, head and all; longer ones take the usual way."""
+"""Longest request, head included; longer ones take the usual way."""
 _EXTENSION = "fastserve.direct"
 _HEAD = re.compile(
     rb"(POST [^\r\n]+ HTTP/1\.1\r\n(?:[^\r\n]+\r\n)*?content-length: )(\d+)(\r\n(?:[^\r\n]+\r\n)*\r\n)", re.I
