@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -126,6 +127,15 @@ def test_worker_that_does_not_register(place: Place) -> None:
     assert "not all of the 1 workers have registered with the controller" in result.stderr
     assert place.strays() == []
     assert place.launch(*words, "--no-register", STANDIN_MOOD="controller=lonely").returncode == 0
+
+
+def test_a_worker_that_answers_while_it_loads_is_waited_for(place: Place) -> None:
+    """With all of --wait-timeout-s: what follows (registering) has less time."""
+    result = place.launch("--model-path-address", place.item(place.model(mood="loading")))
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"^model_worker .* is ready at .* \(([\d.]+) s\)$", result.stdout, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) >= 2.0
 
 
 def test_running_is_said_when_a_request_can_be_answered(place: Place) -> None:
