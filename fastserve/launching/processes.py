@@ -181,6 +181,8 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, on some systems
+        return True
 
 
 def end_services(services: Sequence[RunningService], grace_s: float) -> set[RunningService]:

@@ -16,6 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from fastserve.config import ServerConfig, WorkerConfig
 from fastserve.options import parse_config
@@ -39,10 +40,12 @@ class Handler(BaseHTTPRequestHandler):
     loaded_at_s = 0.0
 
     def do_GET(self) -> None:
-        told = {"argv": sys.argv[1:], "env": dict(os.environ)} if self.path == "/dump" else {"workers": self.workers}
+        content: dict[str, Any] = {"workers": self.workers}
+        if self.path == "/dump":
+            content = {"argv": sys.argv[1:], "env": dict(os.environ)}
         if self.path == "/health" and time.monotonic() < self.loaded_at_s:
-            told = {"status": "loading"}
-        body = json.dumps(told).encode()
+            content = {"status": "loading"}
+        body = json.dumps(content).encode()
         self.send_response(503 if self.path == "/ready" and time.monotonic() < self.ready_at_s else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
