@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,8 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
             own_environ = {name: value for name, value in environ.items() if name not in SECRETS}
             supervisor = Supervisor(order, own_environ, own_log)
         follow(supervisor, console, signals)
-    console.say(summary(config, items, order.services))
+        # Within the block: once services run, no signal may keep this from being said.
+        console.say(summary(config, items, order.services))
 
 
 def _prepare(
@@ -130,6 +132,9 @@ def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> No
     except Stopped as error:
         errors.say(f"The launch was ended by {error}.")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before anything was started
+        errors.say("The launch was ended by SIGINT.")
+        sys.exit(128 + signal.SIGINT)
 
 
 def _open_standard_streams() -> None:
