@@ -22,6 +22,7 @@ from urllib.parse import unquote
 from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, ServerConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.launching.log_files import worker_log_name
+from fastserve.launching.processes import absolute
 from fastserve.options import parse_option, to_argv
 from fastserve.serving.listen import WILDCARDS, local_host, url_of
 from fastserve.serving.tls import serves_tls
@@ -181,6 +182,9 @@ def plan(
     for secret in SECRETS:
         environ.pop(secret, None)
     log_dir = Path(config.log_dir) if log_dir is None else log_dir
+    if environ.get("LOGDIR") and absolute(environ["LOGDIR"], "LOGDIR") == log_dir.absolute():
+        # Each service would write its log twice, and rename the file that it has open.
+        environ.pop("LOGDIR")
 
     def service(module: str, name: str, log_name: str, settings: ServerConfig, **env: str) -> ChildSpec:
         return ChildSpec(

@@ -262,6 +262,15 @@ def test_a_second_launch_in_a_folder_has_logs_of_its_own() -> None:
     assert services.workers[0].log == "logs/worker_m_h_1.log"
 
 
+@pytest.mark.parametrize(("folder", "is_kept"), [("logs", False), ("logs/", False), ("elsewhere", True)])
+def test_two_logs_of_a_service_are_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, is_kept: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    services = plan(parse(), [parse_item("m@h@1")], {"LOGDIR": folder}, log_dir=tmp_path / "logs")
+    assert [("LOGDIR" in spec.env) for spec in services.services] == [is_kept] * 3
+
+
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
