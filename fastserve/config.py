@@ -21,7 +21,7 @@ class ServerConfig:
     title: ClassVar[str] = "listening and logs"
 
     host: str = option("localhost", "address to listen on")
-    port: int = option(API_SERVER_PORT, "port to listen on")
+    port: int = option(API_SERVER_PORT, "port to listen on", minimum=0, maximum=65535)
     ssl: bool = option(False, "serve TLS with the key and certificate named by SSL_KEYFILE and SSL_CERTFILE")
     tls_cert: str | None = option(None, "serve TLS with this certificate chain, a PEM file", added=True)
     tls_key: str | None = option(None, "private key of --tls-cert, a PEM file", added=True)
@@ -34,7 +34,9 @@ class ServerConfig:
     tls_client_cert_required: bool = option(
         False, "accept only clients with a certificate of an authority in --tls-ca", added=True
     )
-    drain_timeout_s: float = option(30.0, "seconds that running requests may take to end after SIGTERM", added=True)
+    drain_timeout_s: float = option(
+        30.0, "seconds that running requests may take to end after SIGTERM", added=True, minimum=0
+    )
     log_level: str = option("info", "logging level", choices=("debug", "info", "warning", "error"), added=True)
     max_connections: int = limit(
         8192, "open connections of all clients; never more than half of the files that the process may open"
@@ -106,16 +108,17 @@ class ControllerConfig(AccessOptions, ServerConfig):
 
     title: ClassVar[str] = "controller"
 
-    port: int = option(CONTROLLER_PORT, "port to listen on")
+    port: int = same_option(ServerConfig, "port", default=CONTROLLER_PORT)
     max_connections_per_address: int = same_option(ServerConfig, "max_connections_per_address", default=4096)
     max_body_bytes: int = same_option(ServerConfig, "max_body_bytes", default=2**20)
     dispatch_method: str = option("shortest_queue", "how a worker is chosen among those that serve the model")
     heartbeat_expiration_s: float = option(
         90.0,
-        "seconds of silence after which a worker that does not tell its own heartbeat interval is dropped "
-        "(a fastserve worker tells its interval and is dropped after three of them)",
+        "seconds of silence after which a worker that does not state its own heartbeat interval is dropped "
+        "(a fastserve worker states its interval and is dropped after three of them)",
         env="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
         added=True,
+        minimum=0.1,
     )
     max_workers: int = limit(20_000, "most workers that are known at once")
     max_model_names: int = limit(10_000, "most names of models, of all workers together")
@@ -177,6 +180,7 @@ class ApiServerConfig(AccessOptions, ServerConfig):
         "longest silence of a worker, in seconds, before a request to it is given up",
         env="FASTCHAT_WORKER_API_TIMEOUT",
         added=True,
+        minimum=0.1,
     )
     max_attempts: int = limit(3, "most workers that one request is sent to, one after the other")
     retry_budget_percent: float = limit(
@@ -284,9 +288,9 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
 
     title: ClassVar[str] = "worker"
 
-    port: int = option(WORKER_PORT, "port to listen on")
+    port: int = same_option(ServerConfig, "port", default=WORKER_PORT)
     max_connections_per_address: int = same_option(ServerConfig, "max_connections_per_address", default=4096)
-    worker_address: str | None = option(None, "address told to the controller; from host and port if unset")
+    worker_address: str | None = option(None, "address that the controller gets; from host and port if unset")
     controller_address: str = option(f"http://localhost:{CONTROLLER_PORT}", "the controller's address")
     model_names: tuple[str, ...] | None = option(
         None, "comma-separated names to serve the model under; last part of the model path if unset", parse=comma_list
@@ -353,7 +357,11 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
         added=True,
     )
     heartbeat_interval_s: float = option(
-        HEARTBEAT_INTERVAL_S, "seconds between two heartbeats", env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL", added=True
+        HEARTBEAT_INTERVAL_S,
+        "seconds between two heartbeats",
+        env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL",
+        added=True,
+        maximum=3600,
     )
 
     @property
@@ -429,7 +437,6 @@ class LauncherConfig(EngineOptions, AccessOptions, ClassicLauncherFlags):
         "engine": "workers",
         "worker": "workers",
         "listening and logs": "every service",
-        "limits": "limits of every service",
     }
 
     dtype: str | None = same_option(WorkerConfig, "dtype", added=True)
@@ -443,9 +450,12 @@ class LauncherConfig(EngineOptions, AccessOptions, ClassicLauncherFlags):
     trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code", added=True)
     engine: str = same_option(WorkerConfig, "engine", added=True)
     api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file", added=True)
+    allowed_origins: tuple[str, ...] | None = same_option(ApiServerConfig, "allowed_origins", added=True)
+    allowed_worker_networks: tuple[str, ...] = same_option(ControllerConfig, "allowed_worker_networks")
+    no_worker_probe: bool = same_option(ControllerConfig, "no_worker_probe")
     ssl: bool = same_option(ServerConfig, "ssl", added=True)
     log_dir: str = option("logs", "folder of the services' logs; the shutdown command is given the same", added=True)
-    wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve", added=True)
+    wait_timeout_s: float = option(1800.0, "seconds that the services may take until they serve", added=True, minimum=0)
     restart: bool = option(
         True,
         "start a service again that died, after a pause of 1 s that doubles up to 60 s; one that was ended on purpose "
@@ -471,6 +481,8 @@ class ShutdownConfig:
     down: str | None = option(None, "the same as --serve", choices=("all", *SERVICE_KINDS))
     log_dir: str = option("logs", "the launcher's --log-dir")
     server_port: int | None = option(None, "end only the launch whose API server has this port")
-    drain_timeout_s: float = option(
-        35.0, "seconds until a service that still runs is killed; a little more than its own time to drain"
+    drain_timeout_s: float | None = option(
+        None,
+        "seconds until a service that still runs is killed; if unset 5 more than its own --drain-timeout-s",
+        minimum=0,
     )

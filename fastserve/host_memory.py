@@ -22,7 +22,7 @@ class MemoryBound:
     """Negative where more is used than the bound allows."""
     limit_bytes: int
     where: str
-    """What sets this bound, in words that end a sentence."""
+    """Where this bound comes from, in words that end a sentence."""
 
 
 def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[MemoryBound]:
@@ -39,7 +39,7 @@ def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgro
 
 
 def _cgroup_bounds(proc: Path, mount: Path) -> Iterator[MemoryBound]:
-    """Of the group that this process is in and of all groups around it, version 1 and 2."""
+    """Bounds of this process's cgroup and of all its parents, versions 1 and 2."""
     for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -46,14 +47,20 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
             flag = "--" + name.replace("_", "-")
             console.say(f"{flag} has no effect: each item of --model-path-address names its model, host and port.")
     with StopSignals() as signals:
+
+        def on_wait() -> None:
+            console.show_progress(f"waiting for another launch or shutdown in {config.log_dir}")
+            signals.raise_if_received()
+
         # Launches side by side must not choose the same logs: until its supervisor runs, this one cannot be seen.
-        with locked(log_dir):
+        with locked(log_dir, on_wait):
             order, own_log = _prepare(config, items, environ, log_dir, package)
             console.say(f"Starting the services; their logs are in {config.log_dir}")
             own_environ = {name: value for name, value in environ.items() if name not in SECRETS}
             supervisor = Supervisor(order, own_environ, own_log)
         follow(supervisor, console, signals)
-    console.say(summary(config, items, order.services))
+        # Within the block: once services run, no signal may keep this from being said.
+        console.say(summary(config, items, order.services))
 
 
 def _prepare(
@@ -125,6 +132,9 @@ def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> No
     except Stopped as error:
         errors.say(f"The launch was ended by {error}.")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before anything was started
+        errors.say("The launch was ended by SIGINT.")
+        sys.exit(128 + signal.SIGINT)
 
 
 def _open_standard_streams() -> None:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import sys
 import types
 import typing
@@ -47,17 +48,18 @@ def option(
     env: str | None = None,
     added: bool = False,
     minimum: float | None = None,
+    maximum: float | None = None,
     group: str | None = None,
 ) -> Any:
     """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default.
 
     `added`: the program that ours takes the place of has no such flag. Its users' abbreviations still mean its flags.
-    `minimum`: the least value; one below it (or NaN) ends the start with a sentence.
+    `minimum`, `maximum`: a value outside ends the start with a sentence, as NaN and infinity do in every option.
     `group`: the heading in the help text under which it stands; if unset the `title` of the class that declares it.
     """
     metadata = {
         "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env, "added": added,
-        "minimum": minimum, "is_limit": False, "group": group,
+        "minimum": minimum, "maximum": maximum, "is_limit": False, "group": group,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -107,8 +109,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Gives defaults, but where the help text says itself what comes of an unset option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default in (None, False, ()):
             return action.help
+        if isinstance(action.default, tuple):
+            default = json.dumps(action.default) if action.type is json_list else ",".join(action.default)
+            return f"{action.help} (default: {default.replace('%', '%%')})"
         return super()._get_help_string(action)
 
 
@@ -144,6 +149,8 @@ def build_parser(
 def _metavar(name: str, kind: Any) -> str:
     """Placeholder of an option's value in the help text: its unit where the name has one."""
     last = name.rsplit("_", 1)[-1]
+    if name.endswith("_per_s"):
+        return "NUMBER"
     return {"s": "SECONDS", "bytes": "BYTES"}.get(last) or {int: "N", float: "NUMBER"}.get(kind) or last.upper()
 
 
@@ -175,19 +182,22 @@ def parse_config(
     parser = build_parser(config_class, prog, choices)
     values = vars(parser.parse_args(words, namespace))
     for item in items:
-        problem = _below_minimum(item, values.get(item.name))
+        problem = _range_problem(item, values.get(item.name))
         if problem:
             parser.error(f"argument {flag_of(item)}: {problem}")
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _below_minimum(item: dataclasses.Field[Any], value: Any) -> str | None:
-    """Why `value` is too small for the option, or None."""
-    minimum = item.metadata.get("minimum")
-    # Not `value < minimum`: NaN is refused too.
-    if minimum is None or value is None or value >= minimum:
-        return None
-    return f"{value:g} is less than the minimum of {minimum:g}"
+def _range_problem(item: dataclasses.Field[Any], value: Any) -> str | None:
+    """Why the option cannot have `value`, or None."""
+    minimum, maximum = item.metadata.get("minimum"), item.metadata.get("maximum")
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not a finite number"
+    if value is not None and minimum is not None and value < minimum:
+        return f"{value:g} is less than the minimum of {minimum:g}"
+    if value is not None and maximum is not None and value > maximum:
+        return f"{value:g} is more than the maximum of {maximum:g}"
+    return None
 
 
 def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[str]:
@@ -247,6 +257,12 @@ def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[
     """Decorator of a dataclass to be: adds each limit, and the options `names`, of other processes' settings, for a
     program that passes them on. Unset, a limit stays what each process has as its default."""
 
+    def limits_group(name: str) -> str:
+        owners = [cls for cls in config_classes if any(item.name == name for item in dataclasses.fields(cls))]
+        if len(owners) == len(config_classes):
+            return f"{LIMITS} of every service"
+        return f"{LIMITS} of the {' and the '.join(cls.title for cls in owners)}"
+
     def add(cls: type[ConfigT]) -> type[ConfigT]:
         present = {name for base in cls.__mro__ for name in _annotations(base)}
         for config_class in config_classes:
@@ -257,7 +273,7 @@ def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[
                     continue
                 present.add(item.name)
                 # No limit of this program: the environment reaches the processes without its help.
-                changes = {"default": None, "is_limit": False} if is_limit else {}
+                changes = {"default": None, "is_limit": False, "group": limits_group(item.name)} if is_limit else {}
                 cls.__annotations__[item.name] = hints[item.name]
                 setattr(cls, item.name, same_option(config_class, item.name, added=True, **changes))
         return cls
@@ -280,7 +296,7 @@ def parse_option(config_class: type[Any], name: str, text: str) -> Any:
     choices = item.metadata["choices"]
     if choices is not None and value not in choices:
         raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
-    problem = _below_minimum(item, value)
+    problem = _range_problem(item, value)
     if problem:
         raise ValueError(problem)
     return value

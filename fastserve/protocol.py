@@ -33,9 +33,9 @@ MAX_NAME_CHARS = 512
 MAX_ADDRESS_CHARS = 300
 MAX_LEASE_CHARS = 128
 MAX_MODEL_NAMES = 256
-"""Of one worker."""
+"""For one worker."""
 MAX_LEASES = 32_768
-"""Of one worker; together they fit the controller's limit of a body."""
+"""For one worker; together they fit the controller's limit of a body."""
 MAX_RELEASES = 4_096
 """In one message."""
 MAX_EXCLUDED = 64

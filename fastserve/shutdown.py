@@ -24,6 +24,8 @@ from fastserve.observability.private_files import reason
 from fastserve.options import parse_config
 
 AS_THAT_USER = "run the shutdown as the user who started the launch"
+DRAIN_MARGIN_S = 5.0
+"""Time that a service may take to end after its own drain."""
 ORDER = ("openai_api_server", "model_worker", "controller")
 
 
@@ -33,7 +35,7 @@ def shut_down(config: ShutdownConfig, console: Console) -> None:
     wanted = config.down or config.serve
     kinds = (SUPERVISOR, *ORDER) if wanted == "all" else (wanted,)
     # Two shutdowns side by side: a second SIGTERM would cut short the drain that the first has begun.
-    with locked(log_dir):
+    with locked(log_dir, lambda: console.show_progress(f"waiting for another launch or shutdown in {config.log_dir}")):
         files = _run_files(log_dir)
         if wanted != "all":
             _keep_from_restarting(_find(config, log_dir, files), wanted, console)
@@ -42,7 +44,7 @@ def shut_down(config: ShutdownConfig, console: Console) -> None:
         for kind in kinds:
             services = [service for service in _find(config, log_dir, files) if service.mark.kind == kind]
             try:
-                _end(services, config.drain_timeout_s, console)
+                _end(services, _drain_timeout_s(config, services), console)
             except StartupError as error:
                 failures.append(error)
             ended += kind != SUPERVISOR and len(services)
@@ -72,6 +74,12 @@ def _find(config: ShutdownConfig, log_dir: Path, files: Sequence[RunFile] | None
         if (service.mark.log_dir == str(log_dir) or service.mark.run_id in listed)
         and config.server_port in (None, service.mark.server_port)
     ]
+
+
+def _drain_timeout_s(config: ShutdownConfig, services: Sequence[RunningService]) -> float:
+    if config.drain_timeout_s is not None:
+        return config.drain_timeout_s
+    return max((service.mark.drain_timeout_s for service in services), default=0.0) + DRAIN_MARGIN_S
 
 
 def _end(services: Sequence[RunningService], drain_timeout_s: float, console: Console) -> None:

@@ -4,7 +4,7 @@ It reads an order from its standard input, starts the services as its children, 
 all of them serve; then it stays, brings back services that died and rotates logs. It is a process without a terminal,
 so that nothing that happens to the launcher's can hurt what it does:
 
-- before all services serve, the end of its standard input (the launcher is gone) or a SIGTERM takes the launch back;
+- before all services serve, the end of its standard input (the launcher is gone) or a SIGTERM cancels the launch;
 - after that, a SIGTERM ends the supervisor alone. Services need no supervisor to go on.
 """
 
@@ -35,8 +35,8 @@ LOOKS_PER_ROTATION = 4
 MAX_ORDER_BYTES = 64 << 20
 
 
-class TakenBackError(Exception):
-    """The launcher, or whoever ends the supervisor, wants the launch no more."""
+class LaunchCancelledError(Exception):
+    """The launcher is gone, or the supervisor got a signal."""
 
 
 class Supervisor:
@@ -64,13 +64,13 @@ class Supervisor:
             logger.error(error.message.split("\n")[0])
             self._report(Report("failed", error.message))
             return
-        except TakenBackError:
-            logger.info("The launch was taken back.")
+        except LaunchCancelledError:
+            logger.info("The launch was cancelled.")
             self._report(Report("failed", "The launch was ended from outside: its supervisor got SIGTERM."))
             return
         logger.info("All services serve.")
         self._report(Report("ready"))
-        _let_go_of_the_launcher()
+        _detach_from_launcher()
         restarts = Restarts(order, run_file, launch.children, probe, launch.write_run_file)
         self._watch(restarts, launch)
 
@@ -98,7 +98,7 @@ class Supervisor:
 
     def _check(self) -> None:
         if self._stop.is_set() or self._launcher_is_gone.is_set():
-            raise TakenBackError
+            raise LaunchCancelledError
 
     def _say(self, line: str) -> None:
         logger.info(line)
@@ -114,7 +114,7 @@ class Supervisor:
             self._launcher_is_gone.set()
 
 
-def _let_go_of_the_launcher() -> None:
+def _detach_from_launcher() -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
@@ -131,6 +131,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, supervisor.note_stop)
     if os.name == "posix":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Ignored, it would keep exit codes from us, and every crash would look like an end in good order.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     setup_logging("info")
     line = sys.stdin.buffer.readline(MAX_ORDER_BYTES)

@@ -23,7 +23,7 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
 
-_COMPAT = {
+COMPAT_MODULES = {
     *("test_architectures", "test_bitsandbytes", "test_engine_equality", "test_experts", "test_formats", "test_fusion"),
     *("test_loading", "test_loading_refusals", "test_refusals", "test_weights"),
     *("test_chat_template", "test_tokenizer"),
@@ -36,5 +36,5 @@ _COMPAT = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in _COMPAT:
+        if item.path.stem in COMPAT_MODULES:
             item.add_marker("compat")

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from fastserve.config import ApiServerConfig, LauncherConfig, WorkerConfig
+from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
-from fastserve.options import limit, limits_of, parse_config, to_argv
+from fastserve.options import build_parser, limit, limits_of, parse_config, to_argv
 
 KEYS = {"FASTSERVE_API_KEYS": "hush-1,hush-2"}
 
@@ -120,7 +121,7 @@ def test_a_limit_is_read_from_its_flag_over_its_environment_variable() -> None:
     assert [item.name for item in limits_of(_Limited)] == ["max_body_bytes", "idle_s"]
 
 
-@pytest.mark.parametrize("text", ["0.4", "-1", "nan"])
+@pytest.mark.parametrize("text", ["0.4", "-1"])
 def test_a_limit_below_its_minimum_is_refused_with_its_name_and_the_minimum(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,3 +131,28 @@ def test_a_limit_below_its_minimum_is_refused_with_its_name_and_the_minimum(
     assert "minimum of 0.5" in message
     with pytest.raises(StartupError, match=r"FASTSERVE_IDLE_S.*minimum of 0\.5"):
         parse_config(_Limited, [], "test", {"FASTSERVE_IDLE_S": text})
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--drain-timeout-s=nan"], "--drain-timeout-s: nan is not a finite number"),
+        (["--keep-alive-timeout-s=inf"], "--keep-alive-timeout-s: inf is not a finite number"),
+        (["--gpu-memory-utilization=nan"], "--gpu-memory-utilization: nan is not a finite number"),
+        (["--heartbeat-interval-s=1e9"], "--heartbeat-interval-s: 1e+09 is more than the maximum of 3600"),
+        (["--port=65536"], "--port: 65536 is more than the maximum of 65535"),
+        (["--port=-1"], "--port: -1 is less than the minimum of 0"),
+    ],
+)
+def test_numbers_that_no_service_can_work_with_are_refused(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(WorkerConfig, words, "test", {})
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config_class", [ControllerConfig, ApiServerConfig, WorkerConfig, LauncherConfig])
+def test_help_speaks_of_values_as_they_are_typed(config_class: type[Any]) -> None:
+    text = build_parser(config_class, "x").format_help()
+    assert not re.search(r"default: [('\"]", " ".join(text.split()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.conftest import COMPAT_MODULES
 from tools import dependencies
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +20,12 @@ ROOT = Path(__file__).parents[1]
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def extras() -> list[str]:
+    """What README's second command installs beside the dependencies, and the other extras that are pinned."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [item for extra in dependencies.EXTRAS for item in project["optional-dependencies"][extra]]
 
 
 def test_pins_are_names_and_versions_alone() -> None:
@@ -29,7 +37,7 @@ def test_pins_are_names_and_versions_alone() -> None:
     assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
 
 
-@pytest.mark.parametrize("stated", dependencies.declared())
+@pytest.mark.parametrize("stated", sorted({*dependencies.declared(), *extras()}))
 def test_each_dependency_is_pinned_within_its_range(stated: str) -> None:
     requirement = Requirement(stated)
     assert requirement.specifier.contains(pins()[requirement.name.lower()])
@@ -56,6 +64,10 @@ def test_the_oldest_versions_are_the_lower_ends_of_the_ranges(capsys: pytest.Cap
         assert exactly.operator == "=="
         assert f">={exactly.version}" in str(declared[name].specifier)
         assert (oldest.extras, str(oldest.marker)) == (declared[name].extras, str(declared[name].marker))
+
+
+def test_the_modules_that_the_ends_of_the_ranges_are_tested_with_are_there() -> None:
+    assert {path.stem for path in (ROOT / "tests").rglob("test_*.py")} >= COMPAT_MODULES
 
 
 def test_the_commands_of_the_readme_install_the_pins() -> None:

@@ -53,7 +53,7 @@ def _make(entries: list[str], source: str) -> AdminKeys:
 
 
 class AdminCheck:
-    """What a guard, which stands before the routes, finds out for `require_admin`, which stands in them."""
+    """Used by the middlewares: notes whether a request is an administrator's, for `require_admin` in the routes."""
 
     def __init__(self, keys: Reloadable[AdminKeys]) -> None:
         self._keys = keys

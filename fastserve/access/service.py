@@ -1,4 +1,4 @@
-"""What a service of the cluster knows about who may call it, read from its settings once and handed to its parts."""
+"""Access settings of one service: keys, hosts and guards, read from its configuration once and passed to its parts."""
 
 from __future__ import annotations
 

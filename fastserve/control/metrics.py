@@ -24,7 +24,7 @@ class WorkerFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the registry has counted."""
+    """Counts of the registry, as `/metrics` shows them."""
 
     workers: Sequence[WorkerFigures]
     """Those that take requests."""

@@ -49,9 +49,9 @@ LOADING_RETRY_AFTER_S = 5.0
 class RegistryLimits:
     max_workers: int
     max_model_names: int
-    """Of all workers together."""
+    """All workers together."""
     max_leases: int
-    """Of all workers together."""
+    """All workers together."""
     model_memory_s: float
 
 
@@ -79,7 +79,7 @@ class _Worker:
     wake_at: float = math.inf
     """When it is next looked at without being asked for."""
     row: tuple[object, ...] = ()
-    """What its row of the table was last made of, besides its speed; a difference makes it a changed one."""
+    """Values that its row of the table was last made from, besides its speed. When they differ, the row has changed."""
     row_speed: float = 0.0
     row_json: bytes | None = None
 
@@ -301,7 +301,7 @@ class WorkerRegistry:
         return table.model_dump_json(warnings=False).encode()[:-1] + b',"workers":[' + rows + b"]}"
 
     def figures(self) -> Figures:
-        """What the metrics show."""
+        """Counts for the metrics."""
         self.expire()
         now = self._clock()
         workers = [self._workers[address] for address in self._rows.addresses()]

@@ -211,7 +211,7 @@ def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client
 
 
 def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[Route]:
-    """What API servers read, and what people and their monitoring look at."""
+    """Routes for API servers (`/workers`, `/serving`, ...) and for monitoring."""
 
     async def workers(request: Request) -> Response:
         """With `epoch` and `since`: what has changed since that version, in rows without lists of leases."""

@@ -21,7 +21,7 @@ from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
 
 MAX_ERROR_BYTES = 2**18
-"""Of a worker's answer that is an error; it repeats at most a part of the request."""
+"""Longest error answer of a worker; it repeats at most a part of the request."""
 SHOWN_CHARS = 80
 NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
 """Codes of our own services that have no such route: a controller that was registered as a worker."""
@@ -51,7 +51,7 @@ class _Error(msgspec.Struct):
 
 
 class Body(msgspec.Struct):
-    """What every answer and every event of a stream has: one of these two."""
+    """Fields of every answer and of every event of a stream: one of the two is set."""
 
     choices: list[_Choice] | None = None
     error: _Error | None = None
@@ -72,7 +72,7 @@ class Answer:
 
     @property
     def kind(self) -> Kind:
-        """What it means for the request.
+        """How the request goes on.
 
         refusal: this worker cannot take the request now, or does not serve its model. failure: it could not answer as
         it should. foreign: it has no such route, as FastChat's workers. client error: the request itself is wrong.

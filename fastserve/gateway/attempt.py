@@ -62,7 +62,7 @@ class Call:
 
 @dataclass(frozen=True)
 class AnswerBounds:
-    """What a worker may take, in time and size."""
+    """Bounds on the time and size of a worker's answer."""
 
     silence_s: float
     max_answer_bytes: int

@@ -50,7 +50,7 @@ class AnswerBody:
             self._timer.cancel()
 
     async def read(self) -> bytes:
-        """What has come, at least a byte; b"" at the end of the body. Raises what aiohttp raises."""
+        """The next bytes, at least one; b"" at the end of the body. Raises aiohttp's errors."""
         self._waiting_since = self._loop.time()
         try:
             return await self._content.readany()

@@ -87,7 +87,7 @@ class Lease:
     id: str
     address: str
     outcome: Outcome = "unused"
-    """What the request says about the worker; reported to the controller when the lease is released."""
+    """How the request ended; reported to the controller when the lease is released."""
 
 
 class Dispatcher:

@@ -11,7 +11,7 @@ from fastserve.errors import InvalidAnswerError
 from fastserve.gateway.answers import parse_body
 
 MAX_SILENT_BYTES = 2**20
-"""Of comments between two data events. A keep-alive comment each second takes hours for that."""
+"""Most bytes of comments between two data events. Keep-alive comments, one a second, take hours to reach it."""
 BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
 """Ends of a line and of an empty one after it. Lines end in LF, CR LF or CR."""
 FIELDS = (b":", b"event:", b"id:", b"retry:")

@@ -9,7 +9,7 @@ same request. Two things follow:
 - A worker that was overruled `OVERRULED_LIMIT` times in a row is avoided for `AVOID_S`: other workers are preferred.
 
 So a worker that refuses everything costs a request every now and then, of which clients see nothing; and a client that
-sends nothing but mistakes is told so by two workers instead of one.
+sends nothing but invalid requests has them refused by two workers instead of one.
 
 Pure: time, in seconds of any monotonic clock, comes from the clock given.
 """

@@ -43,7 +43,7 @@ CONNECTION_FAILURES = frozenset({"refused", "connect", "lost", "cut", "timeout"}
 
 @dataclass
 class _Progress:
-    """What has happened to one request so far."""
+    """Attempts of one request so far."""
 
     tried: list[str] = field(default_factory=list)
     num_sent: int = 0
@@ -54,7 +54,7 @@ class _Progress:
     client_error: Answer | None = None
     """A refusal that blames the request, and that another worker is asked about."""
     last: Answer | FastserveError | None = None
-    """What the client gets when no other worker takes over."""
+    """The answer for the client when no other worker takes over."""
 
 
 class Relay:
@@ -160,7 +160,7 @@ class Relay:
     async def _fail(
         self, call: Call, lease: Lease, client: Downstream, progress: _Progress, failure: AttemptError
     ) -> bool:
-        """The worker gave no answer. Returns whether the client has been told."""
+        """Handle a worker that gave no answer. Returns whether the client has its error already."""
         lease.outcome = "failed"
         self._metrics.worker_failures.labels(failure.kind).inc()
         logger.warning(

@@ -21,7 +21,7 @@ SUSPECT_S = 3.0
 SLOWEST = 1e-6
 """Stands for a speed of zero, which would divide badly."""
 SAMPLE_SIZE = 32
-"""Of so many random workers the best takes a request when a model has many more."""
+"""When a model has more workers than this, the best of so many random ones takes a request."""
 MAX_BREAKERS = 10_000
 
 
@@ -70,7 +70,7 @@ class CachedTable:
         """Addresses by model name; None: to be made anew."""
         self._suspects: dict[str, float] = {}
         self._breakers: dict[str, Breaker] = {}
-        """Of workers that have failed requests of this process."""
+        """By address, for workers that have failed requests of this process."""
         self.epoch = ""
         """With `version`: which of the controller's tables this is."""
         self.version = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -50,12 +51,14 @@ class Child:
         return ListedService(self.spec.kind, self.spec.name, self.process.pid, self.spec.port, self.spec.log)
 
     def serves(self) -> bool:
-        """Whether it answers, and it is this service that does: its log says so, or, where the log cannot be written
-        (a full disk), its socket."""
+        """Whether it answers and has loaded its model, and it is this service that does: its log says so, or, where the
+        log cannot be written (a full disk), its socket."""
         if not self._has_said_ready:
             self._has_said_ready = any(READY_LINE in line for line in tail(self._log, self._log_start))
-        answers = self._probe.get(self.spec, "/health") is not None
-        return answers and (self._has_said_ready or self._listens())
+        answer = self._probe.get(self.spec, "/health")
+        if answer is None or _status(answer) == "loading":
+            return False
+        return self._has_said_ready or self._listens()
 
     def _listens(self) -> bool:
         try:
@@ -88,9 +91,18 @@ class Child:
         return _message(errors[-1]) if errors else None
 
 
+def _status(answer: bytes) -> object:
+    """The `status` in a service's answer to `/health`, or None."""
+    try:
+        content = json.loads(answer)
+    except ValueError:
+        return None
+    return content.get("status") if isinstance(content, dict) else None
+
+
 def _message(line: str) -> str:
     """Message of a line of a log, without time, level and logger."""
-    return line.rsplit(" | ", 1)[-1].strip()
+    return line.split(" | ", 3)[-1].strip()
 
 
 def detached() -> dict[str, Any]:

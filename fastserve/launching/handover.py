@@ -24,7 +24,7 @@ from fastserve.launching.processes import ORPHAN_GRACE_S, POLL_S, SUPERVISOR, Ma
 from fastserve.launching.run_file import RunFile
 from fastserve.observability.private_files import open_for_append, reason
 
-TAKE_BACK_TIMEOUT_S = LAUNCH_GRACE_S + 3 * ORPHAN_GRACE_S
+CANCEL_TIMEOUT_S = LAUNCH_GRACE_S + 3 * ORPHAN_GRACE_S
 """How long the supervisor may take to end what it started; then the launcher does it."""
 
 
@@ -57,6 +57,11 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def raise_if_received(self) -> None:
+        """Raises Stopped."""
+        if self.received is not None:
+            raise Stopped(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
@@ -95,8 +100,8 @@ def _relay(supervisor: Supervisor, console: Console, signals: StopSignals) -> Ex
     deadline: float | None = None
     while True:
         if signals.received is not None and deadline is None:
-            supervisor.take_back()
-            deadline = time.monotonic() + TAKE_BACK_TIMEOUT_S
+            supervisor.cancel()
+            deadline = time.monotonic() + CANCEL_TIMEOUT_S
         if signals.count > 1 or (deadline is not None and time.monotonic() > deadline):
             return Stopped(signals.received or signal.SIGTERM)
         try:
@@ -161,10 +166,10 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.take_back()
+        self.cancel()
 
-    def take_back(self) -> None:
-        """End the launch, unless it has succeeded: the supervisor takes the end of its input for that."""
+    def cancel(self) -> None:
+        """Cancel the launch, unless it has succeeded, by closing the input of the supervisor."""
         try:
             self._stdin.close()
         except OSError:

@@ -26,7 +26,7 @@ class Launch:
     """The services of one launch. Leaving the block by an exception takes down all that it started.
 
     `say` gets each finished line, `show_progress` is called at every look with a line that replaces the one before,
-    and `check` raises where the launch is to be taken back.
+    and `check` raises when the launch has been cancelled.
     """
 
     def __init__(
@@ -155,4 +155,6 @@ class Launch:
 
 
 def mark_of(order: Order, spec: ChildSpec) -> Mark:
-    return Mark(order.run_id, order.log_dir, order.server_port, spec.kind, spec.name, spec.port, spec.log)
+    return Mark(
+        order.run_id, order.log_dir, order.server_port, spec.kind, spec.name, spec.port, spec.log, spec.drain_timeout_s
+    )

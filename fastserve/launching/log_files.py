@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,19 +70,23 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o077 == 0:
         return []
-    if found.st_uid == os.geteuid() and all(_OURS.fullmatch(name) for name in names):
+    is_shared = mode & stat.S_ISVTX  # such as /tmp, which may be empty
+    if found.st_uid == os.geteuid() and not is_shared and all(_OURS.fullmatch(name) for name in names):
         with suppress(OSError):  # a file system without modes; the files have their own
             folder.chmod(FOLDER_MODE)
         return []
-    if mode & 0o022 and not mode & stat.S_ISVTX:
+    if mode & 0o022 and not is_shared:
         return [f"Warning: other users can write to {folder} (mode {mode:04o}) and replace the logs: chmod 700 it."]
     return []
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the folder for this process alone. Where it cannot be locked (it is gone, the system has no locks, or
-    another process holds it for a minute), the block runs without."""
+    another process holds it for a minute), the block runs without.
+
+    `on_wait` is called again and again while another process holds it; what it raises ends the wait.
+    """
     try:
         import fcntl
 
@@ -97,6 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                on_wait()
                 time.sleep(0.1)
             except OSError:
                 break  # a file system without locks
@@ -140,13 +145,13 @@ def rotate_in_use(log: Path, keep: int) -> None:
 
 
 def _move_up(log: Path, keep: int) -> None:
-    for number in range(keep, 0, -1):
-        old = _numbered(log, number)
-        if number == keep:
-            old.unlink(missing_ok=True)
-        else:
-            with suppress(FileNotFoundError):
-                old.replace(_numbered(log, number + 1))
+    """Free the name LOG.1."""
+    free = 1
+    while free < keep and _numbered(log, free).exists():
+        free += 1
+    for number in range(free, 1, -1):
+        _numbered(log, number - 1).replace(_numbered(log, number))
+    _numbered(log, 1).unlink(missing_ok=True)
     # What an earlier launch with a larger number of logs has left.
     number = keep + 1
     while _numbered(log, number).exists():

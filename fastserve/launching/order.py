@@ -50,7 +50,7 @@ def _spec(content: dict[str, Any]) -> ChildSpec:
 
 @dataclass(frozen=True)
 class Report:
-    """A message of the supervisor to the launcher. `ready` and `failed` are last words."""
+    """A message of the supervisor to the launcher. `ready` and `failed` are the last ones."""
 
     kind: str
     """`line` and `progress` (for the console), `ready`, or `failed`."""

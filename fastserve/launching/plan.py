@@ -22,7 +22,9 @@ from urllib.parse import unquote
 from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, ServerConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.launching.log_files import worker_log_name
+from fastserve.launching.processes import absolute
 from fastserve.options import parse_option, to_argv
+from fastserve.serving.listen import WILDCARDS, local_host, url_of
 from fastserve.serving.tls import serves_tls
 
 ConfigT = TypeVar("ConfigT")
@@ -31,15 +33,14 @@ ITEM_FORM = "MODEL@HOST@PORT or MODEL@HOST@PORT?OPTION=VALUE&OPTION=VALUE"
 _ITEM = re.compile(
     r"(?P<model>.+)@(\[(?P<ipv6>[^]@?]+)\]|(?P<host>[^]@?[]+))@(?P<port>[0-9]+)(?:\?(?P<options>[^@]*))?", re.DOTALL
 )
-WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 SECRETS = ("FASTSERVE_API_KEYS",)
 """Environment variables that one service alone gets."""
 
-WORKER_OPTIONS = tuple(
-    item.name
-    for item in dataclasses.fields(WorkerConfig)
-    if item.name not in {"host", "port", "ssl", "model_path", "controller_address", "api_keys", "api_keys_file"}
-)
+NOT_FOR_ITEMS = {
+    *("host", "port", "model_path", "controller_address", "api_keys", "api_keys_file"),
+    *("ssl", "tls_cert", "tls_key"),  # all services of a launch are reached alike
+}
+WORKER_OPTIONS = tuple(item.name for item in dataclasses.fields(WorkerConfig) if item.name not in NOT_FOR_ITEMS)
 """Options that an item may set for its own worker."""
 NOT_SHARED = {"host", "port", "api_keys"}
 """Options of launcher and services that have the same name, but different meanings."""
@@ -99,12 +100,12 @@ class ChildSpec:
     host: str
     """Host under which the service answers on this machine."""
     port: int
-
-    scheme: str = "http"
+    ssl: bool
+    drain_timeout_s: float
 
     @property
     def address(self) -> str:
-        return url_of(self.scheme, self.host, self.port)
+        return url_of(self.host, self.port, ssl=self.ssl)
 
 
 @dataclass(frozen=True)
@@ -118,23 +119,13 @@ class Plan:
         return (self.controller, *self.workers, self.server)
 
 
-def url_of(scheme: str, host: str, port: int) -> str:
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def scheme_of(config: LauncherConfig) -> str:
-    """How all services are reached."""
-    return "https" if serves_tls(common_config(config)) else "http"
-
-
 def common_config(config: LauncherConfig) -> ServerConfig:
     """The settings that all services have in common."""
     return _service_config(ServerConfig, config, {})
 
 
-def reachable(host: str) -> str:
-    """The host under which a service that listens on `host` answers on this machine."""
-    return WILDCARDS.get(host, host)
+def has_tls(config: LauncherConfig) -> bool:
+    return serves_tls(common_config(config))
 
 
 def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
@@ -145,7 +136,7 @@ def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
         "port": item.port,
         "controller_address": controller_address(config),
         # A worker that listens everywhere finds out itself under which address others reach it.
-        "worker_address": None if item.host in WILDCARDS else url_of(scheme_of(config), item.host, item.port),
+        "worker_address": None if item.host in WILDCARDS else url_of(item.host, item.port, ssl=has_tls(config)),
     }
     worker = _service_config(WorkerConfig, config, {**given, **item.options})
     if worker.no_register:
@@ -155,7 +146,7 @@ def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
 
 
 def controller_address(config: LauncherConfig) -> str:
-    return url_of(scheme_of(config), reachable(config.controller_host), config.controller_port)
+    return url_of(local_host(config.controller_host), config.controller_port, ssl=has_tls(config))
 
 
 def _service_config(
@@ -182,7 +173,7 @@ def plan(
     is_second: bool = False,
     cluster_environ: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide what to start, with which arguments and environment. Pure.
+    """Decide what to start, with which arguments and environment.
 
     API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
     `cluster_environ` goes to all services. With `is_second`, another launch logs to the folder: see `log_path`.
@@ -191,13 +182,22 @@ def plan(
     for secret in SECRETS:
         environ.pop(secret, None)
     log_dir = Path(config.log_dir) if log_dir is None else log_dir
+    if environ.get("LOGDIR") and absolute(environ["LOGDIR"], "LOGDIR") == log_dir.absolute():
+        # Each service would write its log twice, and rename the file that it has open.
+        environ.pop("LOGDIR")
 
-    def service(
-        module: str, name: str, log_name: str, host: str, port: int, argv: Sequence[str], **env: str
-    ) -> ChildSpec:
-        log = log_path(log_dir, log_name, port, is_second=is_second)
-        command = (sys.executable, "-m", f"{package}.{module}", *argv)
-        return ChildSpec(module, name, command, {**environ, **env}, log, reachable(host), port, scheme_of(config))
+    def service(module: str, name: str, log_name: str, settings: ServerConfig, **env: str) -> ChildSpec:
+        return ChildSpec(
+            kind=module,
+            name=name,
+            argv=(sys.executable, "-m", f"{package}.{module}", *to_argv(settings)),
+            env={**environ, **env},
+            log=log_path(log_dir, log_name, settings.port, is_second=is_second),
+            host=local_host(settings.host),
+            port=settings.port,
+            ssl=serves_tls(settings),
+            drain_timeout_s=settings.drain_timeout_s,
+        )
 
     controller = _service_config(
         ControllerConfig, config, {"host": config.controller_host, "port": config.controller_port}
@@ -220,19 +220,11 @@ def plan(
             env |= keys
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
-        workers.append(service("model_worker", name, log_name, item.host, item.port, to_argv(worker), **env))
+        workers.append(service("model_worker", name, log_name, worker, **env))
     return Plan(
-        service("controller", "controller", "controller.log", controller.host, controller.port, to_argv(controller)),
+        service("controller", "controller", "controller.log", controller),
         tuple(workers),
-        service(
-            "openai_api_server",
-            "openai_api_server",
-            "openai_api_server.log",
-            server.host,
-            server.port,
-            to_argv(server),
-            **keys,
-        ),
+        service("openai_api_server", "openai_api_server", "openai_api_server.log", server, **keys),
     )
 
 
@@ -249,8 +241,8 @@ def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
 def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> str:
     """The addresses, a request to try, and how to stop."""
     # Workers that do not register are not known to the API server: they are asked directly.
-    front = services.workers[0] if config.no_register else services.server
     first = worker_config(config, items[0])
+    front = services.workers[0] if first.no_register else services.server
     model = (first.model_names or (re.split(r"[/\\]", items[0].model.rstrip("/\\"))[-1],))[0]
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "What is 7 + 5?"}]}
     key = " -H 'Authorization: Bearer YOUR_API_KEY'" if config.api_keys or config.api_keys_file else ""

@@ -40,7 +40,7 @@ class Probe:
 
     def _connect(self, spec: ChildSpec) -> http.client.HTTPConnection:
         # http.client and not urllib: a proxy in the environment must not stand between us and our own machine.
-        if spec.scheme == "http":
+        if not spec.ssl:
             return http.client.HTTPConnection(spec.host, spec.port, timeout=TIMEOUT_S)
         return http.client.HTTPSConnection(spec.host, spec.port, timeout=TIMEOUT_S, context=self._tls())
 

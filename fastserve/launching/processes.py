@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import psutil
 
+from fastserve.config import API_SERVER_PORT, CONTROLLER_PORT, WORKER_PORT
 from fastserve.errors import StartupError
+from fastserve.launching.run_file import RunFile, run_files_in
 
 RUN_MARK = "FASTSERVE_RUN"
 SERVICE_MARK = "FASTSERVE_SERVICE"
@@ -28,6 +31,7 @@ START_S = 0.02
 """A generous time for the system to put a program and its environment into a new process."""
 MAX_KILL_ROUNDS = 5
 """Killing is repeated for processes that were started meanwhile."""
+DEFAULT_PORTS = {"controller": CONTROLLER_PORT, "model_worker": WORKER_PORT, "openai_api_server": API_SERVER_PORT}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Mark:
     name: str
     port: int
     log: str
+    drain_timeout_s: float = 30.0
+    """How long the service's requests may take to end after SIGTERM."""
 
     def environ(self) -> dict[str, str]:
         service = {name: value for name, value in asdict(self).items() if name != "run_id"}
@@ -116,10 +122,43 @@ def _read_mark(process: psutil.Process) -> Mark | None:
     run_id = environ.get(RUN_MARK)
     if run_id is None:
         return None
+    if SERVICE_MARK not in environ:
+        return _derive_mark(process, run_id)
     try:
-        return Mark(run_id=run_id, **json.loads(environ[SERVICE_MARK]))
-    except (KeyError, ValueError, TypeError):
+        content = json.loads(environ[SERVICE_MARK])
+        # A later version may say more.
+        known = {name: content[name] for name in Mark.__dataclass_fields__ if name in content and name != "run_id"}
+        return Mark(run_id=run_id, **known)
+    except (ValueError, TypeError):
         return None
+
+
+def _derive_mark(process: psutil.Process, run_id: str) -> Mark | None:
+    """The mark of a service that an earlier version started, with nothing but the launch's id in its environment."""
+    try:
+        words = process.cmdline()
+        logs = [file.path for file in process.open_files() if file.fd == 1]
+        # The log folder may be gone; its default was `logs` in the folder of the launch.
+        log = Path(logs[0]) if logs else Path(process.cwd()) / "logs" / "unknown.log"
+    except (psutil.Error, OSError):
+        return None
+    module = words[2] if words[1:2] == ["-m"] and len(words) > 2 else ""
+    kind = next((kind for kind in DEFAULT_PORTS if module.endswith(f".{kind}")), None)
+    if kind is None:
+        session = _session(process)
+        if session is None or psutil.pid_exists(session):
+            return None  # found by the session of its service
+        kind = "model_worker"  # only workers start processes
+    ports = [int(word.removeprefix("--port=")) for word in words if re.fullmatch(r"--port=\d+", word)]
+    server_port = next((file.server_port for file in _run_files(log.parent) if file.run_id == run_id), 0)
+    return Mark(run_id, str(log.parent), server_port, kind, kind, (ports or [DEFAULT_PORTS[kind]])[0], str(log))
+
+
+def _run_files(log_dir: Path) -> list[RunFile]:
+    try:
+        return run_files_in(log_dir)
+    except PermissionError:
+        return []
 
 
 def _session(process: psutil.Process) -> int | None:
@@ -142,6 +181,8 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, on some systems
+        return True
 
 
 def end_services(services: Sequence[RunningService], grace_s: float) -> set[RunningService]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -27,8 +28,8 @@ MAX_PAUSE_S = 60.0
 STABLE_S = 300.0
 """A service that served so long gets the shortest pause again."""
 WARNING_INTERVAL_S = 60.0
-ORDERLY = (0, -signal.SIGTERM, -signal.SIGINT)
-"""How a service ends that somebody has ended on purpose."""
+ORDERLY = (0, -signal.SIGTERM, -signal.SIGINT, *((-signal.SIGALRM,) if os.name == "posix" else ()))
+"""Exit codes of services that somebody has ended on purpose. SIGALRM ends one that hangs after a second SIGTERM."""
 
 
 class Pauses:

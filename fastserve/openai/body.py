@@ -42,7 +42,7 @@ _MAX_EXPLAINED_VALUES = 16_384
 """A body that is no JSON is read a second time, to name the field, when it has no more values than this."""
 _MAX_INTEGER = 2**64
 _MAX_DIGITS = 4000
-"""Of an integer: Python itself reads 4,300."""
+"""Longest integer; Python itself reads 4,300 digits."""
 _WHOLE_FLOATS = 2**53
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -53,7 +53,7 @@ class RequestBounds:
 
     max_messages: int = 4096
     max_content_parts: int = 4096
-    """Of all messages together, tool calls included."""
+    """All messages together, tool calls included."""
     max_prompts: int = 2048
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 1024
@@ -63,7 +63,7 @@ class RequestBounds:
 
     @property
     def max_field_bytes(self) -> int:
-        """Of a field that holds neither messages nor prompts: more than the largest that the other bounds allow."""
+        """Largest field that holds neither messages nor prompts: more than the other bounds allow."""
         return max(65_536, 192 * self.max_stop_chars, 48 * self.max_logit_bias, 24 * self.max_stop_token_ids)
 
 

@@ -15,7 +15,7 @@ MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_COUNT = 2**31 - 1
-"""Of tokens: more are the same as no bound."""
+"""Largest number of tokens; more is the same as no bound."""
 MOST_URGENT, LEAST_URGENT = -100, 100
 _MAX_BIAS = 100.0
 

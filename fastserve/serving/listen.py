@@ -12,6 +12,7 @@ from fastserve.observability.text import printable
 
 WILDCARDS_OF_BOTH = ("::", "")
 """Hosts that mean every address of the machine, of IPv4 and IPv6."""
+WILDCARDS = ("0.0.0.0", *WILDCARDS_OF_BOTH)
 MAX_SEND_BUFFER_BYTES = 128 * 1024
 """What the kernel holds for a client that reads slowly (Linux doubles it), beside what the process buffers. Left alone
 it grows to megabytes for each connection, and a client that reads slowly but steadily would look stalled meanwhile."""
@@ -124,6 +125,13 @@ def advertised_address(host: str, port: int, *, ssl: bool = False) -> str:
     elif host == "0.0.0.0":
         host = _own_address(socket.AF_INET) or "127.0.0.1"
     return url_of(host, port, ssl=ssl)
+
+
+def local_host(host: str) -> str:
+    """The host under which a server that listens on `host` answers on this machine."""
+    if host in WILDCARDS_OF_BOTH:
+        return _loopback()
+    return "127.0.0.1" if host == "0.0.0.0" else host
 
 
 def url_of(host: str, port: int, *, ssl: bool = False) -> str:

@@ -13,12 +13,12 @@ from fastserve.serving.errors import error_response
 
 logger = logging.getLogger(__name__)
 
-FAREWELL_S = 0.5
+FINAL_ERROR_TIMEOUT_S = 0.5
 """How long a client that does not read may hold up its own error event."""
 
 
 class RunningRequests:
-    """Middleware that knows every running request and can end them all with a proper last word.
+    """Middleware that knows every running request and can end each of them with a final error.
 
     It must be the outermost: the application is cancelled, so that its `finally` blocks run, and the client then gets a
     503, or an error event at the end of an event stream. Answers of other kinds that have begun can only be cut.
@@ -39,7 +39,7 @@ class RunningRequests:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=2 * FAREWELL_S)
+            await asyncio.wait(tasks, timeout=2 * FINAL_ERROR_TIMEOUT_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +56,7 @@ class RunningRequests:
         except asyncio.CancelledError:
             if not self._is_over:
                 raise
-            await _say_farewell(progress, scope, receive, send)
+            await _send_final_error(progress, scope, receive, send)
         finally:
             self._tasks.discard(task)
 
@@ -85,10 +85,10 @@ class _Progress:
         return self._send(message)
 
 
-async def _say_farewell(progress: _Progress, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_final_error(progress: _Progress, scope: Scope, receive: Receive, send: Send) -> None:
     error = ShuttingDownError("The server is shutting down and ended this request before it was complete.")
     try:
-        async with asyncio.timeout(FAREWELL_S):
+        async with asyncio.timeout(FINAL_ERROR_TIMEOUT_S):
             if progress.is_complete:
                 return
             if not progress.is_started:

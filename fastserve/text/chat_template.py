@@ -26,7 +26,7 @@ from fastserve.text.tokenizer import read_json, token_text
 
 Message = dict[str, Any]
 MAX_RENDERED_CHARS = 2**26
-"""Of a prompt, where the model sets no lower bound."""
+"""Longest rendered prompt, where the model sets no lower bound."""
 
 
 class RenderedTooLongError(InvalidRequestError):

@@ -72,7 +72,7 @@ class WorkerSetup:
 
 
 class Worker:
-    """One worker's life. `app` serves it; `goodbye` is to be awaited when the process is told to stop.
+    """One worker's life. `app` serves it; `goodbye` is awaited when the process gets a signal to stop.
 
     The application listens before the model is loaded: meanwhile it is announced to the controller as not ready,
     answers what looks after it, and asks clients to come again.

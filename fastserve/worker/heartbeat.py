@@ -1,8 +1,8 @@
 """Tells the controller that this worker is there: its whole status, every interval, from before the model is loaded.
 
-A status that is not ready makes the models known, so that who asks for one is asked to come again; no request is sent
-here. A heartbeat with a status registers by itself at our controller; one of FastChat's answers `exist: false`, and is
-then told by `/register_worker`, as soon as the worker is ready. So a controller that was restarted knows the worker
+A status that is not ready makes the models known, so that clients are asked to come again; no request is sent here. A
+heartbeat with a status registers by itself at our controller. FastChat's controller answers `exist: false`, and the
+worker then registers by `/register_worker`, as soon as it is ready. So a controller that was restarted knows the worker
 again within one interval.
 """
 

@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What a request says about the form of its answer. The rest of it is not kept while the answer is generated."""
+    """Fields of a request that shape its answer. The rest of it is not kept while the answer is generated."""
 
     model: str
     stream: bool
@@ -62,7 +62,7 @@ class Job:
     num_runs: int
     """Choices that are generated for each prompt."""
     num_choices: int
-    """How many of them are told: the best."""
+    """How many of them are returned: the best."""
     telling: Telling
     priority: int
     answer: AnswerOptions

@@ -16,7 +16,7 @@ import pytest
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY, find_or_make, user_key_path
 from tests.access.serving import eventually
 from tests.access.test_cluster_guard import CHAT, ask
-from tests.gateway.cluster import free_port
+from tests.processes import free_ports
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 SECRETS = {"FASTSERVE_ADMIN_KEY": "an-admin-key-0123456789", "FASTSERVE_API_KEYS": "sk-client"}
@@ -45,7 +45,7 @@ async def test_three_services_started_side_by_side_find_each_others_key(tmp_path
     environ = {name: value for name, value in os.environ.items() if name != ENV_CLUSTER_KEY}
     # Not HOME: the engine's compiled kernels are kept there.
     environ |= {"XDG_CONFIG_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    controller, worker, server = (free_port() for _ in range(3))
+    controller, worker, server = free_ports(3)
     to_controller = f"--controller-address=http://localhost:{controller}"
     with starting(environ, tmp_path) as start:
         start("controller", f"--port={controller}")

@@ -46,12 +46,6 @@ async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
             await asyncio.sleep(0.005)
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class StubServer:
     """An aiohttp server that can be stopped as if killed, and started again on its port."""
 

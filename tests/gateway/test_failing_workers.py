@@ -27,7 +27,6 @@ from tests.gateway.cluster import (
     StubWorker,
     answer_well,
     die,
-    free_port,
     hang,
     say,
     serve_app,
@@ -37,6 +36,7 @@ from tests.gateway.cluster import (
 )
 from tests.gateway.test_gateway_relay import STREAM, ask, error_event
 from tests.keys import UNGUARDED
+from tests.processes import free_ports
 
 BROKEN = {"error": {"message": "broken", "type": "internal_error", "param": None, "code": "internal_error"}}
 WRONG = {"error": {"message": "wrong", "type": "invalid_request_error", "param": "n", "code": "invalid_value"}}
@@ -82,7 +82,7 @@ async def test_the_number_of_attempts_is_an_option() -> None:
 
 async def test_workers_that_refuse_connections_do_not_use_up_the_attempts(cluster: Cluster) -> None:
     for _ in range(5):
-        cluster.controller.add(f"http://127.0.0.1:{free_port()}")
+        cluster.controller.add(f"http://127.0.0.1:{free_ports(1)[0]}")
     await cluster.worker(answer_well)
     assert (await ask(cluster))[0] == 200
 

@@ -22,13 +22,13 @@ from tests.gateway.cluster import (
     abort,
     answer_well,
     die,
-    free_port,
     hang,
     say,
     start_cluster,
     stream,
     until,
 )
+from tests.processes import free_ports
 
 STREAM = {**CHAT, "stream": True}
 WHOLE = b"".join(EVENTS) + DONE
@@ -144,7 +144,7 @@ async def test_a_worker_lost_before_data_is_replaced_unseen(cluster: Cluster, br
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 async def test_a_refused_connection_is_retried_elsewhere(cluster: Cluster, body: Any) -> None:
-    cluster.controller.add(f"http://127.0.0.1:{free_port()}")
+    cluster.controller.add(f"http://127.0.0.1:{free_ports(1)[0]}")
     await cluster.worker(answer_well)
     status, _ = await ask(cluster, body)
     assert status == 200

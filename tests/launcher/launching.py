@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,20 +16,11 @@ import psutil
 
 from fastserve.launching.processes import SUPERVISOR
 from fastserve.launching.run_file import run_files_in
+from tests.processes import free_ports, is_alive
 
 HERE = Path(__file__).parent
 PATHS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 LAUNCHER = "from fastserve.launcher import main; main(package='standins')"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for sock in sockets:
-        sock.bind(("127.0.0.1", 0))
-    ports = [int(sock.getsockname()[1]) for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
@@ -41,13 +31,6 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0)
             return value
         time.sleep(0.02)
     raise AssertionError(f"not within {timeout_s} s: {what}")
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def dump(port: int, host: str = "127.0.0.1") -> dict[str, Any]:

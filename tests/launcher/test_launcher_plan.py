@@ -22,6 +22,9 @@ from fastserve.options import (
     parse_config,
     pass_on,
 )
+from fastserve.serving.listen import port_problem
+
+LOOPBACK = "127.0.0.1" if port_problem("127.0.0.1", 0) is None else "[::1]"
 
 
 def parse(*words: str, environ: dict[str, str] | None = None) -> LauncherConfig:
@@ -107,7 +110,11 @@ def test_default_launch_reaches_three_services_at_their_addresses() -> None:
         (["--model-path-address", "m@[::1]@5"], "worker", {"host": "::1", "worker_address": "http://[::1]:5"}),
         (["--model-path-address", "m@::@5"], "worker", {"host": "::", "worker_address": None}),
         (["--model-path-address", "a/[b]@[::]@5?seed=1"], "worker", {"model_path": "a/[b]", "host": "::", "seed": 1}),
-        (["--controller-host", "::"], "worker", {"controller_address": "http://[::1]:21001"}),
+        (["--controller-host", "::"], "worker", {"controller_address": f"http://{LOOPBACK}:21001"}),
+        (["--controller-host", ""], "server", {"controller_address": f"http://{LOOPBACK}:21001"}),
+        (["--allowed-worker-networks", "10.0.0.0/8,local", "--no-worker-probe"], "controller",
+         {"allowed_worker_networks": ("10.0.0.0/8", "local"), "no_worker_probe": True}),
+        (["--allowed-origins", '["https://a.example"]'], "server", {"allowed_origins": ("https://a.example",)}),
         (["--controller-host", "::1"], "server", {"controller_address": "http://[::1]:21001"}),
         (["--server-host", "::"], "server", {"host": "::"}),
         (["--drain-timeout-s", "7"], "server", {"drain_timeout_s": 7.0}),
@@ -253,6 +260,15 @@ def test_a_second_launch_in_a_folder_has_logs_of_its_own() -> None:
     assert services.server.log == "logs/openai_api_server_9999.log"
     assert services.controller.log == "logs/controller_21001.log"
     assert services.workers[0].log == "logs/worker_m_h_1.log"
+
+
+@pytest.mark.parametrize(("folder", "is_kept"), [("logs", False), ("logs/", False), ("elsewhere", True)])
+def test_two_logs_of_a_service_are_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, is_kept: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    services = plan(parse(), [parse_item("m@h@1")], {"LOGDIR": folder}, log_dir=tmp_path / "logs")
+    assert [("LOGDIR" in spec.env) for spec in services.services] == [is_kept] * 3
 
 
 @pytest.mark.parametrize(
@@ -413,7 +429,9 @@ def test_full_flags_and_values_are_left_alone() -> None:
         (["--api-keys", "secret"], "http://localhost:8888", "fastserve-demo", True),
         (["--no-register"], "http://localhost:20002", "fastserve-demo", False),
         (["--model-path-address", "C:\\m\\it's\\@localhost@5"], "http://localhost:8888", "it's", False),
-        (["--server-host", "::"], "http://[::1]:8888", "fastserve-demo", False),
+        (["--model-path-address", "m@localhost@5?no-register", "n@localhost@6"], "http://localhost:5", "m", False),
+        (["--server-host", "::1"], "http://[::1]:8888", "fastserve-demo", False),
+        (["--server-host", "::"], f"http://{LOOPBACK}:8888", "fastserve-demo", False),
     ],
 )
 def test_summary_shows_a_request_that_works(words: list[str], front: str, model: str, has_key: bool) -> None:

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,8 +14,9 @@ import psutil
 import pytest
 
 from fastserve.launching.console import Console
+from tests.processes import free_ports, is_alive
 
-from .launching import Place, dump, free_ports, is_alive, wait_until
+from .launching import Place, dump, wait_until
 
 
 def test_services_run_on_after_the_launcher_has_gone(place: Place) -> None:
@@ -125,6 +127,15 @@ def test_worker_that_does_not_register(place: Place) -> None:
     assert "not all of the 1 workers have registered with the controller" in result.stderr
     assert place.strays() == []
     assert place.launch(*words, "--no-register", STANDIN_MOOD="controller=lonely").returncode == 0
+
+
+def test_a_worker_that_answers_while_it_loads_is_waited_for(place: Place) -> None:
+    """With all of --wait-timeout-s: what follows (registering) has less time."""
+    result = place.launch("--model-path-address", place.item(place.model(mood="loading")))
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"^model_worker .* is ready at .* \(([\d.]+) s\)$", result.stdout, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) >= 2.0
 
 
 def test_running_is_said_when_a_request_can_be_answered(place: Place) -> None:
@@ -274,13 +285,13 @@ def has_ipv6() -> bool:
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 def test_a_launch_on_ipv6_alone(place: Place) -> None:
     item = f"{place.model()}@[::1]@{place.worker_port}"
-    result = place.launch("--controller-host", "::1", "--server-host", "::", "--model-path-address", item)
+    result = place.launch("--controller-host", "::1", "--server-host", "::1", "--model-path-address", item)
     assert result.returncode == 0, result.stderr
     assert f"API server  http://[::1]:{place.server_port}\n" in result.stdout
     assert f"curl -N 'http://[::1]:{place.server_port}/v1/chat/completions'" in result.stdout
     assert f"--controller-address=http://[::1]:{place.controller_port}" in dump(place.worker_port, "::1")["argv"]
-    assert "--host=::" in dump(place.server_port, "::1")["argv"]
-    again = place.launch("--controller-host", "::1", "--server-host", "::", "--model-path-address", item)
+    assert "--host=::1" in dump(place.server_port, "::1")["argv"]
+    again = place.launch("--controller-host", "::1", "--server-host", "::1", "--model-path-address", item)
     assert "is in use by the controller of an earlier launch" in again.stderr
     assert place.shutdown().returncode == 0
 

@@ -14,9 +14,11 @@ import psutil
 import pytest
 
 from fastserve.launching.console import Console
+from fastserve.launching.log_files import locked
 from fastserve.launching.processes import RUN_MARK, SERVICE_MARK, Mark, find_services
+from tests.processes import is_alive
 
-from .launching import Place, is_alive, wait_until
+from .launching import Place, wait_until
 
 KINDS = {"controller", "model_worker", "openai_api_server"}
 
@@ -162,6 +164,23 @@ def test_a_launcher_that_is_killed_takes_the_launch_with_it(place: Place) -> Non
     process.communicate(timeout=10)
     wait_until(lambda: place.strays() == [], "nothing left", 10.0)
     assert not list(place.logs.glob("*.json"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
+def test_a_launch_that_waits_for_another_one_is_ended_at_once_by_a_signal(place: Place) -> None:
+    model = place.model()
+    place.logs.mkdir()
+    with locked(place.logs, lambda: None):
+        process = place.start("--model-path-address", place.item(model))
+
+        def waits() -> bool:
+            return any(os.path.realpath(link) == str(place.logs) for link in Path(f"/proc/{process.pid}/fd").iterdir())
+
+        wait_until(waits, "a launcher that waits")
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=10)
+    assert (process.returncode, output, errors) == (130, "", "The launch was ended by SIGINT.\n")
+    assert list(place.logs.iterdir()) == []
 
 
 def test_shutdown_during_a_launch_ends_it(place: Place) -> None:

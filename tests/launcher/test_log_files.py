@@ -62,6 +62,13 @@ def test_a_folder_that_holds_other_things_is_left_as_it_is(tmp_path: Path) -> No
     assert mode(tmp_path) == 0o777
 
 
+def test_an_empty_folder_that_everybody_uses_is_left_as_it_is(tmp_path: Path) -> None:
+    """As /tmp in a container, where everybody is root."""
+    tmp_path.chmod(0o1777)
+    assert prepare_folder(tmp_path, "--log-dir x") == []
+    assert mode(tmp_path) == 0o1777
+
+
 @pytest.mark.parametrize("name", ["/proc/nope", "l" * 5000, "a" * 300])
 def test_a_folder_that_cannot_be_made_is_a_sentence(name: str) -> None:
     with pytest.raises(StartupError, match="the folder cannot be made"):
@@ -156,6 +163,9 @@ def test_fewer_logs_are_kept_when_so_wanted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.log.1"]
     rotate(log, keep=1)
     assert (tmp_path / "a.log.1").read_text() == "6", "an empty log takes no place"
+    log.write_text("7")
+    rotate(log, keep=10**18)
+    assert (tmp_path / "a.log.2").read_text() == "6"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Services that died are brought back, with a growing pause, and those that were ended on purpose are not."""
 
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 
 import psutil
 
 from fastserve.launching.restarts import MAX_PAUSE_S, STABLE_S, Pauses
+from tests.processes import is_alive
 
-from .launching import Place, dump, is_alive, wait_until
+from .launching import Place, dump, wait_until
 
 
 def launched(place: Place, *words: str, mood: str = "", **env: str) -> dict[str, int]:
@@ -73,6 +76,25 @@ def test_services_ended_on_purpose_stay_away_and_the_supervisor_ends_with_the_la
     wait_until(lambda: not is_alive(supervisor), "the supervisor's end")
     assert not list(place.logs.glob("*.json"))
     assert place.strays() == []
+
+
+def test_a_crash_is_a_crash_whatever_signals_the_parent_ignores(place: Place) -> None:
+    """Where SIGCHLD is ignored, the system keeps no exit codes."""
+    code = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    words = ("--model-path-address", place.item(place.model()))
+    process = place.start_in_shell(f"exec {shlex.join([sys.executable, '-c', code])}", *words)
+    assert process.wait(timeout=60) == 0
+    os.kill(place.services()["model_worker"], signal.SIGKILL)
+    wait_until(lambda: "was killed by SIGKILL. It is started again in 1 s." in log_of(place), "the news")
+    assert place.shutdown().returncode == 0
+    process.communicate(timeout=10)
+
+
+def test_a_service_that_hangs_after_a_second_signal_stays_away(place: Place) -> None:
+    """Its own alarm ends it (`HARD_EXIT_S`)."""
+    pids = launched(place)
+    os.kill(pids["model_worker"], signal.SIGALRM)
+    wait_until(lambda: "it was ended on purpose, and is not started again" in log_of(place), "its end")
 
 
 def test_shutdown_of_one_kind_is_not_undone_even_where_it_had_to_kill(place: Place) -> None:

@@ -1,4 +1,4 @@
-"""The shutdown command: ends what launchers started, by their run files, and nothing else."""
+"""The shutdown command: ends what launchers started, and nothing else."""
 
 import os
 import re
@@ -17,10 +17,12 @@ import pytest
 from fastserve.config import ShutdownConfig
 from fastserve.errors import StartupError
 from fastserve.launching.console import Console
+from fastserve.launching.processes import RUN_MARK, SERVICE_MARK, SUPERVISOR, find_services
 from fastserve.launching.run_file import ListedService, RunFile
 from fastserve.shutdown import shut_down
+from tests.processes import is_alive
 
-from .launching import Place, is_alive, wait_until
+from .launching import Place, wait_until
 
 
 def launched(place: Place, *words: str, mood: str = "", **env: str) -> dict[str, int]:
@@ -142,6 +144,48 @@ def test_services_are_ended_whatever_became_of_the_run_file(place: Place, damage
     assert not list(place.folder.glob("*/*.json"))
 
 
+@pytest.mark.parametrize("damage", ["none", "deleted folder"])
+def test_services_of_an_earlier_version_are_found(place: Place, damage: str) -> None:
+    """Their environment holds the launch's id, and nothing else of ours."""
+    run_id = "0123456789ab"
+    ports = {
+        "controller": place.controller_port,
+        "model_worker": place.worker_port,
+        "openai_api_server": place.server_port,
+    }
+    place.logs.mkdir()
+    RunFile(place.logs, place.server_port, run_id).write([])
+    model = place.model(mood="engine")
+    for kind, port in ports.items():
+        with (place.logs / f"{kind}.log").open("wb") as log:
+            words = [f"--port={port}", *([f"--model-path={model}"] if kind == "model_worker" else [])]
+            environ = {name: value for name, value in place.environ().items() if name != SERVICE_MARK}
+            subprocess.Popen(
+                [sys.executable, "-m", f"standins.{kind}", *words],
+                cwd=place.folder,
+                env={**environ, RUN_MARK: run_id},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    for kind in ports:
+        log_file = place.logs / f"{kind}.log"
+        wait_until(lambda: "Uvicorn running on" in log_file.read_text(), f"the {kind}")  # noqa: B023
+    assert len(place.strays()) == 4
+    refused = place.launch("--model-path-address", place.item(model))
+    assert f"is in use by the controller of an earlier launch (process {min(place.strays())})" in refused.stderr
+    if damage == "none":
+        assert "Nothing" in place.shutdown("--server-port", "1").stdout
+        ended = place.shutdown("--server-port", str(place.server_port))
+    else:
+        shutil.rmtree(place.logs)
+        ended = place.shutdown()
+    shown = [line.split()[0] for line in ended.stdout.splitlines() if line.endswith("has ended")]
+    assert shown == ["openai_api_server", "model_worker", "controller"]
+    assert place.strays() == [], "the engine too"
+    assert not list(place.folder.glob("*/*.json"))
+
+
 def test_services_are_ended_though_nothing_can_be_printed(place: Place) -> None:
     result = place.launch("--model-path-address", place.item(place.model("\u6a21\u578b")))
     assert result.returncode == 0, result.stderr
@@ -227,6 +271,22 @@ def test_shutdowns_side_by_side_leave_nothing_and_cut_no_drain(place: Place) -> 
     log = (place.logs / "openai_api_server.log").read_text()
     assert log.count("SIGTERM") == 1, "the second shutdown must not cut the drain short"
     assert "drained" in log
+
+
+def test_each_service_gets_its_own_time_to_drain(place: Place) -> None:
+    item = place.item(place.model(mood="stubborn"), "?drain-timeout-s=0.5")
+    result = place.launch("--drain-timeout-s", "60", "--model-path-address", item)
+    assert result.returncode == 0, result.stderr
+    marks = [service.mark for service in find_services() if service.mark.log_dir == str(place.logs)]
+    assert {mark.kind: mark.drain_timeout_s for mark in marks if mark.kind != SUPERVISOR} == {
+        "controller": 60.0,
+        "model_worker": 0.5,
+        "openai_api_server": 60.0,
+    }
+    ended = place.shutdown()
+    assert "was killed after 5.5 s" in ended.stdout
+    assert ended.stdout.count("has ended") == 2
+    assert place.strays() == []
 
 
 def test_a_closed_terminal_does_not_stop_a_shutdown_and_ctrl_c_leaves_the_rest_to_be_found(place: Place) -> None:

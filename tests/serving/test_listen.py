@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastserve.errors import StartupError
-from fastserve.serving.listen import advertised_address, bind, port_problem
+from fastserve.serving.listen import advertised_address, bind, local_host, port_problem
 
 HAS_IPV6 = socket.has_ipv6 and port_problem("::1", 0) is None
 needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
@@ -79,6 +79,7 @@ def test_on_a_machine_with_ipv6_only_the_advertised_address_answers(
         port = sockets[0].getsockname()[1]
         assert [sock.family for sock in sockets] == [socket.AF_INET6]
         address = advertised_address("::", port)
+        assert local_host("::") == local_host("") == "::1"
     sockets[0].listen()
     host = address.removeprefix("http://[").removesuffix(f"]:{port}")
     assert ":" in host
@@ -92,6 +93,7 @@ def test_on_a_machine_with_ipv4_only_the_wildcard_of_both_is_ipv4(monkeypatch: p
     sockets = bind("::", 0)
     assert [sock.family for sock in sockets] == [socket.AF_INET]
     assert advertised_address("::", 7) == "http://127.0.0.1:7"
+    assert local_host("::") == local_host("") == "127.0.0.1"
     for sock in sockets:
         sock.close()
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import is_alive
 from tests.serving.wire import KNOWN, Service, wait_until
-from tests.trio.processes import is_running
 
 COMMANDS = {
     "controller": ["fastserve.controller"],
@@ -165,7 +165,7 @@ def test_a_second_signal_leaves_no_engine_behind(tmp_path: Path) -> None:
             worker.process.send_signal(signal.SIGTERM)
             worker.process.wait(10)
             assert time.monotonic() - began < 3
-        wait_until(lambda: not any(is_running(child.pid) for child in children), "the engine has ended too", 15)
+        wait_until(lambda: not any(is_alive(child.pid) for child in children), "the engine has ended too", 15)
     finally:
         worker.process.kill()
         worker.process.wait()

@@ -22,8 +22,8 @@ from fastserve.config import ApiServerConfig, ControllerConfig, ServerConfig, Wo
 from fastserve.errors import StartupError
 from fastserve.serving.tls import check_tls, server_ssl_context
 from tests.keys import CLUSTER
+from tests.processes import free_ports
 from tests.serving.wire import wait_until
-from tests.trio.processes import free_ports
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,27 +15,12 @@ import psutil
 
 from fastserve.protocol import RoutingTable
 from tests.keys import CLUSTER
+from tests.processes import free_ports, is_alive
 
 START_TIMEOUT_S = 90.0
 """A worker imports torch and measures itself, which a busy machine may take long over."""
 STOP_TIMEOUT_S = 45.0
 """A little more than a service's own time to drain."""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(sock.getsockname()[1]) for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
-
-
-def is_running(pid: int) -> bool:
-    """A zombie has ended: it only waits for whoever inherited it to take notice."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def get(url: str) -> bytes | None:
@@ -123,7 +107,7 @@ class Service:
         except subprocess.TimeoutExpired:
             self.kill()
         for child in children:
-            if is_running(child.pid):
+            if is_alive(child.pid):
                 child.kill()
 
     def engine_pid(self) -> int:

@@ -15,8 +15,10 @@ import openai
 import psutil
 import pytest
 
+from tests.processes import free_ports, is_alive
+
 from .clients import MODEL, chat
-from .processes import free_ports, get, is_running
+from .processes import get
 
 QUESTION = "What is 7 + 5?"
 FIRST_ANSWER_S = 20.0
@@ -29,7 +31,7 @@ def strays(folder: Path) -> dict[int, list[str]]:
     found = {}
     for process in psutil.process_iter():
         try:
-            if process.cwd() == str(folder) and is_running(process.pid):
+            if process.cwd() == str(folder) and is_alive(process.pid):
                 found[process.pid] = process.cmdline()
         except psutil.Error:
             continue

@@ -11,9 +11,10 @@ import psutil
 import pytest
 
 from fastserve.protocol import RoutingTable
+from tests.processes import is_alive
 
 from .clients import Client, Eyes, Outcome, eventually, steady_load
-from .processes import START_TIMEOUT_S, Service, Trio, is_running
+from .processes import START_TIMEOUT_S, Service, Trio
 
 Answers = dict[str, str]
 Record = Callable[[str, object], None]
@@ -126,7 +127,7 @@ async def test_worker_killed_under_load(
         assert await handed_on(eyes, trio) > before, "no request had to be saved, so nothing was shown"
 
         async def engine_is_gone() -> bool:
-            return not is_running(engine)
+            return not is_alive(engine)
 
         await eventually(engine_is_gone, "the dead worker's engine process ends", 5.0)
 

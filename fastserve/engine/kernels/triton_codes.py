@@ -53,7 +53,7 @@ def _look_up(code, of):
 
 @triton.jit
 def _value(code, table, FIRST: tl.constexpr, BITS: tl.constexpr, COUNTS: tl.constexpr):
-    """What codes stand for. Tables that count up by one from FIRST need not be read; those of 4 bits are a tuple."""
+    """Values of codes. Tables that count up by one from FIRST need not be read; those of 4 bits are a tuple."""
     if BITS == 4:
         found = code.to(tl.float32) + FIRST if COUNTS else _look_up(code, table)
     else:

@@ -88,7 +88,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What a layer asks of the attention function."""
+    """Arguments of one layer's call of the attention function."""
 
     module: torch.nn.Module
     query: torch.Tensor

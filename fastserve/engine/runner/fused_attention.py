@@ -28,7 +28,7 @@ _ONE_INPUT = ("qkv_proj",)
 _INPUTS = (("q_proj", "k_proj", "v_proj"), _ONE_INPUT)
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
-"""What transformers' models call the modules of an attention layer."""
+"""Names of the modules of an attention layer in transformers' models."""
 _TRIAL_SIZES = (1e-2, 1.0, 30.0, 1e3)
 """Magnitudes of the trial's rows: what is clipped or bent shows at one of them."""
 _CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)

@@ -2,7 +2,8 @@
 KIND=MOOD, makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine` (starts a
 process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a controller
 that no worker reaches), `drain` (takes half a second to end after SIGTERM), `chatty`
-(logs without end), `unready` (answers `/ready` with 503 for the first two seconds)."""
+(logs without end), `unready` (answers `/ready` with 503 for the first two seconds), `loading` (answers
+while it loads for two seconds)."""
 
 import contextlib
 import json
@@ -15,6 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from fastserve.config import ServerConfig, WorkerConfig
 from fastserve.options import parse_config
@@ -35,10 +37,15 @@ def mood_of(kind: str, config: ServerConfig) -> str:
 class Handler(BaseHTTPRequestHandler):
     workers = 9
     ready_at_s = 0.0
+    loaded_at_s = 0.0
 
     def do_GET(self) -> None:
-        told = {"argv": sys.argv[1:], "env": dict(os.environ)} if self.path == "/dump" else {"workers": self.workers}
-        body = json.dumps(told).encode()
+        content: dict[str, Any] = {"workers": self.workers}
+        if self.path == "/dump":
+            content = {"argv": sys.argv[1:], "env": dict(os.environ)}
+        if self.path == "/health" and time.monotonic() < self.loaded_at_s:
+            content = {"status": "loading"}
+        body = json.dumps(content).encode()
         self.send_response(503 if self.path == "/ready" and time.monotonic() < self.ready_at_s else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -88,6 +95,8 @@ def run(kind: str, config_class: type[ServerConfig]) -> None:
         log("INFO", f"engine {engine.pid}")
     if mood == "unready":
         Handler.ready_at_s = time.monotonic() + 2.0
+    if mood == "loading":
+        Handler.loaded_at_s = time.monotonic() + 2.0
     if mood == "lonely":
         Handler.workers = 0
     if mood == "drain":
@@ -98,5 +107,6 @@ def run(kind: str, config_class: type[ServerConfig]) -> None:
         threading.Timer(0.5, os._exit, (7,)).start()
     ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     server = ThreadingHTTPServer((config.host, config.port), Handler)
-    log("INFO", f"Uvicorn running on http://{config.host}:{config.port}")
+    wait_s = max(0.0, Handler.loaded_at_s - time.monotonic())
+    threading.Timer(wait_s, log, ("INFO", f"Uvicorn running on http://{config.host}:{config.port}")).start()
     server.serve_forever()

@@ -1,0 +1,38 @@
+"""Ports and processes of services that tests start."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+
+import psutil
+
+
+FIRST_PORT = 12_000
+NUM_PORTS = 10_000
+"""Below the ports that systems give to outgoing connections, one of which could take a port before its service does."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports for each of the processes that run tests side by side."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST_PORT + worker % 2 * NUM_PORTS
+    free: list[int] = []
+    for port in random.sample(range(first, first + NUM_PORTS), NUM_PORTS):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        free.append(port)
+        if len(free) == count:
+            return free
+    raise AssertionError(f"there are no {count} free ports")
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie has ended: it only waits for whoever inherited it to take notice."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

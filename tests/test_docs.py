@@ -1,0 +1,41 @@
+"""Pages: links lead somewhere, each decision has a number of its own, and every metric is described."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docker").rglob("*.md")]
+LINK = re.compile(r"\]\(([^)\s#]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files(page: Path) -> None:
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_each_decision_has_its_number_and_stands_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    pages = sorted(folder.glob("0*.md"))
+    titles = {page: page.read_text(encoding="utf-8").partition("\n")[0] for page in pages}
+    for number, page in enumerate(pages, start=1):
+        assert (page.name[:4], titles[page].split()[:2]) == (f"{number:04}", ["#", f"{number}."])
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((0.*\.md)\)", index) == [page.name for page in pages]
+
+
+def test_every_metric_is_described() -> None:
+    described = set(
+        re.findall(r"`([a-z_]+?)(?:_total)?(?:\{[a-z,]+\})?`", (ROOT / "docs/metrics.md").read_text("utf-8"))
+    )
+    declared = {
+        name
+        for path in (ROOT / "fastserve").rglob("metrics.py")
+        for name in re.findall(r'"fastserve_(?:controller|gateway|worker)_(\w+)"', path.read_text("utf-8"))
+    }
+    assert len(declared) > 20
+    assert declared <= described
