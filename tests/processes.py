@@ -8,7 +8,6 @@ import socket
 
 import psutil
 
-
 FIRST_PORT = 12_000
 NUM_PORTS = 10_000
 """Below the ports that systems give to outgoing connections, one of which could take a port before its service does."""
