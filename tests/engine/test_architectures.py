@@ -86,7 +86,7 @@ def requests_for(rng: random.Random, longest: int) -> list[EngineRequest]:
     ]
 
 
-@pytest.mark.parametrize("block_size", [16, 4], ids=["kernel", "torch"])
+@pytest.mark.parametrize("block_size", [16, pytest.param(4, marks=pytest.mark.slow)], ids=["kernel", "torch"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_logits_equal_the_models_own(tiny_models: TinyModels, name: str, block_size: int) -> None:
     """In batches with chunked prefill, prefix hits and preemption."""

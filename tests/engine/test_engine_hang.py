@@ -28,6 +28,7 @@ async def answer(engine: EngineProcess, max_tokens: int) -> list[int]:
     return ids
 
 
+@pytest.mark.slow
 async def test_a_silent_engine_is_killed_within_the_timeout(tiny_models: TinyModels) -> None:
     config = EngineConfig(model_dir=tiny_models.path("llama"), device="cpu", max_total_tokens=4096)
     engine = EngineProcess(config, timeout_s=TIMEOUT_S)

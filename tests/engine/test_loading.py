@@ -356,7 +356,7 @@ print(json.dumps([resident("VmHWM") - before, resident("VmRSS") - before]))
 """
 
 
-@pytest.mark.parametrize("quantise", ["", pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.parametrize("quantise", ["", *(pytest.param(form, marks=pytest.mark.slow) for form in ("int8", "nf4"))])
 def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantise: str) -> None:
     """Of 82 MB in three shards: with all of it in memory beside its final form, the peak would be above the bound."""
     sizes = {**SHAPE, "hidden_size": 512, "intermediate_size": 1536, "num_key_value_heads": 4}

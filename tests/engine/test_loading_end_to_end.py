@@ -71,6 +71,7 @@ def demo_in_4_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_demo_model_in_4_bits() -> None:
     """For 8 bits and GPTQ the launcher's tests ask the same."""
     with worker("--load-4bit") as port:

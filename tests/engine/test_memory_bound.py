@@ -161,7 +161,7 @@ async def assert_holds(engine: EngineProcess, pid: int) -> None:
     ("name", "field", "room"),
     [
         ("RLIMIT_DATA", "VmData", 150),
-        ("RLIMIT_AS", "VmSize", 180),
+        pytest.param("RLIMIT_AS", "VmSize", 180, marks=pytest.mark.slow),
         pytest.param("RLIMIT_DATA", "VmData", 125, marks=pytest.mark.slow),
         pytest.param("RLIMIT_DATA", "VmData", 180, marks=pytest.mark.slow),
         pytest.param("RLIMIT_AS", "VmSize", 140, marks=pytest.mark.slow),

@@ -289,7 +289,9 @@ def spread_core(
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2", "qwen3_moe"))]
+)
 def test_an_engine_on_several_devices_equals_generate(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
@@ -318,7 +320,7 @@ def test_an_engine_on_several_devices_equals_generate(
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("form", ["int8", "nf4", "gptq"])
+@pytest.mark.parametrize("form", ["int8", *(pytest.param(form, marks=pytest.mark.slow) for form in ("nf4", "gptq"))])
 def test_quantised_weights_live_on_several_devices(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,

@@ -22,7 +22,7 @@ import pytest
 
 from tests.trio.processes import Service
 
-SOAK_S = float(os.environ.get("FASTSERVE_SOAK_S", "12"))
+SOAK_S = float(os.environ.get("FASTSERVE_SOAK_S", "8"))
 NUM_CLIENTS = 48
 """More than the engine runs at once: some always wait."""
 LEAST_SPEED = 0.85 if SOAK_S >= 600 else 0.5

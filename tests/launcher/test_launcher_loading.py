@@ -26,7 +26,7 @@ def write_gptq(folder: Path) -> str:
     return str(folder / "demo-4bit-32g.safetensors")
 
 
-@pytest.mark.parametrize("form", ["8bit", "gptq"])
+@pytest.mark.parametrize("form", [pytest.param("8bit", marks=pytest.mark.slow), "gptq"])
 def test_a_quantised_model_answers_through_the_api_server(place: Place, form: str) -> None:
     flags = ["--load-8bit"]
     if form == "gptq":

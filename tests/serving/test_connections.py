@@ -309,6 +309,7 @@ def test_connections_that_come_and_go_at_the_limit_do_not_flood_the_log(start_se
     began = time.monotonic()
     for _ in range(10):
         wires = [service.wire() for _ in range(16)]
+        wait_until(lambda: "connections are in use" in service.log, "the limit is reached")
         for wire in wires:
             wire.socket.close()
         wait_until(lambda: service.num_connections() == 0, "all are gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,3 +130,22 @@ def test_a_port_in_use_is_found_by_both(host: str) -> None:
         with pytest.raises(StartupError, match="in use by another program"):
             bind(host, port)
     assert port_problem(host, port) is None
+
+
+async def test_answers_are_sent_at_once_by_the_plain_event_loop_too() -> None:
+    """Small pieces of an answer do not wait for the client's acknowledgement of the one before."""
+    nodelay: list[int] = []
+    done = asyncio.Event()
+
+    def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        nodelay.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+        done.set()
+
+    [listening] = bind("127.0.0.1", 0)
+    async with await asyncio.start_server(accepted, sock=listening), asyncio.timeout(10):
+        _, writer = await asyncio.open_connection(*listening.getsockname())
+        await done.wait()
+        writer.close()
+    assert nodelay[0] != 0

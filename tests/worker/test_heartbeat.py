@@ -244,7 +244,7 @@ async def test_a_lease_that_the_controller_would_refuse_stays_out_of_the_heartbe
         body = {"model": MODEL, "prompt": "one two three four", "max_tokens": 50, "ignore_eos": True}
         headers = {"x-fastserve-lease": lease}
         asking = asyncio.create_task(running.post("/v1/completions", body, **headers))
-        await until(lambda: stub.calls[-1][1].get("queue_length") == 1)
+        await until(lambda: bool(stub.calls) and stub.calls[-1][1].get("queue_length") == 1)
         assert stub.calls[-1][1]["status"]["leases"] == []
         assert (await asking)[0] == 200
 
