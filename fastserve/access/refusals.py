@@ -50,7 +50,7 @@ class RefusedKeys:
 
 
 def _request_id(scope: Scope) -> str:
-    """As the service has named the request, or as the client has, escaped and shortened."""
+    """Id of the request: the one that the service gave it, else the client's, escaped and shortened."""
     named: str | None = scope.get("state", {}).get("request_id")
     if named is not None:
         return named

@@ -122,7 +122,7 @@ def _make_relay(
 
 
 def _check_controller_address(config: ApiServerConfig) -> None:
-    """Raises StartupError when it is no address, or the server is told to ask itself."""
+    """Raises StartupError when it is no address, or is the address of this server itself."""
     check_service_address(config.controller_address, "--controller-address")
     parts = urlsplit(config.controller_address)
     if parts.port == config.port and parts.hostname in (config.host, "localhost", "127.0.0.1", "::1"):
