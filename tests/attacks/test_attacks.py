@@ -14,6 +14,14 @@ import pytest
 from benchmarks.attacks import ATTACKS, NUM_GOOD_CLIENTS, Target, attacked, running_trio
 
 SHORT_S = 1.5
+DEFAULT = frozenset(
+    {
+        *("heartbeats-with-senseless-numbers", "lists-full-of-errors", "prompts-far-over-the-context", "nested-json"),
+        *("endless-headers", "connections-that-never-finish", "very-large-bodies", "strangers"),
+        *("a-worker-that-answers-500", "a-worker-with-an-endless-line"),
+    }
+)
+"""Attacks of the default run; the others are slow tests."""
 LONG_S = 20.0
 MAX_GROWTH_MB = 300.0
 MAX_LATENCY_S = 15.0
@@ -31,7 +39,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     [SHORT_S, pytest.param(LONG_S, marks=[pytest.mark.slow, pytest.mark.timeout(300)])],
     ids=["short", "long"],
 )
-@pytest.mark.parametrize("name", sorted(ATTACKS))
+@pytest.mark.parametrize(
+    "name", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in sorted(ATTACKS)]
+)
 async def test_good_clients_lose_nothing_and_memory_stays(target: Target, name: str, seconds: float) -> None:
     seen, grown_mb = await attacked(target, name, seconds)
     assert len(seen.latencies_s) >= NUM_GOOD_CLIENTS

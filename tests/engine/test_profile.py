@@ -68,6 +68,7 @@ def test_a_worker_writes_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
     assert any(event["name"].startswith("aten::") for event in events)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_ends_early_writes_what_it_has(tmp_path: Path) -> None:
     engine = EngineProcess(config(tmp_path, 1000))
     await engine.start(lambda _: None)

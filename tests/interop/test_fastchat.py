@@ -187,6 +187,7 @@ def fastchat_controller(fastchat: FastChat, folder: Path) -> AbstractContextMana
     return fastchat_service(fastchat, "controller", folder, "--host", "127.0.0.1", "--port", "0")
 
 
+@pytest.mark.slow
 def test_our_worker_registers_with_fastchats_controller_again_and_again(
     fastchat: FastChat, start: Start, tmp_path: Path
 ) -> None:

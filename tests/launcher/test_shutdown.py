@@ -273,6 +273,7 @@ def test_shutdowns_side_by_side_leave_nothing_and_cut_no_drain(place: Place) -> 
     assert "drained" in log
 
 
+@pytest.mark.slow
 def test_each_service_gets_its_own_time_to_drain(place: Place) -> None:
     item = place.item(place.model(mood="stubborn"), "?drain-timeout-s=0.5")
     result = place.launch("--drain-timeout-s", "60", "--model-path-address", item)

@@ -76,6 +76,7 @@ async def test_a_controller_that_stands_still_stops_nobody(
     await eyes.all_zero()
 
 
+@pytest.mark.slow
 async def test_an_api_server_that_stands_still_goes_on_where_it_was(
     trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str]
 ) -> None:
