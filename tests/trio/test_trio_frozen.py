@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from .clients import Client, Eyes, eventually, steady_load
 from .processes import Service, Trio
 from .test_trio_survival import (
