@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton carries its assembler for Linux only")
-@pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
