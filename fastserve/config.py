@@ -71,7 +71,7 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class AccessOptions:
-    """Who may call a service beside its clients: other services, administrators, and under which names."""
+    """Access of other services and administrators, and the host names that a service answers to."""
 
     title: ClassVar[str] = "access"
 

@@ -1,1 +1,1 @@
-"""Who may call a service: cluster key, API keys, administrators, web pages, and the addresses that workers may have."""
+"""Access control: cluster key, API keys, administrators, checks against web pages, and addresses of workers."""

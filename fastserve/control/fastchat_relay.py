@@ -32,7 +32,7 @@ MAX_DEATHS = 2
 MAX_HOPS = 4
 """Controllers one behind the other."""
 MAX_RECORD_BYTES = 2**24
-"""Of a worker. Each record holds the whole text so far."""
+"""Longest record of a worker. Each one holds the whole text so far."""
 
 
 async def relay(

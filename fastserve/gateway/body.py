@@ -58,7 +58,7 @@ class AnswerBody:
             self._waiting_since = math.inf
 
     def note_progress(self) -> None:
-        """What has been read was of use."""
+        """Note that the bytes read so far were useful."""
         self._progress_at = self._loop.time()
 
     def _look(self) -> None:

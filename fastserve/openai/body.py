@@ -37,7 +37,7 @@ _NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80
 MAX_FIELDS = 1024
-"""Of a request, and of a message; those that are not known count too."""
+"""Most fields of a request, and of a message; unknown ones count too."""
 _MAX_EXPLAINED_VALUES = 16_384
 """A body that is no JSON is read a second time, to name the field, when it has no more values than this."""
 _MAX_INTEGER = 2**64
