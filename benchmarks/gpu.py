@@ -4,7 +4,7 @@ A model of the shape of Llama 3.1 8B with random weights (or with fewer layers o
 which take turns. Each prefills prompts of random tokens and decodes greedily; a row is the median over the rounds. The
 limit of decoding is what a step must read at least (all weights but the embedding table, which is only looked into, and
 the keys and values of all contexts) over the memory's bandwidth; that of prefill is the prompt's matrix products over
-the tensor cores' rate. With `--quantise` fastserve's weights have 8 or 4 bits, and so has the limit. `--attention`
+the tensor cores' rate. With `--quantize` fastserve's weights have 8 or 4 bits, and so has the limit. `--attention`
 times the attention kernel alone, beside torch's.
 """
 
@@ -126,7 +126,7 @@ class Ours:
                 max_total_tokens=max(most, args.prefill) + 64 * (max(args.batches) + 2),
                 prefix_cache=False,
                 speculative_method="off",
-                weights=WeightOptions(dummy=True, quantise=args.quantise),
+                weights=WeightOptions(dummy=True, quantize=args.quantize),
             ),
             lambda *_: None,
         )
@@ -283,7 +283,7 @@ def compare(args: argparse.Namespace, folder: Path, config: LlamaConfig, machine
     arms: list[Ours | Transformers] = [Ours(folder, args)]
     if not args.no_peer:
         arms.append(Transformers(config, args))
-    decode_limit, prefill_limit = limits(config, machine, {None: 16, "int8": 8, "nf4": 4}[args.quantise])
+    decode_limit, prefill_limit = limits(config, machine, {None: 16, "int8": 8, "nf4": 4}[args.quantize])
     loads = [Decode(batch, args.context, args.new_tokens) for batch in args.batches]
     times: dict[tuple[str, str], list[float]] = {}
     rows: dict[str, float] = {f"prefill {args.prefill}": prefill_limit(args.prefill)}
@@ -316,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--quantise", choices=("int8", "nf4"), help="keep fastserve's weights in 8 or 4 bits")
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help="keep fastserve's weights in 8 or 4 bits")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the command itself")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, default=1024)
@@ -341,7 +341,7 @@ def main() -> None:
         sys.exit(f"The bandwidth of {name} is not known: give it with --bandwidth.")
     config = shape(args.tiny, args.layers)
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{config.num_hidden_layers} layers, weights {args.quantise or 'bfloat16'}; limits by {machine}")
+    print(f"{config.num_hidden_layers} layers, weights {args.quantize or 'bfloat16'}; limits by {machine}")
     if measured is not None:
         print(f"measured now: {measured}")
     if args.attention:

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-$(mktemp -d)}
-parts=${PARTS:-tests worker decode quantised}
+parts=${PARTS:-tests worker decode quantized}
 layers=${LAYERS:-32}
 unset FASTSERVE_API_KEYS  # the worker is asked without a key
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -87,10 +87,10 @@ part worker 180 bash -c ask_worker
 show worker '"content"'
 part decode 300 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}"
 show decode '^(measured|prefill|decode| +limit)|, torch |; limits by '
-part quantised-int8 200 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}" --no-peer --quantise int8
-show quantised-int8 '^(prefill|decode| +limit)'
-part quantised-nf4 200 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}" --no-peer --quantise nf4
-show quantised-nf4 '^(prefill|decode| +limit)'
+part quantized-int8 200 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}" --no-peer --quantize int8
+show quantized-int8 '^(prefill|decode| +limit)'
+part quantized-nf4 200 "$python" -m benchmarks.gpu --device "$device" "${sizes[@]}" --no-peer --quantize nf4
+show quantized-nf4 '^(prefill|decode| +limit)'
 
 echo
 echo "==> summary (logs in $out)"

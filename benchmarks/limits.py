@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.layers.layouts.packed import GroupedWeight
+from fastserve.engine.layers.linear import Linear
+from fastserve.engine.loading.loader import load_model
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.linear import GroupedWeight, Linear
-from fastserve.engine.runner.loading import load_model
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 
 BLOCK_SIZE = 16

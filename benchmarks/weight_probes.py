@@ -1,4 +1,4 @@
-"""What `benchmarks.quantised` measures in processes of their own: `python -m benchmarks.weight_probes PROBE --help`.
+"""What `benchmarks.quantized` measures in processes of their own: `python -m benchmarks.weight_probes PROBE --help`.
 
 Each probe does one thing on a fresh heap and prints one JSON row. Imports are done and kernels are built before a clock
 starts.
@@ -24,14 +24,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from fastserve.demo.train.evaluate import Case, Outcome, all_cases
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
+from fastserve.engine.huge_pages import map_bytes
 from fastserve.engine.kernels.build import cpu_library
-from fastserve.engine.kernels.host_memory import map_bytes
 from fastserve.engine.kernels.packed_linear import PackedLinearKernel
+from fastserve.engine.loading import loader as loading
+from fastserve.engine.loading.checkpoint import StoredTensor, open_folder
+from fastserve.engine.loading.loader import load_model
 from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner import loading
-from fastserve.engine.runner.checkpoint import StoredTensor, open_folder
-from fastserve.engine.runner.loading import load_model
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from tests.engine.packers import Tensors, gptq, round_to_nearest, write_packed
@@ -59,7 +59,7 @@ def load(args: argparse.Namespace) -> Row:
         args.dtype,
         trust_remote_code=False,
         progress=lambda *_: None,
-        options=WeightOptions(quantise=args.quantise),
+        options=WeightOptions(quantize=args.quantize),
     )
     load_s = time.perf_counter() - begin
     peak = _status("VmHWM")
@@ -191,7 +191,7 @@ def answers(args: argparse.Namespace) -> Row:
         dtype=args.dtype,
         max_total_tokens=1 << 15,
         speculative_method="off",
-        weights=WeightOptions(quantise=args.quantise),
+        weights=WeightOptions(quantize=args.quantize),
     )
     core = build_core(config, lambda *_: None)
     questions = _questions(args.model)
@@ -231,7 +231,7 @@ def _questions(model: str) -> list[tuple[str, Case, list[int]]]:
 
 
 def logits(args: argparse.Namespace) -> Row:
-    """How far the engine's logits after each question are from those of plain torch in float32 with the dequantised
+    """How far the engine's logits after each question are from those of plain torch in float32 with the dequantized
     weights, when it serves them packed: the largest difference, relative to the largest logit of that question, over
     all of them. In float32 that is what the format and its kernel err; in `--dtype`, also what its rounding does, which
     plain torch in that dtype (`plain`) shows by itself."""
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("probe", choices=PROBES)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--quantise", choices=("int8", "nf4"), help="while the model is read")
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help="while the model is read")
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale, for pack and logits")
     parser.add_argument("--every", type=int, default=1, help="logits: take every so manyth question")
     parser.add_argument("--out", help="pack: the folder to write")

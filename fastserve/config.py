@@ -215,9 +215,9 @@ class ModelConfig:
         "it has no instructions for becomes float32)",
         choices=("float32", "float16", "bfloat16"),
     )
-    load_8bit: bool = option(False, "keep the weights of linear layers in 8 bits, quantised while they are read")
+    load_8bit: bool = option(False, "keep the weights of linear layers in 8 bits, quantized while they are read")
     load_4bit: bool = option(
-        False, "keep the weights of linear layers in 4 bits (nf4), quantised while they are read", added=True
+        False, "keep the weights of linear layers in 4 bits (nf4), quantized while they are read", added=True
     )
     cpu_offloading: bool = option(
         False,
@@ -226,7 +226,7 @@ class ModelConfig:
     gptq_ckpt: str | None = option(
         None,
         "file or folder of GPTQ weights for the model; its own folder if unset. A checkpoint whose config.json says "
-        "how it is quantised needs none of the gptq and awq flags",
+        "how it is quantized needs none of the gptq and awq flags",
     )
     gptq_wbits: int = option(16, "bits of the GPTQ weights; 16: none are looked for", choices=(2, 3, 4, 8, 16))
     gptq_groupsize: int = option(-1, "inputs that share a scale in the GPTQ weights; -1: as they have it")

@@ -15,14 +15,14 @@ from fastserve.access.api_keys import ENV_API_KEYS
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine
-from fastserve.engine.devices import read_gpu_memory
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
+from fastserve.engine.spread import read_gpu_memory
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.listen import advertised_address, bind
 from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
-from fastserve.text.tokenizer import configured_eos_ids, read_json
+from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 from fastserve.worker.refusals import refuse_unavailable
@@ -125,7 +125,7 @@ def _weight_options(config: WorkerConfig, source: ModelSource) -> WeightOptions:
                 act_order=method == "gptq" and config.gptq_act_order,
             )  # fmt: skip
     return WeightOptions(
-        quantise="int8" if config.load_8bit else "nf4" if config.load_4bit else None,
+        quantize="int8" if config.load_8bit else "nf4" if config.load_4bit else None,
         packed=packed,
         gguf_file=None if source.gguf_file is None else str(source.gguf_file),
         adapter_dir=None if source.adapter_dir is None else str(source.adapter_dir),

@@ -6,23 +6,24 @@ import logging
 import time
 
 from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
-from fastserve.engine.core import EngineCore, Executor
-from fastserve.engine.devices import Spread
+from fastserve.engine.core import EngineCore
+from fastserve.engine.executor import Executor
+from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, load_model
+from fastserve.engine.loading.placement import find_placement
+from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.loading import LoadedModel, failing_in_a_sentence, load_model
-from fastserve.engine.runner.placement import find_placement
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
-from fastserve.engine.runner.streaming import Progress
-from fastserve.engine.runner.twin import twin_differs
-from fastserve.engine.runner.verify import verify
+from fastserve.engine.selfcheck.twin import twin_differs
+from fastserve.engine.selfcheck.verify import verify
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.engine.sizing import Sizes, find_sizes
-from fastserve.engine.speculation.controller import Controller
+from fastserve.engine.speculation.draft_budget import Controller
 from fastserve.engine.speculation.draft_model import DraftingExecutor, DraftModel
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Speculator
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
+from fastserve.engine.spread import Spread
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _load(
         trust_remote_code=config.trust_remote_code,
         progress=progress,
         find_places=lambda model, device: find_placement(
-            model, device, spread, config.gpu_memory_utilization, weights.quantise
+            model, device, spread, config.gpu_memory_utilization, weights.quantize
         ),
         options=weights,
     )

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from fastserve.engine.contract import (
     STEP_SECONDS_BOUNDS,
@@ -22,33 +21,14 @@ from fastserve.engine.contract import (
     Histogram,
     RequestOutput,
 )
+from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.kv_cache import BlockPool
-from fastserve.engine.plan import StepPlan, StepResult
+from fastserve.engine.plan import MAX_EXTRA_LOGITS, MAX_EXTRA_ROWS, StepPlan
 from fastserve.engine.scheduler import Scheduler
 from fastserve.engine.speculation.speculator import Speculator
 from fastserve.engine.speed import SpeedMeter
 
 logger = logging.getLogger(__name__)
-
-MOST_EXTRA_ROWS = 256
-"""Rows of logits that a step may have beyond one for each sequence, for drafts and prompt logprobs,"""
-MOST_EXTRA_ENTRIES = 1 << 24
-"""and how many entries these may have: 64 MiB in float32."""
-
-
-class PendingStep(Protocol):
-    def result(self) -> StepResult:
-        """Wait until the step is done. To be asked for once, and in the order of the launches."""
-        ...
-
-
-class Executor(Protocol):
-    """Whatever carries out plans: a runner in this process, or several ranks that do the same in step."""
-
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Begin a step; steps run in the order in which they are launched. It may come before the result of the step
-        before was asked for, but not before that of the last but one."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +61,7 @@ class EngineCore:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=info.max_model_len,
-            max_extra_rows=min(MOST_EXTRA_ROWS, max(1, MOST_EXTRA_ENTRIES // info.vocab_size)),
+            max_extra_rows=min(MAX_EXTRA_ROWS, max(1, MAX_EXTRA_LOGITS // info.vocab_size)),
             drafting=speculator,
             clock=clock,
         )

@@ -8,6 +8,10 @@ from fastserve.engine.contract import SamplingParams, TokenLogprob
 
 OPEN_DRAFT = -1
 """A draft that the draft model fills in when the step is executed."""
+MAX_EXTRA_ROWS = 256
+"""Rows of logits that a step may have beyond one for each sequence, for drafts and prompt logprobs."""
+MAX_EXTRA_LOGITS = 1 << 24
+"""Entries of these rows: 64 MiB in float32."""
 
 
 class NewSequence(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ import msgspec
 
 
 class PackedCheckpoint(msgspec.Struct, frozen=True):
-    """A quantised checkpoint that flags point to. What is None is read off its tensors."""
+    """A quantized checkpoint that flags point to. What is None is read off its tensors."""
 
     method: str
     """gptq or awq"""
@@ -20,7 +20,7 @@ class PackedCheckpoint(msgspec.Struct, frozen=True):
 class WeightOptions(msgspec.Struct, frozen=True):
     """Where the weights come from, and how they are kept."""
 
-    quantise: str | None = None
+    quantize: str | None = None
     """int8 or nf4: how weights of linear layers are packed while they are read."""
     packed: PackedCheckpoint | None = None
     gguf_file: str | None = None

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from fastserve.engine.core import MOST_EXTRA_ENTRIES
+from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.memory import FreeMemory, free_host_memory
-from fastserve.engine.runner.loading import LoadedModel
+from fastserve.engine.plan import MAX_EXTRA_LOGITS
 from fastserve.engine.sampling.sampler import SLICE_ENTRIES
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
@@ -221,7 +221,7 @@ def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longes
     hidden: int = text.hidden_size
     # The residual, the norms (which some models compute in float32), the inputs of the products; then the gated MLP.
     layer: int = num_tokens * (8 * hidden * size + 4 * hidden * 4 + (projected + 4 * _mlp_width(text)) * size)
-    entries: int = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + MOST_EXTRA_ENTRIES)
+    entries: int = min(num_tokens * text.vocab_size, config.max_num_seqs * text.vocab_size + MAX_EXTRA_LOGITS)
     # As the model gives them, wherever its head is.
     logits: int = entries * size
     if device == model.device:

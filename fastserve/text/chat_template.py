@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastserve.errors import FastserveError, InvalidRequestError, StartupError
 from fastserve.observability.text import printable
-from fastserve.text.tokenizer import read_json, token_text
+from fastserve.text.model_files import read_json, token_text
 
 Message = dict[str, Any]
 MAX_RENDERED_CHARS = 2**26

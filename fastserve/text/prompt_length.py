@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
-if TYPE_CHECKING:
-    from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer
 
 _PIECE_CHARS = 65_536
 _USUAL_TOKEN_CHARS = 8

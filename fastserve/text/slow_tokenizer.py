@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from fastserve.errors import StartupError
 from fastserve.text.detokenizer import Detokenizer, WindowDetokenizer
-from fastserve.text.tokenizer import configured_eos_ids
+from fastserve.text.model_files import configured_eos_ids
 
 
 class SlowTokenizer:

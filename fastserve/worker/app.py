@@ -35,7 +35,8 @@ from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
-from fastserve.text.tokenizer import Tokenizer, load_tokenizer
+from fastserve.text.load_tokenizer import load_tokenizer
+from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker import fastchat_routes, openai_routes
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastserve.demo import demo_model_path
 from fastserve.errors import StartupError
-from fastserve.text.tokenizer import read_json
+from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastserve.config import WorkerConfig
-from fastserve.engine.devices import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
+from fastserve.engine.spread import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.errors import StartupError
 
 Refusal = tuple[Callable[[WorkerConfig], bool], str]
@@ -21,7 +21,7 @@ REFUSALS: Sequence[Refusal] = (
     ),
     (
         lambda c: (c.load_8bit or c.load_4bit) and (_is_gptq(c) or _is_awq(c)),
-        "--load-8bit and --load-4bit quantise weights that are not yet quantised: leave them out with a GPTQ or AWQ "
+        "--load-8bit and --load-4bit quantize weights that are not yet quantized: leave them out with a GPTQ or AWQ "
         "checkpoint.",
     ),
     (

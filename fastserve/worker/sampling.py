@@ -15,7 +15,7 @@ from typing import TypeVar
 from fastserve.engine.contract import SamplingParams
 from fastserve.openai.body import invalid
 from fastserve.openai.sampling import GenerationRequest
-from fastserve.text.tokenizer import read_json
+from fastserve.text.model_files import read_json
 
 SEED_MASK = 2**63 - 1
 ValueT = TypeVar("ValueT")

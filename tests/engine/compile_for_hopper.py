@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastserve.engine.kernels import triton_attention as attention
-from fastserve.engine.kernels import triton_codes as codes
 from fastserve.engine.kernels import triton_elementwise as elementwise
+from fastserve.engine.kernels import triton_quantized as codes
 
 _HOPPER = GPUTarget("cuda", 90, 32)
 _UINT8 = {"codes"}

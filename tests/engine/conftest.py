@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.loading import LoadedModel
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 
 # Two threads gain nothing on models this small, and lose much beside other processes.

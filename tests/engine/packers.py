@@ -1,4 +1,4 @@
-"""Quantises models by rounding to the nearest, and writes them bit for bit as the formats say."""
+"""Quantizes models by rounding to the nearest, and writes them bit for bit as the formats say."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ Pack = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]
 def write_packed(
     source: str, folder: Path, pack: Pack, settings: dict[str, Any] | None, file: str = "model.safetensors"
 ) -> PreTrainedModel:
-    """The model in `source` with all linear layers but the head packed; returns it dequantised, in float32."""
+    """The model in `source` with all linear layers but the head packed; returns it dequantized, in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)

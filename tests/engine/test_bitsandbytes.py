@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastserve.engine.runner import quantise
-from fastserve.engine.runner.bitsandbytes_weight import BitsAndBytesWeight
-from fastserve.engine.runner.linear import Linear
-from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.quantised import quantise_nf4
+from fastserve.engine.layers import quantizer as quantize
+from fastserve.engine.layers.layouts.bitsandbytes import BitsAndBytesWeight
+from fastserve.engine.layers.linear import Linear
+from fastserve.engine.layers.quantization import quantize_nf4
+from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import WeightOptions
 
 from .conftest import SHAPE, logits_of
@@ -35,7 +35,7 @@ def test_a_weight_of_bitsandbytes_is_one_of_ours(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, other, x, bias = torch.randn(96, 128), torch.randn(96, 128), torch.randn(5, 128), torch.randn(96)
     form = BitsAndBytesWeight(weight, dtype)
-    ours = quantise_nf4(weight, torch.float32)
+    ours = quantize_nf4(weight, torch.float32)
     assert form.get().dtype is dtype
     assert (form.get() - weight).norm() <= ERROR * weight.norm()
     assert (form.get() - ours.get()).norm() <= DIFFERENCE * weight.norm()
@@ -51,7 +51,7 @@ def test_a_weight_of_bitsandbytes_is_one_of_ours(dtype: torch.dtype) -> None:
 
 def load(path: str, kind: str = "nf4") -> LoadedModel:
     return load_model(
-        path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None, options=WeightOptions(quantise=kind)
+        path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None, options=WeightOptions(quantize=kind)
     )
 
 
@@ -66,7 +66,7 @@ def test_a_model_loaded_by_bitsandbytes_computes_what_ours_does(
     path = str(tmp_path)
     tokens = list(range(2, 40))
     ours = logits_of(load(path), tokens)
-    monkeypatch.setattr(quantise, "uses_bitsandbytes", lambda device: True)
+    monkeypatch.setattr(quantize, "uses_bitsandbytes", lambda device: True)
     loaded = load(path)
     forms = [type(module.form) for module in loaded.model.modules() if isinstance(module, Linear)]
     assert forms.count(BitsAndBytesWeight) == len(forms) - 1 == 3 * 7

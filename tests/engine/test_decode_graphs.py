@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, masking_utils
 
+from fastserve.engine.attention import paged as attention_module
+from fastserve.engine.attention.paged import AttentionMetadata, PagedAttention
 from fastserve.engine.kernels.device_step import DeviceStep
-from fastserve.engine.runner import attention as attention_module
 from fastserve.engine.runner import runner as runner_module
-from fastserve.engine.runner.attention import PagedAttention, StepContext
-from fastserve.engine.runner.decode_graphs import DecodeGraphs, batch_sizes
-from fastserve.engine.runner.drawn import DrawnIds
+from fastserve.engine.runner.forward.graphs import DecodeGraphs, batch_sizes
+from fastserve.engine.runner.sampled_ids import SampledIds
 
 from .conftest import SHAPE, TinyModels
 from .test_engine_equality import EOS, Answer, collect, greedy, make_core, run
@@ -65,12 +65,12 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
     attention = PagedAttention()
     model = TellTale(attention)
     cpu = torch.device("cpu")
-    graphs = DecodeGraphs(model, attention, Rerun(), DrawnIds(8, cpu), cpu, max_rows=8, max_blocks=3)
+    graphs = DecodeGraphs(model, attention, Rerun(), SampledIds(8, cpu), cpu, max_rows=8, max_blocks=3)
     at = {len(seen[0]): [tensor.data_ptr() for tensor in seen] for seen in model.seen}
     assert set(at) == {1, 2, 4, 8}
     for count in (7, 3, 1, 2):
         numbers = np.arange(count, dtype=np.int32)
-        context = StepContext(
+        context = AttentionMetadata(
             starts=numbers,
             counts=np.ones_like(numbers),
             positions=numbers + 16,
@@ -94,11 +94,11 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
 def test_what_fits() -> None:
     attention = PagedAttention()
     cpu = torch.device("cpu")
-    graphs = DecodeGraphs(TellTale(attention), attention, Rerun(), DrawnIds(4, cpu), cpu, max_rows=4, max_blocks=1)
+    graphs = DecodeGraphs(TellTale(attention), attention, Rerun(), SampledIds(4, cpu), cpu, max_rows=4, max_blocks=1)
 
     def fits(*counts: int) -> bool:
         numbers = np.array(counts, dtype=np.int32)
-        return graphs.fits(StepContext(numbers, numbers, numbers, numbers[:, None], numbers, numbers))
+        return graphs.fits(AttentionMetadata(numbers, numbers, numbers, numbers[:, None], numbers, numbers))
 
     assert fits(1)
     assert fits(1, 3)
@@ -116,7 +116,7 @@ def test_an_engine_on_graphs_equals_generate(
     recorder = Rerun()
 
     def record(
-        model: torch.nn.Module, attention: PagedAttention, drawn: DrawnIds, where: torch.device, **sizes: int
+        model: torch.nn.Module, attention: PagedAttention, drawn: SampledIds, where: torch.device, **sizes: int
     ) -> DecodeGraphs:
         assert attention.takes_device_steps
         return DecodeGraphs(model, attention, recorder, drawn, where, **sizes)

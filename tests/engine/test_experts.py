@@ -1,4 +1,4 @@
-"""Experts of mixtures, whose weights are packed or quantised one by one."""
+"""Experts of mixtures, whose weights are packed or quantized one by one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastserve.engine.runner.experts import Experts
-from fastserve.engine.runner.linear import GroupedWeight, PlainWeight
-from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.layers.experts import Experts
+from fastserve.engine.layers.layouts.packed import GroupedWeight
+from fastserve.engine.layers.layouts.plain import PlainWeight
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import WeightOptions
 
 from .conftest import TinyModels, logits_of
@@ -20,8 +21,8 @@ MIXTURES = ["qwen3_moe", "mixtral", "gpt_oss"]
 """The last one has biases, weights in transposed order, and a gate of its own."""
 
 
-def load(path: str, dtype: str = "float32", quantise: Any = None) -> LoadedModel:
-    options = WeightOptions(quantise=quantise)
+def load(path: str, dtype: str = "float32", quantize: Any = None) -> LoadedModel:
+    options = WeightOptions(quantize=quantize)
     return load_model(path, "cpu", dtype, trust_remote_code=False, progress=lambda *_: None, options=options)
 
 
@@ -35,9 +36,9 @@ def test_they_are_packed_and_kept_once(tiny_models: TinyModels, name: str, dtype
     layers = experts_of(load(tiny_models.path(name), dtype))
     assert len(layers) == 3
     for layer in layers:
-        assert layer.forms.keys() == {"gate_up_proj", "down_proj"}
-        assert {type(form) for forms in layer.forms.values() for form in forms} == {GroupedWeight}
-        assert {len(forms) for forms in layer.forms.values()} == {4}
+        assert layer.layouts.keys() == {"gate_up_proj", "down_proj"}
+        assert {type(layout) for layouts in layer.layouts.values() for layout in layouts} == {GroupedWeight}
+        assert {len(layouts) for layouts in layer.layouts.values()} == {4}
         assert not [parameter for parameter in layer.parameters() if parameter.dim() == 3]
 
 
@@ -64,12 +65,12 @@ def test_they_compute_what_the_models_own_code_does(tiny_models: TinyModels, nam
     assert torch.equal(found, alone), "a token's result depends on the tokens beside it"
 
 
-@pytest.mark.parametrize("quantise", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_they_are_quantised_as_linear_layers_are(tiny_models: TinyModels, name: str, quantise: str) -> None:
-    loaded = load(tiny_models.path(name), quantise=quantise)
+def test_they_are_quantized_as_linear_layers_are(tiny_models: TinyModels, name: str, quantize: str) -> None:
+    loaded = load(tiny_models.path(name), quantize=quantize)
     for layer in experts_of(loaded):
-        assert {type(form) for forms in layer.forms.values() for form in forms} == {QuantisedWeight}
+        assert {type(layout) for layouts in layer.layouts.values() for layout in layouts} == {QuantizedWeight}
     # A model with the values that the codes stand for computes the same.
     like = AutoModelForCausalLM.from_pretrained(tiny_models.path(name), dtype=torch.float32).eval()
     unchanged = like.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
@@ -95,7 +96,7 @@ def test_a_weight_without_forms_is_a_parameter(tiny_models: TinyModels) -> None:
     with torch.inference_mode():
         expected = theirs(x, chosen, shares)
         assert torch.allclose(layer(x, chosen, shares), expected, atol=1e-5)
-        layer.set_forms("down_proj", [PlainWeight(weight.t()) for weight in theirs.down_proj])
+        layer.set_layouts("down_proj", [PlainWeight(weight.t()) for weight in theirs.down_proj])
         assert torch.allclose(layer(x, chosen, shares), expected, atol=1e-5)
     assert "down_proj" not in dict(layer.named_parameters())
     assert "gate_up_proj" in dict(layer.named_parameters())

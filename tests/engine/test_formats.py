@@ -1,4 +1,4 @@
-"""Quantised checkpoints of each format, packed bit for bit by the test: logits are those of the dequantised model."""
+"""Quantized checkpoints of each format, packed bit for bit by the test: logits are those of the dequantized model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from fastserve.engine.runner.experts import Experts
-from fastserve.engine.runner.formats.source import unpack_bits
-from fastserve.engine.runner.linear import Linear
-from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.layers.experts import Experts
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+from fastserve.engine.layers.linear import Linear
+from fastserve.engine.loading.formats.source import unpack_bits
+from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 
@@ -60,8 +60,8 @@ def assert_same_logits(loaded: LoadedModel, expected: PreTrainedModel, tolerance
     assert (found - own).abs().max() <= tolerance * own.abs().max()
 
 
-def forms(loaded: LoadedModel) -> list[type]:
-    return [type(module.form) for module in loaded.model.modules() if isinstance(module, Linear)]
+def layouts(loaded: LoadedModel) -> list[type]:
+    return [type(module.layout) for module in loaded.model.modules() if isinstance(module, Linear)]
 
 
 def gptq_packer(bits: int, group: int, *, shuffled: bool = False, v2: bool = False) -> Pack:
@@ -98,13 +98,13 @@ def test_gptq_by_its_settings(base: str, tmp_path: Path, bits: int, group: int, 
     }  # fmt: skip
     expected = write_packed(base, tmp_path, gptq_packer(bits, group, shuffled=shuffled, v2=v2), settings)
     loaded = load(tmp_path)
-    assert forms(loaded).count(QuantisedWeight) == 14
+    assert layouts(loaded).count(QuantizedWeight) == 14
     assert_same_logits(loaded, expected)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.allclose(loaded.weights.get(name), expected.get_parameter(name), atol=1e-5)
 
 
-@pytest.mark.parametrize("file", ["gptq_model-4bit-32g.safetensors", "quantised.pt"])
+@pytest.mark.parametrize("file", ["gptq_model-4bit-32g.safetensors", "quantized.pt"])
 def test_a_bare_gptq_file_beside_a_base_model(base: str, tmp_path: Path, file: str) -> None:
     expected = write_packed(base, tmp_path, gptq_packer(4, 32), None, file)
     flags = PackedCheckpoint("gptq", str(tmp_path / file), 4, 32, act_order=True)
@@ -163,7 +163,7 @@ def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
     expected = write_packed(base, tmp_path, pack, None if by_flags else settings)
     packed = PackedCheckpoint("awq", None, 4, None if group == -1 else group) if by_flags else None
     loaded = load(tmp_path, packed=packed)
-    assert forms(loaded).count(QuantisedWeight) == 14
+    assert layouts(loaded).count(QuantizedWeight) == 14
     assert_same_logits(loaded, expected)
     if by_flags and group == 32:
         with pytest.raises(StartupError, match=r"--awq-groupsize 16: .* start with --awq-groupsize 32"):
@@ -264,7 +264,7 @@ def test_compressed_tensors_and_fp8(
 ) -> None:
     expected = write_packed(base, tmp_path, pack, settings)
     loaded = load(tmp_path)
-    assert forms(loaded).count(QuantisedWeight) == (14 if stays else 0)
+    assert layouts(loaded).count(QuantizedWeight) == (14 if stays else 0)
     assert_same_logits(loaded, expected)
 
 
@@ -273,7 +273,7 @@ def test_compressed_tensors_and_fp8(
     [
         (
             {"quant_method": "hqq"},
-            r"quantised by hqq, which is not served; served are awq, compressed-tensors, fp8, gptq",
+            r"quantized by hqq, which is not served; served are awq, compressed-tensors, fp8, gptq",
         ),
         (compressed("nvfp4-pack-quantized"), "format nvfp4-pack-quantized are not served"),
         ({"quant_method": "gptq"}, r"no tensor of the checkpoint ends in \.qweight"),
@@ -287,10 +287,10 @@ def test_what_is_not_served_is_named(base: str, tmp_path: Path, settings: dict[s
         load(tmp_path)
 
 
-def test_packed_weights_are_not_quantised_again(base: str, tmp_path: Path) -> None:
+def test_packed_weights_are_not_quantized_again(base: str, tmp_path: Path) -> None:
     write_packed(base, tmp_path, gptq_packer(4, 32), {"quant_method": "gptq", "bits": 4})
-    with pytest.raises(StartupError, match=r"--load-8bit: the checkpoint is quantised already \(gptq\)"):
-        load(tmp_path, quantise="int8")
+    with pytest.raises(StartupError, match=r"--load-8bit: the checkpoint is quantized already \(gptq\)"):
+        load(tmp_path, quantize="int8")
 
 
 @pytest.mark.parametrize(
@@ -356,14 +356,14 @@ def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp
     experts = [module for module in loaded.model.modules() if isinstance(module, Experts)]
     assert experts
     for layer in experts:
-        assert layer.forms.keys() == {"gate_up_proj", "down_proj"}
-        assert all(isinstance(form, QuantisedWeight) for forms in layer.forms.values() for form in forms)
+        assert layer.layouts.keys() == {"gate_up_proj", "down_proj"}
+        assert all(isinstance(layout, QuantizedWeight) for layouts in layer.layouts.values() for layout in layouts)
 
 
 # ---- GGUF -------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(source: str, folder: Path, kind: str, quantisation: str) -> PreTrainedModel:
+def write_gguf(source: str, folder: Path, kind: str, quantization: str) -> PreTrainedModel:
     """By the package's own writer; returns the model that the file stands for."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     folder.mkdir(exist_ok=True)
@@ -371,7 +371,7 @@ def write_gguf(source: str, folder: Path, kind: str, quantisation: str) -> PreTr
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(folder / "model.gguf", kind)
-    wanted = gguf.GGMLQuantizationType[quantisation]
+    wanted = gguf.GGMLQuantizationType[quantization]
     for name, parameter in model.named_parameters():
         stem, _, leaf = name.rpartition(".")
         values, heads = parameter.detach().clone(), 0
@@ -397,14 +397,14 @@ def write_gguf(source: str, folder: Path, kind: str, quantisation: str) -> PreTr
     return model
 
 
-@pytest.mark.parametrize("quantisation", ["F16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_0", "Q5_1"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_gguf(base: str, tmp_path: Path, kind: str, quantisation: str) -> None:
+def test_gguf(base: str, tmp_path: Path, kind: str, quantization: str) -> None:
     source = base if kind == "llama" else save(Qwen3Config(**SIZES, head_dim=16), tmp_path / "qwen3")
-    expected = write_gguf(source, tmp_path / "packed", kind, quantisation)
+    expected = write_gguf(source, tmp_path / "packed", kind, quantization)
     loaded = load(tmp_path / "packed")
-    native = quantisation in ("Q8_0", "Q4_0")
-    assert forms(loaded).count(QuantisedWeight) == (15 if native else 0)
+    native = quantization in ("Q8_0", "Q4_0")
+    assert layouts(loaded).count(QuantizedWeight) == (15 if native else 0)
     assert_same_logits(loaded, expected)
     named = load(tmp_path / "packed", gguf_file=str(tmp_path / "packed" / "model.gguf"))
     assert_same_logits(named, expected)

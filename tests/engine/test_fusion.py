@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from fastserve.demo import demo_model_path
+from fastserve.engine.attention.paged import PagedAttention
 from fastserve.engine.build import build_core
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
-from fastserve.engine.runner.attention import PagedAttention
-from fastserve.engine.runner.fused_attention import FusedAttention
-from fastserve.engine.runner.fusion import FusedGatedMLP, FusedRMSNorm, fuse_norms
-from fastserve.engine.runner.loading import LoadedModel, prepare, register
+from fastserve.engine.layers.fused_attention import FusedAttention
+from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm, fuse_norms
+from fastserve.engine.loading.loader import LoadedModel, prepare, register
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
-from fastserve.engine.runner.verify import difference
+from fastserve.engine.selfcheck.verify import difference
 from fastserve.engine.settings import EngineConfig
 
 from .conftest import CONFIGS, TinyModels

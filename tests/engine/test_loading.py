@@ -17,15 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastserve.engine.build import build_core
-from fastserve.engine.runner.checkpoint import PagePool
-from fastserve.engine.runner.linear import GroupedWeight, Linear, PlainWeight
-from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.layers.layouts.packed import GroupedWeight
+from fastserve.engine.layers.layouts.plain import PlainWeight
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+from fastserve.engine.layers.linear import Linear
+from fastserve.engine.loading.checkpoint import PagePool
+from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.errors import StartupError
 
 from .conftest import CONFIGS, SHAPE, TinyModels, plain
-from .test_formats import assert_same_logits, forms, load
+from .test_formats import assert_same_logits, layouts, load
 
 
 @pytest.fixture
@@ -221,26 +223,26 @@ def test_a_form_that_multiplies_wrongly_is_found(folder: Path, monkeypatch: pyte
         load(folder)
 
 
-# ---- quantised while it is read ---------------------------------------------------------------------------------
+# ---- quantized while it is read ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("quantise", "error"), [("int8", 0.05), ("nf4", 0.6)])
+@pytest.mark.parametrize(("quantize", "error"), [("int8", 0.05), ("nf4", 0.6)])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_quantised_while_read(tiny_models: TinyModels, name: str, quantise: str, error: float) -> None:
+def test_quantized_while_read(tiny_models: TinyModels, name: str, quantize: str, error: float) -> None:
     path = tiny_models.path(name)
     expected = plain(path)
-    loaded = load(path, quantise=quantise)
-    found = forms(loaded)
-    assert found.count(QuantisedWeight) == len(found) - 1
+    loaded = load(path, quantize=quantize)
+    found = layouts(loaded)
+    assert found.count(QuantizedWeight) == len(found) - 1
     head = loaded.model.get_output_embeddings()
     assert isinstance(head, Linear)
-    assert not isinstance(head.form, QuantisedWeight), "every logit would show its errors"
+    assert not isinstance(head.layout, QuantizedWeight), "every logit would show its errors"
     tokens = torch.randint(2, 160, (1, 17), generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         own = expected(input_ids=tokens, use_cache=False).logits
         for weight_name, weight in expected.named_parameters():
             kept = loaded.weights.get(weight_name)
-            assert (kept - weight).norm() <= (0.01 if quantise == "int8" else 0.12) * weight.norm()
+            assert (kept - weight).norm() <= (0.01 if quantize == "int8" else 0.12) * weight.norm()
             expected.get_parameter(weight_name).data = kept.clone()
         same = expected(input_ids=tokens, use_cache=False).logits
     assert_same_logits(loaded, expected, 1e-3)
@@ -250,7 +252,7 @@ def test_quantised_while_read(tiny_models: TinyModels, name: str, quantise: str,
 def test_an_engine_of_8_bits_answers(tiny_models: TinyModels) -> None:
     """Through the start check, which compares the engine with the model's own code on the same weights."""
     config = EngineConfig(
-        tiny_models.path("qwen3"), device="cpu", max_total_tokens=512, weights=WeightOptions(quantise="int8")
+        tiny_models.path("qwen3"), device="cpu", max_total_tokens=512, weights=WeightOptions(quantize="int8")
     )
     assert build_core(config, lambda *_: None).info.num_parameters > 0
 
@@ -334,31 +336,33 @@ use_one_heap(), begin_loading()  # as the engine's process does
 import torch
 torch.set_num_threads(1)
 from fastserve.engine.kernels.build import cpu_library
-from fastserve.engine.runner import loading
+from fastserve.engine.loading import loader as loading
 from fastserve.engine.settings import WeightOptions
 
-folder, quantise = sys.argv[1:]
+folder, quantize = sys.argv[1:]
 small = folder + "/small"
-def load(path, quantise):
-    options = WeightOptions(quantise=quantise or None)
+def load(path, quantize):
+    options = WeightOptions(quantize=quantize or None)
     return loading.load_model(
         path, "cpu", "bfloat16", trust_remote_code=False, progress=lambda *_: None, options=options
     )
-load(small, quantise)  # imports, kernels, and what else is there for any model
+load(small, quantize)  # imports, kernels, and what else is there for any model
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 def resident(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) << 10
 open("/proc/self/clear_refs", "w").write("5")
 before = resident("VmRSS")
-loaded = load(folder, quantise)
+loaded = load(folder, quantize)
 print(json.dumps([resident("VmHWM") - before, resident("VmRSS") - before]))
 """
 
 
-@pytest.mark.parametrize("quantise", ["", *(pytest.param(form, marks=pytest.mark.slow) for form in ("int8", "nf4"))])
-def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantise: str) -> None:
-    """Of 82 MB in three shards: with all of it in memory beside its final form, the peak would be above the bound."""
+@pytest.mark.parametrize(
+    "quantize", ["", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("int8", "nf4"))]
+)
+def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantize: str) -> None:
+    """Of 82 MB in three shards: with all of it in memory beside its final layout, the peak would be above the bound."""
     sizes = {**SHAPE, "hidden_size": 512, "intermediate_size": 1536, "num_key_value_heads": 4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, "num_hidden_layers": 12}), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="28MB")
@@ -367,23 +371,23 @@ def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantise: str
     small = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, "num_hidden_layers": 1}), dtype=torch.bfloat16)
     small.save_pretrained(tmp_path / "small")
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), quantise], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PEAK, str(tmp_path), quantize], capture_output=True, text=True, timeout=120
     )
     if done.returncode and "/proc/self/" in done.stderr:
         pytest.skip("the most that is resident cannot be watched here")
     assert done.returncode == 0, done.stderr[-2000:]
     peak, _ = json.loads(re.findall(r"\[.*\]", done.stdout)[-1])
     size = sum(parameter.numel() for parameter in model.parameters()) * 2
-    kept = {"": 1.0, "int8": 0.55, "nf4": 0.35}[quantise] * size
-    # The last term is for what threads and quantising take, which differs from run to run.
+    kept = {"": 1.0, "int8": 0.55, "nf4": 0.35}[quantize] * size
+    # The last term is for what threads and quantizing take, which differs from run to run.
     assert peak < kept + 2 * max(shards) + (12 << 20), f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
 
 
 def test_plain_weights_stay_plain_on_no_kernel(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no form fits, the weight is kept as it came, and not twice."""
-    monkeypatch.setattr("fastserve.engine.runner.assembly.form_of", PlainWeight)
+    """Where no layout fits, the weight is kept as it came, and not twice."""
+    monkeypatch.setattr("fastserve.engine.loading.assembly.layout_of", PlainWeight)
     loaded: LoadedModel = load(tiny_models.path("gpt2"))
-    assert PlainWeight in forms(loaded)
+    assert PlainWeight in layouts(loaded)
     assert_same_logits(loaded, plain(tiny_models.path("gpt2")))
 
 

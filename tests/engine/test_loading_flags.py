@@ -30,8 +30,8 @@ from transformers import (
 from fastserve import model_worker
 from fastserve.config import WorkerConfig
 from fastserve.engine.client import EngineProcess
-from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 from fastserve.options import parse_config
@@ -39,7 +39,7 @@ from fastserve.worker.model_source import find_model
 from fastserve.worker.refusals import refuse_unavailable
 
 from .packers import Pack, awq, round_to_nearest, write_packed
-from .test_formats import SIZES, assert_same_logits, forms, gptq_packer, save, write_gguf
+from .test_formats import SIZES, assert_same_logits, gptq_packer, layouts, save, write_gguf
 
 LAYERS = 14
 """Linear layers of the model save its head."""
@@ -68,7 +68,7 @@ def start(*argv: str) -> LoadedModel:
 
 
 def packed_layers(loaded: LoadedModel) -> int:
-    return forms(loaded).count(QuantisedWeight)
+    return layouts(loaded).count(QuantizedWeight)
 
 
 def awq_packer(group: int) -> Pack:
@@ -100,13 +100,13 @@ def test_random_weights(base: str, tmp_path: Path, flags: list[str]) -> None:
     assert (packed_layers(loaded) > 0) == bool(flags)
 
 
-def test_random_weights_of_a_quantised_model_are_told_to_be_larger(
+def test_random_weights_of_a_quantized_model_are_told_to_be_larger(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = json.loads((Path(base) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     assert packed_layers(start("--model-path", str(tmp_path), "--dummy")) == 0
-    assert "quantised (gptq); random ones are not" in caplog.text
+    assert "quantized (gptq); random ones are not" in caplog.text
     assert "--load-8bit and --load-4bit" in caplog.text
 
 
@@ -128,8 +128,8 @@ def test_16_bits_say_nothing_about_gptq(base: str, plain: PreTrainedModel, tmp_p
     loaded = start("--model-path", base, "--gptq-wbits", "16", "--awq-wbits", "16")
     assert packed_layers(loaded) == 0
     assert_same_logits(loaded, plain)
-    expected = write_packed(base, tmp_path, gptq_packer(4, 32), None, "quantised.pt")
-    flags = ("--gptq-ckpt", str(tmp_path / "quantised.pt"), "--gptq-wbits", "16")
+    expected = write_packed(base, tmp_path, gptq_packer(4, 32), None, "quantized.pt")
+    flags = ("--gptq-ckpt", str(tmp_path / "quantized.pt"), "--gptq-wbits", "16")
     assert_same_logits(start("--model-path", base, *flags), expected)
 
 
@@ -188,14 +188,14 @@ def test_settings_of_older_tools_need_no_flags(
     [
         (
             ["--gptq-wbits", "4"],
-            r"^--gptq-wbits: the settings beside .* are quantised by awq; leave the gptq flags out\.$",
+            r"^--gptq-wbits: the settings beside .* are quantized by awq; leave the gptq flags out\.$",
         ),
         (
             ["--gptq-ckpt", "{}"],
             r"^--gptq-ckpt \S+: .* by awq; leave the gptq flags out and give that folder as the model\.$",
         ),
-        (["--load-8bit"], r"^--load-8bit: the checkpoint is quantised already \(awq\); leave the flag out\.$"),
-        (["--load-4bit"], r"^--load-4bit: the checkpoint is quantised already \(awq\); leave the flag out\.$"),
+        (["--load-8bit"], r"^--load-8bit: the checkpoint is quantized already \(awq\); leave the flag out\.$"),
+        (["--load-4bit"], r"^--load-4bit: the checkpoint is quantized already \(awq\); leave the flag out\.$"),
     ],
 )
 def test_flags_that_contradict_the_settings(base: str, tmp_path: Path, flags: list[str], words: str) -> None:
@@ -233,7 +233,7 @@ def test_gguf_of_other_architectures(tmp_path: Path, kind: str) -> None:
     assert_same_logits(loaded, expected)
 
 
-def test_numbers_of_gguf_are_quantised_by_the_flag(base: str, tmp_path: Path) -> None:
+def test_numbers_of_gguf_are_quantized_by_the_flag(base: str, tmp_path: Path) -> None:
     write_gguf(base, tmp_path, "llama", "F16")
     file = str(tmp_path / "model.gguf")
     assert packed_layers(start("--model-path", file)) == 0
@@ -241,7 +241,7 @@ def test_numbers_of_gguf_are_quantised_by_the_flag(base: str, tmp_path: Path) ->
 
 
 def test_an_adapter_as_the_model_in_8_bits(base: str, plain: PreTrainedModel, tmp_path: Path) -> None:
-    """The sum is quantised, not its parts."""
+    """The sum is quantized, not its parts."""
     name = "model.layers.1.mlp.up_proj"
     a, b = torch.randn(2, 64), torch.randn(96, 2)
     save_file(

@@ -29,9 +29,9 @@ from fastserve.engine import build, memory, process, sizing
 from fastserve.engine.build import build_core
 from fastserve.engine.client import EngineProcess, _ending
 from fastserve.engine.contract import EngineRequest, Event, Ready, SamplingParams, Submit
+from fastserve.engine.loading.loader import load_model
 from fastserve.engine.memory import FreeMemory, free_host_memory, is_out_of_memory
 from fastserve.engine.plan import StepPlan
-from fastserve.engine.runner.loading import load_model
 from fastserve.engine.runner.runner import LaunchedStep, ModelRunner, probe_shapes
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError

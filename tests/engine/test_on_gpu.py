@@ -20,10 +20,11 @@ from fastserve.demo import demo_model_path
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
-from fastserve.engine.runner import loading
-from fastserve.engine.runner.decode_graphs import waiting_is_an_error
-from fastserve.engine.runner.loading import find_device, load_model
-from fastserve.engine.runner.quantised import QuantisedWeight, quantise_int8, quantise_nf4
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+from fastserve.engine.layers.quantization import quantize_int8, quantize_nf4
+from fastserve.engine.loading import loader as loading
+from fastserve.engine.loading.loader import find_device, load_model
+from fastserve.engine.runner.forward.graphs import waiting_is_an_error
 from fastserve.engine.runner.runner import probe_shapes
 from fastserve.engine.settings import EngineConfig, WeightOptions
 
@@ -118,43 +119,43 @@ def ask_demo(**settings: Any) -> tuple[dict[str, str], EngineCore]:
 
 
 def count_kernel_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with each product of a quantised weight that a kernel for GPUs computes."""
+    """Grows with each product of a quantized weight that a kernel for GPUs computes."""
     products: list[int] = []
-    original = QuantisedWeight._product_on_gpu
+    original = QuantizedWeight._product_on_gpu
 
-    def counted(self: QuantisedWeight, x: torch.Tensor) -> torch.Tensor | None:
+    def counted(self: QuantizedWeight, x: torch.Tensor) -> torch.Tensor | None:
         found = original(self, x)
         if found is not None:
             products.append(len(x))
         return found
 
-    monkeypatch.setattr(QuantisedWeight, "_product_on_gpu", counted)
+    monkeypatch.setattr(QuantizedWeight, "_product_on_gpu", counted)
     return products
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_weights_quantised_by_ourselves(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str) -> None:
-    quantise = {"int8": quantise_int8, "nf4": quantise_nf4}[kind]
-    monkeypatch.setattr(loading, "find_quantiser", lambda _: quantise)
+def test_weights_quantized_by_ourselves(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str) -> None:
+    quantize = {"int8": quantize_int8, "nf4": quantize_nf4}[kind]
+    monkeypatch.setattr(loading, "find_quantizer", lambda _: quantize)
     products = count_kernel_products(monkeypatch)
-    answers, core = ask_demo(dtype=dtype, weights=WeightOptions(quantise=kind))
+    answers, core = ask_demo(dtype=dtype, weights=WeightOptions(quantize=kind))
     assert answers == RIGHT
     if ON_CUDA:
         assert products
         assert graphs_of(core) is not None
 
 
-def test_weights_quantised_by_bitsandbytes() -> None:
+def test_weights_quantized_by_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes")
-    assert ask_demo(dtype="bfloat16", weights=WeightOptions(quantise="nf4"))[0] == RIGHT
+    assert ask_demo(dtype="bfloat16", weights=WeightOptions(quantize="nf4"))[0] == RIGHT
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptq, act order", "awq"])
 def test_packed_checkpoints_equal_what_they_stand_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
-    """Greedy tokens are those of transformers with the dequantised weights."""
+    """Greedy tokens are those of transformers with the dequantized weights."""
 
     def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         rounded = round_to_nearest(weight, 4, 32, shuffled="order" in method)

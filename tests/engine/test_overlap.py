@@ -26,7 +26,8 @@ from fastserve.engine.contract import (
     Shutdown,
     Submit,
 )
-from fastserve.engine.core import EngineCore, Executor, PendingStep
+from fastserve.engine.core import EngineCore
+from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.plan import StepPlan, StepResult
 from fastserve.engine.process import EngineLoop
 from fastserve.engine.runner import runner as runner_module
@@ -34,7 +35,7 @@ from fastserve.engine.sampling import batch as batch_module
 from fastserve.engine.sampling import sampler as sampler_module
 from fastserve.engine.sampling.row import SamplingRow
 from fastserve.engine.sampling.sampler import Sampler
-from fastserve.engine.speculation.controller import Controller
+from fastserve.engine.speculation.draft_budget import Controller
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import DraftRequest, Speculator
 from fastserve.engine.transfers import Readback, pack, to_device, unpack

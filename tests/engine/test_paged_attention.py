@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastserve.engine.attention.paged import AttentionMetadata, LayerShape, PagedAttention
 from fastserve.engine.kernels import build
 from fastserve.engine.kernels.paged_attention import PagedAttentionKernel
-from fastserve.engine.runner.attention import LayerShape, PagedAttention, StepContext
 
 BLOCK = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -85,7 +85,7 @@ def test_equals_the_definition(
         lengths = [counts[index] for index in order]
         starts = np.cumsum([0, *lengths[:-1]])
         places = [np.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
-        attention.context = StepContext(
+        attention.context = AttentionMetadata(
             starts=starts.astype(np.int32),
             counts=np.array(lengths, dtype=np.int32),
             positions=np.array(firsts, dtype=np.int32),

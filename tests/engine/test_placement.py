@@ -17,16 +17,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from fastserve.engine import build, sizing
 from fastserve.engine.build import build_core
 from fastserve.engine.core import EngineCore
-from fastserve.engine.devices import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
+from fastserve.engine.layers.layouts.find import is_mapped
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+from fastserve.engine.layers.linear import Linear
+from fastserve.engine.loading import placement as placement_module
+from fastserve.engine.loading.loader import LoadedModel, load_model
+from fastserve.engine.loading.placement import Caps, Placement, find_placement, make_placement, plan, quantized_dtypes
 from fastserve.engine.memory import FreeMemory
-from fastserve.engine.runner import placement as placement_module
-from fastserve.engine.runner.decoder import NativeDecoder, UnknownPartError
-from fastserve.engine.runner.linear import Linear, is_mapped
-from fastserve.engine.runner.loading import LoadedModel, load_model
-from fastserve.engine.runner.placement import Caps, Placement, find_placement, make_placement, plan, quantised_dtypes
-from fastserve.engine.runner.quantised import QuantisedWeight
+from fastserve.engine.runner.forward.whole_step import NativeDecoder, UnknownPartError
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
 from fastserve.engine.settings import EngineConfig, WeightOptions
+from fastserve.engine.spread import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.errors import StartupError
 
 from .conftest import CONFIGS, SHAPE, TinyModels
@@ -124,8 +125,8 @@ def test_tied_weights_and_what_has_none_stay_with_the_embedding() -> None:
 def test_weights_in_fewer_bits_take_less_room(large: PreTrainedModel) -> None:
     """14 GB of linear layers in half or a quarter, and 2.1 GB of embedding and head as they are. The planner wants room
     for the largest part, a gigabyte, besides."""
-    for quantise, enough in (("int8", 10.2 * GB), ("nf4", 6.7 * GB)):
-        kept_as = quantised_dtypes(large, quantise)
+    for quantize, enough in (("int8", 10.2 * GB), ("nf4", 6.7 * GB)):
+        kept_as = quantized_dtypes(large, quantize)
         assert "lm_head.weight" not in kept_as
         assert set(plan(large, Caps((int(enough),), None), kept_as).values()) == {0}
         assert set(plan(large, Caps((int(enough - 1.5 * GB),), None), kept_as).values()) == {0, "disk"}
@@ -194,7 +195,7 @@ def test_the_caps_are_what_is_free_less_a_share_for_the_cache(
     assert CPU in tight.devices
 
 
-def test_quantised_weights_are_not_put_on_disk(large: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_weights_are_not_put_on_disk(large: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 5 * GB, host=8 * GB)
     spread = Spread(cpu_offloading=True)
     placement = find_placement(large, CUDA, spread, 0.9, "nf4")
@@ -321,7 +322,7 @@ def test_an_engine_on_several_devices_equals_generate(
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("form", ["int8", *(pytest.param(form, marks=pytest.mark.slow) for form in ("nf4", "gptq"))])
-def test_quantised_weights_live_on_several_devices(
+def test_quantized_weights_live_on_several_devices(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
     copies: list[tuple[torch.device, torch.device]],
@@ -333,7 +334,7 @@ def test_quantised_weights_live_on_several_devices(
     """The check at start compares the engine with the model's own code on these weights; they are those that the same
     flags give on one device."""
     path = tiny_models.path("llama")
-    weights = WeightOptions(quantise=form)
+    weights = WeightOptions(quantize=form)
     if form == "gptq":
         packed = tmp_path / "packed"
         write_packed(path, packed, gptq_packer(4, 48), {"quant_method": "gptq", "bits": 4})
@@ -348,7 +349,7 @@ def test_quantised_weights_live_on_several_devices(
         found = loaded.weights.get(name)
         assert found.device == place.device
         assert torch.allclose(found.cpu(), whole.weights.get(name), atol=1e-6)
-    packed_layers = [m for m in loaded.model.modules() if isinstance(m, Linear) and isinstance(m.form, QuantisedWeight)]
+    packed_layers = [m for m in loaded.model.modules() if isinstance(m, Linear) and isinstance(m.form, QuantizedWeight)]
     assert len(packed_layers) >= 21
 
 

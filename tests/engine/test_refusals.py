@@ -33,10 +33,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from fastserve.engine.attention.paged import PagedAttention
 from fastserve.engine.build import build_core
 from fastserve.engine.core import EngineCore
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
-from fastserve.engine.runner.attention import PagedAttention
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 

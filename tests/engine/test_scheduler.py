@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.engine.contract import EngineInfo, EngineRequest, RequestOutput, SamplingParams, TokenLogprob
-from fastserve.engine.core import MOST_EXTRA_ENTRIES, EngineCore
+from fastserve.engine.core import EngineCore
 from fastserve.engine.kv_cache import BlockPool
-from fastserve.engine.plan import Chunk, StepPlan, StepResult
+from fastserve.engine.plan import MAX_EXTRA_LOGITS, Chunk, StepPlan, StepResult
 from fastserve.engine.scheduler import PRIORITY_LEVEL_S, Drafting, Scheduler
 from fastserve.engine.sequence import Sequence
 from fastserve.engine.speculation.speculator import DraftRequest
@@ -186,7 +186,7 @@ def make_scheduler(
 
 def make_core(device: Device, guesser: Guesser | None = None, *, overlap: bool, clock: Clock) -> EngineCore:
     info = EngineInfo(
-        model_path="", architecture="", device="", dtype="", vocab_size=MOST_EXTRA_ENTRIES // EXTRA_ROWS,
+        model_path="", architecture="", device="", dtype="", vocab_size=MAX_EXTRA_LOGITS // EXTRA_ROWS,
         max_model_len=MAX_LEN, block_size=BLOCK, num_blocks=BLOCKS, eos_token_ids=(), num_parameters=0, load_s=0,
     )  # fmt: skip
     core = EngineCore(

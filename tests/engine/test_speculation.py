@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastserve.engine.plan import OPEN_DRAFT
-from fastserve.engine.speculation.controller import Controller, Offer, Outlook
+from fastserve.engine.speculation.draft_budget import Controller, Offer, Outlook
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Speculator
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary

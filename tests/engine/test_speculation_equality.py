@@ -11,7 +11,7 @@ import pytest
 from fastserve.demo import demo_model_path
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
-from fastserve.engine.speculation.controller import Controller
+from fastserve.engine.speculation.draft_budget import Controller
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Proposer, Speculator
 from fastserve.errors import StartupError

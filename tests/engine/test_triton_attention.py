@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastserve.engine.runner import attention as attention_module
-from fastserve.engine.runner.attention import LayerShape, PagedAttention, StepContext
+from fastserve.engine.attention import paged as attention_module
+from fastserve.engine.attention.paged import AttentionMetadata, LayerShape, PagedAttention
 
 from .test_paged_attention import definition
 from .triton_interpreter import DEVICES, import_kernels
@@ -54,7 +54,7 @@ class History:
                 (shape.num_kv_heads, shape.value_dim),
             )
         )
-        self.attention.context = StepContext(
+        self.attention.context = AttentionMetadata(
             starts=starts.astype(np.int32),
             counts=np.array(lengths, dtype=np.int32),
             positions=np.array(firsts, dtype=np.int32),

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from fastserve.engine.runner import loading
-from fastserve.engine.runner.attention import PagedAttention
+from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.loading import loader as loading
 from fastserve.engine.runner.runner import ModelRunner, probe_shapes
-from fastserve.engine.runner.verify import difference
+from fastserve.engine.selfcheck.verify import difference
 
 from .conftest import CONFIGS
 from .triton_interpreter import DEVICES, import_kernels
@@ -68,7 +68,7 @@ def test_extreme_gates_do_not_overflow(device: str) -> None:
 def test_they_take_the_places_of_a_models_own_parts(
     device: str, name: str, norms: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "find_fused_steps", lambda *_: kernels)
+    monkeypatch.setattr(loading, "find_elementwise_ops", lambda *_: kernels)
     torch.manual_seed(0)
     attention = PagedAttention()
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(device)

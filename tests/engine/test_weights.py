@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from fastserve.demo import demo_model_path
 from fastserve.engine.kernels.build import work_alone, work_is_shared
-from fastserve.engine.runner.linear import GroupedWeight, Linear, OneDnnWeight, PlainWeight, TiedEmbedding, form_of
-from fastserve.engine.runner.loading import LoadedModel, load_model
+from fastserve.engine.layers.layouts.find import layout_of
+from fastserve.engine.layers.layouts.onednn import OneDnnWeight
+from fastserve.engine.layers.layouts.packed import GroupedWeight
+from fastserve.engine.layers.layouts.plain import PlainWeight
+from fastserve.engine.layers.linear import Linear, TiedEmbedding
+from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.runner.runner import probe_shapes
 
 from .conftest import CONFIGS, TinyModels, logits_of
@@ -75,8 +79,8 @@ def test_wrong_names_and_shapes_are_refused(tiny_models: TinyModels) -> None:
 
 def test_weights_are_packed_where_that_is_possible(tiny_models: TinyModels) -> None:
     loaded = load(tiny_models.path("qwen2"))
-    forms = {type(linear.form) for linear in linears(loaded)}
-    assert forms == {GroupedWeight}
+    layouts = {type(linear.layout) for linear in linears(loaded)}
+    assert layouts == {GroupedWeight}
     probe_shapes(loaded)
     assert len(loaded.attention.shapes) == 3
 
@@ -97,7 +101,7 @@ def test_a_tied_embedding_is_kept_once(tiny_models: TinyModels, dtype: str) -> N
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, TiedEmbedding)
     assert isinstance(head, Linear)
-    assert embedding.form is head.form
+    assert embedding.layout is head.layout
     ids = torch.tensor([[3, 159, 0]])
     like = AutoModelForCausalLM.from_pretrained(tiny_models.path("gemma2"), dtype=getattr(torch, dtype))
     with torch.inference_mode():
@@ -109,16 +113,16 @@ def test_a_tied_embedding_is_kept_once(tiny_models: TinyModels, dtype: str) -> N
 def test_rows_of_packed_and_plain_weights(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
     ids = torch.randint(shape[0], (3, 5))
-    packed = form_of(weight)
+    packed = layout_of(weight)
     assert isinstance(packed, GroupedWeight)
-    for form in (packed, PlainWeight(weight)):
-        assert torch.equal(form.rows(ids), weight[ids])
+    for layout in (packed, PlainWeight(weight)):
+        assert torch.equal(layout.rows(ids), weight[ids])
 
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_threads_may_multiply_at_the_same_time(alone: bool) -> None:
     """The kernels' team works for one caller; the others compute by themselves, and all find the same."""
-    weights = [form_of(torch.randn(640, 512)) for _ in range(8)]
+    weights = [layout_of(torch.randn(640, 512)) for _ in range(8)]
     x = torch.randn(9, 512)
     expected = [weight.product(x, None) for weight in weights]
     before = torch.get_num_threads()

@@ -12,7 +12,7 @@ import pytest
 
 from fastserve.demo import demo_model_path
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
-from fastserve.text.tokenizer import load_tokenizer
+from fastserve.text.load_tokenizer import load_tokenizer
 
 from .conftest import MODEL
 

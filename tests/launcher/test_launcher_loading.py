@@ -1,4 +1,4 @@
-"""The launcher with the real services and the real engine: a quantised demo model knows what 7 + 5 is."""
+"""The launcher with the real services and the real engine: a quantized demo model knows what 7 + 5 is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_gptq(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("form", [pytest.param("8bit", marks=pytest.mark.slow), "gptq"])
-def test_a_quantised_model_answers_through_the_api_server(place: Place, form: str) -> None:
+def test_a_quantized_model_answers_through_the_api_server(place: Place, form: str) -> None:
     flags = ["--load-8bit"]
     if form == "gptq":
         file = write_gptq(place.folder / "packed")
@@ -42,7 +42,7 @@ def test_a_quantised_model_answers_through_the_api_server(place: Place, form: st
     assert answer.choices[0].message.content == "12"
     worker = psutil.Process(place.services()["model_worker"])
     settings = " ".join(word for child in worker.children() for word in child.cmdline())
-    assert ('"quantise":"int8"' if form == "8bit" else '"method":"gptq"') in settings, "the engine was not told"
+    assert ('"quantize":"int8"' if form == "8bit" else '"method":"gptq"') in settings, "the engine was not told"
     ended = place.shutdown()
     assert ended.returncode == 0, ended.stderr
     assert place.strays() == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
 from fastserve.text.detokenizer import WindowDetokenizer, rule_of_decoder
-from fastserve.text.tokenizer import FastTokenizer
+from fastserve.text.fast_tokenizer import FastTokenizer
 from tests.text import tiny_tokenizers as tiny
 
 BUILDERS: dict[str, Callable[[], Tokenizer]] = {

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fastserve.demo import demo_model_path
+from fastserve.text.fast_tokenizer import FastTokenizer
+from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.prompt_length import least_num_tokens, max_token_chars
-from fastserve.text.tokenizer import FastTokenizer, load_tokenizer
 from tests.text import tiny_tokenizers as tiny
 
 WORDS = st.sampled_from(

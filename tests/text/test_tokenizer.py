@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fastserve.errors import StartupError
+from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.slow_tokenizer import SlowTokenizer
-from fastserve.text.tokenizer import load_tokenizer
 from tests.text import tiny_tokenizers as tiny
 
 

@@ -20,7 +20,9 @@ from fastserve.demo import demo_model_path
 from fastserve.engine.contract import EngineInfo, EngineRequest
 from fastserve.engine.fake import FakeEngine, FakeOptions, Script
 from fastserve.serving.listen import bind
-from fastserve.text.tokenizer import Tokenizer, configured_eos_ids, load_tokenizer, read_json
+from fastserve.text.load_tokenizer import load_tokenizer
+from fastserve.text.model_files import configured_eos_ids, read_json
+from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.runtime import Runtime

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fastserve.engine.fake import FakeOptions
-from fastserve.text.tokenizer import FastTokenizer, Tokenizer
+from fastserve.text.fast_tokenizer import FastTokenizer
+from fastserve.text.tokenizer import Tokenizer
 from tests.worker.conftest import MODEL, RunWorker
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastserve.errors import OverloadedError
-from fastserve.text.tokenizer import FastTokenizer
+from fastserve.text.fast_tokenizer import FastTokenizer
 from fastserve.worker import openai_routes
 from fastserve.worker.caller import Caller
 from fastserve.worker.prompt_pool import INLINE_BYTES, LONG_BYTES, PromptPool

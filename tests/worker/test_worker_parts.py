@@ -16,7 +16,7 @@ from prometheus_client import Histogram, Metric
 
 from fastserve.demo import demo_model_path
 from fastserve.engine.contract import LoadProgress, RequestOutput, SamplingParams, TokenLogprob
-from fastserve.text.tokenizer import load_tokenizer
+from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.worker.choice import Choice, Delta, Telling
 from fastserve.worker.mailbox import Mailbox
 from fastserve.worker.metrics import QuickHistogram

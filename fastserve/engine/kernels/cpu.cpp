@@ -5,7 +5,7 @@
 #include "decoder.h"
 #include "elementwise.h"
 #include "linear.h"
-#include "quantised.h"
+#include "quantized.h"
 
 typedef SCALAR Scalar;
 
@@ -58,7 +58,7 @@ void unpack_weight(const Scalar* from, Scalar* weight, int64_t out, int64_t in) 
     on_team([&](Team& team) { unpack(team, from, weight, out, in); });
 }
 
-// Codes of 8 or 4 bits in the layout of quantised.h: `in` is a multiple of 32 / bits, and so are its groups.
+// Codes of 8 or 4 bits in the layout of quantized.h: `in` is a multiple of 32 / bits, and so are its groups.
 void pack_codes(const uint8_t* codes, uint8_t* to, int64_t out, int64_t in, int bits) {
     on_team([&](Team& team) {
         if (bits == 8) pack_codes<8>(team, codes, to, out, in);

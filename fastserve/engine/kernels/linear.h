@@ -4,7 +4,7 @@
 // tokens beside it.
 #pragma once
 
-#include "quantised.h"
+#include "quantized.h"
 #include "team.h"
 #include "tiles.h"
 

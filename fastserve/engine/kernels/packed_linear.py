@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fastserve.engine.huge_pages import zeros
 from fastserve.engine.kernels.build import cpu_library
-from fastserve.engine.kernels.host_memory import zeros
 
 LANES = 16
 UNIT = 64

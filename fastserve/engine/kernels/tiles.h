@@ -27,7 +27,7 @@ template <> inline constexpr int PAIR<BFloat16> = 2;
 #endif
 
 struct Weight {
-    const void* data;      // dense in the layout above, or codes in that of quantised.h
+    const void* data;      // dense in the layout above, or codes in that of quantized.h
     const void* bias;      // [out] or null
     int64_t out, in;
     int64_t bits;          // of a code, 8 or 4; 0: dense. The rest is for codes only

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastserve.engine.attention.paged import AttentionMetadata, PagedAttention
 from fastserve.engine.contract import SamplingParams, TokenLogprob
+from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
-from fastserve.engine.runner.attention import PagedAttention, StepContext
-from fastserve.engine.runner.decode_graphs import record_decode_graphs
-from fastserve.engine.runner.decoder import NativeDecoder, UnknownPartError
-from fastserve.engine.runner.drawn import DrawnIds
-from fastserve.engine.runner.loading import LoadedModel
+from fastserve.engine.runner.forward.graphs import record_decode_graphs
+from fastserve.engine.runner.forward.whole_step import NativeDecoder, UnknownPartError
+from fastserve.engine.runner.sampled_ids import SampledIds
 from fastserve.engine.sampling.logprobs import Logprobs, gather
 from fastserve.engine.sampling.row import SamplingRow
 from fastserve.engine.sampling.sampler import Draw, Sampler
@@ -80,7 +80,7 @@ class ModelRunner:
         self._rows: dict[int, _Row] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sampler = Sampler()
-        self._drawn = DrawnIds(max_num_seqs, loaded.device)
+        self._drawn = SampledIds(max_num_seqs, loaded.device)
         self._decode_graphs = record_decode_graphs(
             loaded.model, loaded.attention, self._drawn, loaded.device,
             max_rows=max_num_seqs, max_blocks=self._blocks.shape[1],
@@ -195,7 +195,7 @@ class ModelRunner:
         input_ids: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         wanted: npt.NDArray[np.int64],
-        context: StepContext,
+        context: AttentionMetadata,
     ) -> torch.Tensor:
         """`input_ids`, `positions` (tokens,), `wanted` (rows,) -> logits (rows, vocabulary)"""
         ids, places = to_device([input_ids, positions], self._device)
@@ -229,7 +229,7 @@ class ModelRunner:
 
     def _inputs(
         self, chunks: Sequence[Chunk]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], StepContext]:
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], AttentionMetadata]:
         """Token ids and positions of the packed batch, where each chunk's first token lies, and the context."""
         index = np.array([self._rows[chunk.seq_id].index for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
@@ -239,7 +239,7 @@ class ModelRunner:
         rows = np.repeat(index, counts)
         positions = np.repeat(starts - firsts, counts) + np.arange(ends[-1])
         num_blocks = -(-int((starts + counts).max()) // self._block_size)
-        context = StepContext(
+        context = AttentionMetadata(
             starts=firsts.astype(np.int32),
             counts=counts.astype(np.int32),
             positions=starts.astype(np.int32),
@@ -252,7 +252,7 @@ class ModelRunner:
         for chunk, first in zip(chunks, firsts.tolist(), strict=True):
             row = self._rows[chunk.seq_id]
             if chunk.start >= row.num_tokens:
-                input_ids[first] = DrawnIds.stand_in(row.drawn_at)
+                input_ids[first] = SampledIds.stand_in(row.drawn_at)
         return input_ids, positions, firsts, context
 
     def _sampling_row(self, row: _Row, num_drafts: int) -> SamplingRow:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from fastserve.engine.core import Executor, PendingStep
+from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.speed import SpeedMeter

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastserve.engine.plan import OPEN_DRAFT
-from fastserve.engine.speculation.controller import Controller, Offer
+from fastserve.engine.speculation.draft_budget import Controller, Offer
 
 
 class Proposer(Protocol):

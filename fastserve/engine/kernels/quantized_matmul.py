@@ -1,0 +1,53 @@
+"""Weights of 8 or 4 bits on a GPU, and who multiplies with them there."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """A weight (out, in): value = table[code] * scale - offset."""
+
+    codes: torch.Tensor
+    """(out, in) or, of 4 bits, (out, in / 2) with the code of the earlier input in the lower half of a byte; uint8"""
+    scales: torch.Tensor
+    """(out, groups), float32"""
+    offsets: torch.Tensor | None
+    table: torch.Tensor
+    """16 values, or 256 of which the second half is the first with its sign turned; float32"""
+    first: float
+    """The table's first value."""
+    counts: bool
+    """Whether the table (of 8 bits: its first half) counts up by one."""
+    order: torch.Tensor | None
+    """(in,) the input that each column of codes belongs to, int32"""
+    width: int
+    """in"""
+    bits: int
+    group: int
+    """Neighbouring columns that share a scale."""
+
+
+class QuantizedMatmul(Protocol):
+    most_rows: int
+    """Of more tokens, dequantizing the weight and a dense product are faster."""
+
+    def supports(self, weight: QuantizedMatrix) -> bool: ...
+
+    def product(self, x: torch.Tensor, weight: QuantizedMatrix) -> torch.Tensor:
+        """`x` (rows, in), of at most `most_rows` rows -> (rows, out)"""
+        ...
+
+
+def find_quantized_matmul(device: torch.device) -> QuantizedMatmul | None:
+    """None where there is none: then torch dequantizes for each product."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from fastserve.engine.kernels.triton_quantized import TritonQuantizedMatmul
+
+    return TritonQuantizedMatmul()

@@ -1,0 +1,44 @@
+"""Weights of 4 bits (nf4) as bitsandbytes keeps and multiplies them on CUDA (Dettmers et al., QLoRA, 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+
+
+class BitsAndBytesWeight:
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        """`weight` (out, in) on a CUDA device."""
+        self._dtype = dtype
+        self._layer: Any = None
+        self.set(weight)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = self._layer(x)
+        return y if bias is None else y + bias
+
+    def get(self) -> torch.Tensor:
+        import bitsandbytes.functional as functions
+
+        weight = self._layer.weight
+        return functions.dequantize_4bit(weight.data, weight.quant_state).to(self._dtype)
+
+    def set(self, weight: torch.Tensor) -> None:
+        import bitsandbytes as bnb
+
+        out, width = weight.shape
+        with torch.device("meta"):
+            layer = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=self._dtype, quant_type="nf4")
+        # bitsandbytes quantizes when a weight comes to the GPU.
+        source = weight.to("cpu", self._dtype)
+        layer.weight = bnb.nn.Params4bit(source, requires_grad=False, quant_type="nf4").to(weight.device)
+        self._layer = layer.eval()
+
+    def part(self, rows: slice) -> WeightLayout:
+        return RowsOfWeight(self, rows)
+
+    def struct(self, bias: torch.Tensor | None) -> None:
+        return None

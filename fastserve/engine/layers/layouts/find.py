@@ -1,0 +1,44 @@
+"""The fastest layout that a dense weight can have."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.layouts.onednn import OneDnnWeight
+from fastserve.engine.layers.layouts.packed import GroupedWeight, split_rows
+from fastserve.engine.layers.layouts.plain import PlainWeight
+
+
+def is_mapped(weight: torch.Tensor) -> bool:
+    """Whether it lies in a file: then its order is not changed, since that would bring it into memory."""
+    return weight.device.type == "cpu" and weight.untyped_storage().filename is not None
+
+
+def layout_of(weight: torch.Tensor) -> WeightLayout:
+    """The fastest layout that this weight can have."""
+    if is_mapped(weight):
+        return PlainWeight(weight)
+    orders = (OneDnnWeight, GroupedWeight) if _has_matrix_unit(weight.dtype) else (GroupedWeight, OneDnnWeight)
+    return orders[0].of(weight) or orders[1].of(weight) or PlainWeight(weight)
+
+
+@functools.cache
+def _has_matrix_unit(dtype: torch.dtype) -> bool:
+    if dtype is not torch.bfloat16:
+        return False
+    has_amx: bool = torch.cpu._is_amx_tile_supported()
+    return has_amx
+
+
+def joint_layout(weights: Sequence[torch.Tensor]) -> tuple[WeightLayout, list[WeightLayout]]:
+    """One weight for layers that take the same input, and each layer's own as a part of it."""
+    whole: WeightLayout | None = None
+    if not _has_matrix_unit(weights[0].dtype) and not any(is_mapped(weight) for weight in weights):
+        whole = GroupedWeight.joint(weights)
+    if whole is None:
+        whole = layout_of(torch.cat(list(weights)))
+    return whole, split_rows(whole, weights)

@@ -1,0 +1,44 @@
+"""A weight in the order of oneDNN."""
+
+from __future__ import annotations
+
+import torch
+
+from fastserve.engine.kernels.packed_linear import WeightStruct
+from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+
+
+class OneDnnWeight:
+    """Reordered for oneDNN: for CPUs without a compiler, and for those with matrix units (AMX), which it knows."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._dtype = weight.dtype
+        self.set(weight)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> OneDnnWeight | None:
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return None
+        can = {
+            torch.float32: lambda: True,
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+            torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+        }
+        return cls(weight) if weight.dtype in can and can[weight.dtype]() else None
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return out
+
+    def get(self) -> torch.Tensor:
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
+
+    def set(self, weight: torch.Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous(), None)
+
+    def part(self, rows: slice) -> WeightLayout:
+        return RowsOfWeight(self, rows)
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
+        return None

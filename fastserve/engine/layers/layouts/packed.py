@@ -1,0 +1,72 @@
+"""A weight in the order of our kernel for CPUs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from fastserve.engine.kernels.packed_linear import LANES, PackedLinearKernel, WeightStruct
+from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+
+
+class GroupedWeight:
+    """In groups of 16 outputs, for our own kernel (CPU with a compiler)."""
+
+    def __init__(self, packed: torch.Tensor, out: int, width: int, kernel: PackedLinearKernel) -> None:
+        self._packed = packed
+        self._shape = (out, width)
+        self._kernel = kernel
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> GroupedWeight | None:
+        """None where the kernel cannot multiply with it."""
+        kernel = PackedLinearKernel.load(weight.dtype)
+        if kernel is None or not kernel.supports(weight):
+            return None
+        out, width = weight.shape
+        return cls(kernel.pack(weight), out, width, kernel)
+
+    @classmethod
+    def joint(cls, weights: Sequence[torch.Tensor]) -> GroupedWeight | None:
+        """One above the other, without a copy that has them so in plain order."""
+        first = weights[0]
+        kernel = PackedLinearKernel.load(first.dtype)
+        if kernel is None or not kernel.supports(first) or any(weight.shape[0] % LANES for weight in weights):
+            return None
+        out, width = sum(weight.shape[0] for weight in weights), first.shape[1]
+        whole = cls(kernel.empty(out, width, first.dtype), out, width, kernel)
+        for part, weight in zip(split_rows(whole, weights), weights, strict=True):
+            part.set(weight)
+        return whole
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct:
+        return WeightStruct(self._packed.data_ptr(), None if bias is None else bias.data_ptr(), *self._shape)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._kernel.product(x, self.struct(bias), self._shape[0])
+
+    def get(self) -> torch.Tensor:
+        return self._kernel.unpack(self._packed, *self._shape)
+
+    def set(self, weight: torch.Tensor) -> None:
+        self._kernel.pack(weight.to(self._packed.dtype), self._packed)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._kernel.rows(ids, self.struct(None), self._shape[1], self._packed.dtype)
+
+    def part(self, rows: slice) -> WeightLayout:
+        if rows.start % LANES or (rows.stop % LANES and rows.stop != self._shape[0]):
+            return RowsOfWeight(self, rows)
+        width = self._shape[1]
+        stop = -(-rows.stop // LANES) * LANES
+        return GroupedWeight(
+            self._packed[rows.start * width : stop * width], rows.stop - rows.start, width, self._kernel
+        )
+
+
+def split_rows(whole: WeightLayout, weights: Sequence[torch.Tensor]) -> list[WeightLayout]:
+    """The parts of a layout that several weights, one above the other, make up."""
+    ends = itertools.accumulate(weight.shape[0] for weight in weights)
+    return [whole.part(slice(begin, end)) for begin, end in itertools.pairwise([0, *ends])]

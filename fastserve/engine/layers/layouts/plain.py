@@ -1,0 +1,34 @@
+"""A weight as the checkpoint has it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastserve.engine.kernels.packed_linear import WeightStruct
+from fastserve.engine.layers.layouts.layout import WeightLayout
+
+
+class PlainWeight:
+    """As the checkpoint has it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self._weight, bias)
+
+    def get(self) -> torch.Tensor:
+        return self._weight
+
+    def set(self, weight: torch.Tensor) -> None:
+        self._weight.copy_(weight)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self._weight)
+
+    def part(self, rows: slice) -> WeightLayout:
+        return PlainWeight(self._weight[rows])
+
+    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
+        return None

@@ -1,0 +1,105 @@
+"""Quantized weights from the codes of a checkpoint, or from dense weights (int8, nf4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastserve.engine.layers.layouts.quantization_scheme import Scheme, quantize
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""NormalFloat of 4 bits (Dettmers et al., QLoRA, 2023, appendix E)."""
+
+
+def from_codes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    *,
+    bits: int,
+    dtype: torch.dtype,
+    table: Sequence[float] | None = None,
+    input_order: torch.Tensor | None = None,
+    group: int | None = None,
+) -> QuantizedWeight:
+    """A weight of a checkpoint: value = (code - zero) * scale, or table[code] * scale.
+
+    `codes` (out, in), uint8 or int8; `scales`, `zeros` (out, groups); zeros need not be whole numbers. `bits`, 8 or 4,
+    is how codes are kept: those of 2 or 3 bits fit in 4. `group` is how many inputs share a scale, by default
+    in / groups; the last group may be shorter. `dtype` is what is computed in. With `input_order` (in,), column j of
+    `codes` belongs to input `input_order[j]` (GPTQ's order of activations). Raises ValueError for shapes and codes that
+    do not fit."""
+    out, width = codes.shape
+    group = group or -(-width // scales.shape[1])
+    expected = (out, -(-width // group))
+    if scales.shape != expected or (zeros is not None and zeros.shape != expected):
+        found = [tuple(tensor.shape) for tensor in (scales, zeros) if tensor is not None]
+        raise ValueError(
+            f"codes of shape {(out, width)} in groups of {group} need scales (and zeros) of shape {expected}, not "
+            + " and ".join(map(str, found))
+        )
+    if input_order is not None and not torch.equal(input_order.long().sort().values.cpu(), torch.arange(width)):
+        raise ValueError(f"the order of inputs must name each of 0 to {width - 1} once")
+    if table is not None and (bits != 4 or len(table) != 16 or zeros is not None):
+        raise ValueError("a table has 16 entries, for codes of 4 bits without zeros")
+    scales, zeros = scales.float(), None if zeros is None else zeros.float()
+    if table is None:
+        codes, zeros, table = _whole_numbers(codes.to(torch.int16), zeros, bits)
+    scheme = Scheme(bits, tuple(table), group, has_offsets=zeros is not None)
+    parts = (codes.to(torch.uint8), scales, None if zeros is None else (zeros * scales).expand_as(scales))
+    return QuantizedWeight(scheme, parts, dtype, input_order)
+
+
+def quantize_int8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
+    """`weight` (out, in) in 8 bits, symmetrically, with a scale for each output."""
+    return _quantized(weight, Scheme(8, _WHOLE, weight.shape[1], has_offsets=False), dtype)
+
+
+def quantize_nf4(weight: torch.Tensor, dtype: torch.dtype, group: int = 64) -> QuantizedWeight:
+    """`weight` (out, in) in 4 bits of NormalFloat, with a scale for each `group` inputs of an output."""
+    return _quantized(weight, Scheme(4, NF4, group, has_offsets=False), dtype)
+
+
+def _quantized(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+    return QuantizedWeight(scheme, quantize(weight, scheme), dtype)
+
+
+def _signed(magnitudes: Sequence[float]) -> tuple[float, ...]:
+    """A table of 8 bits: a bit of sign, and 7 bits that choose one of 128 magnitudes."""
+    return (*magnitudes, *(-value for value in magnitudes))
+
+
+_WHOLE = _signed([float(value) for value in range(128)])
+"""-127 to 127."""
+_HALVES = _signed([value + 0.5 for value in range(128)])
+"""-127.5 to 127.5 in steps of 1: 256 values, all exact in bfloat16, for schemes with offsets."""
+
+
+def _whole_numbers(
+    codes: torch.Tensor, zeros: torch.Tensor | None, bits: int
+) -> tuple[torch.Tensor, torch.Tensor | None, Sequence[float]]:
+    """Codes whose value is code - zero -> codes, zeros and the table that they are codes of. A zero that all groups
+    share goes into the table where that leaves values of both signs, and products need not care for it."""
+    lowest, highest = (int(edge) for edge in codes.aminmax())
+    shift = (1 << bits - 1) if lowest < 0 else 0  # signed codes
+    if lowest + shift < 0 or highest + shift >= 1 << bits:
+        raise ValueError(f"codes from {lowest} to {highest} do not fit {bits} bits")
+    zeros = torch.zeros(1, device=codes.device) if zeros is None else zeros
+    codes, zeros = codes + shift, zeros + shift
+    shared = float(zeros.flatten()[0])
+    is_shared = shared.is_integer() and bool((zeros == shared).all())
+    if bits == 4:
+        if is_shared and 0 < shared < 15:
+            return codes, None, [value - shared for value in range(16)]
+        return codes, zeros, [float(value) for value in range(16)]
+    if is_shared and lowest + shift - shared >= -127 and highest + shift - shared <= 127:
+        codes = codes - int(shared)
+        return torch.where(codes < 0, 128 - codes, codes), None, _WHOLE
+    # Code 0 stands for -127.5, code 255 for 127.5.
+    return torch.where(codes < 128, 255 - codes, codes - 128), zeros - 127.5, _HALVES

@@ -1,0 +1,1 @@
+"""From a folder to a model with its weights: formats, names, streaming, assembly, placement."""

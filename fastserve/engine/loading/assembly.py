@@ -1,0 +1,393 @@
+"""Puts weights into a model, one at a time and in any order, and its linear layers by ours on the way.
+
+Each weight gets its final layout as it comes, so beside these no more is in memory than the weights on their way. Each
+layout that is not plain is tried: its product must be that of the weight that it was made from. So what the assembled
+model computes with its own code is a reference for the engine (reference.py), and no unchanged model is needed beside
+it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastserve.engine.contract import FusedLayers
+from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
+from fastserve.engine.kernels.packed_linear import UNIT
+from fastserve.engine.layers.experts import Experts, expert_weights
+from fastserve.engine.layers.fusion import FusedGatedMLP, find_gated_mlps, place_gated_mlp, report
+from fastserve.engine.layers.layouts.find import is_mapped, joint_layout, layout_of
+from fastserve.engine.layers.layouts.layout import EmbeddingLayout, WeightLayout
+from fastserve.engine.layers.layouts.plain import PlainWeight
+from fastserve.engine.layers.linear import Linear, TiedEmbedding, can_be_tied
+from fastserve.engine.loading.formats.source import Delivered, QuantizedExperts, QuantizedTensor
+from fastserve.engine.loading.weight_table import Place, WeightTable
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+Quantize = Callable[[torch.Tensor, torch.dtype], WeightLayout]
+"""Of a weight (out, in), for products in a dtype."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Of a trial product, relative to its length."""
+_NOT_DENSE = "the weights are quantized or lie in a file"
+_TRIED_ROWS = 64
+"""At each end of a weight, or a few more: a plain product with all of it takes longer than packing it."""
+
+
+class Places(Protocol):
+    def device_of(self, name: str) -> torch.device:
+        """Where the weight or buffer is to live."""
+        ...
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values there."""
+        ...
+
+
+class OneDevice:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def device_of(self, name: str) -> torch.device:
+        return self.device
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
+
+
+class Assembly:
+    """Of one model, whose parameters are on the meta device or hold what they are to be given again."""
+
+    def __init__(
+        self, model: PreTrainedModel, kernels: ElementwiseOps | None, places: Places, quantize: Quantize | None = None
+    ) -> None:
+        """With kernels, layers that take the same input become one. `quantize`: for weights of linear layers and of
+        experts that come dense, save the head's."""
+        self._model = model
+        self._kernels = kernels
+        self._where = places
+        self._quantize = quantize
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        self._tied = _tied_names(parameters)
+        self._buffers = {name for name in model.state_dict() if name not in parameters}
+        self._layers = {f"{path}.weight": path for path, module in model.named_modules() if _is_linear(module)}
+        self._transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
+        self._experts = expert_weights(model)
+        self._embeddings = {f"{path}.weight": module for path, module in model.named_modules() if can_be_tied(module)}
+        self._to_quantize = set() if quantize is None else set(linear_weights(model))
+        self._mlps = find_gated_mlps(model, kernels, places.device_of)
+        self._gated = _gated_pairs([path for path, reason in self._mlps.items() if reason is None])
+        self._lock = threading.RLock()
+        """Of what several weights share: ties, gate and up, modules that are replaced."""
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._places: dict[str, Place] = {}
+
+    def shape_of(self, name: str) -> torch.Size:
+        """Raises KeyError."""
+        return self._shapes[name] if name in self._shapes else self._model.get_buffer(name).shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What the weight or buffer is kept in; of an unknown name, what most are."""
+        if name in self._dtypes:
+            return self._dtypes[name]
+        return self._model.get_buffer(name).dtype if name in self._buffers else self._model.dtype
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """All of it, in memory."""
+        return isinstance(self._where, OneDevice) and self._where.device.type == "cpu"
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of weights that nothing was given for."""
+        return [name for name in self._shapes if name not in self._places and name not in self._waiting]
+
+    def add(self, name: str, value: Delivered) -> None:
+        """Give a weight (in the checkpoint's shape), or a buffer, its value; those tied to it get it too. Several
+        threads may do so. Raises ValueError for another shape."""
+        self._require_shape(name, value)
+        if name in self._buffers:
+            self._set_buffer(name, value)
+        elif len(self._tied[name]) == 1 and name not in self._places:
+            self._set(name, value)
+        else:
+            with self._lock:
+                self._add_tied(name, value)
+
+    def finish(self) -> WeightTable:
+        """The table of all weights. Those that nothing was given for must have been looked at before (`missing`)."""
+        for name in list(self._waiting):
+            self._set_linear(name, self._waiting.pop(name))
+        for name, buffer in list(self._model.named_buffers()):
+            self._set_buffer(name, buffer)
+        return WeightTable(
+            {name: [self._places[other] for other in self._tied[name]] for name in self._shapes}, self._shapes
+        )
+
+    def fused_mlps(self) -> FusedLayers:
+        """How many of the gated MLPs are fused."""
+        reasons = [
+            reason if reason or isinstance(self._model.get_submodule(path), FusedGatedMLP) else _NOT_DENSE
+            for path, reason in self._mlps.items()
+        ]
+        return report("gated_mlp", reasons)
+
+    def _add_tied(self, name: str, value: Delivered) -> None:
+        if name in self._places:
+            self._add_beside_tied(name, value)
+            return
+        for other in self._linear_first(self._tied[name]):
+            self._set(other, value)
+
+    def _require_shape(self, name: str, value: Delivered) -> None:
+        needed = tuple(self.shape_of(name))
+        found = tuple(value.shape)
+        if isinstance(value, QuantizedTensor) and name in self._transposed:
+            found = found[::-1]
+        if found != needed:
+            raise ValueError(f"{name} has the shape {needed} by config.json, and {found} in the checkpoint")
+
+    def _add_beside_tied(self, name: str, value: Delivered) -> None:
+        """Older files repeat tied weights. Where they differ, the settings are wrong, and the weights are not tied."""
+        dense = self._dense(name, value)
+        if torch.equal(self._places[name].get().cpu(), dense.cpu()):
+            return
+        group = [other for other in self._tied[name] if other != name]
+        logger.warning("%s differs from %s in the checkpoint, so they are not tied.", name, group[0])
+        self._tied |= dict.fromkeys(group, group) | {name: [name]}
+        first = self._places[group[0]].get()
+        for other in self._linear_first(group):
+            if other in self._embeddings:  # it may have shared what is set next
+                self._set(other, first)
+        self._set(name, value)
+
+    def _linear_first(self, names: list[str]) -> list[str]:
+        return sorted(names, key=lambda name: name not in self._layers)
+
+    def _set(self, name: str, value: Delivered) -> None:
+        if name in self._embeddings and self._tie(name):
+            return
+        if name in self._experts and self._has_layouts(name, value):
+            self._set_experts(name, value)
+        elif name not in self._layers:
+            self._set_parameter(name, self._where.put(name, self._dense(name, value)))
+        elif name in self._gated and isinstance(value, torch.Tensor) and name not in self._to_quantize:
+            self._set_gated(name, self._where.put(name, self._dense(name, value)))
+        else:
+            self._set_linear(name, value)
+
+    def _dense(self, name: str, value: Delivered) -> torch.Tensor:
+        dtype = self._dtypes[name]
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype)
+        dense = value.dense(dtype)
+        return dense.t().contiguous() if tuple(dense.shape) != tuple(self._shapes[name]) else dense
+
+    def _tie(self, name: str) -> bool:
+        """Have an embedding take its rows from a linear layer that it is tied to, if one has them beside it."""
+        embedding, path = self._embeddings[name], name.removesuffix(".weight")
+        for other in self._tied[name]:
+            linear = self._model.get_submodule(self._layers[other]) if other in self._layers else None
+            layout = linear.layout if isinstance(linear, Linear) else None
+            if isinstance(layout, EmbeddingLayout) and self._where.device_of(other) == self._where.device_of(name):
+                self._replace(path, TiedEmbedding(layout, embedding))
+                self._places[name] = self._places[other]
+                return True
+        self._replace(path, embedding)
+        return False
+
+    def _replace(self, path: str, module: torch.nn.Module) -> None:
+        parent, _, child = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, module)
+
+    def _set_parameter(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        with self._lock:
+            self._model.get_submodule(path)._parameters[leaf] = parameter
+        self._places[name] = Place(lambda: parameter.data, parameter.copy_)
+
+    def _set_buffer(self, name: str, value: Delivered) -> None:
+        path, _, leaf = name.rpartition(".")
+        buffers = self._model.get_submodule(path)._buffers
+        assert isinstance(value, torch.Tensor)
+        buffers[leaf] = value.to(self._where.device_of(name), buffers[leaf].dtype)
+
+    # ---- linear layers ------------------------------------------------------------------------------------------
+
+    def _has_layouts(self, name: str, value: Delivered) -> bool:
+        """Whether the weights of experts are kept one by one. Plain ones on a GPU are not: there, one product of all
+        is faster."""
+        is_plain = isinstance(value, torch.Tensor) and name not in self._to_quantize
+        return not is_plain or self._where.device_of(name).type == "cpu"
+
+    def _set_experts(self, name: str, value: Delivered) -> None:
+        path, _, leaf = name.rpartition(".")
+        with self._lock:
+            experts = self._model.get_submodule(path)
+            if not isinstance(experts, Experts):
+                experts = Experts(experts)
+                self._replace(path, experts)
+        transposed = experts.is_transposed
+        if isinstance(value, QuantizedExperts):
+            layouts = [self._layout(name, codes, transposed=False) for codes in value.experts]
+        elif name in self._to_quantize:
+            layouts = [self._layout(name, weight, transposed=transposed) for weight in self._dense(name, value)]
+        else:
+            weights = self._where.put(name, self._dense(name, value))
+            layouts = [self._packed(name, weight.t() if transposed else weight) for weight in weights]
+        experts.set_layouts(leaf, layouts)
+        places = [_layout_slot(layout, transposed=transposed) for layout in layouts]
+        self._places[name] = Place(
+            lambda: torch.stack([place.get() for place in places]),
+            lambda tensor: [place.set(weight) for place, weight in zip(places, tensor, strict=True)],
+        )
+
+    def _set_linear(self, name: str, value: Delivered) -> None:
+        path = self._layers[name]
+        transposed = name in self._transposed
+        layout = self._layout(name, value, transposed=transposed)
+        self._places[name] = _layout_slot(layout, transposed=transposed)
+        with self._lock:
+            module = self._model.get_submodule(path)
+            if isinstance(module, Linear):  # set a second time
+                module.layout = layout
+            else:
+                self._replace(path, Linear(layout, module.bias))
+
+    def _layout(self, name: str, value: Delivered, *, transposed: bool) -> WeightLayout:
+        dtype = self._dtypes[name]
+        if isinstance(value, QuantizedTensor):
+            layout = value.layout(dtype, self._where.device_of(name))
+            self._try_rows(name, layout, lambda rows: value.dense(dtype, rows), value.shape[0])
+            return layout
+        assert isinstance(value, torch.Tensor)
+        weight = value.t() if transposed else value
+        if self._quantize is not None and name in self._to_quantize:
+            layout = self._quantize(weight.to(self._where.device_of(name)).contiguous(), dtype)
+            self._try_rows(name, layout, lambda rows: layout.part(rows).get(), weight.shape[0])
+            return layout
+        return self._packed(name, self._where.put(name, weight.to(dtype)))
+
+    def _packed(self, name: str, weight: torch.Tensor) -> WeightLayout:
+        layout = layout_of(weight if is_mapped(weight) else weight.contiguous())
+        self._try(name, layout, weight)
+        return layout
+
+    def _set_gated(self, name: str, tensor: torch.Tensor) -> None:
+        """Gate and up become one weight once both are there."""
+        path, names = self._gated[name]
+        with self._lock:
+            self._waiting[name] = tensor
+            if not all(other in self._waiting for other in names):
+                return
+            gate, up = (self._waiting.pop(other) for other in names)
+        if is_mapped(gate) or is_mapped(up):
+            self._set_linear(names[0], gate)
+            self._set_linear(names[1], up)
+            return
+        assert self._kernels is not None
+        whole, parts = joint_layout([gate, up])
+        with self._lock:
+            place_gated_mlp(self._model, path, whole, parts, self._kernels)
+        for other, part, weight in zip(names, parts, (gate, up), strict=True):
+            self._try(other, part, weight)
+            self._places[other] = _layout_slot(part, transposed=False)
+
+    # ---- trials -------------------------------------------------------------------------------------------------
+
+    def _try(self, name: str, layout: WeightLayout, weight: torch.Tensor) -> None:
+        if not isinstance(layout, PlainWeight):
+            self._try_rows(name, layout, lambda rows: weight[rows], weight.shape[0])
+
+    def _try_rows(self, name: str, layout: WeightLayout, rows_of: Callable[[slice], torch.Tensor], out: int) -> None:
+        edge = max(0, out - _TRIED_ROWS) // UNIT * UNIT  # where parts of all layouts can begin
+        for rows in (slice(0, min(_TRIED_ROWS, out)), slice(edge, out)):
+            weight = rows_of(rows).to(self._where.device_of(name))
+            x = _trial_input(weight.shape[1], self._dtypes[name], weight.device)
+            _require_like(name, layout.part(rows).product(x, None), F.linear(x, weight), x.dtype)
+
+
+def linear_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that can be quantized: of linear layers and experts, save the head, whose errors would show
+    in every logit."""
+    head = model.get_output_embeddings()
+    return [*expert_weights(model)] + [
+        f"{path}.weight" for path, module in model.named_modules() if _is_linear(module) and module is not head
+    ]
+
+
+def install(model: PreTrainedModel, kernels: ElementwiseOps | None) -> Assembly:
+    """Take over a model that has its weights already: all but `finish` is done."""
+    assembly = Assembly(model, kernels, _Here(model))
+    for name, parameter in list(model.named_parameters()):
+        assembly.add(name, parameter.data)
+    return assembly
+
+
+class _Here:
+    """Where the model's tensors are already."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._devices = {
+            name: tensor.device for named in (model.named_parameters, model.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
+        }  # fmt: skip
+
+    def device_of(self, name: str) -> torch.device:
+        return self._devices[name]
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def _trial_input(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(2, width, generator=generator).to(device, dtype)
+
+
+def _require_like(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error = float((found.float() - expected.float()).norm())
+    if not error <= _TOLERANCE[dtype] * max(float(expected.float().norm()), 1e-6):
+        raise StartupError(
+            f"{name}: products with the layout that it is kept in are not those of the weight itself (they differ by "
+            f"{error:.3g}); either the weight is not finite, or a kernel computes wrongly on this machine."
+        )
+
+
+def _tied_names(parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[str]]:
+    """For each name, all names of the same tensor, itself among them, in the same order for each."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: groups[id(parameter)] for name, parameter in parameters.items()}
+
+
+def _gated_pairs(paths: list[str]) -> dict[str, tuple[str, tuple[str, str]]]:
+    """For the weight of each gate and up: the path of the MLP, and the names of both."""
+    found: dict[str, tuple[str, tuple[str, str]]] = {}
+    for path in paths:
+        names = (f"{path}.gate_proj.weight", f"{path}.up_proj.weight")
+        found |= dict.fromkeys(names, (path, names))
+    return found
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    # Subclasses may compute something else, so they are left alone.
+    return type(module) in (torch.nn.Linear, Conv1D)
+
+
+def _layout_slot(layout: WeightLayout, *, transposed: bool) -> Place:
+    if not transposed:
+        return Place(layout.get, layout.set)
+    return Place(lambda: layout.get().t().contiguous(), lambda tensor: layout.set(tensor.t().contiguous()))

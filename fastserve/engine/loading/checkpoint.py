@@ -1,0 +1,259 @@
+"""The tensors of a checkpoint's files: which there are, and reading one of them.
+
+Nothing is read before it is asked for. A tensor is read into memory of its own, not mapped: what is in memory is then
+what is being worked on, and a disk that fails is an error, not a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastserve.engine.huge_pages import Bytes, map_bytes
+from fastserve.errors import StartupError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_HEADER_LIMIT = 100_000_000
+"""Bytes of a safetensors header; the format allows no more."""
+_OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
+"""What files are called that are no checkpoint of the model, or a second one in the maker's own names."""
+
+_CODE = re.compile(r"\bGLOBAL ([\w.]+)")
+"""How torch names what a pickle calls."""
+
+
+class PagePool:
+    """Memory that tensors are read into. It is not from the C library's heap, of which much would stay with the threads
+    that read. It is used again for the next tensor of the same size: getting new pages and giving them back takes
+    longer than reading into them."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: bytes that are lent or wait for their next use; when more is lent, none wait."""
+        self._most = most
+        self._lent = self._kept = 0
+        self._free: dict[int, list[Bytes]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Bytes:
+        with self._lock:
+            self._lent += size
+            if self._free[size]:
+                self._kept -= size
+                return self._free[size].pop()
+        return map_bytes(size)
+
+    def lend(self, pages: Bytes) -> torch.Tensor:
+        """They come back when the last tensor that looks at them is gone."""
+        view = pages[:]
+        weakref.finalize(view, self._take_back, pages).atexit = False
+        return torch.from_numpy(view)
+
+    def clear(self) -> None:
+        """Give the system back what nothing is in."""
+        with self._lock:
+            self._free.clear()
+            self._kept = 0
+
+    def _take_back(self, pages: Bytes) -> None:
+        with self._lock:
+            self._lent -= len(pages)
+            if self._lent + self._kept + len(pages) <= self._most:
+                self._kept += len(pages)
+                self._free[len(pages)].append(pages)
+
+
+page_pool = PagePool(most=32 << 20)
+"""Cleared once a model is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+    read: Callable[[], torch.Tensor]
+    """Raises StartupError that names tensor and file."""
+
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def open_folder(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model's folder, safetensors first. Raises StartupError when there are none, when a shard is
+    missing, or when a file is broken or cut off."""
+    for suffix in (".safetensors", ".bin", ".pt"):
+        files = _files(folder, suffix)
+        if files:
+            return open_files(files)
+    raise StartupError(
+        f"{folder} holds no weights: there is no .safetensors, .bin, .pt or .gguf file in it. Download the model "
+        "again, or start with --dummy to have random weights."
+    )
+
+
+def open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Of several files, of which none may repeat another's names."""
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in open_file(file).items():
+            if name in found:
+                raise StartupError(f"{found[name].file} and {file} both hold the tensor {name}: keep one of them.")
+            found[name] = tensor
+    return found
+
+
+def open_file(file: Path) -> dict[str, StoredTensor]:
+    """Raises StartupError when the file is missing, broken or cut off."""
+    if not file.is_file():
+        raise StartupError(f"{file}: there is no such file.")
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickled(file)
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    whole = [folder / f"{stem}{suffix}" for stem in ("model", "pytorch_model")]
+    single = next((path for path in whole if path.is_file()), None)
+    if single is not None:
+        return [single]
+    # A second index is that of a variant, such as model.fp16.safetensors.index.json.
+    indices = sorted(folder.glob(f"*{suffix}.index.json"), key=lambda path: (len(path.name), path.name))
+    if indices:
+        return _indexed(indices[0])
+    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith(_OTHER_WEIGHTS))
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.parent / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise StartupError(
+            f"{index} cannot be read as an index of shards ({type(error).__name__}: {error}). Download it again."
+        ) from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise StartupError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: download it again.")
+    return files
+
+
+# ---- safetensors ------------------------------------------------------------------------------------------------
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _HEADER_LIMIT:
+                raise ValueError(f"it would be {length} bytes long")
+            entries: dict[str, Any] = json.loads(stream.read(length))
+            size = file.stat().st_size
+        begin = 8 + length
+        found = {
+            name: _stored(file, name, entry, begin, size) for name, entry in entries.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise StartupError(f"{file} cannot be loaded: its header is broken or cut off ({error}).") from error
+    return found
+
+
+def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: int) -> StoredTensor:
+    first, last = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    if entry["dtype"] not in _DTYPES:
+        raise StartupError(
+            f"{file}: the tensor {name} has the dtype {entry['dtype']}, which is not served: use a checkpoint in 8, "
+            "16 or 32 bits."
+        )
+    dtype = _DTYPES[entry["dtype"]]
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise StartupError(
+            f"{file} is broken: the tensor {name} of shape {shape} has {last - first} bytes. Download it again."
+        )
+    if data + last > file_size:
+        raise StartupError(
+            f"{file} is cut off in the tensor {name}: it ends after {file_size} of at least {data + last} bytes. "
+            "Download it again."
+        )
+
+    def read() -> torch.Tensor:
+        return _read_bytes(file, name, data + first, last - first).view(dtype).view(shape)
+
+    return StoredTensor(name, file, shape, dtype, last - first, read)
+
+
+def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = page_pool.take(size)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            done = 0
+            while done < size:
+                count = stream.readinto(pages[done:].data)
+                if not count:
+                    raise OSError(f"it ends {size - done} bytes too early")
+                done += count
+    except OSError as error:
+        raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
+    return page_pool.lend(pages)
+
+
+# ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------
+
+
+def _open_pickled(file: Path) -> dict[str, StoredTensor]:
+    """Without running what a pickle could say."""
+    try:
+        state = _unpickle(file)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        code = _CODE.search(str(error))
+        if code is not None:
+            raise StartupError(
+                f"{file} is refused: beside tensors it asks for code to be run ({code[1]}), and weights are read "
+                "without running any. Use the model's safetensors, or convert the file where you trust it."
+            ) from error
+        raise StartupError(
+            f"{file} cannot be loaded: it is broken, cut off, or no file of weights. Download it again."
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise StartupError(
+            f"{file} holds no table of tensors, but {type(state).__name__}: use a file of the model's weights."
+        )
+    return {name: _held(file, name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _unpickle(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files of torch before 1.6 cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _held(file: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
+    num_bytes = tensor.numel() * tensor.itemsize
+
+    def read() -> torch.Tensor:
+        # A copy: the file is mapped, and what is made of this tensor may be changed in place.
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, num_bytes, read)

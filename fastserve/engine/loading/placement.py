@@ -1,0 +1,424 @@
+"""Which device each part of a model lives on, and how a step goes from one to the next.
+
+accelerate's planner decides from the sizes of the parts: decoder layers stay whole, tied weights together, several GPUs
+are filled evenly as far as their caps allow and one after another where these bind, and what is left goes to the host's
+memory and then to files. Everything is computed where it lives: the hidden states of a step, which are small, travel,
+and weights and KV pages, which are large, never do. So a part on the CPU is computed by the CPU, and a part on disk is
+weights mapped from a file, whose pages the system reads when they are wanted and drops when memory is.
+
+Splitting the layers themselves (tensor parallelism) would be another plan beside this one: more processes, each of
+which has its share of every weight, and no hops.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import CustomDtype, compute_module_sizes, get_balanced_memory, get_max_layer_size
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastserve.engine.cache_folder import user_cache
+from fastserve.engine.memory import free_host_memory
+from fastserve.engine.spread import Spread, refuse_spread
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS_SHARE = 0.85
+"""Of the memory that may be taken of a device; the rest is for its KV pages and the largest step."""
+
+
+Dtypes = Mapping[str, Any]
+"""torch's, or accelerate's own for fewer than 8 bits (CustomDtype), by the name of the weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Bytes of weights that each device may hold."""
+
+    gpus: tuple[int, ...]
+    host: int | None
+    """None: nothing may leave the GPUs. What does not fit the host either goes to disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    device: torch.device
+    """Where it is computed."""
+    on_disk: bool = False
+    """Its weights are mapped from a file; the device is the CPU."""
+
+    def __str__(self) -> str:
+        return "disk" if self.on_disk else str(self.device)
+
+
+class Placement:
+    """The place of each part of one model. `put` and `move` bring weights there, `connect` lets a step follow them."""
+
+    def __init__(self, places: Mapping[str, Place], main: torch.device, folder: Path | None = None) -> None:
+        """`places` by the path of a module or a parameter, and all below it. `main`: where token ids come from and
+        logits go to. `folder`: for what is on disk."""
+        self._places = dict(places)
+        self.main = main
+        self._folder = folder
+        self._handles: list[Any] = []
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that compute, `main` first."""
+        return tuple(dict.fromkeys([self.main, *(place.device for place in self._places.values())]))
+
+    def place_of(self, name: str) -> Place:
+        """Of a module, parameter or buffer."""
+        path = name
+        while path not in self._places:
+            if not path:
+                return Place(self.main)
+            path = path.rpartition(".")[0]
+        return self._places[path]
+
+    def device_of(self, name: str) -> torch.device:
+        """Where the weight `name` is to be loaded to."""
+        return self.place_of(name).device
+
+    def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values where they belong. Raises StartupError when the disk has no room for them."""
+        place = self.place_of(name)
+        return self._map(tensor) if place.on_disk else tensor.to(place.device)
+
+    def move(self, model: torch.nn.Module) -> None:
+        """Put what the model has where it belongs, one tensor after another; tied weights stay one. What is on the meta
+        device is left there."""
+        with torch.no_grad():
+            for name, owners in _owners(model):
+                module, leaf = owners[0]
+                old = getattr(module, leaf)
+                if old.device.type == "meta":
+                    continue
+                new = self.put(name, old.data) if isinstance(old, torch.nn.Parameter) else old.to(self.device_of(name))
+                if isinstance(old, torch.nn.Parameter):
+                    new = torch.nn.Parameter(new, requires_grad=False)
+                for module, leaf in owners:
+                    table = module._parameters if leaf in module._parameters else module._buffers
+                    table[leaf] = new
+
+    def connect(self, model: torch.nn.Module) -> None:
+        """Have each part take its inputs to its device when it is called, and the whole model give its logits on
+        `main`. To be called again when parts were replaced."""
+        for handle in self._handles:
+            handle.remove()
+        travelled: dict[torch.device, TransferCache] = {device: TransferCache(device) for device in self.devices}
+        self._handles = [
+            module.register_forward_pre_hook(_Hop(travelled[place.device]), with_kwargs=True)
+            for path, place in self._places.items()
+            for module in _called(_find(model, path))
+        ]
+
+        def come_home(_: torch.nn.Module, __: Any, output: Any) -> Any:
+            for luggage in travelled.values():
+                luggage.empty()
+            _make_current(self.main)
+            output.logits = output.logits.to(self.main)
+            return output
+
+        self._handles.append(model.register_forward_hook(come_home))
+
+    def _map(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._folder is None:
+            raise RuntimeError("this placement has no folder for what is on disk")
+        count = tensor.numel()
+        # The name goes at once and the room with the last mapping of it, so nothing is left behind by a process that is
+        # killed. (Windows keeps a file that is mapped: there it stays until the folder is emptied.)
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as scratch:
+            file = Path(scratch) / "weight"
+            try:
+                _reserve(file, max(1, count) * tensor.itemsize)
+            except OSError as error:
+                raise StartupError(
+                    f"--cpu-offloading: what fits neither GPUs nor host memory goes to files in {self._folder}, and "
+                    f"there is no room there ({error.strerror}): make some, or set XDG_CACHE_HOME to another folder."
+                ) from error
+            mapped = torch.from_file(str(file), shared=True, size=max(1, count), dtype=tensor.dtype)
+        mapped = mapped[:count].view(tensor.shape)
+        mapped.copy_(tensor)
+        return mapped
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------
+
+
+def find_placement(
+    model: PreTrainedModel, device: torch.device, spread: Spread, utilization: float, quantize: str | None = None
+) -> Placement | None:
+    """Where the parts of `model`, whose weights may be on the meta device, are to live on this machine; None when all
+    of it is to live on `device`. `utilization`: share of each device's memory that may be taken. `quantize`: int8 or
+    nf4, when linear layers are kept so.
+
+    Raises StartupError when the machine does not have the devices, or these do not hold the model.
+    """
+    refuse_spread(device.type, spread)
+    if not spread.is_wanted:
+        return None
+    count = torch.cuda.device_count()
+    if spread.num_gpus > count:
+        raise StartupError(
+            f"--num-gpus {spread.num_gpus}: {count} {'GPU is' if count == 1 else 'GPUs are'} to be seen here (--gpus "
+            f"and CUDA_VISIBLE_DEVICES choose them); start with --num-gpus {count}"
+            f"{'' if spread.cpu_offloading else ', or add --cpu-offloading where the model does not fit'}."
+        )
+    caps = _find_caps(spread, utilization)
+    kept_as = None if quantize is None else quantized_dtypes(model, quantize)
+    places = plan(model, caps, kept_as)
+    _require_fit(model, places, caps, spread, kept_as)
+    gpus = [torch.device("cuda", index) for index in range(spread.num_gpus)]
+    placement = make_placement(model, places, gpus, _offload_folder() if "disk" in places.values() else None)
+    logger.info("Weights: %s", _summary(model, placement, kept_as))
+    return placement
+
+
+def plan(model: PreTrainedModel, caps: Caps, kept_as: Dtypes | None = None) -> dict[str, int | str]:
+    """Number of the GPU, "cpu" or "disk" for each part of the model, by its path."""
+    whole = _unsplittable(model)
+    memory: dict[int | str, int] = dict(enumerate(caps.gpus))
+    if caps.host is not None:
+        memory["cpu"] = caps.host
+    balanced = get_balanced_memory(model, dict(memory), whole, special_dtypes=kept_as)
+    # The planner leaves room for one more layer on the first GPU, to which it would bring those from the host. We bring
+    # none there, so this only must not make its share smaller than the others'.
+    _, largest = _sizes(model, kept_as)
+    balanced[0] = min(memory[0], int(balanced[0]) + largest)
+    places: dict[str, int | str] = infer_auto_device_map(
+        model,
+        balanced,
+        whole,
+        special_dtypes=kept_as,
+        clean_result=False,
+        offload_buffers=True,
+        fallback_allocation=True,
+    )
+    return places
+
+
+def quantized_dtypes(model: PreTrainedModel, quantize: str) -> dict[str, Any]:
+    """What weights of linear layers, save the head's, take when they are quantized (int8 or nf4); their scales, a few
+    percent, are left to the share for the cache."""
+    head = model.get_output_embeddings()
+    dtype = {"int8": torch.int8, "nf4": CustomDtype.INT4}[quantize]
+    return {
+        f"{path}.weight": dtype
+        for path, module in model.named_modules()
+        if type(module) in (torch.nn.Linear, Conv1D) and module is not head
+    }
+
+
+def make_placement(
+    model: PreTrainedModel,
+    places: Mapping[str, int | str],
+    gpus: list[torch.device],
+    folder: Path | None = None,
+) -> Placement:
+    """The placement that a plan stands for, with `gpus` by their numbers."""
+    cpu = torch.device("cpu")
+    named = {
+        path: Place(gpus[place]) if isinstance(place, int) else Place(cpu, on_disk=place == "disk")
+        for path, place in places.items()
+    }
+    main = next((place.device for place in named.values() if place.device != cpu), cpu)
+    # Parts without weights (rotary positions) compute once for all layers, from what the embedding gives.
+    start = Placement(named, main).place_of(_name_of(model, model.get_input_embeddings()))
+    for path in named:
+        part = _find(model, path)
+        if isinstance(part, torch.nn.Module) and next(part.parameters(), None) is None:
+            named[path] = Place(start.device)
+    return Placement(named, main, folder)
+
+
+def _find_caps(spread: Spread, utilization: float) -> Caps:
+    gpus = []
+    for index in range(spread.num_gpus):
+        free, total = torch.cuda.mem_get_info(index)
+        allowed = int(max(0, free - (1 - utilization) * total) * _WEIGHTS_SHARE)
+        gpus.append(allowed if spread.max_gpu_memory is None else min(allowed, spread.max_gpu_memory))
+    host = int(free_host_memory().num_bytes * utilization * _WEIGHTS_SHARE) if spread.cpu_offloading else None
+    return Caps(tuple(gpus), host)
+
+
+def _require_fit(
+    model: PreTrainedModel, places: Mapping[str, int | str], caps: Caps, spread: Spread, kept_as: Dtypes | None
+) -> None:
+    on_gpus = any(isinstance(place, int) for place in places.values())
+    spills = any(isinstance(place, str) for place in places.values())
+    if kept_as is not None and "disk" in places.values() and spread.cpu_offloading:
+        raise StartupError(
+            "--cpu-offloading: the GPUs and the machine's memory do not hold the model, and weights that are quantized "
+            "while they are read (--load-8bit, --load-4bit) are not kept on disk: leave that flag out, or take fewer "
+            "bits."
+        )
+    if on_gpus and (spread.cpu_offloading or not spills):
+        return
+    total, largest = _sizes(model, kept_as)
+    hold = ", ".join(_gigabytes(cap) for cap in caps.gpus)
+    limit = "their free memory" if spread.max_gpu_memory is None else "--max-gpu-memory and their free memory"
+    if not on_gpus:
+        raise StartupError(
+            f"--num-gpus {spread.num_gpus}: no GPU has room for a part of the model ({_gigabytes(largest)} for the "
+            f"largest, {hold} by {limit}): free GPU memory, raise --max-gpu-memory, or start with --device cpu."
+        )
+    raise StartupError(
+        f"--num-gpus {spread.num_gpus}: the model's {_gigabytes(total)} of weights do not fit the GPUs, which may hold "
+        f"{hold} by {limit}: take more GPUs, raise --max-gpu-memory, or add --cpu-offloading."
+    )
+
+
+def _sizes(model: PreTrainedModel, kept_as: Dtypes | None) -> tuple[int, int]:
+    """Bytes of all weights, and of the largest part that stays whole."""
+    sizes = compute_module_sizes(model, special_dtypes=kept_as)
+    largest, _ = get_max_layer_size(list(model.named_children()), sizes, _unsplittable(model))
+    return int(sizes[""]), int(largest)
+
+
+def _unsplittable(model: PreTrainedModel) -> list[str]:
+    """Classes of modules that stay whole: what the model names, and its decoder layers in any case."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    longest: Any = max(lists, key=len, default=())
+    return sorted({*(getattr(model, "_no_split_modules", None) or ()), *(type(layer).__name__ for layer in longest)})
+
+
+def _offload_folder() -> Path:
+    try:
+        folder = user_cache() / "offload"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            "--cpu-offloading: the folder for what fits neither GPUs nor host memory cannot be made "
+            f"({error}); set XDG_CACHE_HOME to one that can be written."
+        ) from error
+    return folder
+
+
+def _reserve(file: Path, num_bytes: int) -> None:
+    """Raises OSError when the disk has no room. A mapping over room that is not there would end the process by a signal
+    when it is written."""
+    with file.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+        elif shutil.disk_usage(file.parent).free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            stream.truncate(num_bytes)
+
+
+def _summary(model: PreTrainedModel, placement: Placement, kept_as: Dtypes | None) -> str:
+    by_name = compute_module_sizes(model, special_dtypes=kept_as)
+    sizes: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        place = str(placement.place_of(name))
+        sizes[place] = sizes.get(place, 0) + int(by_name[name])
+    return ", ".join(f"{_gigabytes(size)} on {place}" for place, size in sizes.items())
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+# ---- the way of a step ------------------------------------------------------------------------------------------
+
+
+class TransferCache:
+    """What a step has brought to a device beside the hidden states. All layers ask for the same (cosines and sines of
+    the positions), so it travels once for a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._brought: dict[int, tuple[Any, Any]] = {}
+        """by id, with the original, which keeps the id its own"""
+
+    def bring(self, value: Any) -> Any:
+        found = self._brought.get(id(value))
+        if found is None:
+            found = self._brought[id(value)] = (value, _moved(value, self.device))
+        return found[1]
+
+    def empty(self) -> None:
+        self._brought.clear()
+
+
+class _Hop:
+    """Runs before a part of the model: its inputs, and the kernels that it launches, go to its device."""
+
+    def __init__(self, luggage: TransferCache) -> None:
+        self._luggage = luggage
+
+    def __call__(
+        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        device = self._luggage.device
+        _make_current(device)
+        # Hidden states are other ones in each layer, though they may be the same tensor, changed in place.
+        named = {
+            name: _moved(value, device) if name == "hidden_states" else self._luggage.bring(value)
+            for name, value in kwargs.items()
+        }
+        return _moved(args, device), named
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
+def _make_current(device: torch.device) -> None:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+
+def _find(model: torch.nn.Module, path: str) -> torch.nn.Module | torch.Tensor:
+    parent, _, leaf = path.rpartition(".")
+    found: torch.nn.Module | torch.Tensor = getattr(model.get_submodule(parent), leaf) if path else model
+    return found
+
+
+def _called(part: torch.nn.Module | torch.Tensor) -> Iterator[torch.nn.Module]:
+    """The modules of a part that model code calls: a list of layers is none, its layers are."""
+    if not isinstance(part, torch.nn.Module):
+        return
+    if type(part).forward is not torch.nn.Module.forward:
+        yield part
+        return
+    for child in part.children():
+        yield from _called(child)
+
+
+def _owners(model: torch.nn.Module) -> list[tuple[str, list[tuple[torch.nn.Module, str]]]]:
+    """Each parameter and buffer by its first name, with all modules that have it and what they call it."""
+    found: dict[int, tuple[str, list[tuple[torch.nn.Module, str]]]] = {}
+    for path, module in model.named_modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = f"{path}.{leaf}" if path else leaf
+                found.setdefault(id(tensor), (name, []))[1].append((module, leaf))
+    return list(found.values())
+
+
+def _name_of(model: torch.nn.Module, module: torch.nn.Module | None) -> str:
+    return next((path for path, other in model.named_modules() if other is module), "")

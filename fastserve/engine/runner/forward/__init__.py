@@ -1,0 +1,1 @@
+"""The ways to compute the forward pass of a step."""

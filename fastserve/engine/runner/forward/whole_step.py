@@ -1,0 +1,244 @@
+"""A model whose whole step is one call of a kernel (CPU).
+
+Most decoder-only models are built alike: norms, attention with rotary positions, a gated MLP, each optional norm in one
+of a few places. A model of that build is recognised by its modules and described to the kernel (kernels/decoder.h);
+whether the description is all there is to it is found out by trial, not by its name: see twin.py and build.py.
+The model's modules stay as they are and compute the same, only slower: they take over while a layer has a `delta`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from fastserve.engine.attention.paged import AttentionMetadata, LayerShape, PagedAttention
+from fastserve.engine.kernels.decoder import ACTIVATIONS, DecoderKernel, DecoderStruct, LayerStruct
+from fastserve.engine.kernels.packed_linear import WeightStruct
+from fastserve.engine.layers.fused_attention import FusedAttention
+from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm
+from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.linear import Linear, TiedEmbedding, embedding_scale
+
+_NORM_PLACES = (
+    {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+    {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "attention_out_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_out_norm",
+    },
+    {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"},
+)
+"""Names of norms in a layer, and where they stand in the kernel's description."""
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+"""Kinds of rotary positions whose angles depend on the position alone."""
+
+
+class UnknownPartError(Exception):
+    """The model has a part that the kernel does not know; the message names it."""
+
+
+class NativeDecoder:
+    """Computes the logits of a step with one call."""
+
+    def __init__(self, kernel: DecoderKernel, attention: PagedAttention, dtype: torch.dtype) -> None:
+        self._kernel = kernel
+        self._attention = attention
+        self._dtype = dtype
+        self._struct = DecoderStruct()
+        self._linears: list[Linear] = []
+        self._noted: set[tuple[str, float]] = set()
+        self._alive: list[Any] = []
+        """What the kernel's description points to."""
+
+    @classmethod
+    def build(
+        cls, model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype, max_positions: int
+    ) -> NativeDecoder:
+        """For a model whose linear layers, norms and attention layers are ours already, with its pages allocated.
+        Raises UnknownPartError when it is not of the known build."""
+        kernel = DecoderKernel.load(dtype)
+        if kernel is None or not attention.uses_kernel or not _is_on_cpu(model):
+            raise UnknownPartError("there is no kernel for this device")
+        decoder = cls(kernel, attention, dtype)
+        decoder._describe(model, max_positions)
+        return decoder
+
+    @property
+    def is_usable(self) -> bool:
+        """No layer has something to add."""
+        return all(linear.delta is None for linear in self._linears)
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, context: AttentionMetadata
+    ) -> torch.Tensor:
+        """`token_ids`, `positions` (tokens,), `wanted` (rows,) of the batch -> logits (rows, vocabulary), float32."""
+        step = self._attention.kernel_step(context, self._struct.heads // self._struct.kv_heads)
+        return self._kernel(self._struct, step, token_ids, positions, wanted)
+
+    # ---- description --------------------------------------------------------------------------------------------
+
+    def _describe(self, model: PreTrainedModel, max_positions: int) -> None:
+        base = model.base_model
+        layers, norm, head = getattr(base, "layers", None), getattr(base, "norm", None), model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
+        if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding | TiedEmbedding):
+            raise UnknownPartError("it has no list of layers or no plain embedding")
+        shapes = [self._attention.shapes.get(index) for index in range(len(layers))]
+        shape = shapes[0]
+        if shape is None or any(other is None or other.like() != shape.like() for other in shapes):
+            raise UnknownPartError("its layers have attention of different shapes")
+        if shape.key_dim != shape.value_dim or shape.has_sinks:
+            raise UnknownPartError("its values have another size than its keys, or it has attention sinks")
+        config = model.config.get_text_config(decoder=True)
+        structs = (LayerStruct * len(layers))()
+        self._alive.append(structs)
+        waves = RotaryTable(base, config, self._dtype, max_positions)
+        for struct, layer, layer_shape, pages in zip(structs, layers, shapes, self._attention.pages(), strict=True):
+            struct.keys, struct.values = (self._pointer(tensor) for tensor in pages)
+            struct.window = (layer_shape.window if layer_shape else None) or 0
+            self._describe_layer(struct, layer, shape)
+        for index, struct in enumerate(structs):
+            struct.cos, struct.sin = (self._pointer(wave) for wave in waves.of_layer(index))
+        whole = self._struct
+        whole.layers = structs
+        whole.head = self._weight(head)
+        if isinstance(embedding, torch.nn.Embedding):
+            whole.embedding = self._pointer(embedding.weight)
+        elif embedding.layout is not head.layout:
+            raise UnknownPartError("its embedding is stored another way than its head")
+        whole.norm = self._norm(norm)
+        whole.num_layers = len(layers)
+        whole.hidden = embedding.embedding_dim
+        whole.heads, whole.kv_heads, whole.head_dim = shape.num_heads, shape.num_kv_heads, shape.key_dim
+        whole.rotary_dim = waves.dim
+        whole.block_size = self._attention.block_size
+        # Rounded as the model's own code does.
+        whole.embedding_scale = float(torch.tensor(embedding_scale(embedding), dtype=self._dtype))
+        whole.scaling = shape.scaling
+        whole.softcap = shape.softcap or 0.0
+        whole.logit_softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+
+    def _describe_layer(self, struct: LayerStruct, layer: torch.nn.Module, shape: LayerShape) -> None:
+        children = dict(layer.named_children())
+        attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
+        places = next((names for names in _NORM_PLACES if names.keys() == children.keys()), None)
+        if places is None or attention is None or mlp is None:
+            raise UnknownPartError("a layer has other parts")
+        for name, place in places.items():
+            setattr(struct, place, self._norm(children[name]))
+        if not isinstance(attention, FusedAttention) or len(attention.inputs) != 3:
+            raise UnknownPartError("its attention is not fused")
+        for norm, place in zip(attention.norms, ("query_norm", "key_norm"), strict=True):
+            if norm is not None:
+                setattr(struct, place, self._norm(norm))
+                setattr(struct, f"{place}_size", norm.weight.shape[0])
+        projections = (*attention.inputs, attention.output)
+        for projection, place in zip(projections, ("query", "key", "value", "output"), strict=True):
+            setattr(struct, place, self._weight(projection))
+        if struct.query.out != shape.num_heads * shape.key_dim or struct.key.out != shape.num_kv_heads * shape.key_dim:
+            raise UnknownPartError("its attention projects to another size")
+        self._describe_mlp(struct, mlp)
+
+    def _describe_mlp(self, struct: LayerStruct, mlp: torch.nn.Module) -> None:
+        children = dict(mlp.named_children())
+        if isinstance(mlp, FusedGatedMLP):
+            self._linears.append(mlp.gate_up)
+            struct.gate, struct.up = (self._layout(part, None) for part in mlp.parts)
+            activation = "silu"
+        elif children.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            struct.gate, struct.up = self._weight(children["gate_proj"]), self._weight(children["up_proj"])
+            activation = _activation(children["act_fn"])
+        else:
+            raise UnknownPartError("its MLP has another build")
+        if struct.gate.bias or struct.up.bias or struct.gate.out != struct.up.out:
+            raise UnknownPartError("its MLP has a bias, or gate and up of different sizes")
+        struct.down = self._weight(mlp.down_proj)
+        self._same("activation", ACTIVATIONS[activation])
+        self._same("intermediate", struct.gate.out)
+
+    def _weight(self, linear: torch.nn.Module | None) -> WeightStruct:
+        if not isinstance(linear, Linear):
+            raise UnknownPartError("a linear layer has another class")
+        self._linears.append(linear)
+        return self._layout(linear.layout, linear.bias)
+
+    def _layout(self, layout: WeightLayout, bias: torch.Tensor | None) -> WeightStruct:
+        struct = layout.struct(bias)
+        if struct is None:
+            raise UnknownPartError("the kernel cannot multiply with the layout of a weight")
+        self._alive += [layout, bias]
+        return struct
+
+    def _norm(self, norm: torch.nn.Module | None) -> int:
+        if not isinstance(norm, FusedRMSNorm):
+            raise UnknownPartError("a norm is not fused")
+        self._same("eps", norm.eps)
+        self._same("norm_offset", norm.offset)
+        return self._pointer(norm.weight)
+
+    def _same(self, name: str, value: float) -> None:
+        """Note a size that all layers must share."""
+        if (name, value) not in self._noted and any(other == name for other, _ in self._noted):
+            raise UnknownPartError(f"layers differ in {name}")
+        self._noted.add((name, value))
+        setattr(self._struct, name, value)
+
+    def _pointer(self, tensor: torch.Tensor) -> int:
+        if tensor.dtype != self._dtype or not tensor.is_contiguous():
+            raise UnknownPartError(
+                f"a weight or an angle is in {str(tensor.dtype).removeprefix('torch.')}, or not contiguous"
+            )
+        self._alive.append(tensor)
+        return int(tensor.data_ptr())
+
+
+def _is_on_cpu(model: PreTrainedModel) -> bool:
+    """All of it: the layers may be, and the embedding or the head on a GPU, whose memory the kernel cannot read."""
+    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
+class RotaryTable:
+    """Cosines and sines of the rotary positions (positions, dim), for each kind of layer."""
+
+    def __init__(self, base: torch.nn.Module, config: Any, dtype: torch.dtype, max_positions: int) -> None:
+        rotary = getattr(base, "rotary_emb", None)
+        if not isinstance(rotary, torch.nn.Module):
+            raise UnknownPartError("it has no rotary positions")
+        kinds = getattr(rotary, "rope_type", "default")
+        if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= _STATIC_ROPE:
+            raise UnknownPartError("its rotary positions depend on the length")
+        # Only the dtype of this is looked at.
+        like = torch.zeros(1, dtype=dtype)
+        positions = torch.arange(max_positions).unsqueeze(0)
+        by_layer = "layer_type" in inspect.signature(rotary.forward).parameters
+        self._types: list[str | None] = list(config.layer_types) if by_layer else []
+        with torch.inference_mode():
+            self._found = {
+                kind: tuple(wave[0].contiguous() for wave in rotary(like, positions, *([kind] if kind else [])))
+                for kind in dict.fromkeys(self._types or [None])
+            }
+        sizes = {wave.shape[1] for pair in self._found.values() for wave in pair}
+        if len(sizes) != 1:
+            raise UnknownPartError("its layers turn parts of different sizes")
+        self.dim: int = sizes.pop()
+
+    def of_layer(self, index: int) -> tuple[torch.Tensor, ...]:
+        return self._found[self._types[index] if self._types else None]
+
+
+def _activation(function: torch.nn.Module) -> str:
+    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": F.silu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    x = torch.linspace(-6.0, 6.0, 101)
+    for name, like in known.items():
+        if torch.allclose(function(x), like(x), rtol=1e-5, atol=1e-6):
+            return name
+    raise UnknownPartError("its MLP has another activation")

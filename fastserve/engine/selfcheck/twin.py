@@ -1,0 +1,84 @@
+"""A small model of the same class and settings, to find out whether the kernel's description of a model is complete.
+
+A model can do something between its modules that no look at the modules tells (scale the embeddings, clip, leave out
+positions in some layers). So before a model's steps are given to one kernel call, a twin with the same settings, small
+sizes and random weights is computed in float32 by its own code and by the kernel: rounding hides nothing there.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.loading.loader import LoadedModel, prepare, register
+from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.selfcheck.verify import difference
+
+_LENGTH = 64
+_BLOCK_SIZE = 16
+_MOST_LAYERS = 8
+_TOLERANCE = 1e-3
+"""Standard deviations of the logits, in float32."""
+_CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, OSError)
+
+
+def twin_differs(config: PretrainedConfig) -> str | None:
+    """Why a model of these settings does not compute the same in one kernel call as by its own code, or None."""
+    try:
+        loaded = _make_twin(config)
+        runner = ModelRunner(loaded, num_blocks=8, block_size=_BLOCK_SIZE, max_num_seqs=4, max_model_len=_LENGTH)
+        if runner.decoder is None:
+            return f"in a small one of it: {runner.no_decoder_reason}"
+        found = difference(
+            loaded.reference, runner, block_size=_BLOCK_SIZE, num_blocks=8, max_num_seqs=4, max_model_len=_LENGTH
+        )
+    except _CAUSES as error:
+        return f"no small one of it can be made: {error}"
+    if found is None or not found < _TOLERANCE:
+        return "a small one of it computes something else"
+    return None
+
+
+def _make_twin(config: PretrainedConfig) -> LoadedModel:
+    small = _shrunk(config.get_text_config(decoder=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Also what starts as zeros or ones must matter. Large enough that each part shows in the logits.
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    attention = PagedAttention()
+    model.set_attn_implementation(register(attention))
+    loaded = prepare(model, attention, torch.float32)
+    probe_shapes(loaded)
+    return loaded
+
+
+def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
+    small = copy.deepcopy(config)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    small.num_hidden_layers = _num_layers(config)
+    small.hidden_size, small.intermediate_size, small.vocab_size = 96, 160, 128
+    small.num_attention_heads = 4
+    if kv_heads is not None:
+        small.num_key_value_heads = 4 if kv_heads == config.num_attention_heads else 2
+    if getattr(config, "head_dim", None) is not None:
+        small.head_dim = 32
+    if getattr(config, "layer_types", None) is not None:
+        small.layer_types = config.layer_types[: small.num_hidden_layers]
+    if getattr(config, "sliding_window", None) is not None:
+        small.sliding_window = 8
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
+    return small
+
+
+def _num_layers(config: PretrainedConfig) -> int:
+    """Enough to have one of each type."""
+    types = getattr(config, "layer_types", None) or []
+    needed = max((types.index(kind) + 1 for kind in set(types)), default=2)
+    most: int = config.num_hidden_layers
+    return min(most, max(2, min(needed, _MOST_LAYERS)))

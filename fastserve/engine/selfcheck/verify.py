@@ -1,0 +1,103 @@
+"""A check at start that the engine computes what the model's own code does.
+
+Some architectures run with replaced attention and compute something else without a word, and fusing or packing could go
+wrong for one too. So the logits of two short sequences are taken down before anything of the model is replaced, and the
+model is served only when the engine, with both packed into one batch and cut into two chunks each, finds the same.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from fastserve.engine.contract import SamplingParams
+from fastserve.engine.loading.reference import Reference
+from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.runner.runner import ModelRunner
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+"""Standard deviations of the logits. Rounding of the small dtypes differs where steps are fused."""
+_SPLIT = 5
+
+
+def verify(
+    reference: Reference,
+    runner: ModelRunner,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    block_size: int,
+    num_blocks: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> None:
+    """Raise StartupError when the engine's logits differ by more than rounding. Uses the first blocks of an empty
+    pool; prompts that do not fit the sizes asked for are left out."""
+    sizes = {
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+    }
+    error = difference(reference, runner, **sizes)
+    if error is None:
+        logger.warning("The sizes asked for are too small to check the model's logits at start.")
+        return
+    limit = max(_TOLERANCE[dtype], 4 * reference.noise)
+    if not error <= limit and runner.decoder is not None:
+        logger.warning("%s does something that one kernel call does not: its modules compute it instead.", name)
+        runner.drop_decoder("its logits differ from the model's")
+        error = difference(reference, runner, **sizes) or 0.0
+    if not error <= limit:
+        raise StartupError(
+            f"{name} cannot be served: the engine's logits differ from those of the model's own code by {error:.3g} "
+            "standard deviations. The model does something that the engine does not know."
+        )
+
+
+def difference(
+    reference: Reference,
+    runner: ModelRunner,
+    *,
+    block_size: int,
+    num_blocks: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> float | None:
+    """The largest difference of the engine's logits from the reference, in standard deviations of the logits; None when
+    none of its prompts fits the sizes."""
+    which: list[int] = []
+    free = num_blocks
+    for index, prompt in enumerate(reference.prompts):
+        needed = -(-len(prompt) // block_size)
+        if 1 < len(prompt) <= max_model_len and needed <= free and len(which) < max_num_seqs:
+            which.append(index)
+            free -= needed
+    if not which:
+        return None
+    expected = reference.logits[which]
+    found = _engine_logits(runner, [reference.prompts[index] for index in which], block_size)
+    return float((found - expected).abs().max() / expected.std().clamp_min(1e-6))
+
+
+def _engine_logits(runner: ModelRunner, prompts: list[list[int]], block_size: int) -> torch.Tensor:
+    ids = range(len(prompts))
+    blocks: list[list[int]] = []
+    first = 0
+    for prompt in prompts:
+        count = -(-len(prompt) // block_size)
+        blocks.append(list(range(first, first + count)))
+        first += count
+    params = SamplingParams(max_tokens=1)
+    new = [NewSequence(i, prompts[i], len(prompts[i]), params, 0) for i in ids]
+    begin = [Chunk(i, 0, min(_SPLIT, len(prompts[i]) - 1), blocks[i], sample=False) for i in ids]
+    rest = [Chunk(i, begin[i].num_tokens, len(prompts[i]) - begin[i].num_tokens, [], sample=True) for i in ids]
+    try:
+        runner.forward(StepPlan([], new, begin))
+        return runner.forward(StepPlan([], [], rest)).float()
+    finally:
+        runner.forget(list(ids))
