@@ -20,7 +20,7 @@ from fastserve.engine.layers.layouts.packed import GroupedWeight
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.loading.loader import load_model
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.runner import ModelRunner
 
 BLOCK_SIZE = 16
 BATCHES = (1, 8, 32)
@@ -39,17 +39,16 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 def _memory(linear: Linear) -> torch.Tensor:
     """A weight's bytes as it is kept."""
-    if not isinstance(linear.form, GroupedWeight):
+    if not isinstance(linear.layout, GroupedWeight):
         return torch.empty(0, dtype=torch.int64)
-    struct = linear.form.struct(None)
-    size = struct.out * getattr(struct, "in") * linear.form.get().itemsize // 8 * 8
+    struct = linear.layout.struct(None)
+    size = struct.out * getattr(struct, "in") * linear.layout.get().itemsize // 8 * 8
     return torch.frombuffer((ctypes.c_char * size).from_address(struct.data), dtype=torch.int64)
 
 
 class Bench:
     def __init__(self, model: str, dtype: str | None, context: int) -> None:
         self._loaded = load_model(model, "cpu", dtype, trust_remote_code=False, progress=lambda *_: None)
-        probe_shapes(self._loaded)
         self._context = context
         self._blocks = -(-(context + 1) // BLOCK_SIZE)
         self.runner = ModelRunner(
@@ -61,12 +60,11 @@ class Bench:
         )
         modules = self._loaded.model.modules()
         self.linears = [module for module in modules if isinstance(module, Linear)]
-        self.weight_bytes = sum(
-            linear.form.product(self._input(linear, 1), None).shape[-1] * self._width(linear) for linear in self.linears
-        ) * int(self._loaded.dtype.itemsize)
+        entries = sum(linear.layout.get().numel() for linear in self.linears)
+        self.weight_bytes = entries * int(self._loaded.dtype.itemsize)
 
     def _width(self, linear: Linear) -> int:
-        return int(linear.form.get().shape[1])
+        return int(linear.layout.get().shape[1])
 
     def _input(self, linear: Linear, rows: int) -> torch.Tensor:
         return torch.randn(rows, self._width(linear), dtype=self._loaded.dtype)
@@ -88,7 +86,7 @@ class Bench:
 
         def multiply() -> None:
             for linear, x in zip(self.linears, inputs, strict=True):
-                linear.form.product(x, linear.bias)
+                linear.layout.product(x, linear.bias)
 
         with torch.inference_mode():
             return seconds(multiply, 7)

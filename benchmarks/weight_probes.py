@@ -32,7 +32,7 @@ from fastserve.engine.loading.checkpoint import StoredTensor, open_folder
 from fastserve.engine.loading.loader import load_model
 from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from tests.engine.packers import Tensors, gptq, round_to_nearest, write_packed
 
@@ -259,7 +259,6 @@ def _plain_logits(model: torch.nn.Module, prompts: list[list[int]]) -> torch.Ten
 
 def _engine_logits(model: str, dtype: str, prompts: list[list[int]]) -> torch.Tensor:
     loaded = load_model(model, "cpu", dtype, trust_remote_code=False, progress=lambda *_: None)
-    probe_shapes(loaded)
     longest = max(map(len, prompts))
     num_blocks = -(-longest // _BLOCK_SIZE)
     runner = ModelRunner(loaded, num_blocks=num_blocks, block_size=_BLOCK_SIZE, max_num_seqs=1, max_model_len=longest)

@@ -7,12 +7,14 @@ import time
 
 from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.executor import Executor
 from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, load_model
 from fastserve.engine.loading.placement import find_placement
 from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.forward.modules import ModulesForward
+from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.twin import twin_differs
 from fastserve.engine.selfcheck.verify import verify
 from fastserve.engine.settings import EngineConfig, WeightOptions
@@ -73,7 +75,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache,
         speculator=_make_speculator(config, speed, draft_model),
-        overlap=draft is None and _overlaps(config, loaded),
+        overlap=draft is None and _overlaps(loaded),
     )
 
 
@@ -94,8 +96,6 @@ def _load(
     if config.debug:
         logger.info("%s", loaded.model)
     name = type(loaded.model).__name__
-    with failing_in_a_sentence(name):
-        probe_shapes(loaded)
     if not loaded.attention.shapes:
         raise StartupError(f"{name} cannot be served: it has no attention that can be paged.")
     return loaded
@@ -110,8 +110,10 @@ def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -
     return draft
 
 
-def _overlaps(config: EngineConfig, loaded: LoadedModel) -> bool:
-    return (loaded.device.type == "cuda" and loaded.placement is None) if config.overlap is None else config.overlap
+def _overlaps(loaded: LoadedModel) -> bool:
+    """Whether a step is planned while the last one runs. On a CPU the step itself needs the cores; a draft model needs
+    the tokens of the last step."""
+    return device_of(loaded.device).runs_ahead and loaded.placement is None
 
 
 def _vocab_size(loaded: LoadedModel) -> int:
@@ -130,9 +132,10 @@ def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_
         vocab_size=vocab_size,
     )
     name = type(loaded.model).__name__
-    differs = None if runner.decoder is None else twin_differs(loaded.model.config)
-    if differs is not None:
-        runner.drop_decoder(differs)
+    for way in [way for way in runner.forward_passes.ways if way.follows_description]:
+        differs = twin_differs(loaded.model.config, way.name)
+        if differs is not None:
+            runner.forward_passes.drop(way, differs)
     with failing_in_a_sentence(name):
         verify(
             loaded.reference,
@@ -148,10 +151,11 @@ def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_
 
 
 def _fused_layers(loaded: LoadedModel, runner: ModelRunner) -> tuple[FusedLayers, ...]:
-    if loaded.device.type != "cpu":
-        return loaded.fused_layers
-    reason = runner.no_decoder_reason
-    return (*loaded.fused_layers, FusedLayers("whole_step", 0 if reason else 1, 1, reason))
+    """Of the kinds of layers, and the ways to compute a whole step that this device could have."""
+    ways = runner.forward_passes
+    found = [FusedLayers(way.name, 1, 1) for way in ways.ways if way.name != ModulesForward.name]
+    refused = [FusedLayers(name, 0, 1, reason) for name, reason in ways.refusals.items() if name not in ways.absent]
+    return (*loaded.fused_layers, *found, *refused)
 
 
 def _make_draft_model(config: EngineConfig, draft: LoadedModel, sizes: Sizes, vocab_size: int) -> DraftModel:

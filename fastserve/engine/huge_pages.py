@@ -97,8 +97,14 @@ def _zero_bytes(size: int) -> torch.Tensor:
             return _take(size)
         except OSError:  # there may still be room for the tensor alone
             close_mappings()
-    # numpy leaves pages untouched that it gets as zeros; torch would write to them now.
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8))
+    return untouched_zeros((size,), torch.uint8)
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU, in common pages. The memory is taken when it is written, not now, as with torch's zeros: numpy leaves
+    pages untouched that it gets as zeros."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(tuple(shape))
 
 
 def close_mappings() -> None:

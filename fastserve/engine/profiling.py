@@ -7,8 +7,9 @@ import os
 import time
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from fastserve.engine.devices.find import find_device
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ class StepProfiler:
         self._folder = folder
         self._left = _WARM_UP_STEPS + num_steps
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
+        activity = find_device(None).profiler_activity
+        if activity is not None:
+            activities.append(activity)
         self._profile = profile(
             activities=activities,
             schedule=schedule(wait=_WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1),

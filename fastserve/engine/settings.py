@@ -53,9 +53,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     speculative_model_dir: str | None = None
     """Of a draft model, which then takes the place of the method."""
     weights: WeightOptions = WeightOptions()
-    overlap: bool | None = None
-    """Plan the next step while one runs. None: on one GPU of CUDA; on a CPU the step itself needs the cores. Off with a
-    draft model."""
     trust_remote_code: bool = False
     profile_steps: int = 0
     profile_dir: str = "logs"

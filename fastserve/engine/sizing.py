@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from fastserve.engine.attention.backend import StepSize
+from fastserve.engine.devices.device import Device
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.loading.loader import LoadedModel
-from fastserve.engine.memory import FreeMemory, free_host_memory
+from fastserve.engine.memory import FreeMemory
 from fastserve.engine.plan import MAX_EXTRA_LOGITS
 from fastserve.engine.sampling.sampler import SLICE_ENTRIES
 from fastserve.engine.settings import EngineConfig
@@ -24,11 +27,6 @@ from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-_BATCHED_TOKENS = {True: 256, False: 2048}
-"""The token budget on a CPU and elsewhere: as few as still make full use of the device, since all answers wait for a
-step to end. On a CPU, products of 256 tokens are as fast for each token as larger ones."""
-_CPU_SHARE = 0.5
-"""Of the memory that --gpu-memory-utilization allows, what the KV cache takes on a CPU, which it shares with others."""
 _FIXED_BYTES = 96 << 20
 """Threads' stacks, compiled products, buffers of the messages: what grows after the start and with no size of ours."""
 _BYTES_PER_DRAWN_ENTRY = 48
@@ -53,7 +51,7 @@ class Sizes:
 class _Room:
     """The memory of one device, for the KV cache of the layers that live there."""
 
-    device: torch.device
+    device: Device
     free: FreeMemory
     allowed: int
     per_token: int
@@ -65,8 +63,7 @@ class _Room:
 
     def num_tokens(self) -> int:
         room = self.allowed - self.others
-        if self.device.type == "cpu":
-            room = min(room, int(self.allowed * _CPU_SHARE))
+        room = min(room, int(self.allowed * self.device.kv_cache_share))
         return self.affords(room) if room > 0 else 0
 
 
@@ -77,8 +74,7 @@ def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
     """
     _check_flags(config, models[0])
     devices = list(dict.fromkeys(device for model in models for device in model.devices))
-    on_cpu = any(device.type == "cpu" for device in devices)
-    tokens = config.max_num_batched_tokens or _BATCHED_TOKENS[on_cpu]
+    tokens = config.max_num_batched_tokens or min(device_of(device).max_batched_tokens for device in devices)
     context = config.max_model_len or models[0].context_length
     rooms = [_find_room(config, models, device) for device in devices]
     # No sequence is longer than the cache, so a cache that is small makes small tables too.
@@ -137,18 +133,17 @@ def _check_flags(config: EngineConfig, model: LoadedModel) -> None:
         )
 
 
-def _find_room(config: EngineConfig, models: Sequence[LoadedModel], device: torch.device) -> _Room:
-    free = _free_memory(device)
-    allowed = _allowed_bytes(device, free, config.gpu_memory_utilization)
+def _find_room(config: EngineConfig, models: Sequence[LoadedModel], torch_device: torch.device) -> _Room:
+    device = device_of(torch_device)
+    free = device.free_memory()
+    allowed = device.allowed_bytes(free, config.gpu_memory_utilization)
     return _Room(device, free, allowed, _bytes_per_token(models, config.block_size, device))
 
 
-def _other_bytes(
-    config: EngineConfig, models: Sequence[LoadedModel], device: torch.device, tokens: int, longest: int
-) -> int:
+def _other_bytes(config: EngineConfig, models: Sequence[LoadedModel], device: Device, tokens: int, longest: int) -> int:
     """Of a device, beside weights and KV cache."""
-    others = max(step_bytes(model, config, tokens, longest, device) for model in models)
-    return others + (config.max_num_seqs * longest * _BYTES_PER_QUEUED_TOKEN if device.type == "cpu" else 0)
+    others = max(step_bytes(model, config, tokens, longest, device.torch_device) for model in models)
+    return others + (config.max_num_seqs * longest * _BYTES_PER_QUEUED_TOKEN if device.holds_books else 0)
 
 
 def _require_room(room: _Room, total_tokens: int) -> None:
@@ -178,29 +173,12 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 10e9 else f"{num_bytes / 1e9:.1f} GB"
 
 
-def _free_memory(device: torch.device) -> FreeMemory:
-    if device.type == "cuda":
-        return FreeMemory(torch.cuda.mem_get_info(device)[0], f"on the GPU {device}")
-    if device.type == "xpu":
-        return FreeMemory(torch.xpu.mem_get_info(device)[0], "on the GPU")
-    return free_host_memory()
-
-
-def _allowed_bytes(device: torch.device, free: FreeMemory, utilization: float) -> int:
-    """On a GPU the share is of its whole memory, others' part of it included."""
-    if device.type == "cuda":
-        return max(0, int(free.num_bytes - (1 - utilization) * torch.cuda.mem_get_info(device)[1]))
-    if device.type == "xpu":
-        return max(0, int(free.num_bytes - (1 - utilization) * torch.xpu.mem_get_info(device)[1]))
-    return int(free.num_bytes * utilization)
-
-
-def _bytes_per_token(models: Sequence[LoadedModel], block_size: int, device: torch.device) -> int:
-    """Of the KV cache of the layers there, and on a CPU of the books about it, which lie in the same memory."""
-    pages = sum(model.attention.bytes_per_token(model.dtype, device) for model in models)
-    if device.type != "cpu":
-        return pages
-    return pages + _BYTES_PER_CACHED_TOKEN + -(-_BYTES_PER_BLOCK // block_size)
+def _bytes_per_token(models: Sequence[LoadedModel], block_size: int, device: Device) -> int:
+    """Of the KV cache of the layers there, and of the books about it where these lie in the same memory."""
+    cache = sum(model.attention.bytes_per_token(block_size, model.dtype, device.torch_device) for model in models)
+    if not device.holds_books:
+        return cache
+    return cache + _BYTES_PER_CACHED_TOKEN + -(-_BYTES_PER_BLOCK // block_size)
 
 
 def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int, device: torch.device) -> int:
@@ -227,7 +205,9 @@ def step_bytes(model: LoadedModel, config: EngineConfig, num_tokens: int, longes
     if device == model.device:
         # Then in float32: a copy that is changed, one for logprobs, and these.
         logits += entries * 5 * 4 + min(entries, SLICE_ENTRIES + text.vocab_size) * _BYTES_PER_DRAWN_ENTRY
-    return _FIXED_BYTES + layer + logits + _attention_bytes(model, config, num_tokens, longest, device)
+    size_of_step = StepSize(num_tokens, config.max_num_seqs, longest)
+    attention = model.attention.workspace_bytes(config.block_size, model.dtype, device, size_of_step)
+    return _FIXED_BYTES + layer + logits + attention
 
 
 def _mlp_width(text: PretrainedConfig) -> int:
@@ -241,20 +221,3 @@ def _mlp_width(text: PretrainedConfig) -> int:
     # Tokens are copied for each of their experts, on the way in and out.
     routed = (getattr(text, "moe_intermediate_size", None) or dense) + text.hidden_size
     return int(max(dense, chosen * routed))
-
-
-def _attention_bytes(
-    model: LoadedModel, config: EngineConfig, num_tokens: int, longest: int, device: torch.device
-) -> int:
-    """A kernel needs none. In torch operations the keys and values of a group of sequences are gathered, and the
-    scores of a chunk of one sequence stand in float32 with their mask."""
-    shapes = model.attention.shapes_on(device)
-    if not shapes or model.attention.has_kernel(config.block_size, model.dtype, device):
-        return 0
-    gathered = max(longest, min(1 << 16, config.max_num_seqs * longest))
-    per_layer: int = max(
-        shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize for shape in shapes
-    )
-    heads = max(shape.num_heads for shape in shapes)
-    scores = max(num_tokens * longest, gathered) * heads * 4
-    return 2 * gathered * per_layer + 3 * scores

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastserve.engine.layers import quantizer as quantize
+from fastserve.engine.devices.cpu import CpuDevice
 from fastserve.engine.layers.layouts.bitsandbytes import BitsAndBytesWeight
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.quantization import quantize_nf4
@@ -66,11 +66,11 @@ def test_a_model_loaded_by_bitsandbytes_computes_what_ours_does(
     path = str(tmp_path)
     tokens = list(range(2, 40))
     ours = logits_of(load(path), tokens)
-    monkeypatch.setattr(quantize, "uses_bitsandbytes", lambda device: True)
+    monkeypatch.setattr(CpuDevice, "prefers_bitsandbytes", True)
     loaded = load(path)
-    forms = [type(module.form) for module in loaded.model.modules() if isinstance(module, Linear)]
-    assert forms.count(BitsAndBytesWeight) == len(forms) - 1 == 3 * 7
+    layouts = [type(module.layout) for module in loaded.model.modules() if isinstance(module, Linear)]
+    assert layouts.count(BitsAndBytesWeight) == len(layouts) - 1 == 3 * 7
     found = logits_of(loaded, tokens)
     assert (found - ours).norm() <= LOGITS * ours.norm()
-    forms = [type(module.form) for module in load(path, "int8").model.modules() if isinstance(module, Linear)]
-    assert BitsAndBytesWeight not in forms, "with 8 bits ours are faster everywhere"
+    layouts = [type(module.layout) for module in load(path, "int8").model.modules() if isinstance(module, Linear)]
+    assert BitsAndBytesWeight not in layouts, "with 8 bits ours are faster everywhere"

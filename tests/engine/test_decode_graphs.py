@@ -12,16 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, masking_utils
 
-from fastserve.engine.attention import paged as attention_module
-from fastserve.engine.attention.paged import AttentionMetadata, PagedAttention
+from fastserve.engine.attention.metadata import AttentionMetadata
+from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.devices.cpu import CpuDevice
+from fastserve.engine.devices.find import attention_backend
 from fastserve.engine.kernels.device_step import DeviceStep
-from fastserve.engine.runner import runner as runner_module
-from fastserve.engine.runner.forward.graphs import DecodeGraphs, batch_sizes
+from fastserve.engine.runner.forward.forward_pass import ForwardParts
+from fastserve.engine.runner.forward.graphs import GraphForward, batch_sizes
+from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.sampled_ids import SampledIds
 
 from .conftest import SHAPE, TinyModels
 from .test_engine_equality import EOS, Answer, collect, greedy, make_core, run
-from .triton_interpreter import DEVICES, import_kernels
+from .triton_interpreter import DEVICES, import_kernels, triton_attention
 
 
 class Rerun:
@@ -55,17 +58,24 @@ class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
         self.seen: list[tuple[torch.Tensor, ...]] = []
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
-        step = self._attention.context
+        step = self._attention._step
         assert isinstance(step, DeviceStep)
         self.seen.append((input_ids[0], position_ids[0], step.contexts, step.slots, step.block_table))
         return types.SimpleNamespace(logits=input_ids[..., None].float())
 
 
-def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -> None:
-    attention = PagedAttention()
-    model = TellTale(attention)
+def parts_of(model: torch.nn.Module, attention: PagedAttention, *, max_num_seqs: int, max_blocks: int) -> ForwardParts:
     cpu = torch.device("cpu")
-    graphs = DecodeGraphs(model, attention, Rerun(), SampledIds(8, cpu), cpu, max_rows=8, max_blocks=3)
+    return ForwardParts(
+        model, attention, SampledIds(max_num_seqs, cpu), cpu, cpu, torch.float32,
+        block_size=16, max_num_seqs=max_num_seqs, max_model_len=16 * max_blocks,
+    )  # fmt: skip
+
+
+def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -> None:
+    attention = PagedAttention(attention_backend)
+    model = TellTale(attention)
+    graphs = GraphForward(parts_of(model, attention, max_num_seqs=8, max_blocks=3), Rerun())
     at = {len(seen[0]): [tensor.data_ptr() for tensor in seen] for seen in model.seen}
     assert set(at) == {1, 2, 4, 8}
     for count in (7, 3, 1, 2):
@@ -78,8 +88,10 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
             token_block=numbers + 10,
             token_offset=numbers,
         )
-        assert graphs.fits(context)
-        logits = graphs.run(numbers.astype(np.int64) + 100, numbers.astype(np.int64) + 16, context, block_size=16)
+        rows = np.arange(count)
+        step = PackedStep(rows + 100, rows + 16, rows, context)
+        assert graphs.supports(step) is None
+        logits = graphs(step)
         assert logits[:, 0].tolist() == (numbers + 100).tolist()
         ids, positions, contexts, slots, table = model.seen[-1]
         assert [tensor.data_ptr() for tensor in model.seen[-1]] == at[len(ids)]
@@ -92,13 +104,14 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
 
 
 def test_what_fits() -> None:
-    attention = PagedAttention()
-    cpu = torch.device("cpu")
-    graphs = DecodeGraphs(TellTale(attention), attention, Rerun(), SampledIds(4, cpu), cpu, max_rows=4, max_blocks=1)
+    attention = PagedAttention(attention_backend)
+    graphs = GraphForward(parts_of(TellTale(attention), attention, max_num_seqs=4, max_blocks=1), Rerun())
 
     def fits(*counts: int) -> bool:
         numbers = np.array(counts, dtype=np.int32)
-        return graphs.fits(AttentionMetadata(numbers, numbers, numbers, numbers[:, None], numbers, numbers))
+        rows = np.arange(sum(counts))
+        metadata = AttentionMetadata(numbers, numbers, numbers, numbers[:, None], numbers, numbers)
+        return graphs.supports(PackedStep(rows, rows, rows, metadata)) is None
 
     assert fits(1)
     assert fits(1, 3)
@@ -115,17 +128,9 @@ def test_an_engine_on_graphs_equals_generate(
     kernels: Any = import_kernels("triton_attention")
     recorder = Rerun()
 
-    def record(
-        model: torch.nn.Module, attention: PagedAttention, drawn: SampledIds, where: torch.device, **sizes: int
-    ) -> DecodeGraphs:
-        assert attention.takes_device_steps
-        return DecodeGraphs(model, attention, recorder, drawn, where, **sizes)
-
     if device == "cpu":
-        monkeypatch.setattr(
-            attention_module, "_find_gpu_kernel", lambda _shapes, _dtype, where: kernels.TritonPagedAttention(where)
-        )
-        monkeypatch.setattr(runner_module, "record_decode_graphs", record)
+        monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
+        monkeypatch.setattr(CpuDevice, "graph_recorder", lambda self: recorder)
         monkeypatch.setattr(kernels, "_LEAST_SPLITS", 1)  # of so short contexts most would be empty
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
     config = GptOssConfig(**{**SHAPE, **small}, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)

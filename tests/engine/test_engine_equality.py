@@ -12,6 +12,7 @@ from fastserve.demo import demo_model_path
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.cpu import CpuDevice
 from fastserve.engine.settings import EngineConfig
 
 from .conftest import CONFIGS, TinyModels
@@ -20,8 +21,12 @@ EOS = 1
 BASE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_num_seqs": 64, "block_size": 16}
 
 
-def make_core(path: str, **settings: Any) -> EngineCore:
-    return build_core(EngineConfig(model_dir=path, **{**BASE, **settings}), lambda *_: None)
+def make_core(path: str, *, overlap: bool | None = None, **settings: Any) -> EngineCore:
+    """`overlap`: whether steps are launched ahead, None: as the device does it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if overlap is not None:
+            patch.setattr(CpuDevice, "runs_ahead", overlap)
+        return build_core(EngineConfig(model_dir=path, **{**BASE, **settings}), lambda *_: None)
 
 
 @dataclasses.dataclass
@@ -97,8 +102,8 @@ def test_random_mixtures_equal_generate(tiny_models: TinyModels, name: str, bloc
 def run_mixture(tiny_models: TinyModels, path: str, block_size: int, seed: int, **settings: Any) -> int:
     """Check one random mixture; return how often a sequence was preempted."""
     # A small budget cuts prompts into chunks; a small pool makes sequences push each other out.
-    sizes = {"block_size": block_size, "max_num_batched_tokens": 13, "max_total_tokens": 112, "max_model_len": 100}
-    core = make_core(path, **sizes, **settings)
+    sizes: dict[str, Any] = {"max_num_batched_tokens": 13, "max_total_tokens": 112, "max_model_len": 100}
+    core = make_core(path, block_size=block_size, **sizes, **settings)
     eos = list(core.info.eos_token_ids)
     vocabulary = core.info.vocab_size
     rng = random.Random(seed)

@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from fastserve.demo import demo_model_path
-from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.attention.paged import PagedAttention, attention_implementation
 from fastserve.engine.build import build_core
+from fastserve.engine.devices.find import attention_backend
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
 from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm, fuse_norms
-from fastserve.engine.loading.loader import LoadedModel, prepare, register
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.loading.loader import LoadedModel, prepare
+from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.verify import difference
 from fastserve.engine.settings import EngineConfig
 
-from .conftest import CONFIGS, TinyModels
+from .conftest import CONFIGS, TinyModels, keep_way
 
 # Sizes with and without a rest after whole vectors of 16.
 SIZES = [16, 48, 100, 896]
@@ -33,7 +34,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture(scope="module")
 def kernels() -> ElementwiseKernels:
-    found = ElementwiseKernels.load(torch.bfloat16, torch.device("cpu"))
+    found = ElementwiseKernels.load(torch.bfloat16)
     assert found is not None, "the kernels must build here, or nothing is tested"
     return found
 
@@ -47,7 +48,7 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", [1, 7, 400])
 def test_kernels_equal_their_definition(dtype: torch.dtype, size: int, rows: int) -> None:
-    kernels = ElementwiseKernels.load(dtype, torch.device("cpu"))
+    kernels = ElementwiseKernels.load(dtype)
     assert kernels is not None
     torch.manual_seed(size)
     x, weight = torch.randn(rows, size).to(dtype), torch.randn(size).to(dtype)
@@ -79,9 +80,9 @@ def test_extreme_gates_do_not_overflow(kernels: ElementwiseKernels) -> None:
 
 def prepared(name: str, model: PreTrainedModel | None = None) -> LoadedModel:
     torch.manual_seed(0)
-    attention = PagedAttention()
+    attention = PagedAttention(attention_backend)
     model = model or AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
-    model.set_attn_implementation(register(attention))
+    model.set_attn_implementation(attention_implementation())
     return prepare(model, attention, torch.float32)
 
 
@@ -90,11 +91,9 @@ def counts(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
 
 
 def assert_computes_the_same(loaded: LoadedModel) -> None:
-    probe_shapes(loaded)
     sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
-    runner.drop_decoder("the modules are what is tested")
-    found = difference(loaded.reference, runner, **sizes)
+    found = difference(loaded.reference, runner, keep_way(runner, "modules"), **sizes)
     assert found is not None
     assert found < 1e-4
 

@@ -316,7 +316,6 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 
 def test_a_model_without_attention(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind that nobody has named before: nothing in it asks for attention."""
-    monkeypatch.setattr(build, "probe_shapes", lambda loaded: None)
     monkeypatch.setattr(loading, "fuse_attention", lambda *_: FusedLayers("attention", 0, 0))
     config = EngineConfig(model_dir=base, device="cpu", dtype="float32", max_num_seqs=4, max_total_tokens=64)
     with pytest.raises(StartupError, match=r"^LlamaForCausalLM cannot be served: it has no attention that can be"):

@@ -29,10 +29,11 @@ from fastserve.engine import build, memory, process, sizing
 from fastserve.engine.build import build_core
 from fastserve.engine.client import EngineProcess, _ending
 from fastserve.engine.contract import EngineRequest, Event, Ready, SamplingParams, Submit
+from fastserve.engine.devices.cpu import CpuDevice
 from fastserve.engine.loading.loader import load_model
 from fastserve.engine.memory import FreeMemory, free_host_memory, is_out_of_memory
 from fastserve.engine.plan import StepPlan
-from fastserve.engine.runner.runner import LaunchedStep, ModelRunner, probe_shapes
+from fastserve.engine.runner.runner import LaunchedStep, ModelRunner
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 
@@ -269,7 +270,7 @@ def test_no_memory_in_a_step_ends_the_engine_with_a_reason(model_path: str, monk
 
 def start_with(path: str, free: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> int:
     """Tokens of the KV cache that an engine in this process finds with `free` bytes."""
-    monkeypatch.setattr(sizing, "free_host_memory", lambda: FreeMemory(free, "in this test"))
+    monkeypatch.setattr(CpuDevice, "free_memory", lambda self: FreeMemory(free, "in this test"))
     info = build_core(config(path, **settings), lambda *_: None).info
     return info.num_blocks * info.block_size
 
@@ -317,7 +318,6 @@ def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedCo
     AutoModelForCausalLM.from_config(model, dtype=torch.float32).save_pretrained(tmp_path)
     settings = config(str(tmp_path), max_num_seqs=256, max_total_tokens=16384)
     loaded = load_model(str(tmp_path), "cpu", "float32", trust_remote_code=False, progress=lambda *_: None)
-    probe_shapes(loaded)
     kept = sizing.step_bytes(loaded, settings, 256, 512, loaded.device)
     core = build_core(settings, lambda *_: None)
     rng = random.Random(1)

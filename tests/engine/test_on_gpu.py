@@ -20,12 +20,12 @@ from fastserve.demo import demo_model_path
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.cuda import waiting_is_an_error
+from fastserve.engine.devices.find import find_device
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.quantization import quantize_int8, quantize_nf4
 from fastserve.engine.loading import loader as loading
-from fastserve.engine.loading.loader import find_device, load_model
-from fastserve.engine.runner.forward.graphs import waiting_is_an_error
-from fastserve.engine.runner.runner import probe_shapes
+from fastserve.engine.loading.loader import load_model
 from fastserve.engine.settings import EngineConfig, WeightOptions
 
 from .conftest import CONFIGS, TinyModels
@@ -48,7 +48,7 @@ def make_gpu_core(path: str, **settings: Any) -> EngineCore:
 
 def graphs_of(core: EngineCore) -> Any:
     executor: Any = core._executor
-    return executor._decode_graphs
+    return next((way for way in executor.forward_passes.ways if way.name == "graphs"), None)
 
 
 def answer_all(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[int]]:
@@ -121,7 +121,7 @@ def ask_demo(**settings: Any) -> tuple[dict[str, str], EngineCore]:
 def count_kernel_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each product of a quantized weight that a kernel for GPUs computes."""
     products: list[int] = []
-    original = QuantizedWeight._product_on_gpu
+    original = QuantizedWeight._product_of_codes
 
     def counted(self: QuantizedWeight, x: torch.Tensor) -> torch.Tensor | None:
         found = original(self, x)
@@ -129,7 +129,7 @@ def count_kernel_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             products.append(len(x))
         return found
 
-    monkeypatch.setattr(QuantizedWeight, "_product_on_gpu", counted)
+    monkeypatch.setattr(QuantizedWeight, "_product_of_codes", counted)
     return products
 
 
@@ -241,8 +241,7 @@ def test_what_cannot_be_recorded_runs_one_kernel_at_a_time(
 
 def test_pages_of_all_layers_count_towards_the_memory_of_the_device(tiny_models: TinyModels) -> None:
     loaded = load_model(tiny_models.path("llama"), DEVICE, "float32", trust_remote_code=False, progress=lambda *_: None)
-    probe_shapes(loaded)
-    assert find_device(DEVICE) == loaded.device == next(loaded.model.parameters()).device
+    assert find_device(DEVICE).torch_device == loaded.device == next(loaded.model.parameters()).device
     assert len(loaded.attention.shapes_on(loaded.device)) == CONFIGS["llama"].num_hidden_layers
     core = build_core(
         EngineConfig(tiny_models.path("llama"), device=DEVICE, max_num_seqs=4, gpu_memory_utilization=0.9),

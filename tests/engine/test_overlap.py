@@ -27,6 +27,7 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.device import pack, unpack
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.plan import StepPlan, StepResult
 from fastserve.engine.process import EngineLoop
@@ -38,7 +39,7 @@ from fastserve.engine.sampling.sampler import Sampler
 from fastserve.engine.speculation.draft_budget import Controller
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import DraftRequest, Speculator
-from fastserve.engine.transfers import Readback, pack, to_device, unpack
+from fastserve.engine.transfers import Readback, to_device
 
 from .conftest import TinyModels
 from .test_engine_equality import EOS, Answer, greedy, make_core, random_prompt, run, run_mixture
@@ -407,7 +408,8 @@ def test_all_parameters_in_any_mixture_draw_the_same_with_and_without(
 
 def test_it_is_off_on_cpus_and_with_a_draft_model(tiny_models: TinyModels) -> None:
     path = tiny_models.path("llama")
-    for settings in ({}, {"overlap": True, "speculative_model_dir": path}):
+    cases: list[dict[str, Any]] = [{}, {"overlap": True, "speculative_model_dir": path}]
+    for settings in cases:
         core = make_core(path, **settings)
         watched = watch(core)
         answers = {"r": Answer()}

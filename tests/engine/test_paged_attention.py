@@ -1,20 +1,33 @@
-"""The kernel and its form in torch operations against attention written down as it is defined."""
+"""The kernel for CPUs and attention in torch operations against attention written down as it is defined."""
 
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastserve.engine.attention.paged import AttentionMetadata, LayerShape, PagedAttention
+from fastserve.engine.attention.backend import AttentionBackend
+from fastserve.engine.attention.cpu_backend import CpuAttention
+from fastserve.engine.attention.metadata import AttentionMetadata, LayerShape
+from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.attention.torch_backend import TorchAttention
+from fastserve.engine.devices.device import Device
+from fastserve.engine.devices.find import attention_backend, device_of
 from fastserve.engine.kernels import build
 from fastserve.engine.kernels.paged_attention import PagedAttentionKernel
 
 BLOCK = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def torch_backend(
+    device: torch.device, shapes: Sequence[LayerShape], dtype: torch.dtype, block_size: int
+) -> AttentionBackend:
+    return Device.attention_backend(device_of(device), shapes, dtype, block_size)
 
 
 def definition(
@@ -67,9 +80,10 @@ def test_equals_the_definition(
     """A history of steps in which sequences with scattered blocks decode and prefill side by side."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    attention = PagedAttention()
-    attention.shapes[0] = LayerShape(heads, kv_heads, key_dim, value_dim)
-    attention.allocate(40, BLOCK, dtype, torch.device("cpu"), use_kernel=use_kernel)
+    attention = PagedAttention(attention_backend if use_kernel else torch_backend)
+    attention.shapes[0], attention.devices[0] = LayerShape(heads, kv_heads, key_dim, value_dim), torch.device("cpu")
+    attention.allocate(40, BLOCK, dtype)
+    assert isinstance(attention.backend, CpuAttention if use_kernel else TorchAttention)
     tables = rng.permutation(40).reshape(5, 8).astype(np.int32)
     sinks = torch.randn(heads) if with_sinks else None
     scaling = 0.3
@@ -85,7 +99,7 @@ def test_equals_the_definition(
         lengths = [counts[index] for index in order]
         starts = np.cumsum([0, *lengths[:-1]])
         places = [np.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
-        attention.context = AttentionMetadata(
+        metadata = AttentionMetadata(
             starts=starts.astype(np.int32),
             counts=np.array(lengths, dtype=np.int32),
             positions=np.array(firsts, dtype=np.int32),
@@ -93,17 +107,18 @@ def test_equals_the_definition(
             token_block=np.concatenate([tables[i][at // BLOCK] for i, at in zip(order, places, strict=True)]),
             token_offset=np.concatenate(places).astype(np.int32) % BLOCK,
         )
-        out, _ = attention(
-            types.SimpleNamespace(layer_idx=0),
-            query,
-            key,
-            value,
-            None,
-            scaling=scaling,
-            sliding_window=window,
-            softcap=softcap,
-            s_aux=sinks,
-        )
+        with attention.running(metadata):
+            out, _ = attention(
+                types.SimpleNamespace(layer_idx=0),
+                query,
+                key,
+                value,
+                None,
+                scaling=scaling,
+                sliding_window=window,
+                softcap=softcap,
+                s_aux=sinks,
+            )
         for index, start, first, length in zip(order, starts, firsts, lengths, strict=True):
             part = slice(int(start), int(start) + length)
             known_keys[index] = torch.cat([known_keys[index], key[0, :, part].transpose(0, 1)])

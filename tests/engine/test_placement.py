@@ -15,8 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from fastserve.engine import build, sizing
+from fastserve.engine.attention.cpu_backend import CpuAttention
 from fastserve.engine.build import build_core
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.cpu import CpuDevice
+from fastserve.engine.devices.device import Device
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.layers.layouts.find import is_mapped
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.linear import Linear
@@ -24,8 +28,10 @@ from fastserve.engine.loading import placement as placement_module
 from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.loading.placement import Caps, Placement, find_placement, make_placement, plan, quantized_dtypes
 from fastserve.engine.memory import FreeMemory
-from fastserve.engine.runner.forward.whole_step import NativeDecoder, UnknownPartError
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.forward.forward_pass import ForwardParts, UnsupportedError
+from fastserve.engine.runner.forward.whole_step import WholeStepForward
+from fastserve.engine.runner.runner import ModelRunner
+from fastserve.engine.runner.sampled_ids import SampledIds
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.engine.spread import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.errors import StartupError
@@ -170,7 +176,7 @@ def test_only_cuda_has_several_devices(device: str, spread: Spread) -> None:
 def with_gpus(monkeypatch: pytest.MonkeyPatch, *free: int, host: int = 100 * GB) -> None:
     """Let the machine have GPUs with so much free memory, which is all they have."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], free[index]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], free[device.index]))
     monkeypatch.setattr(placement_module, "free_host_memory", lambda: FreeMemory(host, "in this test"))
 
 
@@ -305,14 +311,14 @@ def test_an_engine_on_several_devices_equals_generate(
     rng = random.Random(3)
     prompts = {f"r{length}": [rng.randrange(2, 160) for _ in range(length)] for length in (2, 20, 45)}
     core, runner, loaded = spread_core(monkeypatch, path, spread_over(layout), max_num_batched_tokens=32, block_size=16)
-    assert runner.decoder is None
+    assert [way.name for way in runner.forward_passes.ways] == ["modules"]
     answers = {key: Answer() for key in prompts}
     for key, prompt in prompts.items():
         assert core.add(greedy(prompt, 12, key)) is None
     run(core, answers)
     assert loaded.placement is not None
     layers = "transformer.h" if name == "gpt2" else "model.layers"
-    for index, (keys, values) in enumerate(runner._attention.pages()):
+    for index, (keys, values) in enumerate(loaded.attention.caches()):
         assert keys.device == values.device == loaded.placement.device_of(f"{layers}.{index}")
         assert keys.any()
     for key, prompt in prompts.items():
@@ -349,7 +355,9 @@ def test_quantized_weights_live_on_several_devices(
         found = loaded.weights.get(name)
         assert found.device == place.device
         assert torch.allclose(found.cpu(), whole.weights.get(name), atol=1e-6)
-    packed_layers = [m for m in loaded.model.modules() if isinstance(m, Linear) and isinstance(m.form, QuantizedWeight)]
+    packed_layers = [
+        m for m in loaded.model.modules() if isinstance(m, Linear) and isinstance(m.layout, QuantizedWeight)
+    ]
     assert len(packed_layers) >= 21
 
 
@@ -379,7 +387,11 @@ def test_a_step_copies_hidden_states_once_at_a_border_and_the_rest_once_for_a_de
 def test_these_devices_do_refuse_to_meet(tiny_models: TinyModels, spread_over: Spreader) -> None:
     with separate_devices():
         model = AutoModelForCausalLM.from_pretrained(tiny_models.path("llama"))
-        spread_over("two gpus")(model).move(model)
+        placement = spread_over("two gpus")(model)
+        for name, parameter in list(model.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            moved = torch.nn.Parameter(placement.put(name, parameter.data), requires_grad=False)
+            model.get_submodule(path)._parameters[leaf] = moved
         ids = torch.tensor([[4, 5]], device=FIRST)
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"tensors on \['lazy:0', 'lazy:1'\]"):
             model(input_ids=ids, use_cache=False)
@@ -433,17 +445,18 @@ def test_the_number_of_blocks_is_the_least_that_a_device_affords(
 ) -> None:
     room = 1 << 20
 
-    def free(device: torch.device) -> FreeMemory:
-        return FreeMemory(room if device == small else 1 << 30, f"on {device}")
+    def free(device: Device) -> FreeMemory:
+        return FreeMemory(room if device.torch_device == small else 1 << 30, f"on {device.torch_device}")
 
-    monkeypatch.setattr(sizing, "_free_memory", free)
+    for kind in (CpuDevice, type(device_of(small))):
+        monkeypatch.setattr(kind, "free_memory", free)
     monkeypatch.setattr(sizing, "_FIXED_BYTES", 0)
     settings: dict[str, Any] = {"max_total_tokens": None, "max_num_seqs": 4, "max_num_batched_tokens": 8}
-    core, runner, loaded = spread_core(monkeypatch, tiny_models.path("llama"), spread_over("two gpus"), **settings)
-    layers = sum(keys.device == small for keys, _ in runner._attention.pages())
+    core, _, loaded = spread_core(monkeypatch, tiny_models.path("llama"), spread_over("two gpus"), **settings)
+    layers = sum(keys.device == small for keys, _ in loaded.attention.caches())
     assert 0 < layers < 3
-    per_token = layers * 2 * (12 + 16) * 4  # KV heads x (key and padded value) x float32
-    assert loaded.attention.bytes_per_token(torch.float32, small) == per_token
+    per_token = layers * 2 * (12 + 12) * 4  # KV heads x (key and value) x float32
+    assert loaded.attention.bytes_per_token(16, torch.float32, small) == per_token
     config = EngineConfig(tiny_models.path("llama"), max_num_seqs=4, max_num_batched_tokens=8)
     others = sizing.step_bytes(loaded, config, 8, 256, small)
     afforded = int(0.9 * room) - others
@@ -457,15 +470,15 @@ def test_a_part_on_another_device_is_not_given_to_the_kernel_for_whole_steps_on_
     """It reads by addresses: those of another device's memory would end the process."""
     path = tiny_models.path("llama")
     loaded = load_model(path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None)
-    probe_shapes(loaded)
-    loaded.attention.allocate(4, 16, torch.float32, CPU)
-    if not loaded.attention.uses_kernel:
+    loaded.attention.allocate(4, 16, torch.float32)
+    if not isinstance(loaded.attention.backend, CpuAttention):
         pytest.skip("no compiler is installed")
-    NativeDecoder.build(loaded.model, loaded.attention, torch.float32, 64)
+    parts = ForwardParts(loaded.model, loaded.attention, SampledIds(1, CPU), CPU, CPU, torch.float32, 16, 1, 63)
+    WholeStepForward.build(parts)
     embedding = loaded.model.get_input_embeddings()
     embedding.weight = torch.nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
-    with pytest.raises(UnknownPartError, match="device"):
-        NativeDecoder.build(loaded.model, loaded.attention, torch.float32, 64)
+    with pytest.raises(UnsupportedError, match="device"):
+        WholeStepForward.build(parts)
 
 
 @pytest.mark.gpu

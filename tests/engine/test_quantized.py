@@ -19,7 +19,7 @@ from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.quantization import NF4, from_codes, quantize_int8, quantize_nf4
 from fastserve.engine.loading.loader import load_model
 from fastserve.engine.loading.reference import own_logits
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck import verify
 
 from .conftest import TinyModels
@@ -285,12 +285,10 @@ def test_models_compute_with_the_dequantized_weights(
             parameters[weight_name].data = weight.t() if is_transposed else weight
     reference = own_logits(plain, torch.device("cpu"), 256)
     assert (reference.logits - unquantized.logits).abs().max() > 0.01 * reference.logits.std(), "nothing was quantized"
-    probe_shapes(loaded)
     sizes = {"num_blocks": 8, "block_size": 16, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
-    assert (runner.decoder is not None) == is_native
-    for _ in range(2):
-        error = verify.difference(reference, runner, **sizes)
+    assert ("whole_step" in {way.name for way in runner.forward_passes.ways}) == is_native
+    for way in runner.forward_passes.ways:
+        error = verify.difference(reference, runner, way, **sizes)
         assert error is not None
         assert error < 1e-3
-        runner.decoder = None  # and by its modules

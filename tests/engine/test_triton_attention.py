@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastserve.engine.attention import paged as attention_module
-from fastserve.engine.attention.paged import AttentionMetadata, LayerShape, PagedAttention
+from fastserve.engine.attention.metadata import AttentionMetadata, LayerShape
+from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.devices.cpu import CpuDevice
+from fastserve.engine.devices.find import attention_backend
 
 from .test_paged_attention import definition
-from .triton_interpreter import DEVICES, import_kernels
+from .triton_interpreter import DEVICES, import_kernels, triton_attention
 
 kernels: Any = import_kernels("triton_attention")
+
+from fastserve.engine.attention.triton_backend import TritonAttention  # noqa: E402  # needs triton
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 NUM_BLOCKS = 48
@@ -26,17 +30,18 @@ class History:
 
     def __init__(self, shape: LayerShape, count: int, block_size: int, dtype: torch.dtype, device: str) -> None:
         self.shape, self.block_size, self.dtype, self.device = shape, block_size, dtype, device
-        self.attention = PagedAttention()
-        self.attention.shapes[0] = shape
-        self.attention.allocate(NUM_BLOCKS, block_size, dtype, torch.device(device))
+        self.attention = PagedAttention(attention_backend)
+        self.attention.shapes[0], self.attention.devices[0] = shape, torch.empty(0, device=device).device
+        self.attention.allocate(NUM_BLOCKS, block_size, dtype)
+        assert isinstance(self.attention.backend, TritonAttention)
         self.tables = np.random.default_rng(0).permutation(NUM_BLOCKS).reshape(count, -1).astype(np.int32)
         self.keys = [torch.zeros(0, shape.num_kv_heads, shape.key_dim, dtype=dtype) for _ in range(count)]
         self.values = [torch.zeros(0, shape.num_kv_heads, shape.value_dim, dtype=dtype) for _ in range(count)]
 
     def spoil(self) -> None:
         """Whatever other requests left in the blocks."""
-        for pages in self.attention._pages[0]:
-            pages.fill_(float("nan"))
+        for cache in self.attention.caches()[0]:
+            cache.fill_(float("nan"))
 
     def step(self, counts: list[int], **options: Any) -> None:
         """Give each sequence `counts` new tokens (0: it takes no part) and compare with the definition."""
@@ -54,7 +59,7 @@ class History:
                 (shape.num_kv_heads, shape.value_dim),
             )
         )
-        self.attention.context = AttentionMetadata(
+        metadata = AttentionMetadata(
             starts=starts.astype(np.int32),
             counts=np.array(lengths, dtype=np.int32),
             positions=np.array(firsts, dtype=np.int32),
@@ -69,7 +74,8 @@ class History:
         }
         query_at, key_at, value_at = (tensor.to(self.device) for tensor in (query, key, value))
         module = types.SimpleNamespace(layer_idx=0)
-        out, _ = self.attention(module, query_at, key_at, value_at, None, **on_device)
+        with self.attention.running(metadata):
+            out, _ = self.attention(module, query_at, key_at, value_at, None, **on_device)
         for index, start, first, length in zip(order, starts, firsts, lengths, strict=True):
             part = slice(int(start), int(start) + length)
             self.keys[index] = torch.cat([self.keys[index], key[0, :, part].transpose(0, 1)])
@@ -84,9 +90,7 @@ class History:
 
 @pytest.fixture(autouse=True)
 def triton_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        attention_module, "_find_gpu_kernel", lambda _shapes, _dtype, device: kernels.TritonPagedAttention(device)
-    )
+    monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
     # Short contexts are cut into splits too.
     monkeypatch.setattr(kernels, "_LARGEST_LEAST_SPLIT", 1)
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.attention.paged import PagedAttention, attention_implementation
+from fastserve.engine.devices.find import attention_backend
 from fastserve.engine.loading import loader as loading
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.verify import difference
 
-from .conftest import CONFIGS
+from .conftest import CONFIGS, keep_way
 from .triton_interpreter import DEVICES, import_kernels
 
 module: Any = import_kernels("triton_elementwise")
@@ -68,20 +69,17 @@ def test_extreme_gates_do_not_overflow(device: str) -> None:
 def test_they_take_the_places_of_a_models_own_parts(
     device: str, name: str, norms: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "find_elementwise_ops", lambda *_: kernels)
+    monkeypatch.setattr(loading, "elementwise_ops", lambda *_: kernels)
     torch.manual_seed(0)
-    attention = PagedAttention()
+    attention = PagedAttention(attention_backend)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).to(device)
-    model.set_attn_implementation(loading.register(attention))
+    model.set_attn_implementation(attention_implementation())
     loaded = loading.prepare(model, attention, torch.float32)
     assert {layers.kind: layers.fused for layers in loaded.fused_layers} == {
         "norm": norms, "gated_mlp": mlps, "attention": 3
     }  # fmt: skip
-    probe_shapes(loaded)
     sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
-    if runner.decoder is not None:
-        runner.drop_decoder("the modules are what is tested")
-    found = difference(loaded.reference, runner, **sizes)
+    found = difference(loaded.reference, runner, keep_way(runner, "modules"), **sizes)
     assert found is not None
     assert found < 1e-4

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastserve.engine.devices.cpu import CpuDevice
 from fastserve.engine.layers import quantization
-from fastserve.engine.layers.layouts import quantized
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.layouts.quantized_storage import PackedStorage
 
@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layout for CPUs, and this kernel."""
     monkeypatch.setattr(PackedStorage, "of", lambda *_: None)
-    monkeypatch.setattr(quantized, "find_quantized_matmul", lambda device: kernel)
+    monkeypatch.setattr(CpuDevice, "quantized_matmul", lambda self: kernel)
 
 
 def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:

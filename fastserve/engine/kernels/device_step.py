@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastserve.engine.transfers import to_device
-
 IntArray = npt.NDArray[np.int32]
+Send = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
+"""Brings arrays to the device, in one transfer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class DeviceStep:
     """(tokens,) block * block size + offset of each new token's key and value; -1: not stored"""
     host_counts: IntArray
     host_contexts: IntArray
+    send: Send
     fixed: Items | None = None
     """Of a step whose cut does not depend on the kernel: one new token for each sequence."""
     cut: dict[tuple[int, int], Items] = field(default_factory=dict)
@@ -54,12 +57,12 @@ class DeviceStep:
         positions: IntArray,
         block_table: IntArray,
         slots: IntArray,
-        device: torch.device,
+        send: Send,
     ) -> DeviceStep:
         """`positions` (sequences,) of each sequence's first new token."""
         contexts = positions + counts
-        tensors = to_device((starts, counts, contexts, block_table, slots), device)
-        return cls(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], counts, contexts)
+        tensors = send((starts, counts, contexts, block_table, slots))
+        return cls(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], counts, contexts, send)
 
     def items(self, narrow_tokens: int, wide_tokens: int) -> Items:
         """Cut into narrow items of at most `narrow_tokens` and wide ones of `wide_tokens`; the first layer that asks
@@ -84,6 +87,6 @@ class DeviceStep:
         last = self.host_contexts[wide] - self.host_counts[wide] + first
         order = np.argsort(-last, kind="stable")
         zeros = np.zeros(len(narrow), dtype=np.int32)
-        tensors = to_device((narrow, zeros, wide[order], first[order].astype(np.int32)), self.starts.device)
+        tensors = self.send((narrow, zeros, wide[order], first[order].astype(np.int32)))
         most = int(self.host_counts[narrow].max(initial=0))
         return Items((tensors[0], tensors[1]), len(narrow), most, (tensors[2], tensors[3]), len(wide))

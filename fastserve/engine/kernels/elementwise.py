@@ -23,10 +23,10 @@ class ElementwiseKernels:
         self._libraries: dict[torch.dtype, Any] = {}
 
     @classmethod
-    def load(cls, dtype: torch.dtype, device: torch.device) -> ElementwiseKernels | None:
-        """None where there are no kernels for them."""
+    def load(cls, dtype: torch.dtype) -> ElementwiseKernels | None:
+        """None where the kernels cannot be built."""
         kernels = cls()
-        built = device.type == "cpu" and all(kernels._add(needed) for needed in (dtype, torch.float32))
+        built = all(kernels._add(needed) for needed in (dtype, torch.float32))
         return kernels if built else None
 
     def _add(self, dtype: torch.dtype) -> bool:

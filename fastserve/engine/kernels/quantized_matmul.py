@@ -1,8 +1,7 @@
-"""Weights of 8 or 4 bits on a GPU, and who multiplies with them there."""
+"""Products with weights of 8 or 4 bits."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,12 +41,3 @@ class QuantizedMatmul(Protocol):
     def product(self, x: torch.Tensor, weight: QuantizedMatrix) -> torch.Tensor:
         """`x` (rows, in), of at most `most_rows` rows -> (rows, out)"""
         ...
-
-
-def find_quantized_matmul(device: torch.device) -> QuantizedMatmul | None:
-    """None where there is none: then torch dequantizes for each product."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    from fastserve.engine.kernels.triton_quantized import TritonQuantizedMatmul
-
-    return TritonQuantizedMatmul()

@@ -13,7 +13,6 @@ releases; what an attention layer computes does not.
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 from fastserve.engine.attention.paged import AttentionCall, PagedAttention
 from fastserve.engine.contract import FusedLayers
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.fusion import NO_KERNELS, agree, report
 
@@ -147,7 +147,7 @@ def fuse_attention(
     for module, asked in layers.items():
         try:
             call = _read_call(*calls[module], asked)
-            with _current(call.hidden_states.device):
+            with device_of(call.hidden_states.device).current():
                 _try(module, call, asked, attention, kernels, context_length)
             parent, _, child = paths[module].rpartition(".")
             setattr(model.get_submodule(parent), child, FusedAttention(module, asked, attention, kernels))
@@ -155,11 +155,6 @@ def fuse_attention(
         except _DifferentError as error:
             reasons.append(f"{type(module).__name__} {error}")
     return report("attention", reasons)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _observe(
@@ -175,12 +170,13 @@ def _observe(
     handles: list[Any] = [module.register_forward_pre_hook(note, with_kwargs=True) for module in layers]
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
-        with attention.recorded() as recorded, torch.inference_mode():
+        with attention.observed() as observed, torch.inference_mode():
             model(input_ids=token, position_ids=token, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {call.module: call for call in recorded}, calls
+    attention.learn_layers(observed)
+    return {call.module: call for call in observed}, calls
 
 
 def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any], asked: AttentionCall) -> _Call:
@@ -250,13 +246,13 @@ def _try(
     named = {**others, "hidden_states": random(hidden_size), "position_embeddings": (cos, sin)}
 
     def run(layer: torch.nn.Module) -> tuple[AttentionCall, torch.Tensor, Any]:
-        with attention.recorded() as recorded, torch.inference_mode():
+        with attention.observed() as observed, torch.inference_mode():
             result = layer.forward(**named)
-        if len(recorded) != 1 or output.input is None:
+        if len(observed) != 1 or output.input is None:
             raise _DifferentError("does not call attention and output projection once")
         if any(stand_in.input is not named["hidden_states"] for stand_in in inputs):
             raise _DifferentError("does not project its hidden states as they are")
-        return recorded[0], output.input, result
+        return observed[0], output.input, result
 
     try:
         theirs, their_heads, their_result = run(trial)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.contract import FusedLayers
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.kernels.packed_linear import UNIT
 from fastserve.engine.layers.experts import Experts, expert_weights
@@ -103,9 +104,9 @@ class Assembly:
         return self._model.get_buffer(name).dtype if name in self._buffers else self._model.dtype
 
     @property
-    def is_on_cpu(self) -> bool:
-        """All of it, in memory."""
-        return isinstance(self._where, OneDevice) and self._where.device.type == "cpu"
+    def packs_weights(self) -> bool:
+        """Whether all of them are packed where they lie, in the machine's memory."""
+        return isinstance(self._where, OneDevice) and device_of(self._where.device).packs_weights
 
     @property
     def missing(self) -> list[str]:
@@ -229,7 +230,7 @@ class Assembly:
         """Whether the weights of experts are kept one by one. Plain ones on a GPU are not: there, one product of all
         is faster."""
         is_plain = isinstance(value, torch.Tensor) and name not in self._to_quantize
-        return not is_plain or self._where.device_of(name).type == "cpu"
+        return not is_plain or device_of(self._where.device_of(name)).packs_weights
 
     def _set_experts(self, name: str, value: Delivered) -> None:
         path, _, leaf = name.rpartition(".")

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastserve.engine.attention.paged import PagedAttention
+from fastserve.engine.attention.paged import PagedAttention, attention_implementation
 from fastserve.engine.contract import FusedLayers
-from fastserve.engine.kernels.elementwise_ops import ElementwiseOps, find_elementwise_ops
+from fastserve.engine.devices.device import Device
+from fastserve.engine.devices.find import attention_backend, elementwise_ops, find_device
+from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.fused_attention import fuse_attention
 from fastserve.engine.layers.fusion import fuse_norms
 from fastserve.engine.layers.quantizer import find_quantizer
@@ -33,7 +34,6 @@ from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_NAME = "fastserve_paged"
 _STATEFUL_LAYERS = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` of hybrid models that are no attention."""
 FindPlaces = Callable[[PreTrainedModel, torch.device], Placement | None]
@@ -60,25 +60,6 @@ class LoadedModel:
         return (self.device,) if self.placement is None else self.placement.devices
 
 
-def find_device(name: str | None) -> torch.device:
-    """The named device, or the best one that this machine has. Raises StartupError when the named one is missing."""
-    available = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "xpu": torch.xpu.is_available,
-        "cpu": lambda: True,
-    }
-    if name is None:
-        name = next(kind for kind, is_there in available.items() if is_there())
-    elif name not in available or not available[name]():
-        raise StartupError(
-            f"--device {name}: this machine or this build of torch has no such device; try --device cpu."
-        )
-    # With its number, as the model's tensors name it: devices are compared, and cuda is not equal to cuda:0.
-    found: torch.device = torch.empty(0, device=name).device
-    return found
-
-
 def load_model(
     model_dir: str,
     device_name: str | None,
@@ -91,18 +72,19 @@ def load_model(
 ) -> LoadedModel:
     """Load the weights of a decoder-only model. `find_places` says where its parts go, None: all of it to the device.
     Raises StartupError with the reason when that is not possible."""
-    device = find_device(device_name)
+    found = find_device(device_name)
+    device = found.torch_device
     folder = Path(model_dir)
     config = _read_config(model_dir, trust_remote_code)
-    dtype = _choose_dtype(dtype_name, config, device)
+    dtype = _choose_dtype(dtype_name, config, found)
     _refuse_unpageable(config)
     packed_settings = _packed_settings(config)
-    attention = PagedAttention()
-    model = _make_skeleton(model_dir, config, dtype, register(attention), trust_remote_code=trust_remote_code)
+    attention = PagedAttention(attention_backend)
+    model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     read_generation_config(model, folder)
     deliveries, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     placement = find_places(model, device)
-    kernels = find_elementwise_ops(dtype, (device,) if placement is None else placement.devices)
+    kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantize)
     stream_weights(model, deliveries, unexpected, assembly, progress)
@@ -115,7 +97,7 @@ def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtyp
     model = model.eval().requires_grad_(False)
     device = model.device
     reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
-    kernels = find_elementwise_ops(dtype, (device,))
+    kernels = elementwise_ops((device,), dtype)
     return _take_over(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
 
 
@@ -226,19 +208,10 @@ def _cannot_be_read(what: str, model_dir: str, error: Exception) -> StartupError
     return StartupError(f"The {what} in {model_dir} cannot be loaded: {cause}.")
 
 
-def _choose_dtype(name: str | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+def _choose_dtype(name: str | None, config: PretrainedConfig, device: Device) -> torch.dtype:
     if name is not None:
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-    stored = getattr(config, "dtype", None)
-    if device.type == "cpu":
-        return torch.bfloat16 if stored is torch.bfloat16 and _multiplies_bfloat16() else torch.float32
-    return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it; without them float32 is faster, for twice the memory."""
-    has_avx512, has_amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
-    return bool(has_avx512 or has_amx)
+    return device.default_dtype(getattr(config, "dtype", None))
 
 
 def _refuse_unpageable(config: PretrainedConfig) -> None:
@@ -266,14 +239,3 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list | tuple) else (found,)
-
-
-def register(attention: PagedAttention) -> str:
-    """Register under a name of its own: several engines may live in one process (in tests).
-
-    There is no mask of that name, so models build none: the pages know who may look at what. (To register one that is
-    None would have transformers look at the positions first, and wait for the device.)
-    """
-    name = f"{ATTENTION_NAME}_{id(attention)}"
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    return name

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.cache_folder import user_cache
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.memory import free_host_memory
 from fastserve.engine.spread import Spread, refuse_spread
 from fastserve.errors import StartupError
@@ -64,7 +65,7 @@ class Place:
 
 
 class Placement:
-    """The place of each part of one model. `put` and `move` bring weights there, `connect` lets a step follow them."""
+    """The place of each part of one model. `put` brings weights there, `connect` lets a step follow them."""
 
     def __init__(self, places: Mapping[str, Place], main: torch.device, folder: Path | None = None) -> None:
         """`places` by the path of a module or a parameter, and all below it. `main`: where token ids come from and
@@ -97,38 +98,22 @@ class Placement:
         place = self.place_of(name)
         return self._map(tensor) if place.on_disk else tensor.to(place.device)
 
-    def move(self, model: torch.nn.Module) -> None:
-        """Put what the model has where it belongs, one tensor after another; tied weights stay one. What is on the meta
-        device is left there."""
-        with torch.no_grad():
-            for name, owners in _owners(model):
-                module, leaf = owners[0]
-                old = getattr(module, leaf)
-                if old.device.type == "meta":
-                    continue
-                new = self.put(name, old.data) if isinstance(old, torch.nn.Parameter) else old.to(self.device_of(name))
-                if isinstance(old, torch.nn.Parameter):
-                    new = torch.nn.Parameter(new, requires_grad=False)
-                for module, leaf in owners:
-                    table = module._parameters if leaf in module._parameters else module._buffers
-                    table[leaf] = new
-
     def connect(self, model: torch.nn.Module) -> None:
         """Have each part take its inputs to its device when it is called, and the whole model give its logits on
         `main`. To be called again when parts were replaced."""
         for handle in self._handles:
             handle.remove()
-        travelled: dict[torch.device, TransferCache] = {device: TransferCache(device) for device in self.devices}
+        caches: dict[torch.device, _TransferCache] = {device: _TransferCache(device) for device in self.devices}
         self._handles = [
-            module.register_forward_pre_hook(_Hop(travelled[place.device]), with_kwargs=True)
+            module.register_forward_pre_hook(_Hop(caches[place.device]), with_kwargs=True)
             for path, place in self._places.items()
             for module in _called(_find(model, path))
         ]
 
         def come_home(_: torch.nn.Module, __: Any, output: Any) -> Any:
-            for luggage in travelled.values():
-                luggage.empty()
-            _make_current(self.main)
+            for cache in caches.values():
+                cache.empty()
+            device_of(self.main).make_current()
             output.logits = output.logits.to(self.main)
             return output
 
@@ -170,18 +155,18 @@ def find_placement(
     refuse_spread(device.type, spread)
     if not spread.is_wanted:
         return None
-    count = torch.cuda.device_count()
+    count = device_of(device).count()
     if spread.num_gpus > count:
         raise StartupError(
             f"--num-gpus {spread.num_gpus}: {count} {'GPU is' if count == 1 else 'GPUs are'} to be seen here (--gpus "
             f"and CUDA_VISIBLE_DEVICES choose them); start with --num-gpus {count}"
             f"{'' if spread.cpu_offloading else ', or add --cpu-offloading where the model does not fit'}."
         )
-    caps = _find_caps(spread, utilization)
+    caps = _find_caps(device, spread, utilization)
     kept_as = None if quantize is None else quantized_dtypes(model, quantize)
     places = plan(model, caps, kept_as)
     _require_fit(model, places, caps, spread, kept_as)
-    gpus = [torch.device("cuda", index) for index in range(spread.num_gpus)]
+    gpus = [torch.device(device.type, index) for index in range(spread.num_gpus)]
     placement = make_placement(model, places, gpus, _offload_folder() if "disk" in places.values() else None)
     logger.info("Weights: %s", _summary(model, placement, kept_as))
     return placement
@@ -244,11 +229,11 @@ def make_placement(
     return Placement(named, main, folder)
 
 
-def _find_caps(spread: Spread, utilization: float) -> Caps:
+def _find_caps(device: torch.device, spread: Spread, utilization: float) -> Caps:
     gpus = []
     for index in range(spread.num_gpus):
-        free, total = torch.cuda.mem_get_info(index)
-        allowed = int(max(0, free - (1 - utilization) * total) * _WEIGHTS_SHARE)
+        gpu = device_of(torch.device(device.type, index))
+        allowed = int(gpu.allowed_bytes(gpu.free_memory(), utilization) * _WEIGHTS_SHARE)
         gpus.append(allowed if spread.max_gpu_memory is None else min(allowed, spread.max_gpu_memory))
     host = int(free_host_memory().num_bytes * utilization * _WEIGHTS_SHARE) if spread.cpu_offloading else None
     return Caps(tuple(gpus), host)
@@ -335,9 +320,9 @@ def _gigabytes(num_bytes: int) -> str:
 # ---- the way of a step ------------------------------------------------------------------------------------------
 
 
-class TransferCache:
+class _TransferCache:
     """What a step has brought to a device beside the hidden states. All layers ask for the same (cosines and sines of
-    the positions), so it travels once for a step."""
+    the positions), so it is sent once a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -357,17 +342,18 @@ class TransferCache:
 class _Hop:
     """Runs before a part of the model: its inputs, and the kernels that it launches, go to its device."""
 
-    def __init__(self, luggage: TransferCache) -> None:
-        self._luggage = luggage
+    def __init__(self, cache: _TransferCache) -> None:
+        self._cache = cache
 
     def __call__(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        device = self._luggage.device
-        _make_current(device)
+        device = self._cache.device
+        # Kernels are launched on the current device, wherever the tensors are.
+        device_of(device).make_current()
         # Hidden states are other ones in each layer, though they may be the same tensor, changed in place.
         named = {
-            name: _moved(value, device) if name == "hidden_states" else self._luggage.bring(value)
+            name: _moved(value, device) if name == "hidden_states" else self._cache.bring(value)
             for name, value in kwargs.items()
         }
         return _moved(args, device), named
@@ -381,12 +367,6 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _moved(item, device) for key, item in value.items()}
     return value
-
-
-def _make_current(device: torch.device) -> None:
-    """Triton launches on the current device, wherever the tensors are."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 # ---- names ------------------------------------------------------------------------------------------------------

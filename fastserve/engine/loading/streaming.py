@@ -74,7 +74,7 @@ def _take_in(deliveries: Sequence[WeightLoad], model: PreTrainedModel, assembly:
 
     def take(delivery: WeightLoad) -> list[Value] | None:
         values = delivery.load()
-        if not assembly.is_on_cpu or delivery.num_bytes > _AHEAD_BYTES:
+        if not assembly.packs_weights or delivery.num_bytes > _AHEAD_BYTES:
             return values
         _add(delivery, values, model, assembly)
         return None

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastserve.engine.attention.paged import AttentionMetadata, PagedAttention
+from fastserve.engine.attention.metadata import AttentionMetadata
 from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
-from fastserve.engine.runner.forward.graphs import record_decode_graphs
-from fastserve.engine.runner.forward.whole_step import NativeDecoder, UnknownPartError
+from fastserve.engine.runner.forward.find import ForwardPasses
+from fastserve.engine.runner.forward.forward_pass import ForwardParts, ForwardPass
+from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.sampled_ids import SampledIds
 from fastserve.engine.sampling.logprobs import Logprobs, gather
 from fastserve.engine.sampling.row import SamplingRow
@@ -59,36 +60,30 @@ class ModelRunner:
     ) -> None:
         """`vocab_size`: tokens are drawn from so many entries of the logits (of a draft model, whose vocabulary may be
         padded otherwise than the model's); None: from all."""
-        self._model = loaded.model
-        self._attention: PagedAttention = loaded.attention
-        self._device = loaded.device
-        # Row numbers on the CPU may pick from a tensor on any device, such as the one where the head lives.
-        self._rows_device = loaded.device if loaded.placement is None else torch.device("cpu")
         self._block_size = block_size
         self._vocab_size = vocab_size
-        self._attention.allocate(num_blocks, block_size, loaded.dtype, loaded.device)
-        self.decoder: NativeDecoder | None = None
-        self.no_decoder_reason = ""
-        """Why a step is computed module by module; empty while it is not."""
-        try:
-            self.decoder = NativeDecoder.build(loaded.model, loaded.attention, loaded.dtype, max_model_len + 1)
-        except UnknownPartError as error:
-            self.no_decoder_reason = str(error)
+        loaded.attention.allocate(num_blocks, block_size, loaded.dtype)
         # Pages of these tables that no sequence has reached are never touched, so they cost no memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._rows: dict[int, _Row] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sampler = Sampler()
-        self._drawn = SampledIds(max_num_seqs, loaded.device)
-        self._decode_graphs = record_decode_graphs(
-            loaded.model, loaded.attention, self._drawn, loaded.device,
-            max_rows=max_num_seqs, max_blocks=self._blocks.shape[1],
-        )  # fmt: skip
-
-    def drop_decoder(self, reason: str) -> None:
-        """Compute steps module by module: the decoder turned out to compute something else than the model."""
-        self.decoder, self.no_decoder_reason = None, reason
+        self._sampled_ids = SampledIds(max_num_seqs, loaded.device)
+        self.forward_passes = ForwardPasses.of(
+            ForwardParts(
+                loaded.model,
+                loaded.attention,
+                self._sampled_ids,
+                loaded.device,
+                # Row numbers on the CPU may pick from a tensor on any device, such as the one where the head lives.
+                loaded.device if loaded.placement is None else torch.device("cpu"),
+                loaded.dtype,
+                block_size,
+                max_num_seqs,
+                max_model_len,
+            )
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. What it computes is what the plan says and nothing else."""
@@ -111,7 +106,7 @@ class ModelRunner:
                 row.num_pending += 1
                 row.drawn_at = index
         if draw is not None and num_drawn == len(sampling):
-            self._drawn.keep(draw.token_ids)
+            self._sampled_ids.keep(draw.token_ids)
         return LaunchedStep(self, sampling, rows, draw, scores, readback)
 
     def _draw(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> Draw:
@@ -163,57 +158,27 @@ class ModelRunner:
         row.num_tokens = start + len(token_ids)
         self._tokens[row.index, start : row.num_tokens] = token_ids
 
-    def forward(self, plan: StepPlan) -> torch.Tensor:
+    def forward(self, plan: StepPlan, first: ForwardPass | None = None) -> torch.Tensor:
         """Take in the plan's changes and run the model: logits (rows, vocabulary).
 
         The rows are those of each sampling chunk's last known token and drafts, in the plan's order, and then the
-        scored ones of each chunk.
+        scored ones of each chunk. `first`: use this way to compute it, and those after it where it cannot.
         """
         self.take_in(plan)
         # Single tokens lie before longer chunks, as attention wants them; `order` leads back to the plan's order.
         order = sorted(range(len(plan.chunks)), key=lambda index: plan.chunks[index].num_rows != 1)
         chunks = [plan.chunks[index] for index in order]
-        input_ids, positions, firsts, context = self._inputs(chunks)
+        input_ids, positions, firsts, metadata = self._inputs(chunks)
         first_of = dict(zip(order, firsts, strict=True))
         wanted: list[int] = []
         for index, chunk in enumerate(plan.chunks):
             if chunk.sample:
                 wanted += range(first_of[index] + chunk.num_tokens - 1, first_of[index] + chunk.num_rows)
         for index, chunk in enumerate(plan.chunks):
-            first = first_of[index] - chunk.start
-            wanted += range(first + chunk.score_begin, first + chunk.score_end)
-        rows = np.array(wanted or [0], dtype=np.int64)
-        if self._decode_graphs is not None and self._decode_graphs.fits(context):
-            logits = self._decode_graphs.run(input_ids, positions, context, self._block_size)
-            if wanted == list(range(len(logits))):
-                return logits
-            return logits[to_device([rows], logits.device)[0]][: len(wanted)]
-        return self._logits(input_ids, positions, rows, context)[: len(wanted)]
-
-    def _logits(
-        self,
-        input_ids: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        wanted: npt.NDArray[np.int64],
-        context: AttentionMetadata,
-    ) -> torch.Tensor:
-        """`input_ids`, `positions` (tokens,), `wanted` (rows,) -> logits (rows, vocabulary)"""
-        ids, places = to_device([input_ids, positions], self._device)
-        [rows] = to_device([wanted], self._rows_device)
-        if input_ids.min() < 0:
-            self._drawn.fill_in(ids)
-        with torch.inference_mode():
-            if self.decoder is not None and self.decoder.is_usable:
-                return self.decoder(ids, places, rows, context)
-            self._attention.context = context
-            # transformers takes row numbers: the head is computed for no rows but those drawn from.
-            logits: torch.Tensor = self._model(
-                input_ids=ids.unsqueeze(0),
-                position_ids=places.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=rows,
-            ).logits[0]
-            return logits
+            begin = first_of[index] - chunk.start
+            wanted += range(begin + chunk.score_begin, begin + chunk.score_end)
+        step = PackedStep(input_ids, positions, np.array(wanted or [0], dtype=np.int64), metadata)
+        return self.forward_passes.logits(step, first)[: len(wanted)]
 
     def forget(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
@@ -230,7 +195,7 @@ class ModelRunner:
     def _inputs(
         self, chunks: Sequence[Chunk]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], AttentionMetadata]:
-        """Token ids and positions of the packed batch, where each chunk's first token lies, and the context."""
+        """Token ids and positions of the packed batch, where each chunk's first token lies, and the metadata."""
         index = np.array([self._rows[chunk.seq_id].index for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
         counts = np.array([chunk.num_rows for chunk in chunks])
@@ -239,7 +204,7 @@ class ModelRunner:
         rows = np.repeat(index, counts)
         positions = np.repeat(starts - firsts, counts) + np.arange(ends[-1])
         num_blocks = -(-int((starts + counts).max()) // self._block_size)
-        context = AttentionMetadata(
+        metadata = AttentionMetadata(
             starts=firsts.astype(np.int32),
             counts=counts.astype(np.int32),
             positions=starts.astype(np.int32),
@@ -253,7 +218,7 @@ class ModelRunner:
             row = self._rows[chunk.seq_id]
             if chunk.start >= row.num_tokens:
                 input_ids[first] = SampledIds.stand_in(row.drawn_at)
-        return input_ids, positions, firsts, context
+        return input_ids, positions, firsts, metadata
 
     def _sampling_row(self, row: _Row, num_drafts: int) -> SamplingRow:
         token_ids = self._tokens[row.index, : row.num_tokens + row.num_pending + num_drafts]
@@ -298,11 +263,3 @@ class LaunchedStep:
             prompt_logprobs={seq_id: scores.told() for seq_id, scores in self._scores.items()},
             num_drafts={chunk.seq_id: len(chunk.draft_ids) for chunk in self._chunks if chunk.draft_ids},
         )
-
-
-def probe_shapes(loaded: LoadedModel) -> None:
-    """Run one token without pages, so that the attention learns what each layer stores."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=loaded.device)
-    loaded.attention.context = None
-    with torch.inference_mode():
-        loaded.model(input_ids=token, position_ids=token, use_cache=False)

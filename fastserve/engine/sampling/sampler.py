@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fastserve.engine.contract import TokenLogprob
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.sampling import bias, filters, logprobs, noise, penalties, typical
 from fastserve.engine.sampling.batch import Batch, Group
 from fastserve.engine.sampling.entries import Entries
@@ -106,8 +107,7 @@ def _uniforms(group: Group, rows: Sequence[SamplingRow]) -> npt.NDArray[np.float
 
 def _where_to_invert(device: torch.device) -> torch.device:
     """The device itself, or the CPU where the device has no float64."""
-    lacks = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
-    return torch.device("cpu") if lacks else device
+    return device if device_of(device).has_float64 else torch.device("cpu")
 
 
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """A small model of the same class and settings, to find out whether the kernel's description of a model is complete.
 
 A model can do something between its modules that no look at the modules tells (scale the embeddings, clip, leave out
-positions in some layers). So before a model's steps are given to one kernel call, a twin with the same settings, small
-sizes and random weights is computed in float32 by its own code and by the kernel: rounding hides nothing there.
+positions in some layers). So before a model's steps are computed from a description of it, a twin with the same
+settings, small sizes and random weights is computed in float32 by its own code and from its description: rounding hides
+nothing there.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fastserve.engine.attention.paged import PagedAttention
-from fastserve.engine.loading.loader import LoadedModel, prepare, register
-from fastserve.engine.runner.runner import ModelRunner, probe_shapes
+from fastserve.engine.attention.paged import PagedAttention, attention_implementation
+from fastserve.engine.devices.find import attention_backend
+from fastserve.engine.loading.loader import LoadedModel, prepare
+from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.verify import difference
 
 _LENGTH = 64
@@ -25,19 +27,21 @@ _TOLERANCE = 1e-3
 _CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, OSError)
 
 
-def twin_differs(config: PretrainedConfig) -> str | None:
-    """Why a model of these settings does not compute the same in one kernel call as by its own code, or None."""
+def twin_differs(config: PretrainedConfig, way: str) -> str | None:
+    """Why a model of these settings does not compute the same by the way of this name as by its own code, or None."""
     try:
         loaded = _make_twin(config)
         runner = ModelRunner(loaded, num_blocks=8, block_size=_BLOCK_SIZE, max_num_seqs=4, max_model_len=_LENGTH)
-        if runner.decoder is None:
-            return f"in a small one of it: {runner.no_decoder_reason}"
-        found = difference(
-            loaded.reference, runner, block_size=_BLOCK_SIZE, num_blocks=8, max_num_seqs=4, max_model_len=_LENGTH
+        ways = runner.forward_passes
+        found = next((found for found in ways.ways if found.name == way), None)
+        if found is None:
+            return f"in a small one of it: {ways.refusals[way]}"
+        error = difference(
+            loaded.reference, runner, found, block_size=_BLOCK_SIZE, num_blocks=8, max_num_seqs=4, max_model_len=_LENGTH
         )
-    except _CAUSES as error:
-        return f"no small one of it can be made: {error}"
-    if found is None or not found < _TOLERANCE:
+    except _CAUSES as cause:
+        return f"no small one of it can be made: {cause}"
+    if error is None or not error < _TOLERANCE:
         return "a small one of it computes something else"
     return None
 
@@ -51,11 +55,9 @@ def _make_twin(config: PretrainedConfig) -> LoadedModel:
             for parameter in model.parameters():
                 # Also what starts as zeros or ones must matter. Large enough that each part shows in the logits.
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    attention = PagedAttention()
-    model.set_attn_implementation(register(attention))
-    loaded = prepare(model, attention, torch.float32)
-    probe_shapes(loaded)
-    return loaded
+    attention = PagedAttention(attention_backend)
+    model.set_attn_implementation(attention_implementation())
+    return prepare(model, attention, torch.float32)
 
 
 def _shrunk(config: PretrainedConfig) -> PretrainedConfig:

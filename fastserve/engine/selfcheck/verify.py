@@ -14,6 +14,7 @@ import torch
 from fastserve.engine.contract import SamplingParams
 from fastserve.engine.loading.reference import Reference
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.runner.forward.forward_pass import ForwardPass
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.errors import StartupError
 
@@ -35,41 +36,47 @@ def verify(
     max_num_seqs: int,
     max_model_len: int,
 ) -> None:
-    """Raise StartupError when the engine's logits differ by more than rounding. Uses the first blocks of an empty
-    pool; prompts that do not fit the sizes asked for are left out."""
-    sizes = {
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-        "max_num_seqs": max_num_seqs,
-        "max_model_len": max_model_len,
-    }
-    error = difference(reference, runner, **sizes)
-    if error is None:
-        logger.warning("The sizes asked for are too small to check the model's logits at start.")
-        return
+    """Compare each way to compute a step with the model's own code, and drop those whose logits differ by more than
+    rounding; raise StartupError when the last one does. Uses the first blocks of an empty pool; prompts that do not fit
+    the sizes asked for are left out."""
     limit = max(_TOLERANCE[dtype], 4 * reference.noise)
-    if not error <= limit and runner.decoder is not None:
-        logger.warning("%s does something that one kernel call does not: its modules compute it instead.", name)
-        runner.drop_decoder("its logits differ from the model's")
-        error = difference(reference, runner, **sizes) or 0.0
-    if not error <= limit:
-        raise StartupError(
-            f"{name} cannot be served: the engine's logits differ from those of the model's own code by {error:.3g} "
-            "standard deviations. The model does something that the engine does not know."
+    ways = runner.forward_passes
+    for way in list(ways.ways):
+        error = difference(
+            reference,
+            runner,
+            way,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
         )
+        if error is None:
+            logger.warning("The sizes asked for are too small to check the model's logits at start.")
+            return
+        if error <= limit:
+            continue
+        if len(ways.ways) == 1:
+            raise StartupError(
+                f"{name} cannot be served: the engine's logits differ from those of the model's own code by "
+                f"{error:.3g} standard deviations. The model does something that the engine does not know."
+            )
+        logger.warning("%s does something that its forward pass by %s does not: other ways compute it.", name, way.name)
+        ways.drop(way, "its logits differ from the model's")
 
 
 def difference(
     reference: Reference,
     runner: ModelRunner,
+    way: ForwardPass,
     *,
     block_size: int,
     num_blocks: int,
     max_num_seqs: int,
     max_model_len: int,
 ) -> float | None:
-    """The largest difference of the engine's logits from the reference, in standard deviations of the logits; None when
-    none of its prompts fits the sizes."""
+    """The largest difference of a way's logits from the reference, in standard deviations of the logits; None when none
+    of its prompts fits the sizes."""
     which: list[int] = []
     free = num_blocks
     for index, prompt in enumerate(reference.prompts):
@@ -80,11 +87,11 @@ def difference(
     if not which:
         return None
     expected = reference.logits[which]
-    found = _engine_logits(runner, [reference.prompts[index] for index in which], block_size)
+    found = _engine_logits(runner, way, [reference.prompts[index] for index in which], block_size)
     return float((found - expected).abs().max() / expected.std().clamp_min(1e-6))
 
 
-def _engine_logits(runner: ModelRunner, prompts: list[list[int]], block_size: int) -> torch.Tensor:
+def _engine_logits(runner: ModelRunner, way: ForwardPass, prompts: list[list[int]], block_size: int) -> torch.Tensor:
     ids = range(len(prompts))
     blocks: list[list[int]] = []
     first = 0
@@ -97,7 +104,7 @@ def _engine_logits(runner: ModelRunner, prompts: list[list[int]], block_size: in
     begin = [Chunk(i, 0, min(_SPLIT, len(prompts[i]) - 1), blocks[i], sample=False) for i in ids]
     rest = [Chunk(i, begin[i].num_tokens, len(prompts[i]) - begin[i].num_tokens, [], sample=True) for i in ids]
     try:
-        runner.forward(StepPlan([], new, begin))
-        return runner.forward(StepPlan([], [], rest)).float()
+        runner.forward(StepPlan([], new, begin), way)
+        return runner.forward(StepPlan([], [], rest), way).float()
     finally:
         runner.forget(list(ids))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.layouts.onednn import OneDnnWeight
 from fastserve.engine.layers.layouts.packed import GroupedWeight, split_rows
@@ -20,7 +21,7 @@ def is_mapped(weight: torch.Tensor) -> bool:
 
 def layout_of(weight: torch.Tensor) -> WeightLayout:
     """The fastest layout that this weight can have."""
-    if is_mapped(weight):
+    if is_mapped(weight) or not device_of(weight.device).packs_weights:
         return PlainWeight(weight)
     orders = (OneDnnWeight, GroupedWeight) if _has_matrix_unit(weight.dtype) else (GroupedWeight, OneDnnWeight)
     return orders[0].of(weight) or orders[1].of(weight) or PlainWeight(weight)
@@ -37,7 +38,8 @@ def _has_matrix_unit(dtype: torch.dtype) -> bool:
 def joint_layout(weights: Sequence[torch.Tensor]) -> tuple[WeightLayout, list[WeightLayout]]:
     """One weight for layers that take the same input, and each layer's own as a part of it."""
     whole: WeightLayout | None = None
-    if not _has_matrix_unit(weights[0].dtype) and not any(is_mapped(weight) for weight in weights):
+    packs = device_of(weights[0].device).packs_weights and not any(is_mapped(weight) for weight in weights)
+    if packs and not _has_matrix_unit(weights[0].dtype):
         whole = GroupedWeight.joint(weights)
     if whole is None:
         whole = layout_of(torch.cat(list(weights)))

@@ -17,7 +17,7 @@ class OneDnnWeight:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> OneDnnWeight | None:
-        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if not torch.backends.mkldnn.is_available():
             return None
         can = {
             torch.float32: lambda: True,

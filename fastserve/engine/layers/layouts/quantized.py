@@ -7,8 +7,9 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.packed_linear import UNIT, WeightStruct
-from fastserve.engine.kernels.quantized_matmul import QuantizedMatmul, find_quantized_matmul
+from fastserve.engine.kernels.quantized_matmul import QuantizedMatmul
 from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
 from fastserve.engine.layers.layouts.quantization_scheme import QuantizedParts, Scheme, quantize, row_slices
 from fastserve.engine.layers.layouts.quantized_storage import PackedStorage, PlainStorage
@@ -30,7 +31,7 @@ class QuantizedWeight:
         )
         self._order = None if input_order is None else input_order.to(self._store.device, torch.int32)
         self._table = torch.tensor(scheme.table, device=self._store.device)
-        self._gpu_kernel: QuantizedMatmul | None = find_quantized_matmul(self._store.device)
+        self._matmul: QuantizedMatmul | None = device_of(self._store.device).quantized_matmul()
 
     @property
     def nbytes(self) -> int:
@@ -40,7 +41,7 @@ class QuantizedWeight:
         struct = self.struct(bias)
         if struct is not None and isinstance(self._store, PackedStorage) and x.dtype == self._dtype:
             return self._store.kernel.product(x, struct, self._store.shape[0])
-        if (found := self._product_on_gpu(x)) is not None:
+        if (found := self._product_of_codes(x)) is not None:
             return found if bias is None else found + bias
         if self._order is not None:
             x = x[..., self._order]
@@ -50,8 +51,8 @@ class QuantizedWeight:
         ]
         return torch.cat(parts, dim=-1)
 
-    def _product_on_gpu(self, x: torch.Tensor) -> torch.Tensor | None:
-        kernel, rows = self._gpu_kernel, x.numel() // x.shape[-1]
+    def _product_of_codes(self, x: torch.Tensor) -> torch.Tensor | None:
+        kernel, rows = self._matmul, x.numel() // x.shape[-1]
         if (
             kernel is None
             or isinstance(self._store, PackedStorage)

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.packed_linear import UNIT, PackedLinearKernel, WeightStruct
 from fastserve.engine.kernels.quantized_matmul import QuantizedMatrix
 from fastserve.engine.layers.layouts.quantization_scheme import QuantizedParts, Scheme
 
 
 class PlainStorage:
-    """QuantizedTensor in their own order, for torch operations on any device; those of 4 bits in pairs."""
+    """Codes in their own order, for torch operations on any device; those of 4 bits in pairs."""
 
     def __init__(self, bits: int, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> None:
         self._bits = bits
@@ -86,7 +87,7 @@ class PackedStorage:
         """None where the kernel cannot multiply with it."""
         codes = parts[0]
         step = 32 // scheme.bits
-        if codes.device.type != "cpu" or codes.shape[1] % step or scheme.group % step:
+        if not device_of(codes.device).packs_weights or codes.shape[1] % step or scheme.group % step:
             return None
         kernel = PackedLinearKernel.load(dtype, for_codes=True)
         return None if kernel is None else cls(scheme.bits, *parts, kernel)

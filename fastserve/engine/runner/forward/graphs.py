@@ -11,117 +11,83 @@ same pages: each layer stores the keys and values of all rows before any of them
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastserve.engine.attention.paged import AttentionMetadata, PagedAttention
+from fastserve.engine.devices.device import Device, Recorder
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.device_step import DeviceStep, IntArray, Items
-from fastserve.engine.runner.sampled_ids import SampledIds
+from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
+from fastserve.engine.runner.packed_step import PackedStep
+from fastserve.engine.transfers import to_device
 
 logger = logging.getLogger(__name__)
 
 _SMALL_SIZES = (1, 2, 4, 8)
 _SIZE_STEP = 16
-_MOST_ROWS_OF_ONE = 9
+_MAX_TOKENS_OF_SEQUENCE = 9
 """New tokens of a sequence, each of which reads the whole context once more."""
 
 
-class Recorder(Protocol):
-    """Makes a function over fixed buffers repeatable. It may call it several times while it records."""
-
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """What does the same as `run` again, on the same memory."""
-        ...
-
-
-class CudaGraphRecorder:
-    """All graphs share one pool of memory: only one of them runs at a time."""
-
-    def __init__(self) -> None:
-        self._pool: Any = torch.cuda.graph_pool_handle()
-
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        # Libraries make their workspaces, and Triton its binaries, at the first call: neither can be recorded.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-            # A capture that fails can leave the device's memory in a state of its own: what waits for the device is
-            # found out before.
-            with waiting_is_an_error():
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
-        replay: Callable[[], None] = graph.replay
-        return replay
-
-
-@contextlib.contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    """Operations of torch that wait for the device raise RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that this finds most of what waits, and not all
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-class DecodeGraphs:
+class GraphForward:
     """Runs the steps in which every sequence has one new token or a few. One thread calls it."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        attention: PagedAttention,
-        recorder: Recorder,
-        drawn: SampledIds,
-        device: torch.device,
-        *,
-        max_rows: int,
-        max_blocks: int,
-    ) -> None:
-        """`attention` must take device steps. `max_blocks` of one sequence. What the model's code cannot have recorded
-        (a wait for the device, for one) comes as RuntimeError."""
-        self._model = model
-        self._attention = attention
-        self._drawn = drawn
-        self.sizes = batch_sizes(max_rows)
+    name: ClassVar[str] = "graphs"
+    follows_description: ClassVar[bool] = False
+
+    def __init__(self, parts: ForwardParts, recorder: Recorder) -> None:
+        """The attention must take device steps. What the model's code cannot have recorded (a wait for the device, for
+        one) comes as RuntimeError."""
+        self._parts = parts
+        self._linears = parts.linears()
+        self.sizes = batch_sizes(parts.max_num_seqs)
         self._logits: torch.Tensor | None = None
+        max_blocks = -(-parts.max_model_len // parts.block_size)
         with torch.inference_mode():
-            self._inputs = _Inputs(self.sizes[-1], max_blocks, device)
+            self._inputs = _Inputs(self.sizes[-1], max_blocks, device_of(parts.device))
             # The largest first: the smaller ones then find the memory that they need in the pool.
             self._replays = {size: recorder.record(self._forward_of(size)) for size in reversed(self.sizes)}
 
-    def fits(self, context: AttentionMetadata) -> bool:
-        counts = context.counts
-        return int(counts.sum()) <= self.sizes[-1] and int(counts.max()) <= _MOST_ROWS_OF_ONE
+    @classmethod
+    def build(cls, parts: ForwardParts) -> Self:
+        recorder = device_of(parts.device).graph_recorder()
+        if recorder is None:
+            raise AbsentError("steps cannot be recorded on this device")
+        backend = parts.attention.backend
+        if backend is None or not backend.takes_device_steps:
+            raise UnsupportedError("attention looks at arrays on the host")
+        try:
+            return cls(parts, recorder)
+        except RuntimeError as error:
+            name = type(parts.model).__name__
+            logger.warning("Decoding without CUDA graphs: %s cannot be recorded (%s).", name, error)
+            raise UnsupportedError(f"the model cannot be recorded ({error})") from error
 
-    def run(
-        self,
-        input_ids: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        context: AttentionMetadata,
-        block_size: int,
-    ) -> torch.Tensor:
-        """Logits (rows, vocabulary) of a step that fits, for all its rows. They hold until the next step. Among
-        `input_ids` may be stand-ins for ids that the last step drew."""
-        count = len(input_ids)
-        slots = context.token_block * block_size + context.token_offset
-        table = np.repeat(context.block_table, context.counts, axis=0)
+    def supports(self, step: PackedStep) -> str | None:
+        counts = step.metadata.counts
+        if len(step.input_ids) > self.sizes[-1] or int(counts.max()) > _MAX_TOKENS_OF_SEQUENCE:
+            return "it has more new tokens than are recorded"
+        return "a layer has an adapter" if has_adapters(self._linears) else None
+
+    def __call__(self, step: PackedStep) -> torch.Tensor:
+        logits = self._replay(step)
+        rows = step.logit_rows
+        if np.array_equal(rows, np.arange(len(logits))):
+            return logits
+        return logits[to_device([rows], logits.device)[0]]
+
+    def _replay(self, step: PackedStep) -> torch.Tensor:
+        """Logits (tokens, vocabulary)"""
+        metadata, count = step.metadata, len(step.input_ids)
+        slots = metadata.token_block * self._parts.block_size + metadata.token_offset
+        table = np.repeat(metadata.block_table, metadata.counts, axis=0)
         with torch.inference_mode():
-            self._inputs.fill(input_ids, positions, positions + 1, slots, table)
+            self._inputs.fill(step.input_ids, step.positions, step.positions + 1, slots, table)
             self._replays[next(size for size in self.sizes if size >= count)]()
         if self._logits is None:
             raise RuntimeError("nothing was recorded")
@@ -131,14 +97,14 @@ class DecodeGraphs:
         step = self._inputs.step(size)
 
         def forward() -> None:
-            self._attention.context = step
             input_ids = self._inputs.ids[:size]
-            self._drawn.fill_in(input_ids)
-            logits = self._model(
-                input_ids=input_ids.unsqueeze(0),
-                position_ids=self._inputs.positions[:size].unsqueeze(0),
-                use_cache=False,
-            ).logits[0]
+            self._parts.sampled_ids.fill_in(input_ids)
+            with self._parts.attention.running(step):
+                logits = self._parts.model(
+                    input_ids=input_ids.unsqueeze(0),
+                    position_ids=self._inputs.positions[:size].unsqueeze(0),
+                    use_cache=False,
+                ).logits[0]
             if self._logits is None:
                 # One for all sizes: the recordings would otherwise keep one each.
                 self._logits = logits.clone()
@@ -150,8 +116,10 @@ class DecodeGraphs:
 class _Inputs:
     """What a recorded step reads, at addresses that never change."""
 
-    def __init__(self, size: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, size: int, max_blocks: int, on: Device) -> None:
         self._size = size
+        self._on = on
+        device = on.torch_device
         # Token ids and positions as int64, then contexts and slots as int32: filled by one transfer.
         self._packed = torch.zeros(6 * size, dtype=torch.int32, device=device)
         self.ids, self.positions, self._contexts, self._slots = _parts(self._packed, size)
@@ -167,7 +135,7 @@ class _Inputs:
         host = np.ones(size, dtype=np.int32)
         return DeviceStep(
             numbers, self._ones[:size], self._contexts[:size], self._table[:size], self._slots[:size], host, host,
-            fixed=Items((numbers, self._zeros[:size]), size, 1, (nothing, nothing), 0),
+            self._on.send, fixed=Items((numbers, self._zeros[:size]), size, 1, (nothing, nothing), 0),
         )  # fmt: skip
 
     def fill(
@@ -180,7 +148,7 @@ class _Inputs:
     ) -> None:
         """Arrays (rows, ...), each row a sequence with one new token."""
         # New each time, from torch's cache of pinned memory: the last step's may still be on its way.
-        pinned = self._packed.device.type == "cuda"
+        pinned = self._on.pins_memory
         staging = torch.zeros(6 * self._size, dtype=torch.int32, pin_memory=pinned)
         count = len(ids)
         to_ids, to_positions, to_contexts, to_slots = (part.numpy() for part in _parts(staging, self._size))
@@ -205,23 +173,3 @@ def batch_sizes(most: int) -> tuple[int, ...]:
     """What is recorded: few rows are padding, and few sizes take memory and time at start."""
     sizes = [size for size in (*_SMALL_SIZES, *range(_SIZE_STEP, most, _SIZE_STEP)) if size < most]
     return (*sizes, most)
-
-
-def record_decode_graphs(
-    model: torch.nn.Module,
-    attention: PagedAttention,
-    drawn: SampledIds,
-    device: torch.device,
-    *,
-    max_rows: int,
-    max_blocks: int,
-) -> DecodeGraphs | None:
-    """None where steps cannot be recorded: they are then run one kernel at a time."""
-    if device.type != "cuda" or not attention.takes_device_steps:
-        return None
-    try:
-        recorder = CudaGraphRecorder()
-        return DecodeGraphs(model, attention, recorder, drawn, device, max_rows=max_rows, max_blocks=max_blocks)
-    except RuntimeError as error:
-        logger.warning("Decoding without CUDA graphs: %s cannot be recorded (%s).", type(model).__name__, error)
-        return None

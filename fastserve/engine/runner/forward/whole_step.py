@@ -2,27 +2,31 @@
 
 Most decoder-only models are built alike: norms, attention with rotary positions, a gated MLP, each optional norm in one
 of a few places. A model of that build is recognised by its modules and described to the kernel (kernels/decoder.h);
-whether the description is all there is to it is found out by trial, not by its name: see twin.py and build.py.
-The model's modules stay as they are and compute the same, only slower: they take over while a layer has a `delta`.
+whether the description is all there is to it is found out by trial, not by its name (engine/selfcheck). The model's
+modules stay as they are and compute the same, only slower: they take over while a layer has an adapter.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from fastserve.engine.attention.paged import AttentionMetadata, LayerShape, PagedAttention
+from fastserve.engine.attention.cpu_backend import CpuAttention
+from fastserve.engine.attention.metadata import LayerShape
+from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.decoder import ACTIVATIONS, DecoderKernel, DecoderStruct, LayerStruct
 from fastserve.engine.kernels.packed_linear import WeightStruct
 from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear, TiedEmbedding, embedding_scale
+from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
+from fastserve.engine.runner.packed_step import PackedStep
 
 _NORM_PLACES = (
     {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
@@ -39,17 +43,18 @@ _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary positions whose angles depend on the position alone."""
 
 
-class UnknownPartError(Exception):
-    """The model has a part that the kernel does not know; the message names it."""
-
-
-class NativeDecoder:
+class WholeStepForward:
     """Computes the logits of a step with one call."""
 
-    def __init__(self, kernel: DecoderKernel, attention: PagedAttention, dtype: torch.dtype) -> None:
+    name: ClassVar[str] = "whole_step"
+    follows_description: ClassVar[bool] = True
+
+    def __init__(self, kernel: DecoderKernel, backend: CpuAttention, parts: ForwardParts) -> None:
         self._kernel = kernel
-        self._attention = attention
-        self._dtype = dtype
+        self._backend = backend
+        self._attention = parts.attention
+        self._dtype = parts.dtype
+        self._sampled_ids = parts.sampled_ids
         self._struct = DecoderStruct()
         self._linears: list[Linear] = []
         self._noted: set[tuple[str, float]] = set()
@@ -57,29 +62,30 @@ class NativeDecoder:
         """What the kernel's description points to."""
 
     @classmethod
-    def build(
-        cls, model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype, max_positions: int
-    ) -> NativeDecoder:
-        """For a model whose linear layers, norms and attention layers are ours already, with its pages allocated.
-        Raises UnknownPartError when it is not of the known build."""
-        kernel = DecoderKernel.load(dtype)
-        if kernel is None or not attention.uses_kernel or not _is_on_cpu(model):
-            raise UnknownPartError("there is no kernel for this device")
-        decoder = cls(kernel, attention, dtype)
-        decoder._describe(model, max_positions)
-        return decoder
+    def build(cls, parts: ForwardParts) -> Self:
+        """For a model whose linear layers, norms and attention layers are ours already."""
+        backend = parts.attention.backend
+        if not isinstance(backend, CpuAttention):
+            if device_of(parts.device).packs_weights:
+                raise UnsupportedError("there is no attention kernel for its layers")
+            raise AbsentError("the kernel computes on CPUs")
+        kernel = DecoderKernel.load(parts.dtype)
+        if kernel is None or not _is_on_cpu(parts.model):
+            raise UnsupportedError("there is no kernel for this device")
+        forward = cls(kernel, backend, parts)
+        forward._describe(parts.model, parts.max_model_len + 1)
+        return forward
 
-    @property
-    def is_usable(self) -> bool:
-        """No layer has something to add."""
-        return all(linear.delta is None for linear in self._linears)
+    def supports(self, step: PackedStep) -> str | None:
+        return "a layer has an adapter" if has_adapters(self._linears) else None
 
-    def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, context: AttentionMetadata
-    ) -> torch.Tensor:
-        """`token_ids`, `positions` (tokens,), `wanted` (rows,) of the batch -> logits (rows, vocabulary), float32."""
-        step = self._attention.kernel_step(context, self._struct.heads // self._struct.kv_heads)
-        return self._kernel(self._struct, step, token_ids, positions, wanted)
+    def __call__(self, step: PackedStep) -> torch.Tensor:
+        """In float32."""
+        input_ids, positions, rows = map(torch.from_numpy, (step.input_ids, step.positions, step.logit_rows))
+        if step.input_ids.min() < 0:
+            self._sampled_ids.fill_in(input_ids)
+        kernel_step = self._backend.kernel_step(step.metadata, self._struct.heads // self._struct.kv_heads)
+        return self._kernel(self._struct, kernel_step, input_ids, positions, rows)
 
     # ---- description --------------------------------------------------------------------------------------------
 
@@ -88,19 +94,19 @@ class NativeDecoder:
         layers, norm, head = getattr(base, "layers", None), getattr(base, "norm", None), model.get_output_embeddings()
         embedding = model.get_input_embeddings()
         if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding | TiedEmbedding):
-            raise UnknownPartError("it has no list of layers or no plain embedding")
+            raise UnsupportedError("it has no list of layers or no plain embedding")
         shapes = [self._attention.shapes.get(index) for index in range(len(layers))]
         shape = shapes[0]
-        if shape is None or any(other is None or other.like() != shape.like() for other in shapes):
-            raise UnknownPartError("its layers have attention of different shapes")
+        if shape is None or any(other is None or other.without_window() != shape.without_window() for other in shapes):
+            raise UnsupportedError("its layers have attention of different shapes")
         if shape.key_dim != shape.value_dim or shape.has_sinks:
-            raise UnknownPartError("its values have another size than its keys, or it has attention sinks")
+            raise UnsupportedError("its values have another size than its keys, or it has attention sinks")
         config = model.config.get_text_config(decoder=True)
         structs = (LayerStruct * len(layers))()
         self._alive.append(structs)
-        waves = RotaryTable(base, config, self._dtype, max_positions)
-        for struct, layer, layer_shape, pages in zip(structs, layers, shapes, self._attention.pages(), strict=True):
-            struct.keys, struct.values = (self._pointer(tensor) for tensor in pages)
+        waves = _RotaryTable(base, config, self._dtype, max_positions)
+        for struct, layer, layer_shape, cache in zip(structs, layers, shapes, self._attention.caches(), strict=True):
+            struct.keys, struct.values = (self._pointer(tensor) for tensor in cache)
             struct.window = (layer_shape.window if layer_shape else None) or 0
             self._describe_layer(struct, layer, shape)
         for index, struct in enumerate(structs):
@@ -111,13 +117,13 @@ class NativeDecoder:
         if isinstance(embedding, torch.nn.Embedding):
             whole.embedding = self._pointer(embedding.weight)
         elif embedding.layout is not head.layout:
-            raise UnknownPartError("its embedding is stored another way than its head")
+            raise UnsupportedError("its embedding is stored another way than its head")
         whole.norm = self._norm(norm)
         whole.num_layers = len(layers)
         whole.hidden = embedding.embedding_dim
         whole.heads, whole.kv_heads, whole.head_dim = shape.num_heads, shape.num_kv_heads, shape.key_dim
         whole.rotary_dim = waves.dim
-        whole.block_size = self._attention.block_size
+        whole.block_size = self._backend.block_size
         # Rounded as the model's own code does.
         whole.embedding_scale = float(torch.tensor(embedding_scale(embedding), dtype=self._dtype))
         whole.scaling = shape.scaling
@@ -129,11 +135,11 @@ class NativeDecoder:
         attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
         places = next((names for names in _NORM_PLACES if names.keys() == children.keys()), None)
         if places is None or attention is None or mlp is None:
-            raise UnknownPartError("a layer has other parts")
+            raise UnsupportedError("a layer has other parts")
         for name, place in places.items():
             setattr(struct, place, self._norm(children[name]))
         if not isinstance(attention, FusedAttention) or len(attention.inputs) != 3:
-            raise UnknownPartError("its attention is not fused")
+            raise UnsupportedError("its attention is not fused")
         for norm, place in zip(attention.norms, ("query_norm", "key_norm"), strict=True):
             if norm is not None:
                 setattr(struct, place, self._norm(norm))
@@ -142,7 +148,7 @@ class NativeDecoder:
         for projection, place in zip(projections, ("query", "key", "value", "output"), strict=True):
             setattr(struct, place, self._weight(projection))
         if struct.query.out != shape.num_heads * shape.key_dim or struct.key.out != shape.num_kv_heads * shape.key_dim:
-            raise UnknownPartError("its attention projects to another size")
+            raise UnsupportedError("its attention projects to another size")
         self._describe_mlp(struct, mlp)
 
     def _describe_mlp(self, struct: LayerStruct, mlp: torch.nn.Module) -> None:
@@ -155,29 +161,29 @@ class NativeDecoder:
             struct.gate, struct.up = self._weight(children["gate_proj"]), self._weight(children["up_proj"])
             activation = _activation(children["act_fn"])
         else:
-            raise UnknownPartError("its MLP has another build")
+            raise UnsupportedError("its MLP has another build")
         if struct.gate.bias or struct.up.bias or struct.gate.out != struct.up.out:
-            raise UnknownPartError("its MLP has a bias, or gate and up of different sizes")
+            raise UnsupportedError("its MLP has a bias, or gate and up of different sizes")
         struct.down = self._weight(mlp.down_proj)
         self._same("activation", ACTIVATIONS[activation])
         self._same("intermediate", struct.gate.out)
 
     def _weight(self, linear: torch.nn.Module | None) -> WeightStruct:
         if not isinstance(linear, Linear):
-            raise UnknownPartError("a linear layer has another class")
+            raise UnsupportedError("a linear layer has another class")
         self._linears.append(linear)
         return self._layout(linear.layout, linear.bias)
 
     def _layout(self, layout: WeightLayout, bias: torch.Tensor | None) -> WeightStruct:
         struct = layout.struct(bias)
         if struct is None:
-            raise UnknownPartError("the kernel cannot multiply with the layout of a weight")
+            raise UnsupportedError("the kernel cannot multiply with the layout of a weight")
         self._alive += [layout, bias]
         return struct
 
     def _norm(self, norm: torch.nn.Module | None) -> int:
         if not isinstance(norm, FusedRMSNorm):
-            raise UnknownPartError("a norm is not fused")
+            raise UnsupportedError("a norm is not fused")
         self._same("eps", norm.eps)
         self._same("norm_offset", norm.offset)
         return self._pointer(norm.weight)
@@ -185,13 +191,13 @@ class NativeDecoder:
     def _same(self, name: str, value: float) -> None:
         """Note a size that all layers must share."""
         if (name, value) not in self._noted and any(other == name for other, _ in self._noted):
-            raise UnknownPartError(f"layers differ in {name}")
+            raise UnsupportedError(f"layers differ in {name}")
         self._noted.add((name, value))
         setattr(self._struct, name, value)
 
     def _pointer(self, tensor: torch.Tensor) -> int:
         if tensor.dtype != self._dtype or not tensor.is_contiguous():
-            raise UnknownPartError(
+            raise UnsupportedError(
                 f"a weight or an angle is in {str(tensor.dtype).removeprefix('torch.')}, or not contiguous"
             )
         self._alive.append(tensor)
@@ -203,16 +209,16 @@ def _is_on_cpu(model: PreTrainedModel) -> bool:
     return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
-class RotaryTable:
+class _RotaryTable:
     """Cosines and sines of the rotary positions (positions, dim), for each kind of layer."""
 
     def __init__(self, base: torch.nn.Module, config: Any, dtype: torch.dtype, max_positions: int) -> None:
         rotary = getattr(base, "rotary_emb", None)
         if not isinstance(rotary, torch.nn.Module):
-            raise UnknownPartError("it has no rotary positions")
+            raise UnsupportedError("it has no rotary positions")
         kinds = getattr(rotary, "rope_type", "default")
         if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= _STATIC_ROPE:
-            raise UnknownPartError("its rotary positions depend on the length")
+            raise UnsupportedError("its rotary positions depend on the length")
         # Only the dtype of this is looked at.
         like = torch.zeros(1, dtype=dtype)
         positions = torch.arange(max_positions).unsqueeze(0)
@@ -225,7 +231,7 @@ class RotaryTable:
             }
         sizes = {wave.shape[1] for pair in self._found.values() for wave in pair}
         if len(sizes) != 1:
-            raise UnknownPartError("its layers turn parts of different sizes")
+            raise UnsupportedError("its layers turn parts of different sizes")
         self.dim: int = sizes.pop()
 
     def of_layer(self, index: int) -> tuple[torch.Tensor, ...]:
@@ -241,4 +247,4 @@ def _activation(function: torch.nn.Module) -> str:
     for name, like in known.items():
         if torch.allclose(function(x), like(x), rtol=1e-5, atol=1e-6):
             return name
-    raise UnknownPartError("its MLP has another activation")
+    raise UnsupportedError("its MLP has another activation")

@@ -1,0 +1,1 @@
+"""Devices: one file for each kind, behind one contract (device.py)."""

@@ -1,0 +1,61 @@
+"""The list of ways to compute a forward pass, and those that a model has."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, ForwardPass, UnsupportedError
+from fastserve.engine.runner.forward.graphs import GraphForward
+from fastserve.engine.runner.forward.modules import ModulesForward
+from fastserve.engine.runner.forward.whole_step import WholeStepForward
+from fastserve.engine.runner.packed_step import PackedStep
+
+logger = logging.getLogger(__name__)
+
+FORWARD_PASSES: tuple[type[ForwardPass], ...] = (WholeStepForward, GraphForward, ModulesForward)
+"""The fastest first."""
+
+
+@dataclass(slots=True)
+class ForwardPasses:
+    """The ways that one model has, the fastest first. Each step takes the first that supports it."""
+
+    ways: list[ForwardPass]
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Why the others are not among them, by name."""
+    absent: set[str] = field(default_factory=set)
+    """Those of them that this machine does not have for any model."""
+
+    @classmethod
+    def of(cls, parts: ForwardParts) -> ForwardPasses:
+        found = cls([])
+        for way in FORWARD_PASSES:
+            try:
+                found.ways.append(way.build(parts))
+            except UnsupportedError as error:
+                found.refusals[way.name] = str(error)
+                if isinstance(error, AbsentError):
+                    found.absent.add(way.name)
+                logger.debug("%s: no %s: %s", type(parts.model).__name__, way.name, error)
+        return found
+
+    def drop(self, way: ForwardPass, reason: str) -> None:
+        """Do without a way that turned out to compute something else. Raises ValueError for the last one."""
+        if len(self.ways) == 1:
+            raise ValueError(f"{way.name} is the only way left")
+        self.ways.remove(way)
+        self.refusals[way.name] = reason
+
+    def logits(self, step: PackedStep, first: ForwardPass | None = None) -> torch.Tensor:
+        """Logits (rows, vocabulary) of a step, by the first way that supports it; `first`: of this one and those after
+        it."""
+        ways = self.ways if first is None else self.ways[self.ways.index(first) :]
+        for way in ways:
+            reason = way.supports(step)
+            if reason is None:
+                return way(step)
+            logger.debug("a step of %d tokens is not computed by %s: %s", len(step.input_ids), way.name, reason)
+        raise RuntimeError("no way computes this step")
