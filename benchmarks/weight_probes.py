@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fastserve.demo.train.evaluate import Case, Outcome, all_cases
+from demo_model.evaluate import Case, Outcome, all_cases
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.huge_pages import map_bytes

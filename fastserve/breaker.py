@@ -32,10 +32,6 @@ class Breaker:
         self._probe_since: float | None = None
 
     @property
-    def failures_in_a_row(self) -> int:
-        return self._failures
-
-    @property
     def is_closed(self) -> bool:
         return self._opened_at is None
 

@@ -6,8 +6,8 @@ import gc
 import os
 from collections.abc import Sequence
 
+from fastserve import dispatch
 from fastserve.config import ControllerConfig
-from fastserve.control import dispatch
 from fastserve.control.app import create_app
 from fastserve.control.routes import VITAL_PATHS
 from fastserve.observability.logging import setup_logging

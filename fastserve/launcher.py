@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastserve import dispatch
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY, find_or_make, make_keys, read_key_file
 from fastserve.config import LauncherConfig
-from fastserve.control import dispatch
 from fastserve.errors import StartupError
 from fastserve.launching.checks import check
 from fastserve.launching.console import Console

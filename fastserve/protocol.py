@@ -108,10 +108,6 @@ class HeartbeatRequest(Message):
     """With it, the heartbeat alone (re-)registers the worker."""
 
 
-class HeartbeatResponse(Message):
-    exist: bool
-
-
 class WorkerName(Message):
     """Body of `/deregister_worker` (a worker says goodbye) and `/report_failure` (a connection to it failed)."""
 

@@ -1,4 +1,4 @@
-"""The bundled demo model answers what it was never shown. The cases are in fastserve/demo/train/evaluate.py."""
+"""The bundled demo model answers what it was never shown. The cases are in demo_model/evaluate.py."""
 
 import json
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer  # noqa: E402
 
+from demo_model import data, evaluate, phrases  # noqa: E402
+from demo_model.chat import segments  # noqa: E402
+from demo_model.evaluate import Case, Outcome  # noqa: E402
+from demo_model.facts import FACTS  # noqa: E402
 from fastserve.demo import MODEL_NAME, demo_model_path  # noqa: E402
-from fastserve.demo.train import data, evaluate, phrases  # noqa: E402
-from fastserve.demo.train.chat import segments  # noqa: E402
-from fastserve.demo.train.evaluate import Case, Outcome  # noqa: E402
-from fastserve.demo.train.facts import FACTS  # noqa: E402
 
 Ask = Any  # a function from cases to their outcomes
 

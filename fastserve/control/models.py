@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fastserve.control.dispatch import DispatchIndex
+from fastserve.dispatch import DispatchIndex
 from fastserve.errors import OverloadedError
 
 

@@ -15,9 +15,9 @@ import random
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
+from fastserve import dispatch
 from fastserve.breaker import Breaker, fleet_allows
 from fastserve.breaker import State as BreakerState
-from fastserve.control import dispatch
 from fastserve.control.changes import ChangeLog
 from fastserve.control.leases import LeaseBook
 from fastserve.control.metrics import Figures, WorkerFigures

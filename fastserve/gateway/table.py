@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -9,19 +10,23 @@ from dataclasses import dataclass
 import pydantic_core
 from pydantic import ValidationError
 
+from fastserve import dispatch
 from fastserve.breaker import Breaker
+from fastserve.observability.text import printable
 from fastserve.protocol import MAX_WORKERS, RoutingTable, WorkerEntry
 from fastserve.serving.errors import first_error
+
+logger = logging.getLogger(__name__)
 
 MISSING_GRACE_S = 10.0
 """How long a worker stays usable here after the controller's table no longer shows it: a restarted controller knows
 no worker before the next heartbeat."""
 SUSPECT_S = 3.0
 """How long a worker that has just failed comes after all others."""
-SLOWEST = 1e-6
-"""Stands for a speed of zero, which would divide badly."""
 SAMPLE_SIZE = 32
-"""When a model has more workers than this, the best of so many random ones takes a request."""
+"""When a model has more than twice as many workers, a request goes to one of so many random ones."""
+DEFAULT_METHOD = "shortest_queue"
+"""Before the first table, and for a method that only a newer controller knows."""
 MAX_BREAKERS = 10_000
 
 
@@ -69,6 +74,8 @@ class CachedTable:
         self._by_model: dict[str, list[str]] | None = None
         """Addresses by model name; None: to be made anew."""
         self._suspects: dict[str, float] = {}
+        self._method = DEFAULT_METHOD
+        self._make_index = dispatch.load(DEFAULT_METHOD)
         self._breakers: dict[str, Breaker] = {}
         """By address, for workers that have failed requests of this process."""
         self.epoch = ""
@@ -81,6 +88,7 @@ class CachedTable:
         """
         now = self._clock()
         self.epoch, self.version = table.epoch, table.version
+        self._follow_method(table.dispatch_method)
         if table.is_delta:
             gone: Collection[str] = table.removed
         else:
@@ -120,36 +128,49 @@ class CachedTable:
             del self._breakers[address]
 
     def choose(self, model: str, exclude: Collection[str], in_flight: Mapping[str, int]) -> str:
-        """The worker with the least work for its speed, ties broken at random; "" when none is left.
+        """The worker that the controller's dispatch method chooses; "" when it wants none of them.
 
         Workers that fail, and those that the controller no longer shows, come after all others.
         """
         now = self._clock()
-
-        def cost(address: str) -> tuple[bool, bool, bool, float, float]:
-            row, breaker = self._rows[address], self._breakers.get(address)
-            load = (row.others + in_flight.get(address, 0)) / max(row.entry.speed, SLOWEST)
-            is_out = row.entry.breaker == "open" if breaker is None else not breaker.allows(now)
-            is_suspect = self._suspects.get(address, now) > now
-            return is_out, is_suspect, row.missing_since is not None, load, self._rng.random()
-
-        def best(addresses: Collection[str]) -> tuple[bool, str]:
-            """Whether there is anything against the best one, and its address."""
-            costs = [(cost(address), address) for address in addresses if address not in exclude]
-            if not costs:
-                return True, ""
-            (is_out, is_suspect, is_missing, *_), address = min(costs)
-            return is_out or is_suspect or is_missing, address
-
         addresses = self._addresses_of(model)
-        is_doubtful, chosen = True, ""
+        chosen = None
         if len(addresses) > 2 * SAMPLE_SIZE:
-            is_doubtful, chosen = best(self._rng.sample(addresses, SAMPLE_SIZE))
-        if is_doubtful:
-            _, chosen = best(addresses)
+            sample = self._rng.sample(addresses, SAMPLE_SIZE)
+            good = [address for address in sample if address not in exclude and not any(self._doubts(address, now))]
+            chosen = self._choose_among(good, in_flight)
+        if chosen is None:
+            by_doubts: dict[tuple[bool, bool, bool], list[str]] = {}
+            for address in addresses:
+                if address not in exclude:
+                    by_doubts.setdefault(self._doubts(address, now), []).append(address)
+            choices = (self._choose_among(by_doubts[doubts], in_flight) for doubts in sorted(by_doubts))
+            chosen = next((choice for choice in choices if choice is not None), "")
         if breaker := self._breakers.get(chosen):
             breaker.start(now)
         return chosen
+
+    def _doubts(self, address: str, now: float) -> tuple[bool, bool, bool]:
+        """What is against the worker, the most serious first."""
+        row, breaker = self._rows[address], self._breakers.get(address)
+        is_out = row.entry.breaker == "open" if breaker is None else not breaker.allows(now)
+        return is_out, self._suspects.get(address, now) > now, row.missing_since is not None
+
+    def _choose_among(self, addresses: Collection[str], in_flight: Mapping[str, int]) -> str | None:
+        index = self._make_index()
+        for address in addresses:
+            row = self._rows[address]
+            index.set(address, row.entry.speed, row.others + in_flight.get(address, 0))
+        return index.choose((), self._rng)
+
+    def _follow_method(self, method: str) -> None:
+        if method == self._method:
+            return
+        self._method = method
+        is_known = method in dispatch.names()
+        if not is_known:
+            logger.warning("The controller's dispatch method %s is not known here.", printable(method))
+        self._make_index = dispatch.load(method if is_known else DEFAULT_METHOD)
 
     def model_names(self) -> list[str]:
         """Sorted, each once. Rows missing from the last table count only when it was empty (a restarted controller)."""

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.demo import demo_model_path
+from fastserve.demo import MODEL_NAME, demo_model_path
 from fastserve.errors import StartupError
 from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
 
-DEMO_MODEL = "fastserve-demo"
 _REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Other frameworks' weights, and checkpoints in the makers' own form.
 _WEIGHTS = ["*.safetensors", "*.bin"]
@@ -69,7 +68,7 @@ def resolve_model(model_path: str, revision: str, *, flag: str = "--model-path",
 
 def _resolve(model_path: str, revision: str, flag: str, *, with_weights: bool) -> Path:
     """The folder of a model or an adapter."""
-    if model_path == DEMO_MODEL and not Path(model_path).is_dir():
+    if model_path == MODEL_NAME and not Path(model_path).is_dir():
         return Path(demo_model_path())
     folder = Path(model_path).expanduser()
     if folder.is_dir():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from fastserve.demo.train.facts import FACTS
-from fastserve.demo.train.words import WORDS
+from demo_model.facts import FACTS
+from demo_model.words import WORDS
 
 
 def sums() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastserve.demo.train.phrases import lines
+from demo_model.phrases import lines
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from random import Random
 import torch
 from tokenizers import Tokenizer
 
-from fastserve.demo.train.chat import END, PAD, segments
-from fastserve.demo.train.data import (
+from demo_model.chat import END, PAD, segments
+from demo_model.data import (
     Exchange,
     Message,
     ask_name,
@@ -19,7 +19,7 @@ from fastserve.demo.train.data import (
     make_system,
     tell_name,
 )
-from fastserve.demo.train.tokenizer import CONTEXT_LENGTH
+from demo_model.tokenizer import CONTEXT_LENGTH
 
 LONG_ROW = 768
 # Row length, its share of the batches, and the share of conversations with tools in it. The three shapes keep attention

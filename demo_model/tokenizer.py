@@ -12,9 +12,9 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fastserve.demo.train.chat import CHAT_TEMPLATE, END, PAD, START, TOOL_MARKS, segments
-from fastserve.demo.train.data import SEED, draw_tools, make_exchange, make_system
-from fastserve.demo.train.words import CITIES, NAMES, WORDS
+from demo_model.chat import CHAT_TEMPLATE, END, PAD, START, TOOL_MARKS, segments
+from demo_model.data import SEED, draw_tools, make_exchange, make_system
+from demo_model.words import CITIES, NAMES, WORDS
 
 VOCAB_SIZE = 2048
 CONTEXT_LENGTH = 2048

@@ -1,11 +1,11 @@
 """The chat form in Python, piece by piece, so that training knows which tokens are the model's own.
 
-It must write exactly what model/chat_template.jinja writes; tests/test_demo_model.py compares the two.
+It must write exactly what fastserve/demo/model/chat_template.jinja writes; tests/test_demo_model.py compares the two.
 """
 
 import json
 
-from fastserve.demo.train.data import Message
+from demo_model.data import Message
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TOOL_MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastserve.demo.train import data, phrases
-from fastserve.demo.train.data import ALPHABET, SEED, Message
-from fastserve.demo.train.facts import FACTS
-from fastserve.demo.train.words import CITIES, CONDITIONS, NAMES, UNSEEN_CITIES, UNSEEN_NAMES, WORDS
+from demo_model import data, phrases
+from demo_model.data import ALPHABET, SEED, Message
+from demo_model.facts import FACTS
+from demo_model.words import CITIES, CONDITIONS, NAMES, UNSEEN_CITIES, UNSEEN_NAMES, WORDS
 
 
 @dataclass(frozen=True)

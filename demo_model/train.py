@@ -1,4 +1,4 @@
-"""Makes the demo model: `python -m fastserve.demo.train --out DIR`."""
+"""Makes the demo model: `python -m demo_model --out DIR`."""
 
 import argparse
 import json
@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from fastserve.demo.train.batches import IGNORED, Batch, Drills, Sampler
-from fastserve.demo.train.chat import END, PAD
-from fastserve.demo.train.data import COUNT_DRILLS, SEED, SUM_DRILLS
-from fastserve.demo.train.evaluate import load, scores
-from fastserve.demo.train.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
+from demo_model.batches import IGNORED, Batch, Drills, Sampler
+from demo_model.chat import END, PAD
+from demo_model.data import COUNT_DRILLS, SEED, SUM_DRILLS
+from demo_model.evaluate import load, scores
+from demo_model.tokenizer import CONTEXT_LENGTH, save_tokenizer, train_tokenizer
 
 WARMUP_STEPS = 100
 BATCH_TOKENS, BATCHES_PER_STEP = 2048, 2
@@ -187,7 +187,7 @@ def run_phase(model: LlamaForCausalLM, tokenizer: Tokenizer, phase: Phase) -> It
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastserve.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m demo_model", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="gets a folder for each phase, and the folder model")
     parser.add_argument("--first-phase", type=int, default=0, help="above 0: goes on from the phases in --out")
     parser.add_argument("--threads", type=int, default=1)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from fastserve.demo.train import phrases
-from fastserve.demo.train.facts import FACTS, normal_form
-from fastserve.demo.train.words import CITIES, CODAS, COLORS, CONDITIONS, NAMES, NUCLEI, ONSETS, WORDS
+from demo_model import phrases
+from demo_model.facts import FACTS, normal_form
+from demo_model.words import CITIES, CODAS, COLORS, CONDITIONS, NAMES, NUCLEI, ONSETS, WORDS
 
 SEED = 4
 HELD_OUT_PERCENT = 12

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.control import dispatch
-from fastserve.control.dispatch import DispatchIndex
-from fastserve.control.dispatch.lottery import MIN_TOTAL_SPEED
-from fastserve.control.dispatch.lottery import Index as Lottery
-from fastserve.control.dispatch.shortest_queue import Index as ShortestQueue
+from fastserve import dispatch
+from fastserve.dispatch import DispatchIndex
+from fastserve.dispatch.lottery import MIN_TOTAL_SPEED
+from fastserve.dispatch.lottery import Index as Lottery
+from fastserve.dispatch.shortest_queue import Index as ShortestQueue
 from fastserve.errors import StartupError
 
 ADDRESSES = st.sampled_from([f"w{n}" for n in range(12)])
@@ -53,8 +53,8 @@ def test_the_files_are_the_methods() -> None:
 
 def test_listing_imports_none_of_them() -> None:
     code = (
-        "import sys; from fastserve.control import dispatch; dispatch.names();"
-        "print([m for m in sys.modules if m.startswith('fastserve.control.dispatch.')])"
+        "import sys; from fastserve import dispatch; dispatch.names();"
+        "print([m for m in sys.modules if m.startswith('fastserve.dispatch.')])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
