@@ -19,7 +19,7 @@ from fastserve.engine.selfcheck.twin import twin_differs
 from fastserve.engine.selfcheck.verify import verify
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.engine.sizing import Sizes, find_sizes
-from fastserve.engine.speculation.draft_budget import Controller
+from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.draft_model import DraftingExecutor, DraftModel
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Speculator
@@ -173,9 +173,9 @@ def _make_draft_model(config: EngineConfig, draft: LoadedModel, sizes: Sizes, vo
 def _make_speculator(config: EngineConfig, speed: SpeedMeter, draft_model: DraftModel | None) -> Speculator | None:
     most = config.num_speculative_tokens
     if draft_model is not None:
-        return Speculator(OpenProposer(), Controller(speed.step_s, draft_model.step_s), most)
+        return Speculator(OpenProposer(), DraftBudget(speed.step_s, draft_model.step_s), most)
     if config.speculative_method == "ngram":
-        return Speculator(NgramProposer(), Controller(speed.step_s), most)
+        return Speculator(NgramProposer(), DraftBudget(speed.step_s), most)
     return None
 
 

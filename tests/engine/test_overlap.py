@@ -36,7 +36,7 @@ from fastserve.engine.sampling import batch as batch_module
 from fastserve.engine.sampling import sampler as sampler_module
 from fastserve.engine.sampling.row import SamplingRow
 from fastserve.engine.sampling.sampler import Sampler
-from fastserve.engine.speculation.draft_budget import Controller
+from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import DraftRequest, Speculator
 from fastserve.engine.transfers import Readback, to_device
@@ -243,7 +243,7 @@ class Text:
 @pytest.mark.parametrize(("wait_s", "most_waits"), [(0.1, 0.3), (0.5, 0.1)])
 def test_waiting_for_drafts_that_are_never_found_is_given_up(count: int, wait_s: float, most_waits: float) -> None:
     """Time lost by waiting is bounded as that of wrong drafts is: by 2 % of all steps, and two steps at the start."""
-    speculator = Speculator(NgramProposer(), Controller(lambda tokens: 1.0 + 0.02 * tokens), 8)
+    speculator = Speculator(NgramProposer(), DraftBudget(lambda tokens: 1.0 + 0.02 * tokens), 8)
     rng = random.Random(0)
     texts: list[DraftRequest] = [Text(seq_id) for seq_id in range(count)]
     waits, steps = 0, 2000
@@ -261,7 +261,7 @@ def test_waiting_for_drafts_that_are_never_found_is_given_up(count: int, wait_s:
 
 
 def test_drafts_that_are_right_are_waited_for() -> None:
-    speculator = Speculator(NgramProposer(), Controller(lambda tokens: 1.0 + 0.02 * tokens), 8)
+    speculator = Speculator(NgramProposer(), DraftBudget(lambda tokens: 1.0 + 0.02 * tokens), 8)
     text = Text(0)
     text.token_ids = [1, 2, 3, 4] * 4
     for _ in range(200):
@@ -388,7 +388,7 @@ def test_all_parameters_in_any_mixture_draw_the_same_with_and_without(
     for overlap in (False, True):
         core = make_core(path, overlap=overlap, speculative_method="off", **small)
         if speculates and overlap:
-            core._speculator = core.scheduler._drafting = Undecided(NgramProposer(), Controller(lambda _: 1.0), 6)
+            core._speculator = core.scheduler._drafting = Undecided(NgramProposer(), DraftBudget(lambda _: 1.0), 6)
         watched = watch(core)
         rng = random.Random(5)
         waiting = list(requests)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastserve.engine.plan import OPEN_DRAFT
-from fastserve.engine.speculation.draft_budget import Controller, Offer, Outlook
+from fastserve.engine.speculation.draft_budget import DraftBudget, Offer, Outlook
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Speculator
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
@@ -133,7 +133,7 @@ def simulate(
     draft_step_s: Callable[[int], float] | None = None,
 ) -> Run:
     """Time and tokens of some steps, in which all texts decode."""
-    speculator = speculator or Speculator(OpenProposer(), Controller(step_s, draft_step_s), MOST)
+    speculator = speculator or Speculator(OpenProposer(), DraftBudget(step_s, draft_step_s), MOST)
     run = Run()
     for step in range(steps):
         drafts = speculator.draft(texts, [MOST] * len(texts), 1000)
@@ -183,7 +183,7 @@ def test_speculation_never_costs_more_than_its_share(
 
 def test_what_was_lost_is_earned_back_before_more_is_risked() -> None:
     """Ten steps' time or more went into wrong drafts: at 2 % of each step's time, that takes 500 steps."""
-    controller = Controller(compute_bound)
+    controller = DraftBudget(compute_bound)
     assert controller.num_tried(1) > 0
     while controller.balance_s > -10 * compute_bound(1):
         controller.learn(1, {0: (8, 0)})
@@ -212,7 +212,7 @@ def test_a_full_batch_on_a_slow_device_gets_next_to_none() -> None:
 def test_one_good_text_in_a_batch_of_bad_ones_gets_the_drafts() -> None:
     texts = texts_of(8, lambda _, __: False)
     texts[3].is_right = lambda _, __: True
-    speculator = Speculator(OpenProposer(), Controller(memory_bound), MOST)
+    speculator = Speculator(OpenProposer(), DraftBudget(memory_bound), MOST)
     simulate(texts, memory_bound, 400, speculator)
     given = [speculator.draft(texts, [MOST] * 8, 1000) for _ in range(20)]
     assert all(len(drafts.get(3, [])) == MOST for drafts in given)
@@ -223,14 +223,14 @@ def test_what_did_not_pay_is_tried_again() -> None:
     """After a long time of wrong drafts, right ones are noticed."""
     for count in (1, 8):
         text = texts_of(count, lambda step, _: step >= 1000)
-        speculator = Speculator(OpenProposer(), Controller(memory_bound), MOST)
+        speculator = Speculator(OpenProposer(), DraftBudget(memory_bound), MOST)
         simulate(text, memory_bound, 1000, speculator)
         late = simulate(texts_of(count, lambda _, __: True), memory_bound, 300, speculator)
         assert late.tokens > 3 * 300 * count
 
 
 def test_budget_and_limits_hold() -> None:
-    speculator = Speculator(OpenProposer(), Controller(memory_bound), MOST)
+    speculator = Speculator(OpenProposer(), DraftBudget(memory_bound), MOST)
     texts = texts_of(6, lambda _, __: True)
     simulate(texts, memory_bound, 50, speculator)
     drafts = speculator.draft(texts, [5, 0, -1, 2, 3, 8], 9)
@@ -243,7 +243,7 @@ def test_budget_and_limits_hold() -> None:
 
 
 def test_drafts_go_where_they_promise_most() -> None:
-    controller = Controller(memory_bound)
+    controller = DraftBudget(memory_bound)
     offers = [Offer(0, 8, Outlook(0.9, 0.9)), Offer(1, 8, Outlook(0.9, 0.2)), Offer(2, 8, Outlook(0.0, 0.0))]
     deep, shallow, none = controller.allot(3, offers, 100)
     assert deep > shallow > 0

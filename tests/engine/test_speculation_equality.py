@@ -11,7 +11,7 @@ import pytest
 from fastserve.demo import demo_model_path
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
-from fastserve.engine.speculation.draft_budget import Controller
+from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Proposer, Speculator
 from fastserve.errors import StartupError
@@ -47,7 +47,7 @@ def speculating_core(tiny_models: TinyModels, name: str, kind: str, **settings: 
 
 
 def eager(proposer: Proposer) -> Speculator:
-    return Speculator(proposer, Controller(lambda _: 1.0), 6)
+    return Speculator(proposer, DraftBudget(lambda _: 1.0), 6)
 
 
 def mixed_requests(rng: random.Random, count: int) -> list[EngineRequest]:

@@ -128,8 +128,8 @@ class Run {
         const Layer pages = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
                              m.heads, m.kv_heads, D, D, m.block_size, layer.window, m.scaling, m.softcap};
         team.share(rows, rows_at_once(Q), [&](int64_t r) {
-            turn(query + r * Q, m.heads, layer.query_norm, layer.query_norm_size, layer, r);
-            turn(key + r * K, m.kv_heads, layer.key_norm, layer.key_norm_size, layer, r);
+            apply_rotary(query + r * Q, m.heads, layer.query_norm, layer.query_norm_size, layer, r);
+            apply_rotary(key + r * K, m.kv_heads, layer.key_norm, layer.key_norm_size, layer, r);
             store_token<T>(step, pages, r);
         });
         attend_all<T>(team, step, pages);
@@ -152,7 +152,7 @@ class Run {
                    [&](int64_t i) { std::memcpy((void*)(kept + i * size), from + wanted[i] * size, size * sizeof(T)); });
     }
 
-    void turn(T* x, int64_t heads, const void* norm, int64_t norm_size, const DecoderLayer& layer, int64_t r) {
+    void apply_rotary(T* x, int64_t heads, const void* norm, int64_t norm_size, const DecoderLayer& layer, int64_t r) {
         if (norm)
             for (int64_t at = 0; at < heads * m.head_dim; at += norm_size)
                 norm_row(x + at, (const T*)norm, x + at, norm_size, m.eps, m.norm_offset);

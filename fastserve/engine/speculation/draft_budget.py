@@ -68,7 +68,7 @@ class Offer:
     outlook: Outlook
 
 
-class Controller:
+class DraftBudget:
     """`step_s(tokens)` is what a step costs, `draft_step_s(sequences)` what one token of each costs the draft model."""
 
     def __init__(self, step_s: Callable[[int], float], draft_step_s: Callable[[int], float] | None = None) -> None:

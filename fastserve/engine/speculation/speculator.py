@@ -1,4 +1,4 @@
-"""Joins where drafts come from (a `Proposer`) with how many are worth their time (`Controller`)."""
+"""Joins where drafts come from (a `Proposer`) with how many are worth their time (`DraftBudget`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastserve.engine.plan import OPEN_DRAFT
-from fastserve.engine.speculation.draft_budget import Controller, Offer
+from fastserve.engine.speculation.draft_budget import DraftBudget, Offer
 
 
 class Proposer(Protocol):
@@ -47,7 +47,7 @@ class DraftRequest(Protocol):
 class Speculator:
     """What the scheduler asks for drafts."""
 
-    def __init__(self, proposer: Proposer, controller: Controller, num_speculative_tokens: int) -> None:
+    def __init__(self, proposer: Proposer, controller: DraftBudget, num_speculative_tokens: int) -> None:
         self._proposer = proposer
         self._controller = controller
         self._most = num_speculative_tokens

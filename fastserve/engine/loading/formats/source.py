@@ -129,7 +129,7 @@ class Source:
         return ", ".join(dict.fromkeys(str(tensor.file) for tensor in self.stored)) or "random weights"
 
 
-def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value], bits: int | None = None) -> Source:
+def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value]) -> Source:
     tensors = tuple(stored)
     return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors))
 

@@ -231,7 +231,7 @@ class _RotaryTable:
             }
         sizes = {wave.shape[1] for pair in self._found.values() for wave in pair}
         if len(sizes) != 1:
-            raise UnsupportedError("its layers turn parts of different sizes")
+            raise UnsupportedError("its layers rotate parts of different sizes")
         self.dim: int = sizes.pop()
 
     def of_layer(self, index: int) -> tuple[torch.Tensor, ...]:
