@@ -15,6 +15,7 @@ the field. Lists stop at their first wrong element, and numbers are numbers: no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -43,12 +44,20 @@ MAX_REQUESTS = 1_000_000
 """Requests on one worker."""
 MAX_WORKERS = 100_000
 """Rows of a routing table."""
+MAX_CAPABILITIES = 16
+"""For one worker."""
+MAX_CAPABILITY_CHARS = 64
+
+ASSUMED_CAPABILITIES = ("chat", "completions")
+"""Capabilities of a worker that does not state any: FastChat's workers, other OpenAI-compatible servers, older ones."""
 
 NAME_PATTERN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$"
 """No control characters: they forge log lines, steer terminals and turn the direction of writing."""
 
 ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS, pattern=NAME_PATTERN)]
 Address = Annotated[str, StringConstraints(max_length=MAX_ADDRESS_CHARS, pattern=NAME_PATTERN)]
+Capability = Annotated[str, StringConstraints(max_length=MAX_CAPABILITY_CHARS, pattern=r"^[a-z][a-z0-9_.-]*$")]
+Capabilities = Annotated[list[Capability], Field(min_length=1, max_length=MAX_CAPABILITIES, fail_fast=True)]
 LeaseId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LEASE_CHARS)]
 LeaseIds = Annotated[list[LeaseId], Field(max_length=MAX_LEASES, fail_fast=True)]
 Releases = Annotated[list[LeaseId], Field(max_length=MAX_RELEASES, fail_fast=True)]
@@ -87,6 +96,15 @@ class WorkerStatus(Message):
     version: Annotated[str, StringConstraints(max_length=64)] | None = None
     ready: Flag = True
     """False while the model loads or the engine restarts: the models are known, but no request is sent here."""
+    capabilities: Capabilities | None = None
+    """Kinds of requests that the worker answers for its models (`chat`, `completions`, ...); each stands for a route of
+    the API server. None: not stated, or not known before the model is loaded.
+    """
+
+    @property
+    def offered(self) -> Sequence[str]:
+        """The stated capabilities, or those that are assumed of a worker that states none."""
+        return ASSUMED_CAPABILITIES if self.capabilities is None else self.capabilities
 
     @property
     def unleased(self) -> int:
@@ -131,6 +149,8 @@ class AcquireRequest(Message):
     lease: LeaseId
     exclude: Annotated[list[Address], Field(max_length=MAX_EXCLUDED, fail_fast=True)] = Field(default_factory=list)
     """Addresses that this request has already failed on."""
+    capability: Capability | None = None
+    """What the worker must offer; None: anything."""
 
 
 class AcquireResponse(Message):
@@ -141,6 +161,8 @@ class AcquireResponse(Message):
     """Whether the model is served, loads, or was served lately."""
     retry_after_s: Seconds | None = None
     """When another try may succeed; set when the model is known and no worker can take the request."""
+    capabilities: Capabilities | None = None
+    """Set when the model is served, but not with the capability that was asked for: those that it is served with."""
 
 
 class ReleaseRequest(Message):

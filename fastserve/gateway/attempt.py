@@ -25,6 +25,7 @@ from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.events import EventStream
 from fastserve.gateway.upstream import ConnectionUse
+from fastserve.openai.routes import ModelRoute
 from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER
 from fastserve.serving.shortage import is_own_shortage
 
@@ -47,7 +48,7 @@ DONE = b"data: [DONE]\n\n"
 class Call:
     """One request of a client."""
 
-    path: str
+    route: ModelRoute
     body: bytes
     model: str
     stream: bool
@@ -142,7 +143,7 @@ class AttemptRunner:
             response = await self._post(call, lease, None)
             try:
                 with self._open_body(response, deadline) as body:
-                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+                    return await self._read_answer(call, response, body)
             finally:
                 response.close()
         finally:
@@ -166,7 +167,7 @@ class AttemptRunner:
         try:
             with self._open_body(response, deadline, self._bounds.silence_s) as body:
                 if response.status != 200:
-                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+                    return await self._read_answer(call, response, body)
                 check_headers(response.headers, "text/event-stream")
                 return await self._relay_events(body, call, client)
         finally:
@@ -198,6 +199,9 @@ class AttemptRunner:
         await _read_last_chunk(body)
         return None
 
+    async def _read_answer(self, call: Call, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
+        return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, call.route.contents)
+
     def _open_body(
         self, response: aiohttp.ClientResponse, deadline: _Deadline, silence_s: float = math.inf
     ) -> AnswerBody:
@@ -217,7 +221,7 @@ class AttemptRunner:
             use = ConnectionUse()
             try:
                 return await self._session.post(
-                    lease.address.rstrip("/") + call.path,
+                    lease.address.rstrip("/") + call.route.path,
                     data=call.body,
                     headers=headers,
                     timeout=timeout,

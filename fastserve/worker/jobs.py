@@ -111,6 +111,10 @@ class JobMaker:
         self._metrics = metrics
         self._unknown: set[str] = set()
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
     def chat(self, body: bytes, caller: Caller) -> Job:
         """The job of a chat request's body. Raises RequestError, as the other methods do."""
         request = parse_request(ChatRequest, body, self.bounds)
