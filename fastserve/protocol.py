@@ -27,6 +27,13 @@ REQUEST_ID_HEADER = "x-request-id"
 MAY_PRIORITISE_HEADER = "x-fastserve-may-prioritise"
 """Set by the API server: "1" for requests whose key may put them before others, else "0". Only who has the cluster key
 is believed (with --insecure, everybody)."""
+SEED_HEADER = "x-fastserve-seed"
+"""Set by the API server: the seed of a request that brings none of its own, a decimal number up to MAX_SEED. Every
+worker that the request is sent to samples the same tokens with it. Believed as MAY_PRIORITISE_HEADER is."""
+CHOICES_HEADER = "x-fastserve-choices"
+"""Indices of the choices that this worker is to generate, of all that the request asks for, separated by commas
+(`0,3`); they keep their indices in the answer, and their noise. Without it, all. Believed as MAY_PRIORITISE_HEADER
+is."""
 HOPS_HEADER = "x-fastserve-hops"
 """Ids of the API servers that have passed the request on, separated by commas."""
 
@@ -47,6 +54,10 @@ MAX_WORKERS = 100_000
 MAX_CAPABILITIES = 16
 """For one worker."""
 MAX_CAPABILITY_CHARS = 64
+
+MAX_SEED = 2**63 - 1
+MAX_CHOICES_CHARS = 4096
+"""Longest value of CHOICES_HEADER."""
 
 ASSUMED_CAPABILITIES = ("chat", "completions")
 """Capabilities of a worker that does not state any: FastChat's workers, other OpenAI-compatible servers, older ones."""

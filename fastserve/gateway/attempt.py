@@ -26,7 +26,7 @@ from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.events import EventStream
 from fastserve.gateway.upstream import ConnectionUse
 from fastserve.openai.routes import ModelRoute
-from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER
+from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER, SEED_HEADER
 from fastserve.serving.shortage import is_own_shortage
 
 CONNECT_TIMEOUT_S = 3.0
@@ -57,6 +57,8 @@ class Call:
     """Value of HOPS_HEADER for the worker."""
     started_at: float
     """On the relay's clock."""
+    seed: int
+    """For the worker, when the request brings none: each attempt samples the same tokens."""
     may_prioritise: bool = False
     """Whether the client's key may put the request before others."""
 
@@ -215,6 +217,7 @@ class AttemptRunner:
             REQUEST_ID_HEADER: call.request_id,
             HOPS_HEADER: call.hops,
             MAY_PRIORITISE_HEADER: "1" if call.may_prioritise else "0",
+            SEED_HEADER: str(call.seed),
         }
         lost: aiohttp.ClientError | None = None
         while True:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
@@ -14,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.protocol import REQUEST_ID_HEADER
+from fastserve.serving.request_ids import read_request_id
 
-SANE_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 CLIENT_GONE = 499
 OTHER = "other"
 """Label of paths that are no route's."""
@@ -38,7 +36,7 @@ class RequestTrackingMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = read_request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
         status = CLIENT_GONE
@@ -82,11 +80,3 @@ def name_failures(app: FastAPI) -> None:
         return response
 
     app.add_exception_handler(Exception, answer_with_id)
-
-
-def _request_id(scope: Scope) -> str:
-    wanted = REQUEST_ID_HEADER.encode()
-    for name, value in scope["headers"]:
-        if name == wanted and SANE_ID.fullmatch(value):
-            return str(value, "ascii")
-    return f"req-{secrets.token_hex(12)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import ModelRoute
+from fastserve.protocol import MAX_SEED
 from fastserve.serving.responses import run_until_disconnect
 
 READY_REFRESH_S = 0.2
@@ -72,6 +74,7 @@ class GenerationEndpoint:
             state.request_id,
             next_hops(request),
             started_at,
+            random.randint(0, MAX_SEED),
             may_prioritise=state.may_prioritise,
         )
         with gateway.metrics.in_flight.track_inprogress():

@@ -61,7 +61,7 @@ async def chat(request: Request) -> Response:
 
     def write() -> bytes:
         told = answer.choices
-        choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(told)]
+        choices = [chat_choice(one.index, one.text, one.finish_reason, one.tokens) for one in told]
         prompt_logprobs = _prompt_logprobs(runtime, told[0], options.prompt_logprobs)
         return encode_json(chat_response(request_id, created, options.model, choices, answer.usage, prompt_logprobs))
 
@@ -83,10 +83,10 @@ async def completions(request: Request) -> Response:
 
     def write() -> bytes:
         choices = []
-        for i, one in enumerate(answer.choices):
-            text, tokens = with_echo(echoes[i // job.num_choices], one)
+        for one in answer.choices:
+            text, tokens = with_echo(echoes[one.index // job.num_choices], one)
             prompt_logprobs = _prompt_logprobs(runtime, one, options.prompt_logprobs)
-            choices.append(completion_choice(i, text, one.finish_reason, tokens, prompt_logprobs))
+            choices.append(completion_choice(one.index, text, one.finish_reason, tokens, prompt_logprobs))
         return encode_json(completion_response(request_id, created, options.model, choices, answer.usage))
 
     return _json(job, await runtime.pool.run(_written_bytes(job), write))
