@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -195,6 +196,11 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     max_hops: int = limit(4, "most API servers that a request passes through, one behind the other")
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether a model that is no path may be one of the Hugging Face hub: `name` or `owner/name`."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) is not None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model to load and how (FastChat's shared model flags)."""
@@ -255,17 +261,26 @@ class EngineOptions:
     title: ClassVar[str] = "engine"
 
     max_model_len: int | None = option(
-        None, "longest prompt and answer together, in tokens; from the model if unset", added=True
+        None,
+        "longest prompt and answer together, in tokens (one of each at least); from the model if unset",
+        added=True,
+        minimum=2,
     )
-    max_total_tokens: int | None = option(None, "size of the KV cache in tokens; from free memory if unset", added=True)
+    max_total_tokens: int | None = option(
+        None, "size of the KV cache in tokens; from free memory if unset", added=True, minimum=1
+    )
     gpu_memory_utilization: float = option(
-        0.9, "share of the device's free memory that weights and KV cache may take", added=True
+        0.9,
+        "share of the device's free memory that weights and KV cache may take",
+        added=True,
+        minimum=0.001,
+        maximum=1,
     )
-    block_size: int = option(16, "tokens in a block of the KV cache", added=True)
+    block_size: int = option(16, "tokens in a block of the KV cache", added=True, minimum=1)
     max_num_batched_tokens: int | None = option(
-        None, "token budget of one engine step; if unset 256 on a CPU, 2048 elsewhere", added=True
+        None, "token budget of one engine step; if unset 256 on a CPU, 2048 elsewhere", added=True, minimum=1
     )
-    max_num_seqs: int = option(256, "most sequences in one engine step", added=True)
+    max_num_seqs: int = option(256, "most sequences in one engine step", added=True, minimum=1)
     no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings", added=True)
     speculative_method: str = option(
         "ngram",
@@ -301,7 +316,7 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     )
     embed_in_truncate: bool = option(False, "embeddings: truncate to the context instead of chunking and pooling")
     limit_worker_concurrency: int | None = option(
-        None, "most requests that generate at once; bounded by the KV cache alone if unset"
+        None, "most requests that generate at once; bounded by the KV cache alone if unset", minimum=1
     )
     queue_size: int = limit(1024, "most requests that may wait; past that the answer is 429", minimum=0)
     max_queued_tokens: int = limit(
@@ -329,7 +344,9 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
         256, "most requests whose body waits to be read, rendered and tokenised; past that the answer is 429"
     )
     template_timeout_s: float = limit(10.0, "longest time in which a chat template may render", minimum=0.1)
-    stream_interval: int = option(2, "tokens between two chunks of a stream (the first token is sent at once)")
+    stream_interval: int = option(
+        2, "tokens between two chunks of a stream (the first token is sent at once)", minimum=1
+    )
     no_register: bool = option(False, "do not register with a controller: a server of its own, with API keys if set")
     api_keys: tuple[str, ...] | None = same_option(
         ApiServerConfig, "api_keys", added=True, help="with --no-register: as for the API server"
@@ -355,12 +372,14 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
         "seconds without a sign of life from the engine, which gives one each step and each second while idle, after "
         "which it counts as hung: it is killed, its requests fail, and it is started again",
         added=True,
+        minimum=2,  # an idle engine gives a sign each second
     )
     heartbeat_interval_s: float = option(
         HEARTBEAT_INTERVAL_S,
         "seconds between two heartbeats",
         env="FASTCHAT_WORKER_HEART_BEAT_INTERVAL",
         added=True,
+        minimum=0.01,
         maximum=3600,
     )
 

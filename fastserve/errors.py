@@ -5,6 +5,7 @@
       RequestError                  the client can mend it (4xx)
         InvalidRequestError           400  a field is missing, malformed or out of range
           UnsupportedParameterError   400  a known field that cannot be honoured yet
+          UnsupportedCapabilityError  400  the model is served, but not for this route
           ContextLengthError          400  prompt and answer do not fit the context
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
@@ -92,6 +93,10 @@ class InvalidRequestError(RequestError):
 
 class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
+
+
+class UnsupportedCapabilityError(InvalidRequestError):
+    code = "unsupported_capability"
 
 
 class ContextLengthError(InvalidRequestError):

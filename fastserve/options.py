@@ -188,6 +188,18 @@ def parse_config(
     return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def check_ranges(config_class: type[Any], values: Any) -> None:
+    """Raises StartupError when an attribute of `values`, under the name of an option, is outside the option's range.
+
+    For settings that come by other ways than `parse_config`.
+    """
+    for item in dataclasses.fields(config_class):
+        value = getattr(values, item.name, None)
+        problem = _range_problem(item, value)
+        if problem:
+            raise StartupError(f"{flag_of(item)} {value} is out of range: {problem}.")
+
+
 def _range_problem(item: dataclasses.Field[Any], value: Any) -> str | None:
     """Why the option cannot have `value`, or None."""
     minimum, maximum = item.metadata.get("minimum"), item.metadata.get("maximum")

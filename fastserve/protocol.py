@@ -15,6 +15,7 @@ the field. Lists stop at their first wrong element, and numbers are numbers: no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -26,6 +27,13 @@ REQUEST_ID_HEADER = "x-request-id"
 MAY_PRIORITISE_HEADER = "x-fastserve-may-prioritise"
 """Set by the API server: "1" for requests whose key may put them before others, else "0". Only who has the cluster key
 is believed (with --insecure, everybody)."""
+SEED_HEADER = "x-fastserve-seed"
+"""Set by the API server: the seed of a request that brings none of its own, a decimal number up to MAX_SEED. Every
+worker that the request is sent to samples the same tokens with it. Believed as MAY_PRIORITISE_HEADER is."""
+CHOICES_HEADER = "x-fastserve-choices"
+"""Indices of the choices that this worker is to generate, of all that the request asks for, separated by commas
+(`0,3`); they keep their indices in the answer, and their noise. Without it, all. Believed as MAY_PRIORITISE_HEADER
+is."""
 HOPS_HEADER = "x-fastserve-hops"
 """Ids of the API servers that have passed the request on, separated by commas."""
 
@@ -43,12 +51,24 @@ MAX_REQUESTS = 1_000_000
 """Requests on one worker."""
 MAX_WORKERS = 100_000
 """Rows of a routing table."""
+MAX_CAPABILITIES = 16
+"""For one worker."""
+MAX_CAPABILITY_CHARS = 64
+
+MAX_SEED = 2**63 - 1
+MAX_CHOICES_CHARS = 4096
+"""Longest value of CHOICES_HEADER."""
+
+ASSUMED_CAPABILITIES = ("chat", "completions")
+"""Capabilities of a worker that does not state any: FastChat's workers, other OpenAI-compatible servers, older ones."""
 
 NAME_PATTERN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$"
 """No control characters: they forge log lines, steer terminals and turn the direction of writing."""
 
 ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS, pattern=NAME_PATTERN)]
 Address = Annotated[str, StringConstraints(max_length=MAX_ADDRESS_CHARS, pattern=NAME_PATTERN)]
+Capability = Annotated[str, StringConstraints(max_length=MAX_CAPABILITY_CHARS, pattern=r"^[a-z][a-z0-9_.-]*$")]
+Capabilities = Annotated[list[Capability], Field(min_length=1, max_length=MAX_CAPABILITIES, fail_fast=True)]
 LeaseId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LEASE_CHARS)]
 LeaseIds = Annotated[list[LeaseId], Field(max_length=MAX_LEASES, fail_fast=True)]
 Releases = Annotated[list[LeaseId], Field(max_length=MAX_RELEASES, fail_fast=True)]
@@ -87,6 +107,15 @@ class WorkerStatus(Message):
     version: Annotated[str, StringConstraints(max_length=64)] | None = None
     ready: Flag = True
     """False while the model loads or the engine restarts: the models are known, but no request is sent here."""
+    capabilities: Capabilities | None = None
+    """Kinds of requests that the worker answers for its models (`chat`, `completions`, ...); each stands for a route of
+    the API server. None: not stated, or not known before the model is loaded.
+    """
+
+    @property
+    def offered(self) -> Sequence[str]:
+        """The stated capabilities, or those that are assumed of a worker that states none."""
+        return ASSUMED_CAPABILITIES if self.capabilities is None else self.capabilities
 
     @property
     def unleased(self) -> int:
@@ -131,6 +160,8 @@ class AcquireRequest(Message):
     lease: LeaseId
     exclude: Annotated[list[Address], Field(max_length=MAX_EXCLUDED, fail_fast=True)] = Field(default_factory=list)
     """Addresses that this request has already failed on."""
+    capability: Capability | None = None
+    """What the worker must offer; None: anything."""
 
 
 class AcquireResponse(Message):
@@ -141,6 +172,8 @@ class AcquireResponse(Message):
     """Whether the model is served, loads, or was served lately."""
     retry_after_s: Seconds | None = None
     """When another try may succeed; set when the model is known and no worker can take the request."""
+    capabilities: Capabilities | None = None
+    """Set when the model is served, but not with the capability that was asked for: those that it is served with."""
 
 
 class ReleaseRequest(Message):

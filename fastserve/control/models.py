@@ -1,28 +1,34 @@
-"""The models that are served, by name: their workers, and those that were served lately."""
+"""The models that are served, by name and capability: their workers, and those that were served lately."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from fastserve.dispatch import DispatchIndex
 from fastserve.errors import OverloadedError
 
+KeyT = TypeVar("KeyT")
+
 
 @dataclass(slots=True, eq=False)
-class Model:
+class Pool:
+    """The workers that offer one capability of one model."""
+
     index: DispatchIndex
     """The workers that can take a request."""
     workers: dict[str, bool] = field(default_factory=dict)
-    """Every worker that serves it or will, by address, and whether it is usable: ready, and reached."""
+    """Every worker that offers it or will, by address, and whether it is usable: ready, and reached."""
     num_usable: int = 0
     out: dict[str, None] = field(default_factory=dict)
     """Usable workers that their breakers keep out, the longest first."""
 
 
 class ModelBook:
-    """Models by name; at most `max_models`, and as many that were served up to `memory_s` ago.
+    """Models by name, with a pool of workers for each capability; at most `max_models`, and as many that were served up
+    to `memory_s` ago.
 
     Pure: the time, in seconds of any monotonic clock, is an argument.
     """
@@ -30,16 +36,13 @@ class ModelBook:
     def __init__(self, make_index: Callable[[], DispatchIndex], max_models: int, memory_s: float) -> None:
         self._make_index = make_index
         self._max_models = max_models
-        self._memory_s = memory_s
-        self._models: dict[str, Model] = {}
-        self._left: OrderedDict[str, float] = OrderedDict()
-        """When the last worker of a model left, oldest first."""
+        self._models: dict[str, dict[str, Pool]] = {}
+        self._left_models: _Memory[str] = _Memory(max_models, memory_s)
+        self._left_pools: _Memory[tuple[str, str]] = _Memory(max_models, memory_s)
 
-    def get(self, name: str) -> Model | None:
-        return self._models.get(name)
-
-    def __getitem__(self, name: str) -> Model:
-        return self._models[name]
+    def pools(self, name: str) -> Mapping[str, Pool]:
+        """The model's pools by capability; none for a model that nobody serves."""
+        return self._models.get(name, {})
 
     def check_room(self, names: Iterable[str]) -> None:
         """Raises OverloadedError when there is no room for those of the names that are new."""
@@ -49,26 +52,57 @@ class ModelBook:
                 retry_after_s=10.0,
             )
 
-    def add(self, name: str, address: str) -> None:
-        """A worker serves the model, and is not usable yet."""
-        model = self._models.get(name)
-        if model is None:
-            model = self._models[name] = Model(self._make_index())
-            self._left.pop(name, None)
-        model.workers[address] = False
+    def add(self, name: str, capability: str, address: str) -> Pool:
+        """A worker offers the capability of the model, and is not usable yet. Returns the pool that it is in now."""
+        pools = self._models.setdefault(name, {})
+        pool = pools.get(capability)
+        if pool is None:
+            pool = pools[capability] = Pool(self._make_index())
+            self._left_models.discard(name)
+            self._left_pools.discard((name, capability))
+        pool.workers[address] = False
+        return pool
 
-    def discard(self, name: str, address: str, now: float) -> None:
-        """A worker, no longer usable, serves the model no more."""
-        model = self._models[name]
-        del model.workers[address]
-        if not model.workers:
+    def discard(self, name: str, capability: str, address: str, now: float, *, is_withdrawn: bool = False) -> None:
+        """A worker, no longer usable, leaves a pool. With `is_withdrawn` it still serves the model, but says that it
+        does not offer the capability: there is no reason to wait for the capability to come back.
+        """
+        pools = self._models[name]
+        del pools[capability].workers[address]
+        if not pools[capability].workers:
+            del pools[capability]
+            if not is_withdrawn:
+                self._left_pools.note((name, capability), now)
+        if not pools:
             del self._models[name]
-            self._left[name] = now
-            if len(self._left) > self._max_models:
-                self._left.popitem(last=False)
+            self._left_models.note(name, now)
 
-    def was_served(self, name: str, now: float) -> bool:
-        """Whether the model was served lately."""
-        while self._left and now - next(iter(self._left.values())) >= self._memory_s:
-            self._left.popitem(last=False)
-        return name in self._left
+    def was_served(self, name: str, now: float, capability: str | None = None) -> bool:
+        """Whether the model was served lately; with `capability`, whether it was served with that."""
+        if capability is None:
+            return self._left_models.holds(name, now)
+        return self._left_pools.holds((name, capability), now)
+
+
+class _Memory(Generic[KeyT]):
+    """Keys that were noted up to `memory_s` ago, the newest `max_keys` of them."""
+
+    def __init__(self, max_keys: int, memory_s: float) -> None:
+        self._max_keys = max_keys
+        self._memory_s = memory_s
+        self._noted_at: OrderedDict[KeyT, float] = OrderedDict()
+        """Oldest first."""
+
+    def note(self, key: KeyT, now: float) -> None:
+        self._noted_at[key] = now
+        self._noted_at.move_to_end(key)
+        if len(self._noted_at) > self._max_keys:
+            self._noted_at.popitem(last=False)
+
+    def discard(self, key: KeyT) -> None:
+        self._noted_at.pop(key, None)
+
+    def holds(self, key: KeyT, now: float) -> bool:
+        while self._noted_at and now - next(iter(self._noted_at.values())) >= self._memory_s:
+            self._noted_at.popitem(last=False)
+        return key in self._noted_at

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fastserve import dispatch
@@ -21,11 +21,11 @@ from fastserve.breaker import State as BreakerState
 from fastserve.control.changes import ChangeLog
 from fastserve.control.leases import LeaseBook
 from fastserve.control.metrics import Figures, WorkerFigures
-from fastserve.control.models import Model, ModelBook
+from fastserve.control.models import ModelBook, Pool
 from fastserve.control.speed import SpeedBook
 from fastserve.errors import OverloadedError
 from fastserve.observability.text import printable
-from fastserve.protocol import MAX_REQUESTS, AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
+from fastserve.protocol import MAX_CAPABILITIES, MAX_REQUESTS, AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,10 @@ class _Worker:
     last_beat: float
     models: tuple[str, ...] = ()
     """The names of its status, each once, as far as they are listed in the models."""
+    capabilities: Sequence[str] | None = ()
+    """Those of the status that it is listed with."""
+    pools: dict[tuple[str, str], Pool] = field(default_factory=dict)
+    """Where it is listed, by model and capability."""
     breaker: Breaker = field(default_factory=Breaker)
     probe: str | None = None
     """Lease of the request that probes whether it is well again."""
@@ -185,8 +189,10 @@ class WorkerRegistry:
         self._update(worker, now)
         self._schedule(worker, now)
 
-    def acquire(self, model: str, lease: str, exclude: Collection[str] = ()) -> AcquireResponse:
-        """Choose a worker for a request and count the request on it until `release`.
+    def acquire(
+        self, model: str, lease: str, exclude: Collection[str] = (), capability: str | None = None
+    ) -> AcquireResponse:
+        """Choose a worker that offers `capability` for a request and count the request on it until `release`.
 
         A request that tries again may use its lease again: it then counts on the new worker only. Raises
         OverloadedError when there are too many leases.
@@ -198,9 +204,9 @@ class WorkerRegistry:
             self._update(self._workers[before], now)
         if self._leases.is_full:
             raise OverloadedError(f"{self._limits.max_leases:,} requests are running, and no more are taken.")
-        worker = self._choose(model, exclude)
+        worker = self._choose(model, capability, exclude)
         if worker is None:
-            return self._refusal(model, now)
+            return self._refusal(model, capability, now)
         self._leases.grant(lease, worker.address, now)
         if not worker.breaker.is_closed and worker.breaker.state(now) == "half-open":
             worker.breaker.start(now)
@@ -242,7 +248,7 @@ class WorkerRegistry:
     def get_worker_address(self, model: str) -> str:
         """The address for a request without a lease (FastChat's way), or ""; counted until the next heartbeat."""
         self.expire()
-        worker = self._choose(model, ())
+        worker = self._choose(model, None, ())
         if worker is None:
             return ""
         worker.unlisted += 1
@@ -367,7 +373,7 @@ class WorkerRegistry:
     def _remove(self, name: str, reason: str) -> None:
         now = self._clock()
         worker = self._workers[name]
-        self._list_models_of(worker, (), now)
+        self._list_models_of(worker, (), (), now)
         del self._workers[name]
         worker.wake_at = math.inf
         self._rows.remove(name)
@@ -398,25 +404,29 @@ class WorkerRegistry:
             # The book of leases has them, within its bound.
             worker.status = status = status.model_copy(update={"leases": []})
         names = status.model_names
-        if len(names) != len(worker.models) or any(map(str.__ne__, names, worker.models)):
-            self._list_models_of(worker, tuple(dict.fromkeys(names)), now)
+        if (
+            len(names) != len(worker.models)
+            or any(map(str.__ne__, names, worker.models))
+            or status.capabilities != worker.capabilities
+        ):
+            worker.capabilities = status.capabilities
+            self._list_models_of(worker, tuple(dict.fromkeys(names)), status.offered, now)
         changed = self._speeds.set(worker.address, worker.models, status.tokens_per_s, status.speed, now)
         self._update(worker, now)
         self._update_all((address for address in changed if address != worker.address), now)
         self._schedule(worker, now)
 
-    def _list_models_of(self, worker: _Worker, names: tuple[str, ...], now: float) -> None:
-        """The worker serves these models from now on."""
-        if names == worker.models:
-            return
-        for name in worker.models:
-            if name not in names:
-                self._set_usable(self._models[name], worker, False)
-                self._models.discard(name, worker.address, now)
-                worker.dispatched.pop(name, None)
-        for name in names:
-            if name not in worker.models:
-                self._models.add(name, worker.address)
+    def _list_models_of(self, worker: _Worker, names: tuple[str, ...], capabilities: Iterable[str], now: float) -> None:
+        """The worker serves these models from now on, and offers these capabilities for each."""
+        offered = dict.fromkeys(itertools.product(names, capabilities))
+        served = frozenset(names)
+        for name, capability in worker.pools.keys() - offered.keys():
+            self._set_usable(worker.pools.pop((name, capability)), worker, False)
+            self._models.discard(name, capability, worker.address, now, is_withdrawn=name in served)
+        for name, capability in offered:
+            if (name, capability) not in worker.pools:
+                worker.pools[name, capability] = self._models.add(name, capability, worker.address)
+        worker.dispatched = {name: count for name, count in worker.dispatched.items() if name in served}
         worker.models = names
 
     def _update_all(self, addresses: Iterable[str], now: float) -> None:
@@ -428,48 +438,50 @@ class WorkerRegistry:
         usable = self._is_usable(worker, now)
         address, in_flight, speed = worker.address, self._in_flight(worker), self._speeds.speed(worker.address)
         is_allowed = worker.breaker.is_closed or worker.breaker.allows(now)
-        for name in worker.models:
-            model = self._models[name]
-            if model.workers[address] != usable:
-                self._set_usable(model, worker, usable)
+        for pool in worker.pools.values():
+            if pool.workers[address] != usable:
+                self._set_usable(pool, worker, usable)
             if not usable:
                 continue
             if is_allowed:
-                model.out.pop(address, None)
-            elif address not in model.out and fleet_allows(len(model.out), model.num_usable):
-                model.out[address] = None
+                pool.out.pop(address, None)
+            elif address not in pool.out and fleet_allows(len(pool.out), pool.num_usable):
+                pool.out[address] = None
                 self._schedule(worker, now)
-            if address in model.out:
-                model.index.remove(address)
+            if address in pool.out:
+                pool.index.remove(address)
             else:
-                model.index.set(address, speed, in_flight)
+                pool.index.set(address, speed, in_flight)
         if not usable:
             self._rows.remove(address)
             worker.row = ()
             return
         status = worker.status
         state: BreakerState = "closed" if worker.breaker.is_closed else worker.breaker.state(now)
-        row = (in_flight, state, worker.models, status.multimodal, status.context_length, status.max_concurrency)
+        row = (
+            *(in_flight, state, worker.models, worker.capabilities),
+            *(status.multimodal, status.context_length, status.max_concurrency),
+        )
         if row != worker.row or abs(speed - worker.row_speed) > SPEED_CHANGE * worker.row_speed:
             worker.row, worker.row_speed, worker.row_json = row, speed, None
             self._rows.put(address)
 
-    def _set_usable(self, model: Model, worker: _Worker, usable: bool) -> None:
-        """Count the worker among the usable ones of one of its models, or no longer."""
-        if model.workers[worker.address] == usable:
+    def _set_usable(self, pool: Pool, worker: _Worker, usable: bool) -> None:
+        """Count the worker among the usable ones of one of its pools, or no longer."""
+        if pool.workers[worker.address] == usable:
             return
-        model.workers[worker.address] = usable
-        model.num_usable += 1 if usable else -1
+        pool.workers[worker.address] = usable
+        pool.num_usable += 1 if usable else -1
         if usable:
             return
-        model.index.remove(worker.address)
-        model.out.pop(worker.address, None)
-        while 2 * len(model.out) > model.num_usable:
+        pool.index.remove(worker.address)
+        pool.out.pop(worker.address, None)
+        while 2 * len(pool.out) > pool.num_usable:
             # Others have gone: those that breakers keep out are no longer half of the fleet at most.
-            address = next(iter(model.out))
-            del model.out[address]
+            address = next(iter(pool.out))
+            del pool.out[address]
             other = self._workers[address]
-            model.index.set(address, self._speeds.speed(address), self._in_flight(other))
+            pool.index.set(address, self._speeds.speed(address), self._in_flight(other))
 
     def _failed_request(self, worker: _Worker, now: float, sent_at: float | None) -> None:
         if worker.breaker.fail(now, sent_at):
@@ -507,25 +519,44 @@ class WorkerRegistry:
                 self._wakes = [(w.wake_at, next(self._sequence), w) for w in waking]
                 heapq.heapify(self._wakes)
 
-    def _choose(self, model: str, exclude: Collection[str]) -> _Worker | None:
-        found = self._models.get(model)
-        address = None if found is None else found.index.choose(frozenset(exclude), self._rng)
-        if address is None:
+    def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _Worker | None:
+        pools = self._models.pools(model)
+        wanted = pools if capability is None else (capability,) if capability in pools else ()
+        exclude = frozenset(exclude)
+        for name in wanted:
+            address = pools[name].index.choose(exclude, self._rng)
+            if address is not None:
+                break
+        else:
             self._num_refused += 1
             return None
         worker = self._workers[address]
         worker.dispatched[model] = worker.dispatched.get(model, 0) + 1
         return worker
 
-    def _refusal(self, name: str, now: float) -> AcquireResponse:
-        model = self._models.get(name)
-        if model is None:
+    def _refusal(self, name: str, capability: str | None, now: float) -> AcquireResponse:
+        pools = self._models.pools(name)
+        if not pools:
             if not self._models.was_served(name, now):
                 return AcquireResponse(address="", known=False)
             return AcquireResponse(address="", known=True, retry_after_s=LOADING_RETRY_AFTER_S)
-        is_loading = not model.num_usable and not any(self._workers[a].status.ready for a in model.workers)
+        wanted = pools.values() if capability is None else [pools[capability]] if capability in pools else []
+        if not wanted:
+            assert capability is not None
+            # What a model can is not known before it is loaded.
+            if not self._models.was_served(name, now, capability) and not self._has_unstated(pools.values()):
+                offered = sorted(pools)[:MAX_CAPABILITIES]
+                return AcquireResponse(address="", known=True, capabilities=offered)
+        is_loading = not any(
+            pool.num_usable or any(self._workers[address].status.ready for address in pool.workers) for pool in wanted
+        )
         retry_after_s = LOADING_RETRY_AFTER_S if is_loading else BUSY_RETRY_AFTER_S
         return AcquireResponse(address="", known=True, retry_after_s=retry_after_s)
+
+    def _has_unstated(self, pools: Iterable[Pool]) -> bool:
+        """Whether a worker still loads and has not stated its capabilities."""
+        statuses = (self._workers[address].status for pool in pools for address in pool.workers)
+        return any(not status.ready and status.capabilities is None for status in statuses)
 
     def _entry(self, worker: _Worker) -> WorkerEntry:
         return WorkerEntry.model_construct(

@@ -113,7 +113,7 @@ def message_endpoints(
         return _json(AddressResponse(address=registry.get_worker_address(body.model)))
 
     def acquire(body: AcquireRequest, _: Scope) -> bytes:
-        answer = registry.acquire(body.model, body.lease, body.exclude)
+        answer = registry.acquire(body.model, body.lease, body.exclude, body.capability)
         return answer.model_dump_json(exclude_none=True).encode()
 
     def release(body: ReleaseRequest, _: Scope) -> bytes:

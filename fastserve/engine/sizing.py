@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from fastserve.config import EngineOptions
 from fastserve.engine.attention.backend import StepSize
 from fastserve.engine.devices.device import Device
 from fastserve.engine.devices.find import device_of
@@ -24,6 +25,7 @@ from fastserve.engine.plan import MAX_EXTRA_LOGITS
 from fastserve.engine.sampling.sampler import SLICE_ENTRIES
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
+from fastserve.options import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -112,22 +114,8 @@ def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
 
 
 def _check_flags(config: EngineConfig, model: LoadedModel) -> None:
-    for flag, value in (
-        ("--block-size", config.block_size),
-        ("--max-num-seqs", config.max_num_seqs),
-        ("--max-num-batched-tokens", config.max_num_batched_tokens),
-    ):
-        if value is not None and value < 1:
-            raise StartupError(f"{flag} {value} must be at least 1.")
-    if not 0 < config.gpu_memory_utilization <= 1:
-        raise StartupError(f"--gpu-memory-utilization {config.gpu_memory_utilization} must lie between 0 and 1.")
-    if config.max_model_len is None:
-        return
-    if config.max_model_len < 2:
-        raise StartupError(
-            f"--max-model-len {config.max_model_len} must be at least 2: a token of the prompt and one of the answer."
-        )
-    if config.max_model_len > model.context_length:
+    check_ranges(EngineOptions, config)
+    if config.max_model_len is not None and config.max_model_len > model.context_length:
         raise StartupError(
             f"--max-model-len {config.max_model_len} exceeds the model's context of {model.context_length} tokens."
         )

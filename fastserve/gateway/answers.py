@@ -8,10 +8,11 @@ otherwise.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import aiohttp
 import msgspec
@@ -51,13 +52,16 @@ class _Error(msgspec.Struct):
 
 
 class Body(msgspec.Struct):
-    """Fields of every answer and of every event of a stream: one of the two is set."""
+    """Fields of every answer and of every event of a stream: one of the two is set. Some routes have another name for
+    the list than `choices`.
+    """
 
     choices: list[_Choice] | None = None
     error: _Error | None = None
 
 
 decode_body = msgspec.json.Decoder(Body).decode
+CHOICES = "choices"
 _decode_any = msgspec.json.Decoder().decode
 
 
@@ -116,8 +120,11 @@ class ByteBudget:
         self._left += num_bytes
 
 
-async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget) -> Answer:
-    """The whole answer. Raises InvalidAnswerError, ShortageError, and what aiohttp raises for a lost connection.
+async def read_answer(
+    response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget, contents: str = CHOICES
+) -> Answer:
+    """The whole answer, whose list is called `contents`. Raises InvalidAnswerError, ShortageError, and what aiohttp
+    raises for a lost connection.
 
     The budget is charged while the answer is read; afterwards it is on its way to the client, one copy of it.
     """
@@ -143,7 +150,7 @@ async def read_answer(response: aiohttp.ClientResponse, body: AnswerBody, max_by
         content = b"".join(pieces)
     finally:
         budget.give(size)
-    return check_answer(response.status, content, response.headers.get("retry-after"))
+    return check_answer(response.status, content, response.headers.get("retry-after"), contents)
 
 
 def check_headers(headers: Mapping[str, str], content_type: str) -> None:
@@ -157,14 +164,14 @@ def check_headers(headers: Mapping[str, str], content_type: str) -> None:
         raise InvalidAnswerError(f"The worker's answer has the wrong type of content: {shown}, not {content_type}.")
 
 
-def check_answer(status: int, body: bytes, retry_after: str | None) -> Answer:
+def check_answer(status: int, body: bytes, retry_after: str | None, contents: str = CHOICES) -> Answer:
     """Raises InvalidAnswerError for a body that is not what the status promises."""
     if status in (404, 405) and _is_foreign(body):
         return Answer(status, body)
-    parsed = parse_body(body)
+    parsed = parse_body(body, contents)
     if status == 200:
         if not parsed.choices:
-            raise InvalidAnswerError("The worker's answer has no choices.")
+            raise InvalidAnswerError(f"The worker's answer has no {contents}.")
         return Answer(status, body)
     if parsed.error is None:
         raise InvalidAnswerError(f"The worker answered with status {status} and no error object.")
@@ -177,21 +184,31 @@ def check_answer(status: int, body: bytes, retry_after: str | None) -> Answer:
     return Answer(status, body, retry_after, parsed.error.code)
 
 
-def parse_body(data: bytes) -> Body:
-    """Raises InvalidAnswerError unless the data are UTF-8 and a JSON object with OpenAI's choices or error.
+def parse_body(data: bytes, contents: str = CHOICES) -> Body:
+    """Raises InvalidAnswerError unless the data are UTF-8 and a JSON object with OpenAI's choices (or another list of
+    objects, `contents`) or error.
 
     Takes time and memory in proportion to the size.
     """
     try:
         if not data.isascii():
             data.decode()
-        return decode_body(data)
+        return _decoder_of(contents)(data)
     except UnicodeDecodeError as error:
         raise InvalidAnswerError("The worker's answer is not UTF-8.") from error
     except msgspec.ValidationError as error:
         raise InvalidAnswerError("The worker's answer has another shape than OpenAI's.") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidAnswerError("The worker's answer is not valid JSON.") from error
+
+
+@functools.cache
+def _decoder_of(contents: str) -> Callable[[bytes], Body]:
+    if contents == CHOICES:
+        return decode_body
+    fields = [("choices", list[_Object] | None, None), ("error", _Error | None, None)]
+    kind = cast(type[Body], msgspec.defstruct("Body", fields, rename={"choices": contents}))
+    return msgspec.json.Decoder(kind).decode
 
 
 def too_long(max_bytes: int) -> InvalidAnswerError:

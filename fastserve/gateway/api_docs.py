@@ -7,14 +7,13 @@ here. The page is made on the server and loads nothing, no script and no style f
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from fastserve.openai.chat import ChatRequest
-from fastserve.openai.completions import CompletionRequest
+from fastserve.openai.routes import ModelRoute
 
 REF = "#/components/schemas/{model}"
 ERROR = {
@@ -34,7 +33,7 @@ ERROR = {
     },
 }
 ERRORS = {
-    "400": "The request is wrong; `param` names the field",
+    "400": "The request is wrong, and `param` names the field; or the model does not support this route",
     "401": "The API key is missing or not known",
     "404": "The model does not exist",
     "413": "The request is too large",
@@ -44,10 +43,6 @@ ERRORS = {
     "503": "No worker can take the request now; Retry-After says when to try again",
     "504": "The worker was silent for too long",
 }
-GENERATION: dict[str, tuple[str, str, type[BaseModel]]] = {
-    "/v1/chat/completions": ("Answer a chat", "chat.completion", ChatRequest),
-    "/v1/completions": ("Continue a text", "text_completion", CompletionRequest),
-}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
 h2 { border-top: 1px solid #ccc; padding-top: 1em; } code { background: #f3f3f3; padding: 0 .2em; }
@@ -56,9 +51,9 @@ tr:nth-child(even) { background: #f8f8f8; }
 """
 
 
-def install_api_docs(app: FastAPI) -> None:
+def install_api_docs(app: FastAPI, routes: Iterable[ModelRoute]) -> None:
     """Call it when all routes have been added. Both routes are guarded like all others."""
-    description = _describe(app)
+    description = _describe(app, routes)
     page = _page(description)
 
     async def show_openapi(_: Request) -> Response:
@@ -71,25 +66,26 @@ def install_api_docs(app: FastAPI) -> None:
     app.add_route("/docs", show_page, methods=["GET"], include_in_schema=False)
 
 
-def _describe(app: FastAPI) -> dict[str, Any]:
+def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
     description: dict[str, Any] = app.openapi()
     components = description.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas["Error"] = ERROR
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path, (summary, object_name, request_class) in GENERATION.items():
-        schema = request_class.model_json_schema(ref_template=REF)
+    for route in routes:
+        schema = route.request.model_json_schema(ref_template=REF)
         schemas.update(schema.pop("$defs", {}))
-        schemas[request_class.__name__] = schema
-        description["paths"][path] = {"post": _generation_route(summary, object_name, request_class.__name__)}
+        schemas[route.request.__name__] = schema
+        description["paths"].setdefault(route.path, {})[route.method.lower()] = _describe_route(route)
     description["paths"] = dict(sorted(description["paths"].items()))
     return description
 
 
-def _generation_route(summary: str, object_name: str, request_name: str) -> dict[str, Any]:
+def _describe_route(route: ModelRoute) -> dict[str, Any]:
+    request_name = route.request.__name__
     error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
     return {
-        "summary": summary,
+        "summary": route.summary,
         "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
         "operationId": request_name,
         "security": [{"key": []}],
@@ -99,9 +95,9 @@ def _generation_route(summary: str, object_name: str, request_name: str) -> dict
         },
         "responses": {
             "200": {
-                "description": f"OpenAI's `{object_name}` object, or its chunks",
+                "description": f"OpenAI's `{route.answer}` object, or its chunks",
                 "content": {
-                    "application/json": {"schema": {"type": "object", "required": ["choices"]}},
+                    "application/json": {"schema": {"type": "object", "required": [route.contents]}},
                     "text/event-stream": {"schema": {"type": "string"}},
                 },
             },

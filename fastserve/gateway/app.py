@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,17 +24,18 @@ from fastserve.config import ApiServerConfig
 from fastserve.errors import StartupError
 from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, Call
-from fastserve.gateway.context import RequestContextMiddleware, name_failures
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.hops import LoopGuardMiddleware
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.gateway.outliers import OutlierDetector
 from fastserve.gateway.relay import Relay
+from fastserve.gateway.request_tracking import RequestTrackingMiddleware, name_failures
 from fastserve.gateway.retry_budget import RetryBudget
-from fastserve.gateway.routes import Gateway, router
+from fastserve.gateway.routes import Gateway, relayed_routes, router
 from fastserve.gateway.upstream import open_session
 from fastserve.observability.metrics import CollectorRegistry
 from fastserve.observability.text import printable
+from fastserve.openai.routes import MODEL_ROUTES, ModelRoute
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.listen import advertised_address
@@ -43,11 +44,16 @@ from fastserve.serving.tls import client_ssl_context, serves_tls
 logger = logging.getLogger(__name__)
 
 
-def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.environ) -> FastAPI:
+def create_app(
+    config: ApiServerConfig,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    model_routes: Sequence[ModelRoute] = MODEL_ROUTES,
+) -> FastAPI:
     """Raises StartupError when keys are missing, keys or a file for TLS cannot be read, or the controller's address is
     the server's own.
 
-    `environ` gives the cluster's keys and the administrators'.
+    `environ` gives the cluster's keys and the administrators'; `model_routes` are those that workers answer.
     """
     _check_controller_address(config)
     keys = load_api_keys(config.api_keys, config.api_keys_file)
@@ -64,7 +70,7 @@ def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.envir
         async with (
             reloading(keys, access.cluster_keys, access.admin_keys),
             open_session(access.cluster_keys, ssl_context) as session,
-            open_dispatcher(session, config.controller_address, metrics.bad_table_rows.inc) as dispatcher,
+            open_dispatcher(session, config.controller_address, metrics.bad_table_rows.inc, model_routes) as dispatcher,
         ):
             relay = _make_relay(config, session, dispatcher, metrics)
             logger.info(
@@ -79,7 +85,8 @@ def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.envir
     install_error_handlers(app)
     name_failures(app)
     app.include_router(router)
-    install_api_docs(app)
+    app.router.routes += relayed_routes(model_routes)
+    install_api_docs(app, model_routes)
     # The last one added is the outermost: CORS answers preflights, which carry no key, before keys are asked for.
     guard_client_service(app, access, registry, keys, allowed_origins=config.allowed_origins or (), json_only=False)
     app.add_middleware(
@@ -92,7 +99,7 @@ def create_app(config: ApiServerConfig, *, environ: Mapping[str, str] = os.envir
         expose_headers=[REQUEST_ID_HEADER, "retry-after"],
     )
     app.add_middleware(LoopGuardMiddleware, max_hops=config.max_hops)
-    app.add_middleware(RequestContextMiddleware, metrics=metrics, clock=time.monotonic)
+    app.add_middleware(RequestTrackingMiddleware, metrics=metrics, routes=app.routes, clock=time.monotonic)
     return app
 
 

@@ -25,7 +25,8 @@ from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.events import EventStream
 from fastserve.gateway.upstream import ConnectionUse
-from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER
+from fastserve.openai.routes import ModelRoute
+from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER, SEED_HEADER
 from fastserve.serving.shortage import is_own_shortage
 
 CONNECT_TIMEOUT_S = 3.0
@@ -47,7 +48,7 @@ DONE = b"data: [DONE]\n\n"
 class Call:
     """One request of a client."""
 
-    path: str
+    route: ModelRoute
     body: bytes
     model: str
     stream: bool
@@ -56,6 +57,8 @@ class Call:
     """Value of HOPS_HEADER for the worker."""
     started_at: float
     """On the relay's clock."""
+    seed: int
+    """For the worker, when the request brings none: each attempt samples the same tokens."""
     may_prioritise: bool = False
     """Whether the client's key may put the request before others."""
 
@@ -142,7 +145,7 @@ class AttemptRunner:
             response = await self._post(call, lease, None)
             try:
                 with self._open_body(response, deadline) as body:
-                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+                    return await self._read_answer(call, response, body)
             finally:
                 response.close()
         finally:
@@ -166,7 +169,7 @@ class AttemptRunner:
         try:
             with self._open_body(response, deadline, self._bounds.silence_s) as body:
                 if response.status != 200:
-                    return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory)
+                    return await self._read_answer(call, response, body)
                 check_headers(response.headers, "text/event-stream")
                 return await self._relay_events(body, call, client)
         finally:
@@ -198,6 +201,9 @@ class AttemptRunner:
         await _read_last_chunk(body)
         return None
 
+    async def _read_answer(self, call: Call, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
+        return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, call.route.contents)
+
     def _open_body(
         self, response: aiohttp.ClientResponse, deadline: _Deadline, silence_s: float = math.inf
     ) -> AnswerBody:
@@ -211,13 +217,14 @@ class AttemptRunner:
             REQUEST_ID_HEADER: call.request_id,
             HOPS_HEADER: call.hops,
             MAY_PRIORITISE_HEADER: "1" if call.may_prioritise else "0",
+            SEED_HEADER: str(call.seed),
         }
         lost: aiohttp.ClientError | None = None
         while True:
             use = ConnectionUse()
             try:
                 return await self._session.post(
-                    lease.address.rstrip("/") + call.path,
+                    lease.address.rstrip("/") + call.route.path,
                     data=call.body,
                     headers=headers,
                     timeout=timeout,

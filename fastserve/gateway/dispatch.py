@@ -15,7 +15,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -25,11 +25,18 @@ from pydantic import BaseModel, ValidationError
 
 from fastserve.access.addresses import is_worker_address
 from fastserve.access.outgoing import read_bounded
-from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError, ShortageError
+from fastserve.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    NoWorkerError,
+    ShortageError,
+    UnsupportedCapabilityError,
+)
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
 from fastserve.observability.logging import Throttle
 from fastserve.observability.text import printable
+from fastserve.openai.routes import MODEL_ROUTES, ModelRoute, describe_capabilities
 from fastserve.protocol import (
     MAX_NAME_CHARS,
     MAX_RELEASES,
@@ -100,8 +107,10 @@ class Dispatcher:
         clock: Callable[[], float],
         rng: random.Random,
         count_bad_rows: Callable[[float], object],
+        routes: Sequence[ModelRoute],
     ) -> None:
         self._count_bad_rows = count_bad_rows
+        self._routes = routes
         self._bad_rows_log = Throttle(BAD_ROWS_LOG_INTERVAL_S, clock)
         self._session = session
         self._controller_address = controller_address.rstrip("/")
@@ -120,17 +129,17 @@ class Dispatcher:
 
     @asynccontextmanager
     async def acquire(
-        self, model: str, exclude: Collection[str] = (), avoid: Collection[str] = ()
+        self, model: str, route: ModelRoute, exclude: Collection[str] = (), avoid: Collection[str] = ()
     ) -> AsyncIterator[Lease]:
-        """A worker for one request to `model`, for the time of the block: none of `exclude`, and one of `avoid` only
-        when there is no other.
+        """A worker for one request to `model` on `route`, for the time of the block: none of `exclude`, and one of
+        `avoid` only when there is no other.
 
-        Raises ModelNotFoundError when nobody serves the model, NoWorkerError when no worker is left for it, and
-        ShortageError when this process cannot ask.
+        Raises ModelNotFoundError when nobody serves the model, UnsupportedCapabilityError when its workers do not offer
+        the route, NoWorkerError when no worker is left for it, and ShortageError when this process cannot ask.
         """
         lease = Lease(secrets.token_hex(12), "")
         try:
-            lease.address = await self._place(model, lease.id, exclude, avoid)
+            lease.address = await self._place(model, route, lease.id, exclude, avoid)
             self._in_flight[lease.address] += 1
             try:
                 yield lease
@@ -193,7 +202,7 @@ class Dispatcher:
         # Requests are sent nowhere else, whatever the controller says.
         proper = [row for row in table.workers if is_worker_address(row.address)]
         self._table.update(table.model_copy(update={"workers": proper}), self._in_flight)
-        self._known_models.note(self._table.model_names())
+        self._known_models.note(self._table.offered())
         if any(not self._table.is_listed(address) for address in self._watchers):
             self._has_missing.set()
         if not self._controller_answers:
@@ -236,34 +245,46 @@ class Dispatcher:
         """Whether a worker has served the model lately."""
         return self._known_models.contains(model)
 
-    async def _place(self, model: str, lease_id: str, exclude: Collection[str], avoid: Collection[str]) -> str:
+    async def _place(
+        self, model: str, route: ModelRoute, lease_id: str, exclude: Collection[str], avoid: Collection[str]
+    ) -> str:
         if len(model) > MAX_NAME_CHARS:
             raise unknown_model(model)  # No worker can have such a name.
         if avoid:
             try:
-                return await self._place(model, lease_id, {*exclude, *avoid}, ())
+                return await self._place(model, route, lease_id, {*exclude, *avoid}, ())
             except NoWorkerError:
                 pass
         answer: AcquireResponse | None = None
         if self._controller_answers:
-            asked = AcquireRequest(model=model, lease=lease_id, exclude=list(exclude))
+            asked = AcquireRequest(model=model, lease=lease_id, exclude=list(exclude), capability=route.capability)
             try:
                 answer = _parse(AcquireResponse, await self._post("/acquire", asked))
             except ControllerAwayError as error:
                 self._note_away(error)
         if answer is not None and answer.address not in exclude and is_worker_address(answer.address):
-            self._known_models.note([model])
+            self._known_models.note({model: [route.capability]})
             return answer.address
         # No controller, or one that knows no worker: perhaps it has just been restarted, and our table knows better.
         # For the workers that it knows, its word counts: it may have reasons (a circuit breaker, a model that loads).
-        address = self._table.choose(model, exclude, self._in_flight)
+        address = self._table.choose(model, route.capability, exclude, self._in_flight)
         if address and (answer is None or not answer.known or not self._table.is_listed(address)):
             return address
         if answer is None and not self._table.model_names():
             raise NoWorkerError("The controller cannot be reached and no worker is known yet. Try again in a moment.")
         if answer is not None and not answer.known and not self._known_models.contains(model):
             raise unknown_model(model)
+        offered = self._table.capabilities(model) if answer is None or not answer.known else answer.capabilities
+        if offered and route.capability not in offered and not self._known_models.contains(model, route.capability):
+            raise self._unsupported(model, route, offered)
         raise no_worker(model, None if answer is None else answer.retry_after_s)
+
+    def _unsupported(self, model: str, route: ModelRoute, offered: Sequence[str]) -> UnsupportedCapabilityError:
+        return UnsupportedCapabilityError(
+            f"The model '{printable(model, SHOWN_NAME_CHARS)}' does not support {route.capability} ({route.path}). It "
+            f"supports: {describe_capabilities(offered, self._routes)}. {route.remedy}".rstrip(),
+            param="model",
+        )
 
     def _note_away(self, error: ControllerAwayError) -> None:
         if isinstance(error, ControllerBusyError):
@@ -404,10 +425,13 @@ def no_worker(model: str, retry_after_s: float | None = None) -> NoWorkerError:
 
 @asynccontextmanager
 async def open_dispatcher(
-    session: aiohttp.ClientSession, controller_address: str, count_bad_rows: Callable[[float], object] = lambda _: None
+    session: aiohttp.ClientSession,
+    controller_address: str,
+    count_bad_rows: Callable[[float], object] = lambda _: None,
+    routes: Sequence[ModelRoute] = MODEL_ROUTES,
 ) -> AsyncIterator[Dispatcher]:
     """A dispatcher whose background tasks live as long as the block; the first table has been asked for on entering."""
-    dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random(), count_bad_rows)
+    dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random(), count_bad_rows, routes)
     await dispatcher.refresh()
     loops = (dispatcher.poll, dispatcher.send_releases, dispatcher.watch_missing)
     tasks = [asyncio.ensure_future(_keep_running(loop)) for loop in loops]

@@ -21,6 +21,7 @@ from fastserve.errors import (
     NoWorkerError,
     RequestKilledWorkersError,
     ShortageError,
+    UnsupportedCapabilityError,
 )
 from fastserve.gateway.answers import Answer
 from fastserve.gateway.attempt import AttemptError, AttemptRunner, Call
@@ -88,12 +89,14 @@ class Relay:
         self._budget.note_request()
         while True:
             try:
-                async with self._dispatcher.acquire(call.model, progress.tried, self._outliers.avoided()) as lease:
+                async with self._dispatcher.acquire(
+                    call.model, call.route, progress.tried, self._outliers.avoided()
+                ) as lease:
                     if progress.tried:
                         self._metrics.retries.inc()
                     progress.tried.append(lease.address)
                     is_over = await self._try(call, lease, client, progress)
-            except (NoWorkerError, ModelNotFoundError, ShortageError) as nobody:
+            except (NoWorkerError, ModelNotFoundError, UnsupportedCapabilityError, ShortageError) as nobody:
                 await self._give_up(client, progress.client_error or progress.last or nobody)
                 return
             if is_over:

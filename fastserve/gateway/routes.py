@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from fastserve.errors import NoWorkerError
@@ -21,6 +23,8 @@ from fastserve.gateway.peek import peek
 from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
+from fastserve.openai.routes import ModelRoute
+from fastserve.protocol import MAX_SEED
 from fastserve.serving.responses import run_until_disconnect
 
 READY_REFRESH_S = 0.2
@@ -49,8 +53,8 @@ GatewayDep = Annotated[Gateway, Depends(_gateway)]
 class GenerationEndpoint:
     """A route whose answer is a worker's. Plain ASGI: each piece of a stream takes the shortest way to the socket."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, route: ModelRoute) -> None:
+        self._route = route
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
@@ -63,24 +67,25 @@ class GenerationEndpoint:
         model, stream = peek(body)
         state = request.state
         call = Call(
-            self._path,
+            self._route,
             body,
             model,
             stream,
             state.request_id,
             next_hops(request),
             started_at,
+            random.randint(0, MAX_SEED),
             may_prioritise=state.may_prioritise,
         )
         with gateway.metrics.in_flight.track_inprogress():
             await run_until_disconnect(request, gateway.relay.forward(call, send))
 
 
-router = APIRouter(
-    routes=[
-        Route(path, GenerationEndpoint(path), methods=["POST"]) for path in ("/v1/chat/completions", "/v1/completions")
-    ]
-)
+def relayed_routes(routes: Iterable[ModelRoute]) -> list[BaseRoute]:
+    return [Route(route.path, GenerationEndpoint(route), methods=[route.method]) for route in routes]
+
+
+router = APIRouter()
 
 
 @router.get("/v1/models")

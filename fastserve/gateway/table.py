@@ -71,8 +71,8 @@ class CachedTable:
         self._rows: dict[str, _Row] = {}
         self._missing: dict[str, float] = {}
         """When each row that the controller no longer shows was first missed."""
-        self._by_model: dict[str, list[str]] | None = None
-        """Addresses by model name; None: to be made anew."""
+        self._by_model: dict[str, dict[str, list[str]]] | None = None
+        """Addresses by model name and capability; None: to be made anew."""
         self._suspects: dict[str, float] = {}
         self._method = DEFAULT_METHOD
         self._make_index = dispatch.load(DEFAULT_METHOD)
@@ -102,7 +102,7 @@ class CachedTable:
             before = self._rows.get(entry.address)
             self._rows[entry.address] = _Row(entry, others)
             self._missing.pop(entry.address, None)
-            if before is None or before.missing_since is not None or not _same_models(before.entry, entry):
+            if before is None or before.missing_since is not None or not _offer_the_same(before.entry, entry):
                 self._by_model = None
         for address in [address for address, since in self._missing.items() if now - since >= MISSING_GRACE_S]:
             del self._rows[address], self._missing[address]
@@ -127,13 +127,14 @@ class CachedTable:
         elif breaker is not None:
             del self._breakers[address]
 
-    def choose(self, model: str, exclude: Collection[str], in_flight: Mapping[str, int]) -> str:
-        """The worker that the controller's dispatch method chooses; "" when it wants none of them.
+    def choose(self, model: str, capability: str, exclude: Collection[str], in_flight: Mapping[str, int]) -> str:
+        """The worker that the controller's dispatch method chooses of those that offer `capability` for `model`; ""
+        when it wants none of them.
 
         Workers that fail, and those that the controller no longer shows, come after all others.
         """
         now = self._clock()
-        addresses = self._addresses_of(model)
+        addresses = self._offers().get(model, {}).get(capability, [])
         chosen = None
         if len(addresses) > 2 * SAMPLE_SIZE:
             sample = self._rng.sample(addresses, SAMPLE_SIZE)
@@ -174,27 +175,43 @@ class CachedTable:
 
     def model_names(self) -> list[str]:
         """Sorted, each once. Rows missing from the last table count only when it was empty (a restarted controller)."""
-        self._addresses_of("")
-        assert self._by_model is not None
-        only_missing = len(self._missing) == len(self._rows)
-        return sorted(
-            name
-            for name, addresses in self._by_model.items()
-            if only_missing or any(address not in self._missing for address in addresses)
+        return sorted(self.offered())
+
+    def offered(self) -> dict[str, list[str]]:
+        """The same models, with the capabilities that they are served with."""
+        is_counted = self._is_counted()
+        found = (
+            (name, [capability for capability, addresses in pools.items() if any(map(is_counted, addresses))])
+            for name, pools in self._offers().items()
         )
+        return {name: capabilities for name, capabilities in found if capabilities}
+
+    def capabilities(self, model: str) -> list[str]:
+        """Those that the model is served with, sorted; none for a model that is not served."""
+        is_counted = self._is_counted()
+        pools = self._offers().get(model, {})
+        return sorted(capability for capability, addresses in pools.items() if any(map(is_counted, addresses)))
 
     def is_listed(self, address: str) -> bool:
         """Whether the controller's last table shows the worker."""
         return address in self._rows and address not in self._missing
 
-    def _addresses_of(self, model: str) -> list[str]:
+    def _is_counted(self) -> Callable[[str], bool]:
+        only_missing = len(self._missing) == len(self._rows)
+        return lambda address: only_missing or address not in self._missing
+
+    def _offers(self) -> dict[str, dict[str, list[str]]]:
         if self._by_model is None:
             self._by_model = {}
             for address, row in self._rows.items():
-                for name in dict.fromkeys(row.entry.status.model_names):
-                    self._by_model.setdefault(name, []).append(address)
-        return self._by_model.get(model, [])
+                status = row.entry.status
+                for name in dict.fromkeys(status.model_names):
+                    pools = self._by_model.setdefault(name, {})
+                    for capability in dict.fromkeys(status.offered):
+                        pools.setdefault(capability, []).append(address)
+        return self._by_model
 
 
-def _same_models(one: WorkerEntry, other: WorkerEntry) -> bool:
-    return one.status.model_names == other.status.model_names
+def _offer_the_same(one: WorkerEntry, other: WorkerEntry) -> bool:
+    before, after = one.status, other.status
+    return before.model_names == after.model_names and before.capabilities == after.capabilities

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastserve.config import LauncherConfig
+from fastserve.config import LauncherConfig, is_hub_id
 from fastserve.errors import StartupError
 from fastserve.launching.plan import Item, common_config, worker_config
 from fastserve.launching.processes import RunningService
 from fastserve.serving.listen import port_problem
 from fastserve.serving.tls import check_tls
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check(
@@ -50,7 +47,7 @@ def check_model(model: str) -> None:
     has the id, the worker finds out: it alone knows all kinds of files that it serves."""
     if os.path.exists(model):
         return
-    if model.startswith((".", "/", "~", "\\")) or not _HUB_ID.fullmatch(model):
+    if model.startswith((".", "/", "~", "\\")) or not is_hub_id(model):
         raise StartupError(
             f"The model {model!r} is missing: there is no such file or folder, and it is no Hugging Face id "
             "(owner/name)."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,6 @@ KEEP_ALIVE = b": keep-alive\n\n"
 JSON = "application/json"
 
 encode_json = msgspec.json.Encoder().encode
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,6 @@ class TokenText:
     @property
     def text(self) -> str:
         return self.data.decode(errors="replace")
-
-
-def request_id_of(header: str | None) -> str:
-    """The client's own id of a request when it is fit to be repeated, else a fresh one."""
-    return header if header is not None and _SAFE_ID.fullmatch(header) else uuid.uuid4().hex
 
 
 def event(payload: Any) -> bytes:

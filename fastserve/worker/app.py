@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ from fastserve.worker.keeper import EngineKeeper, RestartPolicy
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.progress import progress_reporter
 from fastserve.worker.prompt_pool import PromptPool
-from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
+from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
 from fastserve.worker.sampling import read_defaults
 from fastserve.worker.service import GenerationService
 
@@ -68,6 +68,8 @@ class WorkerSetup:
     """Called when the model cannot be loaded, the engine has been given up, or another task that the worker cannot
     live without has failed."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
+    handlers: Sequence[ModelHandler] = openai_routes.HANDLERS
+    """The model's routes, of which those that it can answer are announced."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     """Where the cluster's and the administrators' keys may stand."""
 
@@ -102,6 +104,8 @@ class Worker:
         self.app.state.status = self.status
         install_error_handlers(self.app)
         self.app.include_router(openai_routes.router)
+        for handler in setup.handlers:
+            self.app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
         self.app.include_router(fastchat_routes.router)
         self.app.add_api_route("/health", _health, methods=["GET"])
         self.app.add_api_route("/ready", _ready, methods=["GET"])
@@ -245,6 +249,7 @@ class Worker:
             pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics),
             conversation=derive_conversation(setup.model_names[0], template, eos),
+            handlers=setup.handlers,
             heartbeat_interval_s=config.heartbeat_interval_s,
             version=__version__,
             started_at=int(time.time()),

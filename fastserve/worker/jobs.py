@@ -18,6 +18,7 @@ from fastserve.openai.body import RequestBounds
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from fastserve.openai.sampling import GenerationRequest, check_request, parse_request
+from fastserve.protocol import CHOICES_HEADER
 from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.caller import Caller
@@ -63,13 +64,16 @@ class Job:
     """Choices that are generated for each prompt."""
     num_choices: int
     """How many of them are returned: the best."""
+    choices: tuple[int, ...]
+    """Indices of the runs to generate, in ascending order: all, unless others are generated elsewhere."""
     telling: Telling
     priority: int
     answer: AnswerOptions
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(prompt.token_ids) for prompt in self.prompts)
+        """Of the prompts that are computed here, each once for all of its choices."""
+        return sum(len(self.prompts[at].token_ids) for at in {index // self.num_runs for index in self.choices})
 
 
 class JobMaker:
@@ -111,6 +115,10 @@ class JobMaker:
         self._metrics = metrics
         self._unknown: set[str] = set()
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
     def chat(self, body: bytes, caller: Caller) -> Job:
         """The job of a chat request's body. Raises RequestError, as the other methods do."""
         request = parse_request(ChatRequest, body, self.bounds)
@@ -128,7 +136,7 @@ class JobMaker:
         room = self.encoder.room(len(ids), "messages")
         self._check_prompt_logprobs(len(ids), request.prompt_logprobs)
         max_tokens = room if request.token_limit is None else min(request.token_limit, room)
-        params = self._params(request, max_tokens, self._pick_seed(), logprobs, request.prompt_logprobs)
+        params = self._params(request, max_tokens, self._pick_seed(caller), logprobs, request.prompt_logprobs)
         return self._job(request, caller, [Prompt(None, ids, params)], logprobs, echo=False)
 
     def completion(self, body: bytes, caller: Caller) -> Job:
@@ -141,7 +149,7 @@ class JobMaker:
 
     def _completion(self, request: CompletionRequest, caller: Caller) -> Job:
         self._check(request, caller)
-        seed = self._pick_seed()
+        seed = self._pick_seed(caller)
         given = request.prompts(self.bounds)
         self._check_size(len(given), request)
         asked = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
@@ -203,8 +211,30 @@ class JobMaker:
                 param="logprobs",
             )
 
-    def _pick_seed(self) -> int:
-        return random.getrandbits(63) & SEED_MASK if self._seed is None else self._seed
+    def _pick_seed(self, caller: Caller) -> int:
+        """The seed of a request that brings none: `--seed`, else the API server's, else a fresh one."""
+        if self._seed is not None:
+            return self._seed
+        seed = caller.read_seed()
+        return random.getrandbits(63) & SEED_MASK if seed is None else seed
+
+    def _pick_choices(self, request: GenerationRequest, caller: Caller, num_prompts: int) -> tuple[int, ...]:
+        num_choices = num_prompts * request.num_runs
+        choices = caller.read_choices()
+        if choices is None:
+            return tuple(range(num_choices))
+        if request.num_runs > request.num_choices:
+            raise InvalidRequestError(
+                f"The header '{CHOICES_HEADER}' cannot be given with best_of above n: the best are chosen of all.",
+                param=CHOICES_HEADER,
+            )
+        if choices[-1] >= num_choices:
+            raise InvalidRequestError(
+                f"The header '{CHOICES_HEADER}' names choice {choices[-1]}, and the request asks for "
+                f"{num_choices}, numbered from 0.",
+                param=CHOICES_HEADER,
+            )
+        return choices
 
     def _params(
         self,
@@ -248,7 +278,11 @@ class JobMaker:
             echo=echo,
             prompt_logprobs=request.prompt_logprobs,
         )
-        return Job(caller, prompts, request.num_runs, request.num_choices, telling, request.priority or 0, answer)
+        choices = self._pick_choices(request, caller, len(prompts))
+        return Job(
+            *(caller, prompts, request.num_runs, request.num_choices, choices),
+            *(telling, request.priority or 0, answer),
+        )
 
     def _report_unknown(self, names: Sequence[str]) -> None:
         # Names come from clients, so they are bounded in number and length.

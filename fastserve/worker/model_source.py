@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastserve.config import is_hub_id
 from fastserve.demo import MODEL_NAME, demo_model_path
 from fastserve.errors import StartupError
 from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
 
-_REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Other frameworks' weights, and checkpoints in the makers' own form.
 _WEIGHTS = ["*.safetensors", "*.bin"]
 _NOT_NEEDED = ["original/*", "*.pth", "*.pt", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "onnx/*", "coreml/*"]
@@ -77,7 +77,7 @@ def _resolve(model_path: str, revision: str, flag: str, *, with_weights: bool) -
         return folder
     if folder.exists():
         raise StartupError(f"{flag} {model_path}: this is a file; give the model's folder.")
-    if not _REPOSITORY_ID.fullmatch(model_path):
+    if not is_hub_id(model_path):
         raise StartupError(f"{flag} {model_path}: there is no such folder.")
     return _from_hub(model_path, revision, flag, with_weights=with_weights)
 

@@ -17,13 +17,14 @@ from fastserve.openai.completions import (
     completion_response,
 )
 from fastserve.openai.models import ModelCards, describe_model
+from fastserve.openai.routes import CHAT, COMPLETIONS
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.choice import Delta
 from fastserve.worker.jobs import Job, JobMaker
 from fastserve.worker.prompts import Echo, logprobs_by_id, with_echo
-from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
+from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
 from fastserve.worker.service import ChoiceAnswer, fold
 from fastserve.worker.sse import events
 
@@ -47,7 +48,6 @@ async def models(request: Request) -> Response:
     return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
 
 
-@router.post("/v1/chat/completions")
 async def chat(request: Request) -> Response:
     created = int(time.time())
     runtime, job = await _prepare(request, lambda jobs: jobs.chat)
@@ -61,14 +61,13 @@ async def chat(request: Request) -> Response:
 
     def write() -> bytes:
         told = answer.choices
-        choices = [chat_choice(i, one.text, one.finish_reason, one.tokens) for i, one in enumerate(told)]
+        choices = [chat_choice(one.index, one.text, one.finish_reason, one.tokens) for one in told]
         prompt_logprobs = _prompt_logprobs(runtime, told[0], options.prompt_logprobs)
         return encode_json(chat_response(request_id, created, options.model, choices, answer.usage, prompt_logprobs))
 
     return _json(job, await runtime.pool.run(_written_bytes(job), write))
 
 
-@router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     created = int(time.time())
     runtime, job = await _prepare(request, lambda jobs: jobs.completion)
@@ -84,13 +83,20 @@ async def completions(request: Request) -> Response:
 
     def write() -> bytes:
         choices = []
-        for i, one in enumerate(answer.choices):
-            text, tokens = with_echo(echoes[i // job.num_choices], one)
+        for one in answer.choices:
+            text, tokens = with_echo(echoes[one.index // job.num_choices], one)
             prompt_logprobs = _prompt_logprobs(runtime, one, options.prompt_logprobs)
-            choices.append(completion_choice(i, text, one.finish_reason, tokens, prompt_logprobs))
+            choices.append(completion_choice(one.index, text, one.finish_reason, tokens, prompt_logprobs))
         return encode_json(completion_response(request_id, created, options.model, choices, answer.usage))
 
     return _json(job, await runtime.pool.run(_written_bytes(job), write))
+
+
+HANDLERS = (
+    ModelHandler(CHAT, chat, lambda runtime: runtime.jobs.has_chat_template),
+    ModelHandler(COMPLETIONS, completions, lambda _: True),
+)
+"""The routes that a worker has for its model."""
 
 
 async def _prepare(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from fastserve.config import WorkerConfig
 from fastserve.engine.spread import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.errors import StartupError
+from fastserve.options import check_ranges
 
 Refusal = tuple[Callable[[WorkerConfig], bool], str]
 
@@ -75,21 +76,10 @@ def refuse_unavailable(config: WorkerConfig) -> None:
     for asked, sentence in REFUSALS:
         if asked(config):
             raise StartupError(sentence)
-    for flag, value, least in (
-        ("--limit-worker-concurrency", config.limit_worker_concurrency, 1),
-        ("--stream-interval", config.stream_interval, 1),
-        ("--heartbeat-interval-s", config.heartbeat_interval_s, 0.01),
-        ("--engine-timeout-s", config.engine_timeout_s, 2),  # an idle engine speaks each second
-        ("--max-num-batched-tokens", config.max_num_batched_tokens, 1),
-        ("--max-num-seqs", config.max_num_seqs, 1),
-        ("--block-size", config.block_size, 1),
-        ("--max-model-len", config.max_model_len, 2),  # a token of the prompt and one of the answer
-        ("--max-total-tokens", config.max_total_tokens, 1),
-        ("--gptq-groupsize", None if config.gptq_groupsize == -1 else config.gptq_groupsize, 1),
-        ("--awq-groupsize", None if config.awq_groupsize == -1 else config.awq_groupsize, 1),
-    ):
-        if value is not None and value < least:
-            raise StartupError(f"{flag} {value} is too small: the least is {least}.")
+    check_ranges(WorkerConfig, config)
+    for flag, size in (("--gptq-groupsize", config.gptq_groupsize), ("--awq-groupsize", config.awq_groupsize)):
+        if size < 1 and size != -1:
+            raise StartupError(f"{flag} {size} is out of range: give at least 1, or -1 for what the weights have.")
 
 
 def _refuse_gpus(config: WorkerConfig) -> None:

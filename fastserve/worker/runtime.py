@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
+from starlette.responses import Response
 
 from fastserve.engine.contract import EngineInfo
+from fastserve.openai.routes import ModelRoute
 from fastserve.protocol import WorkerStatus
 from fastserve.text.conversation import Conversation
 from fastserve.worker.admission import Admission
@@ -16,6 +18,16 @@ from fastserve.worker.keeper import EngineKeeper
 from fastserve.worker.metrics import WorkerMetrics, kv_usage
 from fastserve.worker.prompt_pool import PromptPool
 from fastserve.worker.service import GenerationService
+
+
+@dataclass(frozen=True)
+class ModelHandler:
+    """The worker's side of a route: what answers its requests, and whether this worker's model can."""
+
+    route: ModelRoute
+    endpoint: Callable[[Request], Awaitable[Response]]
+    is_offered: Callable[[Runtime], bool]
+    """Whether the worker announces the capability. The endpoint exists in any case, and says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Runtime:
     pool: PromptPool
     service: GenerationService
     conversation: Conversation
+    handlers: Sequence[ModelHandler]
     heartbeat_interval_s: float
     version: str
     started_at: int
@@ -46,7 +59,12 @@ class Runtime:
             max_concurrency=self.admission.limit,
             kv_usage=kv_usage(stats),
             version=self.version,
+            capabilities=self.capabilities,
         )
+
+    @property
+    def capabilities(self) -> list[str]:
+        return [handler.route.capability for handler in self.handlers if handler.is_offered(self)]
 
 
 def runtime_of(request: Request) -> Runtime:

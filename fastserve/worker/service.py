@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastserve.engine.contract import EngineRequest, TokenLogprob
 from fastserve.errors import FastserveError, InternalError
@@ -67,9 +67,10 @@ class GenerationService:
             self._metrics.prompt_tokens.inc(job.prompt_tokens)
             number = next(self._numbers)
             runs = [
-                self._run_choice(job, prompt, f"{job.caller.request_id}-{number}-{at}-{i}", at * job.num_runs + i, box)
-                for at, prompt in enumerate(job.prompts)
-                for i in range(job.num_runs)
+                self._run_choice(
+                    job, job.prompts[index // job.num_runs], f"{job.caller.request_id}-{number}-{index}", index, box
+                )
+                for index in job.choices
             ]
             if len(runs) == 1:
                 await runs[0]
@@ -108,6 +109,7 @@ class GenerationService:
 
 @dataclass
 class ChoiceAnswer:
+    index: int
     text: str = ""
     tokens: list[TokenText] | None = None
     finish_reason: str | None = None
@@ -147,24 +149,25 @@ class Answer:
     """Every choice that was generated."""
 
     def __post_init__(self) -> None:
-        self.runs = [ChoiceAnswer() for _ in range(len(self.job.prompts) * self.job.num_runs)]
+        self.runs = [ChoiceAnswer(index) for index in range(len(self.job.prompts) * self.job.num_runs)]
 
     @property
     def choices(self) -> list[ChoiceAnswer]:
         """Those that are told: of each prompt's runs the likeliest, best first. Equal ones keep their order."""
         job = self.job
         if job.num_runs == job.num_choices:
-            return self.runs
+            return [self.runs[index] for index in job.choices]
         told: list[ChoiceAnswer] = []
         for at in range(0, len(self.runs), job.num_runs):
             best = sorted(self.runs[at : at + job.num_runs], key=lambda run: run.mean_logprob, reverse=True)
             told += best[: job.num_choices]
-        return told
+        return [replace(run, index=index) for index, run in enumerate(told)]
 
     @property
     def usage(self) -> Usage:
         # A prompt is computed once for all of its choices, so it counts once, and so does what was cached of it.
-        cached = sum(run.cached_tokens for run in self.runs[:: self.job.num_runs])
+        firsts = {index // self.job.num_runs: self.runs[index] for index in reversed(self.job.choices)}
+        cached = sum(run.cached_tokens for run in firsts.values())
         return Usage(self.job.prompt_tokens, sum(run.num_tokens for run in self.runs), cached)
 
 

@@ -169,5 +169,5 @@ def test_max_model_len_within_and_beyond_the_context(tiny_models: TinyModels) ->
     assert "(40 tokens)" in refused.error
     with pytest.raises(StartupError, match="--max-model-len 300 exceeds the model's context of 256 tokens"):
         start(path, max_total_tokens=1024, max_model_len=300)
-    with pytest.raises(StartupError, match="--max-model-len 0 must be at least 2"):
+    with pytest.raises(StartupError, match="--max-model-len 0 is out of range"):
         start(path, max_total_tokens=1024, max_model_len=0)

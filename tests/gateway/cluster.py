@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from fastserve.config import ApiServerConfig
 from fastserve.gateway.app import create_app
+from fastserve.openai.routes import MODEL_ROUTES, ModelRoute
 from fastserve.protocol import (
     AcquireRequest,
     AcquireResponse,
@@ -105,8 +106,9 @@ class StubController(StubServer):
         self.is_busy = False
         """It refuses to say which leases are served."""
 
-    def add(self, address: str, *models: str) -> None:
-        self.workers[address] = WorkerStatus(model_names=list(models or (MODEL,)))
+    def add(self, address: str, *models: str, capabilities: Sequence[str] | None = None) -> None:
+        stated = None if capabilities is None else list(capabilities)
+        self.workers[address] = WorkerStatus(model_names=list(models or (MODEL,)), capabilities=stated)
 
     def make_app(self) -> web.Application:
         app = web.Application()
@@ -123,15 +125,24 @@ class StubController(StubServer):
         asked = AcquireRequest.model_validate_json(await request.read())
         self.acquired.append(asked.lease)
         self.excluded.append(asked.exclude)
-        serving = [address for address, status in self.workers.items() if asked.model in status.model_names]
+        named = {address: status for address, status in self.workers.items() if asked.model in status.model_names}
+        serving = [address for address, status in named.items() if asked.capability in (None, *status.offered)]
         loads = list(self.in_flight.values())
         free = [address for address in serving if address not in asked.exclude]
         chosen = min(free, key=loads.count, default="")
         if chosen:
             self.granted.append(asked.lease)
             self.in_flight[asked.lease] = chosen
-        known = bool(serving) or asked.model in self.remembered
-        return _answer(AcquireResponse(address=chosen, known=known, retry_after_s=self.retry_after_s))
+        known = bool(named) or asked.model in self.remembered
+        offered = sorted({each for status in named.values() for each in status.offered})
+        return _answer(
+            AcquireResponse(
+                address=chosen,
+                known=known,
+                retry_after_s=self.retry_after_s,
+                capabilities=offered if named and not serving else None,
+            )
+        )
 
     async def _release(self, request: web.Request) -> web.Response:
         asked = ReleaseRequest.model_validate_json(await request.read())
@@ -295,12 +306,12 @@ class Cluster:
     stack: contextlib.AsyncExitStack
     workers: list[StubWorker] = field(default_factory=list)
 
-    async def worker(self, script: Script, *models: str) -> StubWorker:
+    async def worker(self, script: Script, *models: str, capabilities: Sequence[str] | None = None) -> StubWorker:
         """Start a worker and let the controller know it. With equal load the controller takes the one started first."""
         worker = StubWorker(script)
         await worker.start()
         self.stack.push_async_callback(worker.kill)
-        self.controller.add(worker.address, *models)
+        self.controller.add(worker.address, *models, capabilities=capabilities)
         self.workers.append(worker)
         return worker
 
@@ -329,13 +340,13 @@ class Cluster:
 
 
 @asynccontextmanager
-async def start_cluster(**options: Any) -> AsyncIterator[Cluster]:
+async def start_cluster(*, model_routes: Sequence[ModelRoute] = MODEL_ROUTES, **options: Any) -> AsyncIterator[Cluster]:
     async with contextlib.AsyncExitStack() as stack:
         controller = StubController()
         await controller.start()
         stack.push_async_callback(controller.kill)
         settings = ApiServerConfig(host="127.0.0.1", controller_address=controller.address, **options)
-        url = await stack.enter_async_context(serve_app(create_app(settings)))
+        url = await stack.enter_async_context(serve_app(create_app(settings, model_routes=model_routes)))
         headers = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
         http = await stack.enter_async_context(aiohttp.ClientSession(headers=headers))
         yield Cluster(controller, url, http, stack)

@@ -66,40 +66,40 @@ def cached(clock: Clock) -> CachedTable:
 
 def test_the_least_loaded_for_its_speed_is_chosen(cached: CachedTable) -> None:
     cached.update(table_of(("a", 4, 1.0), ("b", 6, 2.0), ("c", 5, 1.0)), {})
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a"
-    assert cached.choose("m", ["b"], {"a": 2}) == "c"
-    assert cached.choose("other", [], {}) == ""
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
+    assert cached.choose("m", "chat", ["b"], {"a": 2}) == "c"
+    assert cached.choose("other", "chat", [], {}) == ""
 
 
 def test_own_requests_are_not_counted_twice(cached: CachedTable) -> None:
     cached.update(table_of(("a", 4, 1.0), ("b", 2, 1.0)), {"a": 4})
-    assert cached.choose("m", [], {"a": 1}) == "a"
+    assert cached.choose("m", "chat", [], {"a": 1}) == "a"
 
 
 def test_ties_are_broken_at_random(cached: CachedTable) -> None:
     cached.update(table_of(("a", 0, 1.0), ("b", 0, 1.0)), {})
-    assert {cached.choose("m", [], {}) for _ in range(50)} == {"a", "b"}
+    assert {cached.choose("m", "chat", [], {}) for _ in range(50)} == {"a", "b"}
 
 
 def test_a_suspect_comes_last_for_a_while(cached: CachedTable, clock: Clock) -> None:
     cached.update(table_of(("a", 0, 1.0), ("b", 9, 1.0)), {})
     cached.suspect("a")
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
     clock.now += SUSPECT_S
-    assert cached.choose("m", [], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "a"
 
 
 def test_a_worker_missing_from_the_table_is_kept_for_a_while(cached: CachedTable, clock: Clock) -> None:
     cached.update(table_of(("a", 0, 1.0), ("b", 9, 1.0)), {})
     clock.now += 3600  # the controller was away for an hour, and forgets a
     cached.update(table_of(("b", 9, 1.0)), {})
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
     clock.now += MISSING_GRACE_S
     cached.update(table_of(("b", 9, 1.0)), {})
-    assert cached.choose("m", ["b"], {}) == ""
+    assert cached.choose("m", "chat", ["b"], {}) == ""
 
 
 def test_models_are_listed_from_an_empty_table_only_for_a_while(cached: CachedTable, clock: Clock) -> None:

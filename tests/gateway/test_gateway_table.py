@@ -53,8 +53,8 @@ def test_changes_replace_rows_and_leave_the_others(cached: CachedTable) -> None:
     cached.update(whole(row("a", 1), row("b", 2)), {})
     cached.update(changes(row("a", 9), row("c", 5, ["n"])), {})
     assert (cached.epoch, cached.version) == ("e", 2)
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
     assert cached.model_names() == ["m", "n"]
 
 
@@ -63,11 +63,11 @@ def test_a_removed_worker_is_no_longer_listed_and_comes_last_for_a_while(cached:
     cached.update(changes(removed=["a", "c", "never there"]), {})
     assert [cached.is_listed(address) for address in "abc"] == [False, True, False]
     assert cached.model_names() == ["m"]
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
     clock.now += MISSING_GRACE_S
     cached.update(changes(version=3), {})
-    assert cached.choose("m", ["b"], {}) == ""
+    assert cached.choose("m", "chat", ["b"], {}) == ""
 
 
 def test_a_removed_worker_comes_back(cached: CachedTable, clock: Clock) -> None:
@@ -83,15 +83,15 @@ def test_a_removed_worker_comes_back(cached: CachedTable, clock: Clock) -> None:
 
 def test_a_worker_that_changes_its_models_is_found_under_the_new_ones(cached: CachedTable) -> None:
     cached.update(whole(row("a")), {})
-    assert cached.choose("m", [], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "a"
     cached.update(changes(row("a", models=["n"])), {})
-    assert (cached.choose("m", [], {}), cached.choose("n", [], {})) == ("", "a")
+    assert (cached.choose("m", "chat", [], {}), cached.choose("n", "chat", [], {})) == ("", "a")
 
 
 def test_the_empty_table_of_a_restarted_controller_takes_nobody_away_at_once(cached: CachedTable) -> None:
     cached.update(whole(row("a")), {})
     cached.update(whole(epoch="f", version=0), {})
-    assert cached.choose("m", [], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "a"
     assert cached.model_names() == ["m"]
     assert not cached.is_listed("a")
 
@@ -102,19 +102,19 @@ def test_the_empty_table_of_a_restarted_controller_takes_nobody_away_at_once(cac
 def test_a_worker_that_fails_request_after_request_comes_last(cached: CachedTable, clock: Clock) -> None:
     cached.update(whole(row("a"), row("b", 9)), {})
     for _ in range(FAILURE_THRESHOLD):
-        assert cached.choose("m", [], {}) == "a"
+        assert cached.choose("m", "chat", [], {}) == "a"
         cached.record("a", failed=True)
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a", "a failing worker is better than none"
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a", "a failing worker is better than none"
     clock.now += OPEN_S
-    assert [cached.choose("m", [], {}) for _ in range(3)] == ["a", "b", "b"], "one request probes it"
+    assert [cached.choose("m", "chat", [], {}) for _ in range(3)] == ["a", "b", "b"], "one request probes it"
     cached.record("a", failed=False)
-    assert cached.choose("m", [], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "a"
 
 
 def test_the_controllers_word_of_an_open_breaker_counts(cached: CachedTable) -> None:
     cached.update(whole(row("a", breaker="open"), row("b", 9)), {})
-    assert cached.choose("m", [], {}) == "b"
+    assert cached.choose("m", "chat", [], {}) == "b"
 
 
 # ---- the controller's dispatch method ------------------------------------------------------------------------------
@@ -169,13 +169,13 @@ def test_among_many_workers_a_choice_is_a_good_one_and_never_an_excluded_one(cac
     cached.update(whole(*(row(f"w{n}", n % 10) for n in range(1000))), {})
     excluded = [f"w{n}" for n in range(1000) if n % 10 == 0]
     for _ in range(50):
-        chosen = cached.choose("m", excluded, {})
+        chosen = cached.choose("m", "chat", excluded, {})
         assert int(chosen[1:]) % 10 in (1, 2, 3)
 
 
 def test_the_one_healthy_worker_of_many_is_found(cached: CachedTable) -> None:
     cached.update(whole(*(row(f"w{n}", breaker="closed" if n == 777 else "open") for n in range(1000))), {})
-    assert {cached.choose("m", [], {}) for _ in range(20)} == {"w777"}
+    assert {cached.choose("m", "chat", [], {}) for _ in range(20)} == {"w777"}
 
 
 # ---- bad rows ---------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_a_bad_row_of_a_change_keeps_what_was_known(cached: CachedTable) -> None
     table, problems = parse_table(table_json(GOOD | {"speed": "fast"}, epoch="e", version=2, is_delta=True))
     cached.update(table, {})
     assert len(problems) == 1
-    assert cached.choose("m", [], {}) == "http://a:1"
+    assert cached.choose("m", "chat", [], {}) == "http://a:1"
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ MB = 2**20
     ],
 )
 async def test_an_answer_beyond_its_bound_is_refused_before_it_is_held(body: Any, script: Script) -> None:
-    bounds = {"max_answer_bytes": 4 * MB, "max_event_bytes": 2 * MB, "max_stream_bytes": 40 * MB}
+    bounds: dict[str, Any] = {"max_answer_bytes": 4 * MB, "max_event_bytes": 2 * MB, "max_stream_bytes": 40 * MB}
     async with start_cluster(**bounds) as cluster:
         await cluster.worker(script)
         before = psutil.Process().memory_info().rss

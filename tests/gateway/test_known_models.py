@@ -25,13 +25,13 @@ class Clock:
 def test_names_are_remembered_for_a_time_and_a_number() -> None:
     clock = Clock()
     known = KnownModels(clock)
-    known.note(["old"])
+    known.note({"old": ["chat"]})
     clock.now += REMEMBERED_S / 2
-    known.note(["new"])
+    known.note({"new": ["chat"]})
     clock.now += REMEMBERED_S / 2
     assert known.contains("new")
     assert not known.contains("old")
-    known.note(f"model-{number}" for number in range(MAX_NAMES))
+    known.note({f"model-{number}": ["chat"] for number in range(MAX_NAMES)})
     assert not known.contains("new")
     assert known.contains("model-0")
 

@@ -25,7 +25,8 @@ from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy
-from fastserve.worker.runtime import Runtime
+from fastserve.worker.openai_routes import HANDLERS
+from fastserve.worker.runtime import ModelHandler, Runtime
 
 MODEL = "fastserve-demo"
 
@@ -110,6 +111,7 @@ def run_worker(model_dir: Path) -> RunWorker:
         token_s: float = 0.0,
         first_token_s: float = 0.0,
         max_model_len: int = 2048,
+        handlers: Sequence[ModelHandler] = HANDLERS,
         **settings: Any,
     ) -> AsyncIterator[Running]:
         options = FakeOptions(
@@ -143,6 +145,7 @@ def run_worker(model_dir: Path) -> RunWorker:
             wait_listening=listening,
             end_process=ended.set,
             restart_policy=restart_policy or RestartPolicy(first_pause_s=0.01),
+            handlers=handlers,
         )
         worker = Worker(setup)
         server = uvicorn.Server(

@@ -1,48 +1,42 @@
-"""What is done around every request: its id, and its place in the metrics."""
+"""Middleware around every request: its id, and its place in the metrics."""
 
 from __future__ import annotations
 
-import re
-import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.protocol import REQUEST_ID_HEADER
+from fastserve.serving.request_ids import read_request_id
 
-SANE_ID = re.compile(rb"[\x20-\x7e]{1,128}")
 CLIENT_GONE = 499
-ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/models",
-        "/health",
-        "/ready",
-        "/metrics",
-        "/openapi.json",
-        "/docs",
-    }
-)
+OTHER = "other"
+"""Label of paths that are no route's."""
 
 
-class RequestContextMiddleware:
-    """Gives each request an id (the client's own, if sane), each answer the header of it, and counts both."""
+class RequestTrackingMiddleware:
+    """Gives each request an id (the client's own, if it is proper), each answer the header of it, and counts both."""
 
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: GatewayMetrics, routes: Sequence[BaseRoute], clock: Callable[[], float]
+    ) -> None:
+        """`routes`: those of the application, for the labels of metrics."""
         self._app = app
         self._metrics = metrics
         self._clock = clock
+        self._routes = [route for route in routes if isinstance(route, Route)]
+        self._paths = {route.path for route in self._routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = read_request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
         status = CLIENT_GONE
@@ -65,9 +59,15 @@ class RequestContextMiddleware:
             status, complete = 500, True
             raise
         finally:
-            route = _route(scope["path"])
+            route = self._label(scope["path"])
             self._metrics.requests.labels(route, str(status if complete else CLIENT_GONE)).inc()
             self._metrics.duration.labels(route).observe(self._clock() - started_at)
+
+    def _label(self, path: str) -> str:
+        """The path of the route: few values, whatever paths are asked for."""
+        if path in self._paths:
+            return path
+        return next((route.path_format for route in self._routes if route.path_regex.match(path)), OTHER)
 
 
 def name_failures(app: FastAPI) -> None:
@@ -80,18 +80,3 @@ def name_failures(app: FastAPI) -> None:
         return response
 
     app.add_exception_handler(Exception, answer_with_id)
-
-
-def _request_id(scope: Scope) -> str:
-    wanted = REQUEST_ID_HEADER.encode()
-    for name, value in scope["headers"]:
-        if name == wanted and SANE_ID.fullmatch(value):
-            return str(value, "ascii")
-    return f"req-{secrets.token_hex(12)}"
-
-
-def _route(path: str) -> str:
-    """A label of few values, whatever paths are asked for."""
-    if path in ROUTES:
-        return path
-    return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
