@@ -124,7 +124,7 @@ class Ours:
                 max_num_batched_tokens=args.prefill,
                 max_model_len=max(args.prefill, args.context + args.new_tokens) + 64,
                 max_total_tokens=max(most, args.prefill) + 64 * (max(args.batches) + 2),
-                prefix_cache=False,
+                no_prefix_cache=True,
                 speculative_method="off",
                 weights=WeightOptions(dummy=True, quantize=args.quantize),
             ),

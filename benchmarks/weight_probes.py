@@ -186,7 +186,7 @@ class Answer:
 def answers(args: argparse.Namespace) -> Row:
     """The demo model's held-out questions, asked of the engine in this process, greedily and without speculation."""
     config = EngineConfig(
-        args.model,
+        model_dir=args.model,
         device="cpu",
         dtype=args.dtype,
         max_total_tokens=1 << 15,

@@ -209,25 +209,10 @@ class ModelConfig:
 
     model_path: str = option("fastserve-demo", "local folder, Hugging Face repository id, or fastserve-demo")
     revision: str = option("main", "revision on the Hugging Face hub")
-    device: str | None = option(None, "device; found when not given", choices=("cpu", "cuda", "mps", "xpu", "npu"))
     gpus: str | None = option(None, "GPU ids to use, such as 1 or 0,2")
-    num_gpus: int = option(1, "number of GPUs to spread the model's layers over")
-    max_gpu_memory: str | None = option(
-        None, "most weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only"
-    )
-    dtype: str | None = option(
-        None,
-        "dtype of weights and KV cache; unset: the checkpoint's own (on a GPU, float32 becomes float16; on a CPU, what "
-        "it has no instructions for becomes float32)",
-        choices=("float32", "float16", "bfloat16"),
-    )
     load_8bit: bool = option(False, "keep the weights of linear layers in 8 bits, quantized while they are read")
     load_4bit: bool = option(
         False, "keep the weights of linear layers in 4 bits (nf4), quantized while they are read", added=True
-    )
-    cpu_offloading: bool = option(
-        False,
-        "keep layers that the GPUs do not hold in the machine's memory, then on disk, and compute them on the CPU",
     )
     gptq_ckpt: str | None = option(
         None,
@@ -256,10 +241,31 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of the engine."""
+    """What the engine is told as it is given (see `EngineConfig`)."""
 
     title: ClassVar[str] = "engine"
 
+    device: str | None = option(
+        None, "device; found when not given", choices=("cpu", "cuda", "mps", "xpu", "npu"), group="model"
+    )
+    num_gpus: int = option(1, "number of GPUs to spread the model's layers over", group="model")
+    max_gpu_memory: str | None = option(
+        None,
+        "most weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",
+        group="model",
+    )
+    dtype: str | None = option(
+        None,
+        "dtype of weights and KV cache; unset: the checkpoint's own (on a GPU, float32 becomes float16; on a CPU, what "
+        "it has no instructions for becomes float32)",
+        choices=("float32", "float16", "bfloat16"),
+        group="model",
+    )
+    cpu_offloading: bool = option(
+        False,
+        "keep layers that the GPUs do not hold in the machine's memory, then on disk, and compute them on the CPU",
+        group="model",
+    )
     max_model_len: int | None = option(
         None,
         "longest prompt and answer together, in tokens (one of each at least); from the model if unset",
@@ -289,12 +295,18 @@ class EngineOptions:
         choices=("ngram", "off"),
         added=True,
     )
-    num_speculative_tokens: int = option(8, "most guesses for one sequence in one step", added=True)
-    speculative_model: str | None = option(
-        None,
-        "small model of the same vocabulary that guesses in place of --speculative-method: folder or repository id",
-        added=True,
+    num_speculative_tokens: int = option(
+        8, "most guesses for one sequence in one step; --speculative-method off has none", added=True, minimum=1
     )
+    debug: bool = option(False, "print the model", group="worker")
+    profile_steps: int = option(
+        0,
+        "record so many engine steps under load and write a trace that torch's tools and Perfetto open",
+        added=True,
+        group="worker",
+    )
+    profile_dir: str = option("logs", "folder of the traces", added=True, group="worker")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model", added=True, group="worker")
 
 
 @dataclass(frozen=True)
@@ -302,6 +314,13 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     """The model worker: loads one model and generates."""
 
     title: ClassVar[str] = "worker"
+
+    speculative_model: str | None = option(
+        None,
+        "small model of the same vocabulary that guesses in place of --speculative-method: folder or repository id",
+        added=True,
+        group="engine",
+    )
 
     port: int = same_option(ServerConfig, "port", default=WORKER_PORT)
     max_connections_per_address: int = same_option(ServerConfig, "max_connections_per_address", default=4096)
@@ -355,12 +374,6 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
         ApiServerConfig, "api_keys_file", help="with --no-register: as for the API server"
     )
     seed: int | None = option(None, "seed of requests that bring none")
-    debug: bool = option(False, "print the model")
-    profile_steps: int = option(
-        0, "record so many engine steps under load and write a trace that torch's tools and Perfetto open", added=True
-    )
-    profile_dir: str = option("logs", "folder of the traces", added=True)
-    trust_remote_code: bool = option(False, "run Python code that comes with the model", added=True)
     engine: str = option(
         "native",
         "which engine generates: native, or fake (scripted, for tests)",

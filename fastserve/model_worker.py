@@ -16,7 +16,6 @@ from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
-from fastserve.engine.spread import read_gpu_memory
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.listen import advertised_address, bind
@@ -85,29 +84,12 @@ def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
     from fastserve.engine.client import EngineProcess
 
     return EngineProcess(
-        EngineConfig(
+        EngineConfig.of(
+            config,
             model_dir=str(source.folder),
-            device=config.device,
-            dtype=config.dtype,
-            num_gpus=config.num_gpus,
-            max_gpu_memory=None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory),
-            cpu_offloading=config.cpu_offloading,
-            max_model_len=config.max_model_len,
-            max_total_tokens=config.max_total_tokens,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            block_size=config.block_size,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            prefix_cache=not config.no_prefix_cache,
-            speculative_method=config.speculative_method,
-            num_speculative_tokens=config.num_speculative_tokens,
+            log_level=config.log_level,
             speculative_model_dir=_draft_dir(config),
             weights=_weight_options(config, source),
-            trust_remote_code=config.trust_remote_code,
-            profile_steps=config.profile_steps,
-            profile_dir=config.profile_dir,
-            debug=config.debug,
-            log_level=config.log_level,
         ),
         timeout_s=config.engine_timeout_s,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from fastserve.config import EngineOptions
 from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.devices.find import device_of
@@ -25,8 +26,9 @@ from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer, Speculator
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
-from fastserve.engine.spread import Spread
+from fastserve.engine.spread import Spread, read_gpu_memory
 from fastserve.errors import StartupError
+from fastserve.options import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,9 @@ logger = logging.getLogger(__name__)
 def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     """Load the model and make everything ready. Raises StartupError with a sentence for the person."""
     begin = time.perf_counter()
-    if config.num_speculative_tokens < 1:
-        raise StartupError(
-            f"--num-speculative-tokens {config.num_speculative_tokens} must be at least 1; "
-            "--speculative-method off turns speculation off."
-        )
-    spread = Spread(config.num_gpus, config.max_gpu_memory, config.cpu_offloading)
+    check_ranges(EngineOptions, config)
+    max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
+    spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
     loaded = _load(config, config.model_dir, progress, spread, config.weights)
     draft = _load_draft(config, loaded, progress)
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
@@ -73,7 +72,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         speed,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
-        prefix_cache=config.prefix_cache,
+        prefix_cache=not config.no_prefix_cache,
         speculator=_make_speculator(config, speed, draft_model),
         overlap=draft is None and _overlaps(loaded),
     )

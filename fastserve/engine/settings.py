@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, fields
+from typing import Any
+
 import msgspec
+
+from fastserve.config import EngineOptions, ServerConfig
+from fastserve.options import same_option
 
 
 class PackedCheckpoint(msgspec.Struct, frozen=True):
@@ -30,31 +36,17 @@ class WeightOptions(msgspec.Struct, frozen=True):
     """Random weights; no file of weights is looked for."""
 
 
-class EngineConfig(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(EngineOptions):
     """Travels as JSON on the engine process's command line. Unset sizes are found from the model and free memory."""
 
     model_dir: str
-    device: str | None = None
-    dtype: str | None = None
-    num_gpus: int = 1
-    max_gpu_memory: int | None = None
-    """bytes"""
-    cpu_offloading: bool = False
-    max_model_len: int | None = None
-    max_total_tokens: int | None = None
-    gpu_memory_utilization: float = 0.9
-    block_size: int = 16
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int = 256
-    prefix_cache: bool = True
-    speculative_method: str = "ngram"
-    """ngram or off"""
-    num_speculative_tokens: int = 8
+    log_level: str = same_option(ServerConfig, "log_level")
     speculative_model_dir: str | None = None
     """Of a draft model, which then takes the place of the method."""
-    weights: WeightOptions = WeightOptions()
-    trust_remote_code: bool = False
-    profile_steps: int = 0
-    profile_dir: str = "logs"
-    debug: bool = False
-    log_level: str = "info"
+    weights: WeightOptions = field(default_factory=WeightOptions)
+
+    @classmethod
+    def of(cls, options: EngineOptions, **others: Any) -> EngineConfig:
+        """`options` as they are, and what the worker has found: the fields of this class."""
+        return cls(**{item.name: getattr(options, item.name) for item in fields(EngineOptions)}, **others)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from fastserve.config import EngineOptions
 from fastserve.engine.attention.backend import StepSize
 from fastserve.engine.devices.device import Device
 from fastserve.engine.devices.find import device_of
@@ -25,7 +24,6 @@ from fastserve.engine.plan import MAX_EXTRA_LOGITS
 from fastserve.engine.sampling.sampler import SLICE_ENTRIES
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
-from fastserve.options import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +112,6 @@ def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
 
 
 def _check_flags(config: EngineConfig, model: LoadedModel) -> None:
-    check_ranges(EngineOptions, config)
     if config.max_model_len is not None and config.max_model_len > model.context_length:
         raise StartupError(
             f"--max-model-len {config.max_model_len} exceeds the model's context of {model.context_length} tokens."

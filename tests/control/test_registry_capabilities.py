@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fastserve.control import dispatch
+from fastserve import dispatch
 from fastserve.control.registry import LOADING_RETRY_AFTER_S, WorkerRegistry
 from fastserve.protocol import ASSUMED_CAPABILITIES, WorkerStatus
 from tests.control.test_registry import FASTCHAT, Clock, MakeStatus

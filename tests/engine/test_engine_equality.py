@@ -156,7 +156,7 @@ def test_prefix_hits_skip_computation_and_change_nothing(tiny_models: TinyModels
     assert answers["warm"].num_cached_tokens == 32
     assert answers["cold"].token_ids == answers["warm"].token_ids == expected
 
-    without = make_core(path, prefix_cache=False)
+    without = make_core(path, no_prefix_cache=True)
     answers = {"cold": Answer(), "warm": Answer()}
     for request_id in answers:
         without.add(greedy(prompt, 12, request_id))

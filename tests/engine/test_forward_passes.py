@@ -123,7 +123,7 @@ def test_a_way_that_computes_something_else_is_dropped_and_the_last_one_refuses_
 
 def test_a_layer_with_an_adapter_is_computed_by_its_module(tiny_models: TinyModels) -> None:
     """A way that has looked at the layers before the adapter came does not pass it over."""
-    core = make_core(tiny_models.path("llama"), speculative_method="off", prefix_cache=False)
+    core = make_core(tiny_models.path("llama"), speculative_method="off", no_prefix_cache=True)
     [whole_step, modules] = passes(core).ways
     assert isinstance(whole_step, WholeStepForward)
     assert isinstance(modules, ModulesForward)

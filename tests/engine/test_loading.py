@@ -252,7 +252,10 @@ def test_quantized_while_read(tiny_models: TinyModels, name: str, quantize: str,
 def test_an_engine_of_8_bits_answers(tiny_models: TinyModels) -> None:
     """Through the start check, which compares the engine with the model's own code on the same weights."""
     config = EngineConfig(
-        tiny_models.path("qwen3"), device="cpu", max_total_tokens=512, weights=WeightOptions(quantize="int8")
+        model_dir=tiny_models.path("qwen3"),
+        device="cpu",
+        max_total_tokens=512,
+        weights=WeightOptions(quantize="int8"),
     )
     assert build_core(config, lambda *_: None).info.num_parameters > 0
 
@@ -267,7 +270,7 @@ def test_random_weights_need_no_files(folder: Path) -> None:
         assert weight.shape == parameter.shape
         assert torch.equal(weight, again.weights.get(name))
         assert (weight == 1).all() if weight.dim() == 1 else 0.2 < weight.std() < 0.3
-    config = EngineConfig(str(folder), device="cpu", max_total_tokens=512, weights=WeightOptions(dummy=True))
+    config = EngineConfig(model_dir=str(folder), device="cpu", max_total_tokens=512, weights=WeightOptions(dummy=True))
     assert build_core(config, lambda *_: None).info.vocab_size == 160
 
 

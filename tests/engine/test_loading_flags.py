@@ -389,5 +389,5 @@ def test_flags_of_devices_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> N
     model_worker.main(flags.split())
     [(visible, config)] = seen
     assert visible == "0,2"
-    assert (config.device, config.num_gpus, config.max_gpu_memory) == ("cuda", 2, 13 << 30)
+    assert (config.device, config.num_gpus, config.max_gpu_memory) == ("cuda", 2, "13GiB")
     assert (config.cpu_offloading, config.dtype) == (True, "float16")

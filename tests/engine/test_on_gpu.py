@@ -244,7 +244,7 @@ def test_pages_of_all_layers_count_towards_the_memory_of_the_device(tiny_models:
     assert find_device(DEVICE).torch_device == loaded.device == next(loaded.model.parameters()).device
     assert len(loaded.attention.shapes_on(loaded.device)) == CONFIGS["llama"].num_hidden_layers
     core = build_core(
-        EngineConfig(tiny_models.path("llama"), device=DEVICE, max_num_seqs=4, gpu_memory_utilization=0.9),
+        EngineConfig(model_dir=tiny_models.path("llama"), device=DEVICE, max_num_seqs=4, gpu_memory_utilization=0.9),
         lambda *_: None,
     )
     assert core.info.num_blocks == 4 * 256 // 16, "no more than all sequences at their longest"

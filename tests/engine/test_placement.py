@@ -455,13 +455,13 @@ def test_the_number_of_blocks_is_the_least_that_a_device_affords(
     assert 0 < layers < 3
     per_token = layers * 2 * (12 + 12) * 4  # KV heads x (key and value) x float32
     assert loaded.attention.bytes_per_token(16, torch.float32, small) == per_token
-    config = EngineConfig(tiny_models.path("llama"), max_num_seqs=4, max_num_batched_tokens=8)
+    config = EngineConfig(model_dir=tiny_models.path("llama"), max_num_seqs=4, max_num_batched_tokens=8)
     others = sizing.step_bytes(loaded, config, 8, 256, small)
     afforded = int(0.9 * room) - others
     assert core.info.num_blocks == min(4 * 256, afforded // per_token) // 16
     room = 1 << 12
     with pytest.raises(StartupError, match=f"Not enough memory: 0 MB are free on {small}"):
-        build_core(EngineConfig(tiny_models.path("llama"), device="cpu", **settings), lambda *_: None)
+        build_core(EngineConfig(model_dir=tiny_models.path("llama"), device="cpu", **settings), lambda *_: None)
 
 
 def test_a_part_on_another_device_is_not_given_to_the_kernel_for_whole_steps_on_cpus(tiny_models: TinyModels) -> None:
@@ -486,7 +486,8 @@ def test_a_real_gpu_and_the_cpu(tiny_models: TinyModels, name: str) -> None:
     path = tiny_models.path(name)
     model = on_meta(CONFIGS[name], torch.float32)
     total = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    core = make_core(path, device="cuda", cpu_offloading=True, max_gpu_memory=int(0.6 * total), max_total_tokens=512)
+    cap = f"{0.6 * total / 1e3:.0f}KB"
+    core = make_core(path, device="cuda", cpu_offloading=True, max_gpu_memory=cap, max_total_tokens=512)
     assert core.info.device == "cuda:0, cpu"
     prompt = list(range(3, 30))
     answers = {"r": Answer()}

@@ -126,14 +126,14 @@ def by_method(method: str, *rows: WorkerEntry) -> RoutingTable:
 
 def test_lottery_is_kept_up_while_the_controller_is_away(cached: CachedTable) -> None:
     cached.update(by_method("lottery", row("slow", 0, speed=0.5), row("fast", 50, speed=1.5)), {})
-    chosen = [cached.choose("m", [], {"fast": 50}) for _ in range(2000)]
+    chosen = [cached.choose("m", "chat", [], {"fast": 50}) for _ in range(2000)]
     assert 1400 < chosen.count("fast") < 1600, "by speed alone, however long the queue"
     cached.record("fast", failed=True)
     cached.suspect("fast")
-    assert {cached.choose("m", [], {}) for _ in range(50)} == {"slow"}
-    assert {cached.choose("m", ["slow"], {}) for _ in range(50)} == {"fast"}
+    assert {cached.choose("m", "chat", [], {}) for _ in range(50)} == {"slow"}
+    assert {cached.choose("m", "chat", ["slow"], {}) for _ in range(50)} == {"fast"}
     cached.update(by_method("shortest_queue", row("slow", 0, speed=0.5), row("fast", 50, speed=1.5)), {})
-    assert cached.choose("m", [], {}) == "slow"
+    assert cached.choose("m", "chat", [], {}) == "slow"
 
 
 @pytest.mark.parametrize("method", dispatch.names())
@@ -142,8 +142,8 @@ def test_each_method_chooses_among_many_workers_and_leaves_out_the_excluded_ones
 ) -> None:
     cached.update(by_method(method, *(row(f"w{n}") for n in range(500))), {})
     excluded = {f"w{n}" for n in range(0, 500, 2)}
-    assert {int(cached.choose("m", excluded, {})[1:]) % 2 for _ in range(100)} == {1}
-    assert cached.choose("m", {f"w{n}" for n in range(500)}, {}) == ""
+    assert {int(cached.choose("m", "chat", excluded, {})[1:]) % 2 for _ in range(100)} == {1}
+    assert cached.choose("m", "chat", {f"w{n}" for n in range(500)}, {}) == ""
 
 
 def test_a_method_of_a_newer_controller_is_replaced_by_the_shortest_queue_and_named_once(
@@ -151,15 +151,15 @@ def test_a_method_of_a_newer_controller_is_replaced_by_the_shortest_queue_and_na
 ) -> None:
     for _ in range(3):
         cached.update(by_method("tea\nleaves", row("a", 9), row("b", 1)), {})
-        assert cached.choose("m", [], {}) == "b"
+        assert cached.choose("m", "chat", [], {}) == "b"
     (record,) = caplog.records
     assert "tea\\nleaves" in record.getMessage()
 
 
 def test_a_worker_without_speed_comes_last_but_is_better_than_none(cached: CachedTable) -> None:
     cached.update(whole(row("a", 0, speed=0.0), row("b", 9)), {})
-    assert cached.choose("m", [], {}) == "b"
-    assert cached.choose("m", ["b"], {}) == "a"
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
 
 
 # ---- many workers -----------------------------------------------------------------------------------------------
