@@ -17,14 +17,14 @@ from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
-from fastserve.openai.sampling import GenerationRequest, check_request, parse_request
+from fastserve.openai.generation import GenerationRequest, check_request, parse_request
 from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.caller import Caller
 from fastserve.worker.choice import Telling
 from fastserve.worker.encoding import PromptEncoder
 from fastserve.worker.metrics import WorkerMetrics
-from fastserve.worker.sampling import SEED_MASK, SamplingDefaults, resolve
+from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolve
 
 logger = logging.getLogger(__name__)
 
