@@ -44,6 +44,7 @@ from fastserve.engine.transfers import Readback, to_device
 
 from .conftest import TinyModels
 from .test_engine_equality import EOS, Answer, greedy, make_core, random_prompt, run, run_mixture
+from .test_logits_processors import EXAMPLES, PROCESSORS
 from .test_scheduler import BLOCKS, Clock, Device, Guesser, Memory, Oracle, alone, make_scheduler, step
 from .test_scheduler import make_core as make_modelless_core
 from .test_speculation_equality import mixed_requests
@@ -480,7 +481,12 @@ class NoReadback(Readback):
 def test_sampling_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def to_meta(arrays: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         assert device.type == "meta"
-        kinds = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
+        kinds = {
+            "int32": torch.int32,
+            "int64": torch.int64,
+            "float32": torch.float32,
+            "float64": torch.float64,
+        }
         return [torch.empty(array.shape, dtype=kinds[str(array.dtype)], device=device) for array in arrays]
 
     monkeypatch.setattr(sampler_module, "to_device", to_meta)
@@ -489,13 +495,12 @@ def test_sampling_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
         SamplingParams(5, temperature=0.0),
         SamplingParams(5),
         SamplingParams(5, top_p=0.9, top_k=3, min_p=0.1),
-        SamplingParams(5, typical_p=0.5, logit_bias={3: 1.0}),
-        SamplingParams(5, presence_penalty=1.0, repetition_penalty=1.2),
-        SamplingParams(5, min_tokens=3, stop_token_ids=(1,), logprobs=2),
+        SamplingParams(5, typical_p=0.5, logprobs=2),
+        *(params for examples in EXAMPLES.values() for params in examples),
     ]
     with OnDevice():
         for batch in (every_kind, every_kind[:1], every_kind[1:2], every_kind[2:3] * 3):
-            sampler = Sampler()
+            sampler = Sampler(PROCESSORS)
             rows = [SamplingRow(sampler.start(params, 0, 1), np.array([0, 3], dtype=np.int32)) for params in batch]
             logits = torch.empty(len(rows), 50, device="meta")
             sampled = sampler.sample(logits, rows, NoReadback())
