@@ -348,7 +348,7 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert not self._num_in_flight, "the tokens of a step in flight cannot be told to the runner again"
+        assert not self._num_in_flight, "the tokens of a step in flight cannot be given to the runner again"
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING

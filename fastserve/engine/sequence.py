@@ -49,7 +49,7 @@ class Sequence:
     """Prompt tokens found in the cache when first scheduled; None before."""
     in_runner: bool = False
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Found so far; None when not wanted, or when they have been told."""
+    """Found so far; None when not wanted, or when they have been sent."""
     num_unscored: int = 0
     """Prompt tokens whose logprobs are still to be found, always the last ones."""
 
@@ -57,7 +57,7 @@ class Sequence:
     def of(cls, seq_id: int, request: EngineRequest, due: float, *, needs_last_token: bool) -> Sequence:
         token_ids = request.prompt_ids + request.emitted_ids
         sequence = cls(seq_id, request, token_ids, len(request.prompt_ids), due, needs_last_token)
-        # With the first of its tokens, another engine has told the prompt's logprobs too.
+        # With the first of its tokens, another engine has sent the prompt's logprobs too.
         if request.params.prompt_logprobs is not None and not request.emitted_ids:
             sequence.prompt_logprobs = []
             sequence.num_unscored = sequence.num_prompt_tokens - 1

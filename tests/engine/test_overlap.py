@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -489,7 +490,7 @@ def test_sampling_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
         }
         return [torch.empty(array.shape, dtype=kinds[str(array.dtype)], device=device) for array in arrays]
 
-    monkeypatch.setattr(sampler_module, "to_device", to_meta)
+    monkeypatch.setattr(sampler_module, "device_of", lambda _: SimpleNamespace(has_float64=True))
     monkeypatch.setattr(batch_module, "to_device", to_meta)
     every_kind = [
         SamplingParams(5, temperature=0.0),
