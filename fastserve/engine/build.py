@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 
 from fastserve.config import EngineOptions
 from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
@@ -16,6 +18,8 @@ from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
+from fastserve.engine.sampling.processor import LogitsProcessor
 from fastserve.engine.selfcheck.twin import twin_differs
 from fastserve.engine.selfcheck.verify import verify
 from fastserve.engine.settings import EngineConfig, WeightOptions
@@ -33,8 +37,13 @@ from fastserve.options import check_ranges
 logger = logging.getLogger(__name__)
 
 
-def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
-    """Load the model and make everything ready. Raises StartupError with a sentence for the person."""
+def build_core(
+    config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS
+) -> EngineCore:
+    """Load the model and make everything ready. Raises StartupError with a sentence for the person.
+
+    `processors` in the order in which they are applied.
+    """
     begin = time.perf_counter()
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
@@ -43,12 +52,12 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
     draft = _load_draft(config, loaded, progress)
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
     num_blocks, max_model_len = sizes.num_blocks, sizes.max_model_len
-    runner = _make_runner(config, loaded, sizes)
+    runner = _make_runner(config, loaded, sizes, processors)
     speed = _measure(runner, num_blocks, config)
     executor: Executor = runner
     draft_model = None
     if draft is not None:
-        draft_model = _make_draft_model(config, draft, sizes, _vocab_size(loaded))
+        draft_model = _make_draft_model(config, draft, sizes, processors, _vocab_size(loaded))
         executor = DraftingExecutor(draft_model, runner)
     info = EngineInfo(
         model_path=config.model_dir,
@@ -73,6 +82,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         prefix_cache=not config.no_prefix_cache,
+        needs_last_token=partial(needs_last_token, processors),
         speculator=_make_speculator(config, speed, draft_model),
         overlap=draft is None and _overlaps(loaded),
     )
@@ -120,7 +130,13 @@ def _vocab_size(loaded: LoadedModel) -> int:
     return size
 
 
-def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_size: int | None = None) -> ModelRunner:
+def _make_runner(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    sizes: Sizes,
+    processors: Sequence[LogitsProcessor],
+    vocab_size: int | None = None,
+) -> ModelRunner:
     """A runner that has shown that it computes what the model's own code does."""
     runner = ModelRunner(
         loaded,
@@ -129,6 +145,7 @@ def _make_runner(config: EngineConfig, loaded: LoadedModel, sizes: Sizes, vocab_
         max_num_seqs=config.max_num_seqs,
         max_model_len=sizes.max_model_len,
         vocab_size=vocab_size,
+        processors=processors,
     )
     name = type(loaded.model).__name__
     for way in [way for way in runner.forward_passes.ways if way.follows_description]:
@@ -157,8 +174,10 @@ def _fused_layers(loaded: LoadedModel, runner: ModelRunner) -> tuple[FusedLayers
     return (*loaded.fused_layers, *found, *refused)
 
 
-def _make_draft_model(config: EngineConfig, draft: LoadedModel, sizes: Sizes, vocab_size: int) -> DraftModel:
-    runner = _make_runner(config, draft, sizes, vocab_size)
+def _make_draft_model(
+    config: EngineConfig, draft: LoadedModel, sizes: Sizes, processors: Sequence[LogitsProcessor], vocab_size: int
+) -> DraftModel:
+    runner = _make_runner(config, draft, sizes, processors, vocab_size)
     return DraftModel(
         runner,
         _measure(runner, sizes.num_blocks, config),

@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the next token of one request is drawn. Resolved by the worker: no field is left to be guessed.
+    """How the next token of one request is sampled. Resolved by the worker: no field is left to be guessed.
 
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and typical_p 1 are off. `seed`, the choice's index and the
     position key the noise, so the same request gives the same tokens whatever else is in the batch.
@@ -36,18 +36,13 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     seed: int = 0
     min_tokens: int = 0
-    """No stop token may be drawn before this many tokens."""
+    """No stop token is sampled before this many tokens."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of them ends the answer with "stop"; the end tokens of the model are among them unless ignored."""
     logprobs: int | None = None
-    """None: no logprobs. k: the drawn token's, and those of the k likeliest, before temperature and filters."""
+    """None: no logprobs. k: the sampled token's, and those of the k likeliest, before temperature and filters."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, each given those before it."""
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether the next draw depends on which tokens came before, beyond the logits."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):

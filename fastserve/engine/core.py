@@ -20,6 +20,7 @@ from fastserve.engine.contract import (
     EngineStats,
     Histogram,
     RequestOutput,
+    SamplingParams,
 )
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.kv_cache import BlockPool
@@ -50,10 +51,12 @@ class EngineCore:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         prefix_cache: bool,
+        needs_last_token: Callable[[SamplingParams], bool],
         speculator: Speculator | None = None,
         overlap: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`needs_last_token`: see `Scheduler`."""
         self.info = info
         self._speculator = speculator
         self.scheduler = Scheduler(
@@ -62,6 +65,7 @@ class EngineCore:
             max_num_seqs=max_num_seqs,
             max_model_len=info.max_model_len,
             max_extra_rows=min(MAX_EXTRA_ROWS, max(1, MAX_EXTRA_LOGITS // info.vocab_size)),
+            needs_last_token=needs_last_token,
             drafting=speculator,
             clock=clock,
         )

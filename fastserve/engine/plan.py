@@ -34,11 +34,11 @@ class Chunk(msgspec.Struct, frozen=True):
     new_block_ids: list[int]
     """Blocks that come behind the first `num_held_blocks` of the sequence's block table, before this step."""
     sample: bool
-    """The chunk reaches the last token, so the next one is drawn. The runner appends it to its own copy, and may be
-    told to compute it before its id is known: a plan names tokens by their positions."""
+    """The chunk reaches the last token, so the next one is sampled. The runner appends it to its own copy, and may be
+    asked to compute it before its id is known: a plan names tokens by their positions."""
     num_held_blocks: int = 0
     draft_ids: list[int] = []
-    """Guesses at the tokens after the last known one (speculation): after each that is right, one more is drawn."""
+    """Guesses at the tokens after the last known one (speculation): after each right one, one more token is sampled."""
     score_begin: int = 0
     score_end: int = 0
     """The prompt tokens after positions [score_begin, score_end), which lie in the chunk, get logprobs."""
@@ -49,8 +49,8 @@ class Chunk(msgspec.Struct, frozen=True):
         return self.num_tokens + len(self.draft_ids)
 
     @property
-    def num_drawn(self) -> int:
-        """Tokens that are drawn when it samples."""
+    def num_sampled(self) -> int:
+        """Tokens that are sampled if `sample`."""
         return 1 + len(self.draft_ids)
 
     @property
@@ -78,7 +78,7 @@ class StepResult(msgspec.Struct, frozen=True):
     """What a step brought, keyed by sequence."""
 
     token_ids: dict[int, list[int]] = {}
-    """For each chunk that samples: the drafts that were right, in order, and the token drawn after them."""
+    """For each chunk that samples: the drafts that were right, in order, and the token sampled after them."""
     logprobs: dict[int, list[TokenLogprob]] = {}
     """Of these tokens, for the sequences that asked for them."""
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}

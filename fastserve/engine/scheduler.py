@@ -33,7 +33,7 @@ from typing import Protocol
 
 import msgspec
 
-from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput
+from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.sequence import Sequence, Status
@@ -88,10 +88,12 @@ class Scheduler:
         max_num_seqs: int,
         max_model_len: int,
         max_extra_rows: int,
+        needs_last_token: Callable[[SamplingParams], bool],
         drafting: Drafting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_extra_rows` bounds the logits of a step, for prompt logprobs and drafts, and with them its memory."""
+        """`max_extra_rows` bounds the logits of a step, for prompt logprobs and drafts, and with them its memory.
+        `needs_last_token`: whether a request's next token can be sampled only once the host knows the one before."""
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ValueError("one sequence of max_model_len tokens must fit the block pool")
         self.pool = pool
@@ -99,6 +101,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.max_extra_rows = max_extra_rows
+        self._needs_last_token = needs_last_token
         self._drafting = drafting
         self._clock = clock
         self.running: list[Sequence] = []
@@ -131,7 +134,12 @@ class Scheduler:
         problem = self._problem(request)
         if problem is not None:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
-        sequence = Sequence.of(self._next_id, request, self._clock() + request.priority * PRIORITY_LEVEL_S)
+        sequence = Sequence.of(
+            self._next_id,
+            request,
+            self._clock() + request.priority * PRIORITY_LEVEL_S,
+            needs_last_token=self._needs_last_token(request.params),
+        )
         self._next_id += 1
         reason = self._finish_reason(sequence) if request.emitted_ids else None
         if reason is not None:
@@ -187,16 +195,16 @@ class Scheduler:
     @property
     def decoding(self) -> list[Sequence]:
         """Running sequences that compute their last token next."""
-        return [item for item in self.running if item.num_uncomputed == 1 and not item.is_drawn_out]
+        return [item for item in self.running if item.num_uncomputed == 1 and not item.has_max_tokens]
 
     def can_run_ahead(self) -> bool:
-        """Whether the next step can be planned while one is in flight: no draw of it needs ids that are not known yet,
-        and there are blocks for all."""
+        """Whether the next step can be planned while one is in flight: sampling it needs no ids that are not known
+        yet, and there are blocks for all."""
         needed = 0
         for sequence in self.running:
-            if sequence.num_drafts or (sequence.num_pending and sequence.request.params.has_penalties):
+            if sequence.num_drafts or (sequence.num_pending and sequence.needs_last_token):
                 return False
-            if not sequence.is_drawn_out:
+            if not sequence.has_max_tokens:
                 needed += self._blocks_needed(sequence, min(sequence.num_uncomputed, self.max_num_batched_tokens))
         return needed <= self.pool.num_free
 
@@ -220,7 +228,7 @@ class Scheduler:
     def _go_on(self, step: _Step) -> bool:
         """Chunks of running sequences; tells whether one had to give up its blocks."""
         decoding = self.decoding
-        prefilling = [item for item in self.running if item.num_uncomputed != 1 and not item.is_drawn_out]
+        prefilling = [item for item in self.running if item.num_uncomputed != 1 and not item.has_max_tokens]
         preempted = False
         for sequence in decoding + prefilling:
             if step.budget == 0:
@@ -246,7 +254,7 @@ class Scheduler:
             if sequence.status is not Status.WAITING:
                 heapq.heappop(self._waiting)
                 continue
-            # The last token is always computed: its logits are what the next one is drawn from. So are the tokens from
+            # The last token is always computed: the next one is sampled from its logits. So are the tokens from
             # whose logits prompt tokens are still to be scored.
             match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored)
             cached = len(match.block_ids) * self.pool.block_size
@@ -278,7 +286,7 @@ class Scheduler:
         if not sequences or budget == 0:
             return
         limits = [
-            # A step draws one token more than drafts are right.
+            # A step samples one token more than drafts are right.
             min(sequence.request.params.max_tokens - sequence.num_generated, self.max_model_len - sequence.num_tokens)
             - 1
             for sequence in sequences
@@ -340,7 +348,7 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert not self._num_in_flight, "the tokens of a step in flight cannot be told to the runner again"
+        assert not self._num_in_flight, "the tokens of a step in flight cannot be given to the runner again"
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
@@ -382,12 +390,12 @@ class Scheduler:
         drafting.learn(num_sequences, tried)
 
     def _take_tokens(self, sequence: Sequence, result: StepResult) -> RequestOutput:
-        """Append the tokens that the step drew for a sequence, up to the one that ends it."""
-        drawn = result.token_ids[sequence.seq_id]
+        """Append the tokens that the step sampled for a sequence, up to the one that ends it."""
+        sampled = result.token_ids[sequence.seq_id]
         output = RequestOutput(sequence.request.request_id, [], num_cached_tokens=sequence.num_cached or 0)
         sequence.num_pending -= 1
         sequence.num_drafts = 0
-        for token_id in drawn:
+        for token_id in sampled:
             sequence.token_ids.append(token_id)
             output.token_ids.append(token_id)
             output.finish_reason = self._finish_reason(sequence)

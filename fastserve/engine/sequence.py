@@ -17,7 +17,7 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens drawn and tokens computed: `num_computed` chases `num_tokens`, and nothing else says what is to be done.
+    """Tokens sampled and tokens computed: `num_computed` chases `num_tokens`, and nothing else says what is to be done.
     Both count what a step that is planned and not yet committed is going to bring.
 
     Prefill, chunked prefill, decode, a hit in the prefix cache, the way back from preemption and the takeover of
@@ -32,9 +32,11 @@ class Sequence:
     num_prompt_tokens: int
     due: float
     """Arrival on the scheduler's clock in seconds, and what the priority adds: who goes first."""
+    needs_last_token: bool
+    """Its next token can be sampled only once the one before is known."""
     num_computed: int = 0
     num_pending: int = 0
-    """Tokens that steps in flight draw: how many is known, and not yet which."""
+    """Tokens that steps in flight sample: how many is known, and not yet which."""
     num_drafts: int = 0
     """Drafts in the step in flight."""
     status: Status = Status.WAITING
@@ -47,14 +49,15 @@ class Sequence:
     """Prompt tokens found in the cache when first scheduled; None before."""
     in_runner: bool = False
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Found so far; None when not wanted, or when they have been told."""
+    """Found so far; None when not wanted, or when they have been sent."""
     num_unscored: int = 0
     """Prompt tokens whose logprobs are still to be found, always the last ones."""
 
     @classmethod
-    def of(cls, seq_id: int, request: EngineRequest, due: float) -> Sequence:
-        sequence = cls(seq_id, request, request.prompt_ids + request.emitted_ids, len(request.prompt_ids), due)
-        # With the first of its tokens, another engine has told the prompt's logprobs too.
+    def of(cls, seq_id: int, request: EngineRequest, due: float, *, needs_last_token: bool) -> Sequence:
+        token_ids = request.prompt_ids + request.emitted_ids
+        sequence = cls(seq_id, request, token_ids, len(request.prompt_ids), due, needs_last_token)
+        # With the first of its tokens, another engine has sent the prompt's logprobs too.
         if request.params.prompt_logprobs is not None and not request.emitted_ids:
             sequence.prompt_logprobs = []
             sequence.num_unscored = sequence.num_prompt_tokens - 1
@@ -71,7 +74,7 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def is_drawn_out(self) -> bool:
+    def has_max_tokens(self) -> bool:
         """With the pending tokens the answer has its greatest length."""
         return self.num_tokens - self.num_prompt_tokens >= self.request.params.max_tokens
 

@@ -21,8 +21,8 @@ from fastserve.openai.body import (
     parse_json,
     wrong,
 )
+from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
 from fastserve.openai.parameters import OF_MESSAGE, KnownFields
-from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _PART_SEPARATOR = "\n"

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fastserve.openai.answers import TokenText, Usage, encode_json
 from fastserve.openai.body import Flag, Integer, RequestBounds, invalid
-from fastserve.openai.sampling import MAX_TOP_LOGPROBS, GenerationRequest
+from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -46,7 +46,7 @@ from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.progress import progress_reporter
 from fastserve.worker.prompt_pool import PromptPool
 from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
-from fastserve.worker.sampling import read_defaults
+from fastserve.worker.sampling_params import read_defaults
 from fastserve.worker.service import GenerationService
 
 logger = logging.getLogger(__name__)

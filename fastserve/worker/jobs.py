@@ -17,7 +17,7 @@ from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
-from fastserve.openai.sampling import GenerationRequest, check_request, parse_request
+from fastserve.openai.generation import GenerationRequest, check_request, parse_request
 from fastserve.protocol import CHOICES_HEADER
 from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from fastserve.worker.caller import Caller
 from fastserve.worker.choice import Telling
 from fastserve.worker.encoding import PromptEncoder
 from fastserve.worker.metrics import WorkerMetrics
-from fastserve.worker.sampling import SEED_MASK, SamplingDefaults, resolve
+from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolve
 
 logger = logging.getLogger(__name__)
 

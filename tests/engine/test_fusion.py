@@ -91,7 +91,7 @@ def counts(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
 
 
 def assert_computes_the_same(loaded: LoadedModel) -> None:
-    sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
+    sizes: dict[str, Any] = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
     found = difference(loaded.reference, runner, keep_way(runner, "modules"), **sizes)
     assert found is not None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -34,7 +35,8 @@ from fastserve.engine.process import EngineLoop
 from fastserve.engine.runner import runner as runner_module
 from fastserve.engine.sampling import batch as batch_module
 from fastserve.engine.sampling import sampler as sampler_module
-from fastserve.engine.sampling.row import SamplingRow
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
+from fastserve.engine.sampling.processor import SamplingRow
 from fastserve.engine.sampling.sampler import Sampler
 from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.ngram import NgramProposer
@@ -43,6 +45,7 @@ from fastserve.engine.transfers import Readback, to_device
 
 from .conftest import TinyModels
 from .test_engine_equality import EOS, Answer, greedy, make_core, random_prompt, run, run_mixture
+from .test_logits_processors import EXAMPLES, PROCESSORS
 from .test_scheduler import BLOCKS, Clock, Device, Guesser, Memory, Oracle, alone, make_scheduler, step
 from .test_scheduler import make_core as make_modelless_core
 from .test_speculation_equality import mixed_requests
@@ -118,7 +121,7 @@ def test_freed_blocks_are_given_away_while_their_old_owner_is_still_computed() -
     assert answers == {"stops": alone(request), "heir": alone(heir)}
 
 
-def test_who_draws_by_the_answers_tokens_is_waited_for_and_others_are_not() -> None:
+def test_requests_that_need_the_last_token_are_waited_for_and_others_are_not() -> None:
     for settings, is_ahead in (
         ({"presence_penalty": 0.5}, False),
         ({"frequency_penalty": 0.5}, False),
@@ -372,15 +375,17 @@ class Told:
 
 
 @pytest.mark.parametrize("speculates", [False, True])
-def test_all_parameters_in_any_mixture_draw_the_same_with_and_without(
+def test_all_parameters_in_any_mixture_sample_the_same_with_and_without(
     tiny_models: TinyModels, speculates: bool
 ) -> None:
     """Bias, bans, penalties, filters, logprobs, prompt logprobs, stops, drafts; chunks, preemption, prefix hits."""
     path = tiny_models.path("llama")
     # Some of those with penalties only: while one of them runs, hardly a step is planned ahead.
     mixed = enumerate(mixed_requests(random.Random(8), 60))
-    requests = [request for index, request in mixed if index < 8 or not request.params.has_penalties]
-    assert any(request.params.has_penalties for request in requests)
+    requests = [
+        request for index, request in mixed if index < 8 or not needs_last_token(LOGITS_PROCESSORS, request.params)
+    ]
+    assert any(needs_last_token(LOGITS_PROCESSORS, request.params) for request in requests)
     small: dict[str, Any] = {
         "block_size": 4, "max_num_batched_tokens": 21, "max_total_tokens": 112, "max_model_len": 100,
     }  # fmt: skip
@@ -474,27 +479,32 @@ class NoReadback(Readback):
         return tensor
 
 
-def test_a_draw_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def to_meta(arrays: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         assert device.type == "meta"
-        kinds = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
+        kinds = {
+            "int32": torch.int32,
+            "int64": torch.int64,
+            "float32": torch.float32,
+            "float64": torch.float64,
+        }
         return [torch.empty(array.shape, dtype=kinds[str(array.dtype)], device=device) for array in arrays]
 
-    monkeypatch.setattr(sampler_module, "to_device", to_meta)
+    monkeypatch.setattr(sampler_module, "device_of", lambda _: SimpleNamespace(has_float64=True))
     monkeypatch.setattr(batch_module, "to_device", to_meta)
     every_kind = [
         SamplingParams(5, temperature=0.0),
         SamplingParams(5),
         SamplingParams(5, top_p=0.9, top_k=3, min_p=0.1),
-        SamplingParams(5, typical_p=0.5, logit_bias={3: 1.0}),
-        SamplingParams(5, presence_penalty=1.0, repetition_penalty=1.2),
-        SamplingParams(5, min_tokens=3, stop_token_ids=(1,), logprobs=2),
+        SamplingParams(5, typical_p=0.5, logprobs=2),
+        *(params for examples in EXAMPLES.values() for params in examples),
     ]
     with OnDevice():
         for batch in (every_kind, every_kind[:1], every_kind[1:2], every_kind[2:3] * 3):
-            rows = [SamplingRow(params, 0, np.array([0, 3], dtype=np.int32), 1) for params in batch]
+            sampler = Sampler(PROCESSORS)
+            rows = [SamplingRow(sampler.start(params, 0, 1), np.array([0, 3], dtype=np.int32)) for params in batch]
             logits = torch.empty(len(rows), 50, device="meta")
-            draw = Sampler().draw(logits, rows, NoReadback())
-            assert draw.token_ids.shape == (len(rows),)
+            sampled = sampler.sample(logits, rows, NoReadback())
+            assert sampled.token_ids.shape == (len(rows),)
             with pytest.raises(RuntimeError):
-                draw.token_ids.tolist()
+                sampled.token_ids.tolist()

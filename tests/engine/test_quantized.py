@@ -4,7 +4,7 @@ each output whatever the batch, and in whole models on both paths."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -285,7 +285,7 @@ def test_models_compute_with_the_dequantized_weights(
             parameters[weight_name].data = weight.t() if is_transposed else weight
     reference = own_logits(plain, torch.device("cpu"), 256)
     assert (reference.logits - unquantized.logits).abs().max() > 0.01 * reference.logits.std(), "nothing was quantized"
-    sizes = {"num_blocks": 8, "block_size": 16, "max_num_seqs": 4, "max_model_len": 64}
+    sizes: dict[str, Any] = {"num_blocks": 8, "block_size": 16, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
     assert ("whole_step" in {way.name for way in runner.forward_passes.ways}) == is_native
     for way in runner.forward_passes.ways:

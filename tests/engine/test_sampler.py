@@ -11,42 +11,44 @@ import torch
 from transformers import TypicalLogitsWarper
 
 from fastserve.engine.contract import SamplingParams, TokenLogprob
-from fastserve.engine.sampling import noise, typical
-from fastserve.engine.sampling.row import SamplingRow
+from fastserve.engine.sampling import noise, typical_p
+from fastserve.engine.sampling.processor import SamplingRow
 from fastserve.engine.sampling.sampler import Sampler
 from fastserve.engine.transfers import Readback
 
 VOCABULARY = 6
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
-DRAWS = 4000
+SAMPLES = 4000
+SAMPLER = Sampler()
 
 
 def row(
     params: SamplingParams, answer: tuple[int, ...] = (), prompt: tuple[int, ...] = (0,), choice: int = 0
 ) -> SamplingRow:
-    return SamplingRow(params, choice, np.array(prompt + answer, dtype=np.int32), len(prompt))
+    state = SAMPLER.start(params, choice, len(prompt))
+    return SamplingRow(state, np.array(prompt + answer, dtype=np.int32))
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
     readback = Readback()
-    draw = Sampler().draw(logits, rows, readback)
+    sampled = SAMPLER.sample(logits, rows, readback)
     readback.close()
     readback.wait()
-    return draw.result()
+    return sampled.result()
 
 
 def frequencies(**settings: float) -> list[float]:
-    """How often each token is drawn over many seeds, all in one batch."""
-    rows = [row(SamplingParams(1, seed=seed, **settings)) for seed in range(DRAWS)]  # type: ignore[arg-type]
-    drawn, _ = sample(LOGITS.expand(DRAWS, -1), rows)
-    counts = Counter(drawn)
-    return [counts[token] / DRAWS for token in range(VOCABULARY)]
+    """How often each token is sampled over many seeds, all in one batch."""
+    rows = [row(SamplingParams(1, seed=seed, **settings)) for seed in range(SAMPLES)]  # type: ignore[arg-type]
+    sampled, _ = sample(LOGITS.expand(SAMPLES, -1), rows)
+    counts = Counter(sampled)
+    return [counts[token] / SAMPLES for token in range(VOCABULARY)]
 
 
 def assert_close(found: list[float], expected: torch.Tensor) -> None:
     for share, probability in zip(found, expected.tolist(), strict=True):
         # Five standard deviations of a binomial share.
-        assert abs(share - probability) <= 5 * math.sqrt(max(probability * (1 - probability), 1e-9) / DRAWS) + 1e-9
+        assert abs(share - probability) <= 5 * math.sqrt(max(probability * (1 - probability), 1e-9) / SAMPLES) + 1e-9
 
 
 def renormalised(keep: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -107,13 +109,13 @@ def test_bias_and_min_tokens() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     params = SamplingParams(1, temperature=0.0, logit_bias={3: 50.0}, logprobs=2)
-    drawn, told = sample(LOGITS, [row(params)])
+    sampled, logprobs = sample(LOGITS, [row(params)])
     expected = LOGITS[0].log_softmax(-1).tolist()
-    assert drawn == [3]
-    assert told[0] is not None
-    assert told[0].logprob == pytest.approx(expected[3])
-    assert [token for token, _ in told[0].top] == [0, 1]
-    assert [value for _, value in told[0].top] == pytest.approx(expected[:2])
+    assert sampled == [3]
+    assert logprobs[0] is not None
+    assert logprobs[0].logprob == pytest.approx(expected[3])
+    assert [token for token, _ in logprobs[0].top] == [0, 1]
+    assert [value for _, value in logprobs[0].top] == pytest.approx(expected[:2])
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
@@ -129,8 +131,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_noise_is_keyed_by_seed_choice_and_position() -> None:
     keys = [(seed, choice, position) for seed in range(12) for choice in range(12) for position in range(12)]
-    values = [noise.uniform(*key) for key in keys]
-    assert values == [noise.uniform(*key) for key in keys]
+    values = [noise.uniform(noise.key(seed, choice), position) for seed, choice, position in keys]
+    assert values == [noise.uniform(noise.key(seed, choice), position) for seed, choice, position in keys]
     assert len(set(values)) == len(values)
     assert all(0 <= value < 1 for value in values)
     assert abs(sum(values) / len(values) - 0.5) < 5 / math.sqrt(12 * len(values))
@@ -140,26 +142,26 @@ TYPICAL = torch.tensor([[1.0, 0.1, 0.05, 0.0, -0.05, -0.1]])
 """Its likeliest token (0.35) surprises much less than a token on average."""
 
 
-@pytest.mark.parametrize("typical_p", [0.05, 0.2, 0.3, 0.5, 0.9, 0.99])
-def test_typical_p_alone_keeps_what_transformers_keeps(typical_p: float) -> None:
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 0.5, 0.9, 0.99])
+def test_typical_p_alone_keeps_what_transformers_keeps(share: float) -> None:
     torch.manual_seed(1)
     logits = torch.cat([TYPICAL.expand(1, -1), LOGITS, 3 * torch.randn(30, VOCABULARY)])
     logits[3] = logits[3].round()  # tokens that are equally likely stand or fall together
-    expected = TypicalLogitsWarper(typical_p)(torch.zeros(1, 1, dtype=torch.long), logits).isfinite()
-    found = typical.keep_mask(logits.softmax(-1), torch.full((len(logits), 1), typical_p))
+    expected = TypicalLogitsWarper(share)(torch.zeros(1, 1, dtype=torch.long), logits).isfinite()
+    found = typical_p.keep_mask(logits.softmax(-1), torch.full((len(logits), 1), share))
     assert found.tolist() == expected.tolist()
     assert 0 < expected.sum() < expected.numel()
 
 
 def test_typical_p_may_cut_off_the_likeliest_and_comes_after_the_other_filters() -> None:
-    def drawn(**settings: float) -> set[int]:
+    def sampled(**settings: float) -> set[int]:
         rows = [row(SamplingParams(1, seed=seed, **settings)) for seed in range(500)]  # type: ignore[arg-type]
         return set(sample(TYPICAL.expand(500, -1), rows)[0])
 
-    assert drawn(typical_p=0.1) == {1}
-    assert drawn(typical_p=1.0) == set(range(VOCABULARY))
+    assert sampled(typical_p=0.1) == {1}
+    assert sampled(typical_p=1.0) == set(range(VOCABULARY))
     # Of tokens 0 and 1 alone, the likeliest is the nearest to their entropy: what top-k cut no longer counts.
-    assert drawn(typical_p=0.1, top_k=2) == {0}
+    assert sampled(typical_p=0.1, top_k=2) == {0}
 
 
 def test_typical_p_of_one_row_leaves_its_neighbours_alone() -> None:

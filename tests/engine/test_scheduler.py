@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as AnySequence
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from fastserve.engine.contract import EngineInfo, EngineRequest, RequestOutput, 
 from fastserve.engine.core import EngineCore
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, Chunk, StepPlan, StepResult
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.scheduler import PRIORITY_LEVEL_S, Drafting, Scheduler
 from fastserve.engine.sequence import Sequence
 from fastserve.engine.speculation.speculator import DraftRequest
@@ -89,7 +91,7 @@ class Device(Memory):
             assert not plan.has_drafts, "drafts of a text that is not known to its end"
             drawn = {chunk.seq_id for chunk in before.plan.chunks if chunk.sample}
             for chunk in plan.chunks:
-                assert not (chunk.seq_id in drawn and self._params[chunk.seq_id].has_penalties)
+                assert not (chunk.seq_id in drawn and needs_last_token(LOGITS_PROCESSORS, self._params[chunk.seq_id]))
             assert not drawn & {new.seq_id for new in plan.new}, "a sequence is told that is not known to its end"
         self.plans.append(plan)
         self.in_flight.append(Computed(self, plan))
@@ -179,6 +181,7 @@ def make_scheduler(
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
         max_extra_rows=EXTRA_ROWS,
+        needs_last_token=partial(needs_last_token, LOGITS_PROCESSORS),
         drafting=drafting,
         clock=clock or Clock(),
     )
@@ -191,7 +194,8 @@ def make_core(device: Device, guesser: Guesser | None = None, *, overlap: bool, 
     )  # fmt: skip
     core = EngineCore(
         info, device, SpeedMeter((1, 1.0), (2, 1.1)),
-        max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, prefix_cache=True, overlap=overlap, clock=clock,
+        max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, prefix_cache=True,
+        needs_last_token=partial(needs_last_token, LOGITS_PROCESSORS), overlap=overlap, clock=clock,
     )  # fmt: skip
     core._speculator = core.scheduler._drafting = guesser  # type: ignore[assignment]
     return core

@@ -78,7 +78,7 @@ def test_they_take_the_places_of_a_models_own_parts(
     assert {layers.kind: layers.fused for layers in loaded.fused_layers} == {
         "norm": norms, "gated_mlp": mlps, "attention": 3
     }  # fmt: skip
-    sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
+    sizes: dict[str, Any] = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
     found = difference(loaded.reference, runner, keep_way(runner, "modules"), **sizes)
     assert found is not None

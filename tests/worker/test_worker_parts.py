@@ -16,12 +16,13 @@ from prometheus_client import Histogram, Metric
 
 from fastserve.demo import demo_model_path
 from fastserve.engine.contract import LoadProgress, RequestOutput, SamplingParams, TokenLogprob
+from fastserve.openai.completions import CompletionRequest
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.worker.choice import Choice, Delta, Telling
 from fastserve.worker.mailbox import Mailbox
 from fastserve.worker.metrics import QuickHistogram
 from fastserve.worker.progress import ProgressBar, ProgressLines, progress_reporter
-from fastserve.worker.sampling import SamplingDefaults, read_defaults
+from fastserve.worker.sampling_params import SamplingDefaults, read_defaults, resolve
 
 TOKENIZER = load_tokenizer(Path(demo_model_path()))
 EOS = TOKENIZER.eos_token_ids[0]
@@ -68,20 +69,60 @@ def test_chunks_intervals_and_logprobs_change_no_text(data: st.DataObject) -> No
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (None, SamplingDefaults()),
-        ({"temperature": 0.6, "top_k": 20}, SamplingDefaults(temperature=0.6, top_k=20)),
-        ({"do_sample": True, "top_p": 0.95, "typical_p": 0.9}, SamplingDefaults(top_p=0.95, typical_p=0.9)),
+        (None, {}),
+        ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.6, "top_k": 20}),
+        ({"do_sample": True, "top_p": 0.95, "typical_p": 0.9}, {"top_p": 0.95, "typical_p": 0.9}),
         (
             {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1},
-            SamplingDefaults(temperature=0.0, repetition_penalty=1.1),
+            {"temperature": 0.0, "repetition_penalty": 1.1},
         ),
-        ({"temperature": None}, SamplingDefaults()),
+        ({"temperature": None}, {}),
     ],
 )
 def test_the_models_own_defaults(tmp_path: Path, config: dict[str, Any] | None, expected: SamplingDefaults) -> None:
     if config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert read_defaults(tmp_path) == expected
+
+
+def resolved(fields: dict[str, Any], defaults: SamplingDefaults, eos_token_ids: tuple[int, ...] = ()) -> SamplingParams:
+    request = CompletionRequest.model_validate({"model": "m", "prompt": "x"} | fields)
+    return resolve(
+        request,
+        defaults,
+        max_tokens=8,
+        seed=77,
+        logprobs=None,
+        prompt_logprobs=None,
+        eos_token_ids=eos_token_ids,
+        vocab_size=100,
+    )
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"])
+def test_a_parameter_is_the_requests_then_the_models_then_the_default(name: str) -> None:
+    request, model = {"top_k": (5, 9)}.get(name, (0.5, 0.25))
+    assert getattr(resolved({name: request}, {name: model}), name) == request
+    assert getattr(resolved({name: None}, {name: model}), name) == model
+    assert resolved({}, {}) == SamplingParams(8, seed=77)
+
+
+def test_every_sampling_parameter_of_a_request_reaches_the_engine() -> None:
+    assert set(SamplingParams.__struct_fields__) <= CompletionRequest.model_fields.keys(), "they go by their names"
+    fields = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.5,
+        "presence_penalty": 0.25, "frequency_penalty": -0.5, "seed": 3, "min_tokens": 2,
+    }  # fmt: skip
+    params = resolved(fields | {"logit_bias": {"4": 1}, "stop_token_ids": [9, 5]}, {}, (5, 6))
+    assert {name: getattr(params, name) for name in fields} == fields
+    assert (params.logit_bias, params.stop_token_ids) == ({4: 1.0}, (9, 5, 6))
+    assert resolved({"min_tokens": 20}, {}).min_tokens == 8, "no more than there will be"
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1e-6}, {"top_p": 0}, {"top_k": 1}])
+def test_values_that_leave_one_token_are_greedy(fields: dict[str, Any]) -> None:
+    params = resolved(fields, {"temperature": 0.7, "top_k": 20})
+    assert (params.temperature, params.top_p) == (0.0, 1.0)
 
 
 def test_progress_in_a_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fastserve.engine.attention.metadata import AttentionMetadata
-from fastserve.engine.contract import SamplingParams, TokenLogprob
+from fastserve.engine.contract import TokenLogprob
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.forward.find import ForwardPasses
@@ -26,17 +26,16 @@ from fastserve.engine.runner.forward.forward_pass import ForwardParts, ForwardPa
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.sampled_ids import SampledIds
 from fastserve.engine.sampling.logprobs import Logprobs, gather
-from fastserve.engine.sampling.row import SamplingRow
-from fastserve.engine.sampling.sampler import Draw, Sampler
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS
+from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow, SamplingState
+from fastserve.engine.sampling.sampler import SampledTokens, Sampler
 from fastserve.engine.transfers import Readback, to_device
 
 
 @dataclass(slots=True, eq=False)
 class _Row:
     index: int
-    params: SamplingParams
-    choice: int
-    num_prompt_tokens: int
+    sampling: SamplingState
     num_tokens: int
     """Known on the host."""
     num_pending: int = 0
@@ -57,6 +56,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         vocab_size: int | None = None,
+        processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS,
     ) -> None:
         """`vocab_size`: tokens are drawn from so many entries of the logits (of a draft model, whose vocabulary may be
         padded otherwise than the model's); None: from all."""
@@ -68,7 +68,7 @@ class ModelRunner:
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._rows: dict[int, _Row] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._sampler = Sampler()
+        self._sampler = Sampler(processors)
         self._sampled_ids = SampledIds(max_num_seqs, loaded.device)
         self.forward_passes = ForwardPasses.of(
             ForwardParts(
@@ -94,10 +94,10 @@ class ModelRunner:
         logits = self.forward(plan)
         sampling = [chunk for chunk in plan.chunks if chunk.sample]
         scoring = [chunk for chunk in plan.chunks if chunk.num_scored]
-        num_drawn = sum(chunk.num_drawn for chunk in sampling)
+        num_sampled = sum(chunk.num_sampled for chunk in sampling)
         readback = Readback()
-        scores = self._score(logits[num_drawn:], scoring, readback) if scoring else {}
-        draw = self._draw(logits[:num_drawn], sampling, readback) if sampling else None
+        scores = self._score(logits[num_sampled:], scoring, readback) if scoring else {}
+        sampled = self._sample(logits[:num_sampled], sampling, readback) if sampling else None
         readback.close()
         rows = [self._rows[chunk.seq_id] for chunk in sampling]
         for index, (chunk, row) in enumerate(zip(sampling, rows, strict=True)):
@@ -105,21 +105,21 @@ class ModelRunner:
             if not chunk.draft_ids:
                 row.num_pending += 1
                 row.drawn_at = index
-        if draw is not None and num_drawn == len(sampling):
-            self._sampled_ids.keep(draw.token_ids)
-        return LaunchedStep(self, sampling, rows, draw, scores, readback)
+        if sampled is not None and num_sampled == len(sampling):
+            self._sampled_ids.keep(sampled.token_ids)
+        return LaunchedStep(self, sampling, rows, sampled, scores, readback)
 
-    def _draw(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> Draw:
-        """Draw after the last token and, as if they were right, after each draft."""
+    def _sample(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> SampledTokens:
+        """Sample after the last token and, as if they were right, after each draft."""
         if self._vocab_size not in (None, logits.shape[1]):
             missing = self._vocab_size - logits.shape[1]
             logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         rows = [
             self._sampling_row(self._rows[chunk.seq_id], num_drafts)
             for chunk in chunks
-            for num_drafts in range(chunk.num_drawn)
+            for num_drafts in range(chunk.num_sampled)
         ]
-        return self._sampler.draw(logits, rows, readback)
+        return self._sampler.sample(logits, rows, readback)
 
     def _score(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> dict[int, Logprobs]:
         """Logprobs of the prompt tokens that follow the scored positions; `logits` are those of these positions."""
@@ -128,7 +128,7 @@ class ModelRunner:
         for chunk in chunks:
             row = self._rows[chunk.seq_id]
             targets = self._tokens[row.index, chunk.score_begin + 1 : chunk.score_end + 1].astype(np.int64)
-            counts = [row.params.prompt_logprobs or 0] * len(targets)
+            counts = [row.sampling.params.prompt_logprobs or 0] * len(targets)
             scored = logits[begin : begin + len(targets)].float()
             [on_device] = to_device([targets], logits.device)
             found[chunk.seq_id] = gather(scored, on_device, counts, readback)
@@ -189,7 +189,9 @@ class ModelRunner:
         count = len(sequence.token_ids)
         self._tokens[index, :count] = sequence.token_ids
         self._rows[sequence.seq_id] = _Row(
-            index, sequence.params, sequence.choice, sequence.num_prompt_tokens, num_tokens=count
+            index,
+            self._sampler.start(sequence.params, sequence.choice, sequence.num_prompt_tokens),
+            num_tokens=count,
         )
 
     def _inputs(
@@ -222,7 +224,7 @@ class ModelRunner:
 
     def _sampling_row(self, row: _Row, num_drafts: int) -> SamplingRow:
         token_ids = self._tokens[row.index, : row.num_tokens + row.num_pending + num_drafts]
-        return SamplingRow(row.params, row.choice, token_ids, row.num_prompt_tokens)
+        return SamplingRow(row.sampling, token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,33 +235,33 @@ class LaunchedStep:
     _chunks: Sequence[Chunk]
     """Those that sample, each with its row."""
     _rows: Sequence[_Row]
-    _drawn: Draw | None
+    _sampled: SampledTokens | None
     _scores: dict[int, Logprobs]
     _readback: Readback
 
     def result(self) -> StepResult:
-        """Wait for the step; keep of what was drawn what holds: up to the first draft that is wrong."""
+        """Wait for the step; keep of what was sampled what holds: up to the first draft that is wrong."""
         self._readback.wait()
-        drawn, told = self._drawn.result() if self._drawn is not None else ([], [])
+        sampled, scored = self._sampled.result() if self._sampled is not None else ([], [])
         token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, list[TokenLogprob]] = {}
         begin = 0
         for chunk, row in zip(self._chunks, self._rows, strict=True):
             num_right = 0
-            for draft, token in zip(chunk.draft_ids, drawn[begin:], strict=False):
+            for draft, token in zip(chunk.draft_ids, sampled[begin:], strict=False):
                 if draft != token:
                     break
                 num_right += 1
             kept = slice(begin, begin + num_right + 1)
-            token_ids[chunk.seq_id] = drawn[kept]
-            found = [item for item in told[kept] if item is not None]
+            token_ids[chunk.seq_id] = sampled[kept]
+            found = [item for item in scored[kept] if item is not None]
             if found:
                 logprobs[chunk.seq_id] = found
-            self._runner.settle(chunk, row, drawn[kept])
-            begin += chunk.num_drawn
+            self._runner.settle(chunk, row, sampled[kept])
+            begin += chunk.num_sampled
         return StepResult(
             token_ids,
             logprobs,
-            prompt_logprobs={seq_id: scores.told() for seq_id, scores in self._scores.items()},
+            prompt_logprobs={seq_id: scores.to_list() for seq_id, scores in self._scores.items()},
             num_drafts={chunk.seq_id: len(chunk.draft_ids) for chunk in self._chunks if chunk.draft_ids},
         )

@@ -1,1 +1,1 @@
-"""Drawing the next token of every sequence of a batch. Each transform of the logits is a file of its own."""
+"""The sampler: logits of a batch in, the next token of every sequence out. Each logits processor is one file."""

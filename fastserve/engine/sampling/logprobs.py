@@ -1,4 +1,4 @@
-"""Log probabilities of the drawn token and of the likeliest ones, of the model itself: before penalties and filters."""
+"""Log probabilities of the sampled token and of the likeliest ones, from the model's own logits."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from fastserve.engine.transfers import Readback
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """On their way to the host: of some rows, in order."""
+    """Those of some rows, in order, on their way to the host."""
 
     token_ids: torch.Tensor
-    drawn: torch.Tensor
+    of_tokens: torch.Tensor
     top_ids: torch.Tensor
     top: torch.Tensor
-    counts: Sequence[int]
+    num_top: Sequence[int]
 
-    def told(self) -> list[TokenLogprob]:
+    def to_list(self) -> list[TokenLogprob]:
         """To be called after the readback's `wait`."""
         return [
             TokenLogprob(token_id, logprob, list(zip(row_ids[:count], row_values[:count], strict=True)))
             for token_id, logprob, row_ids, row_values, count in zip(
                 self.token_ids.tolist(),
-                self.drawn.tolist(),
+                self.of_tokens.tolist(),
                 self.top_ids.tolist(),
                 self.top.tolist(),
-                self.counts,
+                self.num_top,
                 strict=True,
             )
         ]
 
 
-def gather(logits: torch.Tensor, token_ids: torch.Tensor, counts: Sequence[int], readback: Readback) -> Logprobs:
-    """`logits` (rows, vocabulary), `token_ids` (rows) as drawn, `counts` how many likeliest tokens each row wants."""
+def gather(logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int], readback: Readback) -> Logprobs:
+    """For each row of `logits` (rows, vocabulary) the logprobs of its token and of so many likeliest tokens."""
     logprobs = logits.log_softmax(dim=-1)
-    drawn = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    values, ids = logprobs.topk(max(1, max(counts)), dim=-1)
+    of_tokens = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    values, ids = logprobs.topk(max(1, max(num_top)), dim=-1)
     return Logprobs(
-        readback.take(token_ids), readback.take(drawn), readback.take(ids), readback.take(values), list(counts)
+        readback.take(token_ids), readback.take(of_tokens), readback.take(ids), readback.take(values), list(num_top)
     )

@@ -1,6 +1,6 @@
 """Counter-based noise: one uniform number for (seed, choice, position), with no state to keep or to lose.
 
-So a request draws the same tokens alone and in any batch, before and after preemption, on this worker and on another
+So a request gets the same tokens alone and in any batch, before and after preemption, on this worker and on another
 one that takes it over. Counter-based generators: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011);
 the mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
 """
@@ -18,6 +18,11 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
+def key(seed: int, choice: int) -> int:
+    """What the numbers of one sequence have in common."""
+    return _mix(_mix(seed & _MASK) ^ choice)
+
+
+def uniform(sequence_key: int, position: int) -> float:
     """A number in [0, 1) for the token at `position` of the answer (0 is its first)."""
-    return (_mix(_mix(_mix(seed & _MASK) ^ choice) ^ position) >> 11) * 2.0**-53
+    return (_mix(sequence_key ^ position) >> 11) * 2.0**-53

@@ -1,8 +1,8 @@
 """The sampler: logits of a batch in, one token for each row out.
 
-The order of the transforms is part of their meaning: bias and penalties change the logits, temperature scales them,
-top-k, top-p, min-p and then typical-p cut the sorted probabilities, and one uniform number for each row picks from what
-is left by inverting the cumulative distribution. Each row's result is a function of that row alone.
+Logits processors change the logits; the temperature scales them; further ones (top-k, top-p, ...) cut the sorted
+probabilities; and one uniform number for each row selects from what is left by inverting the cumulative distribution.
+Rows of temperature 0 take the likeliest token after the first stage. Each row's result is a function of that row alone.
 
 Nothing here waits for the device: what a step needs goes there behind the work before it, and what it brought is read
 later.
@@ -14,100 +14,139 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fastserve.engine.contract import TokenLogprob
+from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.devices.find import device_of
-from fastserve.engine.sampling import bias, filters, logprobs, noise, penalties, typical
-from fastserve.engine.sampling.batch import Batch, Group
-from fastserve.engine.sampling.entries import Entries
-from fastserve.engine.sampling.row import SamplingRow
+from fastserve.engine.sampling import logprobs, noise
+from fastserve.engine.sampling.batch import AppliedProcessor, Batch, Group, Outgoing
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS
+from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow, SamplingState
 from fastserve.engine.transfers import Readback, to_device
 
 SLICE_ENTRIES = 1 << 22
-"""Of the logits that are drawn from at once: sorting and cumulating keep several copies of what they work on."""
-_CHANGES = (
-    (bias.find, bias.apply),
-    (penalties.find_repeated, penalties.apply_repeated),
-    (penalties.find_counted, penalties.apply_counted),
-)
+"""Entries of the logits that are sampled at once: sorting and cumulating keep several copies of what they work on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """What a draw brings. `result` is to be called after the readback's `wait`."""
+class SampledTokens:
+    """What a step sampled. `result` is to be called after the readback's `wait`."""
 
     token_ids: torch.Tensor
     """(rows,) int64, on the device"""
     on_host: torch.Tensor
-    telling: Sequence[int]
+    logprob_rows: Sequence[int]
     logprobs: logprobs.Logprobs | None
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """For each row the token, and its logprobs where they are wanted."""
-        told: list[TokenLogprob | None] = [None] * len(self.on_host)
+        found: list[TokenLogprob | None] = [None] * len(self.on_host)
         if self.logprobs is not None:
-            for row, item in zip(self.telling, self.logprobs.told(), strict=True):
-                told[row] = item
-        return self.on_host.tolist(), told
+            for row, item in zip(self.logprob_rows, self.logprobs.to_list(), strict=True):
+                found[row] = item
+        return self.on_host.tolist(), found
 
 
 class Sampler:
-    def __init__(self) -> None:
+    def __init__(self, processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS) -> None:
+        """`processors` in the order in which they are applied."""
+        self._processors = tuple(processors)
         self._batch: Batch | None = None
 
-    def draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow], readback: Readback) -> Draw:
-        """Draw a token for each row of `logits` (rows, vocabulary), which stay as they are."""
+    def start(self, params: SamplingParams, choice: int, num_prompt_tokens: int) -> SamplingState:
+        """What is kept of a sequence as long as the runner holds it, and belongs to all its rows."""
+        concerned = [processor for processor in self._processors if processor.concerns(params)]
+        processors = {processor: processor.start(params) for processor in concerned}
+        return SamplingState(params, num_prompt_tokens, noise.key(params.seed, choice), processors)
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow], readback: Readback) -> SampledTokens:
+        """Sample a token for each row of `logits` (rows, vocabulary), which stay as they are."""
         batch = self._batch_of(logits, rows)
-        untouched = logits.float()
-        logits = _changed(untouched, [(index, rows[index]) for index in batch.changing])
-        token_ids = logits.argmax(dim=-1)
-        uniforms = [_uniforms(group, rows) for group in batch.groups]
-        for group, numbers in zip(batch.groups, to_device(uniforms, _where_to_invert(logits.device)), strict=True):
-            choose = _draw_filtered if group.is_filtered else _draw
-            chosen = choose(group.rows.of(logits), group, numbers)
+        inputs = _step_inputs(batch, rows, logits.device)
+        original = logits.float()
+        changed = original
+        if inputs.on_logits:
+            changed = original.clone()
+            _apply(changed, inputs.on_logits)
+        token_ids = changed.argmax(dim=-1)
+        for group, on_group, uniforms in zip(batch.groups, inputs.on_groups, inputs.uniforms, strict=True):
+            sampled = _sample(group.rows.of(changed), group, on_group, uniforms)
             if group.rows.index is None:
-                token_ids = chosen
+                token_ids = sampled
             else:
-                token_ids[group.rows.index] = chosen
-        told = None
-        if batch.counts:
-            telling = batch.telling
-            told = logprobs.gather(telling.of(untouched), telling.of(token_ids), batch.counts, readback)
-        return Draw(token_ids, readback.take(token_ids), batch.telling.numbers, told)
+                token_ids[group.rows.index] = sampled
+        found = None
+        if batch.num_top_logprobs:
+            some = batch.logprob_rows
+            found = logprobs.gather(some.of(original), some.of(token_ids), batch.num_top_logprobs, readback)
+        return SampledTokens(token_ids, readback.take(token_ids), batch.logprob_rows.numbers, found)
 
     def _batch_of(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Batch:
-        params = [row.params for row in rows]
-        vocabulary = logits.shape[1]
-        if self._batch is None or self._batch.params != params or self._batch.vocabulary != vocabulary:
-            self._batch = Batch.of(params, vocabulary, max(1, SLICE_ENTRIES // vocabulary), logits.device)
+        states = [row.state for row in rows]
+        vocab_size = logits.shape[1]
+        if self._batch is None or self._batch.states != states or self._batch.vocab_size != vocab_size:
+            max_group_rows = max(1, SLICE_ENTRIES // vocab_size)
+            self._batch = Batch.build(states, self._processors, vocab_size, max_group_rows, logits.device)
         return self._batch
 
 
-def _changed(logits: torch.Tensor, rows: Sequence[tuple[int, SamplingRow]]) -> torch.Tensor:
-    """The logits after bias, bans and penalties of some (row of the batch, row) pairs: others, or the same."""
-    arrays = [array for find, _ in _CHANGES for array in find(rows)] if rows else []
-    if not any(len(array) for array in arrays):
-        return logits
-    logits = logits.clone()
-    on_device = to_device(arrays, logits.device)
-    for index, (_, apply) in enumerate(_CHANGES):
-        entries = Entries(*on_device[3 * index : 3 * index + 3])
-        if len(entries.rows):
-            apply(logits, entries)
-    return logits
+_Inputs = list[tuple[LogitsProcessor, list[torch.Tensor]]]
+"""Processors that are applied in a step, and what they are given."""
 
 
-def _uniforms(group: Group, rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True, slots=True)
+class _StepInputs:
+    """On the device. Of each group of the batch: its processors, and the uniform numbers (rows, 1) of its rows."""
+
+    on_logits: _Inputs
+    on_groups: list[_Inputs]
+    uniforms: list[torch.Tensor]
+
+
+def _step_inputs(batch: Batch, rows: Sequence[SamplingRow], device: torch.device) -> _StepInputs:
+    """One transfer."""
+    if not batch.processors and not batch.groups:
+        return _StepInputs([], [], [])
+    outgoing = Outgoing()
+
+    def prepare(processors: list[AppliedProcessor]) -> list[tuple[AppliedProcessor, slice]]:
+        arrays = [(item, item.step_inputs(rows, batch.vocab_size)) for item in processors]
+        return [(item, outgoing.add(some)) for item, some in arrays if some is not None]
+
+    on_logits, on_groups = prepare(batch.processors), [prepare(group.processors) for group in batch.groups]
+    uniforms = [_uniforms([rows[number] for number in group.rows.numbers]) for group in batch.groups]
+    if device_of(device).has_float64:
+        numbers = outgoing.add(uniforms)
+        tensors = outgoing.send(device)
+        uniforms_there = tensors[numbers]
+    else:  # the CPU inverts the distribution
+        tensors, uniforms_there = outgoing.send(device), to_device(uniforms, torch.device("cpu"))
+
+    def joined(prepared: list[tuple[AppliedProcessor, slice]]) -> _Inputs:
+        return [(item.processor, item.batch_inputs + tensors[where]) for item, where in prepared]
+
+    return _StepInputs(joined(on_logits), [joined(item) for item in on_groups], uniforms_there)
+
+
+def _apply(values: torch.Tensor, processors: _Inputs) -> None:
+    for processor, inputs in processors:
+        processor.apply(values, inputs)
+
+
+def _sample(logits: torch.Tensor, group: Group, processors: _Inputs, uniforms: torch.Tensor) -> torch.Tensor:
+    if not group.processors:
+        return _invert((logits / group.temperature).softmax(dim=-1), uniforms)
+    # Stable: equal logits keep the order of their ids, so the token does not depend on the sorting algorithm.
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = (ordered / group.temperature).softmax(dim=-1)
+    _apply(probabilities, processors)
+    index = _invert(probabilities, uniforms)
+    return ids.gather(1, index.unsqueeze(1)).squeeze(1)
+
+
+def _uniforms(rows: Sequence[SamplingRow]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """(rows, 1)"""
-    some = [rows[index] for index in group.rows.numbers]
-    return np.array([[noise.uniform(row.params.seed, row.choice, row.position)] for row in some])
-
-
-def _where_to_invert(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where the device has no float64."""
-    return device if device_of(device).has_float64 else torch.device("cpu")
+    return np.array([[noise.uniform(row.state.noise_key, row.position)] for row in rows])
 
 
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -115,18 +154,3 @@ def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     cumulative = probabilities.to(uniforms.device).double().cumsum(dim=-1)
     index = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(1)
     return index.clamp_(max=probabilities.shape[1] - 1).to(probabilities.device)
-
-
-def _draw(logits: torch.Tensor, group: Group, uniforms: torch.Tensor) -> torch.Tensor:
-    return _invert((logits / group.temperature).softmax(dim=-1), uniforms)
-
-
-def _draw_filtered(logits: torch.Tensor, group: Group, uniforms: torch.Tensor) -> torch.Tensor:
-    # Stable: equal logits keep the order of their ids, so the draw does not depend on the sorting algorithm.
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = (ordered / group.temperature).softmax(dim=-1)
-    keep = filters.keep_mask(probabilities, group.top_k, group.top_p, group.min_p)
-    if group.has_typical:
-        keep &= typical.keep_mask(probabilities * keep, group.typical_p)
-    index = _invert(probabilities * keep, uniforms)
-    return ids.gather(1, index.unsqueeze(1)).squeeze(1)

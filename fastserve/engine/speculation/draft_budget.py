@@ -107,7 +107,7 @@ class DraftBudget:
         return least
 
     def allot(self, num_sequences: int, offers: Sequence[Offer], budget: int) -> list[int]:
-        """Drafts for each offer, at most `budget` together, in a step in which `num_sequences` draw a token."""
+        """Drafts for each offer, at most `budget` together, in a step in which `num_sequences` sample a token."""
         gains = [
             (offer.outlook.first * offer.outlook.further**depth, -depth, index)
             for index, offer in enumerate(offers)
@@ -143,7 +143,7 @@ class DraftBudget:
         return _NUM_TRIED if self._balance_s >= risk_s else 0
 
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
-        """Take in a step: how many sequences drew tokens, and (drafts, right ones) of those that had drafts."""
+        """Take in a step: how many sequences sampled tokens, and (drafts, right ones) of those that had drafts."""
         step_s = self._step_s(num_sequences)
         num_drafts = sum(drafts for drafts, _ in tried.values())
         num_right = sum(right for _, right in tried.values())

@@ -5,7 +5,7 @@ is known here too, and lags: nothing is run for sequences that get no drafts, un
 catching up costs as little as a prompt. Wrong or missing keys and values of the draft model can only make its guesses
 worse, never an answer.
 
-It draws with the request's own parameters and noise. The token at a position is a function of logits and noise, so
+It samples with the request's own parameters and noise. The token at a position is a function of logits and noise, so
 where its logits are near the model's, it guesses sampled tokens right too, and not only the likeliest.
 """
 
@@ -92,7 +92,7 @@ class DraftModel:
         for seq_id, token_ids in result.token_ids.items():
             draft = self._drafts[seq_id]
             self._runner.correct(seq_id, draft.num_known, token_ids)
-            # The last token was drawn, not guessed, and what was computed behind it was of wrong guesses.
+            # The last token was sampled, not guessed, and what was computed behind it was of wrong guesses.
             draft.num_computed = min(draft.num_computed, draft.num_known + len(token_ids) - 1)
             draft.num_known += len(token_ids)
         for draft in self._drafts.values():
@@ -124,7 +124,7 @@ class DraftModel:
         budget = self._max_num_batched_tokens
         chunks = []
         for chunk in plan.chunks:
-            # The last known token is computed when a guess is drawn from it.
+            # The last known token is computed when a guess is sampled from it.
             end = min(chunk.start + chunk.num_tokens - 1, self._context_length)
             lag = end - self._drafts[chunk.seq_id].num_computed
             if budget > 0 and (lag >= _MOST_LAG or (chunk.draft_ids and lag >= budget)):
@@ -146,10 +146,10 @@ class DraftModel:
         while chunks:
             begin = self._clock()
             plan = StepPlan([], [], chunks)
-            drawn = self._runner.execute(plan).token_ids
+            sampled = self._runner.execute(plan).token_ids
             self._speed.record(plan.num_tokens, self._clock() - begin)
             chunks = []
-            for seq_id, token_ids in drawn.items():
+            for seq_id, token_ids in sampled.items():
                 guesses[seq_id] += token_ids
                 if len(guesses[seq_id]) < lengths[seq_id]:
                     chunks.append(self._rest(seq_id, self._drafts[seq_id].num_computed + 1, sample=True))

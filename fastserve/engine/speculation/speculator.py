@@ -35,7 +35,7 @@ class OpenProposer:
 
 
 class DraftRequest(Protocol):
-    """A sequence that draws a token in this step."""
+    """A sequence that samples a token in this step."""
 
     @property
     def seq_id(self) -> int: ...
@@ -56,7 +56,7 @@ class Speculator:
         self.accepted_tokens = 0
 
     def draft(self, sequences: Sequence[DraftRequest], limits: Sequence[int], budget: int) -> dict[int, list[int]]:
-        """Drafts for some of the sequences that draw a token in this step: at most `limits` each, `budget` in all."""
+        """Drafts for some of the sequences that sample a token in this step: at most `limits` each, `budget` in all."""
         if not sequences:
             return {}
         num_sequences = len(sequences)
@@ -91,8 +91,8 @@ class Speculator:
         return {seq_id: found} if found else {}
 
     def is_worth_waiting(self, sequences: Sequence[DraftRequest]) -> bool:
-        """Whether the step in which these draw a token had better be planned once their tokens are known, with drafts,
-        than before, without. What the waiting costs is to be charged."""
+        """Whether the step in which these sample a token had better be planned once their tokens are known, with
+        drafts, than before, without. What the waiting costs is to be charged."""
         if not sequences:
             return False
         num_sequences = len(sequences)

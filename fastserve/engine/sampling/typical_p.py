@@ -1,11 +1,31 @@
-"""Locally typical sampling (Meister et al., 2022): keeps the tokens whose surprise is nearest to the entropy.
+"""`typical_p`, locally typical sampling (Meister et al., 2022): tokens whose surprise is nearest to the entropy stay.
 
 Unlike the other filters it may cut off the likeliest token: one that is much less surprising than a token on average.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from fastserve.engine.contract import SamplingParams
+from fastserve.engine.devices.device import Arrays
+from fastserve.engine.sampling.processor import LogitsProcessor, Stage, column
+
+
+class TypicalP(LogitsProcessor):
+    stage = Stage.PROBABILITIES
+
+    def concerns(self, params: SamplingParams) -> bool:
+        return params.typical_p < 1.0
+
+    def batch_inputs(self, rows: Sequence[tuple[int, SamplingParams]], shape: tuple[int, int]) -> Arrays:
+        return (column(rows, shape, "typical_p", off=1.0),)
+
+    def apply(self, values: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
+        [typical_p] = inputs
+        values *= keep_mask(values, typical_p)
 
 
 def keep_mask(probabilities: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:

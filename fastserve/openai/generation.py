@@ -73,7 +73,7 @@ class GenerationRequest(BaseModel):
     min_tokens: Integer | None = Field(None, ge=0, le=MAX_COUNT)
     ignore_eos: Flag | None = None
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """How many of the likeliest tokens are told at each place of the prompt, beside the prompt's own."""
+    """How many of the likeliest tokens are returned at each place of the prompt, beside the prompt's own."""
     priority: Integer | None = Field(None, ge=MOST_URGENT, le=LEAST_URGENT)
     """Lower runs first; 0 when not given."""
 
@@ -141,7 +141,7 @@ class GenerationRequest(BaseModel):
             )
         if self.stream and self.prompt_logprobs is not None:
             raise invalid(
-                "prompt_logprobs", self.prompt_logprobs, "It is told in whole answers only: leave out stream."
+                "prompt_logprobs", self.prompt_logprobs, "It is returned in whole answers only: leave out stream."
             )
 
     @property
@@ -150,7 +150,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def num_choices(self) -> int:
-        """How many are told."""
+        """How many are returned."""
         return self.n or 1
 
     @property

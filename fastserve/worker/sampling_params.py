@@ -1,0 +1,69 @@
+"""From what a client asked for to the engine's SamplingParams, in which nothing is left open.
+
+A parameter is what the request says, else what the model's generation_config.json recommends (its makers tested it with
+that), else the default of SamplingParams, whose fields have the names of the request's. Only those that need more than
+that are named here. A file that says `"do_sample": false` recommends greedy answers: the temperature is 0 for requests
+that do not say one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fastserve.engine.contract import SamplingParams
+from fastserve.openai.body import invalid
+from fastserve.openai.generation import GenerationRequest
+from fastserve.text.model_files import read_json
+
+SEED_MASK = 2**63 - 1
+SamplingDefaults = Mapping[str, float]
+"""By names of fields of SamplingParams."""
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+_GREEDY_TOP_P = 1e-8
+_GREEDY_TEMPERATURE = 1e-5
+
+
+def read_defaults(folder: Path) -> SamplingDefaults:
+    """What generation_config.json of a model folder recommends."""
+    config = read_json(folder / "generation_config.json")
+    if config.get("do_sample") is False:
+        config = {"repetition_penalty": config.get("repetition_penalty"), "temperature": 0.0}
+    return {name: config[name] for name in _RECOMMENDED if isinstance(config.get(name), int | float)}
+
+
+def resolve(
+    request: GenerationRequest,
+    defaults: SamplingDefaults,
+    *,
+    max_tokens: int,
+    seed: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    eos_token_ids: Iterable[int],
+    vocab_size: int,
+) -> SamplingParams:
+    """`seed` is used when the request brings none. Raises InvalidRequestError for ids outside of the vocabulary."""
+    for name, ids in (("stop_token_ids", request.stop_token_ids or ()), ("logit_bias", request.logit_bias or {})):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise invalid(name, token_id, f"Token ids of this model run from 0 to {vocab_size - 1}.")
+    given = {name: getattr(request, name, None) for name in SamplingParams.__struct_fields__}
+    values: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    end_token_ids = () if request.ignore_eos else eos_token_ids
+    values |= {
+        "max_tokens": max_tokens,
+        "top_k": max(0, values.get("top_k", 0)),
+        "seed": values.get("seed", seed) & SEED_MASK,
+        "min_tokens": min(values.get("min_tokens", 0), max_tokens),
+        "stop_token_ids": tuple(dict.fromkeys([*values.get("stop_token_ids", ()), *end_token_ids])),
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+    }
+    params = SamplingParams(**values)
+    if params.temperature < _GREEDY_TEMPERATURE or params.top_p < _GREEDY_TOP_P or params.top_k == 1:
+        return msgspec.structs.replace(params, temperature=0.0, top_p=1.0)
+    return params
