@@ -21,7 +21,7 @@ from fastserve.openai.sampling import GenerationRequest, check_request, parse_re
 from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.caller import Caller
-from fastserve.worker.choice import Telling
+from fastserve.worker.choice import OutputOptions
 from fastserve.worker.encoding import PromptEncoder
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling import SEED_MASK, SamplingDefaults, resolve
@@ -63,7 +63,7 @@ class Job:
     """Choices that are generated for each prompt."""
     num_choices: int
     """How many of them are returned: the best."""
-    telling: Telling
+    output: OutputOptions
     priority: int
     answer: AnswerOptions
 
@@ -231,14 +231,14 @@ class JobMaker:
         self, request: GenerationRequest, caller: Caller, prompts: list[Prompt], logprobs: int | None, *, echo: bool
     ) -> Job:
         self._report_unknown(request.unknown)
-        telling = Telling(
+        output = OutputOptions(
             stops=request.stop or (),
             include_stop=bool(request.include_stop_str_in_output),
             interval=self._stream_interval if request.stream else _ONLY_AT_THE_END,
             logprobs=logprobs is not None,
             # Who scores a prompt counts on one entry more than the prompt has when max_tokens is 1.
-            stop_token=logprobs is not None and isinstance(request, CompletionRequest),
-            answer=request.token_limit != 0,
+            stop_token_logprob=logprobs is not None and isinstance(request, CompletionRequest),
+            prompt_only=request.token_limit == 0,
         )
         answer = AnswerOptions(
             model=request.model,
@@ -248,7 +248,7 @@ class JobMaker:
             echo=echo,
             prompt_logprobs=request.prompt_logprobs,
         )
-        return Job(caller, prompts, request.num_runs, request.num_choices, telling, request.priority or 0, answer)
+        return Job(caller, prompts, request.num_runs, request.num_choices, output, request.priority or 0, answer)
 
     def _report_unknown(self, names: Sequence[str]) -> None:
         # Names come from clients, so they are bounded in number and length.
