@@ -1,4 +1,4 @@
-"""What all OpenAI answers have in common: usage, ids, tokens with logprobs, server-sent events."""
+"""Shared by all OpenAI answers: usage, ids, tokens with logprobs, server-sent events."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MIN_LOGPROB = -9999.0
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What a choice puts out, and when."""
+    """What is put out for a choice, and when."""
 
     stops: tuple[str, ...] = ()
     """Stop strings."""
@@ -40,7 +40,7 @@ class OutputOptions:
 
 
 class ChoiceDelta(msgspec.Struct):
-    """What is new in one choice. The one with a finish_reason is the last."""
+    """The news of one choice: its next parts, and counts so far. The one with a finish_reason is the last."""
 
     choice: int
     parts: list[Part]

@@ -1,8 +1,8 @@
-"""What the choices of a request have brought so far: folded, counted, and the best of them chosen."""
+"""The deltas of a request's choices, folded: content, counts for usage, and which choices are the best."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastserve.engine.contract import TokenLogprob
 from fastserve.openai.answers import TokenText, Usage
@@ -15,6 +15,7 @@ from fastserve.worker.jobs import Job
 class ChoiceResult:
     """The deltas of one choice, folded. `parts` are pieces still: each form of answer joins them in its own way."""
 
+    index: int
     parts: list[Part] = field(default_factory=list)
     tokens: list[TokenText] | None = None
     finish_reason: str | None = None
@@ -50,7 +51,7 @@ class JobResult:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.runs = [ChoiceResult() for _ in range(len(job.prompts) * job.num_runs)]
+        self.runs = [ChoiceResult(index) for index in range(len(job.prompts) * job.num_runs)]
         """Every choice that is generated."""
 
     def add(self, delta: ChoiceDelta) -> None:
@@ -61,7 +62,10 @@ class JobResult:
 
     @property
     def choices(self) -> list[ChoiceResult]:
-        """Those that are returned: of each prompt's runs the likeliest, best first. Equal ones keep their order."""
+        """Those that are returned: of each prompt's runs the likeliest, best first. Equal ones keep their order.
+
+        Their indices are those of the answer.
+        """
         job = self._job
         if job.num_runs == job.num_choices:
             return self.runs
@@ -69,7 +73,7 @@ class JobResult:
         for at in range(0, len(self.runs), job.num_runs):
             best = sorted(self.runs[at : at + job.num_runs], key=lambda run: run.mean_logprob, reverse=True)
             returned += best[: job.num_choices]
-        return returned
+        return [replace(choice, index=index) for index, choice in enumerate(returned)]
 
     @property
     def usage(self) -> Usage:

@@ -87,7 +87,7 @@ class ChatWriter:
         choices = result.choices
         num_top = self._job.answer.prompt_logprobs
         body = self._head("chat.completion") | {
-            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
+            "choices": [self._choice(choice) for choice in choices],
             "usage": result.usage.as_dict(),
             "system_fingerprint": None,
         }
@@ -95,9 +95,9 @@ class ChatWriter:
             body["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choices[0].prompt_logprobs or [], num_top)
         return encode_json(body)
 
-    def _choice(self, index: int, choice: ChoiceResult) -> Fields:
+    def _choice(self, choice: ChoiceResult) -> Fields:
         return {
-            "index": index,
+            "index": choice.index,
             "message": fold_deltas(self._fields[type(part)](part) for part in choice.parts),
             "logprobs": None if choice.tokens is None else chat_logprobs(choice.tokens),
             "finish_reason": choice.finish_reason,

@@ -67,19 +67,19 @@ class CompletionWriter:
 
     def whole(self, result: JobResult) -> bytes:
         body = self._head() | {
-            "choices": [self._choice(index, choice) for index, choice in enumerate(result.choices)],
+            "choices": [self._choice(choice) for choice in result.choices],
             "usage": result.usage.as_dict(),
             "system_fingerprint": None,
         }
         return encode_json(body)
 
-    def _choice(self, index: int, choice: ChoiceResult) -> dict[str, Any]:
+    def _choice(self, choice: ChoiceResult) -> dict[str, Any]:
         text, tokens = plain_text(choice.parts), choice.tokens
-        echo = self._echoes[index // self._job.num_choices]
+        echo = self._echoes[choice.index // self._job.num_choices]
         if echo is not None:
             text, tokens = echo.before(text, tokens, choice.prompt_logprobs)
         fields = {
-            "index": index,
+            "index": choice.index,
             "text": text,
             "logprobs": None if tokens is None else completion_logprobs(tokens),
             "finish_reason": choice.finish_reason,
