@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -210,7 +210,7 @@ class EngineProcess:
             stream.fail(EngineDeadError(reason))
 
     @contextlib.contextmanager
-    def generate(self, request: EngineRequest) -> Iterator[AsyncIterator[RequestOutput]]:
+    def generate(self, request: EngineRequest) -> Iterator[RequestStream]:
         if self._dead is None or self._dead.done() or self._closing:
             raise EngineDeadError("The engine is not running.")
         stream = RequestStream(request.request_id)

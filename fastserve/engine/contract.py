@@ -229,10 +229,10 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: EngineRequest) -> AbstractContextManager[AsyncIterator[RequestOutput]]:
-        """Submit on entering, iterate the outputs inside, abort on leaving if the last output has not come.
+    def generate(self, request: EngineRequest) -> AbstractContextManager[RequestStream]:
+        """Submit on entering, iterate or listen to the outputs inside, abort on leaving if the last has not come.
 
-        Outputs that came between two looks are merged into one. The iteration raises EngineDeadError when the engine
+        Outputs that came between two looks are merged into one. The stream raises EngineDeadError when the engine
         dies, and InternalError when the engine reports an error for this request.
         """
         ...
@@ -252,7 +252,10 @@ class Engine(Protocol):
 
 
 class RequestStream:
-    """The receiving end of one request, shared by all engines: a one-slot mailbox that merges what piles up."""
+    """The receiving end of one request, shared by all engines: a one-slot mailbox that merges what piles up.
+
+    Its reader iterates, or listens: then there is no task of its own to be woken for each output.
+    """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -262,6 +265,20 @@ class RequestStream:
         # A bare future: an Event asks for the running loop at each wait, which is a system call (getpid).
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._on_ready: Callable[[], None] | None = None
+
+    def listen(self, on_ready: Callable[[], None]) -> None:
+        """Call `on_ready`, which must not raise, as soon as `take` has something to return or to raise."""
+        self._on_ready = on_ready
+        if self._pending is not None or self._failure is not None:
+            on_ready()
+
+    def take(self) -> RequestOutput | None:
+        """What has come since the last time, if anything. Raises what the iteration raises."""
+        output, self._pending = self._pending, None
+        if output is None and self._failure is not None:
+            raise self._failure
+        return output
 
     def put(self, output: RequestOutput) -> None:
         if self._pending is None:
@@ -283,19 +300,18 @@ class RequestStream:
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._on_ready is not None:
+            self._on_ready()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        while self._pending is None:
-            if self._failure is not None:
-                raise self._failure
+        while (output := self.take()) is None:
             if self.finished:
                 raise StopAsyncIteration
             self._waiter = self._loop.create_future()
             await self._waiter
-        output, self._pending = self._pending, None
         return output

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fastserve.engine.contract import (
@@ -112,7 +112,7 @@ class FakeEngine:
         return self._info
 
     @contextlib.contextmanager
-    def generate(self, request: EngineRequest) -> Iterator[AsyncIterator[RequestOutput]]:
+    def generate(self, request: EngineRequest) -> Iterator[RequestStream]:
         if self._info is None or self._loop_task is None:
             raise EngineDeadError("The engine is not running.")
         self.requests.append(request)

@@ -1,4 +1,4 @@
-"""What chat and completion answers have in common: usage, ids, server-sent events."""
+"""Shared by all OpenAI answers: usage, ids, tokens with logprobs, server-sent events."""
 
 from __future__ import annotations
 
@@ -47,3 +47,25 @@ class TokenText:
 
 def event(payload: Any) -> bytes:
     return b"data: " + encode_json(payload) + b"\n\n"
+
+
+class ChunkStream:
+    """Writes the chunks of one stream. What all of them have in common is serialised once."""
+
+    def __init__(self, head: dict[str, Any], content_field: str, *, include_usage: bool) -> None:
+        """`head`: the first fields of each chunk. `content_field`: the field of a choice that holds what is new."""
+        self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
+        self._include_usage = include_usage
+        choice = b'{"index":%%d,"%b":%%b,"logprobs":%%b,"finish_reason":%%b}' % content_field.encode()
+        tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._template = self._head.replace(b"%", b"%%") + choice + tail
+
+    def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish_reason: bytes = b"null") -> bytes:
+        """A chunk of the choice `index`. All values are JSON."""
+        return self._template % (index, content, logprobs, finish_reason)
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, after the usage where it was asked for."""
+        if not self._include_usage:
+            return DONE
+        return self._head + b'],"usage":' + encode_json(usage.as_dict()) + b"}\n\n" + DONE

@@ -1,15 +1,14 @@
-"""/v1/chat/completions: the request as it arrives, the answer as it leaves."""
+"""The request of /v1/chat/completions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from fastserve.errors import InvalidRequestError, UnsupportedParameterError
 from fastserve.observability.text import printable
-from fastserve.openai.answers import TokenText, Usage, encode_json
 from fastserve.openai.body import (
     MAX_FIELDS,
     Flag,
@@ -140,77 +139,3 @@ def _tool_call(call: dict[str, Any], where: str, bounds: RequestBounds) -> dict[
     if isinstance(arguments, str):
         arguments = parse_json(arguments or "{}", f"{where}.function.arguments", bounds)
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
-
-
-# ---- answers ----------------------------------------------------------------------------------------------------
-
-
-def chat_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | None:
-    if tokens is None:
-        return None
-    return {
-        "content": [
-            {
-                **_token(token.data, token.logprob),
-                "top_logprobs": [_token(data, logprob) for data, logprob in token.top],
-            }
-            for token in tokens
-        ],
-        "refusal": None,
-    }
-
-
-def _token(data: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-
-def chat_choice(index: int, text: str, finish_reason: str | None, tokens: Sequence[TokenText] | None) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": chat_logprobs(tokens),
-        "finish_reason": finish_reason,
-    }
-
-
-def chat_response(
-    request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage, prompt_logprobs: Any = None
-) -> dict[str, Any]:
-    """`prompt_logprobs`: vLLM's field, which stands beside the choices of a chat; left out when it is None."""
-    extension = {} if prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs}
-    return {
-        "id": f"chatcmpl-{request_id}",
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "choices": choices,
-        "usage": usage.as_dict(),
-        "system_fingerprint": None,
-        **extension,
-    }
-
-
-class ChatStream:
-    """Writes the chunks of one streamed chat. The constant parts are serialised once."""
-
-    def __init__(self, request_id: str, created: int, model: str, *, include_usage: bool) -> None:
-        head = {"id": f"chatcmpl-{request_id}", "object": "chat.completion.chunk", "created": created, "model": model}
-        self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-
-    def start(self, index: int) -> bytes:
-        return self._chunk(index, b'{"role":"assistant","content":""}', b"null", b"null")
-
-    def delta(self, index: int, text: str, tokens: Sequence[TokenText] | None) -> bytes:
-        logprobs = encode_json(chat_logprobs(tokens)) if tokens else b"null"
-        return self._chunk(index, b'{"content":' + encode_json(text) + b"}", logprobs, b"null")
-
-    def end(self, index: int, finish_reason: str) -> bytes:
-        return self._chunk(index, b"{}", b"null", encode_json(finish_reason))
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + encode_json(usage.as_dict()) + b"}\n\n"
-
-    def _chunk(self, index: int, delta: bytes, logprobs: bytes, reason: bytes) -> bytes:
-        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, logprobs, reason)
-        return self._head + choice + self._tail

@@ -1,14 +1,12 @@
-"""/v1/completions: the request as it arrives, the answer as it leaves."""
+"""The request of /v1/completions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from pydantic import Field
 
-from fastserve.openai.answers import TokenText, Usage, encode_json
 from fastserve.openai.body import Flag, Integer, RequestBounds, invalid
 from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
 
@@ -31,7 +29,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def asked_of_prompt(self) -> int | None:
-        """How many of the likeliest tokens to tell at each place of the prompt; None: the prompt has no logprobs."""
+        """How many of the likeliest tokens to give at each place of the prompt; None: the prompt has no logprobs."""
         asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((count for count in asked if count is not None), default=None)
 
@@ -67,75 +65,3 @@ def _ids(prompt: Any) -> list[int]:
             wrong = next((item for item in prompt if type(item) is not int), None) if isinstance(prompt, list) else None
             raise invalid("prompt", prompt if wrong is None else wrong, _PROMPT_REMEDY) from None
     raise invalid("prompt", prompt, _PROMPT_REMEDY)
-
-
-def completion_logprobs(tokens: Sequence[TokenText] | None) -> dict[str, Any] | None:
-    if tokens is None:
-        return None
-    return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_top_logprobs(token) for token in tokens],
-        "text_offset": [token.text_offset for token in tokens],
-    }
-
-
-def _top_logprobs(token: TokenText) -> dict[str, float] | None:
-    if token.logprob is None:
-        return None
-    return {data.decode(errors="replace"): logprob for data, logprob in [*token.top, (token.data, token.logprob)]}
-
-
-def completion_choice(
-    index: int,
-    text: str,
-    finish_reason: str | None,
-    tokens: Sequence[TokenText] | None,
-    prompt_logprobs: Any = None,
-) -> dict[str, Any]:
-    """`prompt_logprobs`: vLLM's field; left out when it is None."""
-    extension = {} if prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs}
-    return {
-        "index": index,
-        "text": text,
-        "logprobs": completion_logprobs(tokens),
-        "finish_reason": finish_reason,
-        **extension,
-    }
-
-
-def completion_response(
-    request_id: str, created: int, model: str, choices: list[dict[str, Any]], usage: Usage
-) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{request_id}",
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": choices,
-        "usage": usage.as_dict(),
-        "system_fingerprint": None,
-    }
-
-
-class CompletionStream:
-    """Writes the chunks of one streamed completion. The constant parts are serialised once."""
-
-    def __init__(self, request_id: str, created: int, model: str, *, include_usage: bool) -> None:
-        head = {"id": f"cmpl-{request_id}", "object": "text_completion", "created": created, "model": model}
-        self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-
-    def delta(
-        self, index: int, text: str, tokens: Sequence[TokenText] | None, finish_reason: str | None = None
-    ) -> bytes:
-        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
-            index,
-            encode_json(text),
-            encode_json(completion_logprobs(tokens)) if tokens else b"null",
-            encode_json(finish_reason),
-        )
-        return self._head + choice + self._tail
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + encode_json(usage.as_dict()) + b"}\n\n"

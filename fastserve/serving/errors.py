@@ -79,7 +79,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def unexpected(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, printable(request.url.path), exc_info=error)
-        return error_response(InternalError("The server failed on this request; its log has the cause."))
+        return error_response(unexpected_error())
 
     app.add_exception_handler(FastserveError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -186,3 +186,8 @@ def _flatten(routes: Iterable[Any]) -> Iterator[Any]:
             yield from _flatten(included.routes)
         elif getattr(route, "methods", None) and hasattr(route, "path_regex"):
             yield route
+
+
+def unexpected_error() -> InternalError:
+    """What a client may know of a defect of ours, which the log has in full."""
+    return InternalError("The server failed on this request; its log has the cause.")

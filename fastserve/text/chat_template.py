@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -98,32 +98,23 @@ class ChatTemplate:
         max_chars: int = MAX_RENDERED_CHARS,
         timeout_s: float = 10.0,
     ) -> str:
-        """Raises InvalidRequestError when the template refuses the messages or takes longer than `timeout_s`, and
+        """The prompt's text. `tools`: as OpenAI's clients send them.
+
+        Raises InvalidRequestError when the template refuses the messages or takes longer than `timeout_s`, and
         RenderedTooLongError when it has written `max_chars` characters and still goes on.
         """
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         # Many templates stumble over an explicit null, where a missing key is what they expect.
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        deadline = time.monotonic() + timeout_s
-        pieces, num_chars = [], 0
+        pieces = template.generate(
+            **self._special_tokens,
+            messages=given,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        )
         try:
-            for piece in template.generate(
-                **self._special_tokens,
-                messages=given,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            ):
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > max_chars:
-                    raise RenderedTooLongError(num_chars)
-                if time.monotonic() > deadline:
-                    raise InvalidRequestError(
-                        f"The model's chat template took longer than {timeout_s:g} s (--template-timeout-s) to render "
-                        "these messages. Send fewer or shorter ones.",
-                        param="messages",
-                    )
+            return _join(pieces, max_chars, timeout_s)
         except FastserveError:
             raise
         # A template is a foreign program that runs on a stranger's input: whatever it fails with is the fault of the
@@ -134,7 +125,24 @@ class ChatTemplate:
                 f"{printable(str(error) or type(error).__name__)}.",
                 param="messages",
             ) from error
-        return "".join(pieces)
+
+
+def _join(pieces: Iterable[str], max_chars: int, timeout_s: float) -> str:
+    """The text that a template writes, within bounds on its length and on the time that it takes."""
+    deadline = time.monotonic() + timeout_s
+    text, num_chars = [], 0
+    for piece in pieces:
+        text.append(piece)
+        num_chars += len(piece)
+        if num_chars > max_chars:
+            raise RenderedTooLongError(num_chars)
+        if time.monotonic() > deadline:
+            raise InvalidRequestError(
+                f"The model's chat template took longer than {timeout_s:g} s (--template-timeout-s) to render these "
+                "messages. Send fewer or shorter ones.",
+                param="messages",
+            )
+    return "".join(text)
 
 
 def load_chat_template(folder: Path, override: Path | None = None) -> ChatTemplate | None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 REPLACEMENT_CHARACTER = "\ufffd"
 _WINDOW_TOKENS = 6
 """Tokens decoded again for context. Enough for spaces and for a character of four bytes."""
-_LONGEST_HELD_TOKENS = 12
+_MAX_HELD_TOKENS = 12
 """Tokens after which a text that still ends in U+FFFD is taken to be broken and sent as it is."""
 
 
@@ -185,7 +185,7 @@ class WindowDetokenizer:
         for token_id in token_ids:
             if token_id not in self._special_ids:
                 self._held.append(token_id)
-                text += self._take(force=len(self._held) > _LONGEST_HELD_TOKENS)
+                text += self._take(force=len(self._held) > _MAX_HELD_TOKENS)
         return text
 
     def finish(self) -> str:

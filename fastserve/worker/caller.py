@@ -1,4 +1,4 @@
-"""What comes with a request beside its body."""
+"""Who sent a request, and the headers that come with it."""
 
 from __future__ import annotations
 

@@ -14,16 +14,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fastserve.errors import FastserveError, InternalError, InvalidRequestError, UnsupportedParameterError
+from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
 from fastserve.openai.answers import JSON, encode_json
 from fastserve.openai.body import read_fields
-from fastserve.openai.completions import completion_logprobs
+from fastserve.serving.errors import unexpected_error
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
+from fastserve.worker.answer import fold, stream_answer
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, Prompt
-from fastserve.worker.prompts import Echo, with_echo
+from fastserve.worker.prompts import Echo
 from fastserve.worker.runtime import Runtime, metrics_of, runtime_of, status_of
-from fastserve.worker.service import Answer
+from fastserve.worker.writers.fastchat import END_OF_RECORD, FastChatWriter, error_record
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -48,20 +49,18 @@ _FIELDS = frozenset({*_SAME_NAME, "prompt", "max_new_tokens", "echo", "stop", "s
 @router.post("/worker_generate_stream")
 async def generate_stream(request: Request) -> Response:
     # The body is read first: the response listens for the client's end on the same channel.
-    records = _records(request, await read_body(request), is_streamed=True)
-    return StreamResponse(_as_bytes(records), media_type="application/octet-stream")
+    return StreamResponse(_stream(request, await read_body(request)), media_type="application/octet-stream")
 
 
 @router.post("/worker_generate")
 async def generate(request: Request) -> Response:
-    records = _records(request, await read_body(request), is_streamed=False)
-    record = await run_until_disconnect(request, _last(records))
-    return Response(encode_json(record), media_type=JSON)
+    record = await run_until_disconnect(request, _whole(request, await read_body(request)))
+    return Response(record, media_type=JSON)
 
 
 @router.post("/worker_get_embeddings")
 async def embeddings() -> Record:
-    return _error_record(UnsupportedParameterError("embeddings are not supported by this model"))
+    return error_record(UnsupportedParameterError("embeddings are not supported by this model"))
 
 
 @router.post("/worker_get_status")
@@ -90,27 +89,40 @@ async def details(request: Request) -> Record:
     return {"context_length": runtime_of(request).jobs.context_length}
 
 
-async def _records(request: Request, body: bytes, *, is_streamed: bool) -> AsyncGenerator[Record, None]:
-    """Each holds all that there is so far; of an answer that is not streamed there is the last one only."""
+async def _stream(request: Request, body: bytes) -> AsyncGenerator[bytes, None]:
+    """The records of an answer. An error is one of them, also before the first."""
     caller = caller_of(request)
     try:
-        with metrics_of(request).refusals():
-            runtime = runtime_of(request)
-            runtime.keeper.require_ready()
-            job, echo = await runtime.pool.run(len(body), lambda: _job(runtime, body, caller))
-        answer = Answer(job)
-        async with aclosing(runtime.service.generate(job)) as batches:
-            async for batch in batches:
-                for delta in batch:
-                    answer.runs[0].add(delta)
-                if batch and is_streamed:
-                    yield _record(echo, answer, None)
-        yield _record(echo, answer, answer.runs[0].finish_reason)
+        runtime, job, writer = await _prepare(request, body, caller)
+        async with aclosing(stream_answer(runtime.service, job, writer)) as pieces:
+            async for piece in pieces:
+                yield piece
     except FastserveError as error:
-        yield _error_record(error)
+        yield encode_json(error_record(error)) + END_OF_RECORD
     except Exception:
         logger.exception("request %s failed", caller.request_id)
-        yield _error_record(InternalError("The server failed on this request; its log has the cause."))
+        yield encode_json(error_record(unexpected_error())) + END_OF_RECORD
+
+
+async def _whole(request: Request, body: bytes) -> bytes:
+    """The one record of an answer that is not streamed."""
+    caller = caller_of(request)
+    try:
+        runtime, job, writer = await _prepare(request, body, caller)
+        return writer.whole(await fold(runtime.service, job))
+    except FastserveError as error:
+        return encode_json(error_record(error))
+    except Exception:
+        logger.exception("request %s failed", caller.request_id)
+        return encode_json(error_record(unexpected_error()))
+
+
+async def _prepare(request: Request, body: bytes, caller: Caller) -> tuple[Runtime, Job, FastChatWriter]:
+    with metrics_of(request).refusals():
+        runtime = runtime_of(request)
+        runtime.keeper.require_ready()
+        job, echo = await runtime.pool.run(len(body), lambda: _job(runtime, body, caller))
+        return runtime, job, FastChatWriter(job, echo)
 
 
 def _prompt(params: dict[str, Any]) -> str:
@@ -157,39 +169,3 @@ def _known_ids(stop_token_ids: Any, vocab_size: int) -> Any:
     if not isinstance(stop_token_ids, list):
         return stop_token_ids
     return [item for item in stop_token_ids if not isinstance(item, int) or 0 <= item < vocab_size]
-
-
-def _record(echo: Echo | None, answer: Answer, finish_reason: str | None) -> Record:
-    choice, usage = answer.runs[0], answer.usage
-    text, tokens = with_echo(echo, choice)
-    record: Record = {
-        "text": text,
-        "error_code": 0,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        },
-        "finish_reason": finish_reason,
-    }
-    if tokens is not None:
-        record["logprobs"] = completion_logprobs(tokens)
-    return record
-
-
-def _error_record(error: FastserveError) -> Record:
-    return {"text": error.message, "error_code": error.legacy_code}
-
-
-async def _as_bytes(records: AsyncGenerator[Record, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(records):
-        async for record in records:
-            yield encode_json(record) + b"\0"
-
-
-async def _last(records: AsyncGenerator[Record, None]) -> Record | None:
-    last: Record | None = None
-    async with aclosing(records):
-        async for record in records:
-            last = record
-    return last

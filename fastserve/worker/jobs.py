@@ -22,7 +22,7 @@ from fastserve.protocol import CHOICES_HEADER
 from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.caller import Caller
-from fastserve.worker.choice import Telling
+from fastserve.worker.choice import OutputOptions
 from fastserve.worker.encoding import PromptEncoder
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolve
@@ -66,7 +66,7 @@ class Job:
     """How many of them are returned: the best."""
     choices: tuple[int, ...]
     """Indices of the runs to generate, in ascending order: all, unless others are generated elsewhere."""
-    telling: Telling
+    output: OutputOptions
     priority: int
     answer: AnswerOptions
 
@@ -261,14 +261,14 @@ class JobMaker:
         self, request: GenerationRequest, caller: Caller, prompts: list[Prompt], logprobs: int | None, *, echo: bool
     ) -> Job:
         self._report_unknown(request.unknown)
-        telling = Telling(
+        output = OutputOptions(
             stops=request.stop or (),
             include_stop=bool(request.include_stop_str_in_output),
             interval=self._stream_interval if request.stream else _ONLY_AT_THE_END,
             logprobs=logprobs is not None,
             # Who scores a prompt counts on one entry more than the prompt has when max_tokens is 1.
-            stop_token=logprobs is not None and isinstance(request, CompletionRequest),
-            answer=request.token_limit != 0,
+            stop_token_logprob=logprobs is not None and isinstance(request, CompletionRequest),
+            prompt_only=request.token_limit == 0,
         )
         answer = AnswerOptions(
             model=request.model,
@@ -281,7 +281,7 @@ class JobMaker:
         choices = self._pick_choices(request, caller, len(prompts))
         return Job(
             *(caller, prompts, request.num_runs, request.num_choices, choices),
-            *(telling, request.priority or 0, answer),
+            *(output, request.priority or 0, answer),
         )
 
     def _report_unknown(self, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the choices of one request have produced and its reader has not taken yet."""
+"""Between the choices of one request, which put deltas in, and its reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Mailbox(Generic[T]):
     """Any number of writers on the event loop, one reader. A slow reader gets more at a time."""
 
     def __init__(self, tick_s: float) -> None:
-        """`tick_s`: how long the reader waits for something, in seconds, until it is told that there is nothing."""
+        """`tick_s`: seconds after which `take` returns an empty list when nothing has come."""
         self._tick_s = tick_s
         self._loop = asyncio.get_running_loop()
         self._items: list[T] = []

@@ -45,12 +45,12 @@ class ProgressLines:
         self._clock = clock
         self._what = ""
         self._tenths = 0
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
     def __call__(self, progress: LoadProgress) -> None:
         tenths = 10 * progress.done // progress.total if progress.total else 10
         now = self._clock()
-        if progress.what != self._what or tenths != self._tenths or now - self._told_at >= _INTERVAL_S:
+        if progress.what != self._what or tenths != self._tenths or now - self._reported_at >= _INTERVAL_S:
             share = 100 * progress.done / progress.total if progress.total else 100
             logger.info("%s: %.0f %% of %.1f MB", progress.what, share, progress.total / 1e6)
-            self._what, self._tenths, self._told_at = progress.what, tenths, now
+            self._what, self._tenths, self._reported_at = progress.what, tenths, now

@@ -1,4 +1,4 @@
-"""What is told of a prompt: its text, and the log probabilities of its tokens.
+"""The prompt in an answer: its text, and the log probabilities of its tokens.
 
 The first token has none, since nothing comes before it; the engine gives those of the others, in order.
 """
@@ -13,39 +13,45 @@ from fastserve.engine.contract import TokenLogprob
 from fastserve.openai.answers import TokenText
 from fastserve.text.detokenizer import REPLACEMENT_CHARACTER
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker.choice import LEAST_LOGPROB, Delta, tell_token
+from fastserve.worker.choice import MIN_LOGPROB, token_text
 from fastserve.worker.jobs import Prompt
-from fastserve.worker.service import ChoiceAnswer
 
 
 class Echo:
     """The prompt as the beginning of an answer (OpenAI's `echo`)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, num_top: int) -> None:
-        """`num_top`: how many of the likeliest tokens are told at each place."""
+        """`num_top`: how many of the likeliest tokens to give at each position."""
         self._tokenizer = tokenizer
         self._token_ids = prompt.token_ids
         self._num_top = num_top
         self._tokens: list[TokenText] | None = None
-        self.text, self._offsets = _place(tokenizer, prompt)
+        self.text, self._offsets = _text_and_offsets(tokenizer, prompt)
 
     def tokens(self, logprobs: Sequence[TokenLogprob]) -> list[TokenText]:
-        """Every token of the prompt, at its place in `text`. Made once: all choices of a prompt have the same."""
+        """Every token of the prompt, with its offset in `text`. Made once: all choices of a prompt have the same."""
         if self._tokens is None:
             first, *offsets = self._offsets
             rest = zip(logprobs, offsets, strict=True)
             self._tokens = [
                 TokenText(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
-                *(tell_token(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
+                *(token_text(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
             ]
         return self._tokens
 
+    def before(
+        self, text: str, tokens: Sequence[TokenText] | None, prompt_logprobs: Sequence[TokenLogprob] | None
+    ) -> tuple[str, list[TokenText] | None]:
+        """Text and tokens of an answer, or of its first delta, with those of the prompt before them."""
+        echoed = None if tokens is None else [*self.tokens(prompt_logprobs or ()), *self.shift(tokens)]
+        return self.text + text, echoed
+
     def shift(self, tokens: Sequence[TokenText]) -> list[TokenText]:
-        """Tokens of the answer, at their place behind the prompt."""
+        """Tokens of the answer, with their offsets behind the prompt."""
         return [replace(token, text_offset=token.text_offset + len(self.text)) for token in tokens]
 
 
-def _place(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[int]]:
+def _text_and_offsets(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[int]]:
     """The text of a prompt, and how many characters of it come before each token.
 
     In a prompt that was sent as ids, special tokens are written with their names; in one that was sent as text, they
@@ -77,34 +83,26 @@ def _broken_before(tokenizer: Tokenizer, token_id: int, text: str) -> int:
     return len(text) - len(own) if own and text.endswith(own) else 0
 
 
-def with_echo(echo: Echo | None, told: ChoiceAnswer | Delta) -> tuple[str, list[TokenText] | None]:
-    """Text and tokens of an answer, or of its first delta, with the prompt before them where it is to be echoed."""
-    if echo is None:
-        return told.text, told.tokens
-    tokens = None if told.tokens is None else [*echo.tokens(told.prompt_logprobs or []), *echo.shift(told.tokens)]
-    return echo.text + told.text, tokens
-
-
 def logprobs_by_id(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], num_top: int
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's `prompt_logprobs`: at each place of the prompt, by id, its own token and the `num_top` likeliest.
+    """vLLM's `prompt_logprobs`: at each position of the prompt, by id, its own token and the `num_top` likeliest.
 
-    `rank` is null where it is not known: the engine tells the order of the likeliest only.
+    `rank` is null where it is not known: the engine ranks only the likeliest.
     """
-    told: list[dict[str, dict[str, Any]] | None] = [None]
+    entries: list[dict[str, dict[str, Any]] | None] = [None]
     for entry in logprobs:
         likeliest = {token_id: (value, rank) for rank, (token_id, value) in enumerate(entry.top, start=1)}
         own_rank = likeliest.get(entry.token_id, (0.0, None))[1]
         ranked = {entry.token_id: (entry.logprob, own_rank)} | dict(list(likeliest.items())[:num_top])
-        told.append(
+        entries.append(
             {
                 str(token_id): {
-                    "logprob": max(value, LEAST_LOGPROB),
+                    "logprob": max(value, MIN_LOGPROB),
                     "rank": rank,
                     "decoded_token": tokenizer.token_bytes(token_id).decode(errors="replace"),
                 }
                 for token_id, (value, rank) in ranked.items()
             }
         )
-    return told
+    return entries

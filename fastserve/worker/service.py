@@ -1,6 +1,6 @@
-"""A job becomes deltas of text: the one path that every route takes, streamed or not.
+"""A job becomes deltas of its choices: the one path that every route takes, streamed or not.
 
-A non-streamed answer is the stream folded (`fold`), so both are the same by construction.
+An answer that is not streamed is the stream folded (`answer.py`), so both are the same by construction.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
 
-from fastserve.engine.contract import EngineRequest, TokenLogprob
+from fastserve.engine.contract import EngineRequest, RequestStream
 from fastserve.errors import FastserveError, InternalError
-from fastserve.openai.answers import TokenText, Usage
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.admission import Admission
-from fastserve.worker.choice import Choice, Delta
+from fastserve.worker.choice import Choice, ChoiceDelta
 from fastserve.worker.jobs import Job, Prompt
 from fastserve.worker.keeper import EngineKeeper
 from fastserve.worker.mailbox import Mailbox
@@ -37,13 +34,13 @@ class GenerationService:
         self._metrics = metrics
         self._numbers = itertools.count()
 
-    async def generate(self, job: Job, *, tick_s: float = KEEP_ALIVE_S) -> AsyncGenerator[list[Delta], None]:
+    async def generate(self, job: Job, *, tick_s: float = KEEP_ALIVE_S) -> AsyncGenerator[list[ChoiceDelta], None]:
         """Batches of deltas, in order for each choice; an empty batch says that nothing came for `tick_s`.
 
         Holds the permit and the engine's requests; both end with the generator, however that ends. Raises
         OverloadedError or EngineDeadError before the first batch, EngineDeadError or InternalError also later.
         """
-        box: Mailbox[Delta] = Mailbox(tick_s)
+        box: Mailbox[ChoiceDelta] = Mailbox(tick_s)
         work = asyncio.create_task(self._run(job, box))
         work.add_done_callback(lambda _: box.close())
         outcome = "disconnected"
@@ -60,7 +57,7 @@ class GenerationService:
             await asyncio.gather(work, return_exceptions=True)
             self._metrics.requests.labels(outcome).inc()
 
-    async def _run(self, job: Job, box: Mailbox[Delta]) -> None:
+    async def _run(self, job: Job, box: Mailbox[ChoiceDelta]) -> None:
         async with self._admission.permit(job.caller.lease, job.prompt_tokens):
             self._keeper.require_ready()  # it may have died while we waited
             self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived)
@@ -82,100 +79,64 @@ class GenerationService:
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from errors
 
-    async def _run_choice(self, job: Job, prompt: Prompt, request_id: str, index: int, box: Mailbox[Delta]) -> None:
-        choice = Choice(index, self._tokenizer, prompt.params, job.telling)
+    async def _run_choice(
+        self, job: Job, prompt: Prompt, request_id: str, index: int, box: Mailbox[ChoiceDelta]
+    ) -> None:
+        choice = Choice(index, self._tokenizer, prompt.params, job.output)
         request = EngineRequest(
             request_id, prompt.token_ids, prompt.params, choice=index % job.num_runs, priority=job.priority
         )
-        last = job.caller.arrived
-        first = True
-        with self._keeper.engine.generate(request) as outputs:
-            async for output in outputs:
-                if output.finish_reason in ("abort", "error"):
-                    raise InternalError(f"The engine ended the request: {output.error or output.finish_reason}.")
-                now = time.monotonic()
-                if first:
-                    self._metrics.time_to_first_token.observe(now - last)
-                    first = False
-                else:
-                    self._metrics.inter_token.observe((now - last) / max(1, len(output.token_ids)))
-                last = now
-                delta = choice.push(output)
-                if delta is not None:
-                    box.put(delta)
-                    if delta.finish_reason is not None:
-                        return  # perhaps before the engine's end: leaving aborts
+        with self._keeper.engine.generate(request) as stream:
+            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived)
+            stream.listen(listener.on_output)
+            await listener.finished  # perhaps before the engine's end: leaving aborts
 
 
-@dataclass
-class ChoiceAnswer:
-    index: int
-    text: str = ""
-    tokens: list[TokenText] | None = None
-    finish_reason: str | None = None
-    num_tokens: int = 0
-    cached_tokens: int = 0
-    logprob_sum: float = 0.0
-    prompt_logprobs: list[TokenLogprob] | None = None
+class _ChoiceListener:
+    """Hands the outputs of a choice on to its reader, in the very call that brings them: waking a task of the choice's
+    own for each of them would cost as much as everything else that is done for it.
+    """
 
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        if delta.tokens is not None:
-            self.tokens = self.tokens or []
-            self.tokens += delta.tokens
-        if delta.prompt_logprobs is not None:
-            self.prompt_logprobs = delta.prompt_logprobs
-        self.count(delta)
+    def __init__(
+        self,
+        stream: RequestStream,
+        choice: Choice,
+        box: Mailbox[ChoiceDelta],
+        metrics: WorkerMetrics,
+        arrived: float,
+    ) -> None:
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done after the last delta, or with what the choice failed with."""
+        self._stream = stream
+        self._choice = choice
+        self._box = box
+        self._metrics = metrics
+        self._last = arrived
+        self._is_first = True
 
-    def count(self, delta: Delta) -> None:
-        """Take what concerns usage only."""
-        self.finish_reason = delta.finish_reason
-        self.num_tokens = delta.num_tokens
-        self.cached_tokens = delta.cached_tokens
-        self.logprob_sum = delta.logprob_sum
+    def on_output(self) -> None:
+        if self.finished.done():
+            return
+        try:
+            self._take()
+        except Exception as error:  # noqa: BLE001  raised where the choice is awaited; those of others go on
+            self.finished.set_exception(error)
 
-    @property
-    def mean_logprob(self) -> float:
-        """Of its tokens, the stop token included."""
-        return self.logprob_sum / max(1, self.num_tokens)
-
-
-@dataclass
-class Answer:
-    """What a stream has brought so far."""
-
-    job: Job
-    runs: list[ChoiceAnswer] = field(init=False)
-    """Every choice that was generated."""
-
-    def __post_init__(self) -> None:
-        self.runs = [ChoiceAnswer(index) for index in range(len(self.job.prompts) * self.job.num_runs)]
-
-    @property
-    def choices(self) -> list[ChoiceAnswer]:
-        """Those that are told: of each prompt's runs the likeliest, best first. Equal ones keep their order."""
-        job = self.job
-        if job.num_runs == job.num_choices:
-            return [self.runs[index] for index in job.choices]
-        told: list[ChoiceAnswer] = []
-        for at in range(0, len(self.runs), job.num_runs):
-            best = sorted(self.runs[at : at + job.num_runs], key=lambda run: run.mean_logprob, reverse=True)
-            told += best[: job.num_choices]
-        return [replace(run, index=index) for index, run in enumerate(told)]
-
-    @property
-    def usage(self) -> Usage:
-        # A prompt is computed once for all of its choices, so it counts once, and so does what was cached of it.
-        firsts = {index // self.job.num_runs: self.runs[index] for index in reversed(self.job.choices)}
-        cached = sum(run.cached_tokens for run in firsts.values())
-        return Usage(self.job.prompt_tokens, sum(run.num_tokens for run in self.runs), cached)
-
-
-async def fold(service: GenerationService, job: Job) -> Answer:
-    """The whole answer."""
-    answer = Answer(job)
-    async with aclosing(service.generate(job)) as batches:
-        async for batch in batches:
-            for delta in batch:
-                answer.runs[delta.choice].add(delta)
-    return answer
+    def _take(self) -> None:
+        output = self._stream.take()
+        if output is None:
+            return
+        if output.finish_reason in ("abort", "error"):
+            raise InternalError(f"The engine ended the request: {output.error or output.finish_reason}.")
+        now = time.monotonic()
+        if self._is_first:
+            self._is_first = False
+            self._metrics.time_to_first_token.observe(now - self._last)
+        else:
+            self._metrics.inter_token.observe((now - self._last) / max(1, len(output.token_ids)))
+        self._last = now
+        delta = self._choice.push(output)
+        if delta is not None:
+            self._box.put(delta)
+            if delta.finish_reason is not None:
+                self.finished.set_result(None)

@@ -162,6 +162,36 @@ class EngineContract:
         await asyncio.sleep(0.05)
         assert engine.stats.generated_tokens == generated
 
+    async def test_a_listener_gets_what_iteration_gives(self, engine: Engine) -> None:
+        expected = await run(engine, request(max_tokens=6))
+        ended = asyncio.get_running_loop().create_future()
+        taken: list[RequestOutput] = []
+        with engine.generate(request(max_tokens=6)) as stream:
+
+            def on_ready() -> None:
+                output = stream.take()
+                assert output is not None
+                taken.append(output)
+                if output.finish_reason is not None:
+                    ended.set_result(output.finish_reason)
+
+            stream.listen(on_ready)
+            assert await asyncio.wait_for(ended, 10) == expected.finish_reason
+            assert stream.take() is None
+        assert [token_id for output in taken for token_id in output.token_ids] == expected.token_ids
+
+    async def test_a_listener_that_comes_late_misses_nothing(self, engine: Engine) -> None:
+        finished = engine.stats.finished
+        expected = await run(engine, request(max_tokens=3))
+        with engine.generate(request(max_tokens=3)) as stream:
+            await wait_stats(engine, lambda stats: stats.finished == finished + 2)
+            calls: list[None] = []
+            stream.listen(lambda: calls.append(None))
+            assert len(calls) == 1
+            merged = stream.take()
+        assert merged is not None
+        assert (merged.token_ids, merged.finish_reason) == (expected.token_ids, expected.finish_reason)
+
     async def test_counters_and_gauges(self, engine: Engine) -> None:
         before = engine.stats
         await asyncio.gather(*(run(engine, request(max_tokens=5)) for _ in range(4)))

@@ -10,7 +10,7 @@ import pytest
 
 from fastserve.engine.fake import Script
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import fastchat_routes
+from fastserve.worker.writers.fastchat import FastChatWriter
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
 Say = Callable[[str], Script]
@@ -120,7 +120,7 @@ async def test_a_defect_is_a_record_too(run_worker: RunWorker, say: Say, monkeyp
         raise LookupError("a defect")
 
     async with run_worker(say(ANSWER)) as running:
-        monkeypatch.setattr(fastchat_routes, "_record", fail)
+        monkeypatch.setattr(FastChatWriter, "_record", fail)
         for record in (
             (await running.post("/worker_generate", {"prompt": "x"}))[1],
             *(await stream(running, {"prompt": "x"})),
@@ -133,14 +133,14 @@ async def test_an_answer_that_is_not_streamed_is_written_once(
     run_worker: RunWorker, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    write = fastchat_routes._record
+    write = FastChatWriter._record
 
     def count(*args: Any) -> Any:
         written.append(args)
         return write(*args)
 
     async with run_worker(say(ANSWER)) as running:
-        monkeypatch.setattr(fastchat_routes, "_record", count)
+        monkeypatch.setattr(FastChatWriter, "_record", count)
         body = {"prompt": "x", "echo": False, "logprobs": 5}
         assert (await running.post("/worker_generate", body))[1]["text"] == ANSWER
         assert len(written) == 1

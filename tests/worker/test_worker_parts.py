@@ -18,7 +18,8 @@ from fastserve.demo import demo_model_path
 from fastserve.engine.contract import LoadProgress, RequestOutput, SamplingParams, TokenLogprob
 from fastserve.openai.completions import CompletionRequest
 from fastserve.text.load_tokenizer import load_tokenizer
-from fastserve.worker.choice import Choice, Delta, Telling
+from fastserve.text.parts import plain_text
+from fastserve.worker.choice import Choice, ChoiceDelta, OutputOptions
 from fastserve.worker.mailbox import Mailbox
 from fastserve.worker.metrics import QuickHistogram
 from fastserve.worker.progress import ProgressBar, ProgressLines, progress_reporter
@@ -28,10 +29,10 @@ TOKENIZER = load_tokenizer(Path(demo_model_path()))
 EOS = TOKENIZER.eos_token_ids[0]
 
 
-def fold(ids: list[int], cuts: list[int], interval: int, logprobs: int | None, stops: list[str]) -> list[Delta]:
+def fold(ids: list[int], cuts: list[int], interval: int, logprobs: int | None, stops: list[str]) -> list[ChoiceDelta]:
     params = SamplingParams(max_tokens=len(ids), stop_token_ids=(EOS,), logprobs=logprobs)
-    telling = Telling(tuple(stops), interval=interval, logprobs=logprobs is not None)
-    choice = Choice(0, TOKENIZER, params, telling)
+    options = OutputOptions(tuple(stops), interval=interval, logprobs=logprobs is not None)
+    choice = Choice(0, TOKENIZER, params, options)
     deltas, at = [], 0
     for cut in [*cuts, len(ids)]:
         part = ids[at : at + cut]
@@ -57,13 +58,13 @@ def test_chunks_intervals_and_logprobs_change_no_text(data: st.DataObject) -> No
     cuts = data.draw(st.lists(st.integers(1, 4), max_size=30))
     (plain,) = fold(ids, [], 10**9, None, stops)
     deltas = fold(ids, cuts, data.draw(st.integers(1, 5)), data.draw(st.sampled_from([None, 0])), stops)
-    assert "".join(delta.text for delta in deltas) == plain.text
+    assert "".join(plain_text(delta.parts) for delta in deltas) == plain_text(plain.parts)
     assert (deltas[-1].finish_reason, deltas[-1].num_tokens) == (plain.finish_reason, plain.num_tokens)
     tokens = [token for delta in deltas for token in delta.tokens or []]
     if tokens and plain.finish_reason == "stop":
         written = b"".join(token.data for token in tokens).decode(errors="replace")
-        assert written.startswith(plain.text)
-        assert all(token.text_offset < len(plain.text) for token in tokens)
+        assert written.startswith(plain_text(plain.parts))
+        assert all(token.text_offset < len(plain_text(plain.parts)) for token in tokens)
 
 
 @pytest.mark.parametrize(

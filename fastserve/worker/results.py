@@ -1,0 +1,83 @@
+"""The deltas of a request's choices, folded: content, counts for usage, and which choices are the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from fastserve.engine.contract import TokenLogprob
+from fastserve.openai.answers import TokenText, Usage
+from fastserve.text.parts import Part
+from fastserve.worker.choice import ChoiceDelta
+from fastserve.worker.jobs import Job
+
+
+@dataclass
+class ChoiceResult:
+    """The deltas of one choice, folded. `parts` are pieces still: each form of answer joins them in its own way."""
+
+    index: int
+    parts: list[Part] = field(default_factory=list)
+    tokens: list[TokenText] | None = None
+    finish_reason: str | None = None
+    num_tokens: int = 0
+    cached_tokens: int = 0
+    logprob_sum: float = 0.0
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.parts += delta.parts
+        if delta.tokens is not None:
+            self.tokens = self.tokens or []
+            self.tokens += delta.tokens
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.count(delta)
+
+    def count(self, delta: ChoiceDelta) -> None:
+        """Keep what usage and the choice of the best need, not the content."""
+        self.finish_reason = delta.finish_reason
+        self.num_tokens = delta.num_tokens
+        self.cached_tokens = delta.cached_tokens
+        self.logprob_sum = delta.logprob_sum
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean over its tokens, the stop token included."""
+        return self.logprob_sum / max(1, self.num_tokens)
+
+
+class JobResult:
+    """The deltas of a job, folded."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.runs = [ChoiceResult(index) for index in range(len(job.prompts) * job.num_runs)]
+        """Every choice that is generated."""
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.runs[delta.choice].add(delta)
+
+    def count(self, delta: ChoiceDelta) -> None:
+        self.runs[delta.choice].count(delta)
+
+    @property
+    def choices(self) -> list[ChoiceResult]:
+        """Those that are returned: of each prompt's runs the likeliest, best first. Equal ones keep their order.
+
+        Their indices are those of the answer.
+        """
+        job = self._job
+        if job.num_runs == job.num_choices:
+            return [self.runs[index] for index in job.choices]
+        returned: list[ChoiceResult] = []
+        for at in range(0, len(self.runs), job.num_runs):
+            best = sorted(self.runs[at : at + job.num_runs], key=lambda run: run.mean_logprob, reverse=True)
+            returned += best[: job.num_choices]
+        return [replace(choice, index=index) for index, choice in enumerate(returned)]
+
+    @property
+    def usage(self) -> Usage:
+        # A prompt is computed once for all of its choices, so it counts once, and so does what was cached of it.
+        firsts = {index // self._job.num_runs: self.runs[index] for index in reversed(self._job.choices)}
+        cached = sum(run.cached_tokens for run in firsts.values())
+        return Usage(self._job.prompt_tokens, sum(run.num_tokens for run in self.runs), cached)
