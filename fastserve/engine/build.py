@@ -73,6 +73,7 @@ def build_core(config: EngineConfig, progress: Progress) -> EngineCore:
         prefix_cache=config.prefix_cache,
         speculator=_make_speculator(config, speed, draft_model),
         overlap=draft is None and _overlaps(config, loaded),
+        weights=loaded.weights,
     )
 
 
