@@ -87,6 +87,8 @@ class WorkerStatus(Message):
     version: Annotated[str, StringConstraints(max_length=64)] | None = None
     ready: Flag = True
     """False while the model loads or the engine restarts: the models are known, but no request is sent here."""
+    paused: Flag = False
+    """An administrator has paused the engine: requests are accepted, and wait."""
 
     @property
     def unleased(self) -> int:

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fastserve.engine.contract import EngineRequest, TokenLogprob
-from fastserve.errors import FastserveError, InternalError
+from fastserve.errors import FastserveError, InternalError, RequestAbortedError
 from fastserve.openai.answers import TokenText, Usage
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.admission import Admission
@@ -90,8 +90,10 @@ class GenerationService:
         first = True
         with self._keeper.engine.generate(request) as outputs:
             async for output in outputs:
-                if output.finish_reason in ("abort", "error"):
-                    raise InternalError(f"The engine ended the request: {output.error or output.finish_reason}.")
+                if output.finish_reason == "abort":
+                    raise RequestAbortedError("An administrator has aborted what was running here. Send it again.")
+                if output.finish_reason == "error":
+                    raise InternalError(f"The engine ended the request: {output.error}.")
                 now = time.monotonic()
                 if first:
                     self._metrics.time_to_first_token.observe(now - last)
