@@ -28,6 +28,8 @@
         LoopDetectedError             508  a request came back to an API server that had already passed it on
         ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
+        EngineTimeoutError            504  the engine has not answered a call in the time given
+        RequestAbortedError           503  an administrator aborted what was running
       InternalError                 500
         RequestKilledWorkersError     500  two workers died while they worked on the request; it is not tried again
 
@@ -223,6 +225,16 @@ class WorkerTimeoutError(ServiceError):
     type = "timeout_error"
     code = "worker_timeout"
     legacy_code = 50006
+
+
+class EngineTimeoutError(ServiceError):
+    status = 504
+    type = "timeout_error"
+    code = "engine_timeout"
+
+
+class RequestAbortedError(ServiceError):
+    code = "request_aborted"
 
 
 class InvalidAnswerError(ServiceError):

@@ -107,6 +107,8 @@ class WorkerStatus(Message):
     version: Annotated[str, StringConstraints(max_length=64)] | None = None
     ready: Flag = True
     """False while the model loads or the engine restarts: the models are known, but no request is sent here."""
+    paused: Flag = False
+    """An administrator has paused the engine: requests are accepted, and wait."""
     capabilities: Capabilities | None = None
     """Kinds of requests that the worker answers for its models (`chat`, `completions`, ...); each stands for a route of
     the API server. None: not stated, or not known before the model is loaded.
@@ -172,6 +174,8 @@ class AcquireResponse(Message):
     """Whether the model is served, loads, or was served lately."""
     retry_after_s: Seconds | None = None
     """When another try may succeed; set when the model is known and no worker can take the request."""
+    paused: Flag = False
+    """An administrator has paused the engine: requests are accepted, and wait."""
     capabilities: Capabilities | None = None
     """Set when the model is served, but not with the capability that was asked for: those that it is served with."""
 

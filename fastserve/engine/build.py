@@ -85,6 +85,7 @@ def build_core(
         needs_last_token=partial(needs_last_token, processors),
         speculator=_make_speculator(config, speed, draft_model),
         overlap=draft is None and _overlaps(loaded),
+        weights=loaded.weights,
     )
 
 

@@ -15,8 +15,13 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from fastserve.engine.calls.pending import PendingCalls
 from fastserve.engine.contract import (
     Abort,
+    Busy,
+    Call,
+    CallError,
+    CallReply,
     Command,
     EngineInfo,
     EngineRequest,
@@ -25,6 +30,7 @@ from fastserve.engine.contract import (
     LoadProgress,
     Outputs,
     Ready,
+    ReplyT,
     RequestOutput,
     RequestStream,
     Shutdown,
@@ -52,11 +58,19 @@ ENGINE_ENVIRONMENT = {
 class EngineProcess:
     """An `Engine` (see contract.py) in a process of its own."""
 
-    def __init__(self, config: EngineConfig, *, timeout_s: float = 120.0) -> None:
-        """`timeout_s`: silence after which the engine counts as hung; it speaks each step and each idle second."""
+    def __init__(
+        self, config: EngineConfig, *, timeout_s: float = 120.0, program: str = "fastserve.engine.process"
+    ) -> None:
+        """`timeout_s`: silence after which the engine counts as hung; it speaks each step and each idle second.
+        `program`: the module that is run, with a `main` of process.py.
+        """
         self._config = config
         self._timeout_s = timeout_s
+        self._program = program
         self._silent_looks = 0
+        self._max_silence_s = timeout_s
+        """The timeout, or longer while the engine has said that it is busy."""
+        self._calls = PendingCalls(self._send)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
         self._streams: dict[str, RequestStream] = {}
@@ -87,7 +101,7 @@ class EngineProcess:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "fastserve.engine.process",
+                self._program,
                 endpoint,
                 msgspec.json.encode(self._config).decode(),
                 str(os.getpid()),
@@ -133,8 +147,10 @@ class EngineProcess:
                         raise StartupError(message)
                     case None:
                         raise StartupError(f"The engine process ended while it started ({_ending(await ended)}).")
-                    case Outputs():
-                        raise InternalError("the engine sent outputs before it was ready")
+                    case Busy():
+                        pass
+                    case Outputs() | CallReply() | CallError():
+                        raise InternalError(f"the engine sent {type(event).__name__} before it was ready")
         finally:
             ended.cancel()
 
@@ -163,10 +179,18 @@ class EngineProcess:
             while self._socket is not None:
                 event = self._decode(await self._socket.recv())
                 self._silent_looks = 0
-                if isinstance(event, Outputs):
-                    self._stats = event.stats
-                    for output in event.outputs:
-                        self._deliver(output)
+                self._max_silence_s = self._timeout_s
+                match event:
+                    case Outputs(outputs, stats):
+                        self._stats = stats
+                        for output in outputs:
+                            self._deliver(output)
+                    case CallReply() | CallError():
+                        self._calls.settle(event)
+                    case Busy(max_silence_s):
+                        self._max_silence_s = max(self._timeout_s, max_silence_s)
+                    case LoadProgress() | Ready() | StartFailed():
+                        self._end(process, f"The engine sent {type(event).__name__} while it served, and was killed.")
         finally:
             ended.cancel()
 
@@ -185,15 +209,20 @@ class EngineProcess:
         Looks are counted, not the time: when this process itself was stopped or busy, that is one look.
         """
         self._silent_looks = 0
-        while self._silent_looks < _LOOKS:
-            await asyncio.sleep(self._timeout_s / _LOOKS)
+        self._max_silence_s = self._timeout_s
+        interval_s = self._timeout_s / _LOOKS
+        while self._silent_looks < round(self._max_silence_s / interval_s):
+            await asyncio.sleep(interval_s)
             self._silent_looks += 1
+        silence = f"{self._timeout_s:g} s (--engine-timeout-s)"
+        if self._max_silence_s > self._timeout_s:
+            silence = f"{self._max_silence_s:g} s, longer than what it was asked to do may take,"
+        self._end(process, f"The engine hung: it gave no sign of life for {silence} and was killed.")
+
+    def _end(self, process: asyncio.subprocess.Process, reason: str) -> None:
         if process.returncode is None:
             process.kill()
-        self._declare_dead(
-            process,
-            f"The engine hung: it gave no sign of life for {self._timeout_s:g} s (--engine-timeout-s) and was killed.",
-        )
+        self._declare_dead(process, reason)
 
     def _on_death(self, process: asyncio.subprocess.Process) -> None:
         self._declare_dead(process, f"The engine process died ({_ending(process.returncode)}).")
@@ -201,18 +230,18 @@ class EngineProcess:
     def _declare_dead(self, process: asyncio.subprocess.Process, reason: str) -> None:
         if self._closing or process is not self._process or self._dead is None or self._dead.done():
             return
-        self._fail_streams(reason)
+        self._fail_all(reason)
         self._stats = EngineStats()
         self._dead.set_result(reason)
 
-    def _fail_streams(self, reason: str) -> None:
+    def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
+        self._calls.fail_all(lambda: EngineDeadError(reason))
 
     @contextlib.contextmanager
     def generate(self, request: EngineRequest) -> Iterator[RequestStream]:
-        if self._dead is None or self._dead.done() or self._closing:
-            raise EngineDeadError("The engine is not running.")
+        self._require_running()
         stream = RequestStream(request.request_id)
         self._streams[request.request_id] = stream
         try:
@@ -222,6 +251,14 @@ class EngineProcess:
             del self._streams[request.request_id]
             if not stream.finished:
                 self._send(Abort([request.request_id]))
+
+    async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
+        self._require_running()
+        return await self._calls.call(call, timeout_s)
+
+    def _require_running(self) -> None:
+        if self._dead is None or self._dead.done() or self._closing:
+            raise EngineDeadError("The engine is not running.")
 
     def _send(self, command: Command) -> None:
         # Called where nothing may be awaited. The send is done when it returns, because the queue has no bound
@@ -238,7 +275,7 @@ class EngineProcess:
 
     async def close(self) -> None:
         self._closing = True
-        self._fail_streams("The engine is shutting down.")
+        self._fail_all("The engine is shutting down.")
         process = self._process
         if process is not None and process.returncode is None:
             self._send(Shutdown())

@@ -10,7 +10,7 @@ import asyncio
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -142,6 +142,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    paused: bool = False
+    """Nothing is computed until the engine is resumed."""
+    pausing: bool = False
+    """A pause waits for the requests that run; new ones wait already."""
     num_blocks: int = 0
     num_used_blocks: int = 0
     """Blocks held by running requests; cached blocks that nobody holds are free."""
@@ -185,7 +189,16 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-Command = Submit | Abort | Shutdown
+class CallRequest(msgspec.Struct, frozen=True, tag=True):
+    """A `Call` on its way. Its handler runs between two steps, with none in flight; one reply or error comes."""
+
+    call_id: int
+    name: str
+    call: msgspec.Raw
+    """The call in msgpack; its type goes by its name."""
+
+
+Command = Submit | Abort | CallRequest | Shutdown
 
 # ---- engine to worker -------------------------------------------------------------------------------------------
 
@@ -213,7 +226,52 @@ class Outputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-Event = LoadProgress | Ready | StartFailed | Outputs
+class CallReply(msgspec.Struct, frozen=True, tag=True):
+    """All outputs of the steps before it have been sent."""
+
+    call_id: int
+    reply: msgspec.Raw
+
+
+class CallError(msgspec.Struct, frozen=True, tag=True):
+    """A call that failed, and left the engine as it was."""
+
+    call_id: int
+    kind: str
+    """Name of the class in fastserve/errors.py."""
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Busy(msgspec.Struct, frozen=True, tag=True):
+    """The engine works on something that was asked for, and may be silent for so long before the next event, where that
+    is longer than its timeout."""
+
+    max_silence_s: float
+
+
+Event = LoadProgress | Ready | StartFailed | Outputs | CallReply | CallError | Busy
+
+
+# ---- calls ------------------------------------------------------------------------------------------------------
+
+ReplyT = TypeVar("ReplyT")
+
+
+class Call(msgspec.Struct, Generic[ReplyT], frozen=True):
+    """Something that an engine is asked to do besides generating: a subclass `class Sleep(Call[SleepReply])` has its
+    arguments as fields, and lies with its handler in a file of engine/calls/. Its class name is its name on the wire.
+    """
+
+
+def reply_type(call_type: type[Call[ReplyT]]) -> type[ReplyT]:
+    """The type of a call's reply."""
+    for base in getattr(call_type, "__orig_bases__", ()):
+        if get_origin(base) is Call:
+            found: type[ReplyT] = get_args(base)[0]
+            return found
+    raise TypeError(f"{call_type.__name__} must be a direct subclass of Call[its reply]")
 
 
 # ---- the engine as the worker sees it ---------------------------------------------------------------------------
@@ -234,6 +292,15 @@ class Engine(Protocol):
 
         Outputs that came between two looks are merged into one. The stream raises EngineDeadError when the engine
         dies, and InternalError when the engine reports an error for this request.
+        """
+        ...
+
+    async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
+        """Have the engine do something between two steps. Requests submitted meanwhile wait.
+
+        Calls, requests and aborts are handled in the order in which they were sent. Raises the handler's
+        FastserveError, EngineDeadError when the engine dies before the reply, and EngineTimeoutError after `timeout_s`:
+        the engine then finishes the call all the same, and its reply is dropped.
         """
         ...
 

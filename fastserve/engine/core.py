@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastserve.engine.calls.handling import NoWeights, Weights
 from fastserve.engine.contract import (
     STEP_SECONDS_BOUNDS,
     STEP_SIZE_BOUNDS,
@@ -24,6 +25,7 @@ from fastserve.engine.contract import (
 )
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.kv_cache import BlockPool
+from fastserve.engine.pausing import Pausing
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, MAX_EXTRA_ROWS, StepPlan
 from fastserve.engine.scheduler import Scheduler
 from fastserve.engine.speculation.speculator import Speculator
@@ -54,10 +56,12 @@ class EngineCore:
         needs_last_token: Callable[[SamplingParams], bool],
         speculator: Speculator | None = None,
         overlap: bool = False,
+        weights: Weights | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`needs_last_token`: see `Scheduler`."""
+        """`needs_last_token`: see `Scheduler`. `weights` are those of the executor's model."""
         self.info = info
+        self.weights = weights or NoWeights()
         self._speculator = speculator
         self.scheduler = Scheduler(
             BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache),
@@ -69,6 +73,7 @@ class EngineCore:
             drafting=speculator,
             clock=clock,
         )
+        self.pausing = Pausing(self.scheduler)
         self._executor = executor
         self._overlap = overlap
         self._in_flight: _Launched | None = None
@@ -84,7 +89,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._in_flight is not None
+        """Whether `step` has something to do: never while paused."""
+        return self._in_flight is not None or (self.scheduler.has_work and not self.pausing.is_paused)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
         return self.scheduler.add(request)
@@ -109,6 +115,11 @@ class EngineCore:
             outputs = self._finish(self._in_flight)
             self._in_flight = None
         return outputs
+
+    def drain(self) -> list[RequestOutput]:
+        """Wait for the step in flight, if there is one; return what it brings. Nothing is in flight afterwards."""
+        in_flight, self._in_flight = self._in_flight, None
+        return [] if in_flight is None else self._finish(in_flight)
 
     def _awaits_drafts(self, before: _Launched) -> bool:
         """Whether the next step waits for this one on account of drafts: in this one, or perhaps in the next."""
@@ -145,6 +156,8 @@ class EngineCore:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
+            paused=self.pausing.is_paused,
+            pausing=self.pausing.is_pausing,
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_blocks - scheduler.pool.num_free,
             steps=self._steps,

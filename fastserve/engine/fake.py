@@ -12,17 +12,25 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from fastserve.engine.calls.all_calls import ALL_CALLS
+from fastserve.engine.calls.handling import CallContext, CallDispatcher, CallHandler, NoWeights, Weights
+from fastserve.engine.calls.pending import PendingCalls
 from fastserve.engine.contract import (
+    Call,
+    CallRequest,
     EngineInfo,
     EngineRequest,
     EngineStats,
     LoadProgress,
+    ReplyT,
     RequestOutput,
     RequestStream,
     TokenLogprob,
 )
-from fastserve.errors import EngineDeadError, InternalError, StartupError
+from fastserve.engine.pausing import Pausing
+from fastserve.errors import ConflictError, EngineDeadError, InternalError, StartupError
 
 Script = Callable[[EngineRequest, EngineInfo], Sequence[int]]
 """The whole answer to a request, stop token included. Shorter than max_tokens: end tokens follow."""
@@ -59,6 +67,8 @@ class FakeOptions:
     token_s: float = 0.0
     """Duration of a step; each running request gets one token in a step."""
     start_failures: list[str] = field(default_factory=list)
+    calls: tuple[CallHandler[Any, Any], ...] = ALL_CALLS
+    weights: Weights = field(default_factory=NoWeights)
 
 
 class _Sequence:
@@ -68,6 +78,81 @@ class _Sequence:
         self.answer = answer
         self.num_emitted = len(request.emitted_ids)
         self.ready_at = ready_at
+        self.is_begun = False
+
+
+@dataclass(frozen=True)
+class _CacheReset:
+    num_blocks: int
+    num_preempted: int
+
+
+class _Scheduler:
+    """Sequences in order of arrival; the first `max_num_seqs` of those that may run do. It has no prefix cache."""
+
+    def __init__(self, options: FakeOptions) -> None:
+        self.sequences: dict[str, _Sequence] = {}
+        self._options = options
+        self._holds_new = False
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_begun(self) -> int:
+        return sum(sequence.is_begun for sequence in self.sequences.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduled())
+
+    def scheduled(self) -> list[_Sequence]:
+        """What the next step would compute."""
+        allowed = [item for item in self.sequences.values() if item.is_begun or not self._holds_new]
+        return allowed[: self._options.max_num_seqs]
+
+    def hold_new(self) -> None:
+        self._holds_new = True
+
+    def release_new(self) -> None:
+        self._holds_new = False
+
+    def abort_begun(self) -> list[RequestOutput]:
+        outputs = []
+        for request_id in [item for item, sequence in self.sequences.items() if sequence.is_begun]:
+            outputs.append(RequestOutput(request_id, [], finish_reason="abort"))
+            self.sequences.pop(request_id).stream.put(outputs[-1])
+        return outputs
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool) -> _CacheReset:
+        return _CacheReset(0, self.num_begun if reset_running_requests else 0)
+
+
+class _Profiler:
+    """Records nothing."""
+
+    def __init__(self) -> None:
+        self._num_left: int | None = None
+
+    def start(self, num_steps: int, num_warm_up_steps: int) -> str:
+        if self._num_left:
+            raise ConflictError("A profile is being recorded already.")
+        self._num_left = num_warm_up_steps + num_steps
+        return "fake"
+
+    def stop(self) -> str:
+        if self._num_left is None:
+            raise ConflictError("There is no trace: no profile was started.")
+        self._num_left = 0
+        return "fake"
+
+    def step_done(self) -> None:
+        if self._num_left:
+            self._num_left -= 1
+
+    def close(self) -> None:
+        self._num_left = 0
 
 
 class FakeEngine:
@@ -79,11 +164,26 @@ class FakeEngine:
         """Every request that was ever submitted."""
         self.starts = 0
         self._info: EngineInfo | None = None
-        self._sequences: dict[str, _Sequence] = {}
         self._counters = EngineStats()
+        self._reset()
+        self._calls = PendingCalls(self._handle)
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
+
+    def _reset(self) -> None:
+        self._scheduler = _Scheduler(self.options)
+        self._pausing = Pausing(self._scheduler)
+        self._profiler = _Profiler()
+        context = CallContext(
+            scheduler=self._scheduler,
+            pausing=self._pausing,
+            weights=self.options.weights,
+            profiler=self._profiler,
+            send_outputs=self._count_aborted,
+            announce=lambda max_silence_s: None,
+        )
+        self._dispatcher = CallDispatcher(self.options.calls, context)
 
     async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
         options = self.options
@@ -107,6 +207,7 @@ class FakeEngine:
             load_s=options.start_s,
         )
         self._counters = EngineStats(num_blocks=options.num_blocks)
+        self._reset()
         self._dead = asyncio.get_running_loop().create_future()
         self._loop_task = asyncio.create_task(self._loop(self._info))
         return self._info
@@ -119,21 +220,37 @@ class FakeEngine:
         ready_at = asyncio.get_running_loop().time() + self.options.first_token_s
         sequence = _Sequence(request, self.options.script(request, self._info), ready_at)
         self._counters.prompt_tokens += len(request.prompt_ids)
-        self._sequences[request.request_id] = sequence
+        sequences = self._scheduler.sequences
+        sequences[request.request_id] = sequence
         self._work.set()
         try:
             yield sequence.stream
         finally:
-            if self._sequences.pop(request.request_id, None) is not None:
+            if sequences.pop(request.request_id, None) is not None:
                 self._counters.aborted += 1
+                self._pausing.update()
+
+    async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
+        if self._info is None or self._loop_task is None:
+            raise EngineDeadError("The engine is not running.")
+        return await self._calls.call(call, timeout_s)
+
+    def _handle(self, request: CallRequest) -> None:
+        self._dispatcher.dispatch(request, self._calls.settle)
+        self._work.set()
+
+    def _count_aborted(self, outputs: list[RequestOutput]) -> None:
+        self._counters.aborted += len(outputs)
 
     @property
     def stats(self) -> EngineStats:
-        counters, options = self._counters, self.options
-        running = list(self._sequences.values())[: options.max_num_seqs]
+        counters, scheduler = self._counters, self._scheduler
+        running = scheduler.scheduled()
         return EngineStats(
             num_running=len(running),
-            num_waiting=len(self._sequences) - len(running),
+            num_waiting=scheduler.num_requests - len(running),
+            paused=self._pausing.is_paused,
+            pausing=self._pausing.is_pausing,
             num_blocks=counters.num_blocks,
             num_used_blocks=sum(map(self._blocks_of, running)),
             steps=counters.steps,
@@ -168,20 +285,24 @@ class FakeEngine:
 
     def fail(self, request_id: str, reason: str) -> None:
         """End one request with an error of the engine."""
-        sequence = self._sequences.pop(request_id)
+        sequence = self._scheduler.sequences.pop(request_id)
+        self._pausing.update()
         sequence.stream.fail(InternalError(f"The engine refused the request: {reason}."))
 
     def _fail_all(self, reason: str) -> None:
-        for sequence in self._sequences.values():
+        for sequence in self._scheduler.sequences.values():
             sequence.stream.fail(EngineDeadError(reason))
-        self._sequences.clear()
+        self._scheduler.sequences.clear()
+        self._calls.fail_all(lambda: EngineDeadError(reason))
 
     async def _loop(self, info: EngineInfo) -> None:
         loop = asyncio.get_running_loop()
         while True:
             self._work.clear()
             now = loop.time()
-            running = list(self._sequences.values())[: self.options.max_num_seqs]
+            running = [] if self._pausing.is_paused else self._scheduler.scheduled()
+            for sequence in running:
+                sequence.is_begun = True
             due = [sequence for sequence in running if sequence.ready_at <= now]
             if not running:
                 await self._work.wait()
@@ -197,9 +318,11 @@ class FakeEngine:
             output = _next_output(sequence, info)
             self._counters.generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:
-                del self._sequences[output.request_id]
+                del self._scheduler.sequences[output.request_id]
                 self._counters.finished += 1
             sequence.stream.put(output)
+        self._profiler.step_done()
+        self._pausing.update()
 
 
 def _next_output(sequence: _Sequence, info: EngineInfo) -> RequestOutput:

@@ -39,6 +39,9 @@ class BlockPool:
         self._registered: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
         """(parent, tokens) -> (block id, own number)"""
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._root = ROOT
+        """Parent of first blocks. Changes when the cache is cleared: what was registered before is then under a parent
+        that no look-up begins with, also what running sequences register afterwards."""
         self._next_number = ROOT + 1
 
     @property
@@ -48,7 +51,7 @@ class BlockPool:
     def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
         """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Takes nothing yet."""
         block_ids: list[int] = []
-        parent = ROOT
+        parent = self._root
         if self._prefix_cache:
             size = self.block_size
             for start in range(0, max_tokens - size + 1, size):
@@ -106,6 +109,18 @@ class BlockPool:
         self._registered[key] = (block_id, number)
         self._key_of[block_id] = key
         return number
+
+    def clear(self) -> int:
+        """Forget the content of all blocks, so that nothing computed so far is found again; return how many had some.
+
+        Blocks that are held stay with their holders.
+        """
+        num_forgotten = len(self._registered)
+        self._registered.clear()
+        self._key_of.clear()
+        self._root = self._next_number
+        self._next_number += 1
+        return num_forgotten
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:
         """Raise RuntimeError unless the books agree with the blocks that `holders` hold. For tests and idle times."""

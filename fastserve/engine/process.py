@@ -1,6 +1,7 @@
 """The engine process: one loop of commands, schedule, launch, commit. No asyncio, no HTTP.
 
-Where steps overlap (core.py), commands are taken and outputs are sent while a step runs.
+Where steps overlap (core.py), commands are taken and outputs are sent while a step runs. A call (calls/) is handled
+when it is taken, once the step in flight is done.
 
 Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends when told
 to, or when its parent is gone, however that died.
@@ -15,14 +16,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
 import zmq
 
+from fastserve.engine.calls.all_calls import ALL_CALLS
+from fastserve.engine.calls.handling import CallContext, CallDispatcher, CallHandler, Profiler
 from fastserve.engine.contract import (
     Abort,
+    Busy,
+    CallError,
+    CallReply,
+    CallRequest,
     Command,
     Event,
     LoadProgress,
@@ -44,16 +52,15 @@ from fastserve.engine.memory import (
     use_one_heap,
 )
 from fastserve.engine.settings import EngineConfig
-from fastserve.errors import StartupError
+from fastserve.errors import FastserveError
 from fastserve.observability.logging import setup_logging
-
-if TYPE_CHECKING:
-    from fastserve.engine.profiling import StepProfiler
 
 logger = logging.getLogger("fastserve.engine")
 
 _IDLE_REPORT_S = 1.0
 _PROGRESS_INTERVAL_S = 0.1
+_STARTING_STEPS = 10
+"""Steps of a new engine that --profile-steps leaves out: they compile and allocate what later ones find ready."""
 _LIBRARIES_BYTES = 256 << 20
 """Of torch and transformers."""
 
@@ -61,13 +68,28 @@ _LIBRARIES_BYTES = 256 << 20
 class EngineLoop:
     """Joins a core to a socket."""
 
-    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes], profiler: StepProfiler | None = None) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        socket: zmq.Socket[bytes],
+        profiler: Profiler,
+        handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS,
+    ) -> None:
         self._core = core
         self._profiler = profiler
         self._socket = socket
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Command).decode
         self._outputs: list[RequestOutput] = []
+        context = CallContext(
+            scheduler=core.scheduler,
+            pausing=core.pausing,
+            weights=core.weights,
+            profiler=profiler,
+            send_outputs=self._outputs.extend,
+            announce=lambda max_silence_s: self._send(Busy(max_silence_s)),
+        )
+        self._calls = CallDispatcher(handlers, context)
 
     def run(self) -> None:
         """Until Shutdown. Raises whatever a step raises: what the runner holds is then unknown, so the process is to
@@ -75,11 +97,10 @@ class EngineLoop:
         while self._take_commands():
             if self._core.has_work:
                 self._outputs += self._core.step()
-                if self._profiler is not None:
-                    self._profiler.step_done()
+                self._profiler.step_done()
             self._report()
-        if self._profiler is not None:
-            self._profiler.close()
+            self._core.pausing.update()
+        self._profiler.close()
 
     def _take_commands(self) -> bool:
         """Take in all commands that are there; wait for one only when there is nothing else to do."""
@@ -99,15 +120,27 @@ class EngineLoop:
                 case Abort(request_ids):
                     for request_id in request_ids:
                         self._core.abort(request_id)
+                case CallRequest():
+                    self._outputs += self._core.drain()
+                    self._calls.dispatch(command, self._answer)
                 case Shutdown():
                     return False
 
+    def _answer(self, outcome: CallReply | CallError) -> None:
+        # Whoever gets the reply has the outputs of all steps before it, and a snapshot that shows what has changed.
+        self._report()
+        self._send(outcome)
+
     def _report(self) -> None:
-        self._socket.send(self._encode(Outputs(self._outputs, self._core.stats)))
-        self._outputs = []
+        self._send(Outputs(self._outputs, self._core.stats))
+        self._outputs.clear()
+
+    def _send(self, event: Event) -> None:
+        self._socket.send(self._encode(event))
 
 
-def main() -> None:
+def main(handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS) -> None:
+    """Run an engine that knows the calls of these handlers."""
     use_one_heap()
     endpoint, config_json, parent = sys.argv[1:]
     # Ctrl-C at a terminal reaches the whole process group; the parent drains and then says Shutdown.
@@ -121,12 +154,12 @@ def main() -> None:
     socket.set_hwm(0)
     socket.connect(endpoint)
     try:
-        _serve(config, socket)
+        _serve(config, socket, handlers)
     finally:
         context.destroy(linger=1000)
 
 
-def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
+def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> None:
     encode = msgspec.msgpack.Encoder().encode
     last = [0.0]
 
@@ -150,12 +183,16 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
         from fastserve.engine.build import build_core
+        from fastserve.engine.profiling import StepProfiler
 
         core = build_core(config, progress)
-    except (StartupError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        profiler = StepProfiler(Path(config.profile_dir), lambda max_silence_s: tell(Busy(max_silence_s)))
+        if config.profile_steps > 0:
+            profiler.start(config.profile_steps, _STARTING_STEPS)
+    except (FastserveError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
             tell(StartFailed(_no_memory_to_start(config, str(error))))
-        elif isinstance(error, StartupError):
+        elif isinstance(error, FastserveError):
             tell(StartFailed(error.message))
         else:
             raise
@@ -166,13 +203,8 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes]) -> None:
     gc.freeze()
     end_loading()
     tell(Ready(core.info))
-    profiler = None
-    if config.profile_steps > 0:
-        from fastserve.engine.profiling import StepProfiler
-
-        profiler = StepProfiler(config.profile_steps, Path(config.profile_dir))
     try:
-        EngineLoop(core, socket, profiler).run()
+        EngineLoop(core, socket, profiler, handlers).run()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -1,63 +1,98 @@
-"""`--profile-steps N`: a trace of N steps under load, for torch's tools (TensorBoard, HTA), Perfetto or chrome://tracing."""
+"""Traces of steps under load, for torch's tools (TensorBoard, HTA), Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fastserve.engine.devices.find import find_device
+from fastserve.errors import ConflictError, FastserveError, InternalError
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP_STEPS = 10
-"""Steps that are not recorded: first ones compile and allocate what later ones find ready."""
+_MAX_WRITING_S = 600.0
+"""Longest time in which the profiler starts, or a trace is written."""
 
 
 class StepProfiler:
-    """Records `num_steps` steps and writes them into `folder`. Each is a "ProfilerStep#n" in the trace."""
+    """Records steps and writes them into `folder`. Each is a "ProfilerStep#n" in the trace."""
 
-    def __init__(self, num_steps: int, folder: Path) -> None:
-        self._num_steps = num_steps
+    def __init__(self, folder: Path, announce: Callable[[float], None] = lambda max_silence_s: None) -> None:
+        """`announce` is called before work that takes long, with the most seconds that it may take."""
         self._folder = folder
-        self._left = _WARM_UP_STEPS + num_steps
+        self._announce = announce
+        self._profile: profile | None = None
+        self._num_left = 0
+        self._num_traces = 0
+        self._path = folder
+        """Of the last trace, or the one that is recorded."""
+        self._failure: FastserveError | None = ConflictError("There is no trace: no profile was started.")
+        """Why there is none."""
+
+    def start(self, num_steps: int, num_warm_up_steps: int) -> str:
+        """See calls.handling.Profiler. The warm-up steps, at least one, are not recorded."""
+        if self._profile is not None:
+            raise ConflictError(f"A profile is being recorded already: {self._path}.")
+        self._announce(_MAX_WRITING_S)
+        self._num_traces += 1
+        name = f"fastserve-{os.getpid()}-{time.strftime('%Y%m%d-%H%M%S')}-{self._num_traces}.pt.trace.json.gz"
+        path = (self._folder / name).resolve()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+            path.unlink()
+        except OSError as error:
+            raise InternalError(
+                f"Traces cannot be written to --profile-dir {self._folder}: {error.strerror}."
+            ) from error
         activities = [ProfilerActivity.CPU]
         activity = find_device(None).profiler_activity
         if activity is not None:
             activities.append(activity)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=_WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1),
+            schedule=schedule(wait=num_warm_up_steps - 1, warmup=1, active=num_steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
         )
         self._profile.start()
-        logger.info("profile: %d steps will be recorded after %d others", num_steps, _WARM_UP_STEPS)
+        logger.info("profile: %d steps will be recorded after %d others", num_steps, num_warm_up_steps)
+        return str(path)
 
     def step_done(self) -> None:
-        """To be called after each step. Once the trace is written, it does nothing."""
-        if self._left:
-            self._left -= 1
+        """To be called after each step. It does nothing while no profile is recorded."""
+        if self._profile is not None:
+            self._num_left -= 1
             self._profile.step()
-            if not self._left:
-                self._profile.stop()
+            if not self._num_left:
+                self.close()
+
+    def stop(self) -> str:
+        """See calls.handling.Profiler."""
+        self.close()
+        if self._failure is not None:
+            raise self._failure
+        return str(self._path)
 
     def close(self) -> None:
         """Write what has been recorded when fewer steps ran than were asked for."""
-        if self._left:
-            self._left = 0
-            self._profile.stop()
+        recording, self._profile = self._profile, None
+        if recording is not None:
+            recording.stop()
 
     def _write(self, recorded: profile) -> None:
-        path = (self._folder / f"fastserve-{os.getpid()}-{time.strftime('%Y%m%d-%H%M%S')}.pt.trace.json.gz").resolve()
+        self._announce(_MAX_WRITING_S)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            recorded.export_chrome_trace(str(path))
-        except (OSError, RuntimeError):
+            recorded.export_chrome_trace(str(self._path))
+        except (OSError, RuntimeError) as error:
             # Whatever a profile was good for, the requests that run are worth more.
-            logger.exception("profile: %s cannot be written", path)
+            logger.exception("profile: %s cannot be written", self._path)
+            self._failure = InternalError(f"The trace {self._path} could not be written: {error}.")
             return
-        logger.info("profile: the trace of %d steps is in %s", self._num_steps, path)
+        self._failure = None
+        logger.info("profile: the trace is in %s", self._path)

@@ -77,6 +77,13 @@ class _Step:
             self.extra_rows += chunk.num_scored
 
 
+@dataclass(frozen=True, slots=True)
+class CacheReset:
+    num_blocks: int
+    """Blocks whose content was forgotten."""
+    num_preempted: int
+
+
 class Scheduler:
     """Owns the queues and the block pool. Plans are committed in order; `add` and `abort` may come at any time."""
 
@@ -106,6 +113,9 @@ class Scheduler:
         self._clock = clock
         self.running: list[Sequence] = []
         self._waiting: list[tuple[tuple[float, int], Sequence]] = []
+        self._holds_new = False
+        self._held: dict[int, Sequence] = {}
+        """By id: what has never been scheduled, while new requests are held."""
         self._sequences: dict[str, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}
         self._dropped: list[int] = []
@@ -124,8 +134,18 @@ class Scheduler:
         return len(self._sequences) - len(self.running)
 
     @property
+    def num_requests(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_begun(self) -> int:
+        """Requests that run, and those that were preempted."""
+        return sum(1 for sequence in self._sequences.values() if sequence.is_begun)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        """Whether there are requests that may be scheduled."""
+        return len(self._sequences) > len(self._held)
 
     # ---- arrival and departure ----------------------------------------------------------------------------------
 
@@ -146,7 +166,10 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason=reason)
         self._sequences[request.request_id] = sequence
         self._by_id[sequence.seq_id] = sequence
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        if self._holds_new:
+            self._held[sequence.seq_id] = sequence
+        else:
+            heapq.heappush(self._waiting, (sequence.order, sequence))
         return None
 
     def _problem(self, request: EngineRequest) -> str | None:
@@ -169,6 +192,38 @@ class Scheduler:
             self._remove(sequence)
             self.aborted += 1
 
+    def hold_new(self) -> None:
+        """Schedule only requests that have begun, until `release_new`; those that come meanwhile wait too."""
+        self._holds_new = True
+        waiting = [sequence for _, sequence in self._waiting if sequence.status is Status.WAITING]
+        self._held |= {sequence.seq_id: sequence for sequence in waiting if not sequence.is_begun}
+        self._waiting = [(sequence.order, sequence) for sequence in waiting if sequence.is_begun]
+        heapq.heapify(self._waiting)
+
+    def release_new(self) -> None:
+        """Let held requests run, in their order."""
+        self._holds_new = False
+        for sequence in self._held.values():
+            heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._held.clear()
+
+    def abort_begun(self) -> list[RequestOutput]:
+        """Abort all requests that have begun; return the last output of each. No step may be in flight."""
+        begun = [sequence for sequence in self._sequences.values() if sequence.is_begun]
+        for sequence in begun:
+            self._remove(sequence)
+        self.aborted += len(begun)
+        return [RequestOutput(sequence.request.request_id, [], finish_reason="abort") for sequence in begun]
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool) -> CacheReset:
+        """Forget all cached blocks. Running requests keep theirs, or are preempted and computed anew when asked for.
+        No step may be in flight.
+        """
+        preempted = list(self.running) if reset_running_requests else []
+        for sequence in reversed(preempted):
+            self._preempt(sequence)
+        return CacheReset(num_blocks=self.pool.clear(), num_preempted=len(preempted))
+
     def _remove(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
@@ -177,6 +232,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
         del self._by_id[sequence.seq_id]
+        self._held.pop(sequence.seq_id, None)
         if self._drafting is not None:
             self._drafting.forget(sequence.seq_id)
 

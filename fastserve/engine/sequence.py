@@ -74,6 +74,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def is_begun(self) -> bool:
+        """It has been scheduled at least once, also when it was preempted since."""
+        return self.num_cached is not None
+
+    @property
     def has_max_tokens(self) -> bool:
         """With the pending tokens the answer has its greatest length."""
         return self.num_tokens - self.num_prompt_tokens >= self.request.params.max_tokens

@@ -37,7 +37,7 @@ from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import fastchat_routes, openai_routes
+from fastserve.worker import admin_routes, fastchat_routes, openai_routes
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker
@@ -102,11 +102,13 @@ class Worker:
         self.app.state.keeper = self.keeper
         self.app.state.metrics = self._metrics
         self.app.state.status = self.status
+        self.app.state.status_changed = self._announce_status
         install_error_handlers(self.app)
         self.app.include_router(openai_routes.router)
         for handler in setup.handlers:
             self.app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
         self.app.include_router(fastchat_routes.router)
+        self.app.include_router(admin_routes.router)
         self.app.add_api_route("/health", _health, methods=["GET"])
         self.app.add_api_route("/ready", _ready, methods=["GET"])
         self.app.add_api_route("/metrics", _metrics, methods=["GET"])
@@ -188,8 +190,7 @@ class Worker:
             return
         self.app.state.runtime = runtime
         self._loaded.set()
-        if self._heartbeat is not None:
-            self._heartbeat.beat_now()
+        self._announce_status()
         await self._look_after_engine(runtime)
 
     def _fail(self, failure: StartupError) -> None:
@@ -279,12 +280,15 @@ class Worker:
         await self._setup.wait_listening()
         await heartbeat.run()
 
+    def _announce_status(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.beat_now()
+
     async def _look_after_engine(self, runtime: Runtime) -> None:
         async def changed() -> None:
             if self.keeper.ready:
                 runtime.metrics.engine_restarts.inc()
-            if self._heartbeat is not None:
-                self._heartbeat.beat_now()
+            self._announce_status()
 
         await self.keeper.watch(changed)
         self._setup.end_process()
@@ -326,8 +330,15 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 async def _health(request: Request) -> Response:
     """200 as long as this process can serve or will be able to."""
     keeper: EngineKeeper = request.app.state.keeper
-    is_loaded = request.app.state.runtime is not None
-    state = "failed" if keeper.gave_up else "loading" if not is_loaded else "ready" if keeper.ready else "recovering"
+    if keeper.gave_up:
+        state = "failed"
+    elif request.app.state.runtime is None:
+        state = "loading"
+    elif not keeper.ready:
+        state = "recovering"
+    else:
+        stats = keeper.engine.stats
+        state = "paused" if stats.paused else "pausing" if stats.pausing else "ready"
     return JSONResponse({"status": state}, status_code=503 if keeper.gave_up else 200)
 
 

@@ -58,6 +58,7 @@ class Runtime:
             context_length=self.info.max_model_len,
             max_concurrency=self.admission.limit,
             kv_usage=kv_usage(stats),
+            paused=stats.paused,
             version=self.version,
             capabilities=self.capabilities,
         )
@@ -86,3 +87,9 @@ def status_of(request: Request) -> WorkerStatus:
     """The worker's status, also while the model loads."""
     status: Callable[[], WorkerStatus] = request.app.state.status
     return status()
+
+
+def status_changed(request: Request) -> None:
+    """Let the controller know the worker's status now, not at the next heartbeat."""
+    announce: Callable[[], None] = request.app.state.status_changed
+    announce()

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from fastserve.engine.contract import EngineRequest, RequestStream
-from fastserve.errors import FastserveError, InternalError
+from fastserve.errors import FastserveError, InternalError, RequestAbortedError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.admission import Admission
 from fastserve.worker.choice import Choice, ChoiceDelta
@@ -126,8 +126,10 @@ class _ChoiceListener:
         output = self._stream.take()
         if output is None:
             return
-        if output.finish_reason in ("abort", "error"):
-            raise InternalError(f"The engine ended the request: {output.error or output.finish_reason}.")
+        if output.finish_reason == "abort":
+            raise RequestAbortedError("An administrator has aborted what was running here. Send it again.")
+        if output.finish_reason == "error":
+            raise InternalError(f"The engine ended the request: {output.error}.")
         now = time.monotonic()
         if self._is_first:
             self._is_first = False

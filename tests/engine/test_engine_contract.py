@@ -14,6 +14,9 @@ from .conftest import TinyModels
 class TestEngineProcess(EngineContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def make_engine(cls, tiny_models: TinyModels) -> MakeEngine:
-        config = EngineConfig(model_dir=tiny_models.path("llama"), device="cpu", max_total_tokens=4096)
+    def make_engine(cls, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> MakeEngine:
+        folder = str(tmp_path_factory.mktemp("traces"))
+        config = EngineConfig(
+            model_dir=tiny_models.path("llama"), device="cpu", max_total_tokens=4096, profile_dir=folder
+        )
         return lambda: EngineProcess(config)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mixtra
 
 from fastserve.engine import build, memory, process, sizing
 from fastserve.engine.build import build_core
+from fastserve.engine.calls.all_calls import ALL_CALLS
 from fastserve.engine.client import EngineProcess, _ending
 from fastserve.engine.contract import EngineRequest, Event, Ready, SamplingParams, Submit
 from fastserve.engine.devices.cpu import CpuDevice
@@ -258,7 +259,7 @@ def test_no_memory_in_a_step_ends_the_engine_with_a_reason(model_path: str, monk
         engine.connect("inproc://engine")
         worker.send(msgspec.msgpack.encode(Submit(EngineRequest("r", [5, 6], SamplingParams(4)))))
         with pytest.raises(SystemExit) as ended:
-            process._serve(config(model_path), engine)
+            process._serve(config(model_path), engine, ALL_CALLS)
         gc.unfreeze()
         assert msgspec.msgpack.decode(worker.recv(), type=Event) == Ready(core.info)
     assert ended.value.code == memory.OUT_OF_MEMORY_EXIT_CODE

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,7 @@ from fastserve.engine.devices.device import pack, unpack
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.plan import StepPlan, StepResult
 from fastserve.engine.process import EngineLoop
+from fastserve.engine.profiling import StepProfiler
 from fastserve.engine.runner import runner as runner_module
 from fastserve.engine.sampling import batch as batch_module
 from fastserve.engine.sampling import sampler as sampler_module
@@ -211,14 +213,14 @@ class Client(Device):
         return super().launch(plan)
 
 
-def test_commands_are_taken_while_a_step_runs() -> None:
+def test_commands_are_taken_while_a_step_runs(tmp_path: Path) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as ours, context.socket(zmq.PAIR) as theirs:
         ours.bind("inproc://engine")
         theirs.connect("inproc://engine")
         device = Client(ours)
         device.say(Submit(EngineRequest("endless", [1], SamplingParams(30))))
         device.say(Submit(EngineRequest("last", [5], SamplingParams(30))))
-        EngineLoop(overlapped(device), theirs).run()
+        EngineLoop(overlapped(device), theirs, StepProfiler(tmp_path)).run()
         told: dict[str, list[int]] = {}
         while ours.poll(0):
             event = msgspec.msgpack.decode(ours.recv(), type=Event)

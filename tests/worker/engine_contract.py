@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from fastserve.engine.calls.pause import Pause, Resume
+from fastserve.engine.calls.profile import StartProfile, StopProfile
+from fastserve.engine.calls.reset_prefix_cache import ResetPrefixCache
 from fastserve.engine.contract import (
+    Call,
     Engine,
     EngineInfo,
     EngineRequest,
@@ -23,7 +27,8 @@ from fastserve.engine.contract import (
     RequestOutput,
     SamplingParams,
 )
-from fastserve.errors import EngineDeadError
+from fastserve.engine.pausing import PauseMode
+from fastserve.errors import ConflictError, EngineDeadError, EngineTimeoutError, UnsupportedParameterError
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 MakeEngine = Callable[[], Engine]
@@ -60,6 +65,34 @@ async def wait_stats(engine: Engine, condition: Callable[[EngineStats], bool]) -
 
 def _ignore(_: LoadProgress) -> None:
     pass
+
+
+class CallThatNoEngineKnows(Call[None], frozen=True):
+    pass
+
+
+@contextlib.asynccontextmanager
+async def generating(engine: Engine, count: int = 2, **params: Any) -> AsyncIterator[list[asyncio.Task[RequestOutput]]]:
+    """Requests that have begun to answer, and go on for a while. The engine is not paused afterwards."""
+    before = engine.stats.generated_tokens
+    params = {"max_tokens": 200, "temperature": 1.0} | params
+    tasks = [asyncio.create_task(run(engine, request([5, i], **params))) for i in range(count)]
+    try:
+        await wait_stats(engine, lambda stats: stats.generated_tokens > before + 2 * count)
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await engine.call(Resume())
+        await wait_stats(engine, lambda stats: stats.num_running + stats.num_waiting == 0)
+
+
+async def is_still(engine: Engine) -> bool:
+    """Nothing is computed for a while."""
+    steps = engine.stats.steps
+    await asyncio.sleep(0.1)
+    return engine.stats.paused and engine.stats.steps == steps
 
 
 @pytest.mark.asyncio(loop_scope="class")
@@ -201,6 +234,122 @@ class EngineContract:
         assert after.prompt_tokens == before.prompt_tokens + 4 * len(PROMPT)
         assert after.num_running == after.num_waiting == after.num_used_blocks == 0
 
+    # ---- calls --------------------------------------------------------------------------------------------------
+
+    async def test_a_pause_that_keeps_stops_all_and_resuming_loses_nothing(self, engine: Engine) -> None:
+        params: dict[str, Any] = {"max_tokens": 100, "temperature": 1.0}
+        free = [(await run(engine, request([5, i], **params))).token_ids for i in range(3)]
+        async with generating(engine, 2, **params) as tasks:
+            state = await engine.call(Pause("keep"))
+            assert (state.paused, state.num_running, state.num_waiting) == (True, 2, 0)
+            assert engine.stats.paused
+            late = asyncio.create_task(run(engine, request([5, 2], **params)))
+            assert await is_still(engine)
+            assert engine.stats.num_waiting == 1, "what comes meanwhile waits"
+            again = await engine.call(Pause("keep"))
+            assert (again.paused, again.num_running, again.num_waiting) == (True, 2, 1)
+            assert not (await engine.call(Resume())).paused
+            assert [answer.token_ids for answer in await asyncio.gather(*tasks, late)] == free
+
+    async def test_a_pause_that_waits_comes_once_all_that_had_begun_is_finished(self, engine: Engine) -> None:
+        async with generating(engine) as tasks:
+            pausing = asyncio.create_task(engine.call(Pause("wait")))
+            await wait_stats(engine, lambda stats: stats.pausing)
+            late = asyncio.create_task(run(engine, request(max_tokens=3)))
+            state = await pausing
+            assert (state.paused, state.num_running) == (True, 0)
+            for task in tasks:
+                async with asyncio.timeout(1):  # sent before the reply
+                    assert len((await task).token_ids) == 200
+            assert await is_still(engine)
+            assert not late.done()
+            await engine.call(Resume())
+            assert len((await late).token_ids) == 3
+
+    async def test_a_pause_that_aborts_ends_all_that_had_begun(self, engine: Engine) -> None:
+        async with generating(engine) as tasks:
+            aborted = engine.stats.aborted
+            state = await engine.call(Pause("abort"))
+            assert (state.paused, state.num_running, state.num_aborted) == (True, 0, 2)
+            assert engine.stats.aborted == aborted + 2
+            assert engine.stats.num_used_blocks == 0
+            for task in tasks:
+                answer = await task
+                assert answer.finish_reason == "abort"
+                assert 0 < len(answer.token_ids) < 200
+
+    @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+    async def test_pausing_and_resuming_again_changes_nothing(self, engine: Engine, mode: PauseMode) -> None:
+        assert not (await engine.call(Resume())).paused
+        for _ in range(2):
+            assert (await engine.call(Pause(mode))).paused
+        assert await is_still(engine)
+        for _ in range(2):
+            assert not (await engine.call(Resume())).paused
+        assert not engine.stats.paused
+        assert len((await run(engine, request(max_tokens=4))).token_ids) == 4
+
+    async def test_clients_that_leave_while_paused_are_gone(self, engine: Engine) -> None:
+        async with generating(engine) as tasks:
+            await engine.call(Pause("keep"))
+            tasks.append(asyncio.create_task(run(engine, request())))
+            await wait_stats(engine, lambda stats: stats.num_waiting == 1)
+            for task in tasks:
+                task.cancel()
+            await wait_stats(engine, lambda stats: stats.num_running + stats.num_waiting + stats.num_used_blocks == 0)
+            assert engine.stats.paused
+
+    async def test_a_call_that_takes_too_long_is_left_and_done_all_the_same(self, engine: Engine) -> None:
+        async with generating(engine) as tasks:
+            with pytest.raises(EngineTimeoutError, match=r"Pause within 0\.005 s"):
+                await engine.call(Pause("wait"), timeout_s=0.005)
+            await asyncio.gather(*tasks)
+            await wait_stats(engine, lambda stats: stats.paused)
+
+    async def test_a_pause_that_another_call_overtakes_fails(self, engine: Engine) -> None:
+        async with generating(engine):
+            pausing = asyncio.create_task(engine.call(Pause("wait")))
+            await wait_stats(engine, lambda stats: stats.pausing)
+            assert (await engine.call(Pause("keep"))).num_running == 2
+            with pytest.raises(ConflictError):
+                await pausing
+
+    async def test_many_calls_at_once_each_get_their_own_reply(self, engine: Engine) -> None:
+        async with generating(engine, 3, max_tokens=150) as tasks:
+            calls = [Pause("keep"), Resume(), Pause("keep"), Resume()] * 5
+            states = await asyncio.gather(*(engine.call(call) for call in calls))
+            assert [state.paused for state in states] == [True, False] * 10
+            for answer in await asyncio.gather(*tasks):
+                assert len(answer.token_ids) == 150
+
+    async def test_a_cache_reset_while_requests_run_changes_no_answer(self, engine: Engine) -> None:
+        prompt = PROMPT * 9
+        before = await run(engine, request(prompt, max_tokens=40))
+        for reset_running_requests in (False, True):
+            running = asyncio.create_task(run(engine, request(prompt, max_tokens=40)))
+            done = await engine.call(ResetPrefixCache(reset_running_requests))
+            assert done.num_preempted <= (1 if reset_running_requests else 0)
+            assert (await running).token_ids == before.token_ids
+            await engine.call(ResetPrefixCache())
+            after = await run(engine, request(prompt, max_tokens=40))
+            assert (after.token_ids, after.num_cached_tokens) == (before.token_ids, 0)
+
+    async def test_an_error_of_a_call_has_its_type_and_ends_nothing(self, engine: Engine) -> None:
+        async with generating(engine, max_tokens=100) as tasks:
+            with pytest.raises(UnsupportedParameterError, match=r"no call CallThatNoEngineKnows; it has Pause, "):
+                await engine.call(CallThatNoEngineKnows())
+            with pytest.raises(ConflictError, match="no profile was started"):
+                await engine.call(StopProfile())
+            for answer in await asyncio.gather(*tasks):
+                assert len(answer.token_ids) == 100
+
+    async def test_steps_are_profiled_on_demand(self, engine: Engine) -> None:
+        started = await engine.call(StartProfile(num_steps=3))
+        with pytest.raises(ConflictError, match="already"):
+            await engine.call(StartProfile(num_steps=3))
+        await run(engine, request(max_tokens=20))
+        assert await engine.call(StopProfile()) == started
+
     async def test_close_fails_what_runs_and_what_comes(self, make_engine: MakeEngine) -> None:
         engine = make_engine()
         info = await engine.start(_ignore)
@@ -209,15 +358,19 @@ class EngineContract:
             await run(engine, request(max_tokens=info.max_model_len - len(PROMPT)))
 
         running = [asyncio.create_task(one()) for _ in range(3)]
-        await asyncio.sleep(0.02)
+        await wait_stats(engine, lambda stats: stats.num_running == 3)
+        pausing = asyncio.create_task(engine.call(Pause("wait")))
+        await wait_stats(engine, lambda stats: stats.pausing)
         watching = asyncio.create_task(engine.wait_dead())
         await asyncio.sleep(0)
         await engine.close()
         await engine.close()
-        for error in await asyncio.gather(*running, return_exceptions=True):
+        for error in await asyncio.gather(*running, pausing, return_exceptions=True):
             assert isinstance(error, EngineDeadError)
         with pytest.raises(EngineDeadError), engine.generate(request()):
             pass
+        with pytest.raises(EngineDeadError):
+            await engine.call(Resume())
         await asyncio.sleep(0.02)
         assert not watching.done(), "a closed engine has not died"
         watching.cancel()

@@ -1,0 +1,14 @@
+"""The calls that every engine knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastserve.engine.calls import pause, profile, reset_prefix_cache
+from fastserve.engine.calls.handling import CallHandler
+
+ALL_CALLS: tuple[CallHandler[Any, Any], ...] = (
+    *reset_prefix_cache.HANDLERS,
+    *pause.HANDLERS,
+    *profile.HANDLERS,
+)

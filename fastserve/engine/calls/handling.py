@@ -1,0 +1,154 @@
+"""The engine's end of calls: which handler a call has, what handlers work with, and how what they return is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from fastserve.engine.contract import Call, CallError, CallReply, CallRequest, RequestOutput
+from fastserve.engine.pausing import Pausing
+from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
+from fastserve.observability.text import printable
+
+ReplyT = TypeVar("ReplyT")
+CallT = TypeVar("CallT", bound=Call[Any])
+
+_encode = msgspec.msgpack.Encoder().encode
+_SHOWN_CHARS = 80
+
+
+class CacheReset(Protocol):
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def num_preempted(self) -> int: ...
+
+
+class CacheOwner(Protocol):
+    def reset_prefix_cache(self, *, reset_running_requests: bool) -> CacheReset: ...
+
+
+class Weights(Protocol):
+    """All weights by their Hugging Face names (see runner/weights.py). Tensors are `Any`: calls import no torch."""
+
+    def names(self) -> list[str]: ...
+
+    def get(self, name: str) -> Any: ...
+
+    def set(self, name: str, tensor: Any) -> None: ...
+
+
+class Profiler(Protocol):
+    """Records steps (see profiling.py)."""
+
+    def start(self, num_steps: int, num_warm_up_steps: int) -> str:
+        """Record the steps from the next one on; return the path that the trace will have. Raises ConflictError while
+        another profile is recorded, InternalError when the folder cannot be written to."""
+        ...
+
+    def stop(self) -> str:
+        """Write the trace unless that is done; return its path. Raises ConflictError when there is nothing to write,
+        InternalError when it could not be written."""
+        ...
+
+    def step_done(self) -> None: ...
+
+    def close(self) -> None:
+        """Write what has been recorded."""
+        ...
+
+
+class NoWeights:
+    """The weights of an engine without a model."""
+
+    def names(self) -> list[str]:
+        return []
+
+    def get(self, name: str) -> Any:
+        raise KeyError(f"the model has no weight {name!r}")
+
+    def set(self, name: str, tensor: Any) -> None:
+        raise KeyError(f"the model has no weight {name!r}")
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What handlers work with. They run on the engine's thread, between two steps, with none in flight."""
+
+    scheduler: CacheOwner
+    pausing: Pausing
+    weights: Weights
+    profiler: Profiler
+    send_outputs: Callable[[list[RequestOutput]], None]
+    """Sends outputs of requests that end by the call, before its reply."""
+    announce: Callable[[float], None]
+    """To be called before work that may take long: for so many seconds the engine does not count as hung."""
+
+
+@dataclass(frozen=True)
+class CallHandler(Generic[CallT, ReplyT]):
+    """Joins a call to the function that carries it out.
+
+    `handle` returns the reply, or a future of it when it comes in a later step. A FastserveError means that the call
+    failed and the engine is as it was before; any other exception ends the engine, as one of a step does, because what
+    its parts hold is then unknown.
+    """
+
+    call_type: type[CallT]
+    handle: Callable[[CallT, CallContext], ReplyT | Future[ReplyT]]
+
+    @property
+    def name(self) -> str:
+        return self.call_type.__name__
+
+
+class CallDispatcher:
+    """Finds and runs the handlers of calls."""
+
+    def __init__(self, handlers: Iterable[CallHandler[Any, Any]], context: CallContext) -> None:
+        self._context = context
+        self._handlers: dict[str, CallHandler[Any, Any]] = {}
+        for handler in handlers:
+            if self._handlers.setdefault(handler.name, handler) is not handler:
+                raise ValueError(f"two calls have the name {handler.name}")
+
+    def dispatch(self, request: CallRequest, send: Callable[[CallReply | CallError], None]) -> None:
+        """Run a call's handler. `send` gets its one reply or error, now or in a later step."""
+        try:
+            found = self._run(request)
+        except FastserveError as error:
+            send(_failure(request, error))
+            return
+        if isinstance(found, Future):
+            found.add_done_callback(lambda done: send(_outcome(request, done)))
+        else:
+            send(CallReply(request.call_id, msgspec.Raw(_encode(found))))
+
+    def _run(self, request: CallRequest) -> Any:
+        handler = self._handlers.get(request.name)
+        if handler is None:
+            known = ", ".join(sorted(self._handlers))
+            raise UnsupportedParameterError(
+                f"This engine has no call {printable(request.name, _SHOWN_CHARS)}; it has {known}."
+            )
+        try:
+            call = msgspec.msgpack.decode(request.call, type=handler.call_type)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequestError(f"The call {handler.name} is malformed: {error}.") from error
+        return handler.handle(call, self._context)
+
+
+def _outcome(request: CallRequest, done: Future[Any]) -> CallReply | CallError:
+    try:
+        return CallReply(request.call_id, msgspec.Raw(_encode(done.result())))
+    except FastserveError as error:
+        return _failure(request, error)
+
+
+def _failure(request: CallRequest, error: FastserveError) -> CallError:
+    return CallError(request.call_id, type(error).__name__, error.message, error.param, error.code)

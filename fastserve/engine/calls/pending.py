@@ -1,0 +1,69 @@
+"""The worker's end of calls: those that await their replies."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from fastserve import errors
+from fastserve.engine.contract import Call, CallError, CallReply, CallRequest, ReplyT, reply_type
+from fastserve.errors import EngineTimeoutError, FastserveError, InternalError
+
+_encode = msgspec.msgpack.Encoder().encode
+_ERRORS: dict[str, type[FastserveError]] = {
+    name: found for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, FastserveError)
+}
+
+
+class PendingCalls:
+    """Shared by all engines."""
+
+    def __init__(self, send: Callable[[CallRequest], None]) -> None:
+        """`send` brings a call to the engine."""
+        self._send = send
+        self._replies: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._numbers = itertools.count()
+
+    async def call(self, call: Call[ReplyT], timeout_s: float | None) -> ReplyT:
+        """Send a call and return its reply; errors are those of `Engine.call`."""
+        call_id, name = next(self._numbers), type(call).__name__
+        reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        self._replies[call_id] = reply
+        try:
+            self._send(CallRequest(call_id, name, msgspec.Raw(_encode(call))))
+            async with asyncio.timeout(timeout_s):
+                raw = await reply
+        except TimeoutError as error:
+            raise EngineTimeoutError(
+                f"The engine has not done {name} within {timeout_s:g} s; it still does it, and nobody waits any more."
+            ) from error
+        finally:
+            del self._replies[call_id]
+        return msgspec.msgpack.decode(raw, type=reply_type(type(call)))
+
+    def settle(self, event: CallReply | CallError) -> None:
+        """Take in the outcome of a call. Nothing happens when nobody waits for it any more."""
+        reply = self._replies.get(event.call_id)
+        if reply is None or reply.done():
+            return
+        if isinstance(event, CallReply):
+            reply.set_result(event.reply)
+        else:
+            reply.set_exception(_error_of(event))
+
+    def fail_all(self, make_error: Callable[[], FastserveError]) -> None:
+        """No reply will come any more."""
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(make_error())
+
+
+def _error_of(event: CallError) -> FastserveError:
+    error: Any = _ERRORS.get(event.kind, InternalError)(event.message)
+    error.param, error.code = event.param, event.code
+    found: FastserveError = error
+    return found

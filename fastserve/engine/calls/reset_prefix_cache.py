@@ -1,0 +1,30 @@
+"""Forget what the prefix cache holds."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fastserve.engine.calls.handling import CallContext, CallHandler
+from fastserve.engine.contract import Call
+
+
+class PrefixCacheReset(msgspec.Struct, frozen=True):
+    num_blocks: int
+    """Blocks whose content was forgotten."""
+    num_preempted: int
+    """Running requests that are computed anew."""
+
+
+class ResetPrefixCache(Call[PrefixCacheReset], frozen=True):
+    """No later request finds what was computed before. Running ones go on with the blocks that they hold."""
+
+    reset_running_requests: bool = False
+    """Preempt running requests too: they keep their tokens, and these are computed anew."""
+
+
+def _reset(call: ResetPrefixCache, context: CallContext) -> PrefixCacheReset:
+    done = context.scheduler.reset_prefix_cache(reset_running_requests=call.reset_running_requests)
+    return PrefixCacheReset(done.num_blocks, done.num_preempted)
+
+
+HANDLERS = (CallHandler(ResetPrefixCache, _reset),)

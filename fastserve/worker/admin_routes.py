@@ -1,0 +1,106 @@
+"""Routes for administrators: calls to the engine. Where vLLM has a route for the same, ours has its name."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from fastserve.access.admin import require_admin
+from fastserve.engine.calls.pause import Pause, Resume
+from fastserve.engine.calls.profile import MAX_PROFILE_STEPS, MAX_WARM_UP_STEPS, StartProfile, StopProfile
+from fastserve.engine.calls.reset_prefix_cache import ResetPrefixCache
+from fastserve.engine.contract import Call
+from fastserve.errors import InvalidRequestError
+from fastserve.openai.answers import JSON
+from fastserve.openai.body import Flag, Integer, Number, RequestBounds, read_fields, shown, validate
+from fastserve.serving.responses import run_until_disconnect
+from fastserve.worker.caller import read_body
+from fastserve.worker.runtime import runtime_of, status_changed
+
+logger = logging.getLogger(__name__)
+router = APIRouter(dependencies=[Depends(require_admin)])
+
+BodyT = TypeVar("BodyT", bound="AdminBody")
+ReplyT = TypeVar("ReplyT", bound=msgspec.Struct)
+_CLIENT_GONE = 499
+_MAX_TIMEOUT_S = 86400.0
+
+
+class AdminBody(BaseModel):
+    timeout_s: Annotated[Number, Field(gt=0, le=_MAX_TIMEOUT_S)] | None = None
+    """How long to wait for the engine; then the answer is 504, and the engine still does what it was asked for."""
+
+
+class ResetPrefixCacheBody(AdminBody):
+    reset_running_requests: Flag = False
+
+
+class PauseBody(AdminBody):
+    mode: Literal["keep", "wait", "abort"] = "keep"
+
+
+class StartProfileBody(AdminBody):
+    num_steps: Annotated[Integer, Field(ge=1, le=MAX_PROFILE_STEPS)] = MAX_PROFILE_STEPS
+    num_warm_up_steps: Annotated[Integer, Field(ge=1, le=MAX_WARM_UP_STEPS)] = 1
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(request: Request) -> Response:
+    body = await _read(request, ResetPrefixCacheBody)
+    return await _call(request, body, ResetPrefixCache(body.reset_running_requests))
+
+
+@router.post("/pause")
+async def pause(request: Request) -> Response:
+    body = await _read(request, PauseBody)
+    return await _call(request, body, Pause(body.mode))
+
+
+@router.post("/resume")
+async def resume(request: Request) -> Response:
+    return await _call(request, await _read(request, AdminBody), Resume())
+
+
+@router.post("/start_profile")
+async def start_profile(request: Request) -> Response:
+    body = await _read(request, StartProfileBody)
+    return await _call(request, body, StartProfile(body.num_steps, body.num_warm_up_steps))
+
+
+@router.post("/stop_profile")
+async def stop_profile(request: Request) -> Response:
+    return await _call(request, await _read(request, AdminBody), StopProfile())
+
+
+async def _read(request: Request, body_class: type[BodyT]) -> BodyT:
+    """The body, which may be left out. Raises InvalidRequestError that names the field."""
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise InvalidRequestError(
+            f"This route takes no query parameters (given: {shown(name)}). Send a JSON object as the body.", param=name
+        )
+    body = await read_body(request)
+    known = body_class.model_fields
+    bounds = RequestBounds()
+    fields = read_fields(body, bounds, known) if body else {}
+    for name in fields:
+        if name not in known:
+            raise InvalidRequestError(f"Unknown field {shown(name)}. This route knows: {', '.join(known)}.", param=name)
+    return validate(body_class, {name: value for name, value in fields.items() if value is not None}, bounds)
+
+
+async def _call(request: Request, body: AdminBody, call: Call[ReplyT]) -> Response:
+    """The engine's reply as JSON. The client may leave: the engine does it all the same."""
+    keeper = runtime_of(request).keeper
+    keeper.require_ready()
+    logger.info("asked by an administrator: %s", call)
+    reply = await run_until_disconnect(request, keeper.engine.call(call, timeout_s=body.timeout_s))
+    status_changed(request)
+    if reply is None:
+        return Response(status_code=_CLIENT_GONE)
+    return Response(msgspec.json.encode(reply), media_type=JSON)
