@@ -1,4 +1,6 @@
-"""An engine process that launches steps ahead and knows two more calls than those that ship: `EngineProcess(..., program=PROGRAM)`."""
+"""An engine process that launches steps ahead, and knows two more calls than those that ship:
+`EngineProcess(..., program=PROGRAM)`.
+"""
 
 from __future__ import annotations
 
