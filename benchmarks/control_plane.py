@@ -173,6 +173,8 @@ class Client:
             if not piece or (found is None and b"\r\n\r\n" in answer):
                 raise SystemExit(f"The controller answers {answer[:200]!r}.")
             if found is not None and len(answer) == found.end() + int(found[1]):
+                if not ancillary:  # the kernel begins to note times a moment after it was asked to
+                    return time.time_ns()
                 seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
                 return int(seconds * 1_000_000_000 + nanoseconds)
 

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.serving import direct
-from fastserve.serving.direct import DirectProtocol, offer_direct_answers
+from fastserve.serving.direct import DirectProtocol, DirectQueue, offer_direct_answers
 from tests.gateway.cluster import until
 from tests.keys import UNGUARDED
 
@@ -59,8 +59,13 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 @contextlib.asynccontextmanager
 async def serve(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
+    queue = DirectQueue(asyncio.get_running_loop())
+
+    class Protocol(DirectProtocol):
+        direct_queue = queue
+
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", http=DirectProtocol, **options)
+        config = uvicorn.Config(app, log_config=None, lifespan="off", http=Protocol, **options)
         server = uvicorn.Server(config)
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.ensure_future(server._serve([sock]))
