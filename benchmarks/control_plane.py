@@ -1,15 +1,15 @@
 """Controller cost with many workers: `python -m benchmarks.control_plane`.
 
 One process of mock workers sends a heartbeat a second for each of them over a connection of its own, each worker at a
-moment of its own within the second. It uses plain sockets and prebuilt bytes, so it takes little of its core. Beside it,
-an API server's client acquires and releases leases. With two or more cores the controller has the first one to itself,
-and mock workers and clients share the others.
+moment of its own within the second. It uses plain sockets and prebuilt bytes, so it takes little of its core. Beside
+it, an API server's client acquires and releases leases. With two or more cores the controller has the first one to
+itself, and mock workers and clients share the others.
 
-Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats alone (its own
-CPU time), the latency of `/acquire` from the client's send until the kernel has the answer (so without the client's own
-wait for a core), pairs of acquire and release in a second by 8 clients, heartbeats that were lost, and resident memory
-for each worker. Every heartbeat differs from the one before: another usage of the KV cache and, where the worker has
-leases, one that has ended and a new one. `--unchanged` sends the same heartbeat again and again, as idle workers do.
+Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats alone (its
+own CPU time), the latency of `/acquire` from the client's send until the kernel has the answer (so without the client's
+own wait for a core), pairs of acquire and release in a second by 8 clients, heartbeats that were lost, and resident
+memory for each worker. Every heartbeat differs from the one before: another usage of the KV cache and, where the worker
+has leases, one that has ended and a new one. `--unchanged` sends the same heartbeat again and again.
 
 Arms are interleaved `--rounds` times, and medians printed.
 """

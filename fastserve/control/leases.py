@@ -100,17 +100,18 @@ class LeaseBook:
             if not listed:
                 return 0
             held = self._by_worker[worker] = _Held()
-        names = set(listed)
-        # Most lists are like the last one, or nearly: sets compare them faster than a look at each lease.
-        if held.since.keys() == names and not held.unlisted:
+        names = dict.fromkeys(listed)
+        # Most lists are like the last one, or nearly: views compare them faster than a look at each lease.
+        if held.since.keys() == names.keys() and not held.unlisted:
             return 0
-        held.unlisted -= names
-        for lease in held.since.keys() - names:
+        held.unlisted.difference_update(names)
+        for lease in held.since.keys() - names.keys():
             if lease not in held.unlisted or now - held.since[lease] >= grace_s:
                 self._drop(lease)
         left_out = 0
-        for lease in names - held.since.keys():
-            if lease not in self._owner and lease not in self._released:
+        fresh = names.keys() - held.since.keys()
+        for lease in names if fresh else ():  # in the order of the list
+            if lease in fresh and lease not in self._owner and lease not in self._released:
                 if self.is_full:
                     left_out += 1
                 else:
