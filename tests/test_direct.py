@@ -58,14 +58,12 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serve(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
-    queue = DirectQueue(asyncio.get_running_loop())
-
+async def serve(app: ASGIApp, protocol: type[DirectProtocol] | None = None, **options: Any) -> AsyncIterator[int]:
     class Protocol(DirectProtocol):
-        direct_queue = queue
+        direct_queue = DirectQueue(asyncio.get_running_loop())
 
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", http=Protocol, **options)
+        config = uvicorn.Config(app, log_config=None, lifespan="off", http=protocol or Protocol, **options)
         server = uvicorn.Server(config)
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.ensure_future(server._serve([sock]))
@@ -297,6 +295,27 @@ def test_few_requests_are_answered_where_they_are_read_until_the_event_loop_had_
         turns.put("beat", is_routine=True)
         assert not turns.queue.may_answer_at_once(), "others wait already"
         assert turns.run_pass() == ["beat"]
+
+
+async def test_a_connection_whose_request_waits_for_its_turn_is_not_idle(service: Service) -> None:
+    connections: list[DirectProtocol] = []
+
+    class Protocol(DirectProtocol):
+        direct_queue = DirectQueue(asyncio.get_running_loop())
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(self)
+
+    async with serve(service, protocol=Protocol) as port:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", port))
+        await connection.ask(post(b"1"))
+        for _ in range(direct.MAX_ANSWERED_AT_ONCE):
+            Protocol.direct_queue.may_answer_at_once()
+        connections[0].data_received(post(b"2"))
+        connections[0].timeout_keep_alive_handler()
+        assert await connection.answer() == (200, b"direct 2")
+        assert await connection.ask(post(b"3")) == (200, b"direct 3")
 
 
 async def test_many_requests_at_the_same_time_are_all_answered(service: Service) -> None:

@@ -245,7 +245,9 @@ class DirectProtocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Called when the timer ends. Direct answers leave it alone, and it runs on from the last of them."""
         left_s = self._answered_at + self.timeout_keep_alive - self.loop.time()
-        if left_s > 0:
+        if self._waiting:  # the connection is not idle: its request waits for its turn
+            self._keep_alive_for(self.timeout_keep_alive)
+        elif left_s > 0:
             self._keep_alive_for(left_s)
         else:
             super().timeout_keep_alive_handler()
