@@ -1,97 +1,72 @@
-"""What the controller costs with many workers: `python -m benchmarks.control_plane`.
+"""Controller cost with many workers: `python -m benchmarks.control_plane`.
 
-Mock workers in a few processes send a heartbeat a second each over connections of their own; beside them an API
-server's questions are asked one after the other (acquire, release) for the latencies, then by several clients at once
-for the rate. Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats
-alone (its own CPU time, not the clock on the wall), the latencies of `/acquire`, pairs of acquire and release in a
-second, heartbeats that came to nothing, and memory for each worker. Latencies count as ratios to those with 2 workers
-only, and the mock workers themselves take a good part of a core.
+One process of mock workers sends a heartbeat a second for each of them over a connection of its own, each worker at a
+moment of its own within the second. It uses plain sockets and prebuilt bytes, so it takes little of its core. Beside
+it, an API server's client acquires and releases leases. With two or more cores the controller has the first one to
+itself, and mock workers and clients share the others.
+
+Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats alone (its
+own CPU time), the latency of `/acquire` from the client's send until the kernel has the answer (so without the client's
+own wait for a core), pairs of acquire and release in a second by 8 clients, heartbeats that were lost, and resident
+memory for each worker. Every heartbeat differs from the one before: another usage of the KV cache and, where the worker
+has leases, one that has ended and a new one. `--unchanged` sends the same heartbeat again and again.
+
+Arms are interleaved `--rounds` times, and medians printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import multiprocessing
 import os
+import random
 import re
 import resource
 import secrets
+import select
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
-import uvloop
 
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.protocol import AcquireRequest, HeartbeatRequest, ReleaseRequest, WorkerStatus
 
 MODEL = "m"
 NUM_MODELS = 10
-"""The workers are spread over so many models; the questions are about one."""
+"""The workers are spread over so many models; the client asks for one."""
+NUM_VARIANTS = 4
+"""Different heartbeats of a worker, sent in turn."""
 START_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 10.0
 MAX_LATE_S = 0.02
+MAX_PAUSE_S = 0.004
+"""The latency client pauses between two pairs for up to this time, at random."""
+NUM_CLIENTS = 8
+SO_TIMESTAMPNS = 35
+"""Socket option of Linux: say when a packet came. Not in Python's `socket`."""
+_TIMESPEC = struct.Struct("qq")
+_ANSWERED = b"HTTP/1.1 200"
+_ANSWER = re.compile(_ANSWERED + rb".*?\r\ncontent-length: (\d+)\r\n(?:.*?\r\n)?\r\n", re.S)
 
 
-class Connection(asyncio.Protocol):
-    """One keep-alive connection that is asked one thing at a time, without the cost of an HTTP library."""
-
-    def __init__(self) -> None:
-        self._answer = b""
-        self._waiter: asyncio.Future[bytes] | None = None
-        self._transport: asyncio.Transport | None = None
-        self.num_answers = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._answer += data
-        head, blank, body = self._answer.partition(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head)
-        if not blank or length is None or len(body) < int(length[1]):
-            return
-        self._answer = b""
-        self.num_answers += head.startswith(b"HTTP/1.1 200")
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(body)
-
-    def send(self, request: bytes) -> None:
-        assert self._transport is not None
-        self._transport.write(request)
-
-    async def ask(self, request: bytes) -> bytes:
-        self._waiter = asyncio.get_running_loop().create_future()
-        self.send(request)
-        return await asyncio.wait_for(self._waiter, 10.0)
-
-
-class Sender(asyncio.Protocol):
-    """A worker's connection: its answers are counted only."""
-
-    def __init__(self) -> None:
-        self.num_answers = 0
-        self.num_sent = 0
-        self.is_lost = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self.is_lost = True
-
-    def data_received(self, data: bytes) -> None:
-        self.num_answers += data.count(b"HTTP/1.1 200")
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=ANSWER_TIMEOUT_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 def post(path: str, body: bytes, key: str) -> bytes:
@@ -103,20 +78,16 @@ def post(path: str, body: bytes, key: str) -> bytes:
     return head.encode() + body
 
 
-def lease_of(worker: int, number: int) -> str:
-    return f"{worker:012x}{number:012x}"
-
-
-def heartbeat(worker: int, num_leases: int, key: str) -> bytes:
+def heartbeat(worker: int, num_leases: int, variant: int, key: str) -> bytes:
     status = WorkerStatus(
         model_names=[MODEL if worker % NUM_MODELS == 0 or worker < 2 else f"{MODEL}{worker % NUM_MODELS}"],
-        leases=[lease_of(worker, number) for number in range(num_leases)],
+        leases=[f"{worker:012x}{number:012x}" for number in range(variant, variant + num_leases)],
         queue_length=num_leases,
         tokens_per_s=100.0 + worker % 7,
         heartbeat_interval_s=1.0,
         context_length=4096,
         max_concurrency=32,
-        kv_usage=0.25,
+        kv_usage=0.25 + variant / 64,
         version="1",
     )
     address = f"http://127.0.{worker // 250}.{worker % 250}:20002"
@@ -124,74 +95,132 @@ def heartbeat(worker: int, num_leases: int, key: str) -> bytes:
     return post("/receive_heart_beat", message.model_dump_json().encode(), key)
 
 
-async def beat(port: int, workers: range, num_leases: int, key: str, warm: Event, stop: Event) -> tuple[int, int]:
-    """Heartbeats of these workers, spread evenly over each second; returns how many were due since `warm`, and how many
-    of these could not be sent because the one before had no answer yet.
-    """
-    loop = asyncio.get_running_loop()
-    senders = []
-    for worker in workers:
-        _, connection = await loop.create_connection(Sender, "127.0.0.1", port)
-        senders.append((connection, heartbeat(worker, num_leases, key)))
-    last, num_due, due, num_lost, num_cold = time.monotonic(), 0, 0.0, 0, 0
+class MockWorker:
+    def __init__(self, port: int, heartbeats: Sequence[bytes]) -> None:
+        self._socket = connect(port)
+        self._socket.setblocking(False)
+        self._heartbeats = heartbeats
+        self._num_sent = 0
+        self._is_waiting = False
+
+    def beat(self) -> bool:
+        """Send the next heartbeat, if the last one was answered as it should; whether it was."""
+        try:
+            if self._is_waiting and not self._socket.recv(4096).startswith(_ANSWERED):
+                return False
+            self._socket.send(self._heartbeats[self._num_sent % len(self._heartbeats)])
+        except OSError:  # not answered yet, or the connection is lost
+            return False
+        self._num_sent += 1
+        self._is_waiting = True
+        return True
+
+
+def run_workers(
+    port: int, num_workers: int, num_leases: int, num_variants: int, key: str, warm: Event, stop: Event, counts: Any
+) -> None:
+    """Send heartbeats until `stop`; puts how many were due since `warm`, and how many of these were lost."""
+    workers = []
+    for number in range(num_workers):
+        variants = [heartbeat(number, num_leases, variant, key) for variant in range(num_variants)]
+        workers.append(MockWorker(port, variants))
+    rng = random.Random(0)
+    phases_s = sorted(rng.random() for _ in workers)
+    began, num_due, num_lost = time.monotonic(), 0, 0
+    is_warm = False
     while not stop.is_set():
-        now = time.monotonic()
-        # What this process is late with itself is not made up for: a burst would be measured as the controller's delay.
-        due += min(now - last, MAX_LATE_S) * len(senders)
-        last = now
-        while num_due < due:
-            connection, request = senders[num_due % len(senders)]
+        if not is_warm and warm.is_set():
+            is_warm, num_due, num_lost = True, 0, 0
+        for phase_s, worker in zip(phases_s, workers, strict=True):
+            late_s = time.monotonic() - began - phase_s
+            if late_s < 0:
+                time.sleep(-late_s)
+            elif late_s > MAX_LATE_S:
+                # This process was held up. A burst to make up for it would be measured as the controller's delay.
+                began += late_s
             num_due += 1
-            # As workers do: the next heartbeat waits for the answer to the last one.
-            if connection.num_answers == connection.num_sent and not connection.is_lost:
-                connection.num_sent += 1
-                connection.transport.write(request)
-            else:
-                num_lost += 1
-        await asyncio.sleep(0.005)
-        if not warm.is_set():
-            num_cold, num_lost = num_due, 0
-    return num_due - num_cold, num_lost
+            num_lost += not worker.beat()
+        began += 1.0
+    counts.put((num_due, num_lost))
 
 
-def run_workers(port: int, workers: range, num_leases: int, key: str, warm: Event, stop: Event, results: Any) -> None:
-    results.put(uvloop.run(beat(port, workers, num_leases, key, warm, stop)))
+class Client:
+    """An API server's connection, which is asked one thing at a time."""
+
+    def __init__(self, port: int, key: str, name: str) -> None:
+        self.socket = connect(port)
+        self.socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        self._key = key
+        self._name = name
+        self._num_leases = 0
+
+    def acquire(self) -> None:
+        self._num_leases += 1
+        message = AcquireRequest(model=MODEL, lease=f"{self._name}-{self._num_leases}")
+        self.socket.sendall(post("/acquire", message.model_dump_json().encode(), self._key))
+
+    def release(self) -> None:
+        message = ReleaseRequest(leases=[f"{self._name}-{self._num_leases}"])
+        self.socket.sendall(post("/release", message.model_dump_json().encode(), self._key))
+
+    def read_answer(self) -> int:
+        """Returns when the kernel had all of it, in nanoseconds of the wall clock."""
+        answer = b""
+        while True:
+            piece, ancillary, _, _ = self.socket.recvmsg(4096, 64)
+            answer += piece
+            found = _ANSWER.match(answer)
+            if not piece or (found is None and b"\r\n\r\n" in answer):
+                raise SystemExit(f"The controller answers {answer[:200]!r}.")
+            if found is not None and len(answer) == found.end() + int(found[1]):
+                if not ancillary:  # the kernel begins to note times a moment after it was asked to
+                    return time.time_ns()
+                seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
+                return int(seconds * 1_000_000_000 + nanoseconds)
 
 
-@dataclass
-class Asked:
-    latencies_s: list[float]
-    """Of `/acquire`."""
-    pairs_per_s: float
-
-
-async def ask(port: int, key: str, num_clients: int, seconds: float, pause_s: float) -> Asked:
-    """Acquire and release, again and again, by each of the clients."""
-    loop = asyncio.get_running_loop()
-    latencies: list[float] = []
+def acquire_latencies(port: int, key: str, seconds: float) -> list[float]:
+    """Of one client that asks now and then, in seconds."""
+    client, rng, latencies = Client(port, key, "calm"), random.Random(1), []
     end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        began_ns = time.time_ns()
+        client.acquire()
+        latencies.append((client.read_answer() - began_ns) / 1e9)
+        client.release()
+        client.read_answer()
+        time.sleep(rng.random() * MAX_PAUSE_S)
+    client.socket.close()
+    return latencies
 
-    async def client(number: int) -> None:
-        _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
-        count = 0
-        while time.monotonic() < end:
-            lease = f"client{number}-{count}"
-            count += 1
-            acquire = AcquireRequest(model=MODEL, lease=lease).model_dump_json().encode()
-            began = time.perf_counter()
-            await connection.ask(post("/acquire", acquire, key))
-            latencies.append(time.perf_counter() - began)
-            await connection.ask(post("/release", ReleaseRequest(leases=[lease]).model_dump_json().encode(), key))
-            await asyncio.sleep(pause_s)
 
-    await asyncio.gather(*(client(number) for number in range(num_clients)))
-    return Asked(latencies, len(latencies) / seconds)
+def pairs_per_s(port: int, key: str, seconds: float) -> float:
+    """Pairs of acquire and release by clients that never pause."""
+    clients = {client.socket.fileno(): client for client in (Client(port, key, f"c{n}") for n in range(NUM_CLIENTS))}
+    poll, num_answers = select.epoll(), 0
+    began = time.monotonic()
+    has_lease = dict.fromkeys(clients, True)
+    for number, client in clients.items():
+        poll.register(number, select.EPOLLIN)
+        client.acquire()
+    while (took_s := time.monotonic() - began) < seconds:
+        for number, _ in poll.poll(ANSWER_TIMEOUT_S):
+            client = clients[number]
+            client.read_answer()
+            num_answers += 1
+            if has_lease[number]:
+                client.release()
+            else:
+                client.acquire()
+            has_lease[number] = not has_lease[number]
+    poll.close()
+    for client in clients.values():
+        client.socket.close()
+    return num_answers / 2 / took_s
 
 
 @dataclass
 class Row:
-    workers: int
-    leases: int
     cpu_share: float
     acquire_p50_s: float
     acquire_p99_s: float
@@ -201,14 +230,20 @@ class Row:
 
 
 class Controller:
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, cores: set[int]) -> None:
+        """It runs on these cores."""
         self._headers = {"Authorization": f"Bearer {key}"}
         self._log = folder / "controller.log"
         command = [sys.executable, "-m", "fastserve.controller", "--host", "127.0.0.1", "--port", "0"]
         # The workers exist by name only.
         command += ["--no-worker-probe", "--allowed-worker-networks", "any"]
-        with self._log.open("wb") as log:
-            self._popen = subprocess.Popen(command, stdout=log, stderr=log)
+        own_cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)
+        try:
+            with self._log.open("wb") as log:
+                self._popen = subprocess.Popen(command, stdout=log, stderr=log)
+        finally:
+            os.sched_setaffinity(0, own_cores)
         self._process = psutil.Process(self._popen.pid)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (found := re.search(r"Uvicorn running on http://\S+:(\d+)", self._log.read_text())):
@@ -227,7 +262,6 @@ class Controller:
         return int(self._process.memory_info().rss)
 
     def wait_for_workers(self, count: int) -> None:
-        """All of them are known, and have sent a second heartbeat or so."""
         deadline = time.monotonic() + START_TIMEOUT_S
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/ready", headers=self._headers)
         while time.monotonic() < deadline:
@@ -242,78 +276,74 @@ class Controller:
         self._popen.wait()
 
 
-def measure(num_workers: int, num_leases: int, seconds: float, num_processes: int, key: str) -> Row:
+def measure(num_workers: int, num_leases: int, num_variants: int, seconds: float, key: str, cores: set[int]) -> Row:
     context = multiprocessing.get_context("spawn")
-    warm, stop, results = context.Event(), context.Event(), context.Queue()
+    warm, stop, counts = context.Event(), context.Event(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        controller = Controller(Path(folder), key)
+        controller = Controller(Path(folder), key, cores)
         try:
             resident = controller.resident_bytes
-            size = -(-num_workers // num_processes)
-            shares = [range(at, min(at + size, num_workers)) for at in range(0, num_workers, size)]
-            per_worker = num_leases // num_workers
-            senders = [
-                context.Process(
-                    target=run_workers, args=(controller.port, share, per_worker, key, warm, stop, results), daemon=True
-                )
-                for share in shares
-            ]
-            for sender in senders:
-                sender.start()
+            arguments = (controller.port, num_workers, num_leases // num_workers, num_variants, key, warm, stop, counts)
+            workers = context.Process(target=run_workers, args=arguments, daemon=True)
+            workers.start()
             controller.wait_for_workers(num_workers)
-            time.sleep(2.0)
+            time.sleep(2.0)  # each one's second heartbeat, the first that is answered directly
             warm.set()
             began, cpu_s = time.monotonic(), controller.cpu_s
             time.sleep(seconds)
             share = (controller.cpu_s - cpu_s) / (time.monotonic() - began)
             grown = controller.resident_bytes - resident
-            calm = uvloop.run(ask(controller.port, key, 1, seconds, 0.002))
-            busy = uvloop.run(ask(controller.port, key, 8, seconds / 2, 0.0))
+            latencies = acquire_latencies(controller.port, key, seconds)
+            rate = pairs_per_s(controller.port, key, seconds / 2)
             stop.set()
-            counts = [results.get(timeout=20.0) for _ in senders]
-            for sender in senders:
-                sender.join()
+            num_due, num_lost = counts.get(timeout=ANSWER_TIMEOUT_S)
+            workers.join()
         finally:
             stop.set()
             controller.stop()
-    num_due, num_lost = (sum(column) for column in zip(*counts, strict=True))
-    centiles = statistics.quantiles(calm.latencies_s, n=100)
-    return Row(
-        num_workers,
-        per_worker * num_workers,
-        share,
-        centiles[49],
-        centiles[98],
-        busy.pairs_per_s,
-        num_lost / num_due,
-        grown / num_workers,
-    )
+    centiles = statistics.quantiles(latencies, n=100)
+    return Row(share, centiles[49], centiles[98], rate, num_lost / num_due, grown / num_workers)
+
+
+def median_row(rows: Sequence[Row]) -> Row:
+    return Row(*(statistics.median(column) for column in zip(*(vars(row).values() for row in rows), strict=True)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 500, 1000, 5000])
-    parser.add_argument("--leases", type=int, nargs="+", default=[0, 50_000])
+    parser.add_argument("--leases", type=int, nargs="+", default=[0, 50_000], help="open ones, of all workers together")
+    parser.add_argument("--unchanged", action="store_true", help="each worker repeats its heartbeat")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each part of a row")
-    parser.add_argument("--processes", type=int, default=2, help="that the mock workers run in")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # The controllers inherit it.
     key = os.environ.setdefault(ENV_CLUSTER_KEY, secrets.token_urlsafe(32))
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[1:])  # mock workers inherit it
+    num_variants = 1 if args.unchanged else NUM_VARIANTS
+    arms = [
+        (num_workers, num_leases // num_workers * num_workers)
+        for num_leases in args.leases
+        for num_workers in args.workers
+        if num_leases // num_workers <= 1000
+    ]
+    rounds = [
+        [measure(*arm, num_variants, args.seconds, key, set(cores[:1])) for arm in arms] for _ in range(args.rounds)
+    ]
     print("| workers | open leases | share of a core | acquire p50 / p99, ms | pairs/s | lost | kB a worker |")
     print("|---|---|---|---|---|---|---|")
-    for num_leases in args.leases:
-        for num_workers in args.workers:
-            if num_leases and num_leases // num_workers > 1000:
-                continue
-            row = measure(num_workers, num_leases, args.seconds, args.processes, key)
-            print(
-                f"| {row.workers:,} | {row.leases:,} | {row.cpu_share:.0%} | {1e3 * row.acquire_p50_s:.2f} / "
-                f"{1e3 * row.acquire_p99_s:.2f} | {row.pairs_per_s:.0f} | {row.lost:.1%} | "
-                f"{row.bytes_per_worker / 1e3:.1f} |",
-                flush=True,
-            )
+    for (num_workers, num_leases), rows in zip(arms, zip(*rounds, strict=True), strict=True):
+        row = median_row(rows)
+        print(
+            f"| {num_workers:,} | {num_leases:,} | {row.cpu_share:.0%} | {1e3 * row.acquire_p50_s:.2f} / "
+            f"{1e3 * row.acquire_p99_s:.2f} | {row.pairs_per_s:.0f} | {row.lost:.1%} | "
+            f"{row.bytes_per_worker / 1e3:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.serving import direct
-from fastserve.serving.direct import DirectProtocol, offer_direct_answers
+from fastserve.serving.direct import DirectProtocol, DirectQueue, offer_direct_answers
 from tests.gateway.cluster import until
 from tests.keys import UNGUARDED
 
@@ -58,9 +58,12 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serve(app: ASGIApp, **options: Any) -> AsyncIterator[int]:
+async def serve(app: ASGIApp, protocol: type[DirectProtocol] | None = None, **options: Any) -> AsyncIterator[int]:
+    class Protocol(DirectProtocol):
+        direct_queue = DirectQueue(asyncio.get_running_loop())
+
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", http=DirectProtocol, **options)
+        config = uvicorn.Config(app, log_config=None, lifespan="off", http=protocol or Protocol, **options)
         server = uvicorn.Server(config)
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.ensure_future(server._serve([sock]))
@@ -216,6 +219,116 @@ async def test_an_idle_connection_is_closed_as_any_other(service: Service) -> No
         assert service.direct == 2
         assert await connection.is_closed()
         writer.close()
+
+
+class Turns:
+    """A queue on an event loop and a clock that are moved by hand; each connection takes `cost_s` for its requests."""
+
+    def __init__(self, cost_s: float = 0.0) -> None:
+        self.now = 0.0
+        self.cost_s = cost_s
+        self.answered: list[str] = []
+        self.on_answer: Callable[[str], None] = lambda _: None
+        self._callbacks: list[Callable[[], None]] = []
+        self.queue = DirectQueue(self, lambda: self.now)  # type: ignore[arg-type]
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    def put(self, name: str, *, is_routine: bool) -> None:
+        turns = self
+
+        class Connection:
+            def receive_waiting(self) -> None:
+                turns.now += turns.cost_s
+                turns.answered.append(name)
+                turns.on_answer(name)
+
+        self.queue.put(Connection(), is_routine=is_routine)  # type: ignore[arg-type]
+
+    def run_pass(self) -> list[str]:
+        """One pass of the event loop; returns who was answered in it."""
+        before, callbacks, self._callbacks = len(self.answered), self._callbacks, []
+        for callback in callbacks:
+            callback()
+        return self.answered[before:]
+
+
+def test_questions_are_answered_before_a_crowd_of_routine_messages() -> None:
+    turns = Turns()
+    for number in range(3):
+        turns.put(f"beat {number}", is_routine=True)
+    turns.put("question", is_routine=False)
+    assert turns.run_pass() == ["question"], "its answer is sent before the next pass"
+    assert turns.run_pass() == ["beat 0", "beat 1", "beat 2"]
+    assert turns.run_pass() == []
+
+
+def test_a_crowd_of_routine_messages_keeps_a_question_waiting_for_a_slice_at_most() -> None:
+    turns = Turns(cost_s=direct.MAX_SLICE_S / 4.5)
+    for number in range(12):
+        turns.put(f"beat {number}", is_routine=True)
+    turns.on_answer = lambda name: turns.put("question", is_routine=False) if name == "beat 2" else None
+    assert turns.run_pass() == [f"beat {number}" for number in range(5)]
+    assert turns.run_pass() == ["question"]
+    assert turns.run_pass() == [f"beat {number}" for number in range(5, 10)]
+    assert turns.run_pass() == ["beat 10", "beat 11"]
+
+
+def test_questions_without_end_do_not_keep_routine_messages_waiting_for_ever() -> None:
+    turns = Turns(cost_s=direct.MAX_SLICE_S)
+    turns.on_answer = lambda name: turns.put(name, is_routine=False) if name == "question" else None
+    turns.put("beat 0", is_routine=True)
+    turns.put("beat 1", is_routine=True)
+    turns.put("question", is_routine=False)
+    for _ in range(4):
+        turns.run_pass()
+    assert turns.answered.count("beat 0") == turns.answered.count("beat 1") == 1
+
+
+def test_few_requests_are_answered_where_they_are_read_until_the_event_loop_had_its_turn() -> None:
+    turns = Turns()
+    for _ in range(2):
+        assert [turns.queue.may_answer_at_once() for _ in range(direct.MAX_ANSWERED_AT_ONCE + 1)].count(True) == (
+            direct.MAX_ANSWERED_AT_ONCE
+        )
+        turns.put("beat", is_routine=True)
+        assert not turns.queue.may_answer_at_once(), "others wait already"
+        assert turns.run_pass() == ["beat"]
+
+
+async def test_a_connection_whose_request_waits_for_its_turn_is_not_idle(service: Service) -> None:
+    connections: list[DirectProtocol] = []
+
+    class Protocol(DirectProtocol):
+        direct_queue = DirectQueue(asyncio.get_running_loop())
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(self)
+
+    async with serve(service, protocol=Protocol) as port:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", port))
+        await connection.ask(post(b"1"))
+        for _ in range(direct.MAX_ANSWERED_AT_ONCE):
+            Protocol.direct_queue.may_answer_at_once()
+        connections[0].data_received(post(b"2"))
+        connections[0].timeout_keep_alive_handler()
+        assert await connection.answer() == (200, b"direct 2")
+        assert await connection.ask(post(b"3")) == (200, b"direct 3")
+
+
+async def test_many_requests_at_the_same_time_are_all_answered(service: Service) -> None:
+    async with serve(service) as port:
+        connections = [Connection(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(50)]
+        for connection in connections:
+            await connection.ask(post(b"0"))
+        for _ in range(3):
+            for number, connection in enumerate(connections):
+                await connection.send(post(b"%d" % number) + post(b"again"))
+            for number, connection in enumerate(connections):
+                assert await connection.answer() == (200, b"direct %d" % number)
+                assert await connection.answer() == (200, b"direct again")
 
 
 async def test_the_controllers_messages_are_answered_directly_and_alike() -> None:

@@ -95,7 +95,8 @@ class WorkerAdmission:
 
     def find(self, name: str, owner: str, model_names: Sequence[str], *, is_ready: bool = True) -> str | None:
         """The same for a worker that is listed as it says, without waiting; None when `admit` is to decide."""
-        text = str(parse_worker_address(name))
+        # Most give the address in its one form: it need not be parsed.
+        text = name if name in self._admitted else str(parse_worker_address(name))
         admitted = self._admitted.get(text)
         if admitted is None or admitted.owner != owner or not (admitted.has_answered or not is_ready):
             return None

@@ -7,6 +7,7 @@ connection that asks for the same again and again is answered without them (`ser
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -31,7 +32,8 @@ class MessageEndpoint(Generic[MessageT]):
     """An ASGI application.
 
     `answer` gets the parsed message and the request's scope, and returns JSON at once, or None when it would have to
-    wait; then `answer_later` does it. A FastserveError that they raise becomes the answer.
+    wait; then `answer_later` does it. A FastserveError that they raise becomes the answer. Messages that nobody waits
+    for are routine: others are answered first.
     """
 
     def __init__(
@@ -40,11 +42,14 @@ class MessageEndpoint(Generic[MessageT]):
         metrics: ControlMetrics,
         answer: Callable[[MessageT, Scope], bytes | None],
         answer_later: Callable[[MessageT, Scope], Awaitable[bytes]] | None = None,
+        *,
+        is_routine: bool = False,
     ) -> None:
         self._kind = kind
         self._metrics = metrics
         self._answer = answer
         self._answer_later = answer_later
+        self._is_routine = is_routine
         self._throttle = Throttle(BAD_MESSAGE_LOG_INTERVAL_S, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,12 +65,13 @@ class MessageEndpoint(Generic[MessageT]):
         except FastserveError as error:
             await error_response(error)(scope, receive, send)
             return
-        offer_direct_answers(scope, lambda body: self._answer_directly(body, scope))
+        answer_directly = functools.partial(self._answer_directly, scope)
+        offer_direct_answers(scope, answer_directly, is_routine=self._is_routine)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
 
-    def _answer_directly(self, body: bytes, scope: Scope) -> bytes | None:
+    def _answer_directly(self, scope: Scope, body: bytes) -> bytes | None:
         """None also when something is wrong: the usual way finds and reports it again."""
         try:
             return self._answer(self._kind.model_validate_json(body), scope)

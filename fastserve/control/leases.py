@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 RELEASE_MEMORY_S = 5.0
 MAX_REMEMBERED = 200_000
@@ -24,10 +24,13 @@ MAX_REMEMBERED = 200_000
 
 
 @dataclass(slots=True)
-class _Lease:
-    since: float
-    confirmed: bool
-    """The worker has listed it."""
+class _Held:
+    """One worker's leases."""
+
+    since: dict[str, float] = field(default_factory=dict)
+    """When each was granted, or adopted from the worker's list."""
+    unlisted: set[str] = field(default_factory=set)
+    """Those that the worker has not listed yet."""
 
 
 class LeaseBook:
@@ -35,7 +38,7 @@ class LeaseBook:
 
     def __init__(self, max_leases: int) -> None:
         self._max_leases = max_leases
-        self._by_worker: dict[str, dict[str, _Lease]] = {}
+        self._by_worker: dict[str, _Held] = {}
         self._owner: dict[str, str] = {}
         self._released: OrderedDict[str, float] = OrderedDict()
         """When each lease was released, oldest first."""
@@ -48,29 +51,32 @@ class LeaseBook:
         return len(self._owner) >= self._max_leases
 
     def count(self, worker: str) -> int:
-        return len(self._by_worker.get(worker, ()))
+        held = self._by_worker.get(worker)
+        return 0 if held is None else len(held.since)
 
     def served(self, worker: str) -> list[str]:
         """The leases that the worker listed in its last heartbeat."""
-        return [lease for lease, state in self._by_worker.get(worker, {}).items() if state.confirmed]
+        held = self._by_worker.get(worker, _Held())
+        return [lease for lease in held.since if lease not in held.unlisted]
 
     def owner(self, lease: str) -> str | None:
         return self._owner.get(lease)
 
     def granted_at(self, lease: str) -> float:
         """When a known lease was granted, or adopted from a worker's list."""
-        return self._by_worker[self._owner[lease]][lease].since
+        return self._by_worker[self._owner[lease]].since[lease]
 
     def is_served(self, lease: str) -> bool:
         """Whether the lease's worker has listed it, in its last heartbeat too."""
         worker = self._owner.get(lease)
-        return worker is not None and self._by_worker[worker][lease].confirmed
+        return worker is not None and lease not in self._by_worker[worker].unlisted
 
     def grant(self, lease: str, worker: str, now: float) -> None:
         """Put `lease` on `worker`, and take it from the worker that had it."""
         self._drop(lease)
         self._released.pop(lease, None)
-        self._put(lease, worker, _Lease(now, confirmed=False))
+        self._put(lease, worker, now)
+        self._by_worker[worker].unlisted.add(lease)
 
     def release(self, leases: Iterable[str], now: float) -> None:
         """End leases; those that are not known here are remembered too."""
@@ -83,51 +89,60 @@ class LeaseBook:
             self._released.popitem(last=False)
 
     def drop_worker(self, worker: str) -> None:
-        for lease in self._by_worker.pop(worker, {}):
+        for lease in self._by_worker.pop(worker, _Held()).since:
             del self._owner[lease]
 
     def reconcile(self, worker: str, listed: Collection[str], now: float, grace_s: float) -> int:
         """Take in the leases that a worker says it serves. Returns how many there was no room for."""
         self._forget_released(now)
-        held = self._by_worker.get(worker, {})
-        if not listed and not held:
+        held = self._by_worker.get(worker)
+        if held is None:
+            if not listed:
+                return 0
+            held = self._by_worker[worker] = _Held()
+        names = dict.fromkeys(listed)
+        # Most lists are like the last one, or nearly: views compare them faster than a look at each lease.
+        if held.since.keys() == names.keys() and not held.unlisted:
             return 0
-        listed = dict.fromkeys(listed)
-        ended = []
-        for lease, state in held.items():
-            if lease in listed:
-                state.confirmed = True
-            elif state.confirmed or now - state.since >= grace_s:
-                ended.append(lease)
-        for lease in ended:
-            self._drop(lease)
+        held.unlisted.difference_update(names)
+        for lease in held.since.keys() - names.keys():
+            if lease not in held.unlisted or now - held.since[lease] >= grace_s:
+                self._drop(lease)
         left_out = 0
-        for lease in listed:
-            if lease not in self._owner and lease not in self._released:
+        fresh = names.keys() - held.since.keys()
+        for lease in names if fresh else ():  # in the order of the list
+            if lease in fresh and lease not in self._owner and lease not in self._released:
                 if self.is_full:
                     left_out += 1
                 else:
-                    self._put(lease, worker, _Lease(now, confirmed=True))
+                    self._put(lease, worker, now)
         return left_out
 
     def reconcile_count(self, worker: str, num_requests: int, now: float, grace_s: float) -> None:
         """The same for a worker that tells only how many requests it has: it cannot have more leases than that, and the
         oldest are taken to be the ended ones.
         """
-        held = self._by_worker.get(worker, {})
-        old = [lease for lease, state in held.items() if now - state.since >= grace_s]
-        surplus = max(0, len(held) - num_requests)
+        held = self._by_worker.get(worker)
+        if held is None:
+            return
+        old = [lease for lease, since in held.since.items() if now - since >= grace_s]
+        surplus = max(0, len(held.since) - num_requests)
         for lease in old[:surplus]:
             self._drop(lease)
 
-    def _put(self, lease: str, worker: str, state: _Lease) -> None:
-        self._by_worker.setdefault(worker, {})[lease] = state
+    def _put(self, lease: str, worker: str, now: float) -> None:
+        held = self._by_worker.get(worker)
+        if held is None:
+            held = self._by_worker[worker] = _Held()
+        held.since[lease] = now
         self._owner[lease] = worker
 
     def _drop(self, lease: str) -> None:
         worker = self._owner.pop(lease, None)
         if worker is not None:
-            del self._by_worker[worker][lease]
+            held = self._by_worker[worker]
+            del held.since[lease]
+            held.unlisted.discard(lease)
 
     def _forget_released(self, now: float) -> None:
         while self._released and now - next(iter(self._released.values())) >= RELEASE_MEMORY_S:

@@ -133,7 +133,9 @@ def message_endpoints(
 
     return {
         "/register_worker": MessageEndpoint(RegisterRequest, metrics, wait, register_worker),
-        "/receive_heart_beat": MessageEndpoint(HeartbeatRequest, metrics, receive_heart_beat, admit_and_receive),
+        "/receive_heart_beat": MessageEndpoint(
+            HeartbeatRequest, metrics, receive_heart_beat, admit_and_receive, is_routine=True
+        ),
         "/get_worker_address": MessageEndpoint(ModelRequest, metrics, get_worker_address),
         "/acquire": MessageEndpoint(AcquireRequest, metrics, acquire),
         "/release": MessageEndpoint(ReleaseRequest, metrics, release),

@@ -38,6 +38,8 @@ from fastserve.serving.shortage import max_connections_of_process
 logger = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 0.5
+MAX_SWEPT_AT_ONCE = 250
+"""With more connections a sweep goes in parts: requests would wait for it."""
 LINGER_S = 2.0
 """How long the rest of a request is read and dropped after its answer. A connection closed with unread bytes is reset,
 and the client would lose the answer."""
@@ -83,6 +85,9 @@ class ConnectionTable:
         self._per_address: Counter[str] = Counter()
         self._num_lingering = 0
         self._full_log = Throttle(FULL_LOG_INTERVAL_S, loop.time)
+        self._unswept: list[BoundedProtocol] = []
+        """Connections that this sweep has still to look at."""
+        self._sweep_pause_s = SWEEP_INTERVAL_S
         self._timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def __len__(self) -> int:
@@ -135,9 +140,16 @@ class ConnectionTable:
 
     def _sweep(self) -> None:
         now = self._loop.time()
-        for connection in list(self._connections):
-            connection.enforce(now)
-        self._timer = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
+        if not self._unswept:
+            self._unswept = list(self._connections)
+            num_parts = max(1, math.ceil(len(self._unswept) / MAX_SWEPT_AT_ONCE))
+            self._sweep_pause_s = SWEEP_INTERVAL_S / num_parts
+        part = self._unswept[-MAX_SWEPT_AT_ONCE:]
+        del self._unswept[-MAX_SWEPT_AT_ONCE:]
+        for connection in part:
+            if connection in self._connections:  # else it was closed during the sweep
+                connection.enforce(now)
+        self._timer = self._loop.call_later(self._sweep_pause_s, self._sweep)
 
 
 class _RefusedError(Exception):

@@ -22,7 +22,7 @@ from fastserve.config import ServerConfig
 from fastserve.errors import StartupError
 from fastserve.serving.bounds import BodyBounds, MemoryGuard, MemoryMeter
 from fastserve.serving.connection import BoundedProtocol, ConnectionLimits, ConnectionTable, connection_limits
-from fastserve.serving.direct import MAX_DIRECT_BYTES, DirectProtocol
+from fastserve.serving.direct import MAX_DIRECT_BYTES, DirectProtocol, DirectQueue
 from fastserve.serving.listen import url_of
 from fastserve.serving.running import RunningRequests
 from fastserve.serving.shortage import raise_file_limit
@@ -135,9 +135,11 @@ class _Server(uvicorn.Server):
             sys.exit(1)
         loop = asyncio.get_running_loop()
         table = self._table = ConnectionTable(self._limits, loop)
+        direct_queue = DirectQueue(loop)
 
         def make_protocol() -> _Connection:
             connection = _Connection(self.config, self.server_state, self.lifespan.state, table)
+            connection.direct_queue = direct_queue
             connection.max_direct_bytes = min(self._max_body_bytes, MAX_DIRECT_BYTES)
             return connection
 

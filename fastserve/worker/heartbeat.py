@@ -3,7 +3,7 @@
 A status that is not ready makes the models known, so that clients are asked to come again; no request is sent here. A
 heartbeat with a status registers by itself at our controller. FastChat's controller answers `exist: false`, and the
 worker then registers by `/register_worker`, as soon as it is ready. So a controller that was restarted knows the worker
-again within one interval.
+again within one interval. Workers that were started together do not send in step (`pauses_s`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -25,10 +26,23 @@ from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, Wo
 
 logger = logging.getLogger(__name__)
 
+MAX_JITTER = 0.1
+"""Share of the interval by which a heartbeat may be early."""
 _BEAT_TIMEOUT_S = 5.0
 _GOODBYE_TIMEOUT_S = 2.0
 _MAX_ANSWER_BYTES = 64 * 1024
 _MAX_SHOWN_CHARS = 500
+
+
+def pauses_s(interval_s: float, rng: random.Random) -> Iterator[float]:
+    """Pauses between heartbeats, without end. None is longer than the interval.
+
+    The first is a random part of it, so that thousands of workers that were started together spread over it at once,
+    and later ones vary, so that they do not fall into step.
+    """
+    yield interval_s * rng.random()
+    while True:
+        yield interval_s * rng.uniform(1.0 - MAX_JITTER, 1.0)
 
 
 class Heartbeat:
@@ -59,13 +73,13 @@ class Heartbeat:
     async def run(self) -> None:
         """Beat until cancelled."""
         async with self._open_session(_BEAT_TIMEOUT_S) as session:
-            while True:
+            for pause_s in pauses_s(self._interval_s, random.Random()):
                 self._wake.clear()
                 async with self._lock:
                     if not self._silent:
                         await self._beat(session)
                 try:
-                    async with asyncio.timeout(self._interval_s):
+                    async with asyncio.timeout(pause_s):
                         await self._wake.wait()
                 except TimeoutError:
                     pass

@@ -142,7 +142,7 @@ class Cluster(RuleBasedStateMachine):
         for worker in self.registry.table().workers:
             assert worker.in_flight >= 0
         book = self.registry._leases
-        held = [(lease, worker) for worker, leases in book._by_worker.items() for lease in leases]
+        held = [(lease, worker) for worker, leases in book._by_worker.items() for lease in leases.since]
         assert dict(held) == book._owner
         assert len(held) == len(book._owner), "a lease is on two workers"
         assert {worker for _, worker in held} <= set(self.registry.addresses())

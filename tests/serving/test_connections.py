@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, cast
 
 import psutil
 import pytest
 
-from fastserve.serving.connection import FULL_LOG_INTERVAL_S, client_address
+from fastserve.serving.connection import (
+    FULL_LOG_INTERVAL_S,
+    MAX_SWEPT_AT_ONCE,
+    SWEEP_INTERVAL_S,
+    ConnectionLimits,
+    ConnectionTable,
+    client_address,
+)
 from tests.serving.wire import Service, StartService, Wire, parse_replies, wait_until
 
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -417,3 +426,62 @@ def test_good_clients_are_served_during_an_attack(impatient: Service) -> None:
     wait_until(lambda: impatient.num_connections() <= 2, "the attackers are gone", 6)
     for wire in attackers:
         wire.socket.close()
+
+
+class TimerLoop:
+    """A clock moved by hand, with one timer."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.due = math.inf
+        self.callback: Callable[[], None] = lambda: None
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self.due, self.callback = self.now + delay_s, callback
+
+
+class Swept:
+    address = None
+    is_lingering = False
+
+    def __init__(self) -> None:
+        self.swept_at: list[float] = []
+
+    def enforce(self, now: float) -> None:
+        self.swept_at.append(now)
+
+
+def test_deadlines_of_thousands_of_connections_are_looked_at_in_parts() -> None:
+    loop = TimerLoop()
+    limits = ConnectionLimits(10_000, 10_000, 1, 1, 1.0, 1.0, 1.0)
+    table = ConnectionTable(limits, loop)  # type: ignore[arg-type]
+    connections = [Swept() for _ in range(1100)]
+    for connection in connections:
+        table.admit(connection)  # type: ignore[arg-type]
+    num_swept = 0
+    while loop.due <= 3.0:
+        loop.now = loop.due
+        loop.callback()
+        before, num_swept = num_swept, sum(len(connection.swept_at) for connection in connections)
+        assert num_swept - before <= MAX_SWEPT_AT_ONCE
+    for connection in connections:
+        gaps = [after - before for before, after in pairwise([0.0, *connection.swept_at, 3.0])]
+        assert max(gaps) < 2.1 * SWEEP_INTERVAL_S
+
+
+def test_a_connection_that_is_closed_during_a_sweep_is_left_alone() -> None:
+    loop = TimerLoop()
+    table = ConnectionTable(ConnectionLimits(10_000, 10_000, 1, 1, 1.0, 1.0, 1.0), loop)  # type: ignore[arg-type]
+    connections = [Swept() for _ in range(2 * MAX_SWEPT_AT_ONCE)]
+    for connection in connections:
+        table.admit(connection)  # type: ignore[arg-type]
+    loop.callback()
+    unswept = [connection for connection in connections if not connection.swept_at]
+    assert len(unswept) == MAX_SWEPT_AT_ONCE
+    for connection in unswept[1:]:
+        table.remove(connection)  # type: ignore[arg-type]
+    loop.callback()
+    assert [len(connection.swept_at) for connection in unswept] == [1, *[0] * (MAX_SWEPT_AT_ONCE - 1)]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator
+from itertools import islice
 from typing import Any
 
 import aiohttp
@@ -10,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from fastserve.engine.fake import FakeOptions
+from fastserve.worker.heartbeat import MAX_JITTER, pauses_s
 from fastserve.worker.keeper import RestartPolicy
 from tests.worker.conftest import MODEL, RunWorker, until
 
@@ -100,6 +103,14 @@ async def test_whole_status_every_interval_and_goodbye(run_worker: RunWorker, se
             assert stub.known == {running.url}
         assert stub.known == set()
         assert stub.paths()[-1] == "deregister_worker"
+
+
+def test_workers_started_together_do_not_send_in_step() -> None:
+    workers = [list(islice(pauses_s(2.0, random.Random(seed)), 20)) for seed in range(1000)]
+    for num_pauses in (1, 20):
+        phases = [sum(pauses[:num_pauses]) % 2.0 for pauses in workers]
+        assert all(60 < sum(tenth <= 5 * phase < tenth + 1 for phase in phases) < 140 for tenth in range(10))
+    assert all(2.0 * (1 - MAX_JITTER) <= pause <= 2.0 for pauses in workers for pause in pauses[1:])
 
 
 async def test_a_fastchat_controller_is_registered_with(run_worker: RunWorker, settings: dict[str, Any]) -> None:
