@@ -130,7 +130,7 @@ def test_names_from_outside_forge_no_lines_in_logs(services: dict[str, Service],
     served = {**given, "model": "fastserve-demo"}
     for path in (POSTS[name], "/report_failure", "/get_worker_address", "/worker_generate", "/%0aFATAL%20|%1b[2J"):
         for body in (given, served):
-            headers = "X-Request-Id: \x1b[31mred\r\nContent-Type: application/json\r\nUser-Agent: \x1b[2J\r\n"
+            headers = "X-Request-Id: \x9b31mred\r\nContent-Type: application/json\r\nUser-Agent: \u202e\r\n"
             assert service.ask(path, "POST", json.dumps(body).encode(), headers).status != 500
     stranger = (
         b"GET /%0aFATAL HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: \x1b[31m\r\nAuthorization: Bearer \x1b[2J\r\n\r\n"
