@@ -45,6 +45,11 @@ class ServerConfig:
     max_connections_per_address: int = limit(
         1024, "open connections from one address; addresses of this machine are not bounded by it"
     )
+    max_handshakes: int = limit(
+        1024,
+        "TLS handshakes under way, never more than a quarter of --max-connections; one address, unless it is of this "
+        "machine, has half of them at most",
+    )
     max_head_bytes: int = limit(32768, "request line and headers of a request, and trailers and framing of its body")
     max_header_lines: int = limit(100, "headers of a request")
     head_timeout_s: float = limit(

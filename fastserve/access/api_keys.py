@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from fastserve.access.admin import AdminCheck
 from fastserve.access.bearer import bearer_token, digest, find_key
 from fastserve.access.hosts import is_of_this_machine
 from fastserve.access.key_files import Reloadable, read_lines
-from fastserve.access.refusals import RefusedKeys, refuse
+from fastserve.access.refusals import Guard, RefusedKeys
 from fastserve.errors import AuthenticationError, StartupError
 
 ENV_API_KEYS = "FASTSERVE_API_KEYS"
@@ -69,11 +69,9 @@ def _parse(lines: Sequence[str]) -> ApiKeys:
     return ApiKeys(tuple((digest(name.encode()), key) for name, key in keys.items()))
 
 
-class ApiKeyMiddleware:
-    """Asks for an API key as a bearer token, everywhere but on PUBLIC_PATHS.
-
-    It stands before the router, so unknown routes and routes still to be written are guarded too. It leaves in the
-    request's state whether it `may_prioritise`, and what `require_admin` asks.
+class ApiKeyGuard(Guard):
+    """Asks for an API key as a bearer token, everywhere but on PUBLIC_PATHS. Leaves in the request's state whether it
+    `may_prioritise`, and what `require_admin` asks.
     """
 
     def __init__(
@@ -86,28 +84,24 @@ class ApiKeyMiddleware:
         everybody_may_prioritise: bool,
     ) -> None:
         """Without keys `everybody_may_prioritise` says whether requests of this machine may go before others."""
-        self._app = app
+        super().__init__(app)
         self._keys = keys
         self._admin = admin
         self._refused = refused
         self._everybody_may_prioritise = everybody_may_prioritise
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in PUBLIC_PATHS:
-            await self._app(scope, receive, send)
+    def check(self, scope: Scope) -> None:
+        if scope["path"] in PUBLIC_PATHS:
             return
         keys = self._keys.value
         token = bearer_token(scope["headers"])
         is_admin = self._admin.note(scope, token)
         if not keys:
             scope["state"]["may_prioritise"] = self._everybody_may_prioritise and is_of_this_machine(scope)
-        else:
-            key = None if token is None else keys.find(token)
-            if key is None and not is_admin:
-                self._refused.note(scope, has_key=bool(token))
-                problem = "Incorrect API key provided." if token else "You did not provide an API key."
-                error = AuthenticationError(f"{problem} Send it as the header 'Authorization: Bearer <key>'.")
-                await refuse(error, scope, receive, send)
-                return
-            scope["state"]["may_prioritise"] = is_admin or (key is not None and key.may_prioritise)
-        await self._app(scope, receive, send)
+            return
+        key = None if token is None else keys.find(token)
+        if key is None and not is_admin:
+            self._refused.note(scope, has_key=bool(token))
+            problem = "Incorrect API key provided." if token else "You did not provide an API key."
+            raise AuthenticationError(f"{problem} Send it as the header 'Authorization: Bearer <key>'.")
+        scope["state"]["may_prioritise"] = is_admin or (key is not None and key.may_prioritise)

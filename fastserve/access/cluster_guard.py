@@ -1,27 +1,26 @@
-"""The guard of controller and workers: only who has the cluster key comes in, and no web page does.
-
-It stands before the router, so unknown routes and routes still to be written are guarded too. `/health` alone is open.
-"""
+"""The guard of controller and workers: only who has the cluster key comes in, and no web page does."""
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from fastserve.access.admin import AdminCheck
 from fastserve.access.bearer import bearer_token
 from fastserve.access.cluster_key import DEFAULT_OWNER, ENV_CLUSTER_KEY, ClusterKeys
 from fastserve.access.hosts import HostCheck
 from fastserve.access.key_files import Reloadable
-from fastserve.access.refusals import RefusedKeys, refuse
+from fastserve.access.refusals import Guard, RefusedKeys
 from fastserve.access.web import check_host, check_media_type, header_of
-from fastserve.errors import AuthenticationError, FastserveError, PermissionDeniedError
+from fastserve.errors import AuthenticationError, PermissionDeniedError
 from fastserve.protocol import MAY_PRIORITISE_HEADER
 
 _MAY_PRIORITISE = MAY_PRIORITISE_HEADER.encode()
 
 
-class ClusterGuard:
-    """Middleware. Leaves in the request's state the key's `owner`, `may_prioritise`, and what `require_admin` asks."""
+class ClusterGuard(Guard):
+    """Leaves in the request's state the key's `owner`, `may_prioritise`, and what `require_admin` asks. `/health` alone
+    is open to everybody.
+    """
 
     def __init__(
         self,
@@ -36,28 +35,16 @@ class ClusterGuard:
         """Without keys (--insecure) `everybody_may_prioritise` says whose requests may go before others, where no API
         server of ours has said it.
         """
-        self._app = app
+        super().__init__(app)
         self._keys = keys
         self._admin = admin
         self._hosts = hosts
         self._refused = refused
         self._everybody_may_prioritise = everybody_may_prioritise
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_http = scope["type"] == "http"
-        if scope["type"] == "lifespan" or (
-            is_http and scope["path"] == "/health" and scope["method"] in ("GET", "HEAD")
-        ):
-            await self._app(scope, receive, send)
+    def check(self, scope: Scope) -> None:
+        if scope["type"] == "http" and scope["path"] == "/health" and scope["method"] in ("GET", "HEAD"):
             return
-        try:
-            self._check(scope)
-        except FastserveError as error:
-            await refuse(error, scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
         headers = scope["headers"]
         check_host(self._hosts, headers)
         if header_of(headers, b"origin") is not None:

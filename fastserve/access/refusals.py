@@ -1,4 +1,4 @@
-"""Requests that are turned away: counted, logged at a bounded rate, and answered in OpenAI's shape."""
+"""Requests that are refused before the routes: counted, logged at a bounded rate, and answered in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.errors import FastserveError
 from fastserve.observability.logging import Throttle
@@ -56,6 +56,29 @@ def _request_id(scope: Scope) -> str:
         return named
     given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), None)
     return "without an id" if given is None else ascii(given[:_MAX_ID_CHARS].decode("latin-1"))
+
+
+class Guard:
+    """Middleware that lets a request in or refuses it, as `check` says.
+
+    It stands before the router, so unknown routes and routes still to be written are guarded too.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            try:
+                self.check(scope)
+            except FastserveError as error:
+                await refuse(error, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def check(self, scope: Scope) -> None:
+        """Raises the FastserveError that the client gets when the request is not let in."""
+        raise NotImplementedError
 
 
 async def refuse(error: FastserveError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 
 from fastserve.access.admin import AdminCheck, AdminKeys, load_admin_keys
-from fastserve.access.api_keys import ApiKeyMiddleware, ApiKeys
+from fastserve.access.api_keys import ApiKeyGuard, ApiKeys
 from fastserve.access.cluster_guard import ClusterGuard
 from fastserve.access.cluster_key import ClusterKeys, load_cluster_keys
 from fastserve.access.hosts import HostCheck, check_host_names, is_loopback
@@ -96,7 +96,7 @@ def guard_client_service(
     What is added to the application afterwards stands before these checks.
     """
     app.add_middleware(
-        ApiKeyMiddleware,
+        ApiKeyGuard,
         keys=keys,
         admin=AdminCheck(access.admin_keys),
         refused=RefusedKeys("api", registry),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from fastserve.access.hosts import HostCheck, is_own_origin
-from fastserve.access.refusals import refuse
+from fastserve.access.refusals import Guard
 from fastserve.errors import (
-    FastserveError,
     MisdirectedRequestError,
     PermissionDeniedError,
     UnsupportedMediaTypeError,
@@ -56,9 +55,9 @@ def check_media_type(method: str, headers: Headers) -> None:
         )
 
 
-class WebPageGuard:
-    """Middleware of services that clients call: while they are open to everybody on this machine, pages of foreign
-    sites are kept out.
+class WebPageGuard(Guard):
+    """For services that clients call: while they are open to everybody on this machine, pages of foreign sites are kept
+    out.
     """
 
     def __init__(
@@ -73,22 +72,13 @@ class WebPageGuard:
         """`is_open`: no API key is asked for. `allowed_origins`: whose pages may call it beside its own; `*` is all.
         `json_only`: bodies of other media types are refused in any case.
         """
-        self._app = app
+        super().__init__(app)
         self._hosts = hosts
         self._is_open = is_open
         self._allowed_origins = frozenset(origin.encode() for origin in allowed_origins)
         self._json_only = json_only
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            if scope["type"] != "lifespan":
-                self._check(scope)
-        except FastserveError as error:
-            await refuse(error, scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
+    def check(self, scope: Scope) -> None:
         headers = scope["headers"]
         if self._is_open():
             check_host(self._hosts, headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from fastserve.errors import InvalidRequestError
+from fastserve.observability.text import printable
 from fastserve.openai.body import explain_json
 
 
@@ -16,6 +17,8 @@ class Peek(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(Peek)
+_raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MAX_SHOWN_BYTES = 80
 
 
 def peek(body: bytes) -> tuple[str, bool]:
@@ -31,11 +34,18 @@ def peek(body: bytes) -> tuple[str, bool]:
 
 def _explain(body: bytes, error: Exception) -> InvalidRequestError:
     """Says what is wrong with the body in words of our own."""
-    if isinstance(error, msgspec.ValidationError):
-        for name, wanted in (("model", "a string"), ("stream", "true or false")):
-            if f"`$.{name}`" in str(error):
-                return InvalidRequestError(f"Invalid value for '{name}': it must be {wanted}.", param=name)
-        return InvalidRequestError("The request body must be a JSON object.")
     if isinstance(error, RecursionError):
         return InvalidRequestError("The request body is not valid JSON: it is nested too deep.")
-    return explain_json(body, error, "")
+    if not isinstance(error, msgspec.ValidationError):
+        return explain_json(body, error, "")
+    try:
+        fields = _raw_decoder.decode(body)
+    except msgspec.ValidationError:
+        return InvalidRequestError("The request body must be a JSON object.")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as other:  # behind the field that is wrong
+        return _explain(body, other)
+    name, wanted = ("model", "a string") if "`$.model`" in str(error) else ("stream", "true or false")
+    value = bytes(fields[name])[: _MAX_SHOWN_BYTES + 1].decode(errors="replace")
+    return InvalidRequestError(
+        f"Invalid value for '{name}': {printable(value, _MAX_SHOWN_BYTES)}. Give {wanted}.", param=name
+    )

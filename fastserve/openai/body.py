@@ -44,6 +44,11 @@ _MAX_INTEGER = 2**64
 _MAX_DIGITS = 4000
 """Longest integer; Python itself reads 4,300 digits."""
 _WHOLE_FLOATS = 2**53
+_FLAGS_OF_FIELDS = {
+    "stop": "--max-stop-chars",
+    "logit_bias": "--max-logit-bias",
+    "stop_token_ids": "--max-stop-token-ids",
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -121,8 +126,11 @@ def read_fields(
 
 def _read_field(name: str, raw: bytes, max_bytes: int | None) -> Any:
     if max_bytes is not None and len(raw) > max_bytes:
+        flag = _FLAGS_OF_FIELDS.get(name)
         raise InvalidRequestError(
-            f"Invalid value for '{name}': it has {len(raw)} bytes, which is too much.", param=name
+            f"Invalid value for '{name}': {printable(raw[:_SHOWN_CHARS].decode(errors='replace'))}… It has {len(raw)} "
+            f"bytes; give at most {max_bytes}{f' ({flag} sets this bound)' if flag else ''}.",
+            param=name,
         )
     try:
         return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)

@@ -60,18 +60,22 @@ class ConnectionLimits:
     head_timeout_s: float
     body_timeout_s: float
     write_timeout_s: float
+    max_handshakes: int
 
 
 def connection_limits(config: ServerConfig) -> ConnectionLimits:
     """Call it when the limit of open files has its final value."""
+    max_connections = max_connections_of_process(config.max_connections)
     return ConnectionLimits(
-        max_connections_of_process(config.max_connections),
+        max_connections,
         config.max_connections_per_address,
         config.max_head_bytes,
         config.max_header_lines,
         config.head_timeout_s,
         config.body_timeout_s,
         config.write_timeout_s,
+        # They take files too, beside those of connections.
+        max(1, min(config.max_handshakes, max_connections // 4)),
     )
 
 
@@ -197,7 +201,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.address = client_address(transport)
+        self.address = client_address(transport.get_extra_info("peername"), transport.get_extra_info("socket"))
         refusal = self._table.admit(self)
         if refusal is None:
             self._read_deadline = self.loop.time() + self._limits.head_timeout_s
@@ -484,13 +488,12 @@ def _response(refusal: FastserveError) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def client_address(transport: asyncio.Transport) -> str | None:
-    """The client's address, or None when it is of this machine: a proxy or a service of ours, for many clients.
+def client_address(peer: object, sock: socket.socket | None) -> str | None:
+    """The address that a connection is counted by, or None when its client is of this machine: a proxy or a service of
+    ours, for many clients. `peer`: the client's socket address.
 
     Public IPv6 addresses are given out by networks of 64 bits, so the network counts as one.
     """
-    peer = transport.get_extra_info("peername")
-    sock: socket.socket | None = transport.get_extra_info("socket")
     if not isinstance(peer, tuple) or not peer:
         return None
     address = str(peer[0])

@@ -117,6 +117,8 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
         return InvalidRequestError(f"Missing required field '{name}'.", param=name, code="missing_required_parameter")
     if kind == "json_invalid":
         reason = printable(str(context.get("error", "")), MAX_SHOWN_CHARS)
+        if "hex escape" in reason or "surrogate" in reason:
+            reason = f"half of a surrogate pair (\\ud800 to \\udfff alone) is no character{_place(reason)}"
         return InvalidRequestError(f"The request body is not valid JSON: {reason}.", code="invalid_json")
     if kind == "extra_forbidden":
         return InvalidRequestError(f"The field '{name}' is not known.", param=name)
@@ -125,7 +127,14 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
         sentence = "It may not be empty or hold control characters"
     else:
         sentence = printable(str(first.get("msg", "")).removeprefix("Value error, ").rstrip("."))
+        sentence = sentence.replace("Input should be", "It must be").replace("Input should", "It must")
     return InvalidRequestError(f"Invalid value for '{name}': {shown(first.get('input'))}. {sentence}.", param=name)
+
+
+def _place(reason: str) -> str:
+    """Where the parser stopped, as it says at the end of its reason."""
+    _, at, place = reason.partition(" at line ")
+    return at + place
 
 
 def shown(value: object) -> str:
@@ -169,7 +178,13 @@ def _wrong_method(request: Request) -> tuple[InvalidRequestError, list[str]]:
 
 
 def _list_routes(request: Request) -> str:
-    found = sorted({f"{'/'.join(sorted(route.methods - {'HEAD'}))} {route.path}" for route in _routes(request)})
+    found = sorted(
+        {
+            f"{'/'.join(methods)} {route.path}"
+            for route in _routes(request)
+            if (methods := sorted(route.methods - {"HEAD"}))
+        }
+    )
     more = ", ..." if len(found) > MAX_LISTED_ROUTES else ""
     return f"This server's routes are {', '.join(found[:MAX_LISTED_ROUTES])}{more}."
 

@@ -23,6 +23,7 @@ from fastserve.errors import StartupError
 from fastserve.serving.bounds import BodyBounds, MemoryGuard, MemoryMeter
 from fastserve.serving.connection import BoundedProtocol, ConnectionLimits, ConnectionTable, connection_limits
 from fastserve.serving.direct import MAX_DIRECT_BYTES, DirectProtocol, DirectQueue
+from fastserve.serving.handshakes import HandshakeAcceptor
 from fastserve.serving.listen import url_of
 from fastserve.serving.running import RunningRequests
 from fastserve.serving.shortage import raise_file_limit
@@ -119,6 +120,8 @@ class _Server(uvicorn.Server):
         self._announcing: asyncio.Task[None] | None = None
         self._before_shutdown = before_shutdown
         self._table: ConnectionTable | None = None
+        self._acceptor: HandshakeAcceptor | None = None
+        """With TLS only, in place of uvicorn's `servers`."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and not self.force_exit:
@@ -143,13 +146,18 @@ class _Server(uvicorn.Server):
             connection.max_direct_bytes = min(self._max_body_bytes, MAX_DIRECT_BYTES)
             return connection
 
-        handshake_s = self._limits.head_timeout_s if self._ssl_context else None
-        self.servers = [
-            await loop.create_server(
-                make_protocol, sock=sock, ssl=self._ssl_context, backlog=BACKLOG, ssl_handshake_timeout=handshake_s
+        if self._ssl_context is None:
+            self.servers = [await loop.create_server(make_protocol, sock=sock, backlog=BACKLOG) for sock in sockets]
+        else:
+            self.servers = []
+            self._acceptor = HandshakeAcceptor(
+                make_protocol,
+                self._ssl_context,
+                max_handshakes=self._limits.max_handshakes,
+                timeout_s=self._limits.head_timeout_s,
             )
-            for sock in sockets
-        ]
+            for sock in sockets:
+                self._acceptor.listen(sock, BACKLOG)
         self.started = True
         self._announcing = asyncio.create_task(self._announce())
 
@@ -169,6 +177,8 @@ class _Server(uvicorn.Server):
             await self._until_second_signal(self._before_shutdown())
         for server in self.servers:
             server.close()
+        if self._acceptor is not None:
+            await self._acceptor.close()
         for sock in sockets or []:
             sock.close()
         for connection in list(self.server_state.connections):

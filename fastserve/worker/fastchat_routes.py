@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.openai.body import read_fields
+from fastserve.openai.body import invalid, read_fields
 from fastserve.serving.errors import unexpected_error
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.answer import fold, stream_answer
@@ -39,11 +39,10 @@ _SAME_NAME = (
     "presence_penalty",
     "frequency_penalty",
     "logprobs",
-    "best_of",
     "use_beam_search",
     "images",
 )
-_FIELDS = frozenset({*_SAME_NAME, "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
+_FIELDS = frozenset({*_SAME_NAME, "best_of", "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
 
 
 @router.post("/worker_generate_stream")
@@ -127,9 +126,20 @@ async def _prepare(request: Request, body: bytes, caller: Caller) -> tuple[Runti
 
 def _prompt(params: dict[str, Any]) -> str:
     prompt = params.get("prompt")
+    if prompt is None:
+        raise InvalidRequestError(
+            "Missing required field 'prompt', a string.", param="prompt", code="missing_required_parameter"
+        )
     if not isinstance(prompt, str):
-        raise InvalidRequestError("Missing required field 'prompt', a string.", param="prompt")
+        raise invalid("prompt", prompt, "Give a string.")
     return prompt
+
+
+def _check_best_of(best_of: Any) -> None:
+    if best_of not in (None, 1) or isinstance(best_of, bool):
+        raise invalid(
+            "best_of", best_of, "This route generates one choice: leave it out, or give 1. /v1/completions has best_of."
+        )
 
 
 def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | None]:
@@ -138,13 +148,15 @@ def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | Non
     """
     params = read_fields(body, runtime.jobs.bounds, _FIELDS)
     prompt = _prompt(params)
-    stop = params.get("stop")
+    _check_best_of(params.get("best_of"))
+    max_new_tokens, stop = params.get("max_new_tokens"), params.get("stop")
     fields = {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {
         "model": runtime.jobs.model_names[0],
         "prompt": runtime.jobs.encoder.encode_rendered(runtime.conversation.restore(prompt)),
-        "max_tokens": params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
+        "max_tokens": _DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         "echo": params.get("echo", True),
-        "stop": [text for text in stop if text] if isinstance(stop, list) else stop or None,
+        # FastChat's conversations may have empty ones.
+        "stop": [text for text in stop if text != ""] if isinstance(stop, list) else None if stop == "" else stop,
         "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
     }

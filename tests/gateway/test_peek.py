@@ -22,8 +22,13 @@ from fastserve.gateway.peek import peek
         (b'{"model":"a","messages":[{"content":"x\\ud83dy"}]}', "half of a surrogate pair"),
         (b'{"model":"a","messages":[{"content":"\\udc00"}]}', "half of a surrogate pair"),
         (b"[1]", "must be a JSON object"),
-        (b'{"model":["a"]}', "'model': it must be a string"),
-        (b'{"model":"a","stream":"yes"}', "'stream': it must be true or false"),
+        (b'{"model":["a"]}', r"'model': \[\"a\"\]\. Give a string"),
+        (b'{"mod\\u0065l":0}', r"'model': 0\. Give a string"),
+        (b'{"model":{"\\n":"' + b"x" * 100_000 + b'"}}', r"'model': \{\"\\\\n\":\"x+….* Give a string"),
+        (b'{"model":"a","stream":"yes"}', r"'stream': \"yes\"\. Give true or false"),
+        (b'{"model":"a","stream":1}', r"'stream': 1\. Give true or false"),
+        (b'{"model":5,', "ends too early"),
+        (b'{"model":5,"user":"\\ud800"}', "'user'.*half of a surrogate pair"),
         (b"{}", "'model'"),
     ],
 )
@@ -31,6 +36,7 @@ def test_a_bad_body_is_explained_without_words_of_libraries(body: bytes, words: 
     with pytest.raises(InvalidRequestError, match=words) as raised:
         peek(body)
     assert not any(word in raised.value.message for word in ("null", "`", "$.", "Expected", "codec"))
+    assert len(raised.value.message) < 300
 
 
 def test_pairs_of_surrogates_are_characters() -> None:

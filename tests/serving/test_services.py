@@ -114,11 +114,86 @@ def test_half_a_head_is_answered_with_408(services: dict[str, Service], name: st
         assert wire.last_reply().status == 408
 
 
-def test_head_is_answered_on_health_and_ready(services: dict[str, Service], name: str) -> None:
-    for path in ("/health", "/ready"):
-        status = services[name].ask(path).status
-        reply = services[name].ask(path, "HEAD")
-        assert (reply.status, reply.body) == (status, b"")
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/docs", "/openapi.json", "/nothing"])
+def test_head_is_answered_as_get_is_without_the_body(services: dict[str, Service], name: str, path: str) -> None:
+    status = services[name].ask(path).status
+    reply = services[name].ask(path, "HEAD")
+    assert (reply.status, reply.body) == (status, b"")
+
+
+FORGED = "x\nFATAL | all is lost\x1b[2J\u202e\x9b31m\r"
+
+
+def test_names_from_outside_forge_no_lines_in_logs(services: dict[str, Service], name: str) -> None:
+    service = services[name]
+    given = {"model": FORGED, "lease": FORGED, "prompt": "a", "messages": [], FORGED: 1, "worker_name": FORGED}
+    served = {**given, "model": "fastserve-demo"}
+    for path in (POSTS[name], "/report_failure", "/get_worker_address", "/worker_generate", "/%0aFATAL%20|%1b[2J"):
+        for body in (given, served):
+            headers = "X-Request-Id: \x9b31mred\r\nContent-Type: application/json\r\nUser-Agent: \u202e\r\n"
+            assert service.ask(path, "POST", json.dumps(body).encode(), headers).status != 500
+    stranger = (
+        b"GET /%0aFATAL HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: \x1b[31m\r\nAuthorization: Bearer \x1b[2J\r\n\r\n"
+    )
+    with service.wire() as wire:
+        wire.send(stranger)
+        assert wire.next_reply().status in (400, 401, 404)
+    lines = service.log.split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("FATAL") for line in lines)
+
+
+HALF_PAIRS = [b"\\ud800", b"a\\udc00b", b"\\udbff\\u0041"]
+
+
+def test_half_of_a_surrogate_pair_is_named_by_every_route(services: dict[str, Service], name: str) -> None:
+    paths = {
+        "controller": ["/acquire", "/get_worker_address", "/worker_generate_stream", "/receive_heart_beat", "/release"],
+        "worker": [
+            *("/v1/chat/completions", "/v1/completions", "/count_token"),
+            *("/worker_generate", "/worker_generate_stream"),
+        ],
+        "api server": ["/v1/chat/completions", "/v1/completions"],
+    }
+    for path in paths[name]:
+        for half in HALF_PAIRS:
+            for body in (
+                b'{"model":"%s","prompt":"%s","worker_name":"%s","leases":["%s"],"lease":"%s"}' % ((half,) * 5),
+                b'{"model":"fastserve-demo","messages":[{"role":"user","content":"%s"}],"prompt":["%s"]}'
+                % (half, half),
+            ):
+                reply = services[name].ask(path, "POST", body, "Content-Type: application/json\r\n")
+                assert reply.status == (200 if path.startswith("/worker_g") and name == "worker" else 400), (path, body)
+                assert b"alf of a surrogate pair" in reply.body, (path, reply.body)
+
+
+def test_no_other_spelling_of_the_open_path_opens_a_route(services: dict[str, Service]) -> None:
+    lines = "Host: localhost\r\nX-Original-URL: /health\r\nX-Rewrite-URL: /health\r\nX-HTTP-Method-Override: GET\r\n"
+    for target in (
+        *("/workers", "//workers", "/workers/", "/health/../workers", "/health%2f..%2fworkers", "/health/workers"),
+        *("/health/", "/HEALTH", "/health%00", "/health;/workers", "/%2e/health/../workers", "/workers?/health"),
+        *("http://localhost/workers", "http://localhost/health/../workers", "http://localhost@evil/workers"),
+    ):
+        with services["controller"].wire() as wire:
+            wire.send(f"GET {target} HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode())
+            assert wire.last_reply().status in (400, 401), target
+    assert services["controller"].ask("/workers").status == 200
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        *((f"Origin: {origin}", 403) for origin in ("null", "", "file://", "http://127.0.0.1.evil.example")),
+        *((f"Origin: {origin}", 403) for origin in ("http://localhost.evil.example:80", "moz-extension://abc")),
+        *((f"Host: {host}", 421) for host in ("evil.example", "localhost@evil.example", "127.0.0.1.nip.io", "")),
+        *((f"Host: {host}", 421) for host in ("2130706433", "0x7f.1", "localhost, evil.example", "[::1].evil")),
+    ],
+)
+def test_pages_of_other_sites_are_kept_out_of_every_service(
+    services: dict[str, Service], name: str, line: str, status: int
+) -> None:
+    for method, path in (("GET", "/v1/models"), ("POST", POSTS[name]), ("DELETE", "/nothing")):
+        assert services[name].ask(path, method, headers=line + "\r\n").status == status
 
 
 def test_an_unknown_route_is_named(services: dict[str, Service], name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import json
 import os
 import socket
@@ -14,12 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import trustme
 
 from fastserve.config import ApiServerConfig, ControllerConfig, ServerConfig, WorkerConfig
 from fastserve.errors import StartupError
+from fastserve.serving.handshakes import HandshakeAcceptor
 from fastserve.serving.tls import check_tls, server_ssl_context
 from tests.keys import CLUSTER
 from tests.processes import free_ports
@@ -213,6 +217,31 @@ def test_a_cluster_answers_over_tls_with_client_certificates(cluster: Cluster, c
     assert [row["address"] for row in table["workers"]] == [cluster.worker]
 
 
+@pytest.mark.parametrize("service", ["controller", "worker", "server"])
+def test_the_health_check_of_a_container_asks_over_tls_with_the_services_certificate(
+    cluster: Cluster, certificates: Certificates, service: str
+) -> None:
+    path = Path(__file__).parents[2] / "docker" / "healthcheck.py"
+    spec = importlib.util.spec_from_file_location("healthcheck", path)
+    assert spec is not None
+    assert spec.loader is not None
+    healthcheck = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = healthcheck  # dataclasses look themselves up there
+    spec.loader.exec_module(healthcheck)
+    port = str(urlsplit(getattr(cluster, service)).port)
+    module = {"controller": "controller", "worker": "model_worker", "server": "openai_api_server"}[service]
+    command = ["python", "-m", f"fastserve.{module}", "--host=0.0.0.0", "--port", port]
+    tls = ["--tls-cert", certificates.cert, "--tls-key", certificates.key, "--tls-ca", certificates.ca]
+    others = [["docker-init", "--", "sh"], [], ["python", "-m", "fastserve.engine.process"]]
+    found = healthcheck.find_service([*others, [*command, *tls]], {})
+    assert found is not None
+    assert healthcheck.is_healthy(found)
+    in_plain = healthcheck.find_service([command], {})
+    assert in_plain is not None
+    assert not healthcheck.is_healthy(in_plain)
+    assert healthcheck.find_service(others, {}) is None
+
+
 @pytest.mark.parametrize("service", ["controller", "worker"])
 @pytest.mark.parametrize("stranger", [{"cert": False}, {"foreign": True}])
 def test_within_the_cluster_nobody_is_served_without_its_certificate(
@@ -240,3 +269,75 @@ def test_a_handshake_that_does_not_end_is_closed_and_plain_http_is_not_answered(
     ) as wire:  # fmt: skip
         wire.sendall(b"GET /he")
         assert b" 408 " in wire.recv(65536)
+
+
+def test_handshakes_under_way_are_bounded_in_number_and_room_is_found_again(
+    certificates: Certificates, start_service: Callable[..., Any]
+) -> None:
+    tls = ["--tls-cert", certificates.cert, "--tls-key", certificates.key]
+    service = start_service(*tls, "--max-handshakes", "4", "--head-timeout-s", "2")
+    context = certificates.client(cert=False)
+
+    def status(timeout_s: float = 5) -> bytes:
+        with socket.create_connection(("127.0.0.1", service.port), timeout_s) as raw, context.wrap_socket(
+            raw, server_hostname="localhost"
+        ) as wire:  # fmt: skip
+            wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return wire.recv(65536).split(b" ")[1]
+
+    assert status() == b"200"
+    held = [service.wire() for _ in range(4)]
+    wait_until(lambda: service.num_connections() == 4, "all are accepted")
+    with service.wire() as fifth:
+        assert fifth.is_closed(1)
+    # Those that fail are over at once, and room is found for others.
+    held[0].send(b"GET / HTTP/1.1\r\n\r\n")
+    held[0].read_to_end()
+    assert status() == b"200"
+    # The others are over when their time is.
+    assert all(wire.is_closed(5) for wire in held[1:])
+    assert [status() for _ in range(5)] == [b"200"] * 5
+    assert "4 TLS handshakes are under way" in service.log
+    for wire in held:
+        wire.socket.close()
+
+
+async def test_one_address_does_not_take_all_handshakes(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of this machine may: it stands for many clients."""
+    monkeypatch.setattr("fastserve.serving.handshakes.client_address", lambda peer, _: addresses.get(peer[1]))
+    context = server_ssl_context(ServerConfig(tls_cert=certificates.cert, tls_key=certificates.key))
+    assert context is not None
+    acceptor = HandshakeAcceptor(asyncio.Protocol, context, max_handshakes=4, timeout_s=30)
+    listening = socket.create_server(("127.0.0.1", 0))
+    acceptor.listen(listening, 16)
+    addresses: dict[int, str | None] = {}
+    held: list[socket.socket] = []
+
+    async def is_kept(address: str | None) -> bool:
+        """Whether a connection from there is not closed at once."""
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        addresses[sock.getsockname()[1]] = address
+        held.append(sock)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(sock, listening.getsockname())
+        try:
+            async with asyncio.timeout(0.3):
+                return await loop.sock_recv(sock, 1) != b""
+        except TimeoutError:
+            return True
+        except ConnectionResetError:
+            return False
+
+    try:
+        assert [await is_kept("192.0.2.1") for _ in range(3)] == [True, True, False]
+        assert [await is_kept("192.0.2.2"), await is_kept(None)] == [True, True]
+        assert not await is_kept("192.0.2.3")
+    finally:
+        await acceptor.close()
+        listening.close()
+        for sock in held:
+            sock.close()

@@ -62,7 +62,7 @@ async def test_generate_is_the_last_record_and_echoes_by_default(run_worker: Run
         assert "".join(told["tokens"][:-1]) == record["text"] == "Q: " + ANSWER
         assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
         assert all(value < 0 for value in told["token_logprobs"][1:])
-        params = {"prompt": "Q", "top_k": -1, "top_p": 1.0, "presence_penalty": 0.0, "best_of": None, "stop": None}
+        params = {"prompt": "Q", "top_k": -1, "top_p": 1.0, "presence_penalty": 0.0, "best_of": 1, "stop": ["", ""]}
         _, record = await running.post("/worker_generate", params | {"stop_token_ids": None, "use_beam_search": False})
         assert record["error_code"] == 0
 
@@ -101,7 +101,13 @@ async def test_a_prompt_by_fastchats_rule_becomes_the_templates(run_worker: RunW
         ({"prompt": "word " * 600}, 40303, "maximum context length"),
         ({"prompt": "x", "max_new_tokens": -1}, 40302, "'max_new_tokens': -1"),
         ({"prompt": "x", "echo": "no"}, 40302, "'echo'"),
-        ({"prompt": "x", "best_of": 2}, 40302, "best_of"),
+        ({"prompt": 5}, 40302, "'prompt': 5. Give a string."),
+        ({"prompt": "x", "max_new_tokens": False}, 40302, "'max_new_tokens': false"),
+        ({"prompt": "x", "stop": False}, 40302, "'stop': false"),
+        ({"prompt": "x", "stop": ["", 0]}, 40302, "'stop': [0]"),
+        ({"prompt": "x", "best_of": 2}, 40302, "'best_of': 2. This route generates one choice: leave it out, or give"),
+        ({"prompt": "x", "best_of": True}, 40302, "'best_of': true. This route generates one choice"),
+        ({"prompt": "x", "best_of": "many"}, 40302, "'best_of': \"many\". This route generates one choice"),
         ({"prompt": "x", "use_beam_search": True}, 40302, "use_beam_search"),
         ({"prompt": "x", "images": ["data:"]}, 40302, "images"),
         ([1], 40302, "JSON object"),

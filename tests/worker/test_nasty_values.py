@@ -153,7 +153,11 @@ async def test_each_value_in_each_place_of_a_tool_call(shared: Running, place: s
 
 
 @pytest.mark.parametrize(
-    "field", ["prompt", "temperature", "stop", "stop_token_ids", "max_new_tokens", "echo", "logprobs"]
+    "field",
+    [
+        *("prompt", "temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        *("stop", "stop_token_ids", "max_new_tokens", "echo", "logprobs", "best_of", "use_beam_search", "images"),
+    ],
 )
 async def test_each_value_on_fastchats_routes(shared: Running, field: str) -> None:
     for kind, value in NASTY.items():

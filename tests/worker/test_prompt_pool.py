@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from typing import Any
 
@@ -86,6 +87,33 @@ async def test_prompts_that_are_far_too_long_are_never_tokenised(
 async def _chat(running: Running, **changes: Any) -> tuple[int, dict[str, Any]]:
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
     return await running.post("/v1/chat/completions", chat | changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("stop", "Ω" * 200_000, "--max-stop-chars"),
+        ("stop", ["\u0000" * 20_000] * 16, "--max-stop-chars"),
+        ("stop_token_ids", [123456] * 60_000, "--max-stop-token-ids"),
+        ("logit_bias", {str(number): 1.0 for number in range(30_000)}, "--max-logit-bias"),
+        ("seed", "9" * 300_000, None),
+    ],
+)
+async def test_a_field_that_is_far_too_long_is_named_with_its_size_and_its_bound(
+    run_worker: RunWorker, field: str, value: object, flag: str | None
+) -> None:
+    async with run_worker() as running:
+        for path, given in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+            ("/v1/completions", {"prompt": "hello"}),
+        ):
+            status, answer = await running.post(path, {"model": MODEL, **given, field: value})
+            message = answer["error"]["message"]
+            assert (status, answer["error"]["param"]) == (400, field)
+            assert re.search(r"It has \d+ bytes; give at most 196608", message), message
+            assert (flag or ".") in message
+            assert len(message) < 400
+            assert message.isprintable()
 
 
 async def test_each_number_has_its_option(run_worker: RunWorker) -> None:
