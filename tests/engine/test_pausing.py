@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,12 +194,12 @@ def test_a_pause_that_waits_is_done_with_the_last_request_however_that_ends() ->
 
 
 @pytest.mark.parametrize("change", ["keep", "abort", "resume"])
-def test_a_pause_that_waits_fails_when_another_call_overtakes_it(change: PauseMode) -> None:
+def test_a_pause_that_waits_fails_when_another_call_overtakes_it(change: PauseMode | Literal["resume"]) -> None:
     run = History(None, overlap=False)
     run.core.add(EngineRequest("r", [1], LONG))
     run.step()
     paused = [run.core.pausing.pause("wait", run.take) for _ in range(2)]
-    if change == "resume":  # type: ignore[comparison-overlap]
+    if change == "resume":
         run.resume()
     else:
         run.pause(change)
