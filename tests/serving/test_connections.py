@@ -451,7 +451,7 @@ class Swept:
 
 def test_deadlines_of_thousands_of_connections_are_looked_at_in_parts() -> None:
     loop = TimerLoop()
-    limits = ConnectionLimits(10_000, 10_000, 1, 1, 1, 1.0, 1.0, 1.0)
+    limits = ConnectionLimits(10_000, 10_000, 1, 1, 1.0, 1.0, 1.0, 1)
     table = ConnectionTable(limits, loop)  # type: ignore[arg-type]
     connections = [Swept() for _ in range(1100)]
     for connection in connections:
@@ -469,7 +469,7 @@ def test_deadlines_of_thousands_of_connections_are_looked_at_in_parts() -> None:
 
 def test_a_connection_that_is_closed_during_a_sweep_is_left_alone() -> None:
     loop = TimerLoop()
-    table = ConnectionTable(ConnectionLimits(10_000, 10_000, 1, 1, 1, 1.0, 1.0, 1.0), loop)  # type: ignore[arg-type]
+    table = ConnectionTable(ConnectionLimits(10_000, 10_000, 1, 1, 1.0, 1.0, 1.0, 1), loop)  # type: ignore[arg-type]
     connections = [Swept() for _ in range(2 * MAX_SWEPT_AT_ONCE)]
     for connection in connections:
         table.admit(connection)  # type: ignore[arg-type]
