@@ -204,7 +204,7 @@ def test_what_a_handler_does_not_expect_ends_the_engine_as_a_step_does(tmp_path:
         ("StartProfile", {"num_steps": 0}, "num_steps"),
         ("StartProfile", {"num_steps": "many"}, "num_steps"),
         ("ResetPrefixCache", [], "malformed"),
-        ("Nothing\n", {}, r"no call Nothing\\n; it has"),
+        ("Nothing\n", {}, r"no call Nothing\n; it has"),
     ],
 )
 def test_a_malformed_call_gets_an_error_and_the_engine_goes_on(

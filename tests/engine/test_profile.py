@@ -1,4 +1,4 @@
-"""`--profile-steps`: the engine of a real process writes a trace of its steps; and what it counts about each step."""
+"""`--profile-steps`, and the profiler behind the call: traces of steps; and what an engine counts about each step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from fastserve.demo import demo_model_path
 from fastserve.engine.build import build_core
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineRequest, Histogram, SamplingParams
+from fastserve.engine.profiling import StepProfiler
 from fastserve.engine.settings import EngineConfig
+from fastserve.errors import ConflictError, InternalError
 from tests.trio.processes import Service
 
 
@@ -58,7 +61,7 @@ def test_a_worker_writes_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 200, "the engine goes on after the trace"
         [path] = folder.iterdir()
-        assert f"the trace of 5 steps is in {path}" in worker.log
+        assert f"the trace is in {path}" in worker.log
     finally:
         worker.stop()
     events = [event for event in read_trace(path) if event.get("ph") == "X"]
@@ -79,6 +82,51 @@ async def test_an_engine_that_ends_early_writes_what_it_has(tmp_path: Path) -> N
     path = tmp_path / name
     names = {event["name"] for event in read_trace(path) if "name" in event}
     assert any(name.startswith("ProfilerStep#") for name in names)
+
+
+def steps_of(path: str) -> set[str]:
+    return {event["name"] for event in read_trace(Path(path)) if event.get("name", "").startswith("ProfilerStep#")}
+
+
+def test_steps_are_recorded_again_and_again(tmp_path: Path) -> None:
+    profiler = StepProfiler(tmp_path / "new")
+    with pytest.raises(ConflictError, match="no profile was started"):
+        profiler.stop()
+    paths = []
+    for num_steps, num_done in ((2, 9), (5, 3)):
+        paths.append(profiler.start(num_steps, 1))
+        with pytest.raises(ConflictError, match="already"):
+            profiler.start(1, 1)
+        for _ in range(num_done):
+            torch.ones(3).add(1)
+            profiler.step_done()
+        assert profiler.stop() == profiler.stop() == paths[-1]
+    assert len(steps_of(paths[0])) == 2, "as many as asked for"
+    assert len(steps_of(paths[1])) in (2, 3), "stopped before as many had run"
+    assert sorted(map(str, (tmp_path / "new").iterdir())) == sorted(paths)
+
+
+def test_a_profile_without_steps_or_a_place_to_write_says_so(tmp_path: Path) -> None:
+    profiler = StepProfiler(tmp_path)
+    profiler.start(5, 3)
+    profiler.step_done()
+    with pytest.raises(ConflictError, match="no step was recorded"):
+        profiler.stop()
+    (tmp_path / "file").touch()
+    with pytest.raises(InternalError, match="cannot be written to --profile-dir"):
+        StepProfiler(tmp_path / "file" / "folder").start(5, 3)
+
+
+def test_the_time_of_writing_is_announced(tmp_path: Path) -> None:
+    announced: list[float] = []
+    profiler = StepProfiler(tmp_path, announced.append)
+    profiler.start(1, 1)
+    begun = len(announced)
+    assert begun > 0
+    profiler.step_done()
+    profiler.step_done()
+    assert len(announced) > begun
+    assert min(announced) > 60
 
 
 def test_what_steps_took_is_counted() -> None:

@@ -126,7 +126,7 @@ async def test_the_other_calls_answer(run_worker: RunWorker) -> None:
     [
         ("/pause", {"mode": "stop"}, "mode", '"stop". Give one of "keep", "wait" or "abort".'),
         ("/pause", {"mode": 3}, "mode", "Give one of"),
-        ("/pause", {"mod\n": "keep"}, "mod", r"Unknown field \"mod\n\". This route knows: timeout_s, mode."),
+        ("/pause", {"mod\n": "keep"}, "mod", 'Unknown field "mod\\n". This route knows: timeout_s, mode.'),
         ("/pause", {"timeout_s": 0}, "timeout_s", "greater than 0"),
         ("/resume", {"timeout_s": 1e9}, "timeout_s", "less than or equal to 86400"),
         ("/resume", {"timeout_s": "soon"}, "timeout_s", "Give a number."),
