@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.devices.cpu import CpuDevice
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS
+from fastserve.engine.sampling.processor import LogitsProcessor
 from fastserve.engine.settings import EngineConfig
 
 from .conftest import CONFIGS, TinyModels
@@ -21,12 +24,18 @@ EOS = 1
 BASE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_num_seqs": 64, "block_size": 16}
 
 
-def make_core(path: str, *, overlap: bool | None = None, **settings: Any) -> EngineCore:
+def make_core(
+    path: str,
+    *,
+    overlap: bool | None = None,
+    processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS,
+    **settings: Any,
+) -> EngineCore:
     """`overlap`: whether steps are launched ahead, None: as the device does it."""
     with pytest.MonkeyPatch.context() as patch:
         if overlap is not None:
             patch.setattr(CpuDevice, "runs_ahead", overlap)
-        return build_core(EngineConfig(model_dir=path, **{**BASE, **settings}), lambda *_: None)
+        return build_core(EngineConfig(model_dir=path, **{**BASE, **settings}), lambda *_: None, processors)
 
 
 @dataclasses.dataclass

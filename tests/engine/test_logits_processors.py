@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling import batch as batch_module
 from fastserve.engine.sampling.history import TokenCounts
 from fastserve.engine.sampling.logit_bias import LogitBias
@@ -28,13 +28,12 @@ from fastserve.engine.sampling.sampler import Sampler
 from fastserve.engine.sampling.top_k import TopK
 from fastserve.engine.sampling.top_p import TopP
 from fastserve.engine.sampling.typical_p import TypicalP
-from fastserve.engine.settings import EngineConfig
 from fastserve.engine.speculation.ngram import NgramProposer
 from fastserve.engine.speculation.speculator import OpenProposer
-from fastserve.engine.transfers import Arrays, Readback, to_device
+from fastserve.engine.transfers import Readback, to_device
 
 from .conftest import TinyModels
-from .test_engine_equality import BASE, Answer, collect, random_prompt, run
+from .test_engine_equality import Answer, collect, make_core, random_prompt, run
 from .test_speculation_equality import eager
 from .token_mask import MaskedParams, TokenMask, is_allowed
 
@@ -240,18 +239,23 @@ def requests(rng: random.Random) -> list[EngineRequest]:
     ]
 
 
-def make_core(tiny_models: TinyModels, kind: str, processors: Sequence[LogitsProcessor] = PROCESSORS) -> EngineCore:
-    settings: dict[str, Any] = {
-        "plain": {},
+def crowded_core(tiny_models: TinyModels, kind: str) -> EngineCore:
+    settings: dict[str, dict[str, Any]] = {
         "overlap": {"overlap": True},
         "ngram": {},
         "draft model": {"speculative_model_dir": tiny_models.path("llama")},
-    }[kind]
-    if kind != "plain":
-        settings |= {"block_size": 4, "max_num_batched_tokens": 21, "max_total_tokens": 112, "max_model_len": 80}
-    config = EngineConfig(model_dir=tiny_models.path("llama"), speculative_method="off", **BASE | settings)
-    core = build_core(config, lambda *_: None, processors)
-    if kind in ("ngram", "draft model"):
+    }
+    core = make_core(
+        tiny_models.path("llama"),
+        processors=PROCESSORS,
+        speculative_method="off",
+        block_size=4,
+        max_num_batched_tokens=21,
+        max_total_tokens=112,
+        max_model_len=80,
+        **settings[kind],
+    )
+    if kind != "overlap":
         proposer = NgramProposer() if kind == "ngram" else OpenProposer()
         core._speculator = core.scheduler._drafting = eager(proposer)
     return core
@@ -260,7 +264,9 @@ def make_core(tiny_models: TinyModels, kind: str, processors: Sequence[LogitsPro
 @pytest.fixture(scope="module")
 def expected(tiny_models: TinyModels) -> dict[str, Answer]:
     """Each request alone, and those that are not masked in an engine that knows no mask."""
-    with_mask, without = make_core(tiny_models, "plain"), make_core(tiny_models, "plain", LOGITS_PROCESSORS)
+    path = tiny_models.path("llama")
+    with_mask = make_core(path, processors=PROCESSORS, speculative_method="off")
+    without = make_core(path, speculative_method="off")
     answers: dict[str, Answer] = {}
     for request in requests(random.Random(6)):
         core = with_mask if isinstance(request.params, MaskedParams) else without
@@ -275,7 +281,7 @@ def test_a_new_processor_and_all_others_work_in_the_engine(
     tiny_models: TinyModels, expected: dict[str, Answer], kind: str
 ) -> None:
     """With preemption, chunked prefill, prefix hits, and steps ahead or speculation."""
-    core = make_core(tiny_models, kind)
+    core = crowded_core(tiny_models, kind)
     rng = random.Random(7)
     waiting = requests(random.Random(6))
     masked = [request for request in waiting if isinstance(request.params, MaskedParams)]

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling.history import TokenHistory
 from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow
-from fastserve.engine.transfers import Arrays
 
 
 class MaskedParams(SamplingParams, frozen=True):

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow, SamplingState, Stage
-from fastserve.engine.transfers import Arrays, to_device
+from fastserve.engine.transfers import to_device
 
 
 class Outgoing:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow
 from fastserve.engine.sampling.sparse import join_entries
-from fastserve.engine.transfers import Arrays
 
 
 class MinTokens(LogitsProcessor):

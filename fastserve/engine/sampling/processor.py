@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from fastserve.engine.contract import SamplingParams
-from fastserve.engine.transfers import Arrays
+from fastserve.engine.devices.device import Arrays
 
 
 class Stage(Enum):

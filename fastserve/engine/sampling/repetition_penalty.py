@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling.history import TokenCounts
 from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow
 from fastserve.engine.sampling.sparse import Entries, join_entries
-from fastserve.engine.transfers import Arrays
 
 
 class RepetitionPenalty(LogitsProcessor):

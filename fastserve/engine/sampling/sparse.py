@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastserve.engine.transfers import Arrays
+from fastserve.engine.devices.device import Arrays
 
 Entries = tuple[int, Sequence[int] | npt.NDArray[Any], Sequence[float] | npt.NDArray[Any]]
 """Row, token ids of which none stands twice, and a number for each."""

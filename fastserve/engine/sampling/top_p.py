@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling.processor import LogitsProcessor, Stage, column
-from fastserve.engine.transfers import Arrays
 
 
 class TopP(LogitsProcessor):
