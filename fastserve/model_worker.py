@@ -76,7 +76,6 @@ def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
             vocab_size=int(model.get("vocab_size", 256)),
             max_model_len=config.max_model_len or int(model.get("max_position_embeddings", 4096)),
             eos_token_ids=configured_eos_ids(source.folder),
-            model_path=str(source.folder),
             max_num_seqs=config.max_num_seqs,
             token_s=0.005,
         )

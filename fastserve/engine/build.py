@@ -60,7 +60,6 @@ def build_core(
         draft_model = _make_draft_model(config, draft, sizes, processors, _vocab_size(loaded))
         executor = DraftingExecutor(draft_model, runner)
     info = EngineInfo(
-        model_path=config.model_dir,
         architecture=type(loaded.model).__name__,
         device=", ".join(map(str, loaded.devices)),
         dtype=str(loaded.dtype).removeprefix("torch."),

@@ -99,7 +99,6 @@ class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an engine tells once it is ready."""
 
-    model_path: str
     architecture: str
     device: str
     dtype: str

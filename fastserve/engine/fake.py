@@ -61,7 +61,6 @@ class FakeOptions:
     num_blocks: int = 4096
     max_num_seqs: int = 256
     eos_token_ids: tuple[int, ...] = ()
-    model_path: str = "fake"
     start_s: float = 0.0
     first_token_s: float = 0.0
     token_s: float = 0.0
@@ -194,7 +193,6 @@ class FakeEngine:
         if options.start_failures:
             raise StartupError(options.start_failures.pop(0))
         self._info = EngineInfo(
-            model_path=options.model_path,
             architecture="fake",
             device="none",
             dtype="none",

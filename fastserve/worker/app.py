@@ -234,9 +234,15 @@ class Worker:
             template_timeout_s=config.template_timeout_s,
         )
         logger.info(
-            "ready: %s at %s, context of %d tokens, KV cache of %d tokens, up to %d requests at once",
+            "ready: %s at %s (%s, %s parameters, %s on %s, loaded in %.1f s), context of %d tokens, KV cache of "
+            "%d tokens, up to %d requests at once",
             ", ".join(setup.model_names),
             setup.address,
+            info.architecture,
+            _short(info.num_parameters),
+            info.dtype,
+            info.device,
+            info.load_s,
             info.max_model_len,
             info.num_blocks * info.block_size,
             admission.limit,
@@ -351,3 +357,11 @@ async def _ready(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     return Response(metrics_of(request).exposition(), media_type=CONTENT_TYPE)
+
+
+def _short(number: int) -> str:
+    """A number of parameters as people say it: 7.2B, 135M, 4.1M."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
+    return str(number)

@@ -189,7 +189,7 @@ def make_scheduler(
 
 def make_core(device: Device, guesser: Guesser | None = None, *, overlap: bool, clock: Clock) -> EngineCore:
     info = EngineInfo(
-        model_path="", architecture="", device="", dtype="", vocab_size=MAX_EXTRA_LOGITS // EXTRA_ROWS,
+        architecture="", device="", dtype="", vocab_size=MAX_EXTRA_LOGITS // EXTRA_ROWS,
         max_model_len=MAX_LEN, block_size=BLOCK, num_blocks=BLOCKS, eos_token_ids=(), num_parameters=0, load_s=0,
     )  # fmt: skip
     core = EngineCore(
