@@ -54,6 +54,8 @@ class StepProfiler:
         activity = find_device(None).profiler_activity
         if activity is not None:
             activities.append(activity)
+        self._path, self._failure = path, ConflictError("There is no trace: no step was recorded.")
+        self._num_left = num_warm_up_steps + num_steps
         self._profile = profile(
             activities=activities,
             schedule=schedule(wait=num_warm_up_steps - 1, warmup=1, active=num_steps, repeat=1),
