@@ -33,8 +33,7 @@ from fastserve.engine.speculation.speculator import OpenProposer
 from fastserve.engine.transfers import Readback, to_device
 
 from .conftest import TinyModels
-from .test_engine_equality import Answer, collect, random_prompt, run
-from .test_engine_equality import make_core as make_engine_core
+from .test_engine_equality import Answer, collect, make_core, random_prompt, run
 from .test_speculation_equality import eager
 from .token_mask import MaskedParams, TokenMask, is_allowed
 
@@ -240,15 +239,23 @@ def requests(rng: random.Random) -> list[EngineRequest]:
     ]
 
 
-def make_core(tiny_models: TinyModels, kind: str, processors: Sequence[LogitsProcessor] = PROCESSORS) -> EngineCore:
-    path = tiny_models.path("llama")
-    settings: dict[str, Any] = {"speculative_method": "off"}
-    if kind == "draft model":
-        settings["speculative_model_dir"] = path
-    if kind != "plain":
-        settings |= {"block_size": 4, "max_num_batched_tokens": 21, "max_total_tokens": 112, "max_model_len": 80}
-    core = make_engine_core(path, overlap=True if kind == "overlap" else None, processors=processors, **settings)
-    if kind in ("ngram", "draft model"):
+def crowded_core(tiny_models: TinyModels, kind: str) -> EngineCore:
+    settings: dict[str, dict[str, Any]] = {
+        "overlap": {"overlap": True},
+        "ngram": {},
+        "draft model": {"speculative_model_dir": tiny_models.path("llama")},
+    }
+    core = make_core(
+        tiny_models.path("llama"),
+        processors=PROCESSORS,
+        speculative_method="off",
+        block_size=4,
+        max_num_batched_tokens=21,
+        max_total_tokens=112,
+        max_model_len=80,
+        **settings[kind],
+    )
+    if kind != "overlap":
         proposer = NgramProposer() if kind == "ngram" else OpenProposer()
         core._speculator = core.scheduler._drafting = eager(proposer)
     return core
@@ -257,7 +264,9 @@ def make_core(tiny_models: TinyModels, kind: str, processors: Sequence[LogitsPro
 @pytest.fixture(scope="module")
 def expected(tiny_models: TinyModels) -> dict[str, Answer]:
     """Each request alone, and those that are not masked in an engine that knows no mask."""
-    with_mask, without = make_core(tiny_models, "plain"), make_core(tiny_models, "plain", LOGITS_PROCESSORS)
+    path = tiny_models.path("llama")
+    with_mask = make_core(path, processors=PROCESSORS, speculative_method="off")
+    without = make_core(path, speculative_method="off")
     answers: dict[str, Answer] = {}
     for request in requests(random.Random(6)):
         core = with_mask if isinstance(request.params, MaskedParams) else without
@@ -272,7 +281,7 @@ def test_a_new_processor_and_all_others_work_in_the_engine(
     tiny_models: TinyModels, expected: dict[str, Answer], kind: str
 ) -> None:
     """With preemption, chunked prefill, prefix hits, and steps ahead or speculation."""
-    core = make_core(tiny_models, kind)
+    core = crowded_core(tiny_models, kind)
     rng = random.Random(7)
     waiting = requests(random.Random(6))
     masked = [request for request in waiting if isinstance(request.params, MaskedParams)]
