@@ -81,8 +81,8 @@ def random_tokens(rng: random.Random, longest: int = 20) -> list[int]:
 
 
 def random_values(processor: LogitsProcessor, num_rows: int) -> torch.Tensor:
-    """As its stage has them."""
-    logits = 2 * torch.randn(num_rows, VOCABULARY)
+    """As its stage has them, flat ones and ones so steep that sums of their tails are lost to rounding."""
+    logits = torch.randint(1, 12, (num_rows, 1)) * torch.randn(num_rows, VOCABULARY)
     return logits if processor.stage is Stage.LOGITS else logits.softmax(-1).sort(dim=-1, descending=True).values
 
 
