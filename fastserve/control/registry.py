@@ -56,7 +56,7 @@ class RegistryLimits:
 
 
 @dataclass(slots=True, eq=False)
-class _Worker:
+class _WorkerRecord:
     address: str
     status: WorkerStatus
     check_heart_beat: bool
@@ -106,13 +106,13 @@ class WorkerRegistry:
         self._limits = limits
         self._clock = clock
         self._rng = rng
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, _WorkerRecord] = {}
         self._models = ModelBook(dispatch.load(dispatch_method), limits.max_model_names, limits.model_memory_s)
         self._leases = LeaseBook(limits.max_leases)
         self._speeds = SpeedBook()
         self._rows = ChangeLog()
         self._epoch = f"{rng.getrandbits(64):016x}"
-        self._wakes: list[tuple[float, int, _Worker]] = []
+        self._wakes: list[tuple[float, int, _WorkerRecord]] = []
         self._sequence = itertools.count()
         self._log_second, self._num_lines = -math.inf, 0
         self._num_refused = 0
@@ -222,7 +222,7 @@ class WorkerRegistry:
         now = self._clock()
         ended = dict.fromkeys(itertools.chain(leases, failed, unused))
         failed, unused = frozenset(failed), frozenset(unused)
-        touched: dict[str, _Worker] = {}
+        touched: dict[str, _WorkerRecord] = {}
         for lease in ended:
             address = self._leases.owner(lease)
             if address is None:
@@ -365,8 +365,8 @@ class WorkerRegistry:
         if worker is None or worker.status.model_names != status.model_names:
             self._models.check_room(dict.fromkeys(status.model_names))
 
-    def _add(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> _Worker:
-        worker = self._workers[name] = _Worker(name, status, check_heart_beat, self._clock())
+    def _add(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> _WorkerRecord:
+        worker = self._workers[name] = _WorkerRecord(name, status, check_heart_beat, self._clock())
         self._log(logging.INFO, "Worker %s is registered. %s", *_named(worker))
         return worker
 
@@ -382,7 +382,7 @@ class WorkerRegistry:
         address, models = _named(worker)
         self._log(logging.WARNING, "Worker %s is dropped: %s. %s", address, reason, models)
 
-    def _sign_of_life(self, worker: _Worker, queue_length: int, status: WorkerStatus | None) -> None:
+    def _sign_of_life(self, worker: _WorkerRecord, queue_length: int, status: WorkerStatus | None) -> None:
         now = self._clock()
         if worker.failed_at is not None:
             self._log(logging.INFO, "Worker %s is back. %s", *_named(worker))
@@ -416,7 +416,9 @@ class WorkerRegistry:
         self._update_all((address for address in changed if address != worker.address), now)
         self._schedule(worker, now)
 
-    def _list_models_of(self, worker: _Worker, names: tuple[str, ...], capabilities: Iterable[str], now: float) -> None:
+    def _list_models_of(
+        self, worker: _WorkerRecord, names: tuple[str, ...], capabilities: Iterable[str], now: float
+    ) -> None:
         """The worker serves these models from now on, and offers these capabilities for each."""
         offered = dict.fromkeys(itertools.product(names, capabilities))
         served = frozenset(names)
@@ -433,7 +435,7 @@ class WorkerRegistry:
         for address in addresses:
             self._update(self._workers[address], now)
 
-    def _update(self, worker: _Worker, now: float) -> None:
+    def _update(self, worker: _WorkerRecord, now: float) -> None:
         """Bring the indexes and the table to what is known of the worker."""
         usable = self._is_usable(worker, now)
         address, in_flight, speed = worker.address, self._in_flight(worker), self._speeds.speed(worker.address)
@@ -466,7 +468,7 @@ class WorkerRegistry:
             worker.row, worker.row_speed, worker.row_json = row, speed, None
             self._rows.put(address)
 
-    def _set_usable(self, pool: Pool, worker: _Worker, usable: bool) -> None:
+    def _set_usable(self, pool: Pool, worker: _WorkerRecord, usable: bool) -> None:
         """Count the worker among the usable ones of one of its pools, or no longer."""
         if pool.workers[worker.address] == usable:
             return
@@ -483,7 +485,7 @@ class WorkerRegistry:
             other = self._workers[address]
             pool.index.set(address, self._speeds.speed(address), self._in_flight(other))
 
-    def _failed_request(self, worker: _Worker, now: float, sent_at: float | None) -> None:
+    def _failed_request(self, worker: _WorkerRecord, now: float, sent_at: float | None) -> None:
         if worker.breaker.fail(now, sent_at):
             self._num_breakers_opened += 1
             worker.probe = None
@@ -502,7 +504,7 @@ class WorkerRegistry:
         if self._num_lines <= MAX_LINES_PER_S:
             logger.log(level, text, *values)
 
-    def _schedule(self, worker: _Worker, now: float) -> None:
+    def _schedule(self, worker: _WorkerRecord, now: float) -> None:
         """Look at the worker again when something of it becomes due, if not sooner for another reason."""
         due = math.inf
         if worker.check_heart_beat:
@@ -519,7 +521,7 @@ class WorkerRegistry:
                 self._wakes = [(w.wake_at, next(self._sequence), w) for w in waking]
                 heapq.heapify(self._wakes)
 
-    def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _Worker | None:
+    def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _WorkerRecord | None:
         pools = self._models.pools(model)
         wanted = pools if capability is None else (capability,) if capability in pools else ()
         exclude = frozenset(exclude)
@@ -558,7 +560,7 @@ class WorkerRegistry:
         statuses = (self._workers[address].status for pool in pools for address in pool.workers)
         return any(not status.ready and status.capabilities is None for status in statuses)
 
-    def _entry(self, worker: _Worker) -> WorkerEntry:
+    def _entry(self, worker: _WorkerRecord) -> WorkerEntry:
         return WorkerEntry.model_construct(
             address=worker.address,
             status=worker.status,
@@ -567,28 +569,28 @@ class WorkerRegistry:
             breaker=worker.breaker.state(self._clock()),
         )
 
-    def _row_json(self, worker: _Worker) -> bytes:
+    def _row_json(self, worker: _WorkerRecord) -> bytes:
         """The row as it was when it last counted as changed."""
         if worker.row_json is None:
             worker.row_json = self._entry(worker).model_dump_json(exclude={"status": {"leases"}}).encode()
         return worker.row_json
 
-    def _in_flight(self, worker: _Worker) -> int:
+    def _in_flight(self, worker: _WorkerRecord) -> int:
         # Who claims a million has the last place anyway, and its row stays within what API servers accept.
         return min(self._leases.count(worker.address) + worker.unleased + worker.unlisted, MAX_REQUESTS)
 
-    def _is_usable(self, worker: _Worker, now: float) -> bool:
+    def _is_usable(self, worker: _WorkerRecord, now: float) -> bool:
         if not worker.status.ready:
             return False
         if worker.failed_at is None:
             return True
         return not worker.check_heart_beat and now - worker.failed_at >= RETRY_S
 
-    def _patience_s(self, worker: _Worker) -> float:
+    def _patience_s(self, worker: _WorkerRecord) -> float:
         interval = worker.status.heartbeat_interval_s
         return self._heartbeat_expiration_s if interval is None else max(MISSED_HEARTBEATS * interval, MIN_EXPIRATION_S)
 
 
-def _named(worker: _Worker) -> tuple[str, str]:
+def _named(worker: _WorkerRecord) -> tuple[str, str]:
     """Address and models, for a log line."""
     return printable(worker.address), f"Models: {printable(', '.join(worker.status.model_names)) or 'none'}."
