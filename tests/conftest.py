@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,32 @@ COMPAT_MODULES = {
 """Modules whose tests show that a release of a dependency is served with: what it loads, recognises and computes."""
 
 
+SHARED_FOLDER = "trio"
+"""All tests of this folder share services, so one process runs them all, one after the other; it begins with them."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in COMPAT_MODULES:
             item.add_marker("compat")
+    items.sort(key=lambda item: item.path.parent.name != SHARED_FOLDER)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`: files are given out in the order above, those of the shared folder as if they were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    scheduler = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+
+    def scope_of(node_id: str) -> str:
+        file: str = file_of(node_id)
+        return SHARED_FOLDER if Path(file).parent.name == SHARED_FOLDER else file
+
+    scheduler._split_scope = scope_of
+    return scheduler

@@ -9,14 +9,15 @@ import socket
 import psutil
 
 FIRST_PORT = 12_000
-NUM_PORTS = 10_000
-"""Below the ports that systems give to outgoing connections, one of which could take a port before its service does."""
+NUM_PORTS = 5_000
+"""For each of four processes that run tests. All are below the ports that systems give to outgoing connections, one of
+which could take a port before its service does."""
 
 
 def free_ports(count: int) -> list[int]:
     """Different ports for each of the processes that run tests side by side."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    first = FIRST_PORT + worker % 2 * NUM_PORTS
+    first = FIRST_PORT + worker % 4 * NUM_PORTS
     free: list[int] = []
     for port in random.sample(range(first, first + NUM_PORTS), NUM_PORTS):
         try:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastserve.serving import direct
 from fastserve.serving.direct import DirectProtocol, DirectQueue, offer_direct_answers
-from tests.gateway.cluster import until
+from tests.apps import until
 from tests.keys import UNGUARDED
 
 Answer = tuple[int, bytes]

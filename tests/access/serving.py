@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from fastserve.config import ApiServerConfig, ControllerConfig, WorkerConfig
 from fastserve.control.app import create_app as create_controller
 from fastserve.demo import demo_model_path
@@ -17,7 +15,7 @@ from fastserve.engine.fake import FakeEngine, FakeOptions
 from fastserve.gateway.app import create_app as create_server
 from fastserve.serving.listen import bind
 from fastserve.worker.app import Worker, WorkerSetup
-from tests.gateway.cluster import until
+from tests.apps import serve_app
 
 MODEL = "fastserve-demo"
 
@@ -36,17 +34,8 @@ async def run_app(make: Any) -> AsyncIterator[str]:
     """Serve what `make(address)` returns on a free port of the loopback device; gives the address."""
     sockets = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-    config = uvicorn.Config(make(address), log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve(sockets=sockets))
-    await until(lambda: server.started or serving.done())
-    try:
+    async with serve_app(make(address), sockets):
         yield address
-    finally:
-        server.should_exit = True
-        await serving
-        for sock in sockets:
-            sock.close()
 
 
 @asynccontextmanager

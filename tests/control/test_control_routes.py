@@ -19,7 +19,7 @@ from fastserve.control import fastchat_relay, routes, worker_client
 from fastserve.control.app import create_app
 from fastserve.errors import StartupError
 from fastserve.protocol import LEASE_HEADER, WorkerStatus
-from tests.gateway.cluster import serve_app
+from tests.apps import serve_app
 from tests.keys import UNGUARDED
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

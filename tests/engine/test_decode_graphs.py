@@ -142,7 +142,7 @@ def test_an_engine_on_graphs_equals_generate(
         speculative_method="off",  # drafts would be waited for
     )  # fmt: skip
     recorder.replays = 0
-    lengths = {"a": (20, 3), "b": (1, 9), "late": (3, 4)}
+    lengths = {"a": (20, 3), "b": (1, 7), "late": (3, 3)}
     prompts = {key: list(range(2, 2 + length)) for key, (length, _) in lengths.items()}
     answers = {key: Answer() for key in lengths}
     for key, (_, max_tokens) in lengths.items():

@@ -171,15 +171,6 @@ def test_a_failed_start_says_why(tiny_models: TinyModels, settings: dict[str, ob
         build_core(config(**{"path": tiny_models.path("llama"), **settings}), lambda *_: None)  # type: ignore[arg-type]
 
 
-@module_loop
-async def test_the_reason_of_a_failed_start_crosses_the_process(tmp_path: Path) -> None:
-    engine = EngineProcess(config(str(tmp_path / "missing")))
-    with pytest.raises(StartupError, match="missing"):
-        await engine.start(lambda _: None)
-    assert engine.pid is not None
-    assert not psutil.pid_exists(engine.pid)
-
-
 @pytest.mark.parametrize(
     ("kept_bytes", "words"), [(2000, "its header is broken or cut off"), (20000, "is cut off in the tensor lm_head")]
 )

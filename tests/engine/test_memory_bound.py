@@ -128,16 +128,15 @@ async def drive(engine: EngineProcess) -> float:
 
     todo = requests()
     answers = await asyncio.gather(*map(answer, todo))
+    model = AutoModelForCausalLM.from_pretrained(engine._config.model_dir, dtype=torch.float32).eval()
     for request, found in zip(todo, answers, strict=True):
         assert len(found) == request.params.max_tokens
         if request.params.temperature == 0:
-            assert_greedy(engine, request, found)
+            assert_greedy(model, request, found)
     return most_used
 
 
-def assert_greedy(engine: EngineProcess, request: EngineRequest, answer: list[int]) -> None:
-    path = engine._config.model_dir
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def assert_greedy(model: torch.nn.Module, request: EngineRequest, answer: list[int]) -> None:
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([request.prompt_ids + answer]), use_cache=False).logits[0]
     rows = logits[len(request.prompt_ids) - 1 : -1]
@@ -237,10 +236,14 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
 async def test_too_little_memory_is_a_sentence(
     model_path: str, idle: dict[str, int], room: int, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """It crosses from the engine's process, which then is gone."""
     limit = idle["VmData"] + room * MB
+    engine = EngineProcess(config(model_path))
     with pytest.raises(StartupError, match=words):
-        async with started(EngineProcess(config(model_path)), lambda pid: prlimit(pid, "RLIMIT_DATA", limit)):
+        async with started(engine, lambda pid: prlimit(pid, "RLIMIT_DATA", limit)):
             pass
+    assert engine.pid is not None
+    assert not psutil.pid_exists(engine.pid)
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import uvicorn
 from aiohttp import web
-from fastapi import FastAPI
 
 from fastserve.config import ApiServerConfig
 from fastserve.gateway.app import create_app
@@ -30,21 +27,14 @@ from fastserve.protocol import (
     WorkerName,
     WorkerStatus,
 )
+from tests.apps import serve_app as serve_app
+from tests.apps import until as until
 
 Script = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = "demo"
 EVENTS = [b'data: {"choices":[{"delta":{"content":"%d"}}]}\n\n' % number for number in range(5)]
 DONE = b"data: [DONE]\n\n"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    """Wait until the condition holds."""
-    async with asyncio.timeout(timeout):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.005)
 
 
 class StubServer:
@@ -350,23 +340,3 @@ async def start_cluster(*, model_routes: Sequence[ModelRoute] = MODEL_ROUTES, **
         headers = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
         http = await stack.enter_async_context(aiohttp.ClientSession(headers=headers))
         yield Cluster(controller, url, http, stack)
-
-
-@asynccontextmanager
-async def serve_app(app: FastAPI) -> AsyncIterator[str]:
-    """Serve on loopback in this event loop, without uvicorn's signal handlers and ticks; gives the base address."""
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    config.load()
-    server = uvicorn.Server(config)
-    server.lifespan = config.lifespan_class(config)
-    await server.startup(sockets=[sock])
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    finally:
-        # Clients have closed by now; to shut down while the server still thinks otherwise takes a tick of 0.1 s.
-        with contextlib.suppress(TimeoutError):
-            await until(lambda: not server.server_state.connections, timeout=0.05)
-        await server.shutdown(sockets=[sock])
-        sock.close()

@@ -13,7 +13,6 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-import uvicorn
 
 from fastserve.config import WorkerConfig
 from fastserve.demo import demo_model_path
@@ -27,11 +26,12 @@ from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.openai_routes import HANDLERS
 from fastserve.worker.runtime import ModelHandler, Runtime
+from tests.apps import serve_app
 
 MODEL = "fastserve-demo"
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> float:
     """Wait until `condition` holds; return the seconds that it took."""
     started = time.monotonic()
     while not condition():
@@ -130,11 +130,10 @@ def run_worker(model_dir: Path) -> RunWorker:
         config = WorkerConfig(engine="fake", **settings)
         sockets = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-        engine, ended = FakeEngine(options), asyncio.Event()
-        server: uvicorn.Server | None = None
+        engine, ended, listening = FakeEngine(options), asyncio.Event(), asyncio.Event()
 
-        async def listening() -> None:
-            await until(lambda: server is not None and server.started)
+        async def wait_listening() -> None:
+            await listening.wait()
 
         setup = WorkerSetup(
             config=config,
@@ -142,29 +141,23 @@ def run_worker(model_dir: Path) -> RunWorker:
             model_dir=folder,
             model_names=config.model_names or (MODEL,),
             address=url,
-            wait_listening=listening,
+            wait_listening=wait_listening,
             end_process=ended.set,
             restart_policy=restart_policy or RestartPolicy(first_pause_s=0.01),
             handlers=handlers,
         )
         worker = Worker(setup)
-        server = uvicorn.Server(
-            uvicorn.Config(worker.app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
-        )
-        serving = asyncio.create_task(server.serve(sockets=sockets))
-        await until(lambda: serving.done() or ended.is_set() or worker.app.state.runtime is not None)
-        assert worker.failure is None, "the worker did not start"
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        try:
-            # Also bodies that are no JSON say that they are: others are refused before they are looked at.
-            async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as http:
-                yield Running(url, worker, engine, http, client, ended)
-        finally:
-            await client.close()
-            await worker.goodbye()
-            server.should_exit = True
-            await serving
-            for sock in sockets:
-                sock.close()
+        async with serve_app(worker.app, sockets):
+            listening.set()
+            await until(lambda: worker.failure or ended.is_set() or worker.app.state.runtime is not None)
+            assert worker.failure is None, "the worker did not start"
+            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            try:
+                # Also bodies that are no JSON say that they are: others are refused before they are looked at.
+                async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as http:
+                    yield Running(url, worker, engine, http, client, ended)
+            finally:
+                await client.close()
+                await worker.goodbye()
 
     return run

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
@@ -95,38 +95,40 @@ async def is_still(engine: Engine) -> bool:
     return engine.stats.paused and engine.stats.steps == steps
 
 
+class Started(NamedTuple):
+    engine: Engine
+    info: EngineInfo
+    progress: list[LoadProgress]
+
+
 @pytest.mark.asyncio(loop_scope="class")
 class EngineContract:
-    """A subclass gives a class-scoped fixture `make_engine`; one engine serves all tests but those of start and end."""
+    """A subclass gives a class-scoped fixture `make_engine`; one engine serves all tests but that of its end."""
 
     @pytest_asyncio.fixture(scope="class", loop_scope="class")
     @classmethod
-    async def started(cls, make_engine: MakeEngine) -> AsyncIterator[tuple[Engine, EngineInfo]]:
-        engine = make_engine()
-        info = await engine.start(_ignore)
-        yield engine, info
+    async def started(cls, make_engine: MakeEngine) -> AsyncIterator[Started]:
+        engine, progress = make_engine(), list[LoadProgress]()
+        info = await engine.start(progress.append)
+        yield Started(engine, info, progress)
         await engine.close()
 
     @pytest.fixture
-    def engine(self, started: tuple[Engine, EngineInfo]) -> Engine:
-        return started[0]
+    def engine(self, started: Started) -> Engine:
+        return started.engine
 
     @pytest.fixture
-    def info(self, started: tuple[Engine, EngineInfo]) -> EngineInfo:
-        return started[1]
+    def info(self, started: Started) -> EngineInfo:
+        return started.info
 
-    async def test_start_reports_progress_and_sizes(self, make_engine: MakeEngine) -> None:
-        engine, seen = make_engine(), list[LoadProgress]()
-        info = await engine.start(seen.append)
-        try:
-            assert seen
-            assert all(0 <= progress.done <= progress.total for progress in seen)
-            assert info.vocab_size > max(PROMPT)
-            assert 0 < info.max_model_len <= info.num_blocks * info.block_size
-            await wait_stats(engine, lambda stats: stats.num_blocks == info.num_blocks)
-            assert engine.stats.num_running == 0
-        finally:
-            await engine.close()
+    async def test_start_reports_progress_and_sizes(self, started: Started) -> None:
+        info = started.info
+        assert started.progress
+        assert all(0 <= progress.done <= progress.total for progress in started.progress)
+        assert info.vocab_size > max(PROMPT)
+        assert 0 < info.max_model_len <= info.num_blocks * info.block_size
+        await wait_stats(started.engine, lambda stats: stats.num_blocks == info.num_blocks)
+        assert started.engine.stats.num_running == 0
 
     async def test_answers_end_at_max_tokens(self, engine: Engine) -> None:
         for max_tokens in (1, 2, 9):

@@ -21,7 +21,7 @@ from fastserve.gateway.app import create_app as create_api_server
 from fastserve.openai.routes import MODEL_ROUTES, ModelRoute
 from fastserve.worker.openai_routes import HANDLERS
 from fastserve.worker.runtime import ModelHandler
-from tests.gateway.cluster import serve_app
+from tests.apps import serve_app
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
 
