@@ -1,9 +1,18 @@
 """Good clients beside attackers: `python -m benchmarks.attacks`.
 
-Starts a trio on the demo model and keeps 8 clients asking questions: first a quiet time, then the same load beside an
-attack, each of `--seconds`. A row of the table says what the good clients noticed (requests, lost or wrong ones, p99 of
-their latency beside the quiet one) and by how much the resident memory of the services grew. Everything is on the
-loopback device and bounded in number and time.
+Starts a trio on the demo model and keeps 8 clients asking questions, in windows of `--seconds` that take turns,
+`--rounds` of each kind:
+
+- quiet: the good clients alone;
+- attacked: beside an attack, which is a process of its own, so that its work does not delay the good clients' own loop;
+- busy cores: beside a process that burns as much CPU time as the attacker did in the window before, and connects to
+  nothing. On one machine attackers take cores from the services; this is what that alone does to the good clients.
+
+A row of the table pools the requests of each kind and says what the good clients noticed (requests, lost or wrong ones,
+p99 of their latency and its ratio to the quiet one), what share of a core the attacker took, how much more CPU time a
+second the services took than in the quiet windows, and by how much their resident memory grew. A client's first
+request of a window, which opens its connection while all others open theirs, counts only when it is lost or wrong.
+Everything is on the loopback device and bounded in number and time.
 
 `--only NAME` runs one attack. The attacks are tests too (`tests/attacks`), which assert that nothing is lost.
 """
@@ -15,6 +24,7 @@ import asyncio
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import secrets
 import statistics
@@ -22,9 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +48,7 @@ MODEL = "fastserve-demo"
 NUM_GOOD_CLIENTS = 8
 QUESTIONS = {f"What is {a} + {b}?": str(a + b) for a in (3, 7, 12) for b in (5, 8)}
 START_TIMEOUT_S = 120.0
+BURST_S = 0.02
 
 
 # ---- the services under attack ----------------------------------------------------------------------------------
@@ -74,6 +86,17 @@ class Target:
                 except psutil.NoSuchProcess:
                     continue
         return total / 1e6
+
+    def cpu_s(self) -> float:
+        """CPU time that the services and all that they started have taken, in seconds."""
+        total = 0.0
+        for pid in self.pids:
+            process = psutil.Process(pid)
+            for one in (process, *process.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    times = one.cpu_times()
+                    total += times.user + times.system
+        return total
 
 
 def free_ports(count: int) -> list[int]:
@@ -170,7 +193,8 @@ async def good_clients(target: Target, clients: int = NUM_GOOD_CLIENTS) -> Async
             text, answer = list(QUESTIONS.items())[number % len(QUESTIONS)]
             began = time.monotonic()
             problem = await _ask(http, target.server, text, answer, stream=number % 2 == 0)
-            seen.latencies_s.append(time.monotonic() - began)
+            if number > start:
+                seen.latencies_s.append(time.monotonic() - began)
             if problem:
                 seen.lost.append(problem)
             await asyncio.sleep(0.02)
@@ -209,7 +233,7 @@ async def _ask(http: aiohttp.ClientSession, server: str, text: str, answer: str,
 # Each runs until `target.running` is false, and takes care that it does little else than wait: what is to be seen is
 # what the services do, not what the attacker's own work takes from them.
 
-Attack = Callable[[Target], Awaitable[None]]
+Attack = Callable[[Target], Coroutine[Any, Any, None]]
 ATTACKS: dict[str, Attack] = {}
 
 
@@ -647,17 +671,82 @@ async def _until(target: Target, work: Awaitable[Any]) -> None:
         await asyncio.wait_for(work, max(0.01, target.until - time.monotonic()))
 
 
+# ---- attackers as processes ---------------------------------------------------------------------------------------
+
+
+class Attacker:
+    """A process that attacks, or burns CPU time, when it is told to. Use it as a context manager."""
+
+    def __init__(self, target: Target) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve_orders, args=(theirs, target), daemon=True)
+
+    def __enter__(self) -> Attacker:
+        self._process.start()
+        self._connection.recv()  # it has imported what it needs
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.send(None)
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    async def attack(self, name: str, seconds: float) -> float:
+        """Returns the CPU seconds that it took."""
+        return await self._order(name, seconds, 0.0)
+
+    async def burn(self, share: float, seconds: float) -> float:
+        """Take this share of one core, and connect to nothing."""
+        return await self._order(None, seconds, share)
+
+    async def _order(self, name: str | None, seconds: float, share: float) -> float:
+        self._connection.send((name, seconds, share))
+        answer = await asyncio.to_thread(self._connection.recv)
+        if isinstance(answer, str):
+            raise RuntimeError(f"the attack {name} failed: {answer}")
+        return float(answer)
+
+
+def _serve_orders(connection: Connection, target: Target) -> None:
+    connection.send("ready")
+    while (order := connection.recv()) is not None:
+        name, seconds, share = order
+        began = time.process_time()
+        try:
+            if name is None:
+                _burn(share, seconds)
+            else:
+                target.until = time.monotonic() + seconds
+                asyncio.run(ATTACKS[name](target))
+            connection.send(time.process_time() - began)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other side raises it
+            connection.send(repr(error))
+
+
+def _burn(share: float, seconds: float) -> None:
+    """In bursts, as attackers do."""
+    until = time.monotonic() + seconds
+    while (now := time.monotonic()) < until:
+        busy_until = now + BURST_S * share
+        while time.monotonic() < busy_until:
+            pass
+        time.sleep(max(0.0, now + BURST_S - time.monotonic()))
+
+
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
-async def attacked(target: Target, name: str, seconds: float) -> tuple[Seen, float]:
-    """What good clients noticed of an attack, and by how many MB the services grew."""
+async def attacked(target: Target, attacker: Attacker, name: str, seconds: float) -> tuple[Seen, float, float]:
+    """What good clients noticed of an attack, by how many MB the services grew, and the attacker's CPU seconds."""
     before_mb = target.rss_mb()
-    target.until = time.monotonic() + seconds
     async with good_clients(target) as seen:
-        await ATTACKS[name](target)
+        cpu_s = await attacker.attack(name, seconds)
     await asyncio.sleep(0.5)
-    return seen, target.rss_mb() - before_mb
+    return seen, target.rss_mb() - before_mb, cpu_s
 
 
 async def quiet(target: Target, seconds: float) -> Seen:
@@ -667,24 +756,61 @@ async def quiet(target: Target, seconds: float) -> Seen:
     return seen
 
 
+async def beside_busy_cores(target: Target, attacker: Attacker, share: float, seconds: float) -> Seen:
+    async with good_clients(target) as seen:
+        await attacker.burn(share, seconds)
+    return seen
+
+
+def _pooled(rounds: list[Seen]) -> Seen:
+    return Seen([one for seen in rounds for one in seen.latencies_s], [one for seen in rounds for one in seen.lost])
+
+
+async def _row(target: Target, name: str, seconds: float, rounds: int) -> str:
+    calm: list[Seen] = []
+    hit: list[Seen] = []
+    busy: list[Seen] = []
+    grown_mb, attacker_s, calm_s, hit_s = 0.0, 0.0, 0.0, 0.0
+    with Attacker(target) as attacker:
+        for _ in range(rounds):
+            before_s = target.cpu_s()
+            calm.append(await quiet(target, seconds))
+            calm_s += target.cpu_s() - before_s
+            before_s = target.cpu_s()
+            seen, more_mb, cpu_s = await attacked(target, attacker, name, seconds)
+            hit_s += target.cpu_s() - before_s
+            hit.append(seen)
+            grown_mb, attacker_s = grown_mb + more_mb, attacker_s + cpu_s
+            busy.append(await beside_busy_cores(target, attacker, min(1.0, cpu_s / seconds), seconds))
+    all_calm, all_hit, all_busy = _pooled(calm), _pooled(hit), _pooled(busy)
+    for problem in all_hit.lost[:2]:
+        print(f"lost under {name}: {problem}", file=sys.stderr, flush=True)
+    per_round = statistics.median(one.p99_s / before.p99_s for one, before in zip(hit, calm, strict=True))
+    return (
+        f"| {name} | {len(all_hit.latencies_s)} | {len(all_hit.lost)} | {all_calm.p99_s * 1e3:.0f} "
+        f"| {all_hit.p99_s * 1e3:.0f} | {all_busy.p99_s * 1e3:.0f} | {all_hit.p99_s / all_calm.p99_s:.2f} "
+        f"| {per_round:.2f} | {all_busy.p99_s / all_calm.p99_s:.2f} | {attacker_s / rounds / seconds:.2f} "
+        f"| {(hit_s - calm_s) / rounds / seconds:+.2f} | {grown_mb:+.0f} |"
+    )
+
+
+HEADINGS = (
+    *("attack", "good requests", "lost", "p99 quiet, ms", "attacked", "busy cores", "attacked / quiet"),
+    *("median of rounds", "busy / quiet", "attacker's cores", "services' cores", "memory, MB"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each quiet time and of each attack")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of each window")
+    parser.add_argument("--rounds", type=int, default=3, help="windows of each kind")
     parser.add_argument("--only", choices=sorted(ATTACKS), action="append", help="run this attack (repeatable)")
     options = parser.parse_args()
-    print("| attack | good requests | lost | p99 quiet, ms | p99 attacked, ms | ratio | memory, MB |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
     with tempfile.TemporaryDirectory() as folder, running_trio(Path(folder)) as target:
+        asyncio.run(quiet(target, 1.0))  # what is made at first use is there
         for name in options.only or ATTACKS:
-            before = asyncio.run(quiet(target, options.seconds))
-            seen, grown_mb = asyncio.run(attacked(target, name, options.seconds))
-            print(
-                f"| {name} | {len(seen.latencies_s)} | {len(seen.lost)} | {before.p99_s * 1e3:.0f} "
-                f"| {seen.p99_s * 1e3:.0f} | {seen.p99_s / before.p99_s:.2f} | {grown_mb:+.0f} |",
-                flush=True,
-            )
-            for problem in seen.lost[:2]:
-                print(f"lost under {name}: {problem}", file=sys.stderr, flush=True)
+            print(asyncio.run(_row(target, name, options.seconds, options.rounds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,9 @@ class ServerConfig:
     )
     max_body_bytes: int = limit(8 * 2**20, "body of one request")
     max_buffered_bytes: int = limit(256 * 2**20, "bodies of all requests that run, together")
+    max_long_body_bytes_per_s: float = limit(
+        16 * 2**20, "bytes a second that are read of what bodies have beyond 64 KiB, of all requests together"
+    )
     memory_high_mark: float = limit(
         0.97,
         "share of the memory that machine, container or process limit allow (a number above 1: bytes of this process) "
@@ -366,6 +369,9 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     )
     max_preparing: int = limit(
         256, "most requests whose body waits to be read, rendered and tokenised; past that the answer is 429"
+    )
+    max_refused_prompt_percent: float = limit(
+        20, "share of such a thread's time that bodies which are refused may take", minimum=0.1
     )
     template_timeout_s: float = limit(10.0, "longest time in which a chat template may render", minimum=0.1)
     stream_interval: int = option(

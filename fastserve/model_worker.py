@@ -26,6 +26,8 @@ from fastserve.worker.app import Worker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 from fastserve.worker.refusals import refuse_unavailable
 
+SWITCH_INTERVAL_S = 0.0005
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _serve(config: WorkerConfig) -> None:
     check_tls(config)
+    # A thread that reads a long prompt gives the interpreter's lock back to the event loop after this time.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)

@@ -2,9 +2,9 @@
 
 A body that is wrong must cost little, and hold the interpreter's lock for a short time only. So its brackets are
 counted first; then it is cut into its fields, which builds nothing of them (a gigabyte a second); then the fields that
-are known are parsed, each against a bound on its size; lists are refused by their length before their elements are
-looked at, and by their first wrong element. Errors are written in the words of JSON (null, true, array), not in those
-of a library.
+are known are parsed, each against a bound on its size or, where it may be long, on the number of its values; lists are
+refused by their length before their elements are looked at, and by their first wrong element. Errors are written in the
+words of JSON (null, true, array), not in those of a library.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from fastserve.errors import InvalidRequestError
+from fastserve.errors import ContextLengthError, InvalidRequestError
 from fastserve.observability.text import printable
-from fastserve.serving.json_bounds import check_json_depth
+from fastserve.serving.json_bounds import check_json_depth, outside_strings
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -32,6 +32,10 @@ _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
 """Stops at the first element that is no object."""
 _ANYTHING = msgspec.json.Decoder()
+_FIRST_IS_NO_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
+_NOT_STRUCTURE = bytes(code for code in range(256) if code not in b'[]{}",')
+_VALUES_PER_PART = 8
+"""Values that a message, a content part or a tool call has, on average: most have 2 or 3, a tool call 5."""
 _NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
 
 _SHOWN_CHARS = 80
@@ -65,6 +69,8 @@ class RequestBounds:
     max_logit_bias: int = 4096
     max_json_depth: int = 64
     max_json_containers: int = 262_144
+    max_prompt_tokens: int = 2**31
+    """Token ids of all prompts together: follows from the model's context and the engine's sequences."""
 
     @property
     def max_field_bytes(self) -> int:
@@ -117,21 +123,22 @@ def read_fields(
     if len(raw) > MAX_FIELDS:
         raise InvalidRequestError(f"The request has {len(raw)} fields. Send at most {MAX_FIELDS}.")
     return {
-        name: _read_field(name, bytes(value), None if name in long else bounds.max_field_bytes)
-        if name in known
-        else None
+        name: _read_field(name, bytes(value), bounds, is_long=name in long) if name in known else None
         for name, value in raw.items()
     }
 
 
-def _read_field(name: str, raw: bytes, max_bytes: int | None) -> Any:
-    if max_bytes is not None and len(raw) > max_bytes:
-        flag = _FLAGS_OF_FIELDS.get(name)
-        raise InvalidRequestError(
-            f"Invalid value for '{name}': {printable(raw[:_SHOWN_CHARS].decode(errors='replace'))}… It has {len(raw)} "
-            f"bytes; give at most {max_bytes}{f' ({flag} sets this bound)' if flag else ''}.",
-            param=name,
-        )
+def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) -> Any:
+    most = bounds.max_field_bytes
+    if len(raw) > most:
+        if not is_long:
+            flag = _FLAGS_OF_FIELDS.get(name)
+            raise InvalidRequestError(
+                f"Invalid value for '{name}': {printable(raw[:_SHOWN_CHARS].decode(errors='replace'))}… It has "
+                f"{len(raw)} bytes; give at most {most}{f' ({flag} sets this bound)' if flag else ''}.",
+                param=name,
+            )
+        _check_shape(name, raw, bounds)
     try:
         return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -141,6 +148,57 @@ def _read_field(name: str, raw: bytes, max_bytes: int | None) -> Any:
                 f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
             ) from error
         raise explain_json(raw, error, name) from error
+
+
+def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
+    """Refuse messages and prompts that have too many values, before these are built, which takes a hundred times as
+    long as counting them and cannot be interrupted."""
+    if name == "messages":
+        most = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
+        shape = _shape(raw, most)
+        if shape.num_values > most or shape.num_containers > most // 2:
+            if _FIRST_IS_NO_OBJECT.match(raw):
+                return  # the parser stops there, and names it
+            raise InvalidRequestError(
+                f"Invalid value for '{name}': it has more parts than {bounds.max_messages} messages (--max-messages) "
+                f"with {bounds.max_content_parts} content parts (--max-content-parts) need. Send less in one request.",
+                param=name,
+            )
+        return
+    most = max(bounds.max_prompts, bounds.max_prompt_tokens)
+    shape = _shape(raw, most)
+    if shape.num_containers > bounds.max_prompts + 1 or shape.num_strings > bounds.max_prompts:
+        raise InvalidRequestError(
+            f"Invalid value for '{name}'. Send at most {bounds.max_prompts} in one request (--max-prompts).", param=name
+        )
+    if shape.num_values > most:
+        raise ContextLengthError(
+            f"Your {name} has {shape.num_values} token ids or more, and this server takes at most {most} in one "
+            "request, all prompts together. Please reduce the length of the prompt.",
+            param=name,
+        )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Numbers of what stands in JSON text; of more than was asked for, any greater number."""
+
+    num_values: int
+    """Those between commas, and one."""
+    num_containers: int
+    num_strings: int
+
+
+def _shape(raw: bytes, most: int) -> _Shape:
+    """Counts up to about `most` values, in a few passes in C; strings may be as long as they like."""
+    if b"\\" in raw:
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    structure = raw.translate(None, _NOT_STRUCTURE)
+    num_strings = structure.count(b'"') // 2
+    if num_strings > 2 * most:  # names of fields, and values
+        return _Shape(num_strings, 0, num_strings)
+    structure = outside_strings(structure)
+    return _Shape(structure.count(b",") + 1, structure.count(b"[") + structure.count(b"{"), num_strings)
 
 
 def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
@@ -182,13 +240,9 @@ def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestErro
 
 
 def _has_more_values(body: bytes, most: int) -> bool:
-    """Whether a body that claims to be JSON has more than `most` values, about; strings may be as long as they like."""
-    if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if body.count(b'"') > 4 * most:
-        return True
-    outside = b"".join(body.split(b'"')[::2])
-    return outside.count(b",") + outside.count(b"[") + outside.count(b"{") > most
+    """Whether a body that claims to be JSON has more than `most` values, about."""
+    shape = _shape(body, most)
+    return shape.num_values + shape.num_containers > most
 
 
 def _parse_int(digits: str) -> float:

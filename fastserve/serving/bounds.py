@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection
 
@@ -12,12 +13,17 @@ from fastserve.errors import BodyTooLargeError, ShortageError, UnsupportedEncodi
 from fastserve.host_memory import MemoryBound, memory_bounds
 from fastserve.observability.text import printable
 from fastserve.serving.errors import error_response
+from fastserve.serving.pacing import BytePacer
 
 logger = logging.getLogger(__name__)
 
 ALWAYS_SERVED = frozenset({"/health", "/metrics"})
 """Paths that are answered whatever the memory: what looks after a service must still see it."""
 SAMPLE_INTERVAL_S = 0.25
+UNPACED_BYTES = 65_536
+"""What of each body is read at once."""
+BURST_S = 0.125
+"""Bytes that may be read at once after a pause, in seconds of their rate."""
 
 
 class BodyBounds:
@@ -27,13 +33,24 @@ class BodyBounds:
     from `receive`, before it is read where Content-Length gives it away, and is answered like any error of the
     application: BodyTooLargeError, UnsupportedEncodingError, ShortageError. Bytes count from when they come until their
     request has ended; those that are announced only do not, or a few clients that send nothing would fill the room.
+
+    Each byte of a body costs the event loop time, on which all other requests wait: what bodies have beyond
+    UNPACED_BYTES is read no faster than `max_long_bytes_per_s`, of all requests together.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_buffered_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_buffered_bytes: int,
+        max_long_bytes_per_s: float,
+        clock: Callable[[], float],
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._max_buffered_bytes = max_buffered_bytes
         self._num_buffered_bytes = 0
+        self._pacer = BytePacer(max_long_bytes_per_s, round(max_long_bytes_per_s * BURST_S), clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,6 +76,9 @@ class BodyBounds:
                 check_room(len(body))
                 num_bytes += len(body)
                 self._num_buffered_bytes += len(body)
+                num_paced = min(len(body), num_bytes - UNPACED_BYTES)
+                if num_paced > 0 and (wait_s := self._pacer.take(num_paced)) > 0:
+                    await asyncio.sleep(wait_s)
             return message
 
         try:

@@ -33,6 +33,7 @@ from fastserve.errors import (
     ShuttingDownError,
 )
 from fastserve.observability.logging import Throttle
+from fastserve.serving.pacing import BytePacer
 from fastserve.serving.shortage import max_connections_of_process
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ MAX_SWEPT_AT_ONCE = 250
 LINGER_S = 2.0
 """How long the rest of a request is read and dropped after its answer. A connection closed with unread bytes is reset,
 and the client would lose the answer."""
+MAX_DROPPED_BYTES_PER_S = 32 * 2**20
+"""Of all connections together: whoever sends as fast as he can should not have the event loop do nothing but read."""
+_DROPPED_BURST_BYTES = 2 * 2**20
 FULL_LOG_INTERVAL_S = 5.0
 MAX_PIPELINED = 16
 """Requests that may wait behind the one that is answered."""
@@ -88,10 +92,13 @@ class ConnectionTable:
         self._connections: set[BoundedProtocol] = set()
         self._per_address: Counter[str] = Counter()
         self._num_lingering = 0
+        self.num_silent = 0
         self._full_log = Throttle(FULL_LOG_INTERVAL_S, loop.time)
         self._unswept: list[BoundedProtocol] = []
         """Connections that this sweep has still to look at."""
         self._sweep_pause_s = SWEEP_INTERVAL_S
+        self.dropped = BytePacer(MAX_DROPPED_BYTES_PER_S, _DROPPED_BURST_BYTES, loop.time)
+        """What is read of requests only to be dropped."""
         self._timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def __len__(self) -> int:
@@ -109,11 +116,27 @@ class ConnectionTable:
         self._connections.discard(connection)
         if connection.is_lingering:
             self._num_lingering -= 1
-        address = connection.address
+        self._release(connection.address)
+
+    def _release(self, address: str | None) -> None:
         if address is not None:
             self._per_address[address] -= 1
             if not self._per_address[address]:
                 del self._per_address[address]
+
+    def has_room(self, address: str | None) -> bool:
+        """Whether a connection from this address would be admitted."""
+        return self._refusal(address) is None
+
+    def add_silent(self, address: str | None) -> None:
+        """Count a connection that is a mere socket yet, until `remove_silent`."""
+        self.num_silent += 1
+        if address is not None:
+            self._per_address[address] += 1
+
+    def remove_silent(self, address: str | None) -> None:
+        self.num_silent -= 1
+        self._release(address)
 
     def add_lingering(self) -> bool:
         """Count a connection that lingers, until it is removed; whether there is room for it."""
@@ -128,7 +151,7 @@ class ConnectionTable:
         self._timer.cancel()
 
     def _refusal(self, address: str | None) -> FastserveError | None:
-        if len(self._connections) - self._num_lingering >= self.limits.max_connections:
+        if len(self._connections) + self.num_silent - self._num_lingering >= self.limits.max_connections:
             if self._full_log.passes():
                 logger.warning("all %d connections are in use; new ones are refused", self.limits.max_connections)
             return ShortageError(
@@ -216,6 +239,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.is_lingering:
+            self._pace_dropping(len(data))
             return
         if not self._has_begun:
             self._begin_message()
@@ -225,6 +249,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse(data)
         if self._num_overhead_bytes > self._limits.max_head_bytes and self._has_begun:
             self._refuse(self._too_large())
+        if self._linger_deadline != _NEVER:
+            self._pace_dropping(len(data))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -447,6 +473,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         return True
 
+    def _pace_dropping(self, num_bytes: int) -> None:
+        """Read on in a while, when all connections together drop more than they may. The kernel holds the sender up."""
+        wait_s = self._table.dropped.take(num_bytes)
+        if wait_s > 0 and not self.transport.is_closing():
+            self.flow.pause_reading()
+            self.loop.call_later(wait_s, self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+
     def _write_last(self, refusal: FastserveError) -> None:
         self.transport.write(_response(refusal))
         self._write_eof()
@@ -497,12 +534,16 @@ def client_address(peer: object, sock: socket.socket | None) -> str | None:
     if not isinstance(peer, tuple) or not peer:
         return None
     address = str(peer[0])
+    if address == "127.0.0.1":
+        return None  # the usual case, told at little cost
     try:
-        parsed = ipaddress.ip_address(address)
         own = sock.getsockname()[0] if sock is not None else None
+        if address == own:
+            return None
+        parsed = ipaddress.ip_address(address)
     except (ValueError, OSError):
         return address
-    if parsed.is_loopback or own == address:
+    if parsed.is_loopback:
         return None
     if parsed.version == 6 and parsed.is_global:
         return str(ipaddress.ip_network((parsed, 64), strict=False))

@@ -29,8 +29,7 @@ def _is_deeper(body: bytes, max_depth: int) -> bool:
         # In this order: of a run of backslashes each second one is escaped, and only a last odd one escapes a quote.
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = body.translate(_STEP, _NOT_STRUCTURE)
-    if b'"' in structure:
-        structure = b"".join(structure.split(b'"')[::2])
+    structure = outside_strings(structure)
     # Innermost pairs are most of the structure of flat bodies; without them each depth is one less.
     if _PAIR in structure:
         structure = structure.replace(_PAIR, b"")
@@ -43,3 +42,10 @@ def _is_deeper(body: bytes, max_depth: int) -> bool:
             return True
         depth = depths[-1]
     return max_depth < 0
+
+
+def outside_strings(structure: bytes) -> bytes:
+    """What of JSON text stands outside its strings, of which only quotes and characters of structure are left."""
+    # Two quotes side by side, most of what is left of strings, change nothing for what stands around them.
+    structure = structure.replace(b'""', b"")
+    return b"".join(structure.split(b'"')[::2]) if b'"' in structure else structure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.config import ServerConfig
 from fastserve.errors import StartupError
+from fastserve.serving.accepting import BACKLOG, Listener, listen
 from fastserve.serving.bounds import BodyBounds, MemoryGuard, MemoryMeter
 from fastserve.serving.connection import BoundedProtocol, ConnectionLimits, ConnectionTable, connection_limits
 from fastserve.serving.direct import MAX_DIRECT_BYTES, DirectProtocol, DirectQueue
@@ -36,7 +38,6 @@ HARD_EXIT_S = 0.8
 POLL_S = 0.05
 FLUSH_S = 0.5
 """How long the last bytes of answers may take to leave at the end of a drain."""
-BACKLOG = 4096
 
 
 class _Lifespan:
@@ -76,7 +77,13 @@ class _Application:
 
     def __init__(self, app: FastAPI, config: ServerConfig, vital_paths: Collection[str]) -> None:
         self.lifespan = _Lifespan(app)
-        bounded = BodyBounds(app, config.max_body_bytes, config.max_buffered_bytes)
+        bounded = BodyBounds(
+            app,
+            config.max_body_bytes,
+            config.max_buffered_bytes,
+            config.max_long_body_bytes_per_s,
+            time.monotonic,
+        )
         guarded = MemoryGuard(bounded, MemoryMeter(config.memory_high_mark, time.monotonic), vital_paths)
         self.requests = RunningRequests(guarded)
 
@@ -121,7 +128,8 @@ class _Server(uvicorn.Server):
         self._before_shutdown = before_shutdown
         self._table: ConnectionTable | None = None
         self._acceptor: HandshakeAcceptor | None = None
-        """With TLS only, in place of uvicorn's `servers`."""
+        """With TLS only, in place of the listeners."""
+        self._listeners: list[Listener] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and not self.force_exit:
@@ -147,9 +155,8 @@ class _Server(uvicorn.Server):
             return connection
 
         if self._ssl_context is None:
-            self.servers = [await loop.create_server(make_protocol, sock=sock, backlog=BACKLOG) for sock in sockets]
+            self._listeners = await listen(sockets, make_protocol, table)
         else:
-            self.servers = []
             self._acceptor = HandshakeAcceptor(
                 make_protocol,
                 self._ssl_context,
@@ -158,6 +165,9 @@ class _Server(uvicorn.Server):
             )
             for sock in sockets:
                 self._acceptor.listen(sock, BACKLOG)
+        # What has been made so far stays. Collections would look through it again and again, with all requests waiting.
+        gc.collect()
+        gc.freeze()
         self.started = True
         self._announcing = asyncio.create_task(self._announce())
 
@@ -175,8 +185,8 @@ class _Server(uvicorn.Server):
             await asyncio.gather(self._announcing, return_exceptions=True)
         if self._before_shutdown is not None:
             await self._until_second_signal(self._before_shutdown())
-        for server in self.servers:
-            server.close()
+        for listener in self._listeners:
+            listener.close()
         if self._acceptor is not None:
             await self._acceptor.close()
         for sock in sockets or []:

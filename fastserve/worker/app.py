@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -169,7 +170,11 @@ class Worker:
             await stack.enter_async_context(
                 reloading(self._api_keys, self._access.cluster_keys, self._access.admin_keys)
             )
-            pool = PromptPool(self._setup.config.prompt_threads, self._setup.config.max_preparing)
+            pool = PromptPool(
+                self._setup.config.prompt_threads,
+                self._setup.config.max_preparing,
+                self._setup.config.max_refused_prompt_percent,
+            )
             stack.callback(pool.close)
             tasks = [asyncio.create_task(self._vital("engine watch", self._load_and_look_after(pool)))]
             stack.push_async_callback(_end, tasks)
@@ -189,6 +194,9 @@ class Worker:
             self._fail(StartupError(f"The worker could not start: {cause}. The lines above say where."))
             return
         self.app.state.runtime = runtime
+        # The tokenizer stays: collections need not look through it, with all requests waiting.
+        gc.collect()
+        gc.freeze()
         self._loaded.set()
         self._announce_status()
         await self._look_after_engine(runtime)
@@ -229,7 +237,7 @@ class Worker:
             stream_interval=config.stream_interval,
             seed=config.seed,
             metrics=metrics,
-            bounds=_request_bounds(config),
+            bounds=_request_bounds(config, max_prompt_tokens=config.max_num_seqs * info.max_model_len),
             max_prompt_logprobs=config.max_prompt_logprobs,
             template_timeout_s=config.template_timeout_s,
         )
@@ -316,8 +324,9 @@ def _check_names(model_names: tuple[str, ...]) -> None:
         ) from error
 
 
-def _request_bounds(config: WorkerConfig) -> RequestBounds:
-    return RequestBounds(**{item.name: getattr(config, item.name) for item in dataclasses.fields(RequestBounds)})
+def _request_bounds(config: WorkerConfig, max_prompt_tokens: int) -> RequestBounds:
+    options = {item.name for item in dataclasses.fields(RequestBounds)} - {"max_prompt_tokens"}
+    return RequestBounds(max_prompt_tokens=max_prompt_tokens, **{name: getattr(config, name) for name in options})
 
 
 def _limit(config: WorkerConfig, info: EngineInfo) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import aiohttp
 import pytest
 
-from benchmarks.attacks import ATTACKS, NUM_GOOD_CLIENTS, Target, attacked, running_trio
+from benchmarks.attacks import ATTACKS, NUM_GOOD_CLIENTS, Attacker, Target, attacked, running_trio
 
 SHORT_S = 1.5
 DEFAULT = frozenset(
@@ -34,6 +34,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def attacker(target: Target) -> Iterator[Attacker]:
+    with Attacker(target) as process:
+        yield process
+
+
 @pytest.mark.parametrize(
     "seconds",
     [SHORT_S, pytest.param(LONG_S, marks=[pytest.mark.slow, pytest.mark.timeout(300)])],
@@ -42,8 +48,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 @pytest.mark.parametrize(
     "name", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in sorted(ATTACKS)]
 )
-async def test_good_clients_lose_nothing_and_memory_stays(target: Target, name: str, seconds: float) -> None:
-    seen, grown_mb = await attacked(target, name, seconds)
+async def test_good_clients_lose_nothing_and_memory_stays(
+    target: Target, attacker: Attacker, name: str, seconds: float
+) -> None:
+    seen, grown_mb, _ = await attacked(target, attacker, name, seconds)
     assert len(seen.latencies_s) >= NUM_GOOD_CLIENTS
     assert not seen.lost, seen.lost[:2]
     assert max(seen.latencies_s) < MAX_LATENCY_S

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from typing import Any
+import time
+from typing import Any, cast
 
 import pytest
 
-from fastserve.errors import OverloadedError
+from fastserve.errors import InvalidRequestError, OverloadedError
 from fastserve.text.fast_tokenizer import FastTokenizer
 from fastserve.worker import openai_routes
 from fastserve.worker.caller import Caller
@@ -61,6 +62,68 @@ async def test_an_error_is_the_callers() -> None:
         with pytest.raises(KeyError):
             await pool.run(num_bytes, fail)
     pool.close()
+
+
+class Rests:
+    """In the place of the event that ends a rest: takes a note instead of resting."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def wait(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+    def set(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("num_bytes", [MEDIUM, LONG_BYTES + 1])
+async def test_a_thread_rests_after_refusals_and_only_then(num_bytes: int) -> None:
+    pool, rests = PromptPool(1, 10, max_refused_prompt_percent=20), Rests()
+    for lane in pool._lanes:
+        lane._closed = cast(threading.Event, rests)
+    busy_s: list[float] = []
+
+    def work(error: Exception | None) -> str:
+        began = time.thread_time()
+        while time.thread_time() - began < 0.01:
+            pass
+        busy_s.append(time.thread_time() - began)
+        if error is not None:
+            raise error
+        return "answered"
+
+    assert await pool.run(num_bytes, lambda: work(None)) == "answered"
+    with pytest.raises(KeyError):
+        await pool.run(num_bytes, lambda: work(KeyError("our own mistake")))
+    await until(lambda: pool.pending == 0)
+    assert rests.seconds == []
+    with pytest.raises(InvalidRequestError):
+        await pool.run(num_bytes, lambda: work(InvalidRequestError("no")))
+    await until(lambda: pool.pending == 0)
+    [seconds] = rests.seconds
+    assert 4 * busy_s[-1] <= seconds < 4 * busy_s[-1] + 0.05
+    pool.close()
+
+
+async def test_an_answer_does_not_wait_for_the_rest_that_it_costs_nor_does_the_end() -> None:
+    pool = PromptPool(1, 10, max_refused_prompt_percent=0.001)
+
+    def refuse() -> None:
+        began = time.thread_time()
+        while time.thread_time() - began < 0.001:
+            pass
+        raise InvalidRequestError("no")
+
+    with pytest.raises(InvalidRequestError):
+        await pool.run(MEDIUM, refuse)
+    assert pool.pending == 1, "the thread rests"
+    waiting = asyncio.create_task(pool.run(MEDIUM, lambda: "never"))
+    await asyncio.sleep(0)
+    pool.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await until(lambda: pool.pending == 0)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/worker_generate", "/count_token"])
