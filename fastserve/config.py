@@ -471,7 +471,7 @@ SERVICE_OPTIONS = tuple(
 
 @dataclass(frozen=True)
 @pass_on(ControllerConfig, ApiServerConfig, WorkerConfig, names=SERVICE_OPTIONS)
-class LauncherConfig(EngineOptions, AccessOptions, ClassicLauncherFlags):
+class LauncherConfig(ClassicLauncherFlags, EngineOptions, AccessOptions):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
 
     title: ClassVar[str] = "launcher"
@@ -490,7 +490,7 @@ class LauncherConfig(EngineOptions, AccessOptions, ClassicLauncherFlags):
     dummy: bool = same_option(WorkerConfig, "dummy", added=True)
     chat_template: str | None = same_option(WorkerConfig, "chat_template", added=True)
     seed: int | None = same_option(WorkerConfig, "seed", added=True)
-    trust_remote_code: bool = same_option(WorkerConfig, "trust_remote_code", added=True)
+    debug: bool = same_option(WorkerConfig, "debug", added=True)
     engine: str = same_option(WorkerConfig, "engine", added=True)
     api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file", added=True)
     allowed_origins: tuple[str, ...] | None = same_option(ApiServerConfig, "allowed_origins", added=True)

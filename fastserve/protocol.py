@@ -174,8 +174,6 @@ class AcquireResponse(Message):
     """Whether the model is served, loads, or was served lately."""
     retry_after_s: Seconds | None = None
     """When another try may succeed; set when the model is known and no worker can take the request."""
-    paused: Flag = False
-    """An administrator has paused the engine: requests are accepted, and wait."""
     capabilities: Capabilities | None = None
     """Set when the model is served, but not with the capability that was asked for: those that it is served with."""
 

@@ -243,7 +243,7 @@ class FakeEngine:
     @property
     def stats(self) -> EngineStats:
         counters, scheduler = self._counters, self._scheduler
-        running = scheduler.scheduled()
+        running = [sequence for sequence in scheduler.scheduled() if sequence.is_begun]
         return EngineStats(
             num_running=len(running),
             num_waiting=scheduler.num_requests - len(running),

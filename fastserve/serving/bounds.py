@@ -145,7 +145,10 @@ class MemoryMeter:
         return self._is_high
 
     def _sample(self) -> None:
-        problem = self._problem()
+        try:
+            problem = self._problem()
+        except OSError:
+            return  # no file can be opened to look: what was found last still counts
         if (problem is not None) == self._is_high:
             return
         self._is_high = problem is not None

@@ -136,7 +136,7 @@ def test_default_launch_reaches_three_services_at_their_addresses() -> None:
          {"awq_ckpt": "c", "awq_wbits": 4, "awq_groupsize": 128}),
         (["--model-names", "a,b"], "worker", {"model_names": ("a", "b")}),
         (["--limit-worker-concurrency", "7"], "worker", {"limit_worker_concurrency": 7}),
-        (["--stream-interval", "0"], "worker", {"stream_interval": 0}),
+        (["--stream-interval", "7"], "worker", {"stream_interval": 7}),
         (["--no-register"], "worker", {"no_register": True}),
         (["--dtype", "bfloat16", "--seed", "3"], "worker", {"dtype": "bfloat16", "seed": 3}),
         (["--max-model-len", "512", "--max-total-tokens", "4096"], "worker",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from fastserve.host_memory import MemoryBound
 from fastserve.serving.bounds import SAMPLE_INTERVAL_S, MemoryMeter
 from tests.serving.wire import Service, StartService, wait_until
@@ -39,5 +41,26 @@ def test_the_mark_is_a_share_of_each_bound() -> None:
     now += SAMPLE_INTERVAL_S
     assert meter.is_high()
     bounds[1] = MemoryBound(11, 100, "in a container")
+    now += SAMPLE_INTERVAL_S
+    assert not meter.is_high()
+
+
+def test_what_was_found_last_counts_while_no_file_can_be_opened() -> None:
+    now, free, is_short = 0.0, 5, False
+
+    def bounds() -> list[MemoryBound]:
+        if is_short:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return [MemoryBound(free, 100, "on this machine")]
+
+    meter = MemoryMeter(0.9, lambda: now, bounds)
+    assert meter.is_high()
+    is_short, free = True, 50
+    now += SAMPLE_INTERVAL_S
+    assert meter.is_high()
+    is_short = False
+    now += SAMPLE_INTERVAL_S
+    assert not meter.is_high()
+    is_short = True
     now += SAMPLE_INTERVAL_S
     assert not meter.is_high()

@@ -70,7 +70,7 @@ async def test_aborted_requests_end_with_an_error_that_asks_to_come_again(run_wo
             assert (state["num_aborted"], state["num_running"]) == (2, 0)
             *_, error, done, _ = (await response.text()).split("\n\n")
         assert done == "data: [DONE]"
-        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "request_aborted"
+        assert json.loads(error.strip().removeprefix("data: "))["error"]["code"] == "request_aborted"
         status, answer = await whole
         assert (status, answer["error"]["code"]) == (503, "request_aborted")
 
