@@ -60,7 +60,7 @@ class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
         step = self._attention._step
         assert isinstance(step, DeviceStep)
-        self.seen.append((input_ids[0], position_ids[0], step.contexts, step.slots, step.block_table))
+        self.seen.append((input_ids[0], position_ids[0], step.seq_lens, step.slot_mapping, step.block_table))
         return types.SimpleNamespace(logits=input_ids[..., None].float())
 
 
@@ -93,14 +93,14 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
         assert graphs.supports(step) is None
         logits = graphs(step)
         assert logits[:, 0].tolist() == (numbers + 100).tolist()
-        ids, positions, contexts, slots, table = model.seen[-1]
+        ids, positions, seq_lens, slot_mapping, table = model.seen[-1]
         assert [tensor.data_ptr() for tensor in model.seen[-1]] == at[len(ids)]
         assert positions[:count].tolist() == (numbers + 16).tolist()
-        assert contexts[:count].tolist() == (numbers + 17).tolist()
-        assert slots[:count].tolist() == ((numbers + 10) * 16 + numbers).tolist()
+        assert seq_lens[:count].tolist() == (numbers + 17).tolist()
+        assert slot_mapping[:count].tolist() == ((numbers + 10) * 16 + numbers).tolist()
         assert table[:count, :2].tolist() == context.block_table.tolist()
-        assert contexts[count:].tolist() == [0] * (len(ids) - count)
-        assert slots[count:].tolist() == [-1] * (len(ids) - count)
+        assert seq_lens[count:].tolist() == [0] * (len(ids) - count)
+        assert slot_mapping[count:].tolist() == [-1] * (len(ids) - count)
 
 
 def test_what_fits() -> None:
@@ -131,7 +131,7 @@ def test_an_engine_on_graphs_equals_generate(
     if device == "cpu":
         monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
         monkeypatch.setattr(CpuDevice, "graph_recorder", lambda self: recorder)
-        monkeypatch.setattr(kernels, "_LEAST_SPLITS", 1)  # of so short contexts most would be empty
+        monkeypatch.setattr(kernels, "_MIN_SPLITS", 1)  # of so short seq_lens most would be empty
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
     config = GptOssConfig(**{**SHAPE, **small}, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     path = str(tmp_path)

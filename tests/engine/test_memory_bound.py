@@ -115,15 +115,15 @@ def requests() -> list[EngineRequest]:
 
 async def drive(engine: EngineProcess) -> float:
     """Run all requests at once; return the largest share of blocks that was in use. Raises what a request raises."""
-    most_used = 0.0
+    max_used = 0.0
 
     async def answer(request: EngineRequest) -> list[int]:
-        nonlocal most_used
+        nonlocal max_used
         token_ids: list[int] = []
         with engine.generate(request) as outputs:
             async for output in outputs:
                 token_ids += output.token_ids
-                most_used = max(most_used, engine.stats.num_used_blocks / engine.stats.num_blocks)
+                max_used = max(max_used, engine.stats.num_used_blocks / engine.stats.num_blocks)
         return token_ids
 
     todo = requests()
@@ -133,15 +133,15 @@ async def drive(engine: EngineProcess) -> float:
         assert len(found) == request.params.max_tokens
         if request.params.temperature == 0:
             assert_greedy(model, request, found)
-    return most_used
+    return max_used
 
 
 def assert_greedy(model: torch.nn.Module, request: EngineRequest, answer: list[int]) -> None:
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([request.prompt_ids + answer]), use_cache=False).logits[0]
     rows = logits[len(request.prompt_ids) - 1 : -1]
-    drawn = rows.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-    assert (rows.amax(dim=1) - drawn).max() < 1e-2
+    sampled = rows.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+    assert (rows.amax(dim=1) - sampled).max() < 1e-2
 
 
 def capacity(engine: EngineProcess) -> int:
@@ -151,8 +151,8 @@ def capacity(engine: EngineProcess) -> int:
 
 async def assert_holds(engine: EngineProcess, pid: int) -> None:
     """At saturation: nobody dies, every answer is right, and all of the cache was used."""
-    most_used = await drive(engine)
-    assert most_used > 0.95, f"{engine.stats.num_blocks} blocks"
+    max_used = await drive(engine)
+    assert max_used > 0.95, f"{engine.stats.num_blocks} blocks"
     assert engine.stats.preemptions > 0
     assert engine.stats.num_used_blocks == 0
     assert psutil.pid_exists(pid)
@@ -334,11 +334,11 @@ def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedCo
     except OSError as error:
         pytest.skip(f"the most that is resident cannot be watched here: {error}")
     before = status(os.getpid())["VmRSS"]
-    most_rows = 0
+    max_rows = 0
     while core.has_work:
         core.step()
-        most_rows = max(most_rows, len(core.scheduler.running))
-    assert most_rows > 240
+        max_rows = max(max_rows, len(core.scheduler.running))
+    assert max_rows > 240
     taken = status(os.getpid())["VmHWM"] - before
     assert 0.2 * kept < taken < kept
 

@@ -41,7 +41,7 @@ class Memory:
         self.blocks: dict[int, list[int]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
-        drawn: dict[int, list[int]] = {}
+        sampled: dict[int, list[int]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
         for seq_id in plan.dropped:
             del self.tokens[seq_id], self.blocks[seq_id]
@@ -61,14 +61,14 @@ class Memory:
                 scored[chunk.seq_id] = score(tokens, chunk)
             if chunk.sample:
                 assert chunk.start + chunk.num_tokens == len(tokens)
-                drawn[chunk.seq_id] = [next_token(tokens)]
+                sampled[chunk.seq_id] = [next_token(tokens)]
                 for draft in chunk.draft_ids:
-                    if draft != drawn[chunk.seq_id][-1]:
+                    if draft != sampled[chunk.seq_id][-1]:
                         break
-                    drawn[chunk.seq_id].append(next_token(tokens + drawn[chunk.seq_id]))
-                tokens += drawn[chunk.seq_id]
+                    sampled[chunk.seq_id].append(next_token(tokens + sampled[chunk.seq_id]))
+                tokens += sampled[chunk.seq_id]
         tried = {chunk.seq_id: len(chunk.draft_ids) for chunk in plan.chunks if chunk.draft_ids}
-        return StepResult(drawn, prompt_logprobs=scored, num_drafts=tried)
+        return StepResult(sampled, prompt_logprobs=scored, num_drafts=tried)
 
 
 class Device(Memory):
@@ -89,10 +89,10 @@ class Device(Memory):
             self.num_ahead += 1
             assert not before.plan.has_drafts, "how many tokens it brings is not known"
             assert not plan.has_drafts, "drafts of a text that is not known to its end"
-            drawn = {chunk.seq_id for chunk in before.plan.chunks if chunk.sample}
+            sampled = {chunk.seq_id for chunk in before.plan.chunks if chunk.sample}
             for chunk in plan.chunks:
-                assert not (chunk.seq_id in drawn and needs_last_token(LOGITS_PROCESSORS, self._params[chunk.seq_id]))
-            assert not drawn & {new.seq_id for new in plan.new}, "a sequence is told that is not known to its end"
+                assert not (chunk.seq_id in sampled and needs_last_token(LOGITS_PROCESSORS, self._params[chunk.seq_id]))
+            assert not sampled & {new.seq_id for new in plan.new}, "a sequence is told that is not known to its end"
         self.plans.append(plan)
         self.in_flight.append(Computed(self, plan))
         return self.in_flight[-1]

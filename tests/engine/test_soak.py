@@ -25,9 +25,9 @@ from tests.trio.processes import Service
 SOAK_S = float(os.environ.get("FASTSERVE_SOAK_S", "5"))
 NUM_CLIENTS = 48
 """More than the engine runs at once: some always wait."""
-LEAST_SPEED = 0.85 if SOAK_S >= 600 else 0.5
+MIN_SPEED = 0.85 if SOAK_S >= 600 else 0.5
 """Of the first third's tokens per second, what the last third must reach. Short runs beside other work are noisy."""
-MOST_GROWTH = 1.04 if SOAK_S >= 120 else 1.08
+MAX_GROWTH = 1.04 if SOAK_S >= 120 else 1.08
 """Of resident memory, from the second third to the last: before that, caches fill; in a short run they go on to."""
 QUESTIONS = ["What is 7 + 5?", "Hello!", "Which port does the controller use?", "Tell me a story about a fox."]
 
@@ -228,9 +228,9 @@ async def test_soak(worker: Service) -> None:
     for name in ("worker", "engine"):
         sizes = [statistics.median(sample.rss[name] for sample in part) for part in (first, second, last)]
         report += f"; {name} MB: {[round(size / 1e6, 1) for size in sizes]}"
-        assert sizes[2] < MOST_GROWTH * sizes[1], report
+        assert sizes[2] < MAX_GROWTH * sizes[1], report
     print(report)
     assert usage > 0.7, report
     assert preemptions > 0, report
     assert after["fastserve_engine_prefix_cache_hits_total"] > 0
-    assert speed(last) >= LEAST_SPEED * speed(first), report
+    assert speed(last) >= MIN_SPEED * speed(first), report

@@ -13,7 +13,7 @@ from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.ngram import NgramProposer
-from fastserve.engine.speculation.speculator import OpenProposer, Proposer, Speculator
+from fastserve.engine.speculation.speculator import PlaceholderProposer, Proposer, Speculator
 from fastserve.errors import StartupError
 
 from .conftest import TinyModels
@@ -28,8 +28,8 @@ class RandomProposer:
     def __init__(self) -> None:
         self._rng = random.Random(0)
 
-    def propose(self, seq_id: int, token_ids: Sequence[int], most: int) -> list[int]:
-        return [self._rng.randrange(160) for _ in range(self._rng.randint(0, most))]
+    def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        return [self._rng.randrange(160) for _ in range(self._rng.randint(0, max_drafts))]
 
     def forget(self, seq_id: int) -> None:
         pass
@@ -42,7 +42,7 @@ def speculating_core(tiny_models: TinyModels, name: str, kind: str, **settings: 
         settings["speculative_model_dir"] = tiny_models.path(draft)
     core = make_core(tiny_models.path(name), **settings)
     proposers: dict[str, Proposer] = {"ngram": NgramProposer(), "random": RandomProposer()}
-    core._speculator = core.scheduler._drafting = eager(proposers.get(kind, OpenProposer()))
+    core._speculator = core.scheduler._drafting = eager(proposers.get(kind, PlaceholderProposer()))
     return core
 
 
