@@ -89,7 +89,7 @@ def main() -> None:
         "VALUE_PADDED": 1024,
     }
     join = {"HEADS": 32, "VALUE_DIM": 128, "VALUE_PADDED": 128, "WINDOW": 0, "TOKENS": 4, "TILE": 64, "SPLITS": 32}
-    turned = {"HEADS": 32, "DIM": 128, "HEAD_BLOCK": 32, "HALF_BLOCK": 64}
+    rotary = {"HEADS": 32, "DIM": 128, "HEAD_BLOCK": 32, "HALF_BLOCK": 64}
     found = {
         "wide": compile_attention(wide, 1, 0, 16),
         "wide, all options": compile_attention(wide, 1, 128, 64),
@@ -102,7 +102,7 @@ def main() -> None:
         "4 bits, all options": compile_codes(4, 64, COUNTS=False, HAS_ORDER=True),
         "8 bits": compile_codes(8, 16),
         "8 bits, all options": compile_codes(8, 64, COUNTS=False, HAS_ORDER=True),
-        "rotary": compile_kernel(elementwise._rotary, turned),
+        "rotary": compile_kernel(elementwise._rotary, rotary),
     }
     print(json.dumps(found))
 

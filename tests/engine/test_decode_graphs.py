@@ -49,8 +49,8 @@ def test_few_sizes_and_little_padding() -> None:
     assert batch_sizes(64) == (1, 2, 4, 8, 16, 32, 48, 64)
 
 
-class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    """Takes down what a forward pass is given, and where it lies."""
+class RecordingModel(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
+    """Records the inputs of each forward pass and their addresses."""
 
     def __init__(self, attention: PagedAttention) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def parts_of(model: torch.nn.Module, attention: PagedAttention, *, max_num_seqs:
 
 def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -> None:
     attention = PagedAttention(attention_backend)
-    model = TellTale(attention)
+    model = RecordingModel(attention)
     graphs = GraphForward(parts_of(model, attention, max_num_seqs=8, max_blocks=3), Rerun())
     at = {len(seen[0]): [tensor.data_ptr() for tensor in seen] for seen in model.seen}
     assert set(at) == {1, 2, 4, 8}
@@ -105,7 +105,7 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
 
 def test_what_fits() -> None:
     attention = PagedAttention(attention_backend)
-    graphs = GraphForward(parts_of(TellTale(attention), attention, max_num_seqs=4, max_blocks=1), Rerun())
+    graphs = GraphForward(parts_of(RecordingModel(attention), attention, max_num_seqs=4, max_blocks=1), Rerun())
 
     def fits(*counts: int) -> bool:
         numbers = np.array(counts, dtype=np.int32)
@@ -131,7 +131,7 @@ def test_an_engine_on_graphs_equals_generate(
     if device == "cpu":
         monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
         monkeypatch.setattr(CpuDevice, "graph_recorder", lambda self: recorder)
-        monkeypatch.setattr(kernels, "_MIN_SPLITS", 1)  # of so short seq_lens most would be empty
+        monkeypatch.setattr(kernels, "_MIN_SPLITS", 1)  # with such short contexts most splits would be empty
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
     config = GptOssConfig(**{**SHAPE, **small}, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     path = str(tmp_path)

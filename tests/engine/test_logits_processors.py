@@ -1,4 +1,4 @@
-"""What every logits processor has to obey, and one more of them, added to the engine by its file and a place in the
+"""Contract tests of logits processors, and one more processor, added to the engine by its file and an entry in the
 list (token_mask.py)."""
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of proce
 VOCABULARY = 512
 CONTEXT = 512
 BYTES_PER_TOKEN = 2 * 8 * 2 * 64 * 4
-"""Of the KV cache: layers x heads x (key and value) x dim x float32."""
+"""Bytes of the KV cache per token: layers x heads x (key and value) x dim x float32."""
 MB = 1 << 20
 
 
@@ -91,7 +91,7 @@ def status(pid: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def idle(model_path: str) -> dict[str, int]:
-    """What an engine with hardly any KV cache takes: the ground that limits are set above."""
+    """Memory of an engine with hardly any KV cache; limits are set above it."""
 
     async def measure() -> dict[str, int]:
         async with started(EngineProcess(config(model_path, max_total_tokens=CONTEXT))) as pid:
@@ -317,7 +317,7 @@ LARGE: dict[str, Any] = {
     ids=["llama", "gemma2", "mixtral"],
 )
 def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedConfig, tmp_path: Path) -> None:
-    """256 tokens of prompts, and 256 sequences that are drawn from in every costly way."""
+    """256 tokens of prompts, and 256 sequences with every costly way of sampling."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(model, dtype=torch.float32).save_pretrained(tmp_path)
     settings = config(str(tmp_path), max_num_seqs=256, max_total_tokens=16384)
@@ -413,9 +413,9 @@ def test_what_says_that_there_is_no_memory() -> None:
     assert is_out_of_memory(torchs.value)
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
-    told = StartupError("cannot be loaded")
-    told.__cause__ = torchs.value
-    assert is_out_of_memory(told)
+    error = StartupError("cannot be loaded")
+    error.__cause__ = torchs.value
+    assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(StartupError("not enough memory in a sentence of ours"))
     assert memory.OUT_OF_MEMORY_EXIT_CODE != 1

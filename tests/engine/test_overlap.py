@@ -99,7 +99,7 @@ def test_a_stop_costs_one_row_whose_result_is_dropped() -> None:
 
 
 def test_freed_blocks_are_given_away_while_their_old_owner_is_still_computed() -> None:
-    """The pages are written in the order of the launches, so the new owner's content is what stays."""
+    """The KV cache is written in the order of the launches, so the new owner's content is what stays."""
     request = EngineRequest("stops", [1] * 30, SamplingParams(9))
     request = EngineRequest("stops", [1] * 30, SamplingParams(9, stop_token_ids=(alone(request)[0],)))
     device = Device()
@@ -232,7 +232,7 @@ def test_commands_are_taken_while_a_step_runs(tmp_path: Path) -> None:
     assert ids == [[0, 1]] * 4 + [[0, 1, 2]] * 3 + [[1, 2]] + [[1]] * 2
     assert device.num_ahead == len(ids) - 1
     assert output_tokens["late"] == alone(EngineRequest("late", [2], SamplingParams(4)))
-    assert len(output_tokens["endless"]) == 6, "steps 0 to 5; what step 6 drew is not output_tokens"
+    assert len(output_tokens["endless"]) == 6, "steps 0 to 5; the token of step 6 is not emitted"
 
 
 # ---- drafts -----------------------------------------------------------------------------------------------------
@@ -360,15 +360,15 @@ class Undecided(Speculator):
 
 
 @dataclass
-class Told:
-    """All that a request was output_tokens, however many steps it took."""
+class Received:
+    """All outputs of a request, merged."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, float]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def take_in(self, output: RequestOutput) -> None:
+    def add(self, output: RequestOutput) -> None:
         assert self.finish_reason is None
         self.token_ids += output.token_ids
         self.logprobs += [(item.token_id, round(item.logprob, 3)) for item in output.logprobs or []]
@@ -391,7 +391,7 @@ def test_all_parameters_in_any_mixture_sample_the_same_with_and_without(
     small: dict[str, Any] = {
         "block_size": 4, "max_num_batched_tokens": 21, "max_total_tokens": 112, "max_model_len": 100,
     }  # fmt: skip
-    output_tokens: list[dict[str, Told]] = []
+    received: list[dict[str, Received]] = []
     for overlap in (False, True):
         core = make_core(path, overlap=overlap, speculative_method="off", **small)
         if speculates and overlap:
@@ -399,18 +399,18 @@ def test_all_parameters_in_any_mixture_sample_the_same_with_and_without(
         watched = watch(core)
         rng = random.Random(5)
         waiting = list(requests)
-        output_tokens.append({request.request_id: Told() for request in requests})
+        received.append({request.request_id: Received() for request in requests})
         while waiting or core.has_work:
             while waiting and rng.random() < 0.5:
                 core.add(waiting.pop())
             for output in core.step():
-                output_tokens[-1][output.request_id].take_in(output)
+                received[-1][output.request_id].add(output)
             core.scheduler.check()
         assert core.stats.preemptions > 0
         assert core.stats.num_used_blocks == 0
         assert (core.stats.accepted_tokens > 0) == (speculates and overlap)
         assert watched.num_ahead > 20 if overlap else watched.num_ahead == 0
-    assert output_tokens[0] == output_tokens[1]
+    assert received[0] == received[1]
 
 
 def test_it_is_off_on_cpus_and_with_a_draft_model(tiny_models: TinyModels) -> None:

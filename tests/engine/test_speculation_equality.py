@@ -139,7 +139,7 @@ def test_random_mixtures_are_as_without_speculation(tiny_models: TinyModels, nam
 def test_the_same_model_guesses_nearly_all_tokens_and_another_nearly_none(
     tiny_models: TinyModels, temperature: float
 ) -> None:
-    """Also when tokens are sampled: the draft model draws with the same noise."""
+    """Also when tokens are sampled: the draft model samples with the same random numbers."""
     rates = {}
     for kind in ("same model", "other model"):
         core = speculating_core(tiny_models, "llama", kind)

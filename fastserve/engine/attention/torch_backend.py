@@ -138,10 +138,10 @@ def _mask(
     if found is None:
         back = torch.arange(rows - 1, -1, -1, device=device)
         row = (arrays.contexts[which].unsqueeze(1) - 1 - back).unsqueeze(2)
-        place = torch.arange(length, device=device)
-        found = place <= row
+        key_position = torch.arange(length, device=device)
+        found = key_position <= row
         if window is not None:
-            found &= place > row - window
+            found &= key_position > row - window
         found = metadata.cache[key] = found.unsqueeze(1)
     return found
 

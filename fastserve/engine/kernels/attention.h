@@ -164,13 +164,13 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
         const T* keys[SPAN];
         const T* values[SPAN];
         for (int g = 0; g < groups; ++g) {
-            const int64_t place = base + g * LANES, block = table[place / layer.block_size];
-            keys[g] = cache.keys(layer, block, h, place % layer.block_size / LANES);
-            values[g] = cache.values(layer, block, h, place % layer.block_size / LANES);
+            const int64_t at = base + g * LANES, block = table[at / layer.block_size];
+            keys[g] = cache.keys(layer, block, h, at % layer.block_size / LANES);
+            values[g] = cache.values(layer, block, h, at % layer.block_size / LANES);
         }
         // Blocks are small and scattered, so hardware prefetching does not find the next ones.
-        for (int64_t place = base + SPAN * LANES; place <= std::min(last, base + 2 * SPAN * LANES - 1); place += LANES) {
-            const int64_t block = table[place / layer.block_size], group = place % layer.block_size / LANES;
+        for (int64_t at = base + SPAN * LANES; at <= std::min(last, base + 2 * SPAN * LANES - 1); at += LANES) {
+            const int64_t block = table[at / layer.block_size], group = at % layer.block_size / LANES;
             fetch_ahead(cache.keys(layer, block, h, group), cache.key_group);
             fetch_ahead(cache.values(layer, block, h, group), cache.value_group);
         }
@@ -188,9 +188,9 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
                 if (layer.softcap != 0.0f)
                     for (int i = 0; i < LANES; ++i) score[i] = std::tanh(score[i] / layer.softcap) * layer.softcap;
                 if (!whole) {
-                    const IntVec place = lane + int32_t(base + g * LANES);
-                    IntVec seen = place <= int32_t(position);
-                    if (layer.window) seen &= place > int32_t(position - layer.window);
+                    const IntVec key_position = lane + int32_t(base + g * LANES);
+                    IntVec seen = key_position <= int32_t(position);
+                    if (layer.window) seen &= key_position > int32_t(position - layer.window);
                     score = (Vec)(((IntVec)score & seen) | ((IntVec)(Vec{} + MASKED) & ~seen));
                 }
                 const IntVec higher = score > top;

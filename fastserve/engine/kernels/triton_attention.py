@@ -103,16 +103,16 @@ def _fold(
         at = start + tl.arange(0, TILE)
         if BLOCK_SIZE % TILE == 0:
             block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-            place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
+            slot = (block * KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
         else:
             if MASKED:
                 block = tl.load(table + at // BLOCK_SIZE, mask=at < end, other=0).to(tl.int64)
             else:
                 block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-            place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+            slot = (block * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
         # Beyond `end` a block may hold stale content of another request, NaN included: it is not read.
-        key_at = keys + place[:, None] * KEY_DIM + key_dim[None, :]
-        value_at = values + place[:, None] * VALUE_DIM + value_dim[None, :]
+        key_at = keys + slot[:, None] * KEY_DIM + key_dim[None, :]
+        value_at = values + slot[:, None] * VALUE_DIM + value_dim[None, :]
         if MASKED:
             key = tl.load(key_at, mask=(at < end)[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
         elif KEY_DIM == KEY_PADDED:

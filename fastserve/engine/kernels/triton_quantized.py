@@ -111,8 +111,8 @@ def _multiply(
         total += sums * tl.load(scales + at, mask=valid, other=0.0)[None, :]
         if HAS_OFFSETS:
             total -= whole[:, None] * tl.load(offsets + at, mask=valid, other=0.0)[None, :]
-    place = out + (part * rows + row[:, None]) * OUT + output[None, :]
-    tl.store(place, total, mask=(row < rows)[:, None] & valid[None, :])
+    out_at = out + (part * rows + row[:, None]) * OUT + output[None, :]
+    tl.store(out_at, total, mask=(row < rows)[:, None] & valid[None, :])
 
 
 class TritonQuantizedMatmul:
