@@ -27,7 +27,7 @@ from fastserve.engine.sizing import Sizes, find_sizes
 from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.draft_model import DraftingExecutor, DraftModel
 from fastserve.engine.speculation.ngram import NgramProposer
-from fastserve.engine.speculation.speculator import OpenProposer, Speculator
+from fastserve.engine.speculation.speculator import PlaceholderProposer, Speculator
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.engine.spread import Spread, read_gpu_memory
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 def build_core(
     config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS
 ) -> EngineCore:
-    """Load the model and make everything ready. Raises StartupError with a sentence for the person.
+    """Load the model and make everything ready. Raises StartupError with a message for the user.
 
-    `processors` in the order in which they are applied.
+    `processors` are applied in their order.
     """
     begin = time.perf_counter()
     check_ranges(EngineOptions, config)
@@ -113,15 +113,14 @@ def _load(
 def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -> LoadedModel | None:
     if config.speculative_model_dir is None:
         return None
-    # A draft model is small, and pays by being fast: it stays whole.
+    # A draft model is small and must be fast: it stays on one device.
     draft = _load(config, config.speculative_model_dir, progress, Spread(), WeightOptions())
     require_same_vocabulary(config.model_dir, config.speculative_model_dir, _vocab_size(loaded), _vocab_size(draft))
     return draft
 
 
 def _overlaps(loaded: LoadedModel) -> bool:
-    """Whether a step is planned while the last one runs. On a CPU the step itself needs the cores; a draft model needs
-    the tokens of the last step."""
+    """Whether a step is planned while the last one runs. On a CPU the step itself needs the cores."""
     return device_of(loaded.device).runs_ahead and loaded.placement is None
 
 
@@ -137,7 +136,7 @@ def _make_runner(
     processors: Sequence[LogitsProcessor],
     vocab_size: int | None = None,
 ) -> ModelRunner:
-    """A runner that has shown that it computes what the model's own code does."""
+    """A runner whose logits have been compared with those of the model's own code."""
     runner = ModelRunner(
         loaded,
         num_blocks=sizes.num_blocks,
@@ -167,7 +166,7 @@ def _make_runner(
 
 
 def _fused_layers(loaded: LoadedModel, runner: ModelRunner) -> tuple[FusedLayers, ...]:
-    """Of the kinds of layers, and the ways to compute a whole step that this device could have."""
+    """Fused and unfused layers by kind, then the ways to compute a whole step that this kind of device has."""
     ways = runner.forward_passes
     found = [FusedLayers(way.name, 1, 1) for way in ways.ways if way.name != ModulesForward.name]
     refused = [FusedLayers(name, 0, 1, reason) for name, reason in ways.refusals.items() if name not in ways.absent]
@@ -189,20 +188,20 @@ def _make_draft_model(
 
 
 def _make_speculator(config: EngineConfig, speed: SpeedMeter, draft_model: DraftModel | None) -> Speculator | None:
-    most = config.num_speculative_tokens
+    num_speculative_tokens = config.num_speculative_tokens
     if draft_model is not None:
-        return Speculator(OpenProposer(), DraftBudget(speed.step_s, draft_model.step_s), most)
+        return Speculator(PlaceholderProposer(), DraftBudget(speed.step_s, draft_model.step_s), num_speculative_tokens)
     if config.speculative_method == "ngram":
-        return Speculator(NgramProposer(), DraftBudget(speed.step_s), most)
+        return Speculator(NgramProposer(), DraftBudget(speed.step_s), num_speculative_tokens)
     return None
 
 
 def _measure(runner: ModelRunner, num_blocks: int, config: EngineConfig) -> SpeedMeter:
-    """Time steps of one and of a few sequences' single tokens; also warms up what the first request would wait for."""
-    most = max(1, min(2 * REFERENCE_BATCH, config.max_num_seqs, num_blocks))
-    counts = sorted({1, min(REFERENCE_BATCH // 2, most), most})
+    """Time decode steps of one sequence and of a few; also warms up what the first request would wait for."""
+    max_count = max(1, min(2 * REFERENCE_BATCH, config.max_num_seqs, num_blocks))
+    counts = sorted({1, min(REFERENCE_BATCH // 2, max_count), max_count})
     measured = [(count, _time_decode(runner, count)) for count in counts]
-    if most == 1:
+    if max_count == 1:
         measured.append((2, 2 * measured[0][1]))
     return SpeedMeter(*measured)
 

@@ -1,4 +1,4 @@
-"""The worker's end of an engine process: starts it, speaks to it, notices its death and its silence. No torch here."""
+"""The worker's end of an engine process: starts it, talks to it, detects when it dies or hangs. No torch here."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from fastserve.errors import EngineDeadError, InternalError, StartupError
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 5.0
-_LOOKS = 10
-"""Times that the engine is looked after until it counts as hung."""
+_CHECKS_PER_TIMEOUT = 10
+"""Times that the watchdog checks for a sign of life within the timeout."""
 ENGINE_ENVIRONMENT = {
     # Threads that spin while they wait for each other take the core from the very thread they wait for as soon as
     # another process wants it too; threads that sleep at once wake too late for the next product (docs/performance.md).
     "GOMP_SPINCOUNT": "1000",
 }
-"""Of the engine's process, where nobody has set it otherwise."""
+"""Environment variables of the engine process; those that the user has set win."""
 
 
 class EngineProcess:
@@ -61,15 +61,15 @@ class EngineProcess:
     def __init__(
         self, config: EngineConfig, *, timeout_s: float = 120.0, program: str = "fastserve.engine.process"
     ) -> None:
-        """`timeout_s`: silence after which the engine counts as hung; it speaks each step and each idle second.
-        `program`: the module that is run, with a `main` of process.py.
+        """`timeout_s`: silence after which the engine counts as hung; it sends events each step and each idle second.
+        `program`: the module to run, which calls `process.main`.
         """
         self._config = config
         self._timeout_s = timeout_s
         self._program = program
-        self._silent_looks = 0
+        self._silent_checks = 0
         self._max_silence_s = timeout_s
-        """The timeout, or longer while the engine has said that it is busy."""
+        """The timeout, or longer while the engine has announced that it is busy."""
         self._calls = PendingCalls(self._send)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
@@ -90,7 +90,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process; None before the start."""
+        """Process id of the engine; None before the start."""
         return self._process.pid if self._process else None
 
     async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
@@ -155,14 +155,14 @@ class EngineProcess:
             ended.cancel()
 
     async def _next_event(self, ended: asyncio.Future[int]) -> Event | None:
-        """The next event, or None when the process has ended and said nothing more."""
+        """The next event, or None when the process has ended and no more events came."""
         if self._socket is None:
             return None
         receiving: asyncio.Future[bytes] = asyncio.ensure_future(self._socket.recv())
         either: set[asyncio.Future[Any]] = {receiving, ended}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not receiving.done():
-            # Its last words may still be on their way through the socket.
+            # Its last event may still be on its way through the socket.
             await asyncio.wait({receiving}, timeout=0.2)
         if receiving.done():
             event: Event = self._decode(receiving.result())
@@ -178,7 +178,7 @@ class EngineProcess:
         try:
             while self._socket is not None:
                 event = self._decode(await self._socket.recv())
-                self._silent_looks = 0
+                self._silent_checks = 0
                 self._max_silence_s = self._timeout_s
                 match event:
                     case Outputs(outputs, stats):
@@ -204,16 +204,16 @@ class EngineProcess:
             stream.put(output)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """End an engine that lives but says nothing: a step that does not return, a device that does not answer.
+        """Kill an engine that is alive but silent: a step that does not return, a device that does not respond.
 
-        Looks are counted, not the time: when this process itself was stopped or busy, that is one look.
+        Checks are counted, not time: when this process itself was stopped or busy, that counts as one check.
         """
-        self._silent_looks = 0
+        self._silent_checks = 0
         self._max_silence_s = self._timeout_s
-        interval_s = self._timeout_s / _LOOKS
-        while self._silent_looks < round(self._max_silence_s / interval_s):
+        interval_s = self._timeout_s / _CHECKS_PER_TIMEOUT
+        while self._silent_checks < round(self._max_silence_s / interval_s):
             await asyncio.sleep(interval_s)
-            self._silent_looks += 1
+            self._silent_checks += 1
         silence = f"{self._timeout_s:g} s (--engine-timeout-s)"
         if self._max_silence_s > self._timeout_s:
             silence = f"{self._max_silence_s:g} s, longer than what it was asked to do may take,"
@@ -261,8 +261,8 @@ class EngineProcess:
             raise EngineDeadError("The engine is not running.")
 
     def _send(self, command: Command) -> None:
-        # Called where nothing may be awaited. The send is done when it returns, because the queue has no bound
-        # (admission bounds what is in it); only to an engine that has just died it stays undone, and that is no loss.
+        # Called where nothing may be awaited. Returns with the message sent, because the queue has no bound (admission
+        # bounds what is in it); only a message to an engine that has just died is lost, which does not matter.
         if self._socket is not None:
             self._socket.send(self._encode(command))
 

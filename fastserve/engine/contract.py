@@ -1,4 +1,4 @@
-"""What the worker and any engine say to each other: typed messages and the `Engine` protocol. No torch here.
+"""The contract between a worker and any engine: typed messages and the `Engine` protocol. No torch here.
 
 The messages are msgspec structs, sent as msgpack over ZeroMQ (no pickle: bytes from a socket can never become code).
 An engine knows token ids only; text, templates, stop strings and parsers belong to the worker.
@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the next token of one request is sampled. Resolved by the worker: no field is left to be guessed.
+    """Sampling parameters of one request, with all defaults filled in by the worker.
 
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and typical_p 1 are off. `seed`, the choice's index and the
     position key the noise, so the same request gives the same tokens whatever else is in the batch.
@@ -38,11 +38,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     """No stop token is sampled before this many tokens."""
     stop_token_ids: tuple[int, ...] = ()
-    """Any of them ends the answer with "stop"; the end tokens of the model are among them unless ignored."""
+    """Any of them ends the answer with finish reason "stop". Includes the model's end tokens unless ignored."""
     logprobs: int | None = None
-    """None: no logprobs. k: the sampled token's, and those of the k likeliest, before temperature and filters."""
+    """None: no logprobs. k: logprobs of the sampled token and of the k likeliest, before temperature and filters."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, each given those before it."""
+    """The same for each prompt token, given the tokens before it."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -53,7 +53,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     params: SamplingParams
     choice: int = 0
     emitted_ids: list[int] = []
-    """Tokens of the answer that another engine has already emitted: taken as given, not emitted again."""
+    """Tokens of the answer that another engine has already emitted; they are not emitted again."""
     priority: int = 0
     """Lower runs first."""
 
@@ -62,11 +62,11 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
-    """The likeliest tokens and their logprobs, best first; as many as asked for."""
+    """The requested number of likeliest tokens with their logprobs, best first."""
 
 
 class RequestOutput(msgspec.Struct, omit_defaults=True):
-    """What one step brought to one request. The one with a finish_reason is the last."""
+    """Output of one step for one request. The last one has a finish_reason."""
 
     request_id: str
     token_ids: list[int]
@@ -74,22 +74,22 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
-    """Of the prompt's tokens from the second on, once all are computed; with the first output that has tokens."""
+    """For the prompt tokens from the second on. Sent once, with the first output that has tokens."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the request was first scheduled."""
     error: str | None = None
-    """With finish_reason "error": what went wrong."""
+    """Error message, with finish_reason "error"."""
 
 
 class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
-    """How many layers of a kind are computed by fused kernels, and why the others are not."""
+    """Number of layers of one kind that fused kernels compute, and why the others are not fused."""
 
     kind: str
-    """norm, gated_mlp, attention; whole_step: all layers of a step in one call (on CPUs)"""
+    """norm, gated_mlp or attention; whole_step: all layers of a step in one call (on CPUs)"""
     fused: int
     total: int
     reason: str = ""
-    """Why some are not; empty when all are."""
+    """Why some layers are not fused; empty when all are."""
 
     def __str__(self) -> str:
         name = self.kind.replace("_", " ")
@@ -97,34 +97,35 @@ class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What an engine tells once it is ready."""
+    """Facts about an engine, sent once it is ready."""
 
     architecture: str
     device: str
     dtype: str
     vocab_size: int
     max_model_len: int
-    """Longest prompt and answer together, in tokens. Never more than the KV cache holds."""
+    """Maximum length of prompt and answer together, in tokens. Never more than the KV cache holds."""
     block_size: int
     num_blocks: int
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     load_s: float
     fused_layers: tuple[FusedLayers, ...] = ()
-    """By kind. What a release of transformers keeps from being recognised shows here."""
+    """By kind. Shows when a new release of transformers keeps layers from being recognised."""
 
 
 STEP_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 STEP_SIZE_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
-"""Of tokens and of sequences."""
+"""Bounds for numbers of tokens and of sequences in a step."""
 
 
 class Histogram(msgspec.Struct, array_like=True):
-    """How many values lay between which bounds, since the engine started. The bounds belong to its name."""
+    """Values counted in buckets since the engine started. The bounds are a constant of each histogram."""
 
     counts: list[int] = []
-    """Up to the first bound (itself included), up to the second, ..., beyond the last; empty when there was none."""
+    """Values up to and including the first bound, the second, ..., and above the last; empty before any value."""
     total: float = 0.0
+    """Sum of the values."""
 
     def add(self, value: float, bounds: tuple[float, ...]) -> None:
         if not self.counts:
@@ -152,25 +153,25 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int = 0
     """Prompt tokens of requests that have been scheduled."""
     cached_tokens: int = 0
-    """Of these, found in the prefix cache."""
+    """Those of `prompt_tokens` that were found in the prefix cache."""
     generated_tokens: int = 0
     draft_tokens: int = 0
-    """Guesses that were checked (speculative decoding)."""
+    """Draft tokens that were checked (speculative decoding)."""
     accepted_tokens: int = 0
-    """Of these, the right ones; they are among the generated tokens."""
+    """Accepted draft tokens, which are also generated tokens."""
     preemptions: int = 0
     finished: int = 0
     aborted: int = 0
     tokens_per_s: float = 0.0
-    """Decode speed on the reference batch: measured at start, corrected by the steps since; 0: not known."""
+    """Decode speed of the reference batch: measured at start, updated with each step; 0: unknown."""
     step_s: float = 0.0
     """Duration of the last step."""
     step_seconds: Histogram = msgspec.field(default_factory=Histogram)
-    """Durations of all steps, between STEP_SECONDS_BOUNDS. Counted here, because a reader sees not every snapshot."""
+    """Durations of all steps, in buckets of STEP_SECONDS_BOUNDS. Counted here because readers miss snapshots."""
     step_tokens: Histogram = msgspec.field(default_factory=Histogram)
-    """Tokens of the steps, between STEP_SIZE_BOUNDS."""
+    """Tokens of each step, in buckets of STEP_SIZE_BOUNDS."""
     step_sequences: Histogram = msgspec.field(default_factory=Histogram)
-    """Sequences of the steps, between STEP_SIZE_BOUNDS."""
+    """Sequences of each step, in buckets of STEP_SIZE_BOUNDS."""
 
 
 # ---- worker to engine -------------------------------------------------------------------------------------------
@@ -189,12 +190,13 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class CallRequest(msgspec.Struct, frozen=True, tag=True):
-    """A `Call` on its way. Its handler runs between two steps, with none in flight; one reply or error comes."""
+    """A `Call` on the wire. Its handler runs between two steps, with none in flight; one reply or error follows."""
 
     call_id: int
     name: str
+    """Name of the call's class."""
     call: msgspec.Raw
-    """The call in msgpack; its type goes by its name."""
+    """The call in msgpack."""
 
 
 Command = Submit | Abort | CallRequest | Shutdown
@@ -203,9 +205,10 @@ Command = Submit | Abort | CallRequest | Shutdown
 
 
 class LoadProgress(msgspec.Struct, frozen=True, tag=True):
-    """`done` of `total` bytes of weights are in memory; `what` says what is going on."""
+    """`done` of `total` bytes of weights are in memory."""
 
     what: str
+    """Description of the current activity."""
     done: int
     total: int
 
@@ -215,7 +218,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot start; `message` is for the person at the terminal."""
+    """The engine cannot start; `message` is for the user at the terminal."""
 
     message: str
 
@@ -226,28 +229,28 @@ class Outputs(msgspec.Struct, tag=True):
 
 
 class CallReply(msgspec.Struct, frozen=True, tag=True):
-    """All outputs of the steps before it have been sent."""
+    """The reply to a call. All outputs of earlier steps have been sent before."""
 
     call_id: int
     reply: msgspec.Raw
 
 
 class CallError(msgspec.Struct, frozen=True, tag=True):
-    """A call that failed, and left the engine as it was."""
+    """A call failed and left the engine unchanged."""
 
     call_id: int
     kind: str
-    """Name of the class in fastserve/errors.py."""
+    """Name of the error class in fastserve/errors.py."""
     message: str
     param: str | None = None
     code: str | None = None
 
 
 class Busy(msgspec.Struct, frozen=True, tag=True):
-    """The engine works on something that was asked for, and may be silent for so long before the next event, where that
-    is longer than its timeout."""
+    """The engine runs a long operation: it does not count as hung before `max_silence_s`."""
 
     max_silence_s: float
+    """Maximum time until the next event; the engine's timeout holds if it is longer."""
 
 
 Event = LoadProgress | Ready | StartFailed | Outputs | CallReply | CallError | Busy
@@ -259,8 +262,9 @@ ReplyT = TypeVar("ReplyT")
 
 
 class Call(msgspec.Struct, Generic[ReplyT], frozen=True):
-    """Something that an engine is asked to do besides generating: a subclass `class Sleep(Call[SleepReply])` has its
-    arguments as fields, and lies with its handler in a file of engine/calls/. Its class name is its name on the wire.
+    """An operation of the engine other than generating. A subclass, such as `class Sleep(Call[SleepReply])`, has the
+    arguments as fields and is defined with its handler in a file of engine/calls/. Its class name is its name on the
+    wire.
     """
 
 
@@ -280,26 +284,26 @@ class Engine(Protocol):
     """An engine behind the worker. All methods run on the event loop's thread; only `async` ones may wait."""
 
     async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
-        """Load the model. Raises StartupError with a sentence for the person when that fails.
+        """Load the model. Raises StartupError with a message for the user when that fails.
 
-        May be called again after `wait_dead` returned: the engine starts afresh.
+        May be called again after `wait_dead` has returned: the engine is then started anew.
         """
         ...
 
     def generate(self, request: EngineRequest) -> AbstractContextManager[RequestStream]:
-        """Submit on entering, iterate or listen to the outputs inside, abort on leaving if the last has not come.
+        """Submit the request on entry; iterate over or listen to the outputs inside; on exit, abort it if unfinished.
 
-        Outputs that came between two looks are merged into one. The stream raises EngineDeadError when the engine
+        Outputs that arrive between two reads are merged into one. The stream raises EngineDeadError when the engine
         dies, and InternalError when the engine reports an error for this request.
         """
         ...
 
     async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
-        """Have the engine do something between two steps. Requests submitted meanwhile wait.
+        """Run a call between two steps. Requests submitted meanwhile wait.
 
         Calls, requests and aborts are handled in the order in which they were sent. Raises the handler's
         FastserveError, EngineDeadError when the engine dies before the reply, and EngineTimeoutError after `timeout_s`:
-        the engine then finishes the call all the same, and its reply is dropped.
+        the engine still finishes the call then, and its reply is dropped.
         """
         ...
 
@@ -309,7 +313,7 @@ class Engine(Protocol):
         ...
 
     async def wait_dead(self) -> str:
-        """Return the reason once the engine has died on its own (never after `close`)."""
+        """Wait until the engine has died by itself (not by `close`), and return the reason."""
         ...
 
     async def close(self) -> None:
@@ -318,9 +322,9 @@ class Engine(Protocol):
 
 
 class RequestStream:
-    """The receiving end of one request, shared by all engines: a one-slot mailbox that merges what piles up.
+    """Outputs of one request, for all engines: a queue of one slot that merges outputs until they are read.
 
-    Its reader iterates, or listens: then there is no task of its own to be woken for each output.
+    The reader iterates, or registers a callback, which saves waking a task for each output.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -328,7 +332,7 @@ class RequestStream:
         self.finished = False
         self._pending: RequestOutput | None = None
         self._failure: Exception | None = None
-        # A bare future: an Event asks for the running loop at each wait, which is a system call (getpid).
+        # A bare future: an Event looks up the running loop at each wait, which is a system call (getpid).
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._on_ready: Callable[[], None] | None = None
@@ -340,7 +344,7 @@ class RequestStream:
             on_ready()
 
     def take(self) -> RequestOutput | None:
-        """What has come since the last time, if anything. Raises what the iteration raises."""
+        """Output since the last call, or None. Raises the same errors as iterating."""
         output, self._pending = self._pending, None
         if output is None and self._failure is not None:
             raise self._failure

@@ -1,8 +1,8 @@
 """The engine's core: one scheduler, one executor, one loop of schedule, launch, commit.
 
-With `overlap`, step n + 1 is planned and launched while step n runs, so the device does not wait for Python. Where the
-plan of n + 1 needs the tokens of n (`Scheduler.can_run_ahead`), and where drafts promise more than the time that
-waiting for these tokens costs (`Speculator.is_worth_waiting`), n + 1 is planned once n is done.
+With `overlap`, step n + 1 is planned and launched while step n runs, so the device does not wait for Python. Step n + 1
+is planned after step n only where its plan needs the tokens of n (`Scheduler.can_run_ahead`), or where drafts are
+expected to gain more time than waiting for these tokens costs (`Speculator.is_worth_waiting`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class EngineCore:
         weights: Weights | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`needs_last_token`: see `Scheduler`. `weights` are those of the executor's model."""
+        """`needs_last_token`: see `Scheduler`. `weights`: those of the executor's model."""
         self.info = info
         self.weights = weights or NoWeights()
         self._speculator = speculator
@@ -82,14 +82,14 @@ class EngineCore:
         self._steps = 0
         self._step_s = 0.0
         self._done_s = 0.0
-        """When the last step was."""
+        """Time when the last step finished."""
         self._step_seconds = Histogram()
         self._step_tokens = Histogram()
         self._step_sequences = Histogram()
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do: never while paused."""
+        """Whether `step` has something to do. False while paused."""
         return self._in_flight is not None or (self.scheduler.has_work and not self.pausing.is_paused)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
@@ -99,8 +99,8 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Return what the step that finishes brings. With overlap, the next one runs when this returns, and there is
-        nothing to return when none was running before."""
+        """Run one step and return its outputs. With overlap: return those of the step in flight, if there is one, with
+        the next step launched."""
         before = self._in_flight
         self._in_flight = None
         awaits_drafts = before is not None and self._awaits_drafts(before)
@@ -117,18 +117,18 @@ class EngineCore:
         return outputs
 
     def drain(self) -> list[RequestOutput]:
-        """Wait for the step in flight, if there is one; return what it brings. Nothing is in flight afterwards."""
+        """Wait for the step in flight, if there is one, and return its outputs. Afterwards no step is in flight."""
         in_flight, self._in_flight = self._in_flight, None
         return [] if in_flight is None else self._finish(in_flight)
 
     def _awaits_drafts(self, before: _Launched) -> bool:
-        """Whether the next step waits for this one on account of drafts: in this one, or perhaps in the next."""
+        """Whether the next step must wait for this one because of drafts: in this step, or perhaps in the next."""
         return self._speculator is not None and (
             before.plan.has_drafts or self._speculator.is_worth_waiting(self.scheduler.decoding)
         )
 
     def _launch(self) -> _Launched | None:
-        """Plan and begin a step; None when there is nothing to compute."""
+        """Plan and launch a step; None when there is nothing to compute."""
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return None
@@ -136,10 +136,10 @@ class EngineCore:
         return _Launched(plan, self._executor.launch(plan), begin_s)
 
     def _finish(self, step: _Launched) -> list[RequestOutput]:
-        """Wait for a step and take in what it brought."""
+        """Wait for a step and commit its result."""
         result = step.pending.result()
         now_s = self._clock()
-        # The device began with it when it was launched, or when the step before was done.
+        # The device started it when it was launched or, if later, when the step before was done.
         self._step_s = now_s - max(step.begun_s, self._done_s)
         self._done_s = now_s
         plan = step.plan

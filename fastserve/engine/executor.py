@@ -1,4 +1,4 @@
-"""Who carries out the plans of steps."""
+"""The contract of executors, which compute the scheduler's plans."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastserve.engine.plan import StepPlan, StepResult
 
 class PendingStep(Protocol):
     def result(self) -> StepResult:
-        """Wait until the step is done. To be asked for once, and in the order of the launches."""
+        """Wait until the step is done. Called once for each step, in the order of the launches."""
         ...
 
 
 class Executor(Protocol):
-    """Whatever carries out plans: a runner in this process, or several ranks that do the same in step."""
+    """Computes plans: a runner in this process, or several ranks in parallel."""
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Begin a step; steps run in the order in which they are launched. It may come before the result of the step
-        before was asked for, but not before that of the last but one."""
+        """Start a step. Steps run in the order in which they are launched; at most two are in flight: when this is
+        called, at most one result has not been read yet."""
         ...

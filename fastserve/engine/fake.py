@@ -1,7 +1,7 @@
 """A scripted engine: deterministic, no model, no torch. Everything above the engine is tested on it.
 
-It obeys the same contract tests as the real one. What it answers is a function of the request (`Script`), how fast it
-is and how it fails is set in `FakeOptions`, or told to it while it runs (`die`).
+It passes the same contract tests as the real one. Its answer is a function of the request (`Script`). Its speed and its
+failures are set in `FakeOptions`, or triggered while it runs (`die`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from fastserve.engine.pausing import Pausing
 from fastserve.errors import ConflictError, EngineDeadError, InternalError, StartupError
 
 Script = Callable[[EngineRequest, EngineInfo], Sequence[int]]
-"""The whole answer to a request, stop token included. Shorter than max_tokens: end tokens follow."""
+"""Returns the whole answer to a request, stop token included. If shorter than max_tokens, end tokens follow."""
 
 
 def echo(request: EngineRequest, info: EngineInfo) -> list[int]:
-    """The prompt's own tokens, without those that would end the answer; then the end token."""
+    """The prompt's tokens without those that would end the answer, then the end token."""
     ends = {*request.params.stop_token_ids, *info.eos_token_ids}
     return [token_id for token_id in request.prompt_ids if token_id not in ends]
 
 
 def noise(request: EngineRequest, info: EngineInfo) -> list[int]:
-    """As many tokens as asked for, by seed, choice and position only; the model's own end tokens are not among them."""
+    """max_tokens tokens that depend on seed, choice and position only; never the model's end tokens."""
     key = b"" if request.params.temperature == 0 else f"{request.params.seed}:{request.choice}".encode()
     allowed = [token_id for token_id in range(info.vocab_size) if token_id not in info.eos_token_ids]
     digests = (hashlib.blake2b(b"%d:%b" % (at, key), digest_size=8).digest() for at in range(request.params.max_tokens))
@@ -52,7 +52,7 @@ def noise(request: EngineRequest, info: EngineInfo) -> list[int]:
 
 @dataclass
 class FakeOptions:
-    """Delays in seconds. `start_failures` are the messages that the next starts fail with, one each."""
+    """Delays in seconds. The next starts fail with the messages in `start_failures`, one each."""
 
     script: Script = echo
     vocab_size: int = 256
@@ -87,7 +87,7 @@ class _CacheReset:
 
 
 class _Scheduler:
-    """Sequences in order of arrival; the first `max_num_seqs` of those that may run do. It has no prefix cache."""
+    """Runs the first `max_num_seqs` sequences that are not held, in order of arrival. It has no prefix cache."""
 
     def __init__(self, options: FakeOptions) -> None:
         self.sequences: dict[str, _Sequence] = {}
@@ -107,7 +107,7 @@ class _Scheduler:
         return bool(self.scheduled())
 
     def scheduled(self) -> list[_Sequence]:
-        """What the next step would compute."""
+        """Sequences of the next step."""
         allowed = [item for item in self.sequences.values() if item.is_begun or not self._holds_new]
         return allowed[: self._options.max_num_seqs]
 
@@ -160,7 +160,7 @@ class FakeEngine:
     def __init__(self, options: FakeOptions | None = None) -> None:
         self.options = options or FakeOptions()
         self.requests: list[EngineRequest] = []
-        """Every request that was ever submitted."""
+        """All requests ever submitted."""
         self.starts = 0
         self._info: EngineInfo | None = None
         self._counters = EngineStats()
@@ -273,8 +273,8 @@ class FakeEngine:
             await asyncio.gather(task, return_exceptions=True)
         self._fail_all("The engine was closed.")
 
-    def die(self, reason: str = "The engine was told to die.") -> None:
-        """As if the engine's process had crashed."""
+    def die(self, reason: str = "The engine was killed.") -> None:
+        """Behave as if the engine's process had crashed."""
         task, self._loop_task = self._loop_task, None
         if task is not None and self._dead is not None:
             task.cancel()

@@ -1,7 +1,7 @@
-"""Memory for packed weights, in the system's huge pages where it has them.
+"""Memory for packed weights, in the operating system's huge pages where it has them.
 
-Reading them takes fewer look-ups of addresses, and getting them fewer faults. A huge page lies at a multiple of its
-size and in one mapping, so tensors are cut from such mappings, and what is left of one is for the next small tensors.
+Huge pages cause fewer TLB misses and page faults. A huge page is aligned to its size and belongs to one mapping, so
+tensors are cut from aligned mappings, and the rest of a mapping is used for the next small tensors.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ _HAS_HUGE_PAGES = sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if _HAS_HUGE_PAGES else 0
 _MAPPING = 2 * _HUGE_PAGE
 _SMALL = 1 << 16
-"""Bytes of a tensor that is left to the C library."""
+"""Bytes of a tensor below which the C library allocates it."""
 _ALIGNED = 64
-_MOST_OPEN = 4
+_MAX_OPEN = 4
+"""Mappings with room left that are kept for later tensors."""
 
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def map_bytes(size: int) -> Bytes:
-    """Zeros in a mapping of their own, which goes with the last array that looks at it. Raises OSError where there is
-    no room."""
+    """Zeros in a mapping of their own, which is unmapped with the last array that refers to it. Raises OSError when
+    there is not enough memory."""
     if size < _HUGE_PAGE or not _HAS_HUGE_PAGES:
         return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-    # Python's own mappings begin anywhere and end nowhere before they are closed, so room to align them would stay.
+    # Python's own mappings cannot be trimmed, so the extra bytes needed to align one would stay mapped.
     libc = _libc()
     length = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     start = libc.mmap(None, length + _HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, _PRIVATE, -1, 0)
@@ -67,7 +68,7 @@ def _libc() -> Any:
 
 
 class _Mapping:
-    """Zeros that are handed out once, from the beginning to the end. Tensors keep it alive."""
+    """Zeros that are handed out from the beginning to the end, each part once. Tensors keep it alive."""
 
     def __init__(self, size: int) -> None:
         self._left = map_bytes(size)
@@ -82,12 +83,12 @@ class _Mapping:
 
 
 _open: list[_Mapping] = []
-"""Those with room left."""
+"""Mappings with room left."""
 _lock = threading.Lock()
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """On the CPU; pages are taken from the system when they are written to."""
+    """A zero tensor on the CPU, in huge pages if it is large. Physical memory is allocated on the first write."""
     return _zero_bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
 
@@ -101,14 +102,14 @@ def _zero_bytes(size: int) -> torch.Tensor:
 
 
 def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """On the CPU, in common pages. The memory is taken when it is written, not now, as with torch's zeros: numpy leaves
-    pages untouched that it gets as zeros."""
+    """A zero tensor on the CPU, in normal pages. Physical memory is allocated on the first write: unlike torch, numpy
+    does not write zeros to pages that the system hands out as zeros."""
     size = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(tuple(shape))
 
 
 def close_mappings() -> None:
-    """What is left of them is not handed out: they go with the tensors that are in them."""
+    """Hand out nothing more from open mappings: each is then unmapped with its last tensor."""
     with _lock:
         _open.clear()
 
@@ -121,6 +122,6 @@ def _take(size: int) -> torch.Tensor:
             _open.append(mapping)
         taken = mapping.take(size)
         _open.sort(key=lambda one: one.room)
-        while _open and (len(_open) > _MOST_OPEN or _open[0].room < _SMALL):
+        while _open and (len(_open) > _MAX_OPEN or _open[0].room < _SMALL):
             del _open[0]
         return taken

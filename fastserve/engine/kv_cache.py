@@ -1,13 +1,13 @@
-"""Paged KV cache, the part without tensors: which block belongs to whom, and which blocks can be reused.
+"""Block pool of the paged KV cache, without tensors: which sequences hold each block, and which can be reused.
 
 A block holds `block_size` tokens of all layers. A full block whose content is known is registered in the prefix cache
 under the key (parent, tokens): `parent` is the number that the block before it got when it was registered, and numbers
-are never given twice. So a look-up compares the token ids of the whole prefix, block by block, and no hash collision
-can hand out a wrong block. Rejected: keys made of chained hashes alone, which trust the hash.
+are never reused. So a lookup compares the token ids of the whole prefix, block by block, and no hash collision can
+return a wrong block. Rejected: keys of chained hashes alone, which can collide.
 
-A block that nobody holds stays registered until it is needed: free blocks are taken in least-recently-used order,
-those without content first. A sequence gives its blocks back last block first, so the end of a prefix is evicted
-before its beginning, which its end cannot be found without.
+A block with no holder stays registered until it is needed: free blocks are reused in least-recently-used order, those
+without content first. A sequence frees its last block first, so the end of a prefix is evicted before its beginning,
+without which the end cannot be found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = 0
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """Blocks found in the cache, in order, and the number under which the last of them is registered."""
+    """Cached blocks of a prefix, in order, and the number of the last of them."""
 
     block_ids: list[int]
     parent: int
@@ -40,8 +40,8 @@ class BlockPool:
         """(parent, tokens) -> (block id, own number)"""
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._root = ROOT
-        """Parent of first blocks. Changes when the cache is cleared: what was registered before is then under a parent
-        that no look-up begins with, also what running sequences register afterwards."""
+        """Parent of first blocks. Changes when the cache is cleared: no lookup then finds blocks registered under the
+        old root, including those that running sequences register later."""
         self._next_number = ROOT + 1
 
     @property
@@ -49,7 +49,7 @@ class BlockPool:
         return len(self._free)
 
     def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
-        """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Takes nothing yet."""
+        """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Does not hold them yet."""
         block_ids: list[int] = []
         parent = self._root
         if self._prefix_cache:
@@ -74,7 +74,7 @@ class BlockPool:
             self._references[block_id] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Hold `count` blocks of no content. The caller has made sure that as many are free."""
+        """Hold `count` blocks without content. The caller makes sure that as many are free."""
         block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block_id in block_ids:
             key = self._key_of.pop(block_id, None)
@@ -93,10 +93,10 @@ class BlockPool:
                     self._free.move_to_end(block_id, last=False)
 
     def register(self, block_id: int, parent: int, tokens: tuple[int, ...]) -> int:
-        """Make a full, computed block findable; return the number that its successor names as parent.
+        """Register a full, computed block in the prefix cache; return its number, the parent of the next block.
 
-        When the same content is registered already (two sequences computed it side by side), the older block stays
-        the one that is found, and the sequence goes on under its number.
+        When the same content is registered already (two sequences computed it in parallel), the older block stays
+        registered, and its number is returned.
         """
         if not self._prefix_cache:
             return ROOT
@@ -111,10 +111,7 @@ class BlockPool:
         return number
 
     def clear(self) -> int:
-        """Forget the content of all blocks, so that nothing computed so far is found again; return how many had some.
-
-        Blocks that are held stay with their holders.
-        """
+        """Remove all blocks from the prefix cache; return how many were registered. Holders keep their blocks."""
         num_forgotten = len(self._registered)
         self._registered.clear()
         self._key_of.clear()
@@ -123,7 +120,7 @@ class BlockPool:
         return num_forgotten
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:
-        """Raise RuntimeError unless the books agree with the blocks that `holders` hold. For tests and idle times."""
+        """Raise RuntimeError unless the pool's state agrees with the blocks that `holders` hold. For tests."""
         counted = [0] * self.num_blocks
         for block_ids in holders:
             for block_id in block_ids:

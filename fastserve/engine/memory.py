@@ -1,4 +1,4 @@
-"""How much memory this process may still take, and how the C library keeps and returns it."""
+"""Free memory of this process, and settings of the C library's allocator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from fastserve.host_memory import memory_bounds
 
 OUT_OF_MEMORY_EXIT_CODE = 12
-"""Of an engine process that found no memory in a step (ENOMEM's number)."""
+"""Exit code of an engine process that ran out of memory in a step (ENOMEM's number)."""
 _MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3, "arena_max": -8}
 """Numbers of options in malloc.h."""
 
@@ -21,17 +21,17 @@ _MALLOPT = {"trim_threshold": -1, "mmap_threshold": -3, "arena_max": -8}
 class FreeMemory:
     num_bytes: int
     where: str
-    """What sets this bound, in words that end a sentence."""
+    """Source of this bound, worded to end a sentence: "on the GPU cuda:0"."""
 
 
 def free_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> FreeMemory:
-    """The least of what machine, container and limits of the process leave."""
-    least = min(memory_bounds(proc, cgroups), key=lambda bound: bound.free_bytes)
-    return FreeMemory(max(0, least.free_bytes), least.where)
+    """The tightest bound among those of machine, container and process."""
+    tightest = min(memory_bounds(proc, cgroups), key=lambda bound: bound.free_bytes)
+    return FreeMemory(max(0, tightest.free_bytes), tightest.where)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this, or what it came from, says that there is no memory. On a CPU torch knows no class for it."""
+    """Whether this error or one of its causes means that memory ran out. torch has no class for it on CPUs."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -55,29 +55,29 @@ _NO_MEMORY = (
     "can't start new thread",  # a thread's stack is memory too
 )
 _NO_MEMORY_WHOLE = ("could not create a primitive", "could not execute a primitive")
-"""oneDNN's words, which it has for nothing else: what it does not support it says of a descriptor."""
+"""oneDNN's whole message when memory runs out; for unsupported operations its messages name a descriptor."""
 
 
 def use_one_heap() -> None:
-    """For all threads, to be said before there are others. Each heap of glibc's reserves 64 MB of addresses, which
-    limits on them count, and keeps what its thread has freed."""
+    """Use one heap for all threads; call it before others start. Each glibc heap reserves 64 MB of address space, which
+    counts towards limits, and keeps what its thread has freed."""
     _set_malloc(arena_max=1)
 
 
 def begin_loading() -> None:
-    """Have the C library give large blocks back to the system as soon as they are freed. Left alone, glibc soon keeps
-    them for later, and what a checkpoint was read into lies between the weights for good."""
+    """Have the C library return large blocks to the system as soon as they are freed. By default glibc soon keeps them,
+    and buffers that a checkpoint was read into stay between the weights for good."""
     _set_malloc(mmap_threshold=1 << 18)
 
 
 def end_loading() -> None:
-    """Give back what was freed, and keep from now on what each step takes and frees again."""
+    """Return freed memory to the system, and from now on keep what each step allocates and frees."""
     _set_malloc(mmap_threshold=32 << 20, trim_threshold=128 << 20)
     return_freed_memory()
 
 
 def return_freed_memory() -> None:
-    """Give the system back what the C library keeps of freed memory."""
+    """Return the freed memory that the C library keeps to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

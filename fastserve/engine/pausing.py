@@ -1,4 +1,4 @@
-"""Whether an engine computes: the state behind the calls `Pause` and `Resume`, shared by all engines."""
+"""Pausing and resuming an engine: the state behind the calls `Pause` and `Resume`, for all engines."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class PauseState(msgspec.Struct, frozen=True):
 
     paused: bool
     num_running: int
-    """Requests that have begun: kept where they are while paused."""
+    """Requests that have begun; they keep their blocks while paused."""
     num_waiting: int
-    """Requests that have not; they stay in the queue while paused."""
+    """Requests that have not begun; they stay in the queue while paused."""
     num_aborted: int = 0
 
 
 class PausableScheduler(Protocol):
-    """What pausing needs of a scheduler (see scheduler.Scheduler)."""
+    """The part of a scheduler that pausing needs (see scheduler.Scheduler)."""
 
     @property
     def num_requests(self) -> int: ...
@@ -63,8 +63,8 @@ class Pausing:
         return self._mode is not None and not self.is_pausing
 
     def pause(self, mode: PauseMode, send: Callable[[list[RequestOutput]], None]) -> Future[PauseState]:
-        """Pause, or change the mode of a pause. The future is done once nothing is computed any more; it fails with
-        ConflictError when another call changes the mode before. `send` gets the last outputs of what is aborted.
+        """Pause, or change the mode of a pause. The future is done once no step is computed any more; it fails with
+        ConflictError when another call changes the mode before. `send` gets the last outputs of aborted requests.
         """
         if mode != "wait":
             self._fail_waiters()
@@ -80,7 +80,7 @@ class Pausing:
         return paused
 
     def resume(self) -> PauseState:
-        """Compute again. Nothing changes when the engine is not paused."""
+        """Resume. No effect when the engine is not paused."""
         self._fail_waiters()
         if self._mode is not None:
             self._mode = None
@@ -88,7 +88,7 @@ class Pausing:
         return self._state()
 
     def update(self) -> None:
-        """To be called after each step, and when requests were aborted: ends the waiting of pauses that are reached."""
+        """Complete pauses that are reached. Called after each step and after aborts."""
         if self._waiters and not self.is_pausing:
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:

@@ -6,16 +6,16 @@ import msgspec
 
 from fastserve.engine.contract import SamplingParams, TokenLogprob
 
-OPEN_DRAFT = -1
-"""A draft that the draft model fills in when the step is executed."""
+DRAFT_PLACEHOLDER = -1
+"""Draft id that the draft model replaces when the step is executed."""
 MAX_EXTRA_ROWS = 256
-"""Rows of logits that a step may have beyond one for each sequence, for drafts and prompt logprobs."""
+"""Rows of logits in a step beyond one for each sequence, for drafts and prompt logprobs."""
 MAX_EXTRA_LOGITS = 1 << 24
-"""Entries of these rows: 64 MiB in float32."""
+"""Entries of these rows together: 64 MiB in float32."""
 
 
 class NewSequence(msgspec.Struct, frozen=True):
-    """A sequence that the runner does not hold: new, or back after preemption. Sent in full, once."""
+    """A sequence that the runner does not hold yet: new, or resumed after preemption."""
 
     seq_id: int
     token_ids: list[int]
@@ -26,22 +26,23 @@ class NewSequence(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Compute tokens [start, start + num_tokens) of a sequence, and the drafts behind them."""
+    """Compute tokens [start, start + num_tokens) of a sequence, and the drafts after them."""
 
     seq_id: int
     start: int
     num_tokens: int
     new_block_ids: list[int]
-    """Blocks that come behind the first `num_held_blocks` of the sequence's block table, before this step."""
+    """Blocks that this step appends to the first `num_held_blocks` of the sequence's block table."""
     sample: bool
-    """The chunk reaches the last token, so the next one is sampled. The runner appends it to its own copy, and may be
-    asked to compute it before its id is known: a plan names tokens by their positions."""
+    """The chunk reaches the last token, so the next one is sampled. The runner appends it to its own copy; a later plan
+    may have it computed before its id is known on the host, because plans name tokens by their positions."""
     num_held_blocks: int = 0
+    """Blocks in the runner's copy of the block table before this step."""
     draft_ids: list[int] = []
-    """Guesses at the tokens after the last known one (speculation): after each right one, one more token is sampled."""
+    """Draft tokens after the last known one (speculation): after each accepted one, one more token is sampled."""
     score_begin: int = 0
     score_end: int = 0
-    """The prompt tokens after positions [score_begin, score_end), which lie in the chunk, get logprobs."""
+    """The prompt tokens after positions [score_begin, score_end) get logprobs; these positions are in the chunk."""
 
     @property
     def num_rows(self) -> int:
@@ -60,7 +61,7 @@ class Chunk(msgspec.Struct, frozen=True):
 
 class StepPlan(msgspec.Struct, frozen=True):
     dropped: list[int]
-    """Sequences that the runner forgets before anything else: finished, aborted or preempted."""
+    """Sequences that the runner removes first: finished, aborted or preempted."""
     new: list[NewSequence]
     chunks: list[Chunk]
 
@@ -75,15 +76,15 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """What a step brought, keyed by sequence."""
+    """The result of a step, by sequence id."""
 
     token_ids: dict[int, list[int]] = {}
-    """For each chunk that samples: the drafts that were right, in order, and the token sampled after them."""
+    """For each chunk that samples: the accepted drafts, in order, and the token sampled after them."""
     logprobs: dict[int, list[TokenLogprob]] = {}
-    """Of these tokens, for the sequences that asked for them."""
+    """Logprobs of `token_ids`, for sequences that requested them."""
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}
-    """For each chunk that scores."""
+    """For each chunk that scores prompt tokens."""
     num_drafts: dict[int, int] = {}
-    """Drafts that were tried, for each chunk that had any."""
+    """Number of drafts that were checked, for each chunk that had any."""
     draft_s: float = 0.0
-    """Of the step's time, what the draft model took."""
+    """Part of the step's time that the draft model took, in seconds."""

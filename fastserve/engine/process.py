@@ -1,10 +1,10 @@
 """The engine process: one loop of commands, schedule, launch, commit. No asyncio, no HTTP.
 
-Where steps overlap (core.py), commands are taken and outputs are sent while a step runs. A call (calls/) is handled
-when it is taken, once the step in flight is done.
+Where steps overlap (core.py), commands are received and outputs are sent while a step runs. A call (calls/) is handled
+when it is received, once the step in flight is done.
 
-Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends when told
-to, or when its parent is gone, however that died.
+Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends at a
+Shutdown, or when its parent is gone, however that died.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ logger = logging.getLogger("fastserve.engine")
 _IDLE_REPORT_S = 1.0
 _PROGRESS_INTERVAL_S = 0.1
 _STARTING_STEPS = 10
-"""Steps of a new engine that --profile-steps leaves out: they compile and allocate what later ones find ready."""
+"""First steps of an engine, which --profile-steps skips: they compile kernels and allocate buffers."""
 _LIBRARIES_BYTES = 256 << 20
-"""Of torch and transformers."""
+"""Memory that torch and transformers take."""
 
 
 class EngineLoop:
-    """Joins a core to a socket."""
+    """Runs a core with commands from a socket, and sends its outputs back."""
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class EngineLoop:
         self._calls = CallDispatcher(handlers, context)
 
     def run(self) -> None:
-        """Until Shutdown. Raises whatever a step raises: what the runner holds is then unknown, so the process is to
-        end; the worker tells its requests and starts it again."""
+        """Run until Shutdown. Raises what a step raises: the runner's state is then unknown, so the process must end;
+        the worker fails its requests and starts it again."""
         while self._take_commands():
             if self._core.has_work:
                 self._outputs += self._core.step()
@@ -103,7 +103,7 @@ class EngineLoop:
         self._profiler.close()
 
     def _take_commands(self) -> bool:
-        """Take in all commands that are there; wait for one only when there is nothing else to do."""
+        """Handle all commands received so far; wait for one only when there is nothing else to do. False: Shutdown."""
         busy = self._core.has_work or self._outputs
         if not busy and not self._socket.poll(int(_IDLE_REPORT_S * 1000)):
             return True
@@ -127,7 +127,7 @@ class EngineLoop:
                     return False
 
     def _answer(self, outcome: CallReply | CallError) -> None:
-        # Whoever gets the reply has the outputs of all steps before it, and a snapshot that shows what has changed.
+        # Outputs of all earlier steps, and stats that show the effect of the call, arrive before the reply.
         self._report()
         self._send(outcome)
 
@@ -143,7 +143,7 @@ def main(handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS) -> None:
     """Run an engine that knows the calls of these handlers."""
     use_one_heap()
     endpoint, config_json, parent = sys.argv[1:]
-    # Ctrl-C at a terminal reaches the whole process group; the parent drains and then says Shutdown.
+    # Ctrl-C at a terminal reaches the whole process group; the parent drains and then sends Shutdown.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
@@ -167,42 +167,42 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[C
         now = time.monotonic()
         if done in (0, total) or now - last[0] >= _PROGRESS_INTERVAL_S:
             last[0] = now
-            tell(LoadProgress(what, done, total))
+            send(LoadProgress(what, done, total))
 
-    def tell(event: Event) -> None:
+    def send(event: Event) -> None:
         socket.send(encode(event))
 
     free = free_host_memory()
     if free.num_bytes < _LIBRARIES_BYTES:
-        # Some of them know no other way than to abort the process.
-        tell(StartFailed(_no_memory_to_start(config, f"the libraries alone take {_LIBRARIES_BYTES / 1e6:.0f} MB")))
+        # Some libraries abort the process when they run out of memory.
+        send(StartFailed(_no_memory_to_start(config, f"the libraries alone take {_LIBRARIES_BYTES / 1e6:.0f} MB")))
         sys.exit(1)
     try:
         begin_loading()
-        # torch and transformers take seconds to import: the socket is joined before, and a compiler runs meanwhile.
+        # torch and transformers take seconds to import: meanwhile a compiler builds the kernels.
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
         from fastserve.engine.build import build_core
         from fastserve.engine.profiling import StepProfiler
 
         core = build_core(config, progress)
-        profiler = StepProfiler(Path(config.profile_dir), lambda max_silence_s: tell(Busy(max_silence_s)))
+        profiler = StepProfiler(Path(config.profile_dir), lambda max_silence_s: send(Busy(max_silence_s)))
         if config.profile_steps > 0:
             profiler.start(config.profile_steps, _STARTING_STEPS)
     except (FastserveError, RuntimeError, OSError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
-            tell(StartFailed(_no_memory_to_start(config, str(error))))
+            send(StartFailed(_no_memory_to_start(config, str(error))))
         elif isinstance(error, FastserveError):
-            tell(StartFailed(error.message))
+            send(StartFailed(error.message))
         else:
             raise
         sys.exit(1)
-    # Model and libraries live as long as the process. Looking through their objects would stop a step for a fifth of a
-    # second now and then, and the end of the process for two seconds.
+    # Model and libraries live as long as the process. The garbage collector would stop a step for a fifth of a second
+    # now and then to traverse them, and the end of the process for two seconds.
     gc.collect()
     gc.freeze()
     end_loading()
-    tell(Ready(core.info))
+    send(Ready(core.info))
     try:
         EngineLoop(core, socket, profiler, handlers).run()
     except (MemoryError, RuntimeError) as error:
@@ -221,7 +221,7 @@ def _no_memory_to_start(config: EngineConfig, reason: str) -> str:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A worker that was killed cannot say Shutdown; its engine must not hold memory and cores after it."""
+    """A worker that was killed cannot send Shutdown; its engine must not keep memory and cores."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

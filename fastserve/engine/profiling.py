@@ -16,23 +16,23 @@ from fastserve.errors import ConflictError, FastserveError, InternalError
 logger = logging.getLogger(__name__)
 
 _MAX_WRITING_S = 600.0
-"""Longest time in which the profiler starts, or a trace is written."""
+"""Maximum time to start the profiler, or to write a trace."""
 
 
 class StepProfiler:
-    """Records steps and writes them into `folder`. Each is a "ProfilerStep#n" in the trace."""
+    """Records steps and writes traces to `folder`. Each step is a "ProfilerStep#n" in the trace."""
 
     def __init__(self, folder: Path, announce: Callable[[float], None] = lambda max_silence_s: None) -> None:
-        """`announce` is called before work that takes long, with the most seconds that it may take."""
+        """`announce` is called before a long operation with its maximum duration in seconds."""
         self._folder = folder
         self._announce = announce
         self._profile: profile | None = None
         self._num_left = 0
         self._num_traces = 0
         self._path = folder
-        """Of the last trace, or the one that is recorded."""
+        """Path of the last trace, or of the one being recorded."""
         self._failure: FastserveError | None = ConflictError("There is no trace: no profile was started.")
-        """Why there is none."""
+        """Why there is no trace at `_path`; None when there is one."""
 
     def start(self, num_steps: int, num_warm_up_steps: int) -> str:
         """See calls.handling.Profiler. The warm-up steps, at least one, are not recorded."""
@@ -67,7 +67,7 @@ class StepProfiler:
         return str(path)
 
     def step_done(self) -> None:
-        """To be called after each step. It does nothing while no profile is recorded."""
+        """Called after each step. No effect while no profile is being recorded."""
         if self._profile is not None:
             self._num_left -= 1
             self._profile.step()
@@ -82,7 +82,7 @@ class StepProfiler:
         return str(self._path)
 
     def close(self) -> None:
-        """Write what has been recorded when fewer steps ran than were asked for."""
+        """Write the steps recorded so far, if a profile is being recorded."""
         recording, self._profile = self._profile, None
         if recording is not None:
             recording.stop()
@@ -92,7 +92,7 @@ class StepProfiler:
         try:
             recorded.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:
-            # Whatever a profile was good for, the requests that run are worth more.
+            # A failed profile must not fail running requests.
             logger.exception("profile: %s cannot be written", self._path)
             self._failure = InternalError(f"The trace {self._path} could not be written: {error}.")
             return

@@ -1,23 +1,23 @@
-"""The scheduler: which tokens of which sequences the next step computes. No phases, no tensors.
+"""The scheduler: decides which tokens of which sequences the next step computes. No phases, no tensors.
 
-Each step is a map from sequences to token counts under one token budget. Running sequences come first (those that
-decode before those that still prefill, so a long prompt never holds up an answer), then waiting ones, in one order.
-When blocks run out, the running sequence that is last in that order gives up its blocks and waits again, keeping its
-tokens: its KV is computed anew, mostly from the prefix cache. The first in order can always finish, because one
-sequence never needs more than the whole pool.
+Each step maps sequences to token counts under one token budget. Running sequences come first (decodes before prefills,
+so a long prompt never delays a decode), then waiting ones, in one order. When blocks run out, the running sequence that
+is last in that order is preempted: it frees its blocks and waits again, keeping its tokens; its KV cache is recomputed,
+mostly from the prefix cache. The first in order can always finish, because one sequence never needs more than the whole
+pool.
 
-The order is that of arrival, each level of priority counting as a later arrival by PRIORITY_LEVEL_S. So a request goes
-before those of lower priority that are waiting, is passed by those of higher priority for a time that has a bound, and
-nobody starves, whatever arrives. Waiting lifts everybody alike, so the order of two requests never changes.
+The order is that of arrival, where each level of priority counts as arriving PRIORITY_LEVEL_S later. So a request goes
+before waiting ones of lower priority, requests of higher priority pass it for a bounded time only, and none starves
+under any load. The order of two requests never changes.
 
-Drafts (speculation/) take what budget and blocks the step has left, and hold no block after it. So they never preempt
-or delay another sequence, and a sequence has the same blocks with and without them.
+Drafts (speculation/) use the budget and blocks that the step has left, and hold no block after it. So they never
+preempt or delay another sequence, and a sequence has the same blocks with and without them.
 
-A step may be planned while the one before is in flight (`can_run_ahead`). A sequence whose token is still to come
-counts as having it, and as going on unless its length ends there. Ids are needed by nobody meanwhile: what stops a
-sequence is found when they come, a row that was computed for it in vain is dropped, and blocks enter the prefix cache
-only then. The blocks of a sequence that ends may be given away at once, because steps run in the order in which they
-were planned. Nothing is preempted while a step is in flight.
+A step may be planned while the one before is in flight (`can_run_ahead`). A sequence whose next token is pending counts
+as having it, and as going on unless it then has its maximum length. No id is needed until it is known: only then is a
+stop token found, a row computed after it dropped, and the block registered in the prefix cache. The blocks of a
+finished sequence may be reused at once, because steps run in the order in which they were planned. Nothing is preempted
+while a step is in flight.
 
 The idea of one counter chasing another instead of prefill and decode phases is vLLM's (its v1 scheduler).
 """
@@ -39,18 +39,19 @@ from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.sequence import Sequence, Status
 
 PRIORITY_LEVEL_S = 10.0
-"""A request passes those that are one level lower and came up to this many seconds earlier."""
+"""A request passes requests one level lower that arrived up to this many seconds earlier."""
 
 
 class Drafting(Protocol):
-    """Where the scheduler gets drafts (speculation/speculator.py)."""
+    """The source of drafts (speculation/speculator.py)."""
 
     def draft(self, sequences: list[Sequence], limits: list[int], budget: int) -> dict[int, list[int]]:
-        """Drafts by sequence, at most `limits` each and `budget` in all, for those worth it."""
+        """Drafts by sequence id for sequences where they pay, at most `limits` each and `budget` in all."""
         ...
 
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
-        """After a step: sequences that could have had drafts, and (drafts, right ones) of those that had."""
+        """Called after a step with the number of sequences that could have had drafts, and (drafts, accepted drafts) of
+        those that had some."""
         ...
 
     def forget(self, seq_id: int) -> None: ...
@@ -58,11 +59,12 @@ class Drafting(Protocol):
 
 @dataclass(slots=True)
 class _Step:
-    """A plan in the making."""
+    """A plan that is being built."""
 
     budget: int
+    """Tokens that may be added."""
     extra_rows: int
-    """Rows of logits that may be computed beyond one for each sequence."""
+    """Rows of logits that may be added beyond one for each sequence."""
     chunks: dict[int, Chunk] = field(default_factory=dict)
 
     def add(self, chunk: Chunk) -> None:
@@ -70,7 +72,7 @@ class _Step:
         self.budget -= chunk.num_tokens
         self.extra_rows -= chunk.num_scored
 
-    def take_back(self, seq_id: int) -> None:
+    def remove(self, seq_id: int) -> None:
         chunk = self.chunks.pop(seq_id, None)
         if chunk is not None:
             self.budget += chunk.num_tokens
@@ -80,12 +82,12 @@ class _Step:
 @dataclass(frozen=True, slots=True)
 class CacheReset:
     num_blocks: int
-    """Blocks whose content was forgotten."""
+    """Blocks removed from the prefix cache."""
     num_preempted: int
 
 
 class Scheduler:
-    """Owns the queues and the block pool. Plans are committed in order; `add` and `abort` may come at any time."""
+    """Owns the queues and the block pool. Plans are committed in order; `add` and `abort` may be called at any time."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class Scheduler:
         drafting: Drafting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_extra_rows` bounds the logits of a step, for prompt logprobs and drafts, and with them its memory.
+        """`max_extra_rows` bounds the rows of logits for prompt logprobs and drafts in a step, and so its memory.
         `needs_last_token`: whether a request's next token can be sampled only once the host knows the one before."""
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ValueError("one sequence of max_model_len tokens must fit the block pool")
@@ -115,13 +117,13 @@ class Scheduler:
         self._waiting: list[tuple[tuple[float, int], Sequence]] = []
         self._holds_new = False
         self._held: dict[int, Sequence] = {}
-        """By id: what has never been scheduled, while new requests are held."""
+        """Sequences that have never been scheduled, by id, while new requests are held."""
         self._sequences: dict[str, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}
         self._dropped: list[int] = []
         self._next_id = 0
         self._num_in_flight = 0
-        """Plans that are not committed."""
+        """Plans that are not committed yet."""
         self.preemptions = 0
         self.finished = 0
         self.aborted = 0
@@ -139,18 +141,18 @@ class Scheduler:
 
     @property
     def num_begun(self) -> int:
-        """Requests that run, and those that were preempted."""
+        """Running and preempted requests."""
         return sum(1 for sequence in self._sequences.values() if sequence.is_begun)
 
     @property
     def has_work(self) -> bool:
-        """Whether there are requests that may be scheduled."""
+        """Whether any request may be scheduled."""
         return len(self._sequences) > len(self._held)
 
     # ---- arrival and departure ----------------------------------------------------------------------------------
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
-        """Queue a request. Returns its last output at once when it cannot run or has nothing left to do."""
+        """Queue a request. If it cannot run, or is finished already, return its last output at once."""
         problem = self._problem(request)
         if problem is not None:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
@@ -186,14 +188,14 @@ class Scheduler:
         return None
 
     def abort(self, request_id: str) -> None:
-        """Forget a request at once and free its blocks. An unknown id is one that has finished meanwhile."""
+        """Remove a request and free its blocks. Unknown ids, of requests that have just finished, are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._remove(sequence)
             self.aborted += 1
 
     def hold_new(self) -> None:
-        """Schedule only requests that have begun, until `release_new`; those that come meanwhile wait too."""
+        """Schedule only requests that have begun, until `release_new`; new ones wait."""
         self._holds_new = True
         waiting = [sequence for _, sequence in self._waiting if sequence.status is Status.WAITING]
         self._held |= {sequence.seq_id: sequence for sequence in waiting if not sequence.is_begun}
@@ -201,7 +203,7 @@ class Scheduler:
         heapq.heapify(self._waiting)
 
     def release_new(self) -> None:
-        """Let held requests run, in their order."""
+        """Let held requests run, in order."""
         self._holds_new = False
         for sequence in self._held.values():
             heapq.heappush(self._waiting, (sequence.order, sequence))
@@ -216,8 +218,8 @@ class Scheduler:
         return [RequestOutput(sequence.request.request_id, [], finish_reason="abort") for sequence in begun]
 
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> CacheReset:
-        """Forget all cached blocks. Running requests keep theirs, or are preempted and computed anew when asked for.
-        No step may be in flight.
+        """Remove all blocks from the prefix cache. Running requests keep their blocks, or are preempted and recomputed
+        with `reset_running_requests`. No step may be in flight.
         """
         preempted = list(self.running) if reset_running_requests else []
         for sequence in reversed(preempted):
@@ -228,7 +230,7 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        # A waiting one stays in the heap until it surfaces; its status tells that it is gone.
+        # A waiting one stays in the heap until it is popped; its status marks it as removed.
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
         del self._by_id[sequence.seq_id]
@@ -237,7 +239,7 @@ class Scheduler:
             self._drafting.forget(sequence.seq_id)
 
     def _release(self, sequence: Sequence) -> None:
-        """Give up a running sequence's blocks, and have the runner forget it."""
+        """Free a running sequence's blocks, and have the runner drop it."""
         self.pool.free(sequence.block_ids)
         sequence.block_ids = []
         sequence.num_computed = 0
@@ -250,12 +252,12 @@ class Scheduler:
 
     @property
     def decoding(self) -> list[Sequence]:
-        """Running sequences that compute their last token next."""
+        """Running sequences whose last token alone is still to be computed."""
         return [item for item in self.running if item.num_uncomputed == 1 and not item.has_max_tokens]
 
     def can_run_ahead(self) -> bool:
-        """Whether the next step can be planned while one is in flight: sampling it needs no ids that are not known
-        yet, and there are blocks for all."""
+        """Whether the next step can be planned while one is in flight: sampling needs no pending ids, and there are
+        blocks for all sequences."""
         needed = 0
         for sequence in self.running:
             if sequence.num_drafts or (sequence.num_pending and sequence.needs_last_token):
@@ -265,24 +267,24 @@ class Scheduler:
         return needed <= self.pool.num_free
 
     def schedule(self) -> StepPlan:
-        """Decide the next step. The plan may have no chunks: then nothing is to be computed."""
+        """Plan the next step. A plan without chunks means that there is nothing to compute."""
         step = _Step(self.max_num_batched_tokens, self.max_extra_rows)
-        preempted = self._go_on(step)
+        preempted = self._schedule_running(step)
         if not preempted:
-            self._admit(step)
+            self._schedule_waiting(step)
         if not step.chunks:
             return StepPlan([], [], [])
         if self._drafting is not None and not self._num_in_flight:
             self._add_drafts(step, self._drafting)
         for chunk in step.chunks.values():
-            self._expect(chunk)
+            self._count_scheduled(chunk)
         self._num_in_flight += 1
-        new = [self._introduce(self._by_id[seq_id]) for seq_id in step.chunks if not self._by_id[seq_id].in_runner]
+        new = [self._new_sequence(self._by_id[seq_id]) for seq_id in step.chunks if not self._by_id[seq_id].in_runner]
         dropped, self._dropped = self._dropped, []
         return StepPlan(dropped, new, list(step.chunks.values()))
 
-    def _go_on(self, step: _Step) -> bool:
-        """Chunks of running sequences; tells whether one had to give up its blocks."""
+    def _schedule_running(self, step: _Step) -> bool:
+        """Add chunks of running sequences; return whether one was preempted."""
         decoding = self.decoding
         prefilling = [item for item in self.running if item.num_uncomputed != 1 and not item.has_max_tokens]
         preempted = False
@@ -296,27 +298,27 @@ class Scheduler:
                 victim = self.running[-1]
                 self._preempt(victim)
                 preempted = True
-                step.take_back(victim.seq_id)
+                step.remove(victim.seq_id)
                 if victim is sequence:
                     break
             if sequence.status is Status.RUNNING and count > 0:
                 step.add(self._chunk(sequence, count))
         return preempted
 
-    def _admit(self, step: _Step) -> None:
-        """Start waiting sequences in order while budget, places and blocks last."""
+    def _schedule_waiting(self, step: _Step) -> None:
+        """Start waiting sequences in order while budget, max_num_seqs and blocks allow."""
         while self._waiting and step.budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self._waiting[0][1]
             if sequence.status is not Status.WAITING:
                 heapq.heappop(self._waiting)
                 continue
-            # The last token is always computed: the next one is sampled from its logits. So are the tokens from
-            # whose logits prompt tokens are still to be scored.
+            # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
+            # logits score prompt tokens.
             match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored)
             cached = len(match.block_ids) * self.pool.block_size
             count = self._count(sequence, cached, step)
             needed = self._blocks_for(sequence.num_tokens) - len(match.block_ids)
-            # One block for each running sequence is kept back, or the next steps would preempt what was just admitted.
+            # One block for each running sequence is reserved, or the next steps would preempt the admitted sequence.
             if count == 0 or (self.running and self.pool.num_free_after(match) - needed < len(self.running)):
                 break
             heapq.heappop(self._waiting)
@@ -334,7 +336,7 @@ class Scheduler:
             step.add(self._chunk(sequence, count))
 
     def _add_drafts(self, step: _Step, drafting: Drafting) -> None:
-        """Put drafts behind the single tokens of decoding sequences, as far as budget and blocks are left."""
+        """Add drafts after the single tokens of decoding sequences, as far as budget and blocks allow."""
         sequences = [
             self._by_id[chunk.seq_id] for chunk in step.chunks.values() if chunk.sample and chunk.num_tokens == 1
         ]
@@ -342,7 +344,7 @@ class Scheduler:
         if not sequences or budget == 0:
             return
         limits = [
-            # A step samples one token more than drafts are right.
+            # A step samples one token more than it accepts drafts.
             min(sequence.request.params.max_tokens - sequence.num_generated, self.max_model_len - sequence.num_tokens)
             - 1
             for sequence in sequences
@@ -359,8 +361,8 @@ class Scheduler:
                     chunk, new_block_ids=chunk.new_block_ids + more, draft_ids=draft_ids
                 )
 
-    def _expect(self, chunk: Chunk) -> None:
-        """Count what a chunk is going to bring."""
+    def _count_scheduled(self, chunk: Chunk) -> None:
+        """Count a scheduled chunk's tokens as computed and its sampled token as pending."""
         sequence = self._by_id[chunk.seq_id]
         sequence.num_computed += chunk.num_tokens
         sequence.num_unscored -= chunk.num_scored
@@ -368,7 +370,7 @@ class Scheduler:
         sequence.num_pending += chunk.sample
 
     def _count(self, sequence: Sequence, computed: int, step: _Step) -> int:
-        """Tokens to compute next of a sequence of which `computed` are."""
+        """Number of tokens to compute next, for a sequence with `computed` computed tokens."""
         count = min(sequence.num_tokens - computed, step.budget)
         if sequence.num_unscored > step.extra_rows:
             count = min(count, max(computed, sequence.score_begin) + step.extra_rows - computed)
@@ -396,7 +398,7 @@ class Scheduler:
             score_end=max(score_begin, min(end, sequence.num_prompt_tokens - 1)),
         )
 
-    def _introduce(self, sequence: Sequence) -> NewSequence:
+    def _new_sequence(self, sequence: Sequence) -> NewSequence:
         sequence.in_runner = True
         request = sequence.request
         return NewSequence(
@@ -412,12 +414,12 @@ class Scheduler:
         self.preemptions += 1
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
-        """Take in what the step computed, in the order of the plans; return what there is to tell."""
+        """Update the sequences with a step's result and return the outputs. Called in the order of the plans."""
         if not plan.chunks:
             return []
         self._num_in_flight -= 1
         if self._drafting is not None:
-            self._tell(self._drafting, plan, result)
+            self._report_drafts(self._drafting, plan, result)
         outputs: list[RequestOutput] = []
         for chunk in plan.chunks:
             sequence = self._by_id.get(chunk.seq_id)
@@ -426,17 +428,17 @@ class Scheduler:
             scores = result.prompt_logprobs.get(chunk.seq_id)
             if scores is not None and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += scores
-            num_right = 0
+            num_accepted = 0
             if chunk.sample:
                 outputs.append(self._take_tokens(sequence, result))
-                num_right = len(outputs[-1].token_ids) - 1
-            self._settle_blocks(sequence, chunk.start + chunk.num_tokens + num_right)
+                num_accepted = len(outputs[-1].token_ids) - 1
+            self._settle_blocks(sequence, chunk.start + chunk.num_tokens + num_accepted)
             if chunk.sample and outputs[-1].finish_reason is not None:
                 self._remove(sequence)
                 self.finished += 1
         return outputs
 
-    def _tell(self, drafting: Drafting, plan: StepPlan, result: StepResult) -> None:
+    def _report_drafts(self, drafting: Drafting, plan: StepPlan, result: StepResult) -> None:
         num_sequences = sum(1 for chunk in plan.chunks if chunk.sample and chunk.num_tokens == 1)
         tried = {
             seq_id: (count, len(result.token_ids[seq_id]) - 1)
@@ -458,7 +460,7 @@ class Scheduler:
             if output.finish_reason is not None:
                 break
         count = len(output.token_ids)
-        # All but the last of them were drafts, so they have been computed.
+        # All but the last of them were drafts, so they are computed already.
         sequence.num_computed += count - 1
         self.generated_tokens += count
         if sequence.seq_id in result.logprobs:
@@ -467,7 +469,7 @@ class Scheduler:
         return output
 
     def _settle_blocks(self, sequence: Sequence, num_filled: int) -> None:
-        """Give back the blocks of drafts that were wrong; register those that the first `num_filled` tokens fill."""
+        """Free blocks of rejected drafts; register those that the first `num_filled` tokens fill."""
         needed = self._blocks_for(sequence.num_computed)
         self.pool.free(sequence.block_ids[needed:])
         del sequence.block_ids[needed:]
@@ -486,7 +488,7 @@ class Scheduler:
         return None
 
     def check(self) -> None:
-        """Raise RuntimeError when the books are wrong. For tests and idle times."""
+        """Raise RuntimeError when the state is inconsistent. For tests."""
         self.pool.check([sequence.block_ids for sequence in self._sequences.values()])
         for sequence in self._sequences.values():
             if sequence.status is not Status.RUNNING and sequence.block_ids:

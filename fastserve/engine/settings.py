@@ -1,4 +1,4 @@
-"""What the worker tells an engine process at its start."""
+"""Configuration that the worker passes to an engine process at its start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastserve.options import same_option
 
 
 class PackedCheckpoint(msgspec.Struct, frozen=True):
-    """A quantized checkpoint that flags point to. What is None is read off its tensors."""
+    """A quantized checkpoint named by flags. Fields that are None are inferred from its tensors."""
 
     method: str
     """gptq or awq"""
@@ -24,29 +24,29 @@ class PackedCheckpoint(msgspec.Struct, frozen=True):
 
 
 class WeightOptions(msgspec.Struct, frozen=True):
-    """Where the weights come from, and how they are kept."""
+    """Source and storage of the weights."""
 
     quantize: str | None = None
-    """int8 or nf4: how weights of linear layers are packed while they are read."""
+    """int8 or nf4: format to which weights of linear layers are quantized while loading."""
     packed: PackedCheckpoint | None = None
     gguf_file: str | None = None
     adapter_dir: str | None = None
-    """Of a LoRA adapter that is added to the weights."""
+    """Folder of a LoRA adapter to add to the weights."""
     dummy: bool = False
-    """Random weights; no file of weights is looked for."""
+    """Use random weights; weight files are neither needed nor read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(EngineOptions):
-    """Travels as JSON on the engine process's command line. Unset sizes are found from the model and free memory."""
+    """Sent as JSON on the engine process's command line. Unset sizes are derived from the model and free memory."""
 
     model_dir: str
     log_level: str = same_option(ServerConfig, "log_level")
     speculative_model_dir: str | None = None
-    """Of a draft model, which then takes the place of the method."""
+    """Folder of a draft model, which replaces `speculative_method`."""
     weights: WeightOptions = field(default_factory=WeightOptions)
 
     @classmethod
     def of(cls, options: EngineOptions, **others: Any) -> EngineConfig:
-        """`options` as they are, and what the worker has found: the fields of this class."""
+        """`options` unchanged, and the fields of this class, which the worker determines."""
         return cls(**{item.name: getattr(options, item.name) for item in fields(EngineOptions)}, **others)

@@ -1,9 +1,9 @@
-"""A private folder for the socket between a worker and its engine process, and the removal of what dead ones left.
+"""A private folder for the socket between a worker and its engine process, and removal of abandoned ones.
 
-The path of a Unix socket holds about a hundred characters, so a long TMPDIR is passed over. A folder belongs to the
-process that holds the lock in it: the kernel gives the lock back however the process ends, so a folder whose lock is
-free was left by one that was killed. Process ids would not do: they are used again, and containers that share a folder
-have their own.
+The path of a Unix socket is limited to about a hundred characters, so a long TMPDIR is skipped. A folder belongs to the
+process that holds the lock in it: the kernel releases the lock however the process ends, so a folder whose lock is free
+was left by a killed process. Process ids do not work here: they are reused, and containers that share a folder have
+their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from fastserve.errors import StartupError
 
 MAX_SOCKET_PATH_BYTES = 103
-"""macOS takes 103, Linux 107."""
+"""The limit is 103 on macOS, 107 on Linux."""
 _PREFIX = "fastserve-"
 _LOCK = "lock"
 _SOCKET = "engine"
@@ -25,10 +25,10 @@ _RANDOM_CHARS = 8
 
 
 class SocketFolder:
-    """Mode 0700, so that nobody else can join. To be closed."""
+    """Mode 0700, so that no other user can connect. Must be closed."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        """Raises StartupError when there is no place for it."""
+        """Raises StartupError when no folder can be made."""
         problems = []
         for parent in _parents(environ):
             problem = _problem(parent)
@@ -62,7 +62,7 @@ class SocketFolder:
 def _parents(environ: Mapping[str, str]) -> Iterable[Path]:
     try:
         usual = tempfile.gettempdir()
-    except FileNotFoundError:  # none that can be written to, by its own list
+    except FileNotFoundError:  # no writable folder in its own list
         usual = ""
     candidates = (usual, environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp")
     return dict.fromkeys(Path(parent) for parent in candidates if parent)
@@ -76,7 +76,7 @@ def _problem(parent: Path) -> str | None:
 
 
 def _lock_new(folder: Path) -> int | None:
-    """The lock appears under its name when it is held, so that nobody takes a new folder for an abandoned one."""
+    """The lock file gets its name only once it is locked, so that a new folder never looks abandoned."""
     unfinished = folder / f"{_LOCK}.new"
     descriptor = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     _try_lock(descriptor)
@@ -85,7 +85,7 @@ def _lock_new(folder: Path) -> int | None:
 
 
 def _try_lock(descriptor: int) -> bool:
-    import fcntl  # not on Windows, where engines are joined by TCP
+    import fcntl  # missing on Windows, where engines use TCP
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +102,7 @@ def remove_abandoned(parent: Path) -> int:
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:  # not one of ours, or going away at this moment
+        except OSError:  # not one of ours, or just being removed
             continue
         try:
             if _try_lock(descriptor):

@@ -1,4 +1,4 @@
-"""What the flags about devices ask for, and which of it no machine can do. Knows no torch: the worker reads it too."""
+"""The flags that spread a model over devices, and their checks. No torch here: the worker imports it too."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from fastserve.errors import StartupError
 _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", re.IGNORECASE)
 _GPU_ID = re.compile(r"\d+|(?:GPU|MIG)-[0-9A-Za-z/-]+")
-"""A number, or the name that the driver gives a GPU or a part of one."""
+"""A number, or the driver's UUID of a GPU or MIG instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Over what a model is spread."""
+    """Devices over which a model is spread."""
 
     num_gpus: int = 1
     max_gpu_memory: int | None = None
-    """Bytes of weights on each GPU; None: what is free, less a share for the KV cache."""
+    """Bytes of weights on each GPU; None: the free memory, less a share for the KV cache."""
     cpu_offloading: bool = False
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether the model may live on more than one device. With a single one a cap has no effect, as in FastChat."""
+    def is_multi_device(self) -> bool:
+        """Whether the model may be on more than one device. On a single GPU `max_gpu_memory` has no effect, as in
+        FastChat."""
         return self.num_gpus > 1 or self.cpu_offloading
 
 
 def read_gpu_memory(text: str) -> int:
-    """Bytes of `--max-gpu-memory`: 20GiB, 20GB, 1.5GiB, 800MiB. Raises StartupError for anything else."""
+    """Parse `--max-gpu-memory` (20GiB, 20GB, 1.5GiB, 800MiB) to bytes. Raises StartupError for anything else."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
         example = f"{text.strip()}GiB" if text.strip().isdigit() and int(text) else "20GiB or 20GB"
@@ -38,7 +39,7 @@ def read_gpu_memory(text: str) -> int:
 
 
 def refuse_gpu_ids(gpus: str) -> None:
-    """CUDA takes a list that it cannot read for one that ends there, and shows fewer GPUs without a word. Raises
+    """Check `--gpus`: CUDA ignores a list from its first invalid id on, and silently shows fewer GPUs. Raises
     StartupError."""
     ids = [part.strip() for part in gpus.split(",")]
     wrong = next((part for part in ids if not _GPU_ID.fullmatch(part)), None)
@@ -51,10 +52,10 @@ def refuse_gpu_ids(gpus: str) -> None:
 
 
 def refuse_spread(device: str, spread: Spread) -> None:
-    """Raises StartupError for what the flags ask of a kind of device (cpu, cuda, mps, xpu) that cannot do it."""
+    """Raises StartupError for flags that a kind of device (cpu, cuda, mps, xpu) does not support."""
     if spread.num_gpus < 1:
         raise StartupError(f"--num-gpus {spread.num_gpus} is too small: the least is 1.")
-    if device == "cuda" or not spread.is_wanted:
+    if device == "cuda" or not spread.is_multi_device:
         return
     if spread.num_gpus > 1:
         raise StartupError(

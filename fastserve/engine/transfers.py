@@ -1,4 +1,4 @@
-"""Arrays on their way to a device and results on their way back, neither of which the host waits for."""
+"""Asynchronous transfers of arrays to a device, and of results back to the host."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def to_device(arrays: Arrays, device: torch.device) -> list[torch.Tensor]:
 
 
 class Readback:
-    """Tensors that follow the work that makes them to the host.
+    """Asynchronous copies of tensors to the host.
 
-    `take` what is wanted, then `close`; what was taken holds once `wait` has returned.
+    Call `take` for each tensor, then `close`; the copies are complete once `wait` has returned.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Readback:
         self._event: Event | None = None
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where the tensor will stand on the host."""
+        """The copy on the host, which is complete after `wait`."""
         self._device = device_of(tensor.device)
         return self._device.fetch(tensor)
 

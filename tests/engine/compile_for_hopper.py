@@ -18,10 +18,10 @@ from fastserve.engine.kernels import triton_quantized as codes
 
 _HOPPER = GPUTarget("cuda", 90, 32)
 _UINT8 = {"codes"}
-_INT32 = {"order", "slots", "block_table", "starts", "counts", "contexts", "item_sequence", "item_first"}
+_INT32 = {"order", "slot_mapping", "block_table", "starts", "counts", "seq_lens", "item_sequence", "item_first"}
 _FLOAT32 = {"scales", "offsets", "table", "parts", "part_peaks", "part_totals"}
 _FLOATS = {"scaling", "softcap", "eps", "offset"}
-_UNALIGNED = {"rows", "table_stride", "least_split", "part_tokens"}
+_UNALIGNED = {"rows", "table_stride", "min_split", "part_tokens"}
 _STRIDES = {
     "query_token",
     "query_head",
@@ -60,7 +60,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], **options: int) -> di
 
 
 def compile_attention(tiling: attention.Tiling, splits: int, window: int, block_size: int) -> dict[str, int]:
-    shape = {"GROUP": 4, "KV_HEADS": 8, "KEY_DIM": 128, "VALUE_DIM": 128, "KEY_ROOM": 128, "VALUE_ROOM": 128}
+    shape = {"GROUP": 4, "KV_HEADS": 8, "KEY_DIM": 128, "VALUE_DIM": 128, "KEY_PADDED": 128, "VALUE_PADDED": 128}
     constants = shape | {
         "BLOCK_SIZE": block_size, "WINDOW": window, "HAS_SOFTCAP": bool(window), "HAS_SINKS": bool(window),
         "IN_FLOAT32": False, "ROWS": tiling.rows, "TILE": tiling.tile, "SPLITS": splits,
@@ -80,22 +80,29 @@ def compile_codes(bits: int, rows: int, **options: Any) -> dict[str, int]:
 
 def main() -> None:
     wide, narrow = attention.wide_tiling(4, 128, 2), attention.narrow_tiling(4, 128, 2)
-    heads = {"KV_HEADS": 8, "KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_SIZE": 16, "KEY_ROOM": 1024, "VALUE_ROOM": 1024}
-    join = {"HEADS": 32, "VALUE_DIM": 128, "VALUE_ROOM": 128, "WINDOW": 0, "TOKENS": 4, "TILE": 64, "SPLITS": 32}
-    turned = {"HEADS": 32, "DIM": 128, "HEAD_ROOM": 32, "HALF_ROOM": 64}
+    heads = {
+        "KV_HEADS": 8,
+        "KEY_DIM": 128,
+        "VALUE_DIM": 128,
+        "BLOCK_SIZE": 16,
+        "KEY_PADDED": 1024,
+        "VALUE_PADDED": 1024,
+    }
+    join = {"HEADS": 32, "VALUE_DIM": 128, "VALUE_PADDED": 128, "WINDOW": 0, "TOKENS": 4, "TILE": 64, "SPLITS": 32}
+    rotary = {"HEADS": 32, "DIM": 128, "HEAD_BLOCK": 32, "HALF_BLOCK": 64}
     found = {
         "wide": compile_attention(wide, 1, 0, 16),
         "wide, all options": compile_attention(wide, 1, 128, 64),
         "narrow": compile_attention(narrow, 16, 0, 16),
         "store": compile_kernel(attention._store, heads),
         "join": compile_kernel(attention._join, join),
-        "rms_norm": compile_kernel(elementwise._rms_norm, {"SIZE": 4096, "ROOM": 4096}, num_warps=8),
-        "silu_and_mul": compile_kernel(elementwise._silu_and_mul, {"SIZE": 14336, "ROOM": 1024}),
+        "rms_norm": compile_kernel(elementwise._rms_norm, {"SIZE": 4096, "BLOCK": 4096}, num_warps=8),
+        "silu_and_mul": compile_kernel(elementwise._silu_and_mul, {"SIZE": 14336, "BLOCK": 1024}),
         "4 bits": compile_codes(4, 16),
         "4 bits, all options": compile_codes(4, 64, COUNTS=False, HAS_ORDER=True),
         "8 bits": compile_codes(8, 16),
         "8 bits, all options": compile_codes(8, 64, COUNTS=False, HAS_ORDER=True),
-        "rotary": compile_kernel(elementwise._rotary, turned),
+        "rotary": compile_kernel(elementwise._rotary, rotary),
     }
     print(json.dumps(found))
 

@@ -147,7 +147,7 @@ class Talker(Device):
 
 
 def run_loop(script: dict[int, list[Any]], tmp_path: Path, handlers: Any = ALL_CALLS) -> list[Event]:
-    """What an engine's loop sends; its steps overlap. The script's commands of step 0 come before the first step."""
+    """Events of an engine's loop whose steps overlap. The script's commands of step 0 come before the first step."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as ours, context.socket(zmq.PAIR) as theirs:
         ours.bind("inproc://engine")
         theirs.connect("inproc://engine")

@@ -49,8 +49,8 @@ def test_few_sizes_and_little_padding() -> None:
     assert batch_sizes(64) == (1, 2, 4, 8, 16, 32, 48, 64)
 
 
-class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    """Takes down what a forward pass is given, and where it lies."""
+class RecordingModel(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
+    """Records the inputs of each forward pass and their addresses."""
 
     def __init__(self, attention: PagedAttention) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class TellTale(torch.nn.Module):  # type: ignore[misc]  # torch is not followed 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
         step = self._attention._step
         assert isinstance(step, DeviceStep)
-        self.seen.append((input_ids[0], position_ids[0], step.contexts, step.slots, step.block_table))
+        self.seen.append((input_ids[0], position_ids[0], step.seq_lens, step.slot_mapping, step.block_table))
         return types.SimpleNamespace(logits=input_ids[..., None].float())
 
 
@@ -74,7 +74,7 @@ def parts_of(model: torch.nn.Module, attention: PagedAttention, *, max_num_seqs:
 
 def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -> None:
     attention = PagedAttention(attention_backend)
-    model = TellTale(attention)
+    model = RecordingModel(attention)
     graphs = GraphForward(parts_of(model, attention, max_num_seqs=8, max_blocks=3), Rerun())
     at = {len(seen[0]): [tensor.data_ptr() for tensor in seen] for seen in model.seen}
     assert set(at) == {1, 2, 4, 8}
@@ -93,19 +93,19 @@ def test_rows_that_pad_look_at_nothing_and_write_nothing_and_no_buffer_moves() -
         assert graphs.supports(step) is None
         logits = graphs(step)
         assert logits[:, 0].tolist() == (numbers + 100).tolist()
-        ids, positions, contexts, slots, table = model.seen[-1]
+        ids, positions, seq_lens, slot_mapping, table = model.seen[-1]
         assert [tensor.data_ptr() for tensor in model.seen[-1]] == at[len(ids)]
         assert positions[:count].tolist() == (numbers + 16).tolist()
-        assert contexts[:count].tolist() == (numbers + 17).tolist()
-        assert slots[:count].tolist() == ((numbers + 10) * 16 + numbers).tolist()
+        assert seq_lens[:count].tolist() == (numbers + 17).tolist()
+        assert slot_mapping[:count].tolist() == ((numbers + 10) * 16 + numbers).tolist()
         assert table[:count, :2].tolist() == context.block_table.tolist()
-        assert contexts[count:].tolist() == [0] * (len(ids) - count)
-        assert slots[count:].tolist() == [-1] * (len(ids) - count)
+        assert seq_lens[count:].tolist() == [0] * (len(ids) - count)
+        assert slot_mapping[count:].tolist() == [-1] * (len(ids) - count)
 
 
 def test_what_fits() -> None:
     attention = PagedAttention(attention_backend)
-    graphs = GraphForward(parts_of(TellTale(attention), attention, max_num_seqs=4, max_blocks=1), Rerun())
+    graphs = GraphForward(parts_of(RecordingModel(attention), attention, max_num_seqs=4, max_blocks=1), Rerun())
 
     def fits(*counts: int) -> bool:
         numbers = np.array(counts, dtype=np.int32)
@@ -131,7 +131,7 @@ def test_an_engine_on_graphs_equals_generate(
     if device == "cpu":
         monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
         monkeypatch.setattr(CpuDevice, "graph_recorder", lambda self: recorder)
-        monkeypatch.setattr(kernels, "_LEAST_SPLITS", 1)  # of so short contexts most would be empty
+        monkeypatch.setattr(kernels, "_MIN_SPLITS", 1)  # with such short contexts most splits would be empty
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
     config = GptOssConfig(**{**SHAPE, **small}, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     path = str(tmp_path)

@@ -46,7 +46,7 @@ class Answer:
 
 
 def run(core: EngineCore, answers: dict[str, Answer], max_steps: int = 10_000) -> None:
-    """Step until nothing is left, collecting outputs and checking the books after each step."""
+    """Step until nothing is left, collecting outputs and checking the scheduler after each step."""
     for _ in range(max_steps):
         if not core.has_work:
             return

@@ -91,9 +91,9 @@ async def test_many_at_once_get_their_own_answers(engine: EngineProcess, tiny_mo
     for prompt, found in zip(prompts, answers, strict=True):
         assert found.token_ids == tiny_models.reference(path, prompt, 15, [1])
         assert found.logprobs is not None
-        for token_id, told in zip(found.token_ids, found.logprobs, strict=True):
-            assert told.token_id == token_id == told.top[0][0]
-            assert told.logprob == told.top[0][1] >= told.top[1][1]
+        for token_id, output in zip(found.token_ids, found.logprobs, strict=True):
+            assert output.token_id == token_id == output.top[0][0]
+            assert output.logprob == output.top[0][1] >= output.top[1][1]
     assert engine.stats.generated_tokens - before == sum(len(found.token_ids) for found in answers)
     assert engine.stats.tokens_per_s > 0
 

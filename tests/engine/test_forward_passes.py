@@ -1,4 +1,4 @@
-"""The ways to compute a step: one more is one file, the first that can is taken, and why others cannot is said."""
+"""The ways to compute a step: a new one is one file, the first that supports a step is used, and reasons are logged."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_one_more_way_takes_the_steps_that_it_supports(
 
 
 @pytest.mark.parametrize("error", [UnsupportedError("the moon is full"), AbsentError("the moon is full")])
-def test_why_a_model_cannot_be_computed_a_way_is_in_the_log_and_in_what_the_engine_tells(
+def test_why_a_model_cannot_be_computed_a_way_is_in_the_log_and_in_the_engine_info(
     tiny_models: TinyModels,
     one_more: type[ShortSteps],
     monkeypatch: pytest.MonkeyPatch,

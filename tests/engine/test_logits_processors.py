@@ -1,4 +1,4 @@
-"""What every logits processor has to obey, and one more of them, added to the engine by its file and a place in the
+"""Contract tests of logits processors, and one more processor, added to the engine by its file and an entry in the
 list (token_mask.py)."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastserve.engine.sampling.top_k import TopK
 from fastserve.engine.sampling.top_p import TopP
 from fastserve.engine.sampling.typical_p import TypicalP
 from fastserve.engine.speculation.ngram import NgramProposer
-from fastserve.engine.speculation.speculator import OpenProposer
+from fastserve.engine.speculation.speculator import PlaceholderProposer
 from fastserve.engine.transfers import Readback, to_device
 
 from .conftest import TinyModels
@@ -209,14 +209,14 @@ def test_a_step_has_one_transfer_and_a_greedy_one_none(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(batch_module, "to_device", counting)
     mixed = [params for examples in EXAMPLES.values() for params in examples]
-    for batch, most in (([SamplingParams(LENGTH, temperature=0.0)] * 5, 0), (mixed, 1)):
+    for batch, num_transfers in (([SamplingParams(LENGTH, temperature=0.0)] * 5, 0), (mixed, 1)):
         sampler = Sampler(PROCESSORS)
         states = [sampler.start(params, 0, NUM_PROMPT) for params in batch]
         transfers.clear()
         for length in range(5, 9):
             rows = [row(state, [1] * length) for state in states]
             sampler.sample(torch.randn(len(batch), VOCABULARY), rows, Readback())
-        assert len(transfers) == 1 + 4 * most, "one when the batch is new, and those of the steps"
+        assert len(transfers) == 1 + 4 * num_transfers, "one when the batch is new, and those of the steps"
 
 
 # ---- in the engine ----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def crowded_core(tiny_models: TinyModels, kind: str) -> EngineCore:
         **settings[kind],
     )
     if kind != "overlap":
-        proposer = NgramProposer() if kind == "ngram" else OpenProposer()
+        proposer = NgramProposer() if kind == "ngram" else PlaceholderProposer()
         core._speculator = core.scheduler._drafting = eager(proposer)
     return core
 

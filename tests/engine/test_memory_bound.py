@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of proce
 VOCABULARY = 512
 CONTEXT = 512
 BYTES_PER_TOKEN = 2 * 8 * 2 * 64 * 4
-"""Of the KV cache: layers x heads x (key and value) x dim x float32."""
+"""Bytes of the KV cache per token: layers x heads x (key and value) x dim x float32."""
 MB = 1 << 20
 
 
@@ -91,7 +91,7 @@ def status(pid: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def idle(model_path: str) -> dict[str, int]:
-    """What an engine with hardly any KV cache takes: the ground that limits are set above."""
+    """Memory of an engine with hardly any KV cache; limits are set above it."""
 
     async def measure() -> dict[str, int]:
         async with started(EngineProcess(config(model_path, max_total_tokens=CONTEXT))) as pid:
@@ -115,15 +115,15 @@ def requests() -> list[EngineRequest]:
 
 async def drive(engine: EngineProcess) -> float:
     """Run all requests at once; return the largest share of blocks that was in use. Raises what a request raises."""
-    most_used = 0.0
+    max_used = 0.0
 
     async def answer(request: EngineRequest) -> list[int]:
-        nonlocal most_used
+        nonlocal max_used
         token_ids: list[int] = []
         with engine.generate(request) as outputs:
             async for output in outputs:
                 token_ids += output.token_ids
-                most_used = max(most_used, engine.stats.num_used_blocks / engine.stats.num_blocks)
+                max_used = max(max_used, engine.stats.num_used_blocks / engine.stats.num_blocks)
         return token_ids
 
     todo = requests()
@@ -133,15 +133,15 @@ async def drive(engine: EngineProcess) -> float:
         assert len(found) == request.params.max_tokens
         if request.params.temperature == 0:
             assert_greedy(model, request, found)
-    return most_used
+    return max_used
 
 
 def assert_greedy(model: torch.nn.Module, request: EngineRequest, answer: list[int]) -> None:
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([request.prompt_ids + answer]), use_cache=False).logits[0]
     rows = logits[len(request.prompt_ids) - 1 : -1]
-    drawn = rows.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-    assert (rows.amax(dim=1) - drawn).max() < 1e-2
+    sampled = rows.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+    assert (rows.amax(dim=1) - sampled).max() < 1e-2
 
 
 def capacity(engine: EngineProcess) -> int:
@@ -151,8 +151,8 @@ def capacity(engine: EngineProcess) -> int:
 
 async def assert_holds(engine: EngineProcess, pid: int) -> None:
     """At saturation: nobody dies, every answer is right, and all of the cache was used."""
-    most_used = await drive(engine)
-    assert most_used > 0.95, f"{engine.stats.num_blocks} blocks"
+    max_used = await drive(engine)
+    assert max_used > 0.95, f"{engine.stats.num_blocks} blocks"
     assert engine.stats.preemptions > 0
     assert engine.stats.num_used_blocks == 0
     assert psutil.pid_exists(pid)
@@ -317,7 +317,7 @@ LARGE: dict[str, Any] = {
     ids=["llama", "gemma2", "mixtral"],
 )
 def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedConfig, tmp_path: Path) -> None:
-    """256 tokens of prompts, and 256 sequences that are drawn from in every costly way."""
+    """256 tokens of prompts, and 256 sequences with every costly way of sampling."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(model, dtype=torch.float32).save_pretrained(tmp_path)
     settings = config(str(tmp_path), max_num_seqs=256, max_total_tokens=16384)
@@ -334,11 +334,11 @@ def test_the_largest_steps_stay_within_what_is_kept_for_them(model: PretrainedCo
     except OSError as error:
         pytest.skip(f"the most that is resident cannot be watched here: {error}")
     before = status(os.getpid())["VmRSS"]
-    most_rows = 0
+    max_rows = 0
     while core.has_work:
         core.step()
-        most_rows = max(most_rows, len(core.scheduler.running))
-    assert most_rows > 240
+        max_rows = max(max_rows, len(core.scheduler.running))
+    assert max_rows > 240
     taken = status(os.getpid())["VmHWM"] - before
     assert 0.2 * kept < taken < kept
 
@@ -413,9 +413,9 @@ def test_what_says_that_there_is_no_memory() -> None:
     assert is_out_of_memory(torchs.value)
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
-    told = StartupError("cannot be loaded")
-    told.__cause__ = torchs.value
-    assert is_out_of_memory(told)
+    error = StartupError("cannot be loaded")
+    error.__cause__ = torchs.value
+    assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(StartupError("not enough memory in a sentence of ours"))
     assert memory.OUT_OF_MEMORY_EXIT_CODE != 1

@@ -196,7 +196,7 @@ def test_sampled_answers_are_those_of_the_cpu(tiny_models: TinyModels) -> None:
 
 
 def test_a_step_is_launched_without_waiting_for_the_device(tiny_models: TinyModels) -> None:
-    """Prompts, single tokens, and tokens drawn by every transform."""
+    """Prompts, single tokens, and tokens sampled with every logits processor."""
     if not ON_CUDA:
         pytest.skip("CUDA reports what waits")
     core = make_gpu_core(tiny_models.path("llama"), max_num_seqs=8, speculative_method="off")
@@ -216,7 +216,7 @@ def test_a_step_is_launched_without_waiting_for_the_device(tiny_models: TinyMode
 def test_what_cannot_be_recorded_runs_one_kernel_at_a_time(
     tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model whose code looks at values on the device is served all the same, and a line says that it is slower."""
+    """A model whose code reads values on the device is served all the same, and a line says that it is slower."""
     if not ON_CUDA:
         pytest.skip("nothing is recorded on a CPU")
     path = tiny_models.path("llama")
@@ -239,7 +239,7 @@ def test_what_cannot_be_recorded_runs_one_kernel_at_a_time(
     assert answer_all(core, [greedy(prompt, 16)])["r"] == tiny_models.reference(path, prompt, 16, [EOS])
 
 
-def test_pages_of_all_layers_count_towards_the_memory_of_the_device(tiny_models: TinyModels) -> None:
+def test_the_kv_cache_of_all_layers_counts_towards_the_memory_of_the_device(tiny_models: TinyModels) -> None:
     loaded = load_model(tiny_models.path("llama"), DEVICE, "float32", trust_remote_code=False, progress=lambda *_: None)
     assert find_device(DEVICE).torch_device == loaded.device == next(loaded.model.parameters()).device
     assert len(loaded.attention.shapes_on(loaded.device)) == CONFIGS["llama"].num_hidden_layers
@@ -257,7 +257,7 @@ def test_a_worker_answers() -> None:
 
 
 def test_a_sequence_as_long_as_its_context(tiny_models: TinyModels, tmp_path: Path) -> None:
-    """Positions up to the last, over many splits and pages."""
+    """Positions up to the last, over many splits and blocks."""
     config = {
         **json.loads((Path(tiny_models.path("llama")) / "config.json").read_text()),
         "max_position_embeddings": 3000,

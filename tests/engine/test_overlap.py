@@ -99,7 +99,7 @@ def test_a_stop_costs_one_row_whose_result_is_dropped() -> None:
 
 
 def test_freed_blocks_are_given_away_while_their_old_owner_is_still_computed() -> None:
-    """The pages are written in the order of the launches, so the new owner's content is what stays."""
+    """The KV cache is written in the order of the launches, so the new owner's content is what stays."""
     request = EngineRequest("stops", [1] * 30, SamplingParams(9))
     request = EngineRequest("stops", [1] * 30, SamplingParams(9, stop_token_ids=(alone(request)[0],)))
     device = Device()
@@ -181,8 +181,8 @@ def test_an_abort_while_its_step_runs_leaves_nothing_behind() -> None:
         core.abort("goes")
         answers = finish(core, device)
         assert set(answers) <= {"stays"}
-        told = [token for output in outputs if output.request_id == "stays" for token in output.token_ids]
-        assert told + answers.get("stays", []) == alone(stays)
+        output_tokens = [token for output in outputs if output.request_id == "stays" for token in output.token_ids]
+        assert output_tokens + answers.get("stays", []) == alone(stays)
         assert not device.in_flight
         assert core.scheduler.pool.num_free == BLOCKS
     assert guesser.tried > 0
@@ -221,18 +221,18 @@ def test_commands_are_taken_while_a_step_runs(tmp_path: Path) -> None:
         device.say(Submit(EngineRequest("endless", [1], SamplingParams(30))))
         device.say(Submit(EngineRequest("last", [5], SamplingParams(30))))
         EngineLoop(overlapped(device), theirs, StepProfiler(tmp_path)).run()
-        told: dict[str, list[int]] = {}
+        output_tokens: dict[str, list[int]] = {}
         while ours.poll(0):
             event = msgspec.msgpack.decode(ours.recv(), type=Event)
             assert isinstance(event, Outputs)
             for output in event.outputs:
-                told.setdefault(output.request_id, []).extend(output.token_ids)
+                output_tokens.setdefault(output.request_id, []).extend(output.token_ids)
     ids = [[chunk.seq_id for chunk in plan.chunks] for plan in device.plans]
     # Launched with step 3, while step 2 was running; so step 4 is the next to be planned, before step 3 is done.
     assert ids == [[0, 1]] * 4 + [[0, 1, 2]] * 3 + [[1, 2]] + [[1]] * 2
     assert device.num_ahead == len(ids) - 1
-    assert told["late"] == alone(EngineRequest("late", [2], SamplingParams(4)))
-    assert len(told["endless"]) == 6, "steps 0 to 5; what step 6 drew is not told"
+    assert output_tokens["late"] == alone(EngineRequest("late", [2], SamplingParams(4)))
+    assert len(output_tokens["endless"]) == 6, "steps 0 to 5; the token of step 6 is not emitted"
 
 
 # ---- drafts -----------------------------------------------------------------------------------------------------
@@ -245,8 +245,8 @@ class Text:
 
 
 @pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.parametrize(("wait_s", "most_waits"), [(0.1, 0.3), (0.5, 0.1)])
-def test_waiting_for_drafts_that_are_never_found_is_given_up(count: int, wait_s: float, most_waits: float) -> None:
+@pytest.mark.parametrize(("wait_s", "max_waits"), [(0.1, 0.3), (0.5, 0.1)])
+def test_waiting_for_drafts_that_are_never_found_is_given_up(count: int, wait_s: float, max_waits: float) -> None:
     """Time lost by waiting is bounded as that of wrong drafts is: by 2 % of all steps, and two steps at the start."""
     speculator = Speculator(NgramProposer(), DraftBudget(lambda tokens: 1.0 + 0.02 * tokens), 8)
     rng = random.Random(0)
@@ -261,7 +261,7 @@ def test_waiting_for_drafts_that_are_never_found_is_given_up(count: int, wait_s:
         for text in texts:
             text.token_ids.append(rng.randrange(1 << 30))
         speculator.learn(count, tried)
-    assert 0 < waits < most_waits * steps
+    assert 0 < waits < max_waits * steps
     assert waits * wait_s <= 0.02 * steps * (1.0 + 0.02 * count) + 3 * (1.0 + 0.02 * count)
 
 
@@ -360,15 +360,15 @@ class Undecided(Speculator):
 
 
 @dataclass
-class Told:
-    """All that a request was told, however many steps it took."""
+class Received:
+    """All outputs of a request, merged."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, float]] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def take_in(self, output: RequestOutput) -> None:
+    def add(self, output: RequestOutput) -> None:
         assert self.finish_reason is None
         self.token_ids += output.token_ids
         self.logprobs += [(item.token_id, round(item.logprob, 3)) for item in output.logprobs or []]
@@ -391,7 +391,7 @@ def test_all_parameters_in_any_mixture_sample_the_same_with_and_without(
     small: dict[str, Any] = {
         "block_size": 4, "max_num_batched_tokens": 21, "max_total_tokens": 112, "max_model_len": 100,
     }  # fmt: skip
-    told: list[dict[str, Told]] = []
+    received: list[dict[str, Received]] = []
     for overlap in (False, True):
         core = make_core(path, overlap=overlap, speculative_method="off", **small)
         if speculates and overlap:
@@ -399,18 +399,18 @@ def test_all_parameters_in_any_mixture_sample_the_same_with_and_without(
         watched = watch(core)
         rng = random.Random(5)
         waiting = list(requests)
-        told.append({request.request_id: Told() for request in requests})
+        received.append({request.request_id: Received() for request in requests})
         while waiting or core.has_work:
             while waiting and rng.random() < 0.5:
                 core.add(waiting.pop())
             for output in core.step():
-                told[-1][output.request_id].take_in(output)
+                received[-1][output.request_id].add(output)
             core.scheduler.check()
         assert core.stats.preemptions > 0
         assert core.stats.num_used_blocks == 0
         assert (core.stats.accepted_tokens > 0) == (speculates and overlap)
         assert watched.num_ahead > 20 if overlap else watched.num_ahead == 0
-    assert told[0] == told[1]
+    assert received[0] == received[1]
 
 
 def test_it_is_off_on_cpus_and_with_a_draft_model(tiny_models: TinyModels) -> None:

@@ -1,4 +1,4 @@
-"""Pauses and cache resets between steps, without a model: random histories keep the books and the answers."""
+"""Pauses and cache resets between steps, without a model: invariants and answers over random histories."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ def test_calls_between_steps_lose_no_request_and_change_no_answer(
     run.run()
     assert run.reasons.keys() | left == {request.request_id for request in sent}
     for request in sent:
-        whole, told = alone(request), run.answers.get(request.request_id, [])
+        whole, answer = alone(request), run.answers.get(request.request_id, [])
         if run.reasons.get(request.request_id, "abort") == "abort":
-            assert told == whole[: len(told)]
+            assert answer == whole[: len(answer)]
         else:
-            assert told == whole
+            assert answer == whole
     assert run.core.scheduler.pool.num_free == BLOCKS
     assert run.core.scheduler.num_requests == 0
 

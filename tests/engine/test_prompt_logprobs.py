@@ -16,14 +16,14 @@ from .test_engine_equality import make_core, random_prompt
 
 
 def collect(core: EngineCore) -> dict[str, list[list[TokenLogprob] | None]]:
-    """What each output of each request said about its prompt."""
-    told: dict[str, list[list[TokenLogprob] | None]] = {}
+    """Prompt logprobs of each output, by request."""
+    found: dict[str, list[list[TokenLogprob] | None]] = {}
     while core.has_work:
         for output in core.step():
             assert output.token_ids
-            told.setdefault(output.request_id, []).append(output.prompt_logprobs)
+            found.setdefault(output.request_id, []).append(output.prompt_logprobs)
         core.scheduler.check()
-    return told
+    return found
 
 
 def expected(path: str, prompt: list[int]) -> torch.Tensor:
@@ -59,13 +59,13 @@ def test_alone_and_in_company(tiny_models: TinyModels, name: str) -> None:
             for kind, wanted in (("scored", 2), ("plain", None)):
                 params = SamplingParams(12, temperature=0.0, prompt_logprobs=wanted)
                 core.add(EngineRequest(f"{kind}{index}", prompt, params))
-        told = collect(core)
+        found = collect(core)
         for index, prompt in enumerate(prompts):
-            first, *later = told[f"scored{index}"]
+            first, *later = found[f"scored{index}"]
             assert first is not None
             check(first, prompt, expected(path, prompt), 2)
             assert later == [None] * len(later)
-            assert set(map(type, told[f"plain{index}"])) == {type(None)}
+            assert set(map(type, found[f"plain{index}"])) == {type(None)}
     assert small.scheduler.preemptions > 0
     assert small.scheduler.cached_tokens > 0
 
@@ -74,9 +74,9 @@ def test_a_prompt_of_one_token_has_none_and_top_zero_has_no_top(tiny_models: Tin
     core = make_core(tiny_models.path("llama"))
     core.add(EngineRequest("one", [5], SamplingParams(2, prompt_logprobs=3)))
     core.add(EngineRequest("bare", [5, 6, 7], SamplingParams(2, prompt_logprobs=0)))
-    told = collect(core)
-    assert told["one"][0] == []
-    bare = told["bare"][0]
+    found = collect(core)
+    assert found["one"][0] == []
+    bare = found["bare"][0]
     assert bare is not None
     assert [(item.token_id, item.top) for item in bare] == [(6, []), (7, [])]
 
@@ -86,6 +86,6 @@ def test_rows_of_logits_are_bounded_by_the_vocabulary(tiny_models: TinyModels) -
     core = make_core(tiny_models.path("llama"), max_num_batched_tokens=200)
     core.scheduler.max_extra_rows = 10
     core.add(EngineRequest("r", list(range(2, 102)), SamplingParams(1, prompt_logprobs=0)))
-    told = collect(core)
+    found = collect(core)
     assert core.stats.steps == 10
-    assert [len(item or []) for item in told["r"]] == [99]
+    assert [len(item or []) for item in found["r"]] == [99]

@@ -94,7 +94,7 @@ def test_penalties_count_what_they_are_defined_to_count() -> None:
     assert best(SamplingParams(1, presence_penalty=0.9, **greedy), (0, 0, 0)) == 0  # type: ignore[arg-type]
     assert best(SamplingParams(1, frequency_penalty=0.9, **greedy), (0,)) == 0  # type: ignore[arg-type]
     assert best(SamplingParams(1, frequency_penalty=0.9, **greedy), (0, 0)) == 1  # type: ignore[arg-type]
-    # Presence and frequency look at the answer only, repetition at the prompt too.
+    # Presence and frequency penalties apply to tokens of the answer only, repetition to the prompt too.
     assert best(SamplingParams(1, presence_penalty=2.0, **greedy), (), (0,)) == 0  # type: ignore[arg-type]
     assert best(SamplingParams(1, repetition_penalty=3.0, **greedy), (), (0,)) == 1  # type: ignore[arg-type]
 

@@ -32,7 +32,7 @@ class Clock:
 
 
 class Memory:
-    """Executes plans on an imaginary KV cache: it remembers which token was written into which slot, and draws tokens
+    """Executes plans on an imaginary KV cache: it remembers which token was written into which slot, and samples tokens
     that depend on all tokens before. A wrong block table, a lost chunk or a falsely shared block changes the answer."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Memory:
         self.blocks: dict[int, list[int]] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
-        drawn: dict[int, list[int]] = {}
+        sampled: dict[int, list[int]] = {}
         scored: dict[int, list[TokenLogprob]] = {}
         for seq_id in plan.dropped:
             del self.tokens[seq_id], self.blocks[seq_id]
@@ -56,19 +56,21 @@ class Memory:
                 self.slots[blocks[position // BLOCK] * BLOCK + position % BLOCK] = (position, guessed[position])
             context = range(chunk.start + chunk.num_rows)
             seen = [self.slots[blocks[place // BLOCK] * BLOCK + place % BLOCK] for place in context]
-            assert seen == list(enumerate(guessed))[: len(context)], "the pages do not hold the sequence's own tokens"
+            assert seen == list(enumerate(guessed))[: len(context)], (
+                "the KV cache does not hold the sequence's own tokens"
+            )
             if chunk.num_scored:
                 scored[chunk.seq_id] = score(tokens, chunk)
             if chunk.sample:
                 assert chunk.start + chunk.num_tokens == len(tokens)
-                drawn[chunk.seq_id] = [next_token(tokens)]
+                sampled[chunk.seq_id] = [next_token(tokens)]
                 for draft in chunk.draft_ids:
-                    if draft != drawn[chunk.seq_id][-1]:
+                    if draft != sampled[chunk.seq_id][-1]:
                         break
-                    drawn[chunk.seq_id].append(next_token(tokens + drawn[chunk.seq_id]))
-                tokens += drawn[chunk.seq_id]
+                    sampled[chunk.seq_id].append(next_token(tokens + sampled[chunk.seq_id]))
+                tokens += sampled[chunk.seq_id]
         tried = {chunk.seq_id: len(chunk.draft_ids) for chunk in plan.chunks if chunk.draft_ids}
-        return StepResult(drawn, prompt_logprobs=scored, num_drafts=tried)
+        return StepResult(sampled, prompt_logprobs=scored, num_drafts=tried)
 
 
 class Device(Memory):
@@ -89,10 +91,10 @@ class Device(Memory):
             self.num_ahead += 1
             assert not before.plan.has_drafts, "how many tokens it brings is not known"
             assert not plan.has_drafts, "drafts of a text that is not known to its end"
-            drawn = {chunk.seq_id for chunk in before.plan.chunks if chunk.sample}
+            sampled = {chunk.seq_id for chunk in before.plan.chunks if chunk.sample}
             for chunk in plan.chunks:
-                assert not (chunk.seq_id in drawn and needs_last_token(LOGITS_PROCESSORS, self._params[chunk.seq_id]))
-            assert not drawn & {new.seq_id for new in plan.new}, "a sequence is told that is not known to its end"
+                assert not (chunk.seq_id in sampled and needs_last_token(LOGITS_PROCESSORS, self._params[chunk.seq_id]))
+            assert not sampled & {new.seq_id for new in plan.new}, "a new sequence with pending tokens"
         self.plans.append(plan)
         self.in_flight.append(Computed(self, plan))
         return self.in_flight[-1]
@@ -109,7 +111,7 @@ class Computed:
 
 
 def score(tokens: list[int], chunk: Chunk) -> list[TokenLogprob]:
-    """Logprobs that tell which tokens they were computed from."""
+    """Logprobs that depend on the tokens they were computed from."""
     assert chunk.start <= chunk.score_begin < chunk.score_end <= chunk.start + chunk.num_tokens
     return [expected_score(tokens, place) for place in range(chunk.score_begin + 1, chunk.score_end + 1)]
 
@@ -225,14 +227,14 @@ def check_plan(plan: StepPlan, scheduler: Scheduler) -> None:
     assert plan.chunks or not scheduler.has_work, "work waits but the step is empty"
 
 
-def check_prompt_logprobs(request: EngineRequest, told: list[list[TokenLogprob] | None]) -> None:
+def check_prompt_logprobs(request: EngineRequest, outputs: list[list[TokenLogprob] | None]) -> None:
     """They come once, with the first tokens, and are of the prompt's own."""
     if request.params.prompt_logprobs is None:
-        assert told == [None] * len(told)
+        assert outputs == [None] * len(outputs)
         return
     prompt = request.prompt_ids
-    assert told[1:] == [None] * (len(told) - 1)
-    assert told[:1] == [[expected_score(prompt, place) for place in range(1, len(prompt))]][: len(told)]
+    assert outputs[1:] == [None] * (len(outputs) - 1)
+    assert outputs[:1] == [[expected_score(prompt, place) for place in range(1, len(prompt))]][: len(outputs)]
 
 
 requests = st.builds(
@@ -264,7 +266,7 @@ actions = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=
 @pytest.mark.parametrize("overlap", [False, True])
 @settings(max_examples=300, deadline=None)
 @given(history=actions, seed=st.none() | st.integers(0, 9))
-def test_any_history_keeps_the_books_and_the_answers(
+def test_any_history_keeps_the_invariants_and_the_answers(
     overlap: bool, history: list[EngineRequest | int | None], seed: int | None
 ) -> None:
     guesser = None if seed is None else Guesser(seed)
@@ -435,7 +437,7 @@ def test_ten_thousand_random_steps(speculates: bool, overlap: bool) -> None:
 
 
 def check_cache(scheduler: Scheduler, memory: Memory) -> None:
-    """What the prefix cache would hand out is in the pages."""
+    """The registered blocks are in the KV cache."""
     for (_, tokens), (block_id, _) in scheduler.pool._registered.items():
         held = [memory.slots[block_id * BLOCK + offset][1] for offset in range(BLOCK)]
         assert held == list(tokens), "a block is registered under tokens that it does not hold"

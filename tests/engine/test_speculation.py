@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.engine.plan import OPEN_DRAFT
-from fastserve.engine.speculation.draft_budget import DraftBudget, Offer, Outlook
+from fastserve.engine.plan import DRAFT_PLACEHOLDER
+from fastserve.engine.speculation.draft_budget import AcceptanceRates, DraftBudget, Offer
 from fastserve.engine.speculation.ngram import NgramProposer
-from fastserve.engine.speculation.speculator import OpenProposer, Speculator
+from fastserve.engine.speculation.speculator import PlaceholderProposer, Speculator
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import SpeedMeter
 from fastserve.errors import StartupError
 
-MOST = 8
+MAX_DRAFTS = 8
 
 
 # ---- prompt lookup ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("token_ids", "most", "drafts"),
+    ("token_ids", "max_drafts", "drafts"),
     [
         ([1, 2, 3, 4, 5, 1, 2], 3, [3, 4, 5]),
         ([1, 2, 3, 4, 5, 1, 2], 8, [3, 4, 5, 1, 2, 3, 4, 5]),  # what follows reaches the end: it repeats itself
@@ -37,8 +37,8 @@ MOST = 8
         ([1], 3, []),
     ],
 )
-def test_prompt_lookup_finds_what_followed_before(token_ids: list[int], most: int, drafts: list[int]) -> None:
-    assert NgramProposer().propose(0, token_ids, most) == drafts
+def test_prompt_lookup_finds_what_followed_before(token_ids: list[int], max_drafts: int, drafts: list[int]) -> None:
+    assert NgramProposer().propose(0, token_ids, max_drafts) == drafts
 
 
 def test_prompt_lookup_follows_a_growing_sequence() -> None:
@@ -133,10 +133,10 @@ def simulate(
     draft_step_s: Callable[[int], float] | None = None,
 ) -> Run:
     """Time and tokens of some steps, in which all texts decode."""
-    speculator = speculator or Speculator(OpenProposer(), DraftBudget(step_s, draft_step_s), MOST)
+    speculator = speculator or Speculator(PlaceholderProposer(), DraftBudget(step_s, draft_step_s), MAX_DRAFTS)
     run = Run()
     for step in range(steps):
-        drafts = speculator.draft(texts, [MOST] * len(texts), 1000)
+        drafts = speculator.draft(texts, [MAX_DRAFTS] * len(texts), 1000)
         tried = {}
         for text in texts:
             count = len(drafts.get(text.seq_id, []))
@@ -183,15 +183,15 @@ def test_speculation_never_costs_more_than_its_share(
 
 def test_what_was_lost_is_earned_back_before_more_is_risked() -> None:
     """Ten steps' time or more went into wrong drafts: at 2 % of each step's time, that takes 500 steps."""
-    controller = DraftBudget(compute_bound)
-    assert controller.num_tried(1) > 0
-    while controller.balance_s > -10 * compute_bound(1):
-        controller.learn(1, {0: (8, 0)})
-    owed = -controller.balance_s / (0.02 * compute_bound(1))
+    budget = DraftBudget(compute_bound)
+    assert budget.num_tried(1) > 0
+    while budget.balance_s > -10 * compute_bound(1):
+        budget.learn(1, {0: (8, 0)})
+    owed = -budget.balance_s / (0.02 * compute_bound(1))
     steps = 0
-    while controller.least_first(1, MOST) == float("inf"):
-        assert controller.num_tried(1) == 0
-        controller.learn(1, {})
+    while budget.min_first(1, MAX_DRAFTS) == float("inf"):
+        assert budget.num_tried(1) == 0
+        budget.learn(1, {})
         steps += 1
     assert steps == pytest.approx(owed, abs=2)
     assert steps > 450
@@ -212,10 +212,10 @@ def test_a_full_batch_on_a_slow_device_gets_next_to_none() -> None:
 def test_one_good_text_in_a_batch_of_bad_ones_gets_the_drafts() -> None:
     texts = texts_of(8, lambda _, __: False)
     texts[3].is_right = lambda _, __: True
-    speculator = Speculator(OpenProposer(), DraftBudget(memory_bound), MOST)
+    speculator = Speculator(PlaceholderProposer(), DraftBudget(memory_bound), MAX_DRAFTS)
     simulate(texts, memory_bound, 400, speculator)
-    given = [speculator.draft(texts, [MOST] * 8, 1000) for _ in range(20)]
-    assert all(len(drafts.get(3, [])) == MOST for drafts in given)
+    given = [speculator.draft(texts, [MAX_DRAFTS] * 8, 1000) for _ in range(20)]
+    assert all(len(drafts.get(3, [])) == MAX_DRAFTS for drafts in given)
     assert all(len(drafts) <= 2 for drafts in given)
 
 
@@ -223,32 +223,36 @@ def test_what_did_not_pay_is_tried_again() -> None:
     """After a long time of wrong drafts, right ones are noticed."""
     for count in (1, 8):
         text = texts_of(count, lambda step, _: step >= 1000)
-        speculator = Speculator(OpenProposer(), DraftBudget(memory_bound), MOST)
+        speculator = Speculator(PlaceholderProposer(), DraftBudget(memory_bound), MAX_DRAFTS)
         simulate(text, memory_bound, 1000, speculator)
         late = simulate(texts_of(count, lambda _, __: True), memory_bound, 300, speculator)
         assert late.tokens > 3 * 300 * count
 
 
 def test_budget_and_limits_hold() -> None:
-    speculator = Speculator(OpenProposer(), DraftBudget(memory_bound), MOST)
+    speculator = Speculator(PlaceholderProposer(), DraftBudget(memory_bound), MAX_DRAFTS)
     texts = texts_of(6, lambda _, __: True)
     simulate(texts, memory_bound, 50, speculator)
     drafts = speculator.draft(texts, [5, 0, -1, 2, 3, 8], 9)
     assert sum(map(len, drafts.values())) == 9
     assert not {1, 2} & set(drafts)
     assert len(drafts[3]) <= 2
-    assert all(draft == [OPEN_DRAFT] * len(draft) for draft in drafts.values())
+    assert all(draft == [DRAFT_PLACEHOLDER] * len(draft) for draft in drafts.values())
     assert speculator.draft(texts, [0] * 6, 9) == {}
     assert speculator.draft([], [], 9) == {}
 
 
 def test_drafts_go_where_they_promise_most() -> None:
-    controller = DraftBudget(memory_bound)
-    offers = [Offer(0, 8, Outlook(0.9, 0.9)), Offer(1, 8, Outlook(0.9, 0.2)), Offer(2, 8, Outlook(0.0, 0.0))]
-    deep, shallow, none = controller.allot(3, offers, 100)
+    budget = DraftBudget(memory_bound)
+    offers = [
+        Offer(0, 8, AcceptanceRates(0.9, 0.9)),
+        Offer(1, 8, AcceptanceRates(0.9, 0.2)),
+        Offer(2, 8, AcceptanceRates(0.0, 0.0)),
+    ]
+    deep, shallow, none = budget.allot(3, offers, 100)
     assert deep > shallow > 0
     assert none == 0
-    first, second, _ = controller.allot(3, offers, 3)
+    first, second, _ = budget.allot(3, offers, 3)
     assert (first, second) in {(2, 1), (3, 0)}
 
 

@@ -13,7 +13,7 @@ from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.ngram import NgramProposer
-from fastserve.engine.speculation.speculator import OpenProposer, Proposer, Speculator
+from fastserve.engine.speculation.speculator import PlaceholderProposer, Proposer, Speculator
 from fastserve.errors import StartupError
 
 from .conftest import TinyModels
@@ -28,8 +28,8 @@ class RandomProposer:
     def __init__(self) -> None:
         self._rng = random.Random(0)
 
-    def propose(self, seq_id: int, token_ids: Sequence[int], most: int) -> list[int]:
-        return [self._rng.randrange(160) for _ in range(self._rng.randint(0, most))]
+    def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        return [self._rng.randrange(160) for _ in range(self._rng.randint(0, max_drafts))]
 
     def forget(self, seq_id: int) -> None:
         pass
@@ -42,7 +42,7 @@ def speculating_core(tiny_models: TinyModels, name: str, kind: str, **settings: 
         settings["speculative_model_dir"] = tiny_models.path(draft)
     core = make_core(tiny_models.path(name), **settings)
     proposers: dict[str, Proposer] = {"ngram": NgramProposer(), "random": RandomProposer()}
-    core._speculator = core.scheduler._drafting = eager(proposers.get(kind, OpenProposer()))
+    core._speculator = core.scheduler._drafting = eager(proposers.get(kind, PlaceholderProposer()))
     return core
 
 
@@ -139,7 +139,7 @@ def test_random_mixtures_are_as_without_speculation(tiny_models: TinyModels, nam
 def test_the_same_model_guesses_nearly_all_tokens_and_another_nearly_none(
     tiny_models: TinyModels, temperature: float
 ) -> None:
-    """Also when tokens are sampled: the draft model draws with the same noise."""
+    """Also when tokens are sampled: the draft model samples with the same random numbers."""
     rates = {}
     for kind in ("same model", "other model"):
         core = speculating_core(tiny_models, "llama", kind)

@@ -92,7 +92,7 @@ class History:
 def triton_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
     # Short contexts are cut into splits too.
-    monkeypatch.setattr(kernels, "_LARGEST_LEAST_SPLIT", 1)
+    monkeypatch.setattr(kernels, "_MIN_SPLIT_TOKENS", 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,9 +142,9 @@ def test_the_cut_depends_on_the_batch_alone_and_fills_the_device() -> None:
     kernel = kernels.TritonPagedAttention(torch.device("cpu"))
     kernel._multiprocessors = 132
     for programs in (1, 8, 64, 512, 4096):
-        splits, least = kernel.split(programs, 64)
+        splits, min_split = kernel.split(programs, 64)
         assert splits & (splits - 1) == 0
         assert 8 <= splits <= 64
         assert programs * splits >= min(2 * 132, 64)
-        assert least % 64 == 0
-        assert least >= 64
+        assert min_split % 64 == 0
+        assert min_split >= 64

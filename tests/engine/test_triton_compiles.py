@@ -30,7 +30,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
         assert found[kernel]["wgmma.mma_async"] > 0, "prompts must run on Hopper's tensor cores"
         assert found[kernel]["mma.sync"] == 0
     for kernel in ("wide", "wide, all options", "narrow"):
-        assert found[kernel]["cp.async.cg"] > 0, "pages must be on their way before they are needed"
+        assert found[kernel]["cp.async.cg"] > 0, "blocks must be loaded asynchronously, before they are needed"
     assert found["narrow"]["mma.sync"] > 0
     for kernel in ("4 bits", "8 bits"):
         assert found[kernel]["mma.sync"] > 0, "values become matrix fragments in registers"

@@ -50,9 +50,9 @@ def test_kernels_equal_their_definition(device: str, dtype: torch.dtype, size: i
     q = torch.randn(1, rows, 5, size, device=device).to(dtype).transpose(1, 2)
     cos, sin = (torch.randn(1, rows, size, device=device).to(dtype) for _ in range(2))
     low, high = q.double().chunk(2, dim=-1)
-    turned = torch.cat([-high, low], dim=-1)
+    rotated = torch.cat([-high, low], dim=-1)
     found = kernels.rotary(q, cos, sin)
-    assert_equal(found, q.double() * cos.double().unsqueeze(1) + turned * sin.double().unsqueeze(1))
+    assert_equal(found, q.double() * cos.double().unsqueeze(1) + rotated * sin.double().unsqueeze(1))
     assert found.transpose(1, 2).is_contiguous()
 
 

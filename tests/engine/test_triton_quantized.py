@@ -90,7 +90,7 @@ def test_parts_and_weights_that_are_set(monkeypatch: pytest.MonkeyPatch, device:
 @pytest.mark.parametrize("device", DEVICES)
 def test_many_tokens_and_odd_groups_are_dequantized(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     rows = count_products(monkeypatch)
-    for group, count in ((64, module.MOST_ROWS + 1), (24, 2)):
+    for group, count in ((64, module.MAX_ROWS + 1), (24, 2)):
         layout = on(device, quantization.quantize_nf4(torch.randn(32, 192), torch.float32, group))
         x = torch.randn(count, 192, device=device)
         assert torch.allclose(layout.product(x, None), x @ layout.get().t(), atol=1e-3)

@@ -1,1 +1,1 @@
-"""Paged attention: the KV cache of all layers, where the tokens of a step lie, and who computes it."""
+"""Paged attention: the KV cache of all layers, the metadata of a step, and one backend for each kind of device."""

@@ -1,4 +1,4 @@
-"""Paged attention by our kernel for CPUs."""
+"""Paged attention by our C++ kernel for CPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CpuAttention:
 
     @classmethod
     def find(cls, shapes: Sequence[LayerShape], dtype: torch.dtype, block_size: int) -> CpuAttention | None:
-        """None where there is no kernel for these layers."""
+        """The backend, or None where there is no kernel for these layers."""
         kernel = PagedAttentionKernel.load(dtype)
         if kernel is None or not all(
             kernel.supports(block_size, shape.num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim)
@@ -34,7 +34,7 @@ class CpuAttention:
 
     def make_cache(self, shape: LayerShape, num_blocks: int) -> KVCache:
         """Keys (blocks, KV heads, key dim, block size), values (blocks, KV heads, block size, value dim), both dims
-        padded and in the order of attention.h."""
+        padded and in the layout of attention.h."""
         key_dim, value_dim = _padded_dims(shape)
         keys = untouched_zeros((num_blocks, shape.num_kv_heads, key_dim, self.block_size), self._dtype)
         values = untouched_zeros((num_blocks, shape.num_kv_heads, self.block_size, value_dim), self._dtype)
@@ -48,7 +48,7 @@ class CpuAttention:
         return 0
 
     def kernel_step(self, metadata: AttentionMetadata, group: int) -> KernelStep:
-        """The metadata as the kernel takes it, for `group` query heads to a KV head; made once for all layers."""
+        """The kernel's form of the metadata, for `group` query heads per KV head; computed once for all layers."""
         found: KernelStep | None = metadata.cache.get(group)
         if found is None:
             found = metadata.cache[group] = self._kernel.make_step(
@@ -80,5 +80,5 @@ class CpuAttention:
 
 
 def _padded_dims(shape: LayerShape) -> tuple[int, int]:
-    """Of keys and values in the cache (see attention.h)."""
+    """Padded key dim and value dim in the KV cache (see attention.h)."""
     return -(-shape.key_dim // 2) * 2, -(-shape.value_dim // LANES) * LANES

@@ -1,4 +1,4 @@
-"""What attention must know of a step, and of a layer."""
+"""Inputs of attention that describe a step, and parameters of a layer's attention."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ IntArray = npt.NDArray[np.int32]
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """Where the tokens of a step lie in the batch and in the KV cache.
+    """Positions of a step's tokens in the batch and in the KV cache.
 
-    Sequences with one new token come before those with several.
+    Sequences with one new token (decodes) come before those with several.
     """
 
     starts: IntArray
     """(sequences,) row of the batch of each sequence's first new token"""
     counts: IntArray
-    """(sequences,) new tokens"""
+    """(sequences,) number of new tokens"""
     positions: IntArray
-    """(sequences,) position in the sequence of the first new token"""
+    """(sequences,) position of the first new token in its sequence"""
     block_table: IntArray
-    """(sequences, most blocks) blocks of each sequence; beyond its own stands any valid block"""
+    """(sequences, max blocks) block ids of each sequence, padded with any valid ids"""
     token_block: IntArray
-    """(tokens,) block that each new token's key and value go to"""
+    """(tokens,) block id for each new token's key and value"""
     token_offset: IntArray
-    """(tokens,) and place in it"""
+    """(tokens,) and the offset in this block"""
     cache: dict[Any, Any] = field(default_factory=dict)
-    """What a backend makes of this for the first layer, for all other layers of the step."""
+    """Arrays that a backend derives from the metadata in the first layer and reuses in the others."""
 
     @property
     def num_decodes(self) -> int:
@@ -42,7 +42,7 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer's attention looks like."""
+    """Shape and settings of one layer's attention."""
 
     num_heads: int
     num_kv_heads: int
@@ -54,17 +54,17 @@ class LayerShape:
     has_sinks: bool = False
 
     def without_window(self) -> LayerShape:
-        """The window is what differs between the layers of one model."""
+        """For comparing layers of one model, which may differ in the window only."""
         return dataclasses.replace(self, window=None)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """How the scores of one call become weights."""
+    """Parameters of one call of attention."""
 
     scaling: float
     window: int | None = None
-    """Each token sees so many tokens, itself included."""
+    """Sliding window: number of tokens that each token attends to, itself included."""
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-    """(heads,) logits that take part in the softmax and stand for no token (GPT-OSS)"""
+    """(heads,) attention sinks: logits in the softmax that belong to no token (GPT-OSS)"""

@@ -1,8 +1,8 @@
 """Paged attention behind transformers' attention interface.
 
 transformers' own model code calls it layer by layer with one packed batch: the new tokens of all sequences of the
-step, one after the other. A backend (one for each device) stores their keys and values in the KV cache, and lets every
-token look at its own sequence only.
+step, one after the other. A backend (one for each device) stores their keys and values in the KV cache, and computes
+causal attention within each sequence.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastserve.engine.attention.metadata import AttentionMetadata, AttentionPara
 from fastserve.engine.kernels.device_step import DeviceStep
 
 FindBackend = Callable[[torch.device, Sequence[LayerShape], torch.dtype, int], AttentionBackend]
-"""Who computes attention of such layers on a device, in a dtype and with a block size."""
+"""Returns the backend for these layers on a device, in a dtype and with a block size."""
 _NAME = "fastserve_paged"
 _active: ContextVar[PagedAttention | None] = ContextVar("_active", default=None)
-"""Whose forward pass this is: several engines may live in one process, and transformers knows one name."""
+"""The engine whose forward pass runs: several may be in one process, but transformers calls all by one name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +50,20 @@ class AttentionCall:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of the call, besides sinks."""
+        """Keyword arguments of the call, without sinks."""
         return {"scaling": self.scaling, "sliding_window": self.window, "softcap": self.softcap}
 
 
 class PagedAttention:
-    """Holds the KV cache of all layers, each layer's where it computes.
+    """Owns the KV cache of all layers; each layer's is on the device that computes the layer.
 
-    Layers call it within one of two blocks: `observed`, while there is no KV cache yet, and `running`, the forward pass
-    of a step.
+    Layers call it within one of two context managers: `observed`, before there is a KV cache, or `running`, in the
+    forward pass of a step.
     """
 
     def __init__(self, find_backend: FindBackend) -> None:
         self.shapes: dict[int, LayerShape] = {}
-        """By the layer's index."""
+        """Attention shapes by layer index."""
         self.devices: dict[int, torch.device] = {}
         self._find_backend = find_backend
         self._backends: dict[torch.device, AttentionBackend] = {}
@@ -75,7 +75,7 @@ class PagedAttention:
 
     @contextmanager
     def observed(self) -> Iterator[list[AttentionCall]]:
-        """Forward passes inside the block compute no attention: their calls of it are collected."""
+        """Within the block, calls of attention are recorded and not computed."""
         calls: list[AttentionCall] = []
         self._calls = calls
         try:
@@ -85,28 +85,28 @@ class PagedAttention:
             self._calls = None
 
     def learn_layers(self, calls: Sequence[AttentionCall]) -> None:
-        """What each layer asks for, and where it computes, by its call in a forward pass."""
+        """Take each layer's attention shape and device from its call in a forward pass."""
         for call in calls:
             layer: int = call.module.layer_idx
             self.shapes[layer], self.devices[layer] = call.shape, call.query.device
 
     def shapes_on(self, device: torch.device) -> list[LayerShape]:
-        """Of the layers that live there."""
+        """Attention shapes of the device's layers."""
         return [shape for layer, shape in self.shapes.items() if self.devices[layer] == device]
 
     def bytes_per_token(self, block_size: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Of the KV cache on the device."""
+        """Bytes of one token in the KV cache on the device."""
         shapes = self.shapes_on(device)
         backend = self._find_backend(device, shapes, dtype, block_size)
         return sum(map(backend.bytes_per_token, shapes))
 
     def workspace_bytes(self, block_size: int, dtype: torch.dtype, device: torch.device, size: StepSize) -> int:
-        """Memory that a step takes on the device beside the KV cache, and the tensors that come and go."""
+        """Memory of attention on the device in bytes, without the KV cache, inputs and outputs."""
         shapes = self.shapes_on(device)
         return self._find_backend(device, shapes, dtype, block_size).workspace_bytes(shapes, size) if shapes else 0
 
     def allocate(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        """Make the KV cache of all layers."""
+        """Allocate the KV cache of all layers."""
         self._backends = {
             device: self._find_backend(device, self.shapes_on(device), dtype, block_size)
             for device in dict.fromkeys(self.devices.values())
@@ -120,16 +120,16 @@ class PagedAttention:
 
     @property
     def backend(self) -> AttentionBackend | None:
-        """The one that serves all layers; None where several do."""
+        """The backend of all layers; None where there are several."""
         return next(iter(self._backends.values())) if len(self._backends) == 1 else None
 
     def caches(self) -> list[KVCache]:
-        """Of each layer, in the layers' order."""
+        """The KV cache of each layer, in order."""
         return [self._caches[layer] for layer in sorted(self._caches)]
 
     @contextmanager
     def running(self, step: AttentionMetadata | DeviceStep) -> Iterator[None]:
-        """The forward pass inside the block is that of `step`."""
+        """Within the block, calls of attention belong to `step`."""
         self._step = step
         try:
             with _activated(self):
@@ -159,7 +159,7 @@ class PagedAttention:
             self._calls.append(
                 AttentionCall(module, query, key, value, scaling, sliding_window, softcap, has_sinks=s_aux is not None)
             )
-            return _any_numbers(query, value), None
+            return _dummy_output(query, value), None
         if self._step is None:
             raise RuntimeError("attention was called outside a step")
         layer: int = module.layer_idx
@@ -172,8 +172,8 @@ class PagedAttention:
 def attention_implementation() -> str:
     """The name of our attention for a model's `attn_implementation`.
 
-    There is no mask of that name, so models build none: the KV cache knows who may look at what. (To register one that
-    is None would have transformers look at the positions first, and wait for the device.)
+    No mask function is registered under it, so models build no mask: the backend applies causality. (With one that
+    returns None, transformers would read the positions first, and wait for the device.)
     """
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _call_active)
     return _NAME
@@ -195,7 +195,7 @@ def _activated(attention: PagedAttention) -> Iterator[None]:
         _active.reset(token)
 
 
-def _any_numbers(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """In the shape of an output. No zeros: these would hide what a layer does with them."""
+def _dummy_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Numbers in the shape of an output. Not zeros, which would hide what a layer does with its output."""
     shape = (1, query.shape[2], query.shape[1], value.shape[-1])
     return torch.arange(math.prod(shape), device=query.device).sin().to(query.dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch operations: slower than a kernel, and at home on any device."""
+"""Paged attention in plain torch operations: slower than a kernel, but runs on any device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from fastserve.engine.kernels.device_step import DeviceStep
 
 Zeros = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 _MAX_GATHERED_TOKENS = 1 << 16
-"""Of a padded batch of contexts."""
+"""Maximum size of a padded batch of contexts, in tokens."""
 
 
 class TorchAttention:
-    """Plain torch operations, on any device."""
-
     takes_device_steps = False
 
     def __init__(self, dtype: torch.dtype, block_size: int, zeros: Zeros) -> None:
-        """`zeros` makes tensors on the device."""
+        """`zeros` allocates tensors on the device."""
         self._dtype = dtype
         self._block_size = block_size
         self._zeros = zeros
@@ -41,8 +39,7 @@ class TorchAttention:
         return size
 
     def workspace_bytes(self, shapes: Sequence[LayerShape], size: StepSize) -> int:
-        """The keys and values of a group of sequences are gathered, and the scores of a chunk of one sequence stand in
-        float32 with their mask."""
+        """Gathered keys and values of a group of sequences, and the scores of a chunk in float32, with their mask."""
         gathered = max(size.context, min(_MAX_GATHERED_TOKENS, size.num_seqs * size.context))
         per_layer = max(map(self.bytes_per_token, shapes))
         heads = max(shape.num_heads for shape in shapes)
@@ -58,7 +55,7 @@ class TorchAttention:
         cache: KVCache,
         params: AttentionParams,
     ) -> torch.Tensor:
-        """The decoding sequences are padded batches, each chunk is a batch of its own."""
+        """Decoding sequences are computed in padded batches, each chunk by itself."""
         if isinstance(step, DeviceStep):
             raise TypeError("attention in torch operations takes no DeviceStep")
         arrays: _DeviceArrays | None = step.cache.get(("arrays", query.device))
@@ -96,7 +93,7 @@ class _DeviceArrays:
     token_offset: torch.Tensor
     block_table: torch.Tensor
     contexts: torch.Tensor
-    """(sequences,) tokens in each context, the new ones included"""
+    """(sequences,) tokens in each context, including the new ones"""
 
     @classmethod
     def of(cls, metadata: AttentionMetadata, device: torch.device) -> _DeviceArrays:
@@ -120,9 +117,9 @@ def _groups(metadata: AttentionMetadata, count: int) -> list[npt.NDArray[np.int6
 def _gather(
     keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`blocks` (batch, blocks) as keys and values (batch, KV heads, length, dim), zero where no row may look.
+    """Keys and values (batch, KV heads, length, dim) of `blocks` (batch, blocks), zero where all rows are masked.
 
-    Whatever a block held before, such as the NaN of another request, is not multiplied by 0 but gone.
+    So stale content of a block, such as another request's NaN, cannot spread through products with 0.
     """
     length = mask.shape[3]
     seen = mask.any(dim=2).unsqueeze(3)
@@ -134,17 +131,17 @@ def _gather(
 def _mask(
     metadata: AttentionMetadata, arrays: _DeviceArrays, which: torch.Tensor, rows: int, length: int, window: int | None
 ) -> torch.Tensor:
-    """(batch, 1, rows, length) for sequences with equally many new tokens: True where a row may look."""
+    """Mask (batch, 1, rows, length) for sequences with equally many new tokens: True where a row attends."""
     device = arrays.contexts.device
     key = (device, int(which[0]), rows, length, window)
     found: torch.Tensor | None = metadata.cache.get(key)
     if found is None:
         back = torch.arange(rows - 1, -1, -1, device=device)
         row = (arrays.contexts[which].unsqueeze(1) - 1 - back).unsqueeze(2)
-        place = torch.arange(length, device=device)
-        found = place <= row
+        key_position = torch.arange(length, device=device)
+        found = key_position <= row
         if window is not None:
-            found &= place > row - window
+            found &= key_position > row - window
         found = metadata.cache[key] = found.unsqueeze(1)
     return found
 
@@ -153,11 +150,11 @@ def _attend(
     params: AttentionParams, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """`query` (batch, rows, heads, dim), `keys` and `values` (batch, KV heads, context, dim), `mask` (batch, 1,
-    rows, context), True where a row may look -> (batch, rows, heads, value dim)."""
+    rows, context), True where a row attends -> (batch, rows, heads, value dim)."""
     batch, rows, heads, _ = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    # The query heads that share a KV head become further rows of it: no copy of keys and values for each of them.
+    # The query heads that share a KV head become rows of it, which saves copies of keys and values.
     folded = query.reshape(batch, rows, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
     mask = mask.expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
     if params.softcap is None and params.sinks is None:
@@ -180,7 +177,6 @@ def _attend_explicitly(
         scores = torch.tanh(scores / params.softcap) * params.softcap
     scores = scores.masked_fill(~mask, float("-inf"))
     if params.sinks is not None:
-        # A learned logit for each head that takes part in the softmax and stands for no token (GPT-OSS).
         kv_heads = keys.shape[1]
         sinks = params.sinks.float().view(1, kv_heads, -1, 1).expand(scores.shape[0], -1, -1, rows)
         scores = torch.cat([scores, sinks.reshape(scores.shape[0], kv_heads, -1, 1)], dim=-1)

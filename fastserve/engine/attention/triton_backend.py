@@ -16,7 +16,7 @@ class TritonAttention:
     takes_device_steps = True
 
     def __init__(self, device: torch.device, dtype: torch.dtype, block_size: int, send: Send) -> None:
-        """`send` brings arrays to the device."""
+        """`send` copies arrays to the device."""
         self._kernel = TritonPagedAttention(device)
         self._device = device
         self._dtype = dtype
@@ -61,7 +61,7 @@ class TritonAttention:
         )  # fmt: skip
 
     def _device_step(self, metadata: AttentionMetadata) -> DeviceStep:
-        """Made once for all layers on the device."""
+        """The metadata on the device, copied once for all layers."""
         found: DeviceStep | None = metadata.cache.get(self._device)
         if found is None:
             slots = metadata.token_block * self._block_size + metadata.token_offset

@@ -1,4 +1,4 @@
-"""The engine's end of calls: which handler a call has, what handlers work with, and how what they return is sent."""
+"""The engine's end of calls: finds and runs a call's handler, and sends its reply."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CacheOwner(Protocol):
 
 
 class Weights(Protocol):
-    """All weights by their Hugging Face names (see runner/weights.py). Tensors are `Any`: calls import no torch."""
+    """Weights by their Hugging Face names (see loading/weight_table.py). Tensors are `Any`: calls import no torch."""
 
     def names(self) -> list[str]: ...
 
@@ -47,19 +47,19 @@ class Profiler(Protocol):
     """Records steps (see profiling.py)."""
 
     def start(self, num_steps: int, num_warm_up_steps: int) -> str:
-        """Record the steps from the next one on; return the path that the trace will have. Raises ConflictError while
-        another profile is recorded, InternalError when the folder cannot be written to."""
+        """Record steps from the next one on; return the path of the future trace. Raises ConflictError while another
+        profile is being recorded, InternalError when the folder is not writable."""
         ...
 
     def stop(self) -> str:
-        """Write the trace unless that is done; return its path. Raises ConflictError when there is nothing to write,
+        """Write the trace, if it is not written yet; return its path. Raises ConflictError when there is no trace,
         InternalError when it could not be written."""
         ...
 
     def step_done(self) -> None: ...
 
     def close(self) -> None:
-        """Write what has been recorded."""
+        """Write the steps recorded so far."""
         ...
 
 
@@ -78,25 +78,25 @@ class NoWeights:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What handlers work with. They run on the engine's thread, between two steps, with none in flight."""
+    """The engine as handlers see it. They run on its thread, between two steps, with none in flight."""
 
     scheduler: CacheOwner
     pausing: Pausing
     weights: Weights
     profiler: Profiler
     send_outputs: Callable[[list[RequestOutput]], None]
-    """Sends outputs of requests that end by the call, before its reply."""
+    """Sends outputs of requests that the call ends, before its reply."""
     announce: Callable[[float], None]
-    """To be called before work that may take long: for so many seconds the engine does not count as hung."""
+    """Called before a long operation, with the seconds for which the engine does not count as hung."""
 
 
 @dataclass(frozen=True)
 class CallHandler(Generic[CallT, ReplyT]):
-    """Joins a call to the function that carries it out.
+    """A type of call and its handler.
 
-    `handle` returns the reply, or a future of it when it comes in a later step. A FastserveError means that the call
-    failed and the engine is as it was before; any other exception ends the engine, as one of a step does, because what
-    its parts hold is then unknown.
+    `handle` returns the reply, or a future of it when it is ready after a later step. A FastserveError means that the
+    call failed and left the engine unchanged; any other exception ends the engine, as in a step, because its state is
+    then unknown.
     """
 
     call_type: type[CallT]

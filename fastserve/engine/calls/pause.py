@@ -1,4 +1,4 @@
-"""Stop computing, and go on. Both may be called again and again; an engine that is started anew is not paused."""
+"""Pause and resume computing. Both may be repeated; an engine starts unpaused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastserve.engine.pausing import PauseMode, PauseState
 
 
 class Pause(Call[PauseState], frozen=True):
-    """The reply comes once nothing is computed any more. Requests that have not begun wait in the queue."""
+    """Stop computing. The reply comes once no step is computed any more; requests that have not begun stay queued."""
 
     mode: PauseMode = "keep"
-    """What becomes of requests that have begun. keep: they go on when the engine is resumed, with the blocks that they
-    hold; wait: they are finished first; abort: they end with finish_reason "abort"."""
+    """For requests that have begun. keep: they keep their blocks and go on when the engine is resumed; wait: they are
+    finished first; abort: they end with finish_reason "abort"."""
 
 
 class Resume(Call[PauseState], frozen=True):

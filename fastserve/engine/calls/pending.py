@@ -1,4 +1,4 @@
-"""The worker's end of calls: those that await their replies."""
+"""The worker's end of calls: sends them and awaits their replies."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ERRORS: dict[str, type[FastserveError]] = {
 
 
 class PendingCalls:
-    """Shared by all engines."""
+    """Calls in progress, for all engines."""
 
     def __init__(self, send: Callable[[CallRequest], None]) -> None:
-        """`send` brings a call to the engine."""
+        """`send` sends a call to the engine."""
         self._send = send
         self._replies: dict[int, asyncio.Future[msgspec.Raw]] = {}
         self._numbers = itertools.count()
 
     async def call(self, call: Call[ReplyT], timeout_s: float | None) -> ReplyT:
-        """Send a call and return its reply; errors are those of `Engine.call`."""
+        """Send a call and return its reply. Raises the errors of `Engine.call`."""
         call_id, name = next(self._numbers), type(call).__name__
         reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         self._replies[call_id] = reply
@@ -46,7 +46,7 @@ class PendingCalls:
         return msgspec.msgpack.decode(raw, type=reply_type(type(call)))
 
     def settle(self, event: CallReply | CallError) -> None:
-        """Take in the outcome of a call. Nothing happens when nobody waits for it any more."""
+        """Complete a call with its reply or error. Ignored when nobody waits for it any more."""
         reply = self._replies.get(event.call_id)
         if reply is None or reply.done():
             return
@@ -56,7 +56,7 @@ class PendingCalls:
             reply.set_exception(_error_of(event))
 
     def fail_all(self, make_error: Callable[[], FastserveError]) -> None:
-        """No reply will come any more."""
+        """Fail all calls: no replies will come any more."""
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(make_error())

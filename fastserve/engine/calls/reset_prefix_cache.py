@@ -1,4 +1,4 @@
-"""Forget what the prefix cache holds."""
+"""Empty the prefix cache."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastserve.engine.contract import Call
 
 class PrefixCacheReset(msgspec.Struct, frozen=True):
     num_blocks: int
-    """Blocks whose content was forgotten."""
+    """Blocks removed from the prefix cache."""
     num_preempted: int
-    """Running requests that are computed anew."""
+    """Running requests that are recomputed."""
 
 
 class ResetPrefixCache(Call[PrefixCacheReset], frozen=True):
-    """No later request finds what was computed before. Running ones go on with the blocks that they hold."""
+    """Remove all blocks from the prefix cache. Running requests go on with the blocks that they hold."""
 
     reset_running_requests: bool = False
-    """Preempt running requests too: they keep their tokens, and these are computed anew."""
+    """Preempt running requests too: they keep their tokens, whose KV cache is recomputed."""
 
 
 def _reset(call: ResetPrefixCache, context: CallContext) -> PrefixCacheReset:

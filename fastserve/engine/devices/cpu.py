@@ -1,4 +1,4 @@
-"""CPUs, with our kernels in C++ where a compiler is found."""
+"""CPUs, with our C++ kernels where a compiler is found."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastserve.engine.memory import FreeMemory, free_host_memory
 
 class CpuDevice(Device):
     rank = 100
-    max_batched_tokens = 256  # products of 256 tokens are as fast for each token as larger ones
+    max_batched_tokens = 256  # larger batches are no faster per token
     kv_cache_share = 0.5  # the machine's memory is shared with others
-    holds_books = True
+    holds_host_state = True
     packs_weights = True
 
     def free_memory(self) -> FreeMemory:
@@ -44,7 +44,7 @@ class CpuDevice(Device):
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it; without them float32 is faster, for twice the memory."""
+    """Whether this processor has bfloat16 instructions; without them float32 is faster, for twice the memory."""
     has_avx512, has_amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     return bool(has_avx512 or has_amx)
 

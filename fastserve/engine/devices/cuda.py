@@ -1,4 +1,4 @@
-"""GPUs of NVIDIA, and of AMD through ROCm, with our Triton kernels where the package triton is found."""
+"""NVIDIA GPUs, and AMD GPUs through ROCm, with our Triton kernels where the package triton is found."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CudaDevice(Device):
     def total_memory(self) -> int | None:
         return int(torch.cuda.mem_get_info(self.torch_device)[1])
 
-    # Triton is imported where it is needed only: it takes a second, and machines without it are served by torch.
+    # Triton is imported only where it is used: that takes a second, and without it torch operations are used.
 
     def attention_backend(self, shapes: Sequence[LayerShape], dtype: torch.dtype, block_size: int) -> AttentionBackend:
         if _has_triton():
@@ -95,19 +95,19 @@ def _has_triton() -> bool:
 
 
 class CudaGraphRecorder:
-    """All graphs share one pool of memory: only one of them runs at a time."""
+    """All graphs share one memory pool, because only one of them runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        # Libraries make their workspaces, and Triton its binaries, at the first call: neither can be recorded.
+        # At the first call libraries allocate workspaces and Triton compiles kernels: neither can be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
-            # A capture that fails can leave the device's memory in a state of its own: what waits for the device is
-            # found out before.
+            # A failed capture can leave the allocator in a bad state: operations that wait for the device are detected
+            # before.
             with waiting_is_an_error():
                 run()
         torch.cuda.current_stream().wait_stream(stream)
@@ -120,10 +120,10 @@ class CudaGraphRecorder:
 
 @contextlib.contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """Operations of torch that wait for the device raise RuntimeError."""
+    """Make torch operations that wait for the device raise RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that this finds most of what waits, and not all
+        warnings.simplefilter("ignore")  # torch warns that this mode does not detect all waits
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

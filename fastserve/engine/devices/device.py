@@ -1,7 +1,7 @@
-"""The contract of a device: all that the engine asks of the hardware that it runs on.
+"""The contract of a device: everything that the engine needs from the hardware it runs on.
 
 A new accelerator is one more file in this folder, named after its type in torch, with a subclass of `Device` called
-`DEVICE`. What it does not override is done by plain torch operations, which are right on any device.
+`DEVICE`. Methods that it does not override use plain torch operations, which work on any device.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fastserve.engine.memory import FreeMemory
 
 Arrays = Sequence[npt.NDArray[Any]]
 _ALIGNMENT = 16
-"""Arrays of a packed transfer begin at multiples of so many bytes: Triton compiles once for aligned addresses."""
+"""Alignment in bytes of arrays in a packed transfer: Triton compiles once for aligned addresses."""
 
 
 class Recorder(Protocol):
-    """Makes a function over fixed buffers repeatable (a CUDA graph)."""
+    """Captures functions as graphs that can be replayed (CUDA graphs)."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """A function that does the same as `run` again, on the same memory. `run` may be called several times
-        meanwhile. Raises RuntimeError when it cannot be recorded, such as when it waits for the device."""
+        """A function that replays `run` on the same memory. `run` may be called several times to record it. Raises
+        RuntimeError when it cannot be recorded, such as when it waits for the device."""
         ...
 
 
@@ -42,7 +42,7 @@ class Event(Protocol):
     """A point in the device's work."""
 
     def synchronize(self) -> None:
-        """Wait until the device has come there."""
+        """Wait until the device has reached it."""
         ...
 
 
@@ -50,20 +50,20 @@ class Device(ABC):
     """One device, such as cuda:0."""
 
     rank: ClassVar[int] = 50
-    """Of the devices that are there, the one of the lowest rank is taken when the user names none."""
+    """When the user names no device, the available one of the lowest rank is used."""
     max_batched_tokens: ClassVar[int] = 2048
-    """The token budget of a step, by default: as few as still make full use of the device, since all answers wait for
-    a step to end."""
+    """Default token budget of a step: the fewest that make full use of the device, since all requests wait for a step
+    to end."""
     kv_cache_share: ClassVar[float] = 1.0
     """Share of the allowed memory that the KV cache may take."""
-    holds_books: ClassVar[bool] = False
-    """Whether what the engine notes about requests and blocks lies in this device's memory."""
+    holds_host_state: ClassVar[bool] = False
+    """Whether the engine's state about requests and blocks is in this device's memory."""
     packs_weights: ClassVar[bool] = False
-    """Whether products are faster with weights in an order of their own, also those of single experts."""
+    """Whether matrix products are faster with weights in a packed layout, also those of single experts."""
     runs_ahead: ClassVar[bool] = False
     """Whether the host may plan and launch a step while the device still computes the last one."""
     pins_memory: ClassVar[bool] = False
-    """Whether transfers from page-locked memory go on beside the host."""
+    """Whether transfers from pinned memory are asynchronous."""
     has_float64: bool = True
 
     def __init__(self, torch_device: torch.device) -> None:
@@ -76,7 +76,7 @@ class Device(ABC):
 
     @classmethod
     def count(cls) -> int:
-        """Devices of this kind over which a model can be spread."""
+        """Number of devices of this kind over which a model can be spread."""
         return 1
 
     # ---- memory -------------------------------------------------------------------------------------------------
@@ -85,12 +85,12 @@ class Device(ABC):
     def free_memory(self) -> FreeMemory: ...
 
     def total_memory(self) -> int | None:
-        """Bytes; None where shares of memory are meant of what is free."""
+        """Bytes; None where memory utilization is a share of the free memory."""
         return None
 
     def allowed_bytes(self, free: FreeMemory, utilization: float) -> int:
-        """What may be taken of the free memory, when `utilization` is the share of the device that may be in use,
-        others' part of it included."""
+        """Bytes of the free memory that may be used, so that at most the share `utilization` of the device is in use,
+        other processes included."""
         total = self.total_memory()
         if total is None:
             return int(free.num_bytes * utilization)
@@ -102,58 +102,58 @@ class Device(ABC):
     # ---- computing ----------------------------------------------------------------------------------------------
 
     def default_dtype(self, stored: torch.dtype | None) -> torch.dtype:
-        """For a checkpoint in `stored`, when the user names none."""
+        """The dtype for a checkpoint stored in `stored`, when the user names none."""
         return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 
     def attention_backend(self, shapes: Sequence[LayerShape], dtype: torch.dtype, block_size: int) -> AttentionBackend:
-        """Who computes attention of these layers."""
+        """The attention backend for these layers."""
         return TorchAttention(dtype, block_size, self.zeros)
 
     def elementwise_ops(self, dtype: torch.dtype) -> ElementwiseOps | None:
-        """None where the model's own code does them."""
+        """Fused elementwise operations; None: the model's own code is used."""
         return None
 
     def quantized_matmul(self) -> QuantizedMatmul | None:
-        """None where weights are dequantized for each product."""
+        """Kernel for quantized weights; None: weights are dequantized for each product."""
         return None
 
     @property
     def prefers_bitsandbytes(self) -> bool:
-        """Whether bitsandbytes is there and faster than our own weights of 4 bits."""
+        """Whether bitsandbytes is installed and faster than our own 4-bit weights."""
         return False
 
     def graph_recorder(self) -> Recorder | None:
-        """None where steps cannot be recorded."""
+        """None: steps cannot be recorded."""
         return None
 
-    def make_current(self) -> None:  # noqa: B027  # few devices know a current one
-        """Kernels that are launched from now on run here."""
+    def make_current(self) -> None:  # noqa: B027  # few kinds have a current device
+        """Make this the device on which kernels launched from now on run."""
 
     def current(self) -> AbstractContextManager[object]:
-        """Kernels that are launched inside the block run here."""
+        """Make this the current device within the block."""
         return contextlib.nullcontext()
 
     # ---- transfers ----------------------------------------------------------------------------------------------
 
     def send(self, arrays: Arrays) -> list[torch.Tensor]:
-        """The arrays on the device, in one transfer that the host does not wait for."""
+        """Copy the arrays to the device, in one asynchronous transfer."""
         if not arrays:
             return []
-        # Pinned memory of torch's own cache is not given out again before the transfer from it is done.
+        # torch's allocator does not reuse pinned memory before the transfer from it is done.
         packed = pack(arrays, pinned=self.pins_memory)
         return unpack(packed.to(self.torch_device, non_blocking=True), arrays)
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host. With `event`, it holds once the event that was made next has been waited for."""
+        """A copy on the host. Where `event` is not None, it is complete once the next event has been reached."""
         return tensor.cpu()
 
     def event(self) -> Event | None:
-        """The end of the work that was launched so far; None where `fetch` waits for it."""
+        """The end of the work launched so far; None where `fetch` waits for it."""
         return None
 
     @property
     def profiler_activity(self) -> ProfilerActivity | None:
-        """What torch's profiler records of the device, beside the host."""
+        """Activity that torch's profiler records in addition to the host's."""
         return None
 
 
@@ -169,7 +169,7 @@ def pack(arrays: Arrays, *, pinned: bool) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, arrays: Arrays) -> list[torch.Tensor]:
-    """Views of what was packed, in the shapes and dtypes of `arrays`."""
+    """Views of the packed arrays, in the shapes and dtypes of `arrays`."""
     found = []
     begin = 0
     for array in arrays:

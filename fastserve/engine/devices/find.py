@@ -1,4 +1,4 @@
-"""Which devices there are, and the object for each of torch's."""
+"""Finds devices: the one to use, and the object for each of torch's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHER_FILES = {"device", "find"}
 
 
 def find_device(name: str | None) -> Device:
-    """The named device, or the best one that this machine has. Raises StartupError when the named one is missing."""
+    """The named device, or the best one of this machine. Raises StartupError when the named one is missing."""
     available = sorted(
         (kind for kind in _kinds() if _class_of(kind).is_available()), key=lambda kind: _class_of(kind).rank
     )
@@ -28,7 +28,7 @@ def find_device(name: str | None) -> Device:
         raise StartupError(
             f"--device {name}: this machine or this build of torch has no such device; try --device cpu."
         )
-    # With its number, as the model's tensors name it: devices are compared, and cuda is not equal to cuda:0.
+    # With its index, as tensors have it: cuda is not equal to cuda:0.
     return device_of(torch.empty(0, device=name or available[0]).device)
 
 
@@ -41,12 +41,12 @@ def device_of(torch_device: torch.device) -> Device:
 def attention_backend(
     torch_device: torch.device, shapes: Sequence[LayerShape], dtype: torch.dtype, block_size: int
 ) -> AttentionBackend:
-    """Who computes attention of such layers on a device."""
+    """The attention backend for these layers on a device."""
     return device_of(torch_device).attention_backend(shapes, dtype, block_size)
 
 
 def elementwise_ops(torch_devices: Iterable[torch.device], dtype: torch.dtype) -> ElementwiseOps | None:
-    """For tensors on all of these devices. None where one of them has none: then the model's own code does them."""
+    """Fused operations for tensors on all of these devices; None where one of them has none."""
     by_type: dict[str, ElementwiseOps] = {}
     for torch_device in torch_devices:
         ops = by_type.get(torch_device.type) or device_of(torch_device).elementwise_ops(dtype)

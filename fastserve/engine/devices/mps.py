@@ -1,4 +1,4 @@
-"""GPUs of Apple, which compute in the machine's own memory."""
+"""Apple GPUs, which share the machine's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs of Intel."""
+"""Intel GPUs."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
-"""Kernels: in C++ for CPUs (built at the first start where a compiler is, cached, called through ctypes), in Triton for
-GPUs."""
+"""Kernels: in C++ for CPUs (built at the first start if there is a compiler, cached, called through ctypes), in Triton
+for GPUs."""

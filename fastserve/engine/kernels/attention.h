@@ -1,12 +1,12 @@
 // Paged attention.
 //
-// A page (block) of S tokens (a multiple of 16) holds, for each key/value head, groups of 16 tokens; in each group lie
-//   keys   [key dim / PAIR][16][PAIR]                    as a weight with a token for each output (linear.h)
-//   values [value dim / 16][16 / PAIR][16][PAIR]         as weights with a dimension for each output and tokens as inputs
-// so scores and sums are products like those with weights. Both dims are padded, to a multiple of PAIR and of 16.
-// The query heads that share a key/value head are rows of one item of work, and so are a few neighbouring tokens of a
-// chunk: the pages are read once for all of them. Softmax is computed online (Milakov and Gimelshein, 2018), so memory
-// does not grow with the context; what a row computes does not depend on the rows beside it.
+// A block of the KV cache (block size: a multiple of 16) holds groups of 16 tokens for each KV head. Layout of a group:
+//   keys   [key dim / PAIR][16][PAIR]                    like a weight with tokens as outputs (linear.h)
+//   values [value dim / 16][16 / PAIR][16][PAIR]         like weights with dimensions as outputs and tokens as inputs
+// so scores and weighted sums are computed like products with weights. Dims are padded to multiples of PAIR and of 16.
+// The query heads that share a KV head, and a few neighbouring tokens of a chunk, are rows of one work item: the KV
+// cache is read once for all of them. Softmax is computed online (Milakov and Gimelshein, 2018), so memory does not
+// grow with the context. The result of a row does not depend on the other rows.
 #pragma once
 
 #include "linear.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int MAX_ROWS = 2 * TILE_ROWS > 16 ? 2 * TILE_ROWS : 16;
 constexpr int MAX_DIM = 512;
-constexpr int SPAN = 4;  // groups of 16 tokens that are looked at together
+constexpr int SPAN = 4;  // groups of 16 tokens that are processed together
 constexpr float MASKED = -1e30f;
 
 }  // namespace
@@ -26,8 +26,8 @@ struct Step {
     const int32_t* item_position;   // [items] position of the first of them
     const int32_t* item_sequence;   // [items] row of the block table
     const int32_t* block_table;     // [sequences][table_stride]
-    const int32_t* token_block;     // [tokens] where each new token goes
-    const int32_t* token_offset;    // [tokens]
+    const int32_t* token_block;     // [tokens] block of each new token
+    const int32_t* token_offset;    // [tokens] offset in the block
     int64_t items, tokens, table_stride;
 };
 
@@ -36,7 +36,7 @@ struct Layer {
     const void* key;
     const void* value;
     void* out;                      // [tokens][heads][value dim], contiguous
-    void* keys;
+    void* keys;                     // KV cache in the layout above
     void* values;
     const float* sinks;             // [heads] or null
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
@@ -49,11 +49,11 @@ struct Layer {
 namespace {
 
 template <class T>
-struct Page {
+struct CacheLayout {
     // Elements of a group of 16 tokens, for keys and for values.
     int64_t key_group, value_group, groups, kv_heads;
 
-    explicit Page(const Layer& layer)
+    explicit CacheLayout(const Layer& layer)
         : key_group((layer.key_dim + PAIR<T> - 1) / PAIR<T> * PAIR<T> * LANES),
           value_group((layer.value_dim + LANES - 1) / LANES * LANES * LANES), groups(layer.block_size / LANES),
           kv_heads(layer.kv_heads) {}
@@ -66,24 +66,24 @@ struct Page {
     }
 };
 
-// Keys and values of one new token go to its pages.
+// Stores key and value of one new token in the KV cache.
 template <class T>
 inline void store_token(const Step& step, const Layer& layer, int64_t t) {
     constexpr int P = PAIR<T>;
-    const Page<T> page(layer);
+    const CacheLayout<T> cache(layer);
     const int64_t block = step.token_block[t], lane = step.token_offset[t] % LANES, group = step.token_offset[t] / LANES;
     for (int64_t h = 0; h < layer.kv_heads; ++h) {
         const T* key = (const T*)layer.key + t * layer.key_token + h * layer.key_head;
-        T* keys = page.keys(layer, block, h, group) + lane * P;
+        T* keys = cache.keys(layer, block, h, group) + lane * P;
         for (int64_t d = 0; d < layer.key_dim; ++d) keys[d / P * P * LANES + d % P] = key[d];
         const T* value = (const T*)layer.value + t * layer.value_token + h * layer.value_head;
-        T* values = page.values(layer, block, h, group) + lane / P * P * LANES + lane % P;
+        T* values = cache.values(layer, block, h, group) + lane / P * P * LANES + lane % P;
         for (int64_t e = 0; e < layer.value_dim; ++e) values[e / LANES * LANES * LANES + e % LANES * P] = value[e];
     }
 }
 
-// out[ROWS][2] += the weighted sums of 2 x 16 dimensions of the values of `count` groups of tokens. The weights of a
-// row (ROWS of them, `stride` apart) lie in the tokens' order.
+// out[ROWS][2] += weighted sums of 2 x 16 dimensions of the values of `count` groups of tokens. `weights`: ROWS rows,
+// in the order of the tokens.
 template <class T, int ROWS>
 __attribute__((noinline)) void add_values(const T* weights, const T* const* values, int count, float* out, int both) {
     Vec sums[ROWS][2];
@@ -140,9 +140,9 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
     Vec scores[MAX_ROWS][SPAN];
     Vec totals[MAX_ROWS];
     float best[MAX_ROWS];
-    const Page<T> page(layer);
+    const CacheLayout<T> cache(layer);
     const int64_t D = layer.key_dim, E = layer.value_dim, heads_here = layer.heads / layer.kv_heads;
-    const int64_t width = page.key_group / LANES, depth = page.value_group / LANES;
+    const int64_t width = cache.key_group / LANES, depth = cache.value_group / LANES;
     const int64_t first = step.item_position[item], token = step.item_token[item], count = step.item_count[item];
     const int32_t* table = step.block_table + step.item_sequence[item] * step.table_stride;
     const int rows = int(count * heads_here);
@@ -164,15 +164,15 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
         const T* keys[SPAN];
         const T* values[SPAN];
         for (int g = 0; g < groups; ++g) {
-            const int64_t place = base + g * LANES, block = table[place / layer.block_size];
-            keys[g] = page.keys(layer, block, h, place % layer.block_size / LANES);
-            values[g] = page.values(layer, block, h, place % layer.block_size / LANES);
+            const int64_t at = base + g * LANES, block = table[at / layer.block_size];
+            keys[g] = cache.keys(layer, block, h, at % layer.block_size / LANES);
+            values[g] = cache.values(layer, block, h, at % layer.block_size / LANES);
         }
-        // Pages are short and lie anywhere: the processor does not foresee the next ones by itself.
-        for (int64_t place = base + SPAN * LANES; place <= std::min(last, base + 2 * SPAN * LANES - 1); place += LANES) {
-            const int64_t block = table[place / layer.block_size], group = place % layer.block_size / LANES;
-            fetch_ahead(page.keys(layer, block, h, group), page.key_group);
-            fetch_ahead(page.values(layer, block, h, group), page.value_group);
+        // Blocks are small and scattered, so hardware prefetching does not find the next ones.
+        for (int64_t at = base + SPAN * LANES; at <= std::min(last, base + 2 * SPAN * LANES - 1); at += LANES) {
+            const int64_t block = table[at / layer.block_size], group = at % layer.block_size / LANES;
+            fetch_ahead(cache.keys(layer, block, h, group), cache.key_group);
+            fetch_ahead(cache.values(layer, block, h, group), cache.value_group);
         }
         for (int g = 0; g < groups; g += 2) {
             auto keep = [&](int64_t r, int which, Vec sums) { scores[r][g + which] = sums * layer.scaling; };
@@ -188,9 +188,9 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
                 if (layer.softcap != 0.0f)
                     for (int i = 0; i < LANES; ++i) score[i] = std::tanh(score[i] / layer.softcap) * layer.softcap;
                 if (!whole) {
-                    const IntVec place = lane + int32_t(base + g * LANES);
-                    IntVec seen = place <= int32_t(position);
-                    if (layer.window) seen &= place > int32_t(position - layer.window);
+                    const IntVec key_position = lane + int32_t(base + g * LANES);
+                    IntVec seen = key_position <= int32_t(position);
+                    if (layer.window) seen &= key_position > int32_t(position - layer.window);
                     score = (Vec)(((IntVec)score & seen) | ((IntVec)(Vec{} + MASKED) & ~seen));
                 }
                 const IntVec higher = score > top;
@@ -214,7 +214,7 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
                 store(row + g * LANES, weight);
             }
         }
-        // What a group holds beyond the last token may be anything, NaN too, which a weight of 0 would not silence.
+        // Beyond the last token a group may hold anything, even NaN, which a weight of 0 would not cancel.
         const int valid = int(last + 1 - (base + (groups - 1) * LANES));
         if (valid < LANES) {
             copy_values(values[groups - 1], partial, depth, valid);

@@ -42,22 +42,22 @@ _FLAGS = (
 )
 _TIMEOUT_S = 120
 SCALARS = {"float32": "float", "bfloat16": "BFloat16", "float16": "_Float16"}
-"""What the kernels call a dtype."""
+"""C++ types of the kernels, by dtype."""
 _libraries: dict[str, ctypes.CDLL | None] = {}
 _sharing: list[int] = []
-"""torch's numbers of threads, to go back to."""
+"""Stack of torch's numbers of threads to restore."""
 _building = {name: threading.Lock() for name in SCALARS}
 
 
 def build_ahead(*names: str) -> None:
-    """Begin to build the libraries of these dtypes in the background, for an engine that still imports and loads."""
+    """Start building the libraries of these dtypes in the background, while the engine imports and loads."""
     for name in dict.fromkeys(names):
         threading.Thread(target=_cached_library, args=(name,), daemon=True).start()
 
 
 def cpu_library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for this machine's processors and a dtype, or None (with a line in the log) where they cannot be
-    built. One library for each dtype: nobody waits for the compilation of what is not used."""
+    """The kernels of a dtype for this machine's processors, or None (with a line in the log) where they cannot be
+    built. One library for each dtype, so that only those in use are compiled."""
     import torch
 
     library = _cached_library(str(dtype).removeprefix("torch."))
@@ -68,7 +68,7 @@ def cpu_library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 @contextmanager
 def work_is_shared() -> Iterator[None]:
-    """While several threads share work: torch uses one thread in each of them, and the kernels' team stays as it is."""
+    """For code whose threads share work: torch uses one thread in each, and the kernels' team is unchanged."""
     import torch
 
     threads = torch.get_num_threads()
@@ -90,14 +90,14 @@ def _cached_library(name: str) -> ctypes.CDLL | None:
 
 
 def work_alone() -> None:
-    """Have the kernels that this thread calls leave the team alone: for the threads that share work."""
+    """Make kernels that this thread calls run without the team, for threads that share work."""
     for library in list(_libraries.values()):
         if library is not None:
             library.work_alone(1)
 
 
 def build_library(name: str) -> ctypes.CDLL | None:
-    """The library of a dtype, looked for anew."""
+    """Build the library of a dtype, or load it from the cache on disk."""
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if not found or shutil.which(shlex.split(found)[0]) is None:
         logger.warning("No C++ compiler (g++, clang++) is found: slower torch operations are used.")
@@ -112,7 +112,7 @@ def build_library(name: str) -> ctypes.CDLL | None:
 
 
 def _build(name: str, compiler: list[str]) -> ctypes.CDLL:
-    """In the first folder where a library can be written and loaded from. Raises the error of the last one."""
+    """Build or load a library in the first folder where that works. Raises OSError if it works in none."""
     troubles: list[str] = []
     for find_folder in FOLDERS:
         try:
@@ -145,13 +145,13 @@ def _cached(name: str, compiler: list[str], folder: Path) -> Path:
                 text=True,
                 timeout=_TIMEOUT_S,
             )
-            # Two engines may build at the same time; whoever comes second replaces a file by an equal one.
+            # Two engines may build at the same time: the second replaces the file by an equal one.
             made.replace(library)
     return library
 
 
 def _processor() -> bytes:
-    """What -march=native depends on: a cache on a shared home must not serve another kind of machine."""
+    """Processor features that -march=native depends on: machines of different kinds may share a home folder."""
     try:
         with Path("/proc/cpuinfo").open("rb") as file:
             return b"".join(sorted({line for line in file if line.startswith((b"flags", b"Features", b"model name"))}))

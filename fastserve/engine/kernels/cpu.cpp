@@ -15,7 +15,7 @@ void set_threads(int count) {
     if (team().size() != count) team_slot() = new Team(count);
 }
 
-// Of the calling thread: whether it leaves the team's threads alone.
+// Make kernels that the calling thread runs use no other threads of the team.
 void work_alone(int yes) { alone = yes; }
 
 int max_rows() { return MAX_ROWS; }
@@ -47,7 +47,7 @@ int has_fast_products() {
 #endif
 }
 
-// How many inputs of an output lie side by side in a packed weight: `in` must be a multiple of it.
+// Number of inputs of an output that are adjacent in a packed weight; `in` must be a multiple of it.
 int pair() { return PAIR<Scalar>; }
 
 void pack_weight(const Scalar* weight, Scalar* to, int64_t out, int64_t in) {
@@ -58,7 +58,7 @@ void unpack_weight(const Scalar* from, Scalar* weight, int64_t out, int64_t in) 
     on_team([&](Team& team) { unpack(team, from, weight, out, in); });
 }
 
-// Codes of 8 or 4 bits in the layout of quantized.h: `in` is a multiple of 32 / bits, and so are its groups.
+// Codes of 8 or 4 bits in the layout of quantized.h; `in` and the group size must be multiples of 32 / bits.
 void pack_codes(const uint8_t* codes, uint8_t* to, int64_t out, int64_t in, int bits) {
     on_team([&](Team& team) {
         if (bits == 8) pack_codes<8>(team, codes, to, out, in);
@@ -77,7 +77,7 @@ void linear(const Scalar* x, int64_t x_stride, int64_t rows, const Weight* weigh
     linear_of(x, x_stride, rows, *weight, y);
 }
 
-// Rows of a weight (out, in), plain.
+// Dense rows of a weight (out, in).
 void weight_rows(const Weight* weight, const int64_t* rows, int64_t count, Scalar* to) {
     on_team([&](Team& team) {
         team.share(count, rows_at_once(weight->in), [&](int64_t i) { row_of(*weight, rows[i], to + i * weight->in); });
@@ -85,9 +85,9 @@ void weight_rows(const Weight* weight, const int64_t* rows, int64_t count, Scala
 }
 
 void decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
-            const int64_t* positions, const int64_t* wanted, int64_t num_wanted, float* logits) {
+            const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits) {
     on_team([&](Team& team) {
-        Run<Scalar>(team, *model, *step, *space, tokens, positions, wanted, num_wanted, logits)();
+        Run<Scalar>(team, *model, *step, *space, tokens, positions, logit_rows, num_logit_rows, logits)();
     });
 }
 

@@ -1,7 +1,7 @@
-// A whole step of a decoder-only model: token ids in, logits out, with the team meeting between the parts.
+// A whole step of a decoder-only model: token ids in, logits out. The team's threads synchronise between operations.
 //
-// One call for a step, because a call from Python for each part leaves all threads but one idle meanwhile: that is what
-// a step of few tokens spends its time on, once products run as fast as weights can be read.
+// One call for a step, because between calls from Python all threads but one are idle: that would take most of the time
+// of a step of few tokens, where matrix products already run at memory bandwidth.
 #pragma once
 
 #include "attention.h"
@@ -12,11 +12,11 @@ namespace {
 
 struct DecoderLayer {
     Weight query, key, value, output, gate, up, down;
-    // Norms before and after attention and MLP; any may be null. Those of queries and keys are for each head, or for all
-    // of a token's heads together.
+    // Norms before and after attention and MLP; any may be null. Norms of queries and keys are over each head, or over
+    // all heads of a token.
     const void *attention_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *query_norm, *key_norm;
     int64_t query_norm_size, key_norm_size;
-    void *keys, *values;          // pages, as in Layer
+    void *keys, *values;          // KV cache, as in Layer
     const void *cos, *sin;        // [positions][rotary dim]
     int64_t window;               // 0: none
 };
@@ -24,15 +24,15 @@ struct DecoderLayer {
 struct Decoder {
     DecoderLayer* layers;
     Weight head;
-    const void *embedding, *norm;  // [vocabulary][hidden], or null where the embedding is the head's weight; [hidden]
+    const void *embedding, *norm;  // [vocabulary][hidden], or null if tied to the head's weight; [hidden]
     int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, block_size, activation;
     float eps, norm_offset, embedding_scale, scaling, softcap, logit_softcap;
 };
 
-// Activations of a step, for as many tokens as it may have.
+// Activations of a step.
 struct Workspace {
     void *hidden;      // [tokens][hidden] the residual stream
-    void *kept;        // [tokens][max(hidden, heads * head dim)] rows that the last layer goes on with
+    void *kept;        // [tokens][max(hidden, heads * head dim)] logit rows, in the last layer
     void *normed;      // [tokens][max(hidden, heads * head dim)]
     void *query;       // [tokens][heads * head dim]
     void *key, *value; // [tokens][KV heads * head dim]
@@ -43,18 +43,19 @@ template <class T>
 class Run {
   public:
     Run(Team& team, const Decoder& model, const Step& step, const Workspace& space, const int64_t* tokens,
-        const int64_t* positions, const int64_t* wanted, int64_t num_wanted, float* logits)
-        : team(team), m(model), step(step), hidden((T*)space.hidden), kept((T*)space.kept), normed((T*)space.normed), query((T*)space.query),
-          key((T*)space.key), value((T*)space.value), inner((T*)space.inner), tokens(tokens), positions(positions),
-          wanted(wanted), num_wanted(num_wanted), logits(logits), rows(step.tokens) {}
+        const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits)
+        : team(team), m(model), step(step), hidden((T*)space.hidden), kept((T*)space.kept), normed((T*)space.normed),
+          query((T*)space.query), key((T*)space.key), value((T*)space.value), inner((T*)space.inner), tokens(tokens),
+          positions(positions), logit_rows(logit_rows), num_logit_rows(num_logit_rows), logits(logits),
+          rows(step.tokens) {}
 
     void operator()() {
         embed();
         for (int64_t i = 0; i < m.num_layers; ++i) {
             const DecoderLayer& layer = m.layers[i];
             attention(layer);
-            // Beyond the keys and values of the last layer, only what is drawn from matters.
-            if (i + 1 == m.num_layers) keep_wanted();
+            // After the keys and values of the last layer, only the logit rows are needed.
+            if (i + 1 == m.num_layers) keep_logit_rows();
             add(query, layer.output, layer.attention_out_norm);
             mlp(layer);
         }
@@ -66,8 +67,8 @@ class Run {
     const Decoder& m;
     const Step& step;
     T *hidden, *kept, *normed, *query, *key, *value, *inner;
-    const int64_t *tokens, *positions, *wanted;
-    const int64_t num_wanted;
+    const int64_t *tokens, *positions, *logit_rows;
+    const int64_t num_logit_rows;
     float* logits;
     int64_t rows;
 
@@ -82,7 +83,7 @@ class Run {
         });
     }
 
-    // What the norm (or none) makes of the residual stream.
+    // The residual stream, normalised if there is a norm.
     const T* before(const void* norm) {
         if (!norm) return hidden;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
@@ -96,7 +97,7 @@ class Run {
         T* to = norm ? normed : hidden;
         products(team, x, weight.in, rows, &weight, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
             T* out = to + r * m.hidden + at;
-            // Rounded before it is added, as a model's own code does.
+            // Rounded before it is added, as in the model's own code.
             if (!norm) {
                 T rounded[LANES];
                 store(rounded, sums);
@@ -125,22 +126,22 @@ class Run {
         products(team, x, m.hidden, rows, weights, 3, [&](int which, int64_t r, int64_t at, Vec sums, int outs) {
             store_some(to[which] + r * strides[which] + at, sums, outs);
         });
-        const Layer pages = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
+        const Layer call = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
                              m.heads, m.kv_heads, D, D, m.block_size, layer.window, m.scaling, m.softcap};
         team.share(rows, rows_at_once(Q), [&](int64_t r) {
             apply_rotary(query + r * Q, m.heads, layer.query_norm, layer.query_norm_size, layer, r);
             apply_rotary(key + r * K, m.kv_heads, layer.key_norm, layer.key_norm_size, layer, r);
-            store_token<T>(step, pages, r);
+            store_token<T>(step, call, r);
         });
-        attend_all<T>(team, step, pages);
-        // The output lies where a norm after it would write, so it changes places with the queries.
+        attend_all<T>(team, step, call);
+        // The output is in the buffer that a following norm writes to, so it is swapped with that of the queries.
         std::swap(normed, query);
     }
 
-    void keep_wanted() {
+    void keep_logit_rows() {
         const int64_t Q = m.heads * m.head_dim;
-        rows = num_wanted;
-        // Rows may be wanted in any order, so none is written where another is still to be read.
+        rows = num_logit_rows;
+        // The rows may be in any order, so they are not copied in place.
         keep(query, Q);
         std::swap(query, kept);
         keep(hidden, m.hidden);
@@ -148,8 +149,9 @@ class Run {
     }
 
     void keep(const T* from, int64_t size) {
-        team.share(rows, rows_at_once(size),
-                   [&](int64_t i) { std::memcpy((void*)(kept + i * size), from + wanted[i] * size, size * sizeof(T)); });
+        team.share(rows, rows_at_once(size), [&](int64_t i) {
+            std::memcpy((void*)(kept + i * size), from + logit_rows[i] * size, size * sizeof(T));
+        });
     }
 
     void apply_rotary(T* x, int64_t heads, const void* norm, int64_t norm_size, const DecoderLayer& layer, int64_t r) {
@@ -175,11 +177,11 @@ class Run {
     }
 
     void head() {
-        team.share(num_wanted, rows_at_once(m.hidden), [&](int64_t i) {
+        team.share(num_logit_rows, rows_at_once(m.hidden), [&](int64_t i) {
             norm_row(hidden + i * m.hidden, (const T*)m.norm, normed + i * m.hidden, m.hidden, m.eps, m.norm_offset);
         });
         const float cap = m.logit_softcap;
-        products(team, normed, m.hidden, num_wanted, &m.head, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+        products(team, normed, m.hidden, num_logit_rows, &m.head, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
             if (cap != 0.0f)
                 for (int i = 0; i < LANES; ++i) sums[i] = std::tanh(sums[i] / cap) * cap;
             store_some(logits + r * m.head.out + at, sums, outs);

@@ -63,16 +63,16 @@ class DecoderKernel:
         step: KernelStep,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        wanted: torch.Tensor,
+        logit_rows: torch.Tensor,
     ) -> torch.Tensor:
-        """`token_ids`, `positions` (tokens,) and `wanted` (rows,), rows of the batch: int64 -> logits (rows,
+        """`token_ids` and `positions` (tokens,), `logit_rows` (rows,) of the batch, all int64 -> logits (rows,
         vocabulary), float32."""
         self._grow(model, len(token_ids))
-        logits = torch.empty(len(wanted), model.head.out, dtype=torch.float32)
+        logits = torch.empty(len(logit_rows), model.head.out, dtype=torch.float32)
         space = _Workspace(*(tensor.data_ptr() for tensor in self._activations))
         self._decode(
             ctypes.byref(model), ctypes.byref(step.struct), ctypes.byref(space), token_ids.data_ptr(),
-            positions.data_ptr(), wanted.data_ptr(), len(wanted), logits.data_ptr(),
+            positions.data_ptr(), logit_rows.data_ptr(), len(logit_rows), logits.data_ptr(),
         )  # fmt: skip
         return logits
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a step lie, as tensors on the device: what kernels on GPUs read."""
+"""Attention metadata of a step as tensors on the device, for kernels on GPUs."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ import torch
 
 IntArray = npt.NDArray[np.int32]
 Send = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
-"""Brings arrays to the device, in one transfer."""
+"""Copies arrays to the device, in one transfer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """How a step is cut for the attention kernel; each item is (sequence, first new token of it)."""
+class WorkItems:
+    """A step's work for the attention kernel; each item is (sequence, index of its first new token)."""
 
     narrow: tuple[torch.Tensor, torch.Tensor]
-    """Whole sequences of few new tokens."""
+    """Whole sequences with few new tokens."""
     num_narrow: int
-    most_narrow_tokens: int
+    max_narrow_tokens: int
+    """Maximum number of new tokens in a narrow item."""
     wide: tuple[torch.Tensor, torch.Tensor]
-    """Parts of chunks, those that see the longest contexts first."""
+    """Parts of chunks, longest context first."""
     num_wide: int
 
 
 @dataclass(slots=True)
 class DeviceStep:
-    """All tensors are int32. Rows that only pad the batch have a context of 0 and a slot of -1."""
+    """All tensors are int32. Rows that pad the batch have sequence length 0 and slot -1."""
 
     starts: torch.Tensor
     """(sequences,) row of the batch of each sequence's first new token"""
     counts: torch.Tensor
-    """(sequences,) new tokens"""
-    contexts: torch.Tensor
-    """(sequences,) tokens in each context, the new ones included"""
+    """(sequences,) number of new tokens"""
+    seq_lens: torch.Tensor
+    """(sequences,) tokens of each sequence so far, including the new ones"""
     block_table: torch.Tensor
-    """(sequences, most blocks)"""
-    slots: torch.Tensor
+    """(sequences, max blocks) block ids of each sequence"""
+    slot_mapping: torch.Tensor
     """(tokens,) block * block size + offset of each new token's key and value; -1: not stored"""
     host_counts: IntArray
-    host_contexts: IntArray
+    """`counts` on the host."""
+    host_seq_lens: IntArray
+    """`seq_lens` on the host."""
     send: Send
-    fixed: Items | None = None
-    """Of a step whose cut does not depend on the kernel: one new token for each sequence."""
-    cut: dict[tuple[int, int], Items] = field(default_factory=dict)
+    fixed_items: WorkItems | None = None
+    """Work items that do not depend on the kernel's tiles: one new token for each sequence."""
+    items_by_size: dict[tuple[int, int], WorkItems] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -56,37 +59,37 @@ class DeviceStep:
         counts: IntArray,
         positions: IntArray,
         block_table: IntArray,
-        slots: IntArray,
+        slot_mapping: IntArray,
         send: Send,
     ) -> DeviceStep:
-        """`positions` (sequences,) of each sequence's first new token."""
-        contexts = positions + counts
-        tensors = send((starts, counts, contexts, block_table, slots))
-        return cls(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], counts, contexts, send)
+        """`positions` (sequences,): position of each sequence's first new token."""
+        seq_lens = positions + counts
+        tensors = send((starts, counts, seq_lens, block_table, slot_mapping))
+        return cls(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], counts, seq_lens, send)
 
-    def items(self, narrow_tokens: int, wide_tokens: int) -> Items:
-        """Cut into narrow items of at most `narrow_tokens` and wide ones of `wide_tokens`; the first layer that asks
-        pays, the others find it done."""
-        if self.fixed is not None:
-            return self.fixed
-        found = self.cut.get((narrow_tokens, wide_tokens))
+    def items(self, narrow_tokens: int, wide_tokens: int) -> WorkItems:
+        """Narrow items of at most `narrow_tokens` tokens and wide ones of `wide_tokens`, computed once for all
+        layers."""
+        if self.fixed_items is not None:
+            return self.fixed_items
+        found = self.items_by_size.get((narrow_tokens, wide_tokens))
         if found is None:
-            found = self.cut[narrow_tokens, wide_tokens] = self._cut(narrow_tokens, wide_tokens)
+            found = self.items_by_size[narrow_tokens, wide_tokens] = self._make_items(narrow_tokens, wide_tokens)
         return found
 
-    def _cut(self, narrow_tokens: int, wide_tokens: int) -> Items:
+    def _make_items(self, narrow_tokens: int, wide_tokens: int) -> WorkItems:
         is_narrow = self.host_counts <= narrow_tokens
         narrow = np.flatnonzero(is_narrow).astype(np.int32)
-        # The longest contexts first: what is left for the end is short, so the multiprocessors end together.
-        narrow = narrow[np.argsort(-self.host_contexts[narrow], kind="stable")]
+        # Longest contexts first: short ones at the end make the multiprocessors finish together.
+        narrow = narrow[np.argsort(-self.host_seq_lens[narrow], kind="stable")]
         chunks = np.flatnonzero(~is_narrow).astype(np.int32)
         per_chunk = -(-self.host_counts[chunks] // wide_tokens)
         wide = np.repeat(chunks, per_chunk)
         ends = np.cumsum(per_chunk, dtype=np.int32)
         first = (np.arange(len(wide), dtype=np.int32) - np.repeat(ends - per_chunk, per_chunk)) * wide_tokens
-        last = self.host_contexts[wide] - self.host_counts[wide] + first
+        last = self.host_seq_lens[wide] - self.host_counts[wide] + first
         order = np.argsort(-last, kind="stable")
         zeros = np.zeros(len(narrow), dtype=np.int32)
         tensors = self.send((narrow, zeros, wide[order], first[order].astype(np.int32)))
-        most = int(self.host_counts[narrow].max(initial=0))
-        return Items((tensors[0], tensors[1]), len(narrow), most, (tensors[2], tensors[3]), len(wide))
+        max_tokens = int(self.host_counts[narrow].max(initial=0))
+        return WorkItems((tensors[0], tensors[1]), len(narrow), max_tokens, (tensors[2], tensors[3]), len(wide))

@@ -1,4 +1,4 @@
-// The small steps between the matrix products, each in one pass over memory where model code takes five to ten.
+// Fused elementwise operations, each in one pass over memory where model code takes five to ten.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Rows for one piece of work: below that, meeting costs more than it brings.
+// Minimum rows for one thread at a time: with fewer, synchronising costs more than it gains.
 inline int64_t rows_at_once(int64_t size) { return std::max<int64_t>(1, (1 << 13) / size); }
 
 // x / sqrt(mean(x^2) + eps) * (weight + offset) (Zhang and Sennrich, 2019)
@@ -54,7 +54,7 @@ inline void silu_times_row(const T* x, T* out, int64_t size) {
     }
 }
 
-// Rotary embedding by halves (GPT-NeoX's form): out[i] = x[i] cos[i] -+ x[i +- dim / 2] sin[i]; may be done in place.
+// Rotary embedding by halves (GPT-NeoX style): out[i] = x[i] cos[i] -+ x[i +- dim / 2] sin[i]; may be done in place.
 template <class T>
 inline void rotate_head(const T* x, const T* cos, const T* sin, T* out, int64_t dim) {
     const int64_t half = dim / 2;

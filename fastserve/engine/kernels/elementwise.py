@@ -1,4 +1,4 @@
-"""The binding of elementwise.h: the small steps between matrix products, on CPU tensors."""
+"""The binding of elementwise.h: fused elementwise operations on CPU tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SIGNATURES = {
 
 
 class ElementwiseKernels:
-    """For tensors of any dtype that the kernels are built for; each dtype's at its first use."""
+    """`ElementwiseOps` for CPU tensors of the dtypes passed to `load`, and float32."""
 
     def __init__(self) -> None:
         self._libraries: dict[torch.dtype, Any] = {}
 
     @classmethod
     def load(cls, dtype: torch.dtype) -> ElementwiseKernels | None:
-        """None where the kernels cannot be built."""
+        """The kernels for `dtype` and float32, or None where they cannot be built."""
         kernels = cls()
         built = all(kernels._add(needed) for needed in (dtype, torch.float32))
         return kernels if built else None
@@ -58,9 +58,9 @@ class ElementwiseKernels:
         return out
 
     def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`x` (1, heads, tokens, dim), `cos` and `sin` (1, tokens, dim): the rotary embedding by halves.
+        """Rotary embedding of `x` (1, heads, tokens, dim) by halves (GPT-NeoX style); `cos` and `sin` (1, tokens, dim).
 
-        The result lies in memory as (tokens, heads, dim).
+        The memory layout of the result is (tokens, heads, dim).
         """
         if x.stride(3) != 1:
             x = x.contiguous()

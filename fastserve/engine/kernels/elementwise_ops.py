@@ -1,4 +1,4 @@
-"""The small operations between matrix products that are done in one pass each."""
+"""The contract of fused elementwise operations, each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class ElementwiseOps(Protocol):
         ...
 
     def rotary(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`x` (1, heads, tokens, dim), `cos` and `sin` (1, tokens, dim): the rotary embedding by halves."""
+        """Rotary embedding of `x` (1, heads, tokens, dim) by halves (GPT-NeoX style); `cos` and `sin` (1, tokens,
+        dim)."""
         ...
 
 
 class ElementwiseOpsByDevice:
-    """For a model whose parts live on several kinds of devices."""
+    """For a model whose parts are on several kinds of devices."""
 
     def __init__(self, ops: Mapping[str, ElementwiseOps]) -> None:
         self._ops = ops

@@ -1,7 +1,7 @@
-// Products with weights, y = x W^T, for any number of tokens from one layout of the weight.
+// Matrix products with weights, y = x W^T, for any number of tokens with the same weight layout.
 //
-// Each output is one sum in the order of the inputs, whatever the tile, so a token's result does not depend on the
-// tokens beside it.
+// Each output is one sum in the order of the inputs, whatever the tile, so a token's result does not depend on other
+// tokens.
 #pragma once
 
 #include "quantized.h"
@@ -13,7 +13,7 @@ namespace {
 inline int64_t lanes_of(const Weight& weight) { return (weight.out + LANES - 1) / LANES; }
 inline int unit_of(const Weight& weight) { return weight.bits ? UNIT : 2; }
 
-// `rows` tokens times the `count` groups of 16 outputs of a unit, whose first is `first`: put(row, group, sums).
+// `rows` tokens times `count` groups of 16 outputs of a unit, from group `first` on. Calls put(row, group, sums).
 template <class T, class Put>
 inline void unit_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put) {
     if (weight.bits == 8) return code_sums<T, 8>(weight, first / UNIT, count, input, rows, put);
@@ -27,7 +27,7 @@ inline void unit_sums(const Weight& weight, int64_t first, int count, const Inpu
     }
 }
 
-// The products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16.
+// Products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16 outputs.
 template <class T, class Put>
 inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count, Put put) {
     Input<T> inputs[8];
@@ -54,7 +54,7 @@ inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, con
     });
 }
 
-// The products with two weights of the same shape, side by side: put(row, first output, gate sums, up sums, outputs).
+// Products of one input with two weights of the same shape. Calls put(row, first output, gate sums, up sums, outputs).
 template <class T, class Put>
 inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight& gate, const Weight& up,
                            Put put) {
@@ -91,10 +91,10 @@ inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t row
     });
 }
 
-// PAIR inputs of one output, moved as one.
+// PAIR inputs of one output, copied together.
 template <class T> struct Pair { T values[PAIR<T>]; };
 
-// (out, in) as a checkpoint has it -> the layout above. Outputs beyond the last are zero. `in` is a multiple of PAIR.
+// (out, in) as in a checkpoint -> the layout of tiles.h, with zeros for the padding outputs. `in`: a multiple of PAIR.
 template <class T>
 inline void pack(Team& team, const T* weight, T* to, int64_t out, int64_t in) {
     const int64_t pairs = in / PAIR<T>;

@@ -1,4 +1,4 @@
-"""The binding of linear.h: weights in groups of 16 outputs, dense or as codes, and products with them."""
+"""The binding of linear.h: matrix products with packed weights, dense or quantized."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastserve.engine.kernels.build import cpu_library
 
 LANES = 16
 UNIT = 64
-"""Outputs of a weight of codes that lie together."""
+"""Number of outputs that a quantized weight is padded to a multiple of."""
 
 
 class WeightStruct(ctypes.Structure):
-    """The last six are for weights of codes; 0 bits means a dense one."""
+    """Weight in tiles.h. The last six fields are for quantized weights; bits 0 means dense."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -37,8 +37,7 @@ class PackedLinearKernel:
 
     @classmethod
     def load(cls, dtype: torch.dtype, *, for_codes: bool = False) -> PackedLinearKernel | None:
-        """None where there is no such kernel, or (save for codes, which oneDNN does not know) none that is faster than
-        oneDNN."""
+        """The kernel, or None where it cannot be built or, for dense weights, is not faster than oneDNN."""
         library = cpu_library(dtype)
         return None if library is None or not (for_codes or library.has_fast_products()) else cls(library)
 
@@ -47,7 +46,7 @@ class PackedLinearKernel:
         return weight.device.type == "cpu" and weight.dim() == 2 and int(weight.shape[1]) % pair == 0
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
-        """`weight` (out, in) in the kernel's layout, as a flat tensor; into `packed` when that is given."""
+        """`weight` (out, in) in the kernel's layout, as a flat tensor; written to `packed` if given."""
         weight = weight.contiguous()
         out, width = weight.shape
         if packed is None:
@@ -56,7 +55,7 @@ class PackedLinearKernel:
         return packed
 
     def empty(self, out: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Room for a weight (out, in) in the kernel's layout."""
+        """An empty tensor for a weight (out, in) in the kernel's layout."""
         return zeros((-(-out // LANES) * LANES * width,), dtype)
 
     def unpack(self, packed: torch.Tensor, out: int, width: int) -> torch.Tensor:
@@ -65,7 +64,7 @@ class PackedLinearKernel:
         return weight
 
     def pack_codes(self, codes: torch.Tensor, bits: int) -> torch.Tensor:
-        """`codes` (out, in), uint8, in the kernel's layout; `in` is a multiple of 32 / bits."""
+        """Quantized `codes` (out, in), uint8, in the kernel's layout; `in` must be a multiple of 32 / bits."""
         codes = codes.contiguous()
         out, width = codes.shape
         packed = zeros((-(-out // UNIT) * UNIT * width * bits // 8,), torch.uint8)
@@ -86,7 +85,7 @@ class PackedLinearKernel:
         return y
 
     def rows(self, ids: torch.Tensor, weight: WeightStruct, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """`ids` (...), int64, of outputs -> their weights (..., in)"""
+        """Dense rows (..., in) of a weight, for `ids` (...) of outputs, int64: an embedding lookup."""
         ids = ids.contiguous()
         rows = torch.empty(*ids.shape, width, dtype=dtype)
         self._library.weight_rows(ctypes.byref(weight), ids.data_ptr(), ids.numel(), rows.data_ptr())

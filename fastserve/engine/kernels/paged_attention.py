@@ -36,14 +36,14 @@ class _Layer(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class KernelStep:
-    """A step's `_Step`, with the arrays that it points to kept alive."""
+    """A C struct of a step, and the arrays that it points to."""
 
     struct: _Step
     arrays: tuple[IntArray, ...]
 
 
 class PagedAttentionKernel:
-    """One call for each layer and step: stores the new keys and values and computes the attention's output."""
+    """Called once for each layer and step: stores the new keys and values and computes attention."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._run: Any = library.paged_attention
@@ -67,15 +67,15 @@ class PagedAttentionKernel:
         token_offset: IntArray,
         group: int,
     ) -> KernelStep:
-        """Cut sequences of `counts` tokens, the first of each in row `starts` of the batch and at `positions` of the
-        sequence, into items of as many tokens as share one pass over the pages."""
+        """Split the step into work items: up to as many neighbouring tokens of a sequence as one pass over the KV cache
+        can serve. For the other arguments see `AttentionMetadata`; `group`: query heads per KV head."""
         size = max(1, self._max_rows // group)
         per_sequence = -(-counts // size)
         sequence = np.repeat(np.arange(len(counts), dtype=np.int32), per_sequence)
         ends = np.cumsum(per_sequence)
         within = (np.arange(ends[-1]) - np.repeat(ends - per_sequence, per_sequence)).astype(np.int32) * size
         count = np.minimum(size, counts[sequence] - within)
-        # The longest contexts first: what is left for the end is short, so the threads end together.
+        # Longest contexts first: short ones at the end make the threads finish together.
         order = np.argsort(-(positions[sequence] + within), kind="stable")
         arrays = tuple(
             np.ascontiguousarray(array, dtype=np.int32)
@@ -108,7 +108,7 @@ class PagedAttentionKernel:
     ) -> torch.Tensor:
         """`query` (tokens, heads, dim), `key` and `value` (tokens, KV heads, dim), any strides with a dense last
         dimension; `keys` (blocks, KV heads, dim, block size), `values` (blocks, KV heads, block size, dim), both dims
-        padded and in the order of attention.h."""
+        padded and in the layout of attention.h."""
         query, key, value = (_dense(tensor) for tensor in (query, key, value))
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         sinks = None if sinks is None else sinks.float().contiguous()

@@ -1,12 +1,12 @@
-// Weights of 8 or 4 bits: value = table[code] * scale - offset, with a scale (and perhaps an offset) for each group of
-// inputs of an output. Activations stay as they are.
+// Quantized weights of 8 or 4 bits: value = table[code] * scale - offset, with a scale (and perhaps an offset) for each
+// group of inputs of an output. Activations are not quantized.
 //
-// Tables of whole numbers are exact in bfloat16, so codes become bfloat16 in registers, the sums of table values times
-// activations are formed as those of a dense weight, and each group's sum is scaled in float32:
+// Tables of integers are exact in bfloat16, so codes become bfloat16 in registers, table values times activations are
+// summed as with a dense weight, and each group's sum is scaled in float32:
 //     y = sum over groups of (scale * sum(table[code] x) - offset * sum(x)).
 //
-// Codes lie in blocks of 64 bytes for 16 outputs and 4 inputs (8 bits) or 8 inputs (4 bits), four such groups of
-// outputs side by side: [out / 64][in / inputs][4][64]. They are computed together, so one token reads memory in order.
+// Codes are stored in blocks of 64 bytes for 16 outputs and 4 inputs (8 bits) or 8 inputs (4 bits), with four groups of
+// outputs adjacent: [out / 64][in / inputs][4][64]. The four are computed together, so one token reads memory in order.
 // A block of 4 bits is a word of 32 bits for each output: bits 4n.. are input 2n, bits 16 + 4n.. are input 2n + 1.
 // A block of 8 bits is [4][2 pairs of inputs][4 outputs][2 inputs].
 #pragma once
@@ -25,9 +25,9 @@ namespace {
 constexpr int BLOCK = 64;
 template <int BITS> constexpr int BLOCK_INPUTS = 32 / BITS;
 constexpr int CODE_TILE_ROWS = 6;    // times UNIT: 24 of 32 registers are sums
-constexpr int64_t SPREAD = 64;       // inputs that are decoded at a time where codes cannot become pairs in registers
+constexpr int64_t SPREAD = 64;       // inputs that are decoded at a time where codes are not decoded in registers
 
-// Where the code of an input of an output lies in its block: a byte, and the bits of it.
+// Position of the code of (output, input) in its block: the byte, and the shift in it.
 template <int BITS>
 inline int byte_of(int lane, int input) {
     if (BITS == 4) return lane * 4 + input % 2 * 2 + input / 4;
@@ -49,7 +49,7 @@ template <int BITS> struct Codebook;
 
 template <>
 struct Codebook<4> {
-    __m512i table;  // twice, so that the lowest bit of the next code does not matter
+    __m512i table;  // stored twice, so that the lowest bit of the next code does not matter
 
     explicit Codebook(const float* values) {
         BFloat16 both[32];
@@ -132,8 +132,7 @@ struct Spread {
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------
 
-// What a weight is multiplied with: tokens with their inputs in the order of its columns, and the sums of each of its
-// groups of inputs.
+// Inputs of a product: tokens with their inputs in the order of the weight's columns, and the sums of each group.
 template <class T>
 struct Input {
     const T* x;
@@ -162,7 +161,7 @@ inline void fill_input(const Input<T>& input, const Weight& weight, const T* x, 
     }
 }
 
-// All members call this, and may read the inputs once it returns, until they meet at the end of a product.
+// Called by all members of the team. The inputs are valid until the members meet at the end of the product.
 template <class T>
 inline void make_inputs(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count,
                         Input<T>* inputs) {
@@ -186,7 +185,7 @@ inline void make_inputs(Team& team, const T* x, int64_t x_stride, int64_t rows, 
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-// Where a unit's codes and scales lie.
+// Pointers to a unit's codes and scales.
 struct Unit {
     const uint8_t* codes;
     const float* scales;
@@ -218,7 +217,7 @@ struct Unit {
 };
 
 #if DECODES_IN_REGISTERS
-// Codes go from memory to registers, once for each tile: that costs less than to store and load what they become.
+// Decodes in registers, once for each tile of rows, which is faster than storing and loading decoded values.
 template <int BITS, int ROWS>
 __attribute__((noinline)) void code_tile(const Input<BFloat16>& input, const Weight& weight, const Unit& unit,
                                          Vec* out) {
@@ -266,7 +265,7 @@ inline void code_tile_of(int64_t rows, const Input<BFloat16>& input, const Weigh
 }
 #endif
 
-// Codes are decoded once for all tokens, a stretch of inputs at a time, into memory near by.
+// Decodes once for all tokens, SPREAD inputs at a time, into a buffer in the cache.
 template <class T, int BITS>
 __attribute__((noinline)) void spread_sums(const Weight& weight, const Unit& unit, const Input<T>& input, int64_t rows,
                                            Vec* totals) {
@@ -295,8 +294,7 @@ __attribute__((noinline)) void spread_sums(const Weight& weight, const Unit& uni
     }
 }
 
-// `rows` tokens (at most CHUNK_ROWS) times a unit of outputs, of which `count` groups of 16 are wanted:
-// put(row, group, sums).
+// `rows` (at most CHUNK_ROWS) tokens times the first `count` groups of 16 outputs of a unit. Calls put(row, group, sums).
 template <class T, int BITS, class Put>
 inline void code_sums(const Weight& weight, int64_t which, int count, const Input<T>& input, int64_t rows, Put put) {
     const Unit unit(weight, which);
@@ -349,7 +347,7 @@ inline void for_codes(Team& team, int64_t out, int64_t in, Work work) {
     });
 }
 
-// Codes (out, in), a byte each, into blocks of zeros.
+// Packs codes (out, in), a byte each, into blocks that are zero before.
 template <int BITS>
 inline void pack_codes(Team& team, const uint8_t* codes, uint8_t* to, int64_t out, int64_t in) {
     for_codes<BITS>(team, out, in, [&](int64_t output, int64_t input, int64_t at, int shift) {

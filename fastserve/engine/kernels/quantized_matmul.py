@@ -1,4 +1,4 @@
-"""Products with weights of 8 or 4 bits."""
+"""The contract of matrix products with quantized weights (8 or 4 bits)."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """A weight (out, in): value = table[code] * scale - offset."""
+    """A quantized weight (out, in): value = table[code] * scale - offset."""
 
     codes: torch.Tensor
-    """(out, in) or, of 4 bits, (out, in / 2) with the code of the earlier input in the lower half of a byte; uint8"""
+    """uint8: (out, in) with 8 bits, or (out, in / 2) with 4 bits, the earlier input in the lower half of each byte"""
     scales: torch.Tensor
     """(out, groups), float32"""
     offsets: torch.Tensor | None
+    """(out, groups), float32"""
     table: torch.Tensor
-    """16 values, or 256 of which the second half is the first with its sign turned; float32"""
+    """float32: 16 values, or 256 of which the second half is the negated first half"""
     first: float
-    """The table's first value."""
+    """First value of the table."""
     counts: bool
-    """Whether the table (of 8 bits: its first half) counts up by one."""
+    """Whether the table (with 8 bits: its first half) is first, first + 1, ..."""
     order: torch.Tensor | None
-    """(in,) the input that each column of codes belongs to, int32"""
+    """(in,) int32: the input to which each column of codes belongs; None: the same order"""
     width: int
-    """in"""
+    """Number of inputs."""
     bits: int
+    """8 or 4."""
     group: int
-    """Neighbouring columns that share a scale."""
+    """Number of neighbouring columns that share a scale."""
 
 
 class QuantizedMatmul(Protocol):
-    most_rows: int
-    """Of more tokens, dequantizing the weight and a dense product are faster."""
+    max_rows: int
+    """With more tokens, dequantizing the weight and a dense product are faster."""
 
     def supports(self, weight: QuantizedMatrix) -> bool: ...
 
     def product(self, x: torch.Tensor, weight: QuantizedMatrix) -> torch.Tensor:
-        """`x` (rows, in), of at most `most_rows` rows -> (rows, out)"""
+        """`x` (rows, in), of at most `max_rows` rows -> (rows, out)"""
         ...

@@ -1,5 +1,5 @@
 // Vectors of 16 floats, and loading and storing them from float32, bfloat16 and float16.
-// They are GCC's and Clang's own extension: the compiler makes AVX-512, AVX2 or NEON of them.
+// They are an extension of GCC and Clang, which compile them to AVX-512, AVX2 or NEON.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
-// The threads of the kernels: a team that works in step and never spins for long.
+// The thread pool of the kernels: a team with barriers that never spins for long.
 //
-// A step of a model is hundreds of small pieces of work with a meeting after each. Threads that sleep at each meeting
-// wake too late, and threads that spin between steps take the cores from the processes that serve HTTP. So members spin
-// (and soon yield) while a job runs and for a moment after it, and sleep otherwise.
+// A step of a model is hundreds of small jobs with a barrier after each. Threads that sleep at each barrier wake too
+// late, and threads that spin between steps take the cores from the processes that serve HTTP. So members spin (and
+// soon yield) while a job runs and for a moment after it, and sleep otherwise.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +29,7 @@ inline void relax() {
 #endif
 }
 
-// Calls `done` until it is true. Another process may want the core of the thread that is waited for, so after a while
-// the core is offered to it.
+// Calls `done` until it is true. Yields after a while, because the thread that is waited for may need this core.
 template <class Done>
 inline void spin_until(Done done) {
     for (int i = 0; !done(); ++i) {
@@ -61,7 +60,7 @@ class Team {
         meet();
     }
 
-    // All members call this; it returns once all have.
+    // Barrier: all members call this; it returns once all have.
     void meet() {
         if (size_ == 1) {
             next_.store(0, std::memory_order_relaxed);
@@ -77,18 +76,18 @@ class Team {
         }
     }
 
-    // All members call this with the same size: memory that is theirs until the next call.
+    // All members call this with the same size. Returns shared memory that is valid until the next call.
     char* scratch(size_t bytes) {
         if (scratch_.size() < bytes) {
-            meet();  // all have looked at the size before one changes it
+            meet();  // all have read the size before one changes it
             share(1, 1, [&](int64_t) { scratch_.resize(bytes); });
         }
         return scratch_.data();
     }
 
-    // All members call this with the same arguments: they share the numbers 0..count and meet at the end. Whoever is
-    // free takes a part of what is left, at least `grain` numbers: long runs first, because memory is read fastest in
-    // order, and short ones at the end, so that nobody waits long. What a number computes does not depend on who does it.
+    // All members call this with the same arguments: runs work(0) to work(count - 1) on them, and meets at the end. A
+    // free member takes a part of the remaining range, at least `grain` items: long parts first, because memory is read
+    // fastest in order, and short ones at the end, so that no member waits long. Results do not depend on the member.
     template <class Work>
     void share(int64_t count, int64_t grain, Work work) {
         int64_t begin = next_.load(std::memory_order_relaxed);
@@ -132,7 +131,7 @@ class Team {
     const int size_;
     void (*job_)(void*) = nullptr;
     void* context_ = nullptr;
-    // On cache lines of their own: each is written by one member while others look at another.
+    // On separate cache lines: one is written by a member while others read another.
     alignas(64) std::atomic<uint64_t> epoch_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
     alignas(64) std::atomic<int> arrived_{0};
@@ -143,7 +142,7 @@ class Team {
     std::vector<char> scratch_;
 };
 
-// Made at the first use and never torn down: its threads live as long as the process.
+// Created at the first use and never destroyed: its threads live as long as the process.
 inline Team*& team_slot() {
     static Team* team = nullptr;
     return team;
@@ -154,16 +153,16 @@ inline Team& team() {
     return *team_slot();
 }
 
-// Whether this thread does its work by itself: where several threads do the same, a team is in their way.
+// Whether this thread runs kernels without the team, because several threads share the work.
 inline thread_local bool alone = false;
 
-// Of the team, whose members work for one caller at a time.
+// Held by the caller that uses the team, which serves one at a time.
 inline std::mutex& team_mutex() {
     static std::mutex mutex;
     return mutex;
 }
 
-// Runs `work` (called as work(Team&)) on all members, or on the caller alone while the team works for another thread.
+// Runs work(Team&) on all members, or on the caller alone while another thread uses the team.
 template <class Work>
 inline void on_team(Work work) {
     std::unique_lock<std::mutex> lock(team_mutex(), std::defer_lock);

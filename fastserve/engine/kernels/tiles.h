@@ -1,8 +1,8 @@
-// Weights in memory, and tiles: some tokens times some outputs, with the sums in registers.
+// Weight layout, and tiles: some tokens times some outputs, with the sums in registers.
 //
-// A dense weight of (out, in) lies in groups of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A vector register holds
-// the same input (or pair of inputs, where the processor multiplies pairs of bfloat16) of 16 outputs. One token reads each
-// group once, in order, as fast as memory gives it; many tokens share a group that has come to the caches.
+// A dense weight (out, in) is stored in groups of 16 outputs: [out / 16][in / PAIR][16][PAIR]. A vector register holds
+// the same input (or pair of inputs, where the processor multiplies pairs of bfloat16) of 16 outputs. With one token each
+// group is read once, in order, at memory bandwidth; with many tokens they share a group that is in the caches.
 #pragma once
 
 #include "simd.h"
@@ -17,9 +17,9 @@ constexpr int TILE_ROWS = 3;   // a group is 4 registers of 32
 constexpr int TILE_ROWS = 1;   // a group is 2 registers of 16
 #endif
 
-constexpr int64_t CHUNK_ROWS = 8 * TILE_ROWS;  // of many tokens, what one piece of work takes on
+constexpr int64_t CHUNK_ROWS = 8 * TILE_ROWS;  // maximum tokens in one work item
 
-constexpr int UNIT = 4;  // groups of 16 outputs of a weight of codes, which are computed together
+constexpr int UNIT = 4;  // groups of 16 outputs of a quantized weight that are computed together
 
 template <class T> constexpr int PAIR = 1;
 #ifdef __AVX512BF16__
@@ -30,12 +30,12 @@ struct Weight {
     const void* data;      // dense in the layout above, or codes in that of quantized.h
     const void* bias;      // [out] or null
     int64_t out, in;
-    int64_t bits;          // of a code, 8 or 4; 0: dense. The rest is for codes only
+    int64_t bits;          // bits of a code, 8 or 4; 0: dense. The other fields are for quantized weights only
     int64_t group;         // inputs that share a scale; the last group may have fewer
     const float* scales;   // [out / 64][groups][64]
     const float* offsets;  // the same, or null
-    const float* table;    // what codes stand for: 16 values, or 128 that the code's highest bit gives a sign
-    const int32_t* order;  // [in] the input that each column of codes belongs to, or null
+    const float* table;    // value of each code: 16, or 128 magnitudes, with the sign in the code's highest bit
+    const int32_t* order;  // [in] the input to which each column of codes belongs, or null
 };
 
 template <class T>
@@ -51,9 +51,8 @@ inline void multiply_add(Vec& sum, const T* weight, const T* x) {
     sum += to_float(*x) * load(weight);
 }
 
-// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], from zero or on from what they are. While it computes, FETCH
-// brings the weights that lie `ahead` elements further on to the caches. Not inlined: compilers then keep all sums in
-// registers.
+// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], starting from `out` with ON, else from zero. With FETCH, weights
+// `ahead` elements further on are prefetched meanwhile. Not inlined, so that compilers keep all sums in registers.
 template <class T, int GROUPS, int ROWS, bool ON, bool FETCH>
 __attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* out,
                                     int64_t ahead) {
@@ -87,17 +86,17 @@ inline void tile_of(int64_t rows, const T* x, int64_t x_stride, const T* const* 
 }
 
 // Calls work(first row, rows) for tiles of nearly the same size.
-template <int MOST = TILE_ROWS, class Work>
+template <int MAX_TILE = TILE_ROWS, class Work>
 inline void for_tiles(int64_t rows, Work work) {
-    const int64_t count = (rows + MOST - 1) / MOST;
+    const int64_t count = (rows + MAX_TILE - 1) / MAX_TILE;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t begin = rows * i / count;
         work(begin, rows * (i + 1) / count - begin);
     }
 }
 
-// `rows` tokens: put(row, group, sums). The first tile waits for memory and the others for the processor; so the last
-// one, if it is not the first, brings what lies `ahead` (0: nothing), which the next call will begin with.
+// `rows` tokens; calls put(row, group, sums). The first tile is bound by memory, the others by computing; so the last
+// one, if it is not the first, prefetches the weights `ahead` (0: none), with which the next call begins.
 template <class T, int GROUPS, class Put>
 inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, int64_t ahead, Put put) {
     for_tiles(rows, [&](int64_t begin, int64_t count) {

@@ -1,17 +1,17 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Arguments of kernels are Triton's own values, which have no types that a checker knows.
-"""Paged attention in Triton, for batches that mix decoding sequences with chunks of prompts.
+"""Paged attention in Triton, for batches that mix decode and chunked prefill.
 
-Scores of a tile of pages are folded into a running softmax, so no row of scores is ever kept whole (FlashAttention-2:
-Dao, 2023). The query heads that share a KV head are rows of one tile, so each page is read once for all of them.
+Scores of a tile of the KV cache update an online softmax, so no full row of scores is ever stored (FlashAttention-2:
+Dao, 2023). The query heads that share a KV head are rows of one tile, so each block is read once for all of them.
 
-There are two ways through the pages. A *wide* item is as many tokens of a chunk as fill a tile of the tensor cores; one
-program walks over all that they see. A *narrow* item is a sequence with one new token or a few: its pages are cut into
-splits that run side by side and are joined in a fixed order afterwards (Flash-Decoding: Dao et al., 2023), so that few
-sequences fill the GPU too, and equal steps give equal bits.
+There are two kinds of work items. A *wide* item is as many tokens of a chunk as fill a tile of the tensor cores; one
+program loops over their whole context. A *narrow* item is a sequence with one or a few new tokens: its context is
+divided into splits that run in parallel and are then combined in a fixed order (Flash-Decoding: Dao et al., 2023), so
+that few sequences fill the GPU too, and equal steps give equal bits.
 
-Pages are keys (blocks, KV heads, block size, key dim) and values (blocks, KV heads, block size, value dim): a token's
-row is one piece of memory, and so is one head's part of a block.
+The KV cache has keys (blocks, KV heads, block size, key dim) and values (blocks, KV heads, block size, value dim): the
+row of a token is contiguous, and so is one head's part of a block.
 
 This module needs the package triton. With TRITON_INTERPRET=1 set before it is imported, it runs on a CPU.
 """
@@ -28,13 +28,13 @@ from fastserve.engine.kernels.device_step import DeviceStep
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)
-"""The running maximum before the first score: finite, so that rows that see nothing bring no NaN."""
-_LEAST_ROWS = 16
-"""Of a tile that the tensor cores take."""
-_MOST_SPLITS = 64
-_LEAST_SPLITS = 8
-_LARGEST_LEAST_SPLIT = 512
-"""Tokens that one program reads at least when there are enough sequences to fill the GPU without splits."""
+"""Initial value of the running maximum: finite, so that fully masked rows give no NaN."""
+_MIN_ROWS = 16
+"""Minimum rows of a tile for tensor cores."""
+_MAX_SPLITS = 64
+_MIN_SPLITS = 8
+_MIN_SPLIT_TOKENS = 512
+"""Minimum tokens of a split when there are enough sequences to fill the GPU without splits; with fewer, less."""
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
@@ -42,25 +42,25 @@ _LARGEST_LEAST_SPLIT = 512
 
 @triton.jit
 def _store(
-    key, value, keys, values, slots,
+    key, value, keys, values, slot_mapping,
     key_token, key_head, value_token, value_head,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEY_ROOM: tl.constexpr, VALUE_ROOM: tl.constexpr,
+    KEY_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One program for each new token: all its heads to their places in the pages."""
+    """Store keys and values of new tokens in the KV cache. One program for each token."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
         return
     block = slot // BLOCK_SIZE
     row = slot % BLOCK_SIZE
-    at = tl.arange(0, KEY_ROOM)
+    at = tl.arange(0, KEY_PADDED)
     head = at // KEY_DIM
     dim = at % KEY_DIM
     there = at < KV_HEADS * KEY_DIM
     found = tl.load(key + token * key_token + head * key_head + dim, mask=there)
     tl.store(keys + ((block * KV_HEADS + head) * BLOCK_SIZE + row) * KEY_DIM + dim, found, mask=there)
-    at = tl.arange(0, VALUE_ROOM)
+    at = tl.arange(0, VALUE_PADDED)
     head = at // VALUE_DIM
     dim = at % VALUE_DIM
     there = at < KV_HEADS * VALUE_DIM
@@ -69,10 +69,11 @@ def _store(
 
 
 @triton.jit
-def _visible(context, count, first, TOKENS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
-    """Positions [begin, end) that TOKENS new tokens from the `first` of `count` on can see; `begin` is a whole tile."""
-    position = context - count + first
-    end = tl.minimum(position + TOKENS, context)
+def _visible(seq_len, count, first, TOKENS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """Positions [begin, end) that TOKENS new tokens from the `first` of `count` on attend to; `begin` is aligned to
+    tiles."""
+    position = seq_len - count + first
+    end = tl.minimum(position + TOKENS, seq_len)
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(position - WINDOW + 1, 0) // TILE * TILE
@@ -80,9 +81,9 @@ def _visible(context, count, first, TOKENS: tl.constexpr, WINDOW: tl.constexpr, 
 
 
 @triton.jit
-def _split_size(length, least, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of one split: as many splits as there may be, but none smaller than `least`."""
-    return tl.cdiv(tl.maximum(tl.cdiv(length, SPLITS), least), TILE) * TILE
+def _split_size(length, min_split, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """Tokens of one split: as many splits as allowed, but none smaller than `min_split`."""
+    return tl.cdiv(tl.maximum(tl.cdiv(length, SPLITS), min_split), TILE) * TILE
 
 
 @triton.jit
@@ -90,37 +91,37 @@ def _fold(
     acc, peak, total, rows, position, table, keys, values, begin, end, kv_head, scaling, softcap,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TILE: tl.constexpr,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_ROOM: tl.constexpr, VALUE_ROOM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KEY_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Fold positions [begin, end) into the running softmax of `rows` (rows, key dim).
+    """Update the online softmax of `rows` (rows, key dim) with positions [begin, end).
 
-    Without MASKED, every row sees all of them, and they are whole tiles.
+    Without MASKED, every row attends to all of them, and they are whole tiles.
     """
-    key_dim = tl.arange(0, KEY_ROOM)
-    value_dim = tl.arange(0, VALUE_ROOM)
+    key_dim = tl.arange(0, KEY_PADDED)
+    value_dim = tl.arange(0, VALUE_PADDED)
     for start in range(begin, end, TILE):
         at = start + tl.arange(0, TILE)
         if BLOCK_SIZE % TILE == 0:
             block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-            place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
+            slot = (block * KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, TILE)
         else:
             if MASKED:
                 block = tl.load(table + at // BLOCK_SIZE, mask=at < end, other=0).to(tl.int64)
             else:
                 block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-            place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
-        # Beyond `end` a block may hold what another request left there, NaN included: it is not read.
-        key_at = keys + place[:, None] * KEY_DIM + key_dim[None, :]
-        value_at = values + place[:, None] * VALUE_DIM + value_dim[None, :]
+            slot = (block * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+        # Beyond `end` a block may hold stale content of another request, NaN included: it is not read.
+        key_at = keys + slot[:, None] * KEY_DIM + key_dim[None, :]
+        value_at = values + slot[:, None] * VALUE_DIM + value_dim[None, :]
         if MASKED:
             key = tl.load(key_at, mask=(at < end)[:, None] & (key_dim < KEY_DIM)[None, :], other=0.0)
-        elif KEY_DIM == KEY_ROOM:
+        elif KEY_DIM == KEY_PADDED:
             key = tl.load(key_at)
         else:
             key = tl.load(key_at, mask=(key_dim < KEY_DIM)[None, :], other=0.0)
         scores = tl.dot(rows, tl.trans(key.to(rows.dtype)), input_precision="ieee")
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is right at both ends of the range of floats too
+            # tanh(x) = 1 - 2 / (1 + exp(2 x)) is correct even where exp overflows or underflows
             scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 * _LOG2_E * scaling / softcap))))
             scores = scores * _LOG2_E
         else:
@@ -138,7 +139,7 @@ def _fold(
         peak = higher
         if MASKED:
             value = tl.load(value_at, mask=(at < end)[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
-        elif VALUE_DIM == VALUE_ROOM:
+        elif VALUE_DIM == VALUE_PADDED:
             value = tl.load(value_at)
         else:
             value = tl.load(value_at, mask=(value_dim < VALUE_DIM)[None, :], other=0.0)
@@ -146,12 +147,12 @@ def _fold(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["table_stride", "least_split", "part_tokens"])
+@triton.jit(do_not_specialize=["table_stride", "min_split", "part_tokens"])
 def _attend(
-    out, parts, part_peaks, part_totals, query, keys, values, block_table, starts, counts, contexts,
-    item_sequence, item_first, sinks, scaling, softcap, query_token, query_head, table_stride, least_split, part_tokens,
+    out, parts, part_peaks, part_totals, query, keys, values, block_table, starts, counts, seq_lens,
+    item_sequence, item_first, sinks, scaling, softcap, query_token, query_head, table_stride, min_split, part_tokens,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_ROOM: tl.constexpr, VALUE_ROOM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    KEY_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IN_FLOAT32: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -164,14 +165,14 @@ def _attend(
 
     sequence = tl.load(item_sequence + item)
     first = tl.load(item_first + item)
-    context = tl.load(contexts + sequence)
+    seq_len = tl.load(seq_lens + sequence)
     count = tl.load(counts + sequence)
-    begin, end = _visible(context, count, first, TOKENS, WINDOW, TILE)
+    begin, end = _visible(seq_len, count, first, TOKENS, WINDOW, TILE)
     used = 1
     if SPLITS > 1:
-        size = _split_size(end - begin, least_split, SPLITS, TILE)
+        size = _split_size(end - begin, min_split, SPLITS, TILE)
         used = tl.cdiv(end - begin, size)
-        # The first split of a row that pads the batch sees nothing, but writes its zeros.
+        # The first split of a row that pads the batch reads nothing, but writes its zeros.
         if (split > 0) & (split >= used):
             return
         begin = begin + split * size
@@ -181,11 +182,11 @@ def _attend(
     token = first + row // GROUP
     head = kv_head * GROUP + row % GROUP
     valid = (row < TOKENS * GROUP) & (token < count)
-    lowest = context - count + first
-    position = tl.minimum(context - count + token, context - 1)
+    lowest = seq_len - count + first
+    position = tl.minimum(seq_len - count + token, seq_len - 1)
     batch_row = (tl.load(starts + sequence) + token).to(tl.int64)
-    key_dim = tl.arange(0, KEY_ROOM)
-    value_dim = tl.arange(0, VALUE_ROOM)
+    key_dim = tl.arange(0, KEY_PADDED)
+    value_dim = tl.arange(0, VALUE_PADDED)
     rows = tl.load(
         query + (batch_row * query_token + head * query_head)[:, None] + key_dim[None, :],
         mask=valid[:, None] & (key_dim < KEY_DIM)[None, :],
@@ -194,11 +195,11 @@ def _attend(
     if IN_FLOAT32:
         rows = rows.to(tl.float32)
 
-    acc = tl.zeros([ROWS, VALUE_ROOM], dtype=tl.float32)
+    acc = tl.zeros([ROWS, VALUE_PADDED], dtype=tl.float32)
     peak = tl.full([ROWS], _LOWEST, dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     if HAS_SINKS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one in each program
-        # A learned logit for each head that takes part in the softmax and stands for no token (GPT-OSS).
+        # Attention sinks: a learned logit for each head in the softmax that belongs to no token (GPT-OSS).
         if split == 0:
             peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * _LOG2_E
             total = total + 1.0
@@ -209,12 +210,12 @@ def _attend(
         acc, peak, total = _fold(
             acc, peak, total, rows, position, table, keys, values, begin, bare, kv_head, scaling, softcap,
             False, WINDOW, HAS_SOFTCAP, TILE,
-            KV_HEADS, KEY_DIM, VALUE_DIM, KEY_ROOM, VALUE_ROOM, BLOCK_SIZE,
+            KV_HEADS, KEY_DIM, VALUE_DIM, KEY_PADDED, VALUE_PADDED, BLOCK_SIZE,
         )  # fmt: skip
     acc, peak, total = _fold(
         acc, peak, total, rows, position, table, keys, values, bare, end, kv_head, scaling, softcap,
         True, WINDOW, HAS_SOFTCAP, TILE,
-        KV_HEADS, KEY_DIM, VALUE_DIM, KEY_ROOM, VALUE_ROOM, BLOCK_SIZE,
+        KV_HEADS, KEY_DIM, VALUE_DIM, KEY_PADDED, VALUE_PADDED, BLOCK_SIZE,
     )  # fmt: skip
 
     there = valid[:, None] & (value_dim < VALUE_DIM)[None, :]
@@ -229,13 +230,13 @@ def _attend(
         tl.store(part_totals + part, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["least_split", "part_tokens"])
+@triton.jit(do_not_specialize=["min_split", "part_tokens"])
 def _join(
-    out, parts, part_peaks, part_totals, starts, counts, contexts, item_sequence, least_split, part_tokens,
-    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_ROOM: tl.constexpr, WINDOW: tl.constexpr,
+    out, parts, part_peaks, part_totals, starts, counts, seq_lens, item_sequence, min_split, part_tokens,
+    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, WINDOW: tl.constexpr,
     TOKENS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program for each (query head, narrow item, token of it): joins what its splits found."""
+    """Combine the results of splits. One program for each (query head, narrow item, token of it)."""
     head = tl.program_id(0)
     item = tl.program_id(1)
     token = tl.program_id(2)
@@ -243,12 +244,12 @@ def _join(
     count = tl.load(counts + sequence)
     if token >= count:
         return
-    begin, end = _visible(tl.load(contexts + sequence), count, 0, TOKENS, WINDOW, TILE)
-    used = tl.cdiv(end - begin, _split_size(end - begin, least_split, SPLITS, TILE))
+    begin, end = _visible(tl.load(seq_lens + sequence), count, 0, TOKENS, WINDOW, TILE)
+    used = tl.cdiv(end - begin, _split_size(end - begin, min_split, SPLITS, TILE))
     if used <= 1:
         return
     split = tl.arange(0, SPLITS)
-    dim = tl.arange(0, VALUE_ROOM)
+    dim = tl.arange(0, VALUE_PADDED)
     part = ((item * HEADS + head) * part_tokens + token) * SPLITS + split
     peaks = tl.load(part_peaks + part, mask=split < used, other=_LOWEST)
     totals = tl.load(part_totals + part, mask=split < used, other=0.0)
@@ -268,7 +269,7 @@ def _join(
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a kernel cuts its work: query rows and tokens of the context in a tile, warps, stages of the pipeline."""
+    """Tile sizes (query rows, context tokens), warps and pipeline stages of a kernel."""
 
     rows: int
     tile: int
@@ -277,7 +278,7 @@ class Tiling:
 
 
 def wide_tiling(group: int, dim: int, itemsize: int) -> Tiling:
-    """For chunks of prompts: as large as registers (a row of float32 for each query row) and shared memory allow."""
+    """For wide items: as large as registers (a row of float32 for each query row) and shared memory allow."""
     if itemsize > 2:
         return Tiling(max(32, _power_of_two(group)), 32, 4, 2)
     rows = max(128, _power_of_two(group))
@@ -287,13 +288,13 @@ def wide_tiling(group: int, dim: int, itemsize: int) -> Tiling:
 
 
 def narrow_tiling(group: int, dim: int, itemsize: int) -> Tiling:
-    """For single tokens: the fewest rows; enough bytes on their way to keep the memory busy."""
-    rows = max(_LEAST_ROWS, _power_of_two(group))
+    """For narrow items: minimum rows, and enough loads in flight to saturate memory bandwidth."""
+    rows = max(_MIN_ROWS, _power_of_two(group))
     return Tiling(rows, 64 if dim * itemsize <= 256 else 32, 4, 3)
 
 
 class TritonPagedAttention:
-    """One call for each layer and step: stores the new keys and values and computes the attention's output."""
+    """Called once for each layer and step: stores the new keys and values and computes attention."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
@@ -322,7 +323,7 @@ class TritonPagedAttention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """`query` (tokens, heads, key dim), `key` and `value` (tokens, KV heads, dim), any strides with a dense last
-        dimension; `keys` and `values` are the layer's pages. Returns (tokens, heads, value dim)."""
+        dimension; `keys` and `values`: the layer's KV cache. Returns (tokens, heads, value dim)."""
         query, key, value = (_dense(tensor) for tensor in (query, key, value))
         self._store(step, key, value, keys, values)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
@@ -330,7 +331,7 @@ class TritonPagedAttention:
         narrow, wide = layer.tilings
         items = step.items(narrow.rows // layer.group, wide.rows // layer.group)
         if items.num_narrow:
-            self._attend_narrow(step, layer, narrow, items.narrow, items.num_narrow, items.most_narrow_tokens)
+            self._attend_narrow(step, layer, narrow, items.narrow, items.num_narrow, items.max_narrow_tokens)
         if items.num_wide:
             layer.attend(step, wide, items.wide, (items.num_wide, 1), None)
         return out
@@ -340,8 +341,8 @@ class TritonPagedAttention:
     ) -> None:
         _, kv_heads, block_size, key_dim = keys.shape
         value_dim = values.shape[3]
-        _store[(step.slots.shape[0],)](
-            key, value, keys, values, step.slots,
+        _store[(step.slot_mapping.shape[0],)](
+            key, value, keys, values, step.slot_mapping,
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             kv_heads, key_dim, value_dim, block_size,
             _power_of_two(kv_heads * key_dim), _power_of_two(kv_heads * value_dim),
@@ -354,54 +355,56 @@ class TritonPagedAttention:
         tiling: Tiling,
         items: tuple[torch.Tensor, torch.Tensor],
         count: int,
-        most_tokens: int,
+        max_tokens: int,
     ) -> None:
-        splits, least = self.split(count * layer.kv_heads, tiling.tile)
+        splits, min_split = self.split(count * layer.kv_heads, tiling.tile)
         heads = layer.kv_heads * layer.group
         value_dim = layer.out.shape[2]
         parts = _Parts(
-            layer.out.new_empty((count, heads, most_tokens, splits, value_dim), dtype=torch.float32),
-            layer.out.new_empty((count, heads, most_tokens, splits), dtype=torch.float32),
-            layer.out.new_empty((count, heads, most_tokens, splits), dtype=torch.float32),
-            least,
-            most_tokens,
+            layer.out.new_empty((count, heads, max_tokens, splits, value_dim), dtype=torch.float32),
+            layer.out.new_empty((count, heads, max_tokens, splits), dtype=torch.float32),
+            layer.out.new_empty((count, heads, max_tokens, splits), dtype=torch.float32),
+            min_split,
+            max_tokens,
         )
         layer.attend(step, tiling, items, (count, splits), parts)
-        _join[(heads, count, most_tokens)](
-            layer.out, parts.found, parts.peaks, parts.totals, step.starts, step.counts, step.contexts, items[0],
-            least, most_tokens,
-            heads, value_dim, _room(value_dim), layer.window, tiling.rows // layer.group, tiling.tile, splits,
+        _join[(heads, count, max_tokens)](
+            layer.out, parts.found, parts.peaks, parts.totals, step.starts, step.counts, step.seq_lens, items[0],
+            min_split, max_tokens,
+            heads, value_dim, _padded(value_dim), layer.window, tiling.rows // layer.group, tiling.tile, splits,
         )  # fmt: skip
 
     def split(self, programs: int, tile: int) -> tuple[int, int]:
-        """(most splits of a narrow item, fewest tokens of a split), when there are `programs` without splits.
+        """(maximum splits of a narrow item, minimum tokens of a split), for `programs` programs without splits.
 
-        A function of the batch's size and not of its contexts, so that a captured graph serves all contexts. A long
-        context among many short ones must be cut too, or its one program outlasts all others.
+        Depends on the batch size and not on sequence lengths, so that a captured graph serves all lengths. A long
+        sequence among many short ones must be split too, or its single program outlasts all others.
         """
-        wanted = 2 * self._multiprocessors
-        splits = min(_MOST_SPLITS, max(_LEAST_SPLITS, _power_of_two(-(-wanted // programs))))
-        least = min(_LARGEST_LEAST_SPLIT, _LARGEST_LEAST_SPLIT * programs // wanted)
-        return splits, max(tile, least // tile * tile)
+        target = 2 * self._multiprocessors
+        splits = min(_MAX_SPLITS, max(_MIN_SPLITS, _power_of_two(-(-target // programs))))
+        min_split = min(_MIN_SPLIT_TOKENS, _MIN_SPLIT_TOKENS * programs // target)
+        return splits, max(tile, min_split // tile * tile)
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What the splits of narrow items find."""
+    """Results of the splits of narrow items."""
 
     found: torch.Tensor
-    """(items, heads, most tokens, splits, value dim) sums of values, not yet divided"""
+    """(items, heads, max tokens, splits, value dim) weighted sums of values, not normalised"""
     peaks: torch.Tensor
-    """(items, heads, most tokens, splits) largest scores"""
+    """(items, heads, max tokens, splits) largest scores"""
     totals: torch.Tensor
-    """and sums of weights"""
-    least_split: int
-    most_tokens: int
+    """(items, heads, max tokens, splits) sums of weights"""
+    min_split: int
+    """Minimum tokens of a split."""
+    max_tokens: int
+    """Maximum new tokens of an item."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The arguments that do not depend on how the work is cut."""
+    """Arguments of a layer that do not depend on the work items."""
 
     out: torch.Tensor
     query: torch.Tensor
@@ -422,7 +425,7 @@ class _Layer:
 
     @property
     def tilings(self) -> tuple[Tiling, Tiling]:
-        dim = max(_room(self.keys.shape[3]), _room(self.values.shape[3]))
+        dim = max(_padded(self.keys.shape[3]), _padded(self.values.shape[3]))
         size: int = self.query.dtype.itemsize
         return narrow_tiling(self.group, dim, size), wide_tiling(self.group, dim, size)
 
@@ -442,11 +445,11 @@ class _Layer:
         value_dim = self.values.shape[3]
         _attend[(kv_heads, *grid)](
             self.out, parts.found, parts.peaks, parts.totals, self.query, self.keys, self.values,
-            step.block_table, step.starts, step.counts, step.contexts, *items,
+            step.block_table, step.starts, step.counts, step.seq_lens, *items,
             unused if self.sinks is None else self.sinks,
             self.scaling, self.softcap, self.query.stride(0), self.query.stride(1), step.block_table.stride(0),
-            parts.least_split, parts.most_tokens,
-            self.group, kv_heads, key_dim, value_dim, _room(key_dim), _room(value_dim), block_size, self.window,
+            parts.min_split, parts.max_tokens,
+            self.group, kv_heads, key_dim, value_dim, _padded(key_dim), _padded(value_dim), block_size, self.window,
             self.softcap > 0, self.sinks is not None, _INTERPRETED and self.query.dtype is torch.bfloat16,
             tiling.rows, tiling.tile, grid[1],
             num_warps=tiling.num_warps, num_stages=tiling.num_stages,
@@ -454,16 +457,16 @@ class _Layer:
 
 
 _INTERPRETED = not isinstance(_attend, triton.runtime.JITFunction)
-"""Triton's interpreter multiplies no bfloat16."""
+"""Triton's interpreter does not support products of bfloat16."""
 
 
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _room(dim: int) -> int:
-    """Of a head in a tile: a power of two that the tensor cores take."""
-    return max(_LEAST_ROWS, _power_of_two(dim))
+def _padded(dim: int) -> int:
+    """A head's dim padded to a power of two that tensor cores support."""
+    return max(_MIN_ROWS, _power_of_two(dim))
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Arguments of kernels are Triton's own values, which have no types that a checker knows.
-"""Products with weights of 8 or 4 bits in Triton: codes are read as they are, and become values in registers.
+"""Matrix products with quantized weights (8 or 4 bits) in Triton: codes are dequantized in registers.
 
-For few tokens, where reading the weight is all the time there is: 4 bits take a quarter of that of bfloat16. As on a
-CPU (quantized.h), sums of table values times activations are formed first, and each group's sum is scaled in float32.
+For few tokens, where reading the weight takes all the time: 4 bits take a quarter of the time of bfloat16. As on CPUs
+(quantized.h), table values times activations are summed first, and each group's sum is scaled in float32.
 
 This module needs the package triton. With TRITON_INTERPRET=1 set before it is imported, it runs on a CPU.
 """
@@ -18,18 +18,18 @@ import triton.language as tl
 
 from fastserve.engine.kernels.quantized_matmul import QuantizedMatrix
 
-MOST_ROWS = 64
-"""Of more tokens, dequantizing the weight once and a dense product are faster."""
+MAX_ROWS = 64
+"""With more tokens, dequantizing the weight once and a dense product are faster."""
 _OUTPUTS = 64
 _DEPTHS = (128, 64, 32)
-"""Inputs of a tile: those of one scale."""
-_LEAST_STEPS = 4
-"""Tiles that a part of a split sum has at least."""
+"""Possible numbers of inputs in a tile, all of one scale."""
+_MIN_STEPS = 4
+"""Minimum tiles in a part of a split sum."""
 
 
 @triton.jit
 def _read(table):
-    """A table of 16 values, each in a register of its own."""
+    """Load a table of 16 values, each into a register of its own."""
     return (
         tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3),
         tl.load(table + 4), tl.load(table + 5), tl.load(table + 6), tl.load(table + 7),
@@ -40,7 +40,7 @@ def _read(table):
 
 @triton.jit
 def _look_up(code, of):
-    """The value of each code, as a tree of selections: a read from memory for each of them takes far longer."""
+    """The value of each code by a tree of selections, which is far faster than a read from memory for each."""
     odd = (code & 1) > 0
     second = (code & 2) > 0
     third = (code & 4) > 0
@@ -53,7 +53,7 @@ def _look_up(code, of):
 
 @triton.jit
 def _value(code, table, FIRST: tl.constexpr, BITS: tl.constexpr, COUNTS: tl.constexpr):
-    """Values of codes. Tables that count up by one from FIRST need not be read; those of 4 bits are a tuple."""
+    """Values of codes. Tables that count up by one from FIRST are not read; those of 4 bits are a tuple."""
     if BITS == 4:
         found = code.to(tl.float32) + FIRST if COUNTS else _look_up(code, table)
     else:
@@ -65,7 +65,7 @@ def _value(code, table, FIRST: tl.constexpr, BITS: tl.constexpr, COUNTS: tl.cons
 
 @triton.jit
 def _inputs(x, order, row, at, rows, x_row, IN: tl.constexpr, HAS_ORDER: tl.constexpr):
-    """Of some tokens, those that belong to some columns of codes."""
+    """Inputs of some tokens for some columns of codes."""
     column = tl.load(order + at, mask=at < IN, other=0) if HAS_ORDER else at
     there = (row < rows)[:, None] & (at < IN)[None, :]
     return tl.load(x + row[:, None] * x_row + column[None, :], mask=there, other=0.0)
@@ -78,12 +78,12 @@ def _multiply(
     FIRST: tl.constexpr, COUNTS: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_ORDER: tl.constexpr,
     IN_FLOAT32: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program for ROWS tokens, OUTPUTS outputs and one of SPLITS parts of the inputs; `out` is (splits, rows, OUT),
+    """One program for ROWS tokens, OUTPUTS outputs and one of SPLITS parts of the inputs; `out` (splits, rows, OUT) is
     float32."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     part = tl.program_id(2)
-    wanted = output < OUT
+    valid = output < OUT
     STEPS: tl.constexpr = (IN + DEPTH - 1) // DEPTH
     KIND: tl.constexpr = tl.float32 if IN_FLOAT32 else x.dtype.element_ty
     BYTES: tl.constexpr = (IN * BITS + 7) // 8
@@ -93,7 +93,7 @@ def _multiply(
     values = table if BITS == 8 or COUNTS else _read(table)
     for step in range(part * STEPS // SPLITS, (part + 1) * STEPS // SPLITS):
         byte = step * WIDTH + tl.arange(0, WIDTH)
-        raw = tl.load(codes + byte[None, :], mask=wanted[:, None] & (byte < BYTES)[None, :], other=0)
+        raw = tl.load(codes + byte[None, :], mask=valid[:, None] & (byte < BYTES)[None, :], other=0)
         if BITS == 8:
             value = _value(raw, values, FIRST, BITS, COUNTS).to(KIND)
             first = _inputs(x, order, row, byte, rows, x_row, IN, HAS_ORDER).to(KIND)
@@ -108,17 +108,17 @@ def _multiply(
             sums = tl.dot(second, tl.trans(high), sums, input_precision="ieee")
             whole = tl.sum(first.to(tl.float32), 1) + tl.sum(second.to(tl.float32), 1)
         at = output * GROUPS + step * DEPTH // GROUP
-        total += sums * tl.load(scales + at, mask=wanted, other=0.0)[None, :]
+        total += sums * tl.load(scales + at, mask=valid, other=0.0)[None, :]
         if HAS_OFFSETS:
-            total -= whole[:, None] * tl.load(offsets + at, mask=wanted, other=0.0)[None, :]
-    place = out + (part * rows + row[:, None]) * OUT + output[None, :]
-    tl.store(place, total, mask=(row < rows)[:, None] & wanted[None, :])
+            total -= whole[:, None] * tl.load(offsets + at, mask=valid, other=0.0)[None, :]
+    out_at = out + (part * rows + row[:, None]) * OUT + output[None, :]
+    tl.store(out_at, total, mask=(row < rows)[:, None] & valid[None, :])
 
 
 class TritonQuantizedMatmul:
-    """The methods of `QuantizedMatmul`, for tensors on a GPU."""
+    """`QuantizedMatmul` for tensors on a GPU."""
 
-    most_rows = MOST_ROWS
+    max_rows = MAX_ROWS
 
     def supports(self, weight: QuantizedMatrix) -> bool:
         return weight.group >= weight.width or _depth(weight) is not None
@@ -140,7 +140,7 @@ class TritonQuantizedMatmul:
 
 
 _INTERPRETED = not isinstance(_multiply, triton.runtime.JITFunction)
-"""Triton's interpreter multiplies no bfloat16."""
+"""Triton's interpreter does not support products of bfloat16."""
 
 
 def _depth(weight: QuantizedMatrix) -> int | None:
@@ -150,8 +150,8 @@ def _depth(weight: QuantizedMatrix) -> int | None:
 
 
 def _splits(tiles: int, steps: int, device: torch.device) -> int:
-    """So that each multiprocessor has two programs, whose loads wait for each other less than those of one."""
-    return max(1, min(2 * _num_multiprocessors(device) // tiles, steps // _LEAST_STEPS))
+    """Number of splits that gives each multiprocessor two programs, to hide the latency of loads."""
+    return max(1, min(2 * _num_multiprocessors(device) // tiles, steps // _MIN_STEPS))
 
 
 @functools.cache

@@ -153,7 +153,7 @@ def find_placement(
     Raises StartupError when the machine does not have the devices, or these do not hold the model.
     """
     refuse_spread(device.type, spread)
-    if not spread.is_wanted:
+    if not spread.is_multi_device:
         return None
     count = device_of(device).count()
     if spread.num_gpus > count:

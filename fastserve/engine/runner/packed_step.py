@@ -13,9 +13,9 @@ from fastserve.engine.attention.metadata import AttentionMetadata
 @dataclass(frozen=True, slots=True)
 class PackedStep:
     input_ids: npt.NDArray[np.int64]
-    """(tokens,); a negative id stands for one that the last step sampled (see sampled_ids.py)"""
+    """(tokens,); a negative id is the placeholder of one that the last step sampled (see sampled_ids.py)"""
     positions: npt.NDArray[np.int64]
     """(tokens,)"""
     logit_rows: npt.NDArray[np.int64]
-    """(rows,) of the batch whose logits are wanted; at least one"""
+    """(rows,) rows of the batch to compute logits for; at least one"""
     metadata: AttentionMetadata

@@ -1,11 +1,10 @@
-"""Executes plans: turns each into one packed forward pass and draws the next tokens.
+"""Executes plans: runs one packed forward pass for each and samples the next tokens.
 
-The runner keeps a copy of the tokens and the block table of every sequence it was introduced to, in a row that the
-sequence holds until it is dropped, so a plan only says what changed. Inputs of a step are gathered from these tables
-with whole-array operations.
+The runner keeps the tokens and block table of each sequence in a row of its tables until the sequence is dropped, so a
+plan contains only changes. Inputs of a step are gathered from these tables with whole-array operations.
 
-A step is launched, and its result is asked for later: on CUDA the host may launch the next one meanwhile. An id that is
-drawn and not read back yet stands in for itself among the next step's inputs (see drawn.py).
+A step is launched, and its result is read later: on CUDA the host may launch the next step meanwhile. For an id that is
+sampled but not read back yet, the next step's inputs have a placeholder (see sampled_ids.py).
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ class _Row:
     index: int
     sampling: SamplingState
     num_tokens: int
-    """Known on the host."""
+    """Tokens known on the host."""
     num_pending: int = 0
-    """Drawn after them by steps whose results have not been asked for."""
-    drawn_at: int = 0
-    """Where the last of these is among the ids that the last step drew."""
+    """Tokens sampled after them by steps whose results have not been read."""
+    sampled_at: int = 0
+    """Index of the last pending token among the ids that the last step sampled."""
 
 
 class ModelRunner:
@@ -58,12 +57,12 @@ class ModelRunner:
         vocab_size: int | None = None,
         processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS,
     ) -> None:
-        """`vocab_size`: tokens are drawn from so many entries of the logits (of a draft model, whose vocabulary may be
-        padded otherwise than the model's); None: from all."""
+        """`vocab_size`: number of logits to sample from, for a draft model whose vocabulary may be padded differently
+        from the model's; None: all."""
         self._block_size = block_size
         self._vocab_size = vocab_size
         loaded.attention.allocate(num_blocks, block_size, loaded.dtype)
-        # Pages of these tables that no sequence has reached are never touched, so they cost no memory.
+        # Parts of these tables that no sequence has reached are never written, so they take no physical memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._rows: dict[int, _Row] = {}
@@ -76,7 +75,7 @@ class ModelRunner:
                 loaded.attention,
                 self._sampled_ids,
                 loaded.device,
-                # Row numbers on the CPU may pick from a tensor on any device, such as the one where the head lives.
+                # Row numbers on the CPU can index a tensor on any device, such as that of the LM head.
                 loaded.device if loaded.placement is None else torch.device("cpu"),
                 loaded.dtype,
                 block_size,
@@ -86,11 +85,11 @@ class ModelRunner:
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. What it computes is what the plan says and nothing else."""
+        """Run one step and wait for its result."""
         return self.launch(plan).result()
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Begin a step (see `Executor` in core.py)."""
+        """Start a step (see `Executor`)."""
         logits = self.forward(plan)
         sampling = [chunk for chunk in plan.chunks if chunk.sample]
         scoring = [chunk for chunk in plan.chunks if chunk.num_scored]
@@ -101,16 +100,16 @@ class ModelRunner:
         readback.close()
         rows = [self._rows[chunk.seq_id] for chunk in sampling]
         for index, (chunk, row) in enumerate(zip(sampling, rows, strict=True)):
-            # How many of the drafts are right is known later, and nothing is launched before.
+            # With drafts the number of new tokens is known only with the result, and no step is launched before.
             if not chunk.draft_ids:
                 row.num_pending += 1
-                row.drawn_at = index
+                row.sampled_at = index
         if sampled is not None and num_sampled == len(sampling):
             self._sampled_ids.keep(sampled.token_ids)
         return LaunchedStep(self, sampling, rows, sampled, scores, readback)
 
     def _sample(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> SampledTokens:
-        """Sample after the last token and, as if they were right, after each draft."""
+        """Sample after the last token and after each draft, as if the drafts were accepted."""
         if self._vocab_size not in (None, logits.shape[1]):
             missing = self._vocab_size - logits.shape[1]
             logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
@@ -122,7 +121,7 @@ class ModelRunner:
         return self._sampler.sample(logits, rows, readback)
 
     def _score(self, logits: torch.Tensor, chunks: Sequence[Chunk], readback: Readback) -> dict[int, Logprobs]:
-        """Logprobs of the prompt tokens that follow the scored positions; `logits` are those of these positions."""
+        """Logprobs of the prompt tokens after the scored positions, from `logits` at these positions."""
         found: dict[int, Logprobs] = {}
         begin = 0
         for chunk in chunks:
@@ -135,11 +134,11 @@ class ModelRunner:
             begin += len(targets)
         return found
 
-    def take_in(self, plan: StepPlan) -> None:
-        """Forget, meet, and note the blocks and drafts of sequences, as the plan says."""
+    def update_states(self, plan: StepPlan) -> None:
+        """Apply the plan's changes: drop and add sequences, append their blocks and drafts."""
         self.forget(plan.dropped)
         for sequence in plan.new:
-            self._introduce(sequence)
+            self._add_sequence(sequence)
         for chunk in plan.chunks:
             row = self._rows[chunk.seq_id]
             end = chunk.num_held_blocks + len(chunk.new_block_ids)
@@ -147,44 +146,44 @@ class ModelRunner:
             self._tokens[row.index, row.num_tokens : row.num_tokens + len(chunk.draft_ids)] = chunk.draft_ids
 
     def settle(self, chunk: Chunk, row: _Row, token_ids: Sequence[int]) -> None:
-        """Take in which tokens were drawn after a chunk, unless its sequence was dropped since."""
+        """Store the tokens sampled after a chunk, unless its sequence has been dropped."""
         if self._rows.get(chunk.seq_id) is row:
             row.num_pending -= not chunk.draft_ids
             self.correct(chunk.seq_id, chunk.start + chunk.num_tokens, token_ids)
 
     def correct(self, seq_id: int, start: int, token_ids: Sequence[int]) -> None:
-        """Let a sequence have these tokens from `start` on, and no known ones after them."""
+        """Set a sequence's tokens from `start` on, and end it after them."""
         row = self._rows[seq_id]
         row.num_tokens = start + len(token_ids)
         self._tokens[row.index, start : row.num_tokens] = token_ids
 
     def forward(self, plan: StepPlan, first: ForwardPass | None = None) -> torch.Tensor:
-        """Take in the plan's changes and run the model: logits (rows, vocabulary).
+        """Apply the plan's changes and run the model; return logits (rows, vocabulary).
 
-        The rows are those of each sampling chunk's last known token and drafts, in the plan's order, and then the
-        scored ones of each chunk. `first`: use this way to compute it, and those after it where it cannot.
+        Rows: the last known token and the drafts of each sampling chunk, in the plan's order, then the scored positions
+        of each chunk. `first`: try only this way to compute the step and those after it.
         """
-        self.take_in(plan)
-        # Single tokens lie before longer chunks, as attention wants them; `order` leads back to the plan's order.
+        self.update_states(plan)
+        # Attention requires single tokens before longer chunks; `order` maps back to the plan's order.
         order = sorted(range(len(plan.chunks)), key=lambda index: plan.chunks[index].num_rows != 1)
         chunks = [plan.chunks[index] for index in order]
         input_ids, positions, firsts, metadata = self._inputs(chunks)
         first_of = dict(zip(order, firsts, strict=True))
-        wanted: list[int] = []
+        logit_rows: list[int] = []
         for index, chunk in enumerate(plan.chunks):
             if chunk.sample:
-                wanted += range(first_of[index] + chunk.num_tokens - 1, first_of[index] + chunk.num_rows)
+                logit_rows += range(first_of[index] + chunk.num_tokens - 1, first_of[index] + chunk.num_rows)
         for index, chunk in enumerate(plan.chunks):
             begin = first_of[index] - chunk.start
-            wanted += range(begin + chunk.score_begin, begin + chunk.score_end)
-        step = PackedStep(input_ids, positions, np.array(wanted or [0], dtype=np.int64), metadata)
-        return self.forward_passes.logits(step, first)[: len(wanted)]
+            logit_rows += range(begin + chunk.score_begin, begin + chunk.score_end)
+        step = PackedStep(input_ids, positions, np.array(logit_rows or [0], dtype=np.int64), metadata)
+        return self.forward_passes.logits(step, first)[: len(logit_rows)]
 
     def forget(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
             self._free_rows.append(self._rows.pop(seq_id).index)
 
-    def _introduce(self, sequence: NewSequence) -> None:
+    def _add_sequence(self, sequence: NewSequence) -> None:
         index = self._free_rows.pop()
         count = len(sequence.token_ids)
         self._tokens[index, :count] = sequence.token_ids
@@ -197,7 +196,7 @@ class ModelRunner:
     def _inputs(
         self, chunks: Sequence[Chunk]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], AttentionMetadata]:
-        """Token ids and positions of the packed batch, where each chunk's first token lies, and the metadata."""
+        """Token ids and positions of the packed batch, row of each chunk's first token, and attention metadata."""
         index = np.array([self._rows[chunk.seq_id].index for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
         counts = np.array([chunk.num_rows for chunk in chunks])
@@ -210,7 +209,7 @@ class ModelRunner:
             starts=firsts.astype(np.int32),
             counts=counts.astype(np.int32),
             positions=starts.astype(np.int32),
-            # Beyond a sequence's blocks stands whatever its row last held: valid blocks, masked out.
+            # Padded with blocks that the row held before, which are valid and masked out.
             block_table=self._blocks[index, :num_blocks],
             token_block=self._blocks[rows, positions // self._block_size],
             token_offset=(positions % self._block_size).astype(np.int32),
@@ -219,7 +218,7 @@ class ModelRunner:
         for chunk, first in zip(chunks, firsts.tolist(), strict=True):
             row = self._rows[chunk.seq_id]
             if chunk.start >= row.num_tokens:
-                input_ids[first] = SampledIds.stand_in(row.drawn_at)
+                input_ids[first] = SampledIds.placeholder(row.sampled_at)
         return input_ids, positions, firsts, metadata
 
     def _sampling_row(self, row: _Row, num_drafts: int) -> SamplingRow:
@@ -229,30 +228,30 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step on its way through the device."""
+    """A step in flight on the device."""
 
     _runner: ModelRunner
     _chunks: Sequence[Chunk]
-    """Those that sample, each with its row."""
+    """Chunks that sample."""
     _rows: Sequence[_Row]
     _sampled: SampledTokens | None
     _scores: dict[int, Logprobs]
     _readback: Readback
 
     def result(self) -> StepResult:
-        """Wait for the step; keep of what was sampled what holds: up to the first draft that is wrong."""
+        """Wait for the step; keep the sampled tokens up to and including the first that differs from its draft."""
         self._readback.wait()
         sampled, scored = self._sampled.result() if self._sampled is not None else ([], [])
         token_ids: dict[int, list[int]] = {}
         logprobs: dict[int, list[TokenLogprob]] = {}
         begin = 0
         for chunk, row in zip(self._chunks, self._rows, strict=True):
-            num_right = 0
+            num_accepted = 0
             for draft, token in zip(chunk.draft_ids, sampled[begin:], strict=False):
                 if draft != token:
                     break
-                num_right += 1
-            kept = slice(begin, begin + num_right + 1)
+                num_accepted += 1
+            kept = slice(begin, begin + num_accepted + 1)
             token_ids[chunk.seq_id] = sampled[kept]
             found = [item for item in scored[kept] if item is not None]
             if found:

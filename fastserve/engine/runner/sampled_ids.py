@@ -1,4 +1,4 @@
-"""The ids that the last step drew, on the device, where the next one can take them up before the host has them."""
+"""The ids that the last step sampled, on the device, where the next step reads them before the host has them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 
 
 class SampledIds:
-    def __init__(self, most: int, device: torch.device) -> None:
-        """`most` of one step."""
-        self._ids = torch.zeros(most, dtype=torch.int64, device=device)
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        """`max_rows`: maximum number of ids sampled in a step."""
+        self._ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
 
     @staticmethod
-    def stand_in(index: int) -> int:
-        """What stands among input ids for the id at `index` of those drawn last."""
+    def placeholder(index: int) -> int:
+        """Input id that stands for the id at `index` among those sampled last."""
         return -1 - index
 
     def keep(self, token_ids: torch.Tensor) -> None:
-        """(rows,) in place of those of the step before."""
+        """Replace the ids by those of a new step, (rows,)."""
         self._ids[: len(token_ids)].copy_(token_ids)
 
     def fill_in(self, input_ids: torch.Tensor) -> None:
-        """Put drawn ids where their stand-ins are, in place. Can be recorded."""
-        # Of ids that are known, the first one drawn is looked up and not used.
-        drawn = self._ids[(-1 - input_ids).clamp_(min=0)]
-        input_ids.copy_(torch.where(input_ids < 0, drawn, input_ids))
+        """Replace placeholders by the sampled ids, in place. Can be recorded."""
+        # Known ids look up index 0, and the result is not used.
+        sampled = self._ids[(-1 - input_ids).clamp_(min=0)]
+        input_ids.copy_(torch.where(input_ids < 0, sampled, input_ids))

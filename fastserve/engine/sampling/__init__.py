@@ -1,1 +1,1 @@
-"""The sampler: logits of a batch in, the next token of every sequence out. Each logits processor is one file."""
+"""The sampler: samples the next token of each sequence from a batch of logits. Each logits processor is one file."""

@@ -1,6 +1,6 @@
-"""The rows of a batch: which of them each processor concerns, and their parameters on the device.
+"""The rows of a batch with their logits processors and the parameters on the device.
 
-A batch seldom changes from one step to the next, so all of this stays. It knows no processor by name.
+A batch seldom changes between steps, so all of this is kept. No processor is known here by name.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fastserve.engine.transfers import to_device
 
 
 class Outgoing:
-    """Arrays that are collected to go to a device in one transfer."""
+    """Collects arrays for one transfer to a device."""
 
     def __init__(self) -> None:
         self._arrays: list[npt.NDArray[Any]] = []
 
     def add(self, arrays: Arrays) -> slice:
-        """Where they will be among the tensors of `send`."""
+        """Add arrays; return their slice of the tensors that `send` returns."""
         begin = len(self._arrays)
         self._arrays += arrays
         return slice(begin, len(self._arrays))
@@ -40,16 +40,16 @@ class Rows:
 
     numbers: list[int]
     index: torch.Tensor | None
-    """The same on the device; None: all rows of the batch, in order."""
+    """The row numbers on the device; None: all rows of the batch, in order."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of a tensor (rows of the batch, ...)."""
+        """Select these rows of a tensor (rows of the batch, ...)."""
         return tensor if self.index is None else tensor[self.index]
 
 
 @dataclass(frozen=True, slots=True)
 class AppliedProcessor:
-    """A processor and the rows that it concerns."""
+    """A processor and the rows that it applies to."""
 
     processor: LogitsProcessor
     rows: list[tuple[int, int]]
@@ -57,19 +57,19 @@ class AppliedProcessor:
     batch_inputs: list[torch.Tensor]
 
     def step_inputs(self, rows: Sequence[SamplingRow], vocab_size: int) -> Arrays | None:
-        """`rows` of the batch in this step."""
+        """Arrays of the processor for this step. `rows`: all rows of the batch."""
         return self.processor.step_inputs(((at, rows[number]) for at, number in self.rows), vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows that are sampled at once."""
+    """Rows that are sampled together."""
 
     rows: Rows
     temperature: torch.Tensor
     """(rows, 1)"""
     processors: list[AppliedProcessor]
-    """In the stage of probabilities. None: there is no need to sort them."""
+    """Processors of Stage.PROBABILITIES. If empty, probabilities need not be sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,13 @@ class Batch:
     states: list[SamplingState]
     vocab_size: int
     processors: list[AppliedProcessor]
-    """In the stage of logits."""
+    """Processors of Stage.LOGITS."""
     groups: list[Group]
     """All rows that are not greedy."""
     logprob_rows: Rows
-    """Rows that want logprobs,"""
+    """Rows with logprobs."""
     num_top_logprobs: list[int]
-    """and those of how many likeliest tokens each."""
+    """Number of top logprobs for each of `logprob_rows`."""
 
     @classmethod
     def build(
@@ -94,7 +94,7 @@ class Batch:
         max_group_rows: int,
         device: torch.device,
     ) -> Batch:
-        """`states` of each row of the batch. One transfer."""
+        """Build a batch from the states of its rows, with one transfer."""
         concerned = _concerned(states, processors)
         groups = _groups(states, concerned[Stage.PROBABILITIES], max_group_rows)
         logprob_rows = [number for number, state in enumerate(states) if state.params.logprobs is not None]
@@ -132,7 +132,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """An AppliedProcessor whose inputs are not on the device yet."""
+    """An AppliedProcessor before its inputs are on the device."""
 
     processor: LogitsProcessor
     rows: list[tuple[int, int]]
@@ -143,7 +143,7 @@ class _Planned:
 
 
 _Concerned = dict[LogitsProcessor, list[int]]
-"""Rows of the batch that each processor concerns, in the order of the processors."""
+"""Rows of the batch by processor, in the order of the processors."""
 
 
 def _concerned(states: Sequence[SamplingState], processors: Sequence[LogitsProcessor]) -> dict[Stage, _Concerned]:
@@ -155,7 +155,7 @@ def _concerned(states: Sequence[SamplingState], processors: Sequence[LogitsProce
 
 
 def _groups(states: Sequence[SamplingState], filters: _Concerned, max_rows: int) -> list[list[int]]:
-    """Rows that are not greedy, those whose probabilities are sorted apart from the others."""
+    """Rows that are not greedy, in groups that either all need sorted probabilities or all do not."""
     filtered = {number for numbers in filters.values() for number in numbers}
     sampled = [number for number, state in enumerate(states) if state.params.temperature > 0]
     return [
@@ -172,11 +172,11 @@ def _plan(
     vocab_size: int,
     outgoing: Outgoing,
 ) -> list[_Planned]:
-    """Processors for values whose rows are these rows of the batch."""
-    places = {number: at for at, number in enumerate(numbers)} if concerned else {}
+    """Processors for values that have rows `numbers` of the batch."""
+    row_of = {number: at for at, number in enumerate(numbers)} if concerned else {}
     planned = []
     for processor, some in concerned.items():
-        rows = [(places[number], number) for number in some if number in places]
+        rows = [(row_of[number], number) for number in some if number in row_of]
         if rows:
             params = [(at, states[number].params) for at, number in rows]
             inputs = processor.batch_inputs(params, (len(numbers), vocab_size))

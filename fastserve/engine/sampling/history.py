@@ -1,4 +1,4 @@
-"""Following the tokens of a sequence from row to row, so that a state costs what changed and not what is there."""
+"""Incremental state over the tokens of a sequence: an update costs what changed, not the whole sequence."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ TokenIds = npt.NDArray[np.int32]
 
 
 class TokenHistory:
-    """The tokens that a state has taken in."""
+    """The tokens that a state reflects."""
 
     def __init__(self) -> None:
         self._token_ids: TokenIds = np.empty(64, dtype=np.int32)
         self._length = 0
 
     def follow(self, token_ids: TokenIds) -> tuple[TokenIds, TokenIds]:
-        """Take in what a row has; return the tokens to take back (the last ones, of wrong drafts) and those to add."""
+        """Update to a row's tokens; return the removed tokens (rejected drafts at the end) and the added ones."""
         common = min(self._length, len(token_ids))
         differs = self._token_ids[:common] != token_ids[:common]
         if differs.any():
@@ -30,32 +30,32 @@ class TokenHistory:
 
 
 class TokenCounts:
-    """How often each token occurs in a growing sequence."""
+    """Counts of each token in a growing sequence."""
 
     def __init__(self) -> None:
         self._history = TokenHistory()
-        self._places: dict[int, int] = {}
+        self._index_of: dict[int, int] = {}
         self._token_ids: TokenIds = np.empty(64, dtype=np.int32)
         self._counts: npt.NDArray[np.int32] = np.zeros(64, dtype=np.int32)
 
     def update(self, all_ids: TokenIds) -> tuple[TokenIds, npt.NDArray[np.int32]]:
-        """The different ones among the tokens, and how often each is there, which holds until the next call."""
+        """Distinct token ids and their counts; both arrays are valid until the next call."""
         removed, added = self._history.follow(all_ids)
         for token_id in removed.tolist():
-            self._counts[self._places[token_id]] -= 1
+            self._counts[self._index_of[token_id]] -= 1
         if len(added) == 1:
             self._add(int(added[0]), 1)
         else:
             for token_id, count in zip(*(part.tolist() for part in np.unique(added, return_counts=True)), strict=True):
                 self._add(token_id, count)
-        ids, counts = self._token_ids[: len(self._places)], self._counts[: len(self._places)]
+        ids, counts = self._token_ids[: len(self._index_of)], self._counts[: len(self._index_of)]
         is_there = counts > 0
         return (ids, counts) if is_there.all() else (ids[is_there], counts[is_there])
 
     def _add(self, token_id: int, count: int) -> None:
-        place = self._places.setdefault(token_id, len(self._places))
-        if place == len(self._counts):
+        index = self._index_of.setdefault(token_id, len(self._index_of))
+        if index == len(self._counts):
             self._token_ids = np.concatenate([self._token_ids, np.empty_like(self._token_ids)])
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._token_ids[place] = token_id
-        self._counts[place] += count
+        self._token_ids[index] = token_id
+        self._counts[index] += count

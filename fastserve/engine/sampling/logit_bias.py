@@ -1,4 +1,4 @@
-"""`logit_bias`: numbers that the request adds to the logits of single tokens."""
+"""`logit_bias`: numbers that a request adds to the logits of given tokens."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fastserve.engine.transfers import Readback
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Those of some rows, in order, on their way to the host."""
+    """Logprobs of some rows, in order, in transfer to the host."""
 
     token_ids: torch.Tensor
     of_tokens: torch.Tensor
@@ -22,7 +22,7 @@ class Logprobs:
     num_top: Sequence[int]
 
     def to_list(self) -> list[TokenLogprob]:
-        """To be called after the readback's `wait`."""
+        """Must be called after the readback's `wait`."""
         return [
             TokenLogprob(token_id, logprob, list(zip(row_ids[:count], row_values[:count], strict=True)))
             for token_id, logprob, row_ids, row_values, count in zip(
@@ -37,7 +37,7 @@ class Logprobs:
 
 
 def gather(logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int], readback: Readback) -> Logprobs:
-    """For each row of `logits` (rows, vocabulary) the logprobs of its token and of so many likeliest tokens."""
+    """For each row of `logits` (rows, vocabulary), the logprobs of its token and of its `num_top` likeliest tokens."""
     logprobs = logits.log_softmax(dim=-1)
     of_tokens = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
     values, ids = logprobs.topk(max(1, max(num_top)), dim=-1)

@@ -1,4 +1,4 @@
-"""`min_p` (Nguyen et al., 2024): tokens stay that are at least this likely, relative to the likeliest."""
+"""`min_p` (Nguyen et al., 2024): keeps tokens whose probability is at least min_p times that of the likeliest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`min_tokens`: stop tokens are impossible before the answer has so many."""
+"""`min_tokens`: masks stop tokens until the answer has min_tokens tokens."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Counter-based noise: one uniform number for (seed, choice, position), with no state to keep or to lose.
+"""Counter-based random numbers: one uniform number for (seed, choice, position), without state.
 
-So a request gets the same tokens alone and in any batch, before and after preemption, on this worker and on another
-one that takes it over. Counter-based generators: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011);
-the mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
+So a request gets the same tokens alone and in any batch, before and after preemption, and on another worker that takes
+it over. Counter-based generators: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); the mixing
+function is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _mix(value: int) -> int:
 
 
 def key(seed: int, choice: int) -> int:
-    """What the numbers of one sequence have in common."""
+    """Key of the numbers of one sequence."""
     return _mix(_mix(seed & _MASK) ^ choice)
 
 

@@ -1,6 +1,6 @@
-"""All logits processors in the order in which they are applied, which is part of their meaning.
+"""All logits processors in the order in which they are applied, which affects the result.
 
-Those of `Stage.LOGITS` come first: temperature and sorting lie between the stages.
+Those of `Stage.LOGITS` come first: temperature and sorting are applied between the stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`presence_penalty` and `frequency_penalty` (OpenAI's): taken from the logits of tokens of the answer."""
+"""`presence_penalty` and `frequency_penalty` (OpenAI's): subtracted from the logits of tokens in the answer."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The sampler: logits of a batch in, one token for each row out.
+"""The sampler: samples one token for each row of a batch of logits.
 
-Logits processors change the logits; the temperature scales them; further ones (top-k, top-p, ...) cut the sorted
-probabilities; and one uniform number for each row selects from what is left by inverting the cumulative distribution.
-Rows of temperature 0 take the likeliest token after the first stage. Each row's result is a function of that row alone.
+Logits processors change the logits; the temperature scales them; further processors (top-k, top-p, ...) filter the
+sorted probabilities; one uniform number for each row selects a token by inverting the cumulative distribution. Rows of
+temperature 0 take the likeliest token after the first stage. Each row's result is a function of that row alone.
 
-Nothing here waits for the device: what a step needs goes there behind the work before it, and what it brought is read
-later.
+Nothing here waits for the device: inputs are queued after earlier work, and results are read later.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from fastserve.engine.sampling.processor import LogitsProcessor, SamplingRow, Sa
 from fastserve.engine.transfers import Readback, to_device
 
 SLICE_ENTRIES = 1 << 22
-"""Entries of the logits that are sampled at once: sorting and cumulating keep several copies of what they work on."""
+"""Maximum entries of logits that are sampled at once, because sorting takes several copies of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """What a step sampled. `result` is to be called after the readback's `wait`."""
+    """Tokens sampled in a step. `result` must be called after the readback's `wait`."""
 
     token_ids: torch.Tensor
     """(rows,) int64, on the device"""
@@ -39,7 +38,7 @@ class SampledTokens:
     logprobs: logprobs.Logprobs | None
 
     def result(self) -> tuple[list[int], list[TokenLogprob | None]]:
-        """For each row the token, and its logprobs where they are wanted."""
+        """For each row the token, and its logprobs where requested."""
         found: list[TokenLogprob | None] = [None] * len(self.on_host)
         if self.logprobs is not None:
             for row, item in zip(self.logprob_rows, self.logprobs.to_list(), strict=True):
@@ -49,18 +48,18 @@ class SampledTokens:
 
 class Sampler:
     def __init__(self, processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS) -> None:
-        """`processors` in the order in which they are applied."""
+        """`processors` are applied in their order."""
         self._processors = tuple(processors)
         self._batch: Batch | None = None
 
     def start(self, params: SamplingParams, choice: int, num_prompt_tokens: int) -> SamplingState:
-        """What is kept of a sequence as long as the runner holds it, and belongs to all its rows."""
+        """State of a sequence, shared by all its rows, for as long as the runner holds it."""
         concerned = [processor for processor in self._processors if processor.concerns(params)]
         processors = {processor: processor.start(params) for processor in concerned}
         return SamplingState(params, num_prompt_tokens, noise.key(params.seed, choice), processors)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow], readback: Readback) -> SampledTokens:
-        """Sample a token for each row of `logits` (rows, vocabulary), which stay as they are."""
+        """Sample a token for each row of `logits` (rows, vocabulary), which are not changed."""
         batch = self._batch_of(logits, rows)
         inputs = _step_inputs(batch, rows, logits.device)
         original = logits.float()
@@ -91,12 +90,12 @@ class Sampler:
 
 
 _Inputs = list[tuple[LogitsProcessor, list[torch.Tensor]]]
-"""Processors that are applied in a step, and what they are given."""
+"""Processors of a step with their inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _StepInputs:
-    """On the device. Of each group of the batch: its processors, and the uniform numbers (rows, 1) of its rows."""
+    """Inputs on the device; the two lists have one item for each group of the batch. `uniforms`: (rows, 1) each."""
 
     on_logits: _Inputs
     on_groups: list[_Inputs]
@@ -104,7 +103,7 @@ class _StepInputs:
 
 
 def _step_inputs(batch: Batch, rows: Sequence[SamplingRow], device: torch.device) -> _StepInputs:
-    """One transfer."""
+    """Prepare the inputs of a step, with one transfer."""
     if not batch.processors and not batch.groups:
         return _StepInputs([], [], [])
     outgoing = Outgoing()
@@ -150,7 +149,7 @@ def _uniforms(rows: Sequence[SamplingRow]) -> np.ndarray[tuple[int, int], np.dty
 
 
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Index for each row at which the cumulative distribution passes the row's uniform number."""
+    """Index for each row at which the cumulative distribution exceeds the row's uniform number."""
     cumulative = probabilities.to(uniforms.device).double().cumsum(dim=-1)
     index = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).squeeze(1)
     return index.clamp_(max=probabilities.shape[1] - 1).to(probabilities.device)

@@ -1,4 +1,4 @@
-"""Entries of the logits that a processor changes, where these are few of each row."""
+"""Sparse changes of logits, for processors that change a few entries of each row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastserve.engine.devices.device import Arrays
 
 Entries = tuple[int, Sequence[int] | npt.NDArray[Any], Sequence[float] | npt.NDArray[Any]]
-"""Row, token ids of which none stands twice, and a number for each."""
+"""Row, distinct token ids, and a number for each."""
 
 
 def join_entries(parts: Iterable[Entries]) -> Arrays | None:

@@ -1,4 +1,4 @@
-"""`top_k`: the k likeliest tokens stay."""
+"""`top_k`: keeps the k likeliest tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`top_p` (nucleus sampling: Holtzman et al., 2020): the fewest likeliest tokens that hold this share stay.
+"""`top_p` (nucleus sampling: Holtzman et al., 2020): keeps the fewest likeliest tokens whose probabilities reach top_p.
 
-The share is of what earlier processors left. The token that crosses the limit stays too.
+top_p is a share of the probability that earlier processors left. The token that crosses the limit is kept too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TopP(LogitsProcessor):
     def apply(self, values: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
         [top_p] = inputs
         before = values.cumsum(dim=-1) - values
-        # Rounding may let sums of the last tokens reach the whole: a row that is not concerned keeps them.
+        # By rounding, the sum before the last tokens may reach 1: rows without top_p keep them.
         keep = (before < top_p * values.sum(dim=-1, keepdim=True)) | (top_p >= 1.0)
         keep[:, 0] = True
         values *= keep

@@ -1,6 +1,6 @@
-"""`typical_p`, locally typical sampling (Meister et al., 2022): tokens whose surprise is nearest to the entropy stay.
+"""`typical_p`, locally typical sampling (Meister et al., 2022): keeps tokens whose surprisal is nearest to the entropy.
 
-Unlike the other filters it may cut off the likeliest token: one that is much less surprising than a token on average.
+Unlike the other filters it may remove the likeliest token, when its surprisal is far below the average.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TypicalP(LogitsProcessor):
 
 
 def keep_mask(probabilities: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:
-    """Which entries stay. `probabilities` (rows, vocabulary) are 0 where other filters cut, `typical_p` is (rows, 1).
+    """Mask of the entries to keep. `probabilities` (rows, vocabulary) are 0 for removed tokens; `typical_p` (rows, 1).
 
-    The fewest tokens, nearest first, whose probabilities (renormalised) reach `typical_p`, and those as near as the
-    last of them. 1 keeps all.
+    Keeps the fewest tokens, nearest first, whose renormalised probabilities reach `typical_p`, and tokens as near as
+    the last of them. 1 keeps all.
     """
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     surprise = -probabilities.log()

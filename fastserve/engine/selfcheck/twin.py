@@ -1,9 +1,9 @@
-"""A small model of the same class and settings, to find out whether the kernel's description of a model is complete.
+"""A small twin of a model, to test whether the kernel's description of the model is complete.
 
-A model can do something between its modules that no look at the modules tells (scale the embeddings, clip, leave out
-positions in some layers). So before a model's steps are computed from a description of it, a twin with the same
-settings, small sizes and random weights is computed in float32 by its own code and from its description: rounding hides
-nothing there.
+A model can compute something between its modules that is not visible in them (scale the embeddings, clip, omit rotary
+embedding in some layers). So before a model's steps are computed from a description, a twin of the same class and
+settings, with small sizes and random weights, is computed by its own code and from its description. In float32, so that
+rounding hides no difference.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastserve.engine.selfcheck.verify import difference
 
 _LENGTH = 64
 _BLOCK_SIZE = 16
-_MOST_LAYERS = 8
+_MAX_LAYERS = 8
 _TOLERANCE = 1e-3
 """Standard deviations of the logits, in float32."""
 _CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, OSError)
 
 
 def twin_differs(config: PretrainedConfig, way: str) -> str | None:
-    """Why a model of these settings does not compute the same by the way of this name as by its own code, or None."""
+    """The reason why a model of these settings must not be computed by the way of this name, or None."""
     try:
         loaded = _make_twin(config)
         runner = ModelRunner(loaded, num_blocks=8, block_size=_BLOCK_SIZE, max_num_seqs=4, max_model_len=_LENGTH)
@@ -53,7 +53,7 @@ def _make_twin(config: PretrainedConfig) -> LoadedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Also what starts as zeros or ones must matter. Large enough that each part shows in the logits.
+                # Parameters initialised to zeros or ones must matter too. Large enough that each changes the logits.
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     attention = PagedAttention(attention_backend)
     model.set_attn_implementation(attention_implementation())
@@ -79,8 +79,8 @@ def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _num_layers(config: PretrainedConfig) -> int:
-    """Enough to have one of each type."""
+    """Enough layers to have one of each type."""
     types = getattr(config, "layer_types", None) or []
     needed = max((types.index(kind) + 1 for kind in set(types)), default=2)
-    most: int = config.num_hidden_layers
-    return min(most, max(2, min(needed, _MOST_LAYERS)))
+    num_layers: int = config.num_hidden_layers
+    return min(num_layers, max(2, min(needed, _MAX_LAYERS)))

@@ -1,8 +1,8 @@
-"""A check at start that the engine computes what the model's own code does.
+"""A check at start that the engine's logits equal those of the model's own code.
 
-Some architectures run with replaced attention and compute something else without a word, and fusing or packing could go
-wrong for one too. So the logits of two short sequences are taken down before anything of the model is replaced, and the
-model is served only when the engine, with both packed into one batch and cut into two chunks each, finds the same.
+Some architectures silently compute something else with replaced attention, and fusing or packing could go wrong too. So
+the logits of two short sequences are recorded before anything in the model is replaced, and the model is served only
+when the engine computes the same, with both sequences packed into one batch in two chunks each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastserve.errors import StartupError
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
-"""Standard deviations of the logits. Rounding of the small dtypes differs where steps are fused."""
+"""Maximum difference in standard deviations of the logits. Small dtypes round differently in fused kernels."""
 _SPLIT = 5
 
 
@@ -37,8 +37,8 @@ def verify(
     max_model_len: int,
 ) -> None:
     """Compare each way to compute a step with the model's own code, and drop those whose logits differ by more than
-    rounding; raise StartupError when the last one does. Uses the first blocks of an empty pool; prompts that do not fit
-    the sizes asked for are left out."""
+    rounding; raise StartupError when the last one does. Uses the first blocks of an empty pool; skips prompts that do
+    not fit the sizes."""
     limit = max(_TOLERANCE[dtype], 4 * reference.noise)
     ways = runner.forward_passes
     for way in list(ways.ways):
@@ -75,8 +75,8 @@ def difference(
     max_num_seqs: int,
     max_model_len: int,
 ) -> float | None:
-    """The largest difference of a way's logits from the reference, in standard deviations of the logits; None when none
-    of its prompts fits the sizes."""
+    """The largest difference of a way's logits from the reference, in standard deviations of the logits; None when no
+    prompt fits the sizes."""
     which: list[int] = []
     free = num_blocks
     for index, prompt in enumerate(reference.prompts):

@@ -1,12 +1,11 @@
 """Drafts by a second, smaller model with the same vocabulary (Leviathan et al., 2023).
 
-It has pages of its own under the same block ids, so the scheduler's books count for both. What is computed chases what
-is known here too, and lags: nothing is run for sequences that get no drafts, until so many tokens lie behind that
-catching up costs as little as a prompt. Wrong or missing keys and values of the draft model can only make its guesses
-worse, never an answer.
+It has a KV cache of its own with the same block ids, so the scheduler's block tables are valid for both. Its computed
+tokens lag behind: nothing is computed for sequences without drafts until they are so far behind that catching up is as
+efficient as a prefill. Wrong or missing entries of its KV cache can only make drafts worse, never an answer.
 
-It samples with the request's own parameters and noise. The token at a position is a function of logits and noise, so
-where its logits are near the model's, it guesses sampled tokens right too, and not only the likeliest.
+It samples with the request's own parameters and random numbers. The token at a position is a function of both, so where
+its logits are close to the model's, its drafts are accepted for sampled requests too, not only for greedy ones.
 """
 
 from __future__ import annotations
@@ -23,24 +22,25 @@ from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.speed import SpeedMeter
 
-_MOST_LAG = 64
-"""Tokens that a sequence without drafts may lie behind."""
+_MAX_LAG = 64
+"""Tokens that a sequence without drafts may lag behind."""
 
 
 @dataclass(slots=True)
 class _Draft:
-    """One sequence as the draft model sees it."""
+    """The draft model's state of one sequence."""
 
     num_known: int
+    """Known tokens."""
     num_computed: int = 0
     num_filled: int = 0
-    """Leading blocks that are computed and known to be of the sequence's own tokens."""
+    """Leading blocks whose tokens are all known and computed."""
     block_ids: list[int] = field(default_factory=list)
     is_new: bool = True
 
 
 class DraftModel:
-    """Fills in the open drafts of plans. `speed` is what its steps cost."""
+    """Replaces draft placeholders in plans by drafts. `speed`: duration of its steps."""
 
     def __init__(
         self,
@@ -61,15 +61,15 @@ class DraftModel:
         self._clock = clock
         self._drafts: dict[int, _Draft] = {}
         self._is_filled = np.zeros(num_blocks, dtype=bool)
-        """Blocks that hold its keys and values of their content: those of a prefix hit may have been skipped."""
+        """By block id: whether this model has computed the block. Blocks of a prefix cache hit may lack its keys."""
 
     def step_s(self, num_sequences: int) -> float:
         """Expected duration of a step of one token for each sequence."""
         return self._speed.step_s(num_sequences)
 
     def fill(self, plan: StepPlan) -> StepPlan:
-        """The plan with guesses in place of its open drafts. A sequence that lies too far behind gets none."""
-        self._take_in(plan)
+        """The plan with drafts in place of placeholders. A sequence that lags too far behind gets none."""
+        self._update_states(plan)
         budget = self._catch_up(plan)
         lengths: dict[int, int] = {}
         first: list[Chunk] = []
@@ -88,11 +88,11 @@ class DraftModel:
         return StepPlan(plan.dropped, plan.new, chunks)
 
     def learn(self, result: StepResult) -> None:
-        """Take in which tokens the step brought."""
+        """Update with the tokens of a step."""
         for seq_id, token_ids in result.token_ids.items():
             draft = self._drafts[seq_id]
             self._runner.correct(seq_id, draft.num_known, token_ids)
-            # The last token was sampled, not guessed, and what was computed behind it was of wrong guesses.
+            # The last token was sampled, not a draft: what was computed from there on was of rejected drafts.
             draft.num_computed = min(draft.num_computed, draft.num_known + len(token_ids) - 1)
             draft.num_known += len(token_ids)
         for draft in self._drafts.values():
@@ -100,7 +100,7 @@ class DraftModel:
             self._is_filled[draft.block_ids[draft.num_filled : num_filled]] = True
             draft.num_filled = num_filled
 
-    def _take_in(self, plan: StepPlan) -> None:
+    def _update_states(self, plan: StepPlan) -> None:
         for seq_id in plan.dropped:
             del self._drafts[seq_id]
         for new in plan.new:
@@ -108,7 +108,7 @@ class DraftModel:
         for chunk in plan.chunks:
             self._note_blocks(self._drafts[chunk.seq_id], chunk)
         bare = [msgspec.structs.replace(chunk, draft_ids=[]) for chunk in plan.chunks]
-        self._runner.take_in(StepPlan(plan.dropped, [_without_logprobs(new) for new in plan.new], bare))
+        self._runner.update_states(StepPlan(plan.dropped, [_without_logprobs(new) for new in plan.new], bare))
 
     def _note_blocks(self, draft: _Draft, chunk: Chunk) -> None:
         draft.block_ids[chunk.num_held_blocks :] = chunk.new_block_ids
@@ -120,25 +120,25 @@ class DraftModel:
             draft.num_computed = (num_hits if filled.all() else int(filled.argmin())) * self._block_size
 
     def _catch_up(self, plan: StepPlan) -> int:
-        """Compute what lies too far behind; return how many more tokens this step may compute."""
+        """Compute tokens of sequences that lag too far behind; return how many more tokens this step may compute."""
         budget = self._max_num_batched_tokens
         chunks = []
         for chunk in plan.chunks:
-            # The last known token is computed when a guess is sampled from it.
+            # The last known token is computed when a draft is sampled from it.
             end = min(chunk.start + chunk.num_tokens - 1, self._context_length)
             lag = end - self._drafts[chunk.seq_id].num_computed
-            if budget > 0 and (lag >= _MOST_LAG or (chunk.draft_ids and lag >= budget)):
-                chunks.append(self._rest(chunk.seq_id, end, sample=False, most=budget))
+            if budget > 0 and (lag >= _MAX_LAG or (chunk.draft_ids and lag >= budget)):
+                chunks.append(self._rest(chunk.seq_id, end, sample=False, max_tokens=budget))
                 budget -= chunks[-1].num_tokens
         if chunks:
             self._runner.forward(StepPlan([], [], chunks))
         return budget
 
-    def _rest(self, seq_id: int, end: int, *, sample: bool, most: int | None = None) -> Chunk:
-        """What is not computed yet of the tokens up to `end`, noted as computed."""
+    def _rest(self, seq_id: int, end: int, *, sample: bool, max_tokens: int | None = None) -> Chunk:
+        """A chunk of the uncomputed tokens up to `end`, which are marked as computed."""
         draft = self._drafts[seq_id]
         start = draft.num_computed
-        draft.num_computed = end if most is None else min(end, start + most)
+        draft.num_computed = end if max_tokens is None else min(end, start + max_tokens)
         return Chunk(seq_id, start, draft.num_computed - start, [], sample=sample)
 
     def _guess(self, chunks: list[Chunk], lengths: dict[int, int]) -> dict[int, list[int]]:
@@ -162,8 +162,8 @@ def _without_logprobs(new: NewSequence) -> NewSequence:
 
 
 class DraftingExecutor:
-    """An `Executor` (see core.py): the draft model guesses, the model checks. It goes by the result of the step before,
-    so steps must not overlap."""
+    """An `Executor`: the draft model proposes, the model verifies. Drafts need the result of the step before, so steps
+    must not overlap."""
 
     def __init__(
         self, draft_model: DraftModel, executor: Executor, clock: Callable[[], float] = time.perf_counter

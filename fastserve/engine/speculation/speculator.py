@@ -1,34 +1,34 @@
-"""Joins where drafts come from (a `Proposer`) with how many are worth their time (`DraftBudget`)."""
+"""Combines the source of drafts (a `Proposer`) with the number that pays (`DraftBudget`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastserve.engine.plan import OPEN_DRAFT
+from fastserve.engine.plan import DRAFT_PLACEHOLDER
 from fastserve.engine.speculation.draft_budget import DraftBudget, Offer
 
 
 class Proposer(Protocol):
-    """Where drafts come from. Called for each sequence in each step, so a call may take microseconds only."""
+    """A source of drafts. Called for each sequence in each step, so a call may take microseconds only."""
 
-    def propose(self, seq_id: int, token_ids: Sequence[int], most: int) -> list[int]:
-        """Guess at up to `most` tokens that follow; none where there is nothing to go by.
+    def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        """Up to `max_drafts` drafts of the next tokens; empty when none are found.
 
-        `token_ids` are all tokens of the sequence; between two calls they only grow.
+        `token_ids`: all tokens of the sequence; they only grow between calls.
         """
         ...
 
     def forget(self, seq_id: int) -> None:
-        """The sequence has ended. An unknown one is no error."""
+        """Drop the state of a sequence. Unknown ones are ignored."""
         ...
 
 
-class OpenProposer:
-    """Leaves the guesses to the draft model, which runs beside the model and not beside the scheduler."""
+class PlaceholderProposer:
+    """Proposes placeholders, which the draft model replaces when the step is executed."""
 
-    def propose(self, seq_id: int, token_ids: Sequence[int], most: int) -> list[int]:
-        return [OPEN_DRAFT] * most
+    def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        return [DRAFT_PLACEHOLDER] * max_drafts
 
     def forget(self, seq_id: int) -> None:
         pass
@@ -45,13 +45,13 @@ class DraftRequest(Protocol):
 
 
 class Speculator:
-    """What the scheduler asks for drafts."""
+    """Provides the scheduler with drafts."""
 
-    def __init__(self, proposer: Proposer, controller: DraftBudget, num_speculative_tokens: int) -> None:
+    def __init__(self, proposer: Proposer, draft_budget: DraftBudget, num_speculative_tokens: int) -> None:
         self._proposer = proposer
-        self._controller = controller
-        self._most = num_speculative_tokens
-        self._turn = 0
+        self._draft_budget = draft_budget
+        self._num_speculative_tokens = num_speculative_tokens
+        self._next_tried = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
 
@@ -60,59 +60,62 @@ class Speculator:
         if not sequences:
             return {}
         num_sequences = len(sequences)
-        least_first = self._controller.least_first(num_sequences, min(self._most, budget))
-        if least_first > 1:
+        min_first = self._draft_budget.min_first(num_sequences, min(self._num_speculative_tokens, budget))
+        if min_first > 1:
             return self._try_one(sequences, limits, budget)
         offers: list[Offer] = []
         drafts: dict[int, list[int]] = {}
         for sequence, limit in zip(sequences, limits, strict=True):
-            outlook = self._controller.outlook(sequence.seq_id)
-            if outlook.first < least_first or limit <= 0:
+            rates = self._draft_budget.acceptance_rates(sequence.seq_id)
+            if rates.first < min_first or limit <= 0:
                 continue
-            found = self._proposer.propose(sequence.seq_id, sequence.token_ids, min(limit, self._most))
+            found = self._proposer.propose(
+                sequence.seq_id, sequence.token_ids, min(limit, self._num_speculative_tokens)
+            )
             if found:
                 drafts[sequence.seq_id] = found
-                offers.append(Offer(sequence.seq_id, len(found), outlook))
-        counts = self._controller.allot(num_sequences, offers, budget)
+                offers.append(Offer(sequence.seq_id, len(found), rates))
+        counts = self._draft_budget.allot(num_sequences, offers, budget)
         drafts = {
             offer.seq_id: drafts[offer.seq_id][:count] for offer, count in zip(offers, counts, strict=True) if count
         }
         return drafts or self._try_one(sequences, limits, budget)
 
     def _try_one(self, sequences: Sequence[DraftRequest], limits: Sequence[int], budget: int) -> dict[int, list[int]]:
-        """A few drafts for the next in turn: perhaps they pay by now."""
-        self._turn += 1
-        at = self._turn % len(sequences)
-        most = min(self._controller.num_tried(len(sequences)), limits[at], budget, self._most)
-        if most <= 0:
+        """A few drafts for one sequence, round-robin, to find out whether they pay by now."""
+        self._next_tried += 1
+        at = self._next_tried % len(sequences)
+        max_drafts = min(self._draft_budget.num_tried(len(sequences)), limits[at], budget, self._num_speculative_tokens)
+        if max_drafts <= 0:
             return {}
         seq_id = sequences[at].seq_id
-        found = self._proposer.propose(seq_id, sequences[at].token_ids, most)
+        found = self._proposer.propose(seq_id, sequences[at].token_ids, max_drafts)
         return {seq_id: found} if found else {}
 
     def is_worth_waiting(self, sequences: Sequence[DraftRequest]) -> bool:
-        """Whether the step in which these sample a token had better be planned once their tokens are known, with
-        drafts, than before, without. What the waiting costs is to be charged."""
+        """Whether it pays to plan the next step of these sequences with drafts, once their last tokens are known,
+        rather than earlier without. The caller must `charge` the time of waiting."""
         if not sequences:
             return False
         num_sequences = len(sequences)
-        least_first = self._controller.least_first(num_sequences, self._most)
-        return self._controller.num_tried(num_sequences) > 0 or any(
-            self._controller.outlook(sequence.seq_id).first >= least_first for sequence in sequences
+        min_first = self._draft_budget.min_first(num_sequences, self._num_speculative_tokens)
+        return self._draft_budget.num_tried(num_sequences) > 0 or any(
+            self._draft_budget.acceptance_rates(sequence.seq_id).first >= min_first for sequence in sequences
         )
 
     def charge(self, seconds: float) -> None:
-        """Time in which the device stood still so that drafts could be found."""
-        self._controller.charge(seconds)
+        """Charge time in which the device was idle because of drafts."""
+        self._draft_budget.charge(seconds)
 
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
-        """After a step: how many sequences could have had drafts, and (drafts, right ones) of those that had."""
+        """Update with a step: the number of sequences that could have had drafts, and (drafts, accepted drafts) of
+        those that had some."""
         if num_sequences == 0:
             return
-        self._controller.learn(num_sequences, tried)
+        self._draft_budget.learn(num_sequences, tried)
         self.draft_tokens += sum(drafts for drafts, _ in tried.values())
-        self.accepted_tokens += sum(right for _, right in tried.values())
+        self.accepted_tokens += sum(accepted for _, accepted in tried.values())
 
     def forget(self, seq_id: int) -> None:
         self._proposer.forget(seq_id)
-        self._controller.forget(seq_id)
+        self._draft_budget.forget(seq_id)

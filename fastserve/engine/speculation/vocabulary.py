@@ -1,4 +1,4 @@
-"""Do two models mean the same tokens by the same ids?"""
+"""Checks that a draft model has the same vocabulary as the model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastserve.errors import StartupError
 
 
 def require_same_vocabulary(model_dir: str, draft_dir: str, vocab_size: int, draft_vocab_size: int) -> None:
-    """Raise StartupError when a draft model's guesses would be ids of other tokens.
+    """Raise StartupError when a draft model's token ids mean other tokens.
 
-    The sizes are those of the embeddings, which models of one family pad differently: they decide only where there are
-    no tokenizers to compare.
+    `vocab_size` and `draft_vocab_size` are those of the embeddings, which models of one family pad differently: they
+    are compared only where there are no tokenizers.
     """
     model, draft = _tokens(model_dir), _tokens(draft_dir)
     if model is None and draft is None:
@@ -30,7 +30,7 @@ def require_same_vocabulary(model_dir: str, draft_dir: str, vocab_size: int, dra
 
 
 def _tokens(folder: str) -> Any:
-    """What can be compared of a tokenizer; None when the folder has none."""
+    """The comparable part of a tokenizer; None when the folder has none."""
     path = Path(folder) / "tokenizer.json"
     if path.is_file():
         tokenizer = json.loads(path.read_text(encoding="utf-8"))

@@ -53,12 +53,7 @@ class QuantizedWeight:
 
     def _product_of_codes(self, x: torch.Tensor) -> torch.Tensor | None:
         kernel, rows = self._matmul, x.numel() // x.shape[-1]
-        if (
-            kernel is None
-            or isinstance(self._store, PackedStorage)
-            or rows > kernel.most_rows
-            or x.dtype != self._dtype
-        ):
+        if kernel is None or isinstance(self._store, PackedStorage) or rows > kernel.max_rows or x.dtype != self._dtype:
             return None
         weight = self._store.stored(self._scheme, self._table, self._order)
         if not kernel.supports(weight):

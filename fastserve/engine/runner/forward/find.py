@@ -1,4 +1,4 @@
-"""The list of ways to compute a forward pass, and those that a model has."""
+"""The list of ways to compute a forward pass, and the selection of those that a model supports."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastserve.engine.runner.packed_step import PackedStep
 logger = logging.getLogger(__name__)
 
 FORWARD_PASSES: tuple[type[ForwardPass], ...] = (WholeStepForward, GraphForward, ModulesForward)
-"""The fastest first."""
+"""Fastest first."""
 
 
 @dataclass(slots=True)
 class ForwardPasses:
-    """The ways that one model has, the fastest first. Each step takes the first that supports it."""
+    """The ways that one model supports, fastest first. Each step uses the first that supports the step."""
 
     ways: list[ForwardPass]
     refusals: dict[str, str] = field(default_factory=dict)
-    """Why the others are not among them, by name."""
+    """Reasons why other ways are not used, by name."""
     absent: set[str] = field(default_factory=set)
-    """Those of them that this machine does not have for any model."""
+    """Names of ways that this machine does not have for any model."""
 
     @classmethod
     def of(cls, parts: ForwardParts) -> ForwardPasses:
@@ -43,15 +43,14 @@ class ForwardPasses:
         return found
 
     def drop(self, way: ForwardPass, reason: str) -> None:
-        """Do without a way that turned out to compute something else. Raises ValueError for the last one."""
+        """Remove a way whose results are wrong. Raises ValueError for the last one."""
         if len(self.ways) == 1:
             raise ValueError(f"{way.name} is the only way left")
         self.ways.remove(way)
         self.refusals[way.name] = reason
 
     def logits(self, step: PackedStep, first: ForwardPass | None = None) -> torch.Tensor:
-        """Logits (rows, vocabulary) of a step, by the first way that supports it; `first`: of this one and those after
-        it."""
+        """Logits (rows, vocabulary) of a step, by the first way that supports it, starting from `first`."""
         ways = self.ways if first is None else self.ways[self.ways.index(first) :]
         for way in ways:
             reason = way.supports(step)

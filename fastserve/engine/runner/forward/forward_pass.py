@@ -15,7 +15,7 @@ from fastserve.engine.runner.sampled_ids import SampledIds
 
 
 class UnsupportedError(Exception):
-    """A way cannot compute a model; the message says why."""
+    """A way cannot compute a model; the message is the reason."""
 
 
 class AbsentError(UnsupportedError):
@@ -24,16 +24,16 @@ class AbsentError(UnsupportedError):
 
 @dataclass(frozen=True, slots=True)
 class ForwardParts:
-    """What forward passes are built from."""
+    """Inputs from which forward passes are built."""
 
     model: PreTrainedModel
-    """Its KV cache is allocated."""
     attention: PagedAttention
+    """The model's attention, with its KV cache allocated."""
     sampled_ids: SampledIds
     device: torch.device
-    """Where token ids come from."""
+    """Device of the token ids."""
     rows_device: torch.device
-    """Where the numbers of logits' rows come from."""
+    """Device of the row numbers of logits."""
     dtype: torch.dtype
     block_size: int
     max_num_seqs: int
@@ -46,23 +46,23 @@ class ForwardParts:
 class ForwardPass(Protocol):
     name: ClassVar[str]
     follows_description: ClassVar[bool]
-    """Whether it computes from a description of the model and not with its modules: then a small twin of the model is
-    compared at start too."""
+    """Whether it computes from a description of the model instead of its modules: then it is checked at start on a
+    small twin of the model too."""
 
     @classmethod
     def build(cls, parts: ForwardParts) -> Self:
-        """Raises UnsupportedError for a model that it cannot compute on this device."""
+        """Build it for a model. Raises UnsupportedError for a model that it cannot compute on this device."""
         ...
 
     def supports(self, step: PackedStep) -> str | None:
-        """Why it cannot compute this step; None when it can."""
+        """The reason why it cannot compute this step; None when it can."""
         ...
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
-        """Logits (rows, vocabulary) of the rows asked for. They hold until the next step."""
+        """Logits (rows, vocabulary) of the step's logit rows, valid until the next step."""
         ...
 
 
 def has_adapters(linears: list[Linear]) -> bool:
-    """Whether a layer has something to add to its product, now."""
+    """Whether any layer currently has an adapter."""
     return any(linear.delta is not None for linear in linears)

@@ -1,12 +1,12 @@
-"""Decoding steps as recorded graphs: replaying one launches the whole forward pass at once.
+"""Decode steps as recorded graphs (CUDA graphs): replaying one launches the whole forward pass at once.
 
-A decoding step on a GPU is hundreds of kernels of a few microseconds each, and Python needs longer to launch them than
-they need to run. So the forward pass is recorded for some batch sizes over buffers that never move; a step fills the
-buffers, replays the next larger recording, and reads as many rows of the logits as it has. Rows that only pad the batch
-look at no pages and write none.
+A decode step on a GPU is hundreds of kernels of a few microseconds each, and Python takes longer to launch them than
+they take to run. So the forward pass is recorded for some batch sizes over fixed buffers; a step fills the buffers,
+replays the next larger graph, and reads its rows of the logits. Rows that pad the batch neither read nor write the KV
+cache.
 
-A sequence with a few new tokens (drafts of speculation, the end of a prompt) is taken as so many sequences over the
-same pages: each layer stores the keys and values of all rows before any of them looks.
+A sequence with a few new tokens (drafts, the end of a prompt) is computed as as many sequences over the same blocks:
+each layer stores the keys and values of all rows before it computes attention.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from fastserve.engine.devices.device import Device, Recorder
 from fastserve.engine.devices.find import device_of
-from fastserve.engine.kernels.device_step import DeviceStep, IntArray, Items
+from fastserve.engine.kernels.device_step import DeviceStep, IntArray, WorkItems
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.transfers import to_device
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 _SMALL_SIZES = (1, 2, 4, 8)
 _SIZE_STEP = 16
 _MAX_TOKENS_OF_SEQUENCE = 9
-"""New tokens of a sequence, each of which reads the whole context once more."""
+"""Maximum number of new tokens of a sequence, each of which reads the whole context again."""
 
 
 class GraphForward:
-    """Runs the steps in which every sequence has one new token or a few. One thread calls it."""
+    """Computes steps in which every sequence has one or a few new tokens. Not thread-safe."""
 
     name: ClassVar[str] = "graphs"
     follows_description: ClassVar[bool] = False
 
     def __init__(self, parts: ForwardParts, recorder: Recorder) -> None:
-        """The attention must take device steps. What the model's code cannot have recorded (a wait for the device, for
-        one) comes as RuntimeError."""
+        """The attention must take device steps. Raises RuntimeError when the model's code cannot be recorded, for
+        example because it waits for the device."""
         self._parts = parts
         self._linears = parts.linears()
         self.sizes = batch_sizes(parts.max_num_seqs)
@@ -50,7 +50,7 @@ class GraphForward:
         max_blocks = -(-parts.max_model_len // parts.block_size)
         with torch.inference_mode():
             self._inputs = _Inputs(self.sizes[-1], max_blocks, device_of(parts.device))
-            # The largest first: the smaller ones then find the memory that they need in the pool.
+            # Largest first: smaller graphs then reuse its memory in the pool.
             self._replays = {size: recorder.record(self._forward_of(size)) for size in reversed(self.sizes)}
 
     @classmethod
@@ -60,7 +60,7 @@ class GraphForward:
             raise AbsentError("steps cannot be recorded on this device")
         backend = parts.attention.backend
         if backend is None or not backend.takes_device_steps:
-            raise UnsupportedError("attention looks at arrays on the host")
+            raise UnsupportedError("attention reads arrays on the host")
         try:
             return cls(parts, recorder)
         except RuntimeError as error:
@@ -82,12 +82,12 @@ class GraphForward:
         return logits[to_device([rows], logits.device)[0]]
 
     def _replay(self, step: PackedStep) -> torch.Tensor:
-        """Logits (tokens, vocabulary)"""
+        """Logits (tokens, vocabulary)."""
         metadata, count = step.metadata, len(step.input_ids)
-        slots = metadata.token_block * self._parts.block_size + metadata.token_offset
+        slot_mapping = metadata.token_block * self._parts.block_size + metadata.token_offset
         table = np.repeat(metadata.block_table, metadata.counts, axis=0)
         with torch.inference_mode():
-            self._inputs.fill(step.input_ids, step.positions, step.positions + 1, slots, table)
+            self._inputs.fill(step.input_ids, step.positions, step.positions + 1, slot_mapping, table)
             self._replays[next(size for size in self.sizes if size >= count)]()
         if self._logits is None:
             raise RuntimeError("nothing was recorded")
@@ -106,7 +106,7 @@ class GraphForward:
                     use_cache=False,
                 ).logits[0]
             if self._logits is None:
-                # One for all sizes: the recordings would otherwise keep one each.
+                # One tensor for all sizes: otherwise each graph would keep its own.
                 self._logits = logits.clone()
             self._logits[:size].copy_(logits)
 
@@ -114,49 +114,50 @@ class GraphForward:
 
 
 class _Inputs:
-    """What a recorded step reads, at addresses that never change."""
+    """Input buffers of recorded steps, at fixed addresses."""
 
     def __init__(self, size: int, max_blocks: int, on: Device) -> None:
         self._size = size
         self._on = on
         device = on.torch_device
-        # Token ids and positions as int64, then contexts and slots as int32: filled by one transfer.
+        # Token ids and positions as int64, then sequence lengths and slots as int32: filled by one transfer.
         self._packed = torch.zeros(6 * size, dtype=torch.int32, device=device)
-        self.ids, self.positions, self._contexts, self._slots = _parts(self._packed, size)
+        self.ids, self.positions, self._seq_lens, self._slot_mapping = _parts(self._packed, size)
         self._table = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
         self._numbers = torch.arange(size, dtype=torch.int32, device=device)
         self._ones = torch.ones(size, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(size, dtype=torch.int32, device=device)
-        self._slots.fill_(-1)
+        self._slot_mapping.fill_(-1)
 
     def step(self, size: int) -> DeviceStep:
         numbers = self._numbers[:size]
         nothing = numbers[:0]
         host = np.ones(size, dtype=np.int32)
         return DeviceStep(
-            numbers, self._ones[:size], self._contexts[:size], self._table[:size], self._slots[:size], host, host,
-            self._on.send, fixed=Items((numbers, self._zeros[:size]), size, 1, (nothing, nothing), 0),
+            numbers, self._ones[:size], self._seq_lens[:size], self._table[:size], self._slot_mapping[:size],
+            host, host, self._on.send,
+            fixed_items=WorkItems((numbers, self._zeros[:size]), size, 1, (nothing, nothing), 0),
         )  # fmt: skip
 
     def fill(
         self,
         ids: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
-        contexts: npt.NDArray[np.int64],
-        slots: IntArray,
+        seq_lens: npt.NDArray[np.int64],
+        slot_mapping: IntArray,
         block_table: IntArray,
     ) -> None:
         """Arrays (rows, ...), each row a sequence with one new token."""
-        # New each time, from torch's cache of pinned memory: the last step's may still be on its way.
+        # Allocated each time from torch's cache of pinned memory: the last step's may still be in transfer.
         pinned = self._on.pins_memory
         staging = torch.zeros(6 * self._size, dtype=torch.int32, pin_memory=pinned)
         count = len(ids)
-        to_ids, to_positions, to_contexts, to_slots = (part.numpy() for part in _parts(staging, self._size))
+        to_ids, to_positions, to_seq_lens, to_slot_mapping = (part.numpy() for part in _parts(staging, self._size))
         to_ids[:count] = ids
         to_positions[:count] = positions
-        to_contexts[:count] = contexts
-        to_slots[:count] = slots
-        to_slots[count:] = -1
+        to_seq_lens[:count] = seq_lens
+        to_slot_mapping[:count] = slot_mapping
+        to_slot_mapping[count:] = -1
         self._packed.copy_(staging, non_blocking=True)
         table = torch.empty(block_table.shape, dtype=torch.int32, pin_memory=pinned)
         table.numpy()[...] = block_table
@@ -164,12 +165,12 @@ class _Inputs:
 
 
 def _parts(packed: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """(token ids, positions, contexts, slots)"""
+    """(token ids, positions, sequence lengths, slots)"""
     wide = packed[: 4 * size].view(torch.int64)
     return wide[:size], wide[size:], packed[4 * size : 5 * size], packed[5 * size :]
 
 
-def batch_sizes(most: int) -> tuple[int, ...]:
-    """What is recorded: few rows are padding, and few sizes take memory and time at start."""
-    sizes = [size for size in (*_SMALL_SIZES, *range(_SIZE_STEP, most, _SIZE_STEP)) if size < most]
-    return (*sizes, most)
+def batch_sizes(max_size: int) -> tuple[int, ...]:
+    """Batch sizes to record: a trade-off between padding and the memory and start time that each size takes."""
+    sizes = [size for size in (*_SMALL_SIZES, *range(_SIZE_STEP, max_size, _SIZE_STEP)) if size < max_size]
+    return (*sizes, max_size)

@@ -1,4 +1,4 @@
-"""The forward pass by the model's modules, one after the other: the way that is always there."""
+"""The forward pass by the model's own modules: it supports every model and step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModulesForward:
         if step.input_ids.min() < 0:
             parts.sampled_ids.fill_in(input_ids)
         with torch.inference_mode(), parts.attention.running(step.metadata):
-            # transformers takes row numbers: the head is computed for no rows but those wanted.
+            # transformers accepts row numbers here, and computes the LM head for these rows only.
             logits: torch.Tensor = parts.model(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),

@@ -1,9 +1,9 @@
-"""A model whose whole step is one call of a kernel (CPU).
+"""The forward pass of a whole step as one call of a kernel (CPU).
 
-Most decoder-only models are built alike: norms, attention with rotary positions, a gated MLP, each optional norm in one
-of a few places. A model of that build is recognised by its modules and described to the kernel (kernels/decoder.h);
-whether the description is all there is to it is found out by trial, not by its name (engine/selfcheck). The model's
-modules stay as they are and compute the same, only slower: they take over while a layer has an adapter.
+Most decoder-only models have the same structure: norms at a few possible places, attention with rotary embedding, a
+gated MLP. A model of this structure is recognised by its modules and described to the kernel (kernels/decoder.h);
+whether the description is complete is tested at start, not inferred from the model's name (engine/selfcheck). The
+model's modules stay, and compute steps while a layer has an adapter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastserve.engine.layers.linear import Linear, TiedEmbedding, embedding_scal
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
 from fastserve.engine.runner.packed_step import PackedStep
 
-_NORM_PLACES = (
+_NORM_FIELDS = (
     {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
     {
         "input_layernorm": "attention_norm",
@@ -38,9 +38,9 @@ _NORM_PLACES = (
     },
     {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"},
 )
-"""Names of norms in a layer, and where they stand in the kernel's description."""
+"""Names of a layer's norms in known models, and their fields in `LayerStruct`."""
 _STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-"""Kinds of rotary positions whose angles depend on the position alone."""
+"""RoPE types whose angles depend on the position alone."""
 
 
 class WholeStepForward:
@@ -59,11 +59,11 @@ class WholeStepForward:
         self._linears: list[Linear] = []
         self._noted: set[tuple[str, float]] = set()
         self._alive: list[Any] = []
-        """What the kernel's description points to."""
+        """Keeps alive the memory that the structs point to."""
 
     @classmethod
     def build(cls, parts: ForwardParts) -> Self:
-        """For a model whose linear layers, norms and attention layers are ours already."""
+        """The model's linear layers, norms and attention layers must have been replaced by ours before."""
         backend = parts.attention.backend
         if not isinstance(backend, CpuAttention):
             if device_of(parts.device).packs_weights:
@@ -80,7 +80,7 @@ class WholeStepForward:
         return "a layer has an adapter" if has_adapters(self._linears) else None
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
-        """In float32."""
+        """Logits in float32."""
         input_ids, positions, rows = map(torch.from_numpy, (step.input_ids, step.positions, step.logit_rows))
         if step.input_ids.min() < 0:
             self._sampled_ids.fill_in(input_ids)
@@ -104,13 +104,13 @@ class WholeStepForward:
         config = model.config.get_text_config(decoder=True)
         structs = (LayerStruct * len(layers))()
         self._alive.append(structs)
-        waves = _RotaryTable(base, config, self._dtype, max_positions)
+        rotary = _RotaryTable(base, config, self._dtype, max_positions)
         for struct, layer, layer_shape, cache in zip(structs, layers, shapes, self._attention.caches(), strict=True):
             struct.keys, struct.values = (self._pointer(tensor) for tensor in cache)
             struct.window = (layer_shape.window if layer_shape else None) or 0
             self._describe_layer(struct, layer, shape)
         for index, struct in enumerate(structs):
-            struct.cos, struct.sin = (self._pointer(wave) for wave in waves.of_layer(index))
+            struct.cos, struct.sin = (self._pointer(table) for table in rotary.of_layer(index))
         whole = self._struct
         whole.layers = structs
         whole.head = self._weight(head)
@@ -122,7 +122,7 @@ class WholeStepForward:
         whole.num_layers = len(layers)
         whole.hidden = embedding.embedding_dim
         whole.heads, whole.kv_heads, whole.head_dim = shape.num_heads, shape.num_kv_heads, shape.key_dim
-        whole.rotary_dim = waves.dim
+        whole.rotary_dim = rotary.dim
         whole.block_size = self._backend.block_size
         # Rounded as the model's own code does.
         whole.embedding_scale = float(torch.tensor(embedding_scale(embedding), dtype=self._dtype))
@@ -133,20 +133,20 @@ class WholeStepForward:
     def _describe_layer(self, struct: LayerStruct, layer: torch.nn.Module, shape: LayerShape) -> None:
         children = dict(layer.named_children())
         attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
-        places = next((names for names in _NORM_PLACES if names.keys() == children.keys()), None)
-        if places is None or attention is None or mlp is None:
+        field_names = next((names for names in _NORM_FIELDS if names.keys() == children.keys()), None)
+        if field_names is None or attention is None or mlp is None:
             raise UnsupportedError("a layer has other parts")
-        for name, place in places.items():
-            setattr(struct, place, self._norm(children[name]))
+        for name, field in field_names.items():
+            setattr(struct, field, self._norm(children[name]))
         if not isinstance(attention, FusedAttention) or len(attention.inputs) != 3:
             raise UnsupportedError("its attention is not fused")
-        for norm, place in zip(attention.norms, ("query_norm", "key_norm"), strict=True):
+        for norm, field in zip(attention.norms, ("query_norm", "key_norm"), strict=True):
             if norm is not None:
-                setattr(struct, place, self._norm(norm))
-                setattr(struct, f"{place}_size", norm.weight.shape[0])
+                setattr(struct, field, self._norm(norm))
+                setattr(struct, f"{field}_size", norm.weight.shape[0])
         projections = (*attention.inputs, attention.output)
-        for projection, place in zip(projections, ("query", "key", "value", "output"), strict=True):
-            setattr(struct, place, self._weight(projection))
+        for projection, field in zip(projections, ("query", "key", "value", "output"), strict=True):
+            setattr(struct, field, self._weight(projection))
         if struct.query.out != shape.num_heads * shape.key_dim or struct.key.out != shape.num_kv_heads * shape.key_dim:
             raise UnsupportedError("its attention projects to another size")
         self._describe_mlp(struct, mlp)
@@ -189,7 +189,7 @@ class WholeStepForward:
         return self._pointer(norm.weight)
 
     def _same(self, name: str, value: float) -> None:
-        """Note a size that all layers must share."""
+        """Set a value that all layers must share. Raises UnsupportedError when they differ."""
         if (name, value) not in self._noted and any(other == name for other, _ in self._noted):
             raise UnsupportedError(f"layers differ in {name}")
         self._noted.add((name, value))
@@ -205,12 +205,12 @@ class WholeStepForward:
 
 
 def _is_on_cpu(model: PreTrainedModel) -> bool:
-    """All of it: the layers may be, and the embedding or the head on a GPU, whose memory the kernel cannot read."""
+    """Whether all of it is: the embedding or the head may be on a GPU, whose memory the kernel cannot read."""
     return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
 class _RotaryTable:
-    """Cosines and sines of the rotary positions (positions, dim), for each kind of layer."""
+    """Cosines and sines of the rotary embedding (positions, dim), for each type of layer."""
 
     def __init__(self, base: torch.nn.Module, config: Any, dtype: torch.dtype, max_positions: int) -> None:
         rotary = getattr(base, "rotary_emb", None)
@@ -219,17 +219,17 @@ class _RotaryTable:
         kinds = getattr(rotary, "rope_type", "default")
         if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= _STATIC_ROPE:
             raise UnsupportedError("its rotary positions depend on the length")
-        # Only the dtype of this is looked at.
+        # Only its dtype is read.
         like = torch.zeros(1, dtype=dtype)
         positions = torch.arange(max_positions).unsqueeze(0)
         by_layer = "layer_type" in inspect.signature(rotary.forward).parameters
         self._types: list[str | None] = list(config.layer_types) if by_layer else []
         with torch.inference_mode():
             self._found = {
-                kind: tuple(wave[0].contiguous() for wave in rotary(like, positions, *([kind] if kind else [])))
+                kind: tuple(table[0].contiguous() for table in rotary(like, positions, *([kind] if kind else [])))
                 for kind in dict.fromkeys(self._types or [None])
             }
-        sizes = {wave.shape[1] for pair in self._found.values() for wave in pair}
+        sizes = {table.shape[1] for pair in self._found.values() for table in pair}
         if len(sizes) != 1:
             raise UnsupportedError("its layers rotate parts of different sizes")
         self.dim: int = sizes.pop()
