@@ -18,12 +18,25 @@ class Pool:
     """The workers that offer one capability of one model."""
 
     index: DispatchIndex
-    """The workers that can take a request."""
+    """Workers that can take a request, without the paused ones."""
+    paused_index: DispatchIndex
+    """Paused workers that can take a request: chosen only when `index` has no worker for it."""
     workers: dict[str, bool] = field(default_factory=dict)
     """Every worker that offers it or will, by address, and whether it is usable: ready, and reached."""
     num_usable: int = 0
     out: dict[str, None] = field(default_factory=dict)
     """Usable workers that their breakers keep out, the longest first."""
+
+    def set(self, address: str, speed: float, in_flight: int, *, is_paused: bool) -> None:
+        """Add a worker that can take a request, or update it; see `DispatchIndex.set`."""
+        index, other = (self.paused_index, self.index) if is_paused else (self.index, self.paused_index)
+        other.remove(address)
+        index.set(address, speed, in_flight)
+
+    def remove(self, address: str) -> None:
+        """The worker can take no request now; an unknown one is no error."""
+        self.index.remove(address)
+        self.paused_index.remove(address)
 
 
 class ModelBook:
@@ -57,7 +70,7 @@ class ModelBook:
         pools = self._models.setdefault(name, {})
         pool = pools.get(capability)
         if pool is None:
-            pool = pools[capability] = Pool(self._make_index())
+            pool = pools[capability] = Pool(self._make_index(), self._make_index())
             self._left_models.discard(name)
             self._left_pools.discard((name, capability))
         pool.workers[address] = False

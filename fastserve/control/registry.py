@@ -451,9 +451,9 @@ class WorkerRegistry:
                 pool.out[address] = None
                 self._schedule(worker, now)
             if address in pool.out:
-                pool.index.remove(address)
+                pool.remove(address)
             else:
-                pool.index.set(address, speed, in_flight)
+                pool.set(address, speed, in_flight, is_paused=worker.status.paused)
         if not usable:
             self._rows.remove(address)
             worker.row = ()
@@ -462,7 +462,7 @@ class WorkerRegistry:
         state: BreakerState = "closed" if worker.breaker.is_closed else worker.breaker.state(now)
         row = (
             *(in_flight, state, worker.models, worker.capabilities),
-            *(status.multimodal, status.context_length, status.max_concurrency),
+            *(status.paused, status.multimodal, status.context_length, status.max_concurrency),
         )
         if row != worker.row or abs(speed - worker.row_speed) > SPEED_CHANGE * worker.row_speed:
             worker.row, worker.row_speed, worker.row_json = row, speed, None
@@ -476,14 +476,15 @@ class WorkerRegistry:
         pool.num_usable += 1 if usable else -1
         if usable:
             return
-        pool.index.remove(worker.address)
+        pool.remove(worker.address)
         pool.out.pop(worker.address, None)
         while 2 * len(pool.out) > pool.num_usable:
             # Others have gone: those that breakers keep out are no longer half of the fleet at most.
             address = next(iter(pool.out))
             del pool.out[address]
             other = self._workers[address]
-            pool.index.set(address, self._speeds.speed(address), self._in_flight(other))
+            speed, in_flight = self._speeds.speed(address), self._in_flight(other)
+            pool.set(address, speed, in_flight, is_paused=other.status.paused)
 
     def _failed_request(self, worker: _WorkerRecord, now: float, sent_at: float | None) -> None:
         if worker.breaker.fail(now, sent_at):
@@ -523,10 +524,10 @@ class WorkerRegistry:
 
     def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _WorkerRecord | None:
         pools = self._models.pools(model)
-        wanted = pools if capability is None else (capability,) if capability in pools else ()
+        wanted = list(pools.values()) if capability is None else [pools[capability]] if capability in pools else []
         exclude = frozenset(exclude)
-        for name in wanted:
-            address = pools[name].index.choose(exclude, self._rng)
+        for index in (*(pool.index for pool in wanted), *(pool.paused_index for pool in wanted)):
+            address = index.choose(exclude, self._rng)
             if address is not None:
                 break
         else:

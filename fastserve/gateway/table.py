@@ -131,7 +131,7 @@ class CachedTable:
         """The worker that the controller's dispatch method chooses of those that offer `capability` for `model`; ""
         when it wants none of them.
 
-        Workers that fail, and those that the controller no longer shows, come after all others.
+        Workers that fail, that are paused, or that the controller no longer shows come after all others.
         """
         now = self._clock()
         addresses = self._offers().get(model, {}).get(capability, [])
@@ -141,7 +141,7 @@ class CachedTable:
             good = [address for address in sample if address not in exclude and not any(self._doubts(address, now))]
             chosen = self._choose_among(good, in_flight)
         if chosen is None:
-            by_doubts: dict[tuple[bool, bool, bool], list[str]] = {}
+            by_doubts: dict[tuple[bool, ...], list[str]] = {}
             for address in addresses:
                 if address not in exclude:
                     by_doubts.setdefault(self._doubts(address, now), []).append(address)
@@ -151,11 +151,12 @@ class CachedTable:
             breaker.start(now)
         return chosen
 
-    def _doubts(self, address: str, now: float) -> tuple[bool, bool, bool]:
-        """What is against the worker, the most serious first."""
+    def _doubts(self, address: str, now: float) -> tuple[bool, ...]:
+        """Reasons to prefer other workers, the most serious first."""
         row, breaker = self._rows[address], self._breakers.get(address)
         is_out = row.entry.breaker == "open" if breaker is None else not breaker.allows(now)
-        return is_out, self._suspects.get(address, now) > now, row.missing_since is not None
+        is_suspect = self._suspects.get(address, now) > now
+        return is_out, is_suspect, row.entry.status.paused, row.missing_since is not None
 
     def _choose_among(self, addresses: Collection[str], in_flight: Mapping[str, int]) -> str | None:
         index = self._make_index()

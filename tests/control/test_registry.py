@@ -7,6 +7,7 @@ from typing import Protocol
 
 import pytest
 
+from fastserve import dispatch
 from fastserve.control.registry import WorkerRegistry
 from fastserve.protocol import MAX_REQUESTS, WorkerEntry, WorkerStatus
 
@@ -175,6 +176,38 @@ def test_lottery_goes_by_speed_alone(make_registry: Callable[..., WorkerRegistry
     assert registry.get_worker_address("m") == "a"
     registry.heartbeat("a", 0, status(speed=0.0))
     assert registry.get_worker_address("m") == ""
+
+
+@pytest.mark.parametrize("method", dispatch.names())
+def test_a_paused_worker_is_chosen_only_when_no_other_can_be(
+    make_registry: Callable[..., WorkerRegistry], status: MakeStatus, method: str
+) -> None:
+    registry = make_registry(method)
+    registry.heartbeat("paused", 0, status(paused=True, capabilities=["chat", "embeddings"]))
+    registry.heartbeat("busy", 9, status(others=9, capabilities=["chat"]))
+    registry.heartbeat("other model", 0, status(models=("n",), capabilities=["chat", "embeddings"]))
+    assert {registry.acquire("m", f"chat {n}", (), "chat").address for n in range(30)} == {"busy"}
+    assert {registry.get_worker_address("m") for _ in range(10)} == {"busy"}, "whatever the capability"
+    assert registry.acquire("m", "embedding", (), "embeddings").address == "paused"
+    assert registry.acquire("m", "retry", ["busy"], "chat").address == "paused"
+    registry.report_failure("busy")
+    assert registry.acquire("m", "alone", (), "chat").address == "paused"
+
+
+def test_a_worker_that_resumes_is_preferred_again(registry: WorkerRegistry, status: MakeStatus) -> None:
+    registry.heartbeat("a", 0, status(paused=True))
+    registry.heartbeat("b", 5, status(others=5))
+    before = registry.table()
+    assert registry.acquire("m", "1").address == "b"
+    registry.heartbeat("a", 0, status())
+    assert b'"address":"a"' in registry.table_json(before.epoch, before.version), "its row counts as changed"
+    assert registry.acquire("m", "2").address == "a"
+    registry.heartbeat("a", 1, status("2", paused=True))
+    registry.heartbeat("b", 5, status("1", others=5, paused=True))
+    assert registry.acquire("m", "3").address == "a", "among paused workers the method chooses"
+    registry.deregister("a")
+    registry.deregister("b")
+    assert registry.acquire("m", "4").address == ""
 
 
 # ---- counting ---------------------------------------------------------------------------------------------------

@@ -96,6 +96,24 @@ def test_the_empty_table_of_a_restarted_controller_takes_nobody_away_at_once(cac
     assert not cached.is_listed("a")
 
 
+def test_a_paused_worker_is_chosen_only_when_no_other_can_be(cached: CachedTable) -> None:
+    paused = {"status": {"model_names": ["m"], "capabilities": ["chat", "embeddings"], "paused": True}}
+    cached.update(whole(row("a", **paused), row("b", 9)), {})
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
+    assert cached.choose("m", "embeddings", [], {}) == "a"
+    cached.suspect("b")
+    assert cached.choose("m", "chat", [], {}) == "a", "a pause is no failure"
+    cached.update(changes(row("a")), {})
+    assert cached.choose("m", "chat", [], {}) == "a", "resumed"
+
+
+def test_paused_workers_among_many_get_nothing(cached: CachedTable) -> None:
+    paused = [row(f"p{n}", status={"model_names": ["m"], "paused": True}) for n in range(100)]
+    cached.update(whole(*paused, row("a", 50)), {})
+    assert {cached.choose("m", "chat", [], {}) for _ in range(20)} == {"a"}
+
+
 # ---- failures while the controller is away ----------------------------------------------------------------------
 
 
