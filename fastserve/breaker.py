@@ -3,7 +3,7 @@
 closed (requests pass) --`threshold` failures in a row--> open (none passes) --`open_s` later--> half-open (one request
 passes as a probe) --success--> closed, or --failure--> open again, for twice as long, up to `MAX_OPEN_S`.
 
-Pure: time, in seconds of any monotonic clock, is an argument. The owner of a fleet's breakers keeps at least half of
+No I/O and no clock: callers pass the time, in monotonic seconds. The owner of a fleet's breakers keeps at least half of
 the fleet in use (`fleet_allows`).
 """
 
@@ -15,7 +15,7 @@ FAILURE_THRESHOLD = 5
 OPEN_S = 10.0
 MAX_OPEN_S = 30.0
 PROBE_TIMEOUT_S = 30.0
-"""A probe without a result after this time is taken to be lost, and another request may probe."""
+"""A probe without a result after this time counts as lost, and another request may probe."""
 
 State = Literal["closed", "open", "half-open"]
 
@@ -53,8 +53,8 @@ class Breaker:
             self._probe_since = now
 
     def succeed(self, sent_at: float | None = None) -> None:
-        """The worker answered a request as it should. While open, the answer to one that was sent before (`sent_at`, by
-        the same clock) says nothing of what made the breaker open.
+        """Note a success. It does not close a breaker that opened after the request was sent (`sent_at`, on the same
+        clock).
         """
         if self._opened_at is not None and sent_at is not None and sent_at < self._opened_at:
             return
@@ -64,12 +64,12 @@ class Breaker:
         self._open_s = self._first_open_s
 
     def withdraw(self) -> None:
-        """The probe ended without a result: the client left, or it was never sent. Another request may probe."""
+        """End the probe without a result (client disconnected, or never sent). Another request may probe."""
         self._probe_since = None
 
     def fail(self, now: float, sent_at: float | None = None) -> bool:
-        """The worker failed a request. Returns True when this opened the breaker. Once it is open, failures of requests
-        that were sent before (`sent_at`, by the same clock) say nothing new.
+        """Note a failure; returns whether it opened the breaker. Ignored if the breaker opened after the request was
+        sent (`sent_at`, on the same clock).
         """
         if self._opened_at is not None and sent_at is not None and sent_at < self._opened_at:
             return False
@@ -95,5 +95,5 @@ class Breaker:
 
 
 def fleet_allows(num_out: int, num_workers: int) -> bool:
-    """Whether one more worker of a fleet may be taken out by its breaker: never more than half of them are out."""
+    """Whether one more worker of a fleet may be taken out by its breaker: at most half of them may be out."""
     return 2 * (num_out + 1) <= num_workers

@@ -18,7 +18,7 @@ from fastserve.serving.server import run_entry, serve
 __all__ = ["create_app", "main"]
 
 GC_THRESHOLDS = (100_000, 50, 100)
-"""Allocations until a collection of the youngest objects, then how many of those until one of older objects."""
+"""Arguments of `gc.set_threshold`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,8 +29,8 @@ def _run(argv: Sequence[str] | None) -> None:
     choices = {"dispatch_method": dispatch.names()}
     config = parse_config(ControllerConfig, argv, "fastserve-controller", os.environ, choices)
     setup_logging(config.log_level, "controller", os.environ)
-    # Statuses and leases of thousands of workers are no garbage: the collector would walk over all of them, again and
-    # again, and questions would wait for it. Reference counting frees nearly everything here.
+    # The collector would scan the statuses and leases of thousands of workers again and again while requests wait.
+    # Reference counting frees nearly everything here.
     gc.set_threshold(*GC_THRESHOLDS)
     sockets = bind(config.host, config.port)
     serve(create_app(config), config, sockets, vital_paths=VITAL_PATHS)

@@ -1,16 +1,16 @@
-"""Every message that our processes send each other over HTTP.
+"""Messages that fastserve's processes send each other over HTTP.
 
-FastChat's wire (register, heartbeat, status) is a subset: its fields keep their names and meaning, ours stand beside
-them with defaults, so a FastChat worker or controller on the other end is understood. Statuses ignore fields that they
-do not know, so processes of neighbouring versions work together.
+They extend FastChat's (register, heartbeat, status): its fields keep their names and meaning, and our own have
+defaults, so FastChat's workers and controllers are compatible. Unknown fields are ignored, so neighbouring versions of
+fastserve are compatible too.
 
-In-flight counts are exact. The API server makes a lease id for each request, asks the controller for a worker with it
-(`/acquire`), sends it to the worker in the header LEASE_HEADER, and gives it back (`/release`) when the answer has
-ended. The worker lists the leases that it is serving in each heartbeat, so a restarted controller knows them again,
-and a lease whose API server died is forgotten once the worker no longer lists it.
+In-flight counts are exact. The API server makes a lease id for each request, acquires a worker from the controller with
+it (`/acquire`), sends it to the worker in the header LEASE_HEADER, and releases it (`/release`) when the answer has
+ended. The worker lists the leases that it is serving in each heartbeat, so a restarted controller learns them again,
+and a lease whose API server died is dropped once the worker no longer lists it.
 
-Everything here has a bound, so that no message of a defective or hostile neighbour costs more than an error that names
-the field. Lists stop at their first wrong element, and numbers are numbers: no NaN, no strings, no booleans.
+All fields are bounded, so that a message of a defective or hostile process costs no more than an error that names the
+field. Validation of a list stops at its first invalid element. Numbers exclude NaN, strings and booleans.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from fastserve.breaker import State as BreakerState
 LEASE_HEADER = "x-fastserve-lease"
 REQUEST_ID_HEADER = "x-request-id"
 MAY_PRIORITISE_HEADER = "x-fastserve-may-prioritise"
-"""Set by the API server: "1" for requests whose key may put them before others, else "0". Only who has the cluster key
-is believed (with --insecure, everybody)."""
+"""Set by the API server: "1" if the request's key may raise its priority, else "0". Accepted only from senders with the
+cluster key (with --insecure, from everybody)."""
 SEED_HEADER = "x-fastserve-seed"
-"""Set by the API server: the seed of a request that brings none of its own, a decimal number up to MAX_SEED. Every
-worker that the request is sent to samples the same tokens with it. Believed as MAY_PRIORITISE_HEADER is."""
+"""Set by the API server: the sampling seed for a request without one, a decimal number up to MAX_SEED. With it, every
+worker that the request is sent to samples the same tokens. Accepted like MAY_PRIORITISE_HEADER."""
 CHOICES_HEADER = "x-fastserve-choices"
-"""Indices of the choices that this worker is to generate, of all that the request asks for, separated by commas
-(`0,3`); they keep their indices in the answer, and their noise. Without it, all. Believed as MAY_PRIORITISE_HEADER
-is."""
+"""Comma-separated indices (`0,3`) of the request's choices that this worker generates; without it, all. In the answer
+they keep their indices, and they are sampled as if all were generated. Accepted like MAY_PRIORITISE_HEADER."""
 HOPS_HEADER = "x-fastserve-hops"
-"""Ids of the API servers that have passed the request on, separated by commas."""
+"""Comma-separated ids of the API servers that have forwarded the request."""
 
 MAX_NAME_CHARS = 512
 MAX_ADDRESS_CHARS = 300
@@ -43,7 +42,7 @@ MAX_LEASE_CHARS = 128
 MAX_MODEL_NAMES = 256
 """For one worker."""
 MAX_LEASES = 32_768
-"""For one worker; together they fit the controller's limit of a body."""
+"""For one worker; a list of so many fits into the controller's limit on request bodies."""
 MAX_RELEASES = 4_096
 """In one message."""
 MAX_EXCLUDED = 64
@@ -60,10 +59,10 @@ MAX_CHOICES_CHARS = 4096
 """Longest value of CHOICES_HEADER."""
 
 ASSUMED_CAPABILITIES = ("chat", "completions")
-"""Capabilities of a worker that does not state any: FastChat's workers, other OpenAI-compatible servers, older ones."""
+"""Capabilities of a worker that states none: FastChat's workers, other OpenAI-compatible servers, older versions."""
 
 NAME_PATTERN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$"
-"""No control characters: they forge log lines, steer terminals and turn the direction of writing."""
+"""No control characters: they can forge log lines, control terminals and reverse the direction of text."""
 
 ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS, pattern=NAME_PATTERN)]
 Address = Annotated[str, StringConstraints(max_length=MAX_ADDRESS_CHARS, pattern=NAME_PATTERN)]
@@ -87,41 +86,41 @@ class Message(BaseModel):
 
 
 class WorkerStatus(Message):
-    """A worker's whole status. The first four fields are FastChat's."""
+    """Status of a worker. The first four fields are FastChat's."""
 
     model_names: Annotated[list[ModelName], Field(max_length=MAX_MODEL_NAMES, fail_fast=True)]
     speed: Speed = 1.0
     queue_length: RequestCount = 0
-    """Requests that run or wait, however they came."""
+    """Running and waiting requests, with or without a lease."""
     multimodal: Flag = False
     tokens_per_s: TokensPerS | None = None
-    """Measured decode speed on a fixed reference batch, corrected by what the machine really does; None: not known."""
+    """Decode speed on a reference batch, measured at start and corrected by later steps. None: not known."""
     heartbeat_interval_s: IntervalS | None = None
-    """None: a FastChat worker, judged by the controller's own expiration time."""
+    """None: a FastChat worker, which expires after the controller's own `--heartbeat-expiration-s`."""
     leases: LeaseIds = Field(default_factory=list)
-    """Lease ids of the requests that run or wait here. Left out of the rows of a routing table."""
+    """Lease ids of the running and waiting requests. Empty in the rows of a routing table."""
     context_length: TokenCount | None = None
     max_concurrency: RequestCount | None = None
     kv_usage: Share = 0.0
     """Share of the KV cache in use by running requests, 0 to 1."""
     version: Annotated[str, StringConstraints(max_length=64)] | None = None
     ready: Flag = True
-    """False while the model loads or the engine restarts: the models are known, but no request is sent here."""
+    """False while the model loads or the engine restarts: the models are known, but no requests are sent here."""
     paused: Flag = False
-    """An administrator has paused the engine: requests are accepted, and wait."""
+    """An administrator has paused the engine: requests are accepted, and wait. Dispatch prefers other workers."""
     capabilities: Capabilities | None = None
-    """Kinds of requests that the worker answers for its models (`chat`, `completions`, ...); each stands for a route of
-    the API server. None: not stated, or not known before the model is loaded.
+    """Kinds of requests that the worker answers for its models (`chat`, `completions`, ...), each for one route of the
+    API server. None: not stated, or not known until the model is loaded.
     """
 
     @property
     def offered(self) -> Sequence[str]:
-        """The stated capabilities, or those that are assumed of a worker that states none."""
+        """The stated capabilities, or the assumed ones if none are stated."""
         return ASSUMED_CAPABILITIES if self.capabilities is None else self.capabilities
 
     @property
     def unleased(self) -> int:
-        """Requests that came past the controller's `/acquire`: from clients directly, or FastChat's API server."""
+        """Requests without a lease: sent by clients directly, or by FastChat's API server."""
         return max(0, self.queue_length - len(self.leases))
 
 
@@ -136,11 +135,11 @@ class HeartbeatRequest(Message):
     worker_name: Address
     queue_length: RequestCount
     status: WorkerStatus | None = None
-    """With it, the heartbeat alone (re-)registers the worker."""
+    """With a status, the heartbeat also registers a worker that the controller does not know."""
 
 
 class WorkerName(Message):
-    """Body of `/deregister_worker` (a worker says goodbye) and `/report_failure` (a connection to it failed)."""
+    """Body of `/deregister_worker` (a worker shuts down) and `/report_failure` (a connection to it failed)."""
 
     worker_name: Address
 
@@ -163,27 +162,27 @@ class AcquireRequest(Message):
     exclude: Annotated[list[Address], Field(max_length=MAX_EXCLUDED, fail_fast=True)] = Field(default_factory=list)
     """Addresses that this request has already failed on."""
     capability: Capability | None = None
-    """What the worker must offer; None: anything."""
+    """Capability that the worker must offer; None: any."""
 
 
 class AcquireResponse(Message):
-    """`address` is "" when no worker can take the request now."""
+    """`address` is "" if no worker can take the request now."""
 
     address: Address | Literal[""]
     known: Flag
     """Whether the model is served, loads, or was served lately."""
     retry_after_s: Seconds | None = None
-    """When another try may succeed; set when the model is known and no worker can take the request."""
+    """Time to wait before a retry; set if the model is known and no worker can take the request."""
     capabilities: Capabilities | None = None
-    """Set when the model is served, but not with the capability that was asked for: those that it is served with."""
+    """Capabilities that the model is served with; set if the requested one is not among them."""
 
 
 class ReleaseRequest(Message):
-    """Requests that have ended, and what each says about the worker that had it.
+    """Leases of requests that have ended, with the outcome of each.
 
-    A lease in `leases` alone is a success: the worker answered as it should. One that is in `failed` too counts against
-    the worker (a 500, an answer that is none, a cut stream, a timeout). One in `unused` too says nothing about it
-    (never sent, or the client left before the end).
+    A lease in `leases` alone is a success. A lease that is also in `failed` counts as a failure of the worker (a 500,
+    an invalid answer, a cut stream, a timeout). A lease that is also in `unused` counts as neither (never sent, or the
+    client disconnected before the end).
     """
 
     leases: Releases
@@ -192,7 +191,7 @@ class ReleaseRequest(Message):
 
 
 class ServingRequest(Message):
-    """Body of `/serving`: which of these leases did their workers list in their last heartbeats?"""
+    """Body of `/serving`, which returns those of the leases that workers listed in their last heartbeats."""
 
     leases: Releases
 
@@ -207,20 +206,20 @@ class WorkerEntry(Message):
     address: Address
     status: WorkerStatus
     in_flight: RequestCount
-    """Requests on the worker now, as the controller counts them."""
+    """Requests on the worker now, by the controller's count."""
     speed: Speed
     """Relative speed: 1 is the mean of the workers whose speed is known."""
     breaker: BreakerState = "closed"
 
 
 class RoutingTable(Message):
-    """The workers that can take requests: all of them, or what has changed since a version that the reader has."""
+    """The workers that can take requests: all of them, or the changes since a version that the reader has."""
 
     dispatch_method: Annotated[str, StringConstraints(max_length=64)]
     workers: Annotated[list[WorkerEntry], Field(max_length=MAX_WORKERS, fail_fast=True)]
     epoch: Annotated[str, StringConstraints(max_length=64)] = ""
-    """Chosen anew at each start of the controller; versions of different epochs have nothing to do with each other."""
+    """Random id of the controller's process; versions of different epochs cannot be compared."""
     version: Annotated[int, Field(strict=True, ge=0)] = 0
     is_delta: Flag = False
-    """Whether `workers` and `removed` are only what has changed since the version that was asked for."""
+    """Whether `workers` and `removed` are only the changes since the requested version."""
     removed: Annotated[list[Address], Field(max_length=MAX_WORKERS, fail_fast=True)] = Field(default_factory=list)

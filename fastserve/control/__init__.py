@@ -1,1 +1,1 @@
-"""The controller's room: who serves which model, and which worker takes the next request."""
+"""The controller: worker registry, dispatch and its HTTP endpoints."""

@@ -1,8 +1,8 @@
-"""Which workers are listed: those with a proper address in an allowed network, that answer, and whose names are free.
+"""Admission of workers to the registry.
 
-The controller and the API servers call what is listed, and clients' prompts go there. So an address is checked and the
-worker called once before it is listed, and neither an address nor a model name passes to a worker with another owner's
-key while a worker of the first owner lives.
+The controller and the API servers call registered workers and send them clients' prompts. So a worker is admitted only
+if its address is valid and in an allowed network, and it answers one call (the probe). An address or a model name
+cannot move to a worker with another owner's key while a worker of the first owner is registered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastserve.errors import ConflictError, FastserveError, OverloadedError, Ser
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 10_000
-"""Workers that wait to be called."""
+"""Workers waiting for their probe."""
 MAX_RETRIES = 256
 RETRY_INTERVAL_S = 1.0
 NUM_RETRIES = 60
@@ -34,7 +34,7 @@ class _Admitted:
 
 
 class WorkerAdmission:
-    """Open it (`async with`) before use; it owns the calls to workers that are under way."""
+    """Use it as an async context manager; it owns the running probes."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class WorkerAdmission:
         is_listed: Callable[[str], bool],
         max_probes: int,
     ) -> None:
-        """`check_network` and `probe` raise a FastserveError for a worker that is not to be listed; without `probe`
-        workers are not called.
+        """`check_network` and `probe` raise a FastserveError to reject a worker. Without `probe` workers are not
+        called.
         """
         self._check_network = check_network
         self._probe = probe
@@ -69,9 +69,9 @@ class WorkerAdmission:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def admit(self, name: str, owner: str, model_names: Sequence[str], *, is_ready: bool = True) -> str:
-        """The address, in its one form, of a worker that may be listed.
+        """Check a worker; returns its normalized address if it may be registered.
 
-        A worker that is not ready may not listen yet: it is called when it is. Raises InvalidRequestError,
+        A worker that is not ready may not listen yet, so it is probed once it is ready. Raises InvalidRequestError,
         PermissionDeniedError, ConflictError, and the errors of `probe`.
         """
         known = self.find(name, owner, model_names, is_ready=is_ready)
@@ -86,16 +86,16 @@ class WorkerAdmission:
         if before is None:
             await self._check_network(address)
         if is_ready and not has_answered:
-            await self._call(text)
+            await self._probe_once(text)
             has_answered = True
-        # Others may have been admitted in the meantime.
+        # Others may have been admitted while this one waited.
         self._check_owner(text, owner, names)
         self._note(text, _Admitted(owner, names, has_answered))
         return text
 
     def find(self, name: str, owner: str, model_names: Sequence[str], *, is_ready: bool = True) -> str | None:
-        """The same for a worker that is listed as it says, without waiting; None when `admit` is to decide."""
-        # Most give the address in its one form: it need not be parsed.
+        """The normalized address of a worker that is already registered with these values; None: call `admit`."""
+        # Most addresses are normalized already and need no parsing.
         text = name if name in self._admitted else str(parse_worker_address(name))
         admitted = self._admitted.get(text)
         if admitted is None or admitted.owner != owner or not (admitted.has_answered or not is_ready):
@@ -103,17 +103,19 @@ class WorkerAdmission:
         return text if self._is_listed(text) and admitted.model_names == tuple(model_names) else None
 
     async def admit_again(self, address: str, model_names: Sequence[str], *, is_ready: bool) -> None:
-        """The same for a listed worker that was asked what it serves: its owner stays."""
+        """Check a registered worker whose status was polled; its owner does not change."""
         await self.admit(address, self._admitted[address].owner, model_names, is_ready=is_ready)
 
     def address_of(self, name: str, owner: str) -> str:
-        """The address of a worker that its owner speaks of. Raises InvalidRequestError and ConflictError."""
+        """Normalize an address and check that it does not belong to another owner. Raises InvalidRequestError and
+        ConflictError.
+        """
         text = str(parse_worker_address(name))
         self._check_owner(text, owner, ())
         return text
 
     def retry_later(self, name: str, admit: Callable[[], Awaitable[None]]) -> None:
-        """Try `admit` again for a minute: FastChat's workers register a moment before they listen, and again only after
+        """Retry `admit` for a minute: FastChat's workers register a moment before they listen, and then not again for
         45 s.
         """
         if name in self._retries or len(self._retries) >= MAX_RETRIES:
@@ -133,26 +135,26 @@ class WorkerAdmission:
                 logger.warning("A worker is not registered: %s", error.message)
             return
 
-    async def _call(self, address: str) -> None:
-        """Call the worker, once for all who wait for its answer."""
+    async def _probe_once(self, address: str) -> None:
+        """Probe the worker; concurrent callers share one probe."""
         if self._probe is None:
             return
         task = self._probes.get(address)
         if task is None:
             if len(self._probes) >= MAX_WAITING:
                 raise OverloadedError("Too many workers register at once.")
-            task = asyncio.create_task(self._call_in_turn(address, self._probe))
+            task = asyncio.create_task(self._run_probe(address, self._probe))
             self._probes[address] = task
-            task.add_done_callback(lambda task: self._called(address, task))
-        # A registration that is broken off must not end the call for the others.
+            task.add_done_callback(lambda task: self._finish_probe(address, task))
+        # A cancelled registration must not cancel the probe for the others.
         await asyncio.shield(task)
 
-    def _called(self, address: str, task: asyncio.Task[None]) -> None:
+    def _finish_probe(self, address: str, task: asyncio.Task[None]) -> None:
         del self._probes[address]
         if not task.cancelled():
-            task.exception()  # looked at also when nobody waits for it any more
+            task.exception()  # retrieved, so that asyncio does not log it when nobody waits any more
 
-    async def _call_in_turn(self, address: str, probe: Callable[[str], Awaitable[None]]) -> None:
+    async def _run_probe(self, address: str, probe: Callable[[str], Awaitable[None]]) -> None:
         async with self._slots:
             await probe(address)
 

@@ -73,12 +73,12 @@ def create_app(
             yield
 
     endpoints = message_endpoints(registry, admission, client, metrics)
-    # The router has them too: it answers other methods than POST.
+    # The router has them too, to answer methods other than POST.
     routes: list[BaseRoute] = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
     routes += [*fastserve_routes(registry, metrics), *fastchat_routes(registry, admission, client)]
     app = FastAPI(title="fastserve controller", version=__version__, lifespan=lifespan, routes=routes, openapi_url=None)
     install_error_handlers(app)
-    # The first one added is the innermost: all checks of requests come before it.
+    # The middleware added first is the innermost, so the access checks run before it.
     app.add_middleware(DirectRoutes, endpoints=endpoints)
     guard_cluster_service(app, access, metrics.registry)
     return app

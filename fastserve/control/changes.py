@@ -1,7 +1,7 @@
-"""Which rows of the routing table have changed since a version, so that readers get those only.
+"""Versions of the rows of the routing table, so that readers get only what has changed.
 
-Each change gives its row the next version. A row stands here once, at its last change, so the memory is that of the
-rows and of MAX_REMOVED that are gone; a reader whose version is older than what is remembered gets the whole table.
+Each change gives its row the next version. Only the last change of a row is kept, and the last MAX_REMOVED removals; a
+reader with an older version gets the whole table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ class ChangeLog:
         self._rows: OrderedDict[str, int] = OrderedDict()
         """Version of each row's last change, oldest first."""
         self._removed: OrderedDict[str, int] = OrderedDict()
+        """Version of each removal, oldest first."""
         self._forgotten = 0
         """Removals up to this version may have been forgotten."""
 
@@ -27,14 +28,14 @@ class ChangeLog:
         return address in self._rows
 
     def put(self, address: str) -> None:
-        """A row is new or has changed."""
+        """Record that a row is new or has changed."""
         self.version += 1
         self._rows[address] = self.version
         self._rows.move_to_end(address)
         self._removed.pop(address, None)
 
     def remove(self, address: str) -> None:
-        """A row is gone; an unknown one is no error."""
+        """Record that a row is gone. An unknown row is no error."""
         if self._rows.pop(address, None) is None:
             return
         self.version += 1
@@ -46,8 +47,8 @@ class ChangeLog:
         return list(self._rows)
 
     def since(self, version: int) -> tuple[list[str], list[str]] | None:
-        """Addresses of the rows that changed after `version`, and of those that are gone; None when that is no longer
-        known, or `version` was never given.
+        """Addresses of the rows that changed after `version`, and of those removed after it. None if the log does not
+        reach back so far, or `version` was never issued.
         """
         if not self._forgotten <= version <= self.version:
             return None

@@ -1,4 +1,4 @@
-"""Time as a process sees it that may be held up."""
+"""A clock that does not count the time during which the process was stopped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_GAP_S = 0.3
 
 
 class RunningClock:
-    """Seconds during which this process has run, for judging the silence of others.
+    """Seconds for which this process has run; used to time out heartbeats.
 
-    A controller that was stopped, starved or suspended finds the heartbeats of the time in its sockets, behind the
-    questions that came first: by the plain clock all workers would be silent, and dropped. So a gap between two ticks
-    counts as MAX_GAP_S at most. Without ticks (see `ticking`) this is the plain clock.
+    After a controller was stopped, starved or suspended, the heartbeats of that time still wait in its sockets. By the
+    plain clock all workers would be overdue, and would be dropped. So a gap between two ticks counts as MAX_GAP_S at
+    most. Without ticks (see `ticking`) this is the plain clock.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -38,7 +38,7 @@ class RunningClock:
 
     @asynccontextmanager
     async def ticking(self) -> AsyncIterator[None]:
-        """Tick within the block, as long as the event loop runs."""
+        """Tick every TICK_S within the block."""
         task = asyncio.create_task(self._tick_for_ever())
         try:
             yield

@@ -1,8 +1,8 @@
-"""Endpoints that take one JSON message and answer with another, and the shortest ways to them.
+"""Endpoints that take one JSON message and answer with another, with little overhead.
 
-Heartbeats, `/acquire` and `/release` come by the thousand each second, so they pass neither FastAPI's machinery nor the
-router, which would cost more than the answer: `DirectRoutes` stands right behind the application's middlewares, and a
-connection that asks for the same again and again is answered without them (`serving/direct.py`).
+Thousands of heartbeats, `/acquire` and `/release` come each second. FastAPI and the router would cost more than the
+answer, so `DirectRoutes` bypasses them, and a connection that repeats the same request bypasses the application's
+middlewares too (`serving/direct.py`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BAD_MESSAGE_LOG_INTERVAL_S = 5.0
 class MessageEndpoint(Generic[MessageT]):
     """An ASGI application.
 
-    `answer` gets the parsed message and the request's scope, and returns JSON at once, or None when it would have to
-    wait; then `answer_later` does it. A FastserveError that they raise becomes the answer. Messages that nobody waits
-    for are routine: others are answered first.
+    `answer` gets the parsed message and the request's scope. It returns JSON, or None if it would have to wait; then
+    `answer_later` is called. A FastserveError that they raise becomes the answer. With `is_routine` (nobody waits for
+    the answer) other messages are answered first.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MessageEndpoint(Generic[MessageT]):
         await send({"type": "http.response.body", "body": answer})
 
     def _answer_directly(self, scope: Scope, body: bytes) -> bytes | None:
-        """None also when something is wrong: the usual way finds and reports it again."""
+        """None also on errors: `__call__` then raises and reports them."""
         try:
             return self._answer(self._kind.model_validate_json(body), scope)
         except (ValueError, FastserveError):
@@ -90,7 +90,7 @@ class MessageEndpoint(Generic[MessageT]):
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, or None when the client has gone."""
+    """The whole body; None if the client has disconnected."""
     pieces: list[bytes] = []
     while True:
         message: Any = await receive()
@@ -102,7 +102,7 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 class DirectRoutes:
-    """Middleware: POST requests to these paths go straight to their endpoints, all others on to the application."""
+    """Middleware: passes POST requests to these paths to their endpoints, and all others to the application."""
 
     def __init__(self, app: ASGIApp, endpoints: Mapping[str, ASGIApp]) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""FastChat's `/worker_generate_stream` on the controller: it acts as one big worker.
+"""FastChat's `/worker_generate_stream` on the controller, which acts as one big worker.
 
-The answer is a row of JSON records, each ended by a NUL byte, with HTTP 200 whatever happens; it ends in exactly one
-terminal record, the worker's own or one error record.
+The answer is a sequence of JSON records, each terminated by a NUL byte. Its status is always 200, and its last record
+is the worker's last one or an error record.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 MAX_DEATHS = 2
-"""A request on which so many workers died is not given to another one."""
+"""A request that killed this many workers is not retried."""
 MAX_HOPS = 4
-"""Controllers one behind the other."""
+"""Controllers in a chain."""
 MAX_RECORD_BYTES = 2**24
-"""Longest record of a worker. Each one holds the whole text so far."""
+"""Longest record of a worker. Each record holds the whole text so far."""
 
 
 async def relay(
     registry: WorkerRegistry, client: WorkerClient, model: str, body: bytes, hops: str
 ) -> AsyncGenerator[bytes, None]:
-    """Send `body` to a worker that serves `model` and pass whole records on. `hops`: HOPS_HEADER for the worker.
+    """Send `body` to a worker that serves `model`, and relay its records. `hops`: HOPS_HEADER for the worker.
 
-    A worker that cannot be reached is replaced by another as long as nothing has been passed on.
+    Another worker is tried if one cannot be reached and nothing has been relayed yet.
     """
     failed: list[str] = []
     num_deaths = 0
@@ -72,7 +72,7 @@ async def relay(
             if started or not is_unreachable:
                 break
         except ShortageError as error:
-            # Nothing against the worker, and no other one could be asked either.
+            # This process has no file or port left, so no other worker could be reached either.
             yield _error_record(error.message, error.legacy_code)
             return
         finally:
@@ -90,7 +90,7 @@ async def relay(
 
 
 async def _whole_records(pieces: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
-    """Only whole records, so that an error record never lands in the middle of one. Raises InvalidAnswerError."""
+    """Regroup pieces into whole records, so that an error record can follow. Raises InvalidAnswerError."""
     rest = bytearray()
     has_records = False
     async for piece in pieces:

@@ -1,15 +1,15 @@
-"""Which request runs on which worker: the controller's book of leases.
+"""Leases: which request runs on which worker.
 
-Three parties tell about a lease, and any of them may die: the API server takes and releases it, the worker lists it in
-its heartbeats while it serves the request, and the controller may be restarted and know nothing. So:
+The API server acquires and releases a lease, and the worker lists it in its heartbeats while it serves the request. Any
+of them may die, and a restarted controller knows no leases. So:
 
-- a listed lease that nobody here knows is adopted;
-- a lease that the worker has listed ends when it lists it no more;
+- an unknown lease that a worker lists is adopted;
+- a lease that the worker has listed ends when a heartbeat no longer lists it;
 - a lease that the worker has not listed yet may still be on its way, and ends after a grace time;
-- a released lease may still stand in a heartbeat that was written before: for RELEASE_MEMORY_S it is not taken up
-  again. What a worker lists after that really runs there.
+- a released lease may still be in a heartbeat that was sent before: for RELEASE_MEMORY_S it is not adopted again. A
+  lease that is listed after that really runs there.
 
-Pure: the time, in seconds of any monotonic clock, is an argument.
+No I/O and no clock: callers pass the time, in monotonic seconds.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from dataclasses import dataclass, field
 
 RELEASE_MEMORY_S = 5.0
 MAX_REMEMBERED = 200_000
-"""Released leases that are remembered, the newest ones: whoever has the cluster key can release what never was."""
+"""Released leases that are remembered, newest first: with the cluster key anybody can release leases that never
+existed."""
 
 
 @dataclass(slots=True)
-class _Held:
+class _LeaseSet:
     """One worker's leases."""
 
     since: dict[str, float] = field(default_factory=dict)
-    """When each was granted, or adopted from the worker's list."""
+    """Time at which each lease was granted or adopted."""
     unlisted: set[str] = field(default_factory=set)
-    """Those that the worker has not listed yet."""
+    """Leases that the worker has not listed yet."""
 
 
-class LeaseBook:
-    """Each lease is on one worker at most, and all workers together have at most `max_leases`."""
+class WorkerLeases:
+    """The leases of all workers, at most `max_leases`. Each lease is on one worker at most."""
 
     def __init__(self, max_leases: int) -> None:
         self._max_leases = max_leases
-        self._by_worker: dict[str, _Held] = {}
+        self._by_worker: dict[str, _LeaseSet] = {}
         self._owner: dict[str, str] = {}
         self._released: OrderedDict[str, float] = OrderedDict()
-        """When each lease was released, oldest first."""
+        """Time at which each lease was released, oldest first."""
 
     def __len__(self) -> int:
         return len(self._owner)
@@ -56,30 +57,30 @@ class LeaseBook:
 
     def served(self, worker: str) -> list[str]:
         """The leases that the worker listed in its last heartbeat."""
-        held = self._by_worker.get(worker, _Held())
+        held = self._by_worker.get(worker, _LeaseSet())
         return [lease for lease in held.since if lease not in held.unlisted]
 
     def owner(self, lease: str) -> str | None:
         return self._owner.get(lease)
 
     def granted_at(self, lease: str) -> float:
-        """When a known lease was granted, or adopted from a worker's list."""
+        """Time at which a known lease was granted or adopted."""
         return self._by_worker[self._owner[lease]].since[lease]
 
     def is_served(self, lease: str) -> bool:
-        """Whether the lease's worker has listed it, in its last heartbeat too."""
+        """Whether the lease's worker listed it in its last heartbeat."""
         worker = self._owner.get(lease)
         return worker is not None and lease not in self._by_worker[worker].unlisted
 
     def grant(self, lease: str, worker: str, now: float) -> None:
-        """Put `lease` on `worker`, and take it from the worker that had it."""
+        """Assign `lease` to `worker`, whichever worker had it before."""
         self._drop(lease)
         self._released.pop(lease, None)
         self._put(lease, worker, now)
         self._by_worker[worker].unlisted.add(lease)
 
     def release(self, leases: Iterable[str], now: float) -> None:
-        """End leases; those that are not known here are remembered too."""
+        """End leases. Unknown ones are remembered as released too."""
         self._forget_released(now)
         for lease in leases:
             self._drop(lease)
@@ -89,19 +90,19 @@ class LeaseBook:
             self._released.popitem(last=False)
 
     def drop_worker(self, worker: str) -> None:
-        for lease in self._by_worker.pop(worker, _Held()).since:
+        for lease in self._by_worker.pop(worker, _LeaseSet()).since:
             del self._owner[lease]
 
     def reconcile(self, worker: str, listed: Collection[str], now: float, grace_s: float) -> int:
-        """Take in the leases that a worker says it serves. Returns how many there was no room for."""
+        """Apply the list of leases that a worker reports. Returns how many exceed `max_leases` and were left out."""
         self._forget_released(now)
         held = self._by_worker.get(worker)
         if held is None:
             if not listed:
                 return 0
-            held = self._by_worker[worker] = _Held()
+            held = self._by_worker[worker] = _LeaseSet()
         names = dict.fromkeys(listed)
-        # Most lists are like the last one, or nearly: views compare them faster than a look at each lease.
+        # Most lists are equal to the last one or nearly so: comparing views is faster than checking each lease.
         if held.since.keys() == names.keys() and not held.unlisted:
             return 0
         held.unlisted.difference_update(names)
@@ -119,8 +120,8 @@ class LeaseBook:
         return left_out
 
     def reconcile_count(self, worker: str, num_requests: int, now: float, grace_s: float) -> None:
-        """The same for a worker that tells only how many requests it has: it cannot have more leases than that, and the
-        oldest are taken to be the ended ones.
+        """Apply the number of requests of a worker that does not list leases: it cannot have more leases than that, and
+        the oldest are assumed to have ended.
         """
         held = self._by_worker.get(worker)
         if held is None:
@@ -133,7 +134,7 @@ class LeaseBook:
     def _put(self, lease: str, worker: str, now: float) -> None:
         held = self._by_worker.get(worker)
         if held is None:
-            held = self._by_worker[worker] = _Held()
+            held = self._by_worker[worker] = _LeaseSet()
         held.since[lease] = now
         self._owner[lease] = worker
 

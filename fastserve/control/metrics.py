@@ -19,15 +19,15 @@ class WorkerFigures:
     in_flight: int
     breaker: BreakerState
     dispatched: tuple[tuple[str, int], ...]
-    """Requests that it was chosen for, by model."""
+    """Requests dispatched to it, by model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Counts of the registry, as `/metrics` shows them."""
+    """The registry's counts for `/metrics`."""
 
     workers: Sequence[WorkerFigures]
-    """Those that take requests."""
+    """Workers that take requests."""
     num_leases: int
     num_refused: int
     num_breakers_opened: int
@@ -49,7 +49,7 @@ class ControlMetrics:
         return exposition(self.registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the collector registry. Series of a worker end with it, so they do not pile up."""
+        """Called by the collector registry. The series of a worker that has left are gone, so they do not pile up."""
         figures = self._figures
         dispatched = CounterMetricFamily(
             "fastserve_controller_dispatched", "Requests that got a worker.", labels=["model", "worker"]
@@ -68,7 +68,7 @@ class ControlMetrics:
         yield dispatched
         yield in_flight
         yield breaker_state
-        # Not by model: a name that nobody serves is whatever a client made up.
+        # Without a model label: clients can make up any name.
         yield CounterMetricFamily(
             "fastserve_controller_no_worker", "Requests that got no worker.", value=figures.num_refused
         )

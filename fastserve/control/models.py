@@ -1,4 +1,4 @@
-"""The models that are served, by name and capability: their workers, and those that were served lately."""
+"""Models by name and capability: the workers that serve them, and the models that were served until lately."""
 
 from __future__ import annotations
 
@@ -15,37 +15,50 @@ KeyT = TypeVar("KeyT")
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """The workers that offer one capability of one model."""
+    """The workers that offer one capability for one model."""
 
     index: DispatchIndex
-    """The workers that can take a request."""
+    """Workers that can take a request, without the paused ones."""
+    paused_index: DispatchIndex
+    """Paused workers that can take a request: chosen only when `index` has no worker for it."""
     workers: dict[str, bool] = field(default_factory=dict)
-    """Every worker that offers it or will, by address, and whether it is usable: ready, and reached."""
+    """All workers of the pool by address; True if usable (ready and reachable)."""
     num_usable: int = 0
-    out: dict[str, None] = field(default_factory=dict)
-    """Usable workers that their breakers keep out, the longest first."""
+    ejected: dict[str, None] = field(default_factory=dict)
+    """Usable workers that get no requests because their breakers are open, oldest first."""
+
+    def set(self, address: str, speed: float, in_flight: int, *, is_paused: bool) -> None:
+        """Add a worker that can take a request, or update it; see `DispatchIndex.set`."""
+        index, other = (self.paused_index, self.index) if is_paused else (self.index, self.paused_index)
+        other.remove(address)
+        index.set(address, speed, in_flight)
+
+    def remove(self, address: str) -> None:
+        """Remove a worker that cannot take a request. An unknown one is no error."""
+        self.index.remove(address)
+        self.paused_index.remove(address)
 
 
-class ModelBook:
-    """Models by name, with a pool of workers for each capability; at most `max_models`, and as many that were served up
-    to `memory_s` ago.
+class ServedModels:
+    """Models by name, at most `max_models`, with a pool of workers for each capability. Remembers as many models that
+    were served up to `memory_s` ago.
 
-    Pure: the time, in seconds of any monotonic clock, is an argument.
+    No I/O and no clock: callers pass the time, in monotonic seconds.
     """
 
     def __init__(self, make_index: Callable[[], DispatchIndex], max_models: int, memory_s: float) -> None:
         self._make_index = make_index
         self._max_models = max_models
         self._models: dict[str, dict[str, Pool]] = {}
-        self._left_models: _Memory[str] = _Memory(max_models, memory_s)
-        self._left_pools: _Memory[tuple[str, str]] = _Memory(max_models, memory_s)
+        self._former_models: _RecentKeys[str] = _RecentKeys(max_models, memory_s)
+        self._former_pools: _RecentKeys[tuple[str, str]] = _RecentKeys(max_models, memory_s)
 
     def pools(self, name: str) -> Mapping[str, Pool]:
-        """The model's pools by capability; none for a model that nobody serves."""
+        """The model's pools by capability; empty for a model that nobody serves."""
         return self._models.get(name, {})
 
     def check_room(self, names: Iterable[str]) -> None:
-        """Raises OverloadedError when there is no room for those of the names that are new."""
+        """Raises OverloadedError if the names that are new exceed `max_models`."""
         if len(self._models) + sum(name not in self._models for name in names) > self._max_models:
             raise OverloadedError(
                 f"The controller knows {self._max_models:,} names of models and takes no more (--max-model-names).",
@@ -53,45 +66,45 @@ class ModelBook:
             )
 
     def add(self, name: str, capability: str, address: str) -> Pool:
-        """A worker offers the capability of the model, and is not usable yet. Returns the pool that it is in now."""
+        """Add a worker, not usable yet, to the pool of the model and capability. Returns the pool."""
         pools = self._models.setdefault(name, {})
         pool = pools.get(capability)
         if pool is None:
-            pool = pools[capability] = Pool(self._make_index())
-            self._left_models.discard(name)
-            self._left_pools.discard((name, capability))
+            pool = pools[capability] = Pool(self._make_index(), self._make_index())
+            self._former_models.discard(name)
+            self._former_pools.discard((name, capability))
         pool.workers[address] = False
         return pool
 
     def discard(self, name: str, capability: str, address: str, now: float, *, is_withdrawn: bool = False) -> None:
-        """A worker, no longer usable, leaves a pool. With `is_withdrawn` it still serves the model, but says that it
-        does not offer the capability: there is no reason to wait for the capability to come back.
+        """Remove a worker, no longer usable, from a pool. With `is_withdrawn` it still serves the model and has stated
+        that it does not offer the capability, so clients need not wait for the capability to come back.
         """
         pools = self._models[name]
         del pools[capability].workers[address]
         if not pools[capability].workers:
             del pools[capability]
             if not is_withdrawn:
-                self._left_pools.note((name, capability), now)
+                self._former_pools.note((name, capability), now)
         if not pools:
             del self._models[name]
-            self._left_models.note(name, now)
+            self._former_models.note(name, now)
 
     def was_served(self, name: str, now: float, capability: str | None = None) -> bool:
-        """Whether the model was served lately; with `capability`, whether it was served with that."""
+        """Whether the model was served lately (with `capability`, if given) and is not served now."""
         if capability is None:
-            return self._left_models.holds(name, now)
-        return self._left_pools.holds((name, capability), now)
+            return self._former_models.holds(name, now)
+        return self._former_pools.holds((name, capability), now)
 
 
-class _Memory(Generic[KeyT]):
-    """Keys that were noted up to `memory_s` ago, the newest `max_keys` of them."""
+class _RecentKeys(Generic[KeyT]):
+    """Keys noted up to `memory_s` ago, at most the newest `max_keys`."""
 
     def __init__(self, max_keys: int, memory_s: float) -> None:
         self._max_keys = max_keys
         self._memory_s = memory_s
         self._noted_at: OrderedDict[KeyT, float] = OrderedDict()
-        """Oldest first."""
+        """Time of the last note of each key, oldest first."""
 
     def note(self, key: KeyT, now: float) -> None:
         self._noted_at[key] = now

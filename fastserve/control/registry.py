@@ -1,8 +1,9 @@
-"""The controller's memory: the workers, what each one last said, and how many requests it has.
+"""The worker registry: the workers, the last status of each, and the number of its requests.
 
-Soft state: everything here comes back with the workers' next heartbeats. No I/O and no waiting; time and chance are
-handed in. What becomes due (silent workers, probes of breakers) is done when the registry is next asked anything, so
-there is no task that could die. A heartbeat costs the same however many workers there are, and a choice hardly more.
+Soft state: after a restart everything comes back with the workers' next heartbeats. No I/O; the clock and the random
+generator are passed in. What is due (dropping silent workers, probes of breakers) is done at the next call of any
+method, so there is no background task that could die. The cost of a heartbeat does not depend on the number of workers,
+that of a choice hardly.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from fastserve import dispatch
 from fastserve.breaker import Breaker, fleet_allows
 from fastserve.breaker import State as BreakerState
 from fastserve.control.changes import ChangeLog
-from fastserve.control.leases import LeaseBook
+from fastserve.control.leases import WorkerLeases
 from fastserve.control.metrics import Figures, WorkerFigures
-from fastserve.control.models import ModelBook, Pool
-from fastserve.control.speed import SpeedBook
+from fastserve.control.models import Pool, ServedModels
+from fastserve.control.speed import WorkerSpeeds
 from fastserve.errors import OverloadedError
 from fastserve.observability.text import printable
 from fastserve.protocol import MAX_CAPABILITIES, MAX_REQUESTS, AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
@@ -31,15 +32,17 @@ logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 3
 MIN_EXPIRATION_S = 2.5
-"""A floor under short heartbeat intervals: a busy machine may well delay a heartbeat by this much."""
+"""Minimum, for workers with short heartbeat intervals: a busy machine may delay a heartbeat by this much."""
 LEASE_GRACE_HEARTBEATS = 2
 MIN_LEASE_GRACE_S = 2.0
 RETRY_S = 5.0
-"""After a failure, a worker that sends no heartbeats cannot tell that it is back: it is tried again after this time."""
+"""After a failure, a worker that sends no heartbeats cannot report that it is back: it is tried again after this
+time."""
 REPORT_MEMORY_S = 30.0
-"""A worker that answers somebody after it was reported is not taken out by a further report within this time."""
+"""A worker that has answered a request since it was reported is not taken out of dispatch by a further report within
+this time."""
 SPEED_CHANGE = 0.05
-"""Relative change of a speed that makes a row of the table a changed one."""
+"""Relative change of a worker's speed from which on its row of the table counts as changed."""
 BUSY_RETRY_AFTER_S = 1.0
 MAX_LINES_PER_S = 50
 LOADING_RETRY_AFTER_S = 5.0
@@ -49,9 +52,9 @@ LOADING_RETRY_AFTER_S = 5.0
 class RegistryLimits:
     max_workers: int
     max_model_names: int
-    """All workers together."""
+    """For all workers together."""
     max_leases: int
-    """All workers together."""
+    """For all workers together."""
     model_memory_s: float
 
 
@@ -62,34 +65,34 @@ class _WorkerRecord:
     check_heart_beat: bool
     last_beat: float
     models: tuple[str, ...] = ()
-    """The names of its status, each once, as far as they are listed in the models."""
+    """Model names that it is listed with, each once."""
     capabilities: Sequence[str] | None = ()
-    """Those of the status that it is listed with."""
+    """`capabilities` of the status that it is listed with."""
     pools: dict[tuple[str, str], Pool] = field(default_factory=dict)
-    """Where it is listed, by model and capability."""
+    """Its pools, by model and capability."""
     breaker: Breaker = field(default_factory=Breaker)
     probe: str | None = None
-    """Lease of the request that probes whether it is well again."""
+    """Lease of the request that serves as its breaker's probe."""
     unleased: int = 0
-    """Requests that it has besides the leases, as of the last heartbeat."""
-    unlisted: int = 0
-    """Sent to it without a lease since the last heartbeat."""
+    """Requests without a lease, as of the last heartbeat."""
+    sent_unleased: int = 0
+    """Requests sent to it without a lease since the last heartbeat."""
     dispatched: dict[str, int] = field(default_factory=dict)
-    """Requests that it was chosen for, by model."""
+    """Requests dispatched to it, by model."""
     failed_at: float | None = None
-    """When a connection to it failed; None after a sign of life."""
+    """Time at which a connection to it failed; None after a sign of life."""
     answered_at: float = -math.inf
     reported_at: float = -math.inf
     wake_at: float = math.inf
-    """When it is next looked at without being asked for."""
+    """Time of its next entry in the queue of due checks."""
     row: tuple[object, ...] = ()
-    """Values that its row of the table was last made from, besides its speed. When they differ, the row has changed."""
+    """Values of its last row of the table, besides the speed; the row has changed when the current ones differ."""
     row_speed: float = 0.0
     row_json: bytes | None = None
 
 
 class WorkerRegistry:
-    """The workers by address. One thread only; each method is one step that nothing can interrupt."""
+    """The workers by address. For one thread; no method awaits, so each is atomic."""
 
     def __init__(
         self,
@@ -100,16 +103,16 @@ class WorkerRegistry:
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
-        """`clock` gives monotonic seconds. Raises StartupError when there is no such dispatch method."""
+        """`clock` gives monotonic seconds. Raises StartupError for an unknown dispatch method."""
         self._dispatch_method = dispatch_method
         self._heartbeat_expiration_s = heartbeat_expiration_s
         self._limits = limits
         self._clock = clock
         self._rng = rng
         self._workers: dict[str, _WorkerRecord] = {}
-        self._models = ModelBook(dispatch.load(dispatch_method), limits.max_model_names, limits.model_memory_s)
-        self._leases = LeaseBook(limits.max_leases)
-        self._speeds = SpeedBook()
+        self._models = ServedModels(dispatch.load(dispatch_method), limits.max_model_names, limits.model_memory_s)
+        self._leases = WorkerLeases(limits.max_leases)
+        self._speeds = WorkerSpeeds()
         self._rows = ChangeLog()
         self._epoch = f"{rng.getrandbits(64):016x}"
         self._wakes: list[tuple[float, int, _WorkerRecord]] = []
@@ -121,9 +124,9 @@ class WorkerRegistry:
     # ---- reports of workers -------------------------------------------------------------------------------------
 
     def register(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> None:
-        """A worker is there, perhaps again. Without `check_heart_beat` it is never dropped for silence.
+        """Add a worker, or update a known one. Without `check_heart_beat` it is never dropped for silence.
 
-        Raises OverloadedError when there is no room for it; what is known of it then stays as it is.
+        Raises OverloadedError at the limit of workers or model names; then nothing has changed.
         """
         self.expire()
         self._check_room(name, status)
@@ -132,7 +135,7 @@ class WorkerRegistry:
         self._sign_of_life(worker, status.queue_length, status)
 
     def heartbeat(self, name: str, queue_length: int, status: WorkerStatus | None = None) -> bool:
-        """A sign of life. A whole `status` registers an unknown worker; without it, False asks it to register.
+        """Note a sign of life. With a `status`, an unknown worker is registered; without, False asks it to register.
 
         Raises OverloadedError as `register` does.
         """
@@ -147,9 +150,10 @@ class WorkerRegistry:
         return True
 
     def polled(self, name: str, status: WorkerStatus) -> None:
-        """A worker was asked for its status and answered.
+        """Update a worker with the status that it gave when polled.
 
-        A fastserve worker may answer in FastChat's short form. Its heartbeats say more, so its status stays then.
+        A fastserve worker may answer with FastChat's fields alone. Its heartbeats report more, so then its status is
+        kept.
         """
         self.expire()
         worker = self._workers.get(name)
@@ -159,7 +163,7 @@ class WorkerRegistry:
             self._sign_of_life(worker, status.queue_length, None if short else status)
 
     def deregister(self, name: str) -> None:
-        """A worker says goodbye; an unknown one is no error."""
+        """Remove a worker that shuts down. An unknown one is no error."""
         self.expire()
         if name in self._workers:
             self._remove(name, "it said goodbye")
@@ -169,8 +173,8 @@ class WorkerRegistry:
     def report_failure(self, name: str) -> None:
         """A connection to the worker failed: it gets no more requests until it gives a sign of life.
 
-        A worker that has answered others since the last report is well: the connection failed for a reason between it
-        and the one that reports. Then the report only counts as a failure for its breaker.
+        If it has answered a request since the last report, the fault lies between it and the reporting API server. Then
+        the report only counts as a failure for its breaker.
         """
         self.expire()
         worker = self._workers.get(name)
@@ -192,10 +196,10 @@ class WorkerRegistry:
     def acquire(
         self, model: str, lease: str, exclude: Collection[str] = (), capability: str | None = None
     ) -> AcquireResponse:
-        """Choose a worker that offers `capability` for a request and count the request on it until `release`.
+        """Choose a worker that offers `capability` for a request, and count the request on it until `release`.
 
-        A request that tries again may use its lease again: it then counts on the new worker only. Raises
-        OverloadedError when there are too many leases.
+        A retry may use the same lease; the request then counts on the new worker only. Raises OverloadedError at the
+        limit of leases.
         """
         self.expire()
         now = self._clock()
@@ -215,8 +219,8 @@ class WorkerRegistry:
         return AcquireResponse.model_construct(address=worker.address, known=True)
 
     def release(self, leases: Iterable[str], failed: Collection[str] = (), unused: Collection[str] = ()) -> None:
-        """Requests have ended, and their workers have failed them (`failed`), or it is not known (`unused`), or have
-        answered. Unknown leases are no error.
+        """End the leases of requests that their workers failed (`failed`), that say nothing about their workers
+        (`unused`), or that were answered (all others). Unknown leases are no error.
         """
         self.expire()
         now = self._clock()
@@ -233,7 +237,7 @@ class WorkerRegistry:
             if is_probe:
                 worker.probe = None
             if lease in failed:
-                # A lost connection is reported at once, too, and counts once.
+                # A lost connection was also reported by `report_failure`: it counts once.
                 if worker.reported_at < sent_at:
                     self._failed_request(worker, now, sent_at)
             elif lease not in unused:
@@ -246,27 +250,29 @@ class WorkerRegistry:
             self._update(worker, now)
 
     def get_worker_address(self, model: str) -> str:
-        """The address for a request without a lease (FastChat's way), or ""; counted until the next heartbeat."""
+        """A worker for a request without a lease, as FastChat sends it; "" for none. Counted until its next
+        heartbeat.
+        """
         self.expire()
         worker = self._choose(model, None, ())
         if worker is None:
             return ""
-        worker.unlisted += 1
+        worker.sent_unleased += 1
         self._update(worker, self._clock())
         return worker.address
 
-    # ---- questions ----------------------------------------------------------------------------------------------
+    # ---- queries ------------------------------------------------------------------------------------------------
 
     def serving(self, leases: Iterable[str]) -> list[str]:
-        """Those of the leases that their workers listed in their last heartbeats."""
+        """The leases, of the given ones, that their workers listed in their last heartbeats."""
         self.expire()
         return [lease for lease in leases if self._leases.is_served(lease)]
 
     def list_models(self, *, multimodal: bool | None = None) -> list[str]:
-        """Names of the models served, sorted; with `multimodal`, by workers with or without that mark only.
+        """Names of the models served, sorted; with `multimodal`, only by workers whose status has that value.
 
-        A worker whose connection failed still counts: it is either back or dropped within a few heartbeats. One that
-        still loads does not.
+        Workers whose connection failed are included: they are back or dropped within a few heartbeats. Workers that
+        still load are not.
         """
         self.expire()
         workers = (w for w in self._workers.values() if w.status.ready and multimodal in (None, w.status.multimodal))
@@ -290,8 +296,8 @@ class WorkerRegistry:
         )
 
     def table_json(self, epoch: str, version: int) -> bytes:
-        """The routing table, without lists of leases, as JSON: what has changed since `version` of this `epoch`, or
-        everything when that is not known.
+        """The routing table as JSON, without leases: the changes since `version` of `epoch`, or all rows if these are
+        not known.
         """
         self.expire()
         changes = self._rows.since(version) if epoch == self._epoch else None
@@ -322,12 +328,12 @@ class WorkerRegistry:
         )
 
     def addresses(self) -> list[str]:
-        """Every worker, also those whose connection failed."""
+        """All workers, including those whose connection failed."""
         self.expire()
         return list(self._workers)
 
     def knows(self, name: str) -> bool:
-        """Whether a worker of this address is registered."""
+        """Whether a worker with this address is registered."""
         return name in self._workers
 
     @property
@@ -337,8 +343,8 @@ class WorkerRegistry:
         return len(self._rows)
 
     def expire(self) -> None:
-        """Do what is due: drop the workers that have been silent for too long, let breakers probe. Every question does
-        this first.
+        """Do what is due: drop workers that have been silent for too long, let breakers probe. The other methods that
+        depend on it call it first.
         """
         now = self._clock()
         while self._wakes and self._wakes[0][0] <= now:
@@ -353,7 +359,7 @@ class WorkerRegistry:
                 self._update(worker, now)
                 self._schedule(worker, now)
 
-    # ---- inside -------------------------------------------------------------------------------------------------
+    # ---- internals ----------------------------------------------------------------------------------------------
 
     def _check_room(self, name: str, status: WorkerStatus) -> None:
         worker = self._workers.get(name)
@@ -390,18 +396,18 @@ class WorkerRegistry:
         worker.status = status = status or worker.status.model_copy(update={"queue_length": queue_length})
         worker.last_beat = now
         worker.failed_at = None
-        worker.unlisted = 0
+        worker.sent_unleased = 0
         interval = status.heartbeat_interval_s
         grace_s = max(LEASE_GRACE_HEARTBEATS * (interval or 0.0), MIN_LEASE_GRACE_S)
         if is_new_status and interval is not None:
             left_out = self._leases.reconcile(worker.address, status.leases, now, grace_s)
             worker.unleased = status.unleased + left_out
         else:
-            # No list of leases came with it; the queue length covers leased requests and others alike.
+            # Without a list of leases: the queue length counts requests with and without a lease.
             self._leases.reconcile_count(worker.address, queue_length, now, grace_s)
             worker.unleased = max(0, queue_length - self._leases.count(worker.address))
         if status.leases:
-            # The book of leases has them, within its bound.
+            # Kept in `_leases`, which bounds them.
             worker.status = status = status.model_copy(update={"leases": []})
         names = status.model_names
         if (
@@ -419,7 +425,7 @@ class WorkerRegistry:
     def _list_models_of(
         self, worker: _WorkerRecord, names: tuple[str, ...], capabilities: Iterable[str], now: float
     ) -> None:
-        """The worker serves these models from now on, and offers these capabilities for each."""
+        """Put the worker into the pools of these models and capabilities, and take it out of all others."""
         offered = dict.fromkeys(itertools.product(names, capabilities))
         served = frozenset(names)
         for name, capability in worker.pools.keys() - offered.keys():
@@ -436,7 +442,7 @@ class WorkerRegistry:
             self._update(self._workers[address], now)
 
     def _update(self, worker: _WorkerRecord, now: float) -> None:
-        """Bring the indexes and the table to what is known of the worker."""
+        """Update the dispatch indexes and the routing table with the worker's current state."""
         usable = self._is_usable(worker, now)
         address, in_flight, speed = worker.address, self._in_flight(worker), self._speeds.speed(worker.address)
         is_allowed = worker.breaker.is_closed or worker.breaker.allows(now)
@@ -446,14 +452,14 @@ class WorkerRegistry:
             if not usable:
                 continue
             if is_allowed:
-                pool.out.pop(address, None)
-            elif address not in pool.out and fleet_allows(len(pool.out), pool.num_usable):
-                pool.out[address] = None
+                pool.ejected.pop(address, None)
+            elif address not in pool.ejected and fleet_allows(len(pool.ejected), pool.num_usable):
+                pool.ejected[address] = None
                 self._schedule(worker, now)
-            if address in pool.out:
-                pool.index.remove(address)
+            if address in pool.ejected:
+                pool.remove(address)
             else:
-                pool.index.set(address, speed, in_flight)
+                pool.set(address, speed, in_flight, is_paused=worker.status.paused)
         if not usable:
             self._rows.remove(address)
             worker.row = ()
@@ -462,28 +468,29 @@ class WorkerRegistry:
         state: BreakerState = "closed" if worker.breaker.is_closed else worker.breaker.state(now)
         row = (
             *(in_flight, state, worker.models, worker.capabilities),
-            *(status.multimodal, status.context_length, status.max_concurrency),
+            *(status.paused, status.multimodal, status.context_length, status.max_concurrency),
         )
         if row != worker.row or abs(speed - worker.row_speed) > SPEED_CHANGE * worker.row_speed:
             worker.row, worker.row_speed, worker.row_json = row, speed, None
             self._rows.put(address)
 
     def _set_usable(self, pool: Pool, worker: _WorkerRecord, usable: bool) -> None:
-        """Count the worker among the usable ones of one of its pools, or no longer."""
+        """Mark the worker as usable, or not, in one of its pools."""
         if pool.workers[worker.address] == usable:
             return
         pool.workers[worker.address] = usable
         pool.num_usable += 1 if usable else -1
         if usable:
             return
-        pool.index.remove(worker.address)
-        pool.out.pop(worker.address, None)
-        while 2 * len(pool.out) > pool.num_usable:
-            # Others have gone: those that breakers keep out are no longer half of the fleet at most.
-            address = next(iter(pool.out))
-            del pool.out[address]
+        pool.remove(worker.address)
+        pool.ejected.pop(worker.address, None)
+        while 2 * len(pool.ejected) > pool.num_usable:
+            # The pool has shrunk: put ejected workers back until at most half of it is ejected.
+            address = next(iter(pool.ejected))
+            del pool.ejected[address]
             other = self._workers[address]
-            pool.index.set(address, self._speeds.speed(address), self._in_flight(other))
+            speed, in_flight = self._speeds.speed(address), self._in_flight(other)
+            pool.set(address, speed, in_flight, is_paused=other.status.paused)
 
     def _failed_request(self, worker: _WorkerRecord, now: float, sent_at: float | None) -> None:
         if worker.breaker.fail(now, sent_at):
@@ -494,7 +501,7 @@ class WorkerRegistry:
             )
 
     def _log(self, level: int, text: str, *values: str) -> None:
-        """Log a line about a worker; at most MAX_LINES_PER_S, for thousands may come or go at the same time."""
+        """Log a line about a worker, at most MAX_LINES_PER_S: thousands may come or go at the same time."""
         now = self._clock()
         if now - self._log_second >= 1.0:
             if self._num_lines > MAX_LINES_PER_S:
@@ -505,7 +512,9 @@ class WorkerRegistry:
             logger.log(level, text, *values)
 
     def _schedule(self, worker: _WorkerRecord, now: float) -> None:
-        """Look at the worker again when something of it becomes due, if not sooner for another reason."""
+        """Schedule a check of the worker for when its timeout or its breaker's probe is due, unless an earlier one is
+        scheduled.
+        """
         due = math.inf
         if worker.check_heart_beat:
             due = math.nextafter(worker.last_beat + self._patience_s(worker), math.inf)
@@ -523,10 +532,10 @@ class WorkerRegistry:
 
     def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _WorkerRecord | None:
         pools = self._models.pools(model)
-        wanted = pools if capability is None else (capability,) if capability in pools else ()
+        offering = list(pools.values()) if capability is None else [pools[capability]] if capability in pools else []
         exclude = frozenset(exclude)
-        for name in wanted:
-            address = pools[name].index.choose(exclude, self._rng)
+        for index in (*(pool.index for pool in offering), *(pool.paused_index for pool in offering)):
+            address = index.choose(exclude, self._rng)
             if address is not None:
                 break
         else:
@@ -542,21 +551,21 @@ class WorkerRegistry:
             if not self._models.was_served(name, now):
                 return AcquireResponse(address="", known=False)
             return AcquireResponse(address="", known=True, retry_after_s=LOADING_RETRY_AFTER_S)
-        wanted = pools.values() if capability is None else [pools[capability]] if capability in pools else []
-        if not wanted:
+        offering = pools.values() if capability is None else [pools[capability]] if capability in pools else []
+        if not offering:
             assert capability is not None
-            # What a model can is not known before it is loaded.
+            # The capabilities of a model may be unknown until it is loaded.
             if not self._models.was_served(name, now, capability) and not self._has_unstated(pools.values()):
                 offered = sorted(pools)[:MAX_CAPABILITIES]
                 return AcquireResponse(address="", known=True, capabilities=offered)
         is_loading = not any(
-            pool.num_usable or any(self._workers[address].status.ready for address in pool.workers) for pool in wanted
+            pool.num_usable or any(self._workers[address].status.ready for address in pool.workers) for pool in offering
         )
         retry_after_s = LOADING_RETRY_AFTER_S if is_loading else BUSY_RETRY_AFTER_S
         return AcquireResponse(address="", known=True, retry_after_s=retry_after_s)
 
     def _has_unstated(self, pools: Iterable[Pool]) -> bool:
-        """Whether a worker still loads and has not stated its capabilities."""
+        """Whether a worker is loading and has not stated its capabilities yet."""
         statuses = (self._workers[address].status for pool in pools for address in pool.workers)
         return any(not status.ready and status.capabilities is None for status in statuses)
 
@@ -570,14 +579,14 @@ class WorkerRegistry:
         )
 
     def _row_json(self, worker: _WorkerRecord) -> bytes:
-        """The row as it was when it last counted as changed."""
+        """The row as of its last change."""
         if worker.row_json is None:
             worker.row_json = self._entry(worker).model_dump_json(exclude={"status": {"leases"}}).encode()
         return worker.row_json
 
     def _in_flight(self, worker: _WorkerRecord) -> int:
-        # Who claims a million has the last place anyway, and its row stays within what API servers accept.
-        return min(self._leases.count(worker.address) + worker.unleased + worker.unlisted, MAX_REQUESTS)
+        # Capped at the most that API servers accept in a row.
+        return min(self._leases.count(worker.address) + worker.unleased + worker.sent_unleased, MAX_REQUESTS)
 
     def _is_usable(self, worker: _WorkerRecord, now: float) -> bool:
         if not worker.status.ready:

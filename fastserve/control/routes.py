@@ -1,4 +1,4 @@
-"""The controller's endpoints: FastChat's nine, and ours. Each message is parsed once, by its pydantic model."""
+"""The controller's endpoints: FastChat's nine, and our own. Each message is parsed once, by its pydantic model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 MAX_REFRESHED_AT_ONCE = 64
-"""Workers that are asked for their status at a time."""
+"""Workers that are polled for their status at the same time."""
 NULL = b"null"
 EXISTS = b'{"exist":true}'
 EXISTS_NOT = b'{"exist":false}'
@@ -62,7 +62,7 @@ VITAL_PATHS = frozenset(
         "/ready",
     }
 )
-"""Small messages that hold the cluster together: served even when memory is short."""
+"""Small messages that the cluster depends on: served even when memory is short."""
 
 
 def message_endpoints(
@@ -71,7 +71,7 @@ def message_endpoints(
     """The endpoints that take a message and answer with another, by path."""
 
     def wait(_: RegisterRequest, __: Scope) -> None:
-        """No registration is answered at once: the worker is called."""
+        """A registration cannot be answered at once: the worker is called first."""
 
     async def register_worker(body: RegisterRequest, scope: Scope) -> bytes:
         owner: str = scope["state"]["owner"]
@@ -85,7 +85,7 @@ def message_endpoints(
     async def register(body: RegisterRequest, owner: str) -> None:
         status = body.worker_status
         if status is None:
-            # Nothing but the address is known yet, and the address is called: it is checked first.
+            # The address is about to be called, so it is checked before anything else is known.
             status = await client.get_status(await admission.admit(body.worker_name, owner, ()))
         address = await admission.admit(body.worker_name, owner, status.model_names, is_ready=status.ready)
         if body.multimodal:
@@ -146,13 +146,13 @@ def message_endpoints(
 
 
 def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client: WorkerClient) -> list[Route]:
-    """The other endpoints of FastChat's controller, with its answers."""
+    """FastChat's other controller endpoints, with the answers that its controller gives."""
     loop_guard = LoopGuard("controller", MAX_HOPS)
     refreshes: list[asyncio.Task[None]] = []
-    """The one under way, if any."""
+    """The last refresh, if any."""
 
     async def refresh_all_workers(_: Request) -> Response:
-        # All who ask at the same time share one refresh, and few workers are called at once.
+        # Concurrent requests share one refresh, and the number of workers called at a time is bounded.
         if refreshes and not refreshes[-1].done():
             task = refreshes[-1]
         else:
@@ -169,7 +169,7 @@ def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client
         try:
             async with slots:
                 status = await client.get_status(address)
-            if registry.knows(address):  # it may have gone meanwhile
+            if registry.knows(address):  # it may have left in the meantime
                 await admission.admit_again(address, status.model_names, is_ready=status.ready)
                 registry.polled(address, status)
         except WorkerUnreachableError:
@@ -192,7 +192,7 @@ def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client
         }
         return JSONResponse(total)
 
-    async def say_success(_: Request) -> Response:
+    async def show_success(_: Request) -> Response:
         return JSONResponse("success")
 
     def list_models(multimodal: bool | None) -> Endpoint:
@@ -208,7 +208,7 @@ def fastchat_routes(registry: WorkerRegistry, admission: WorkerAdmission, client
         Route("/list_language_models", list_models(False), methods=["POST"]),
         Route("/worker_generate_stream", worker_generate_stream, methods=["POST"]),
         Route("/worker_get_status", worker_get_status, methods=["POST"]),
-        Route("/test_connection", say_success, methods=["GET"]),
+        Route("/test_connection", show_success, methods=["GET"]),
     ]
 
 
@@ -216,7 +216,7 @@ def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[
     """Routes for API servers (`/workers`, `/serving`, ...) and for monitoring."""
 
     async def workers(request: Request) -> Response:
-        """With `epoch` and `since`: what has changed since that version, in rows without lists of leases."""
+        """With `epoch` and `since`: the changes since that version, without leases."""
         query = request.query_params
         if "since" not in query:
             return Response(registry.table().model_dump_json(), media_type="application/json")
@@ -232,11 +232,11 @@ def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[
         return JSONResponse({"status": "ok"})
 
     async def ready(_: Request) -> Response:
-        # Ready without workers too: they cannot register with a controller that waits for them.
+        # Ready without workers too: they can only register with a controller that is ready.
         return JSONResponse({"status": "ok", "workers": registry.num_usable})
 
     async def show_metrics(_: Request) -> Response:
-        # Off the event loop: with thousands of workers it takes longer than a request may wait.
+        # On a thread: with thousands of workers it would hold up the event loop too long.
         text = await asyncio.to_thread(metrics.exposition, registry.figures())
         return Response(text, headers={"content-type": CONTENT_TYPE})
 

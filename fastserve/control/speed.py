@@ -1,12 +1,13 @@
-"""How fast workers are, compared with each other.
+"""Relative speeds of workers.
 
-A measured worker's relative speed is its tokens per second over the mean of the measured workers that it shares models
-with, directly or through others, so 1 is an average worker; one that is not measured keeps the speed that it claims
-(FastChat's workers all claim 1). One scale for all workers that share models keeps each worker's speed a single number,
-whichever of its models is asked for.
+The relative speed of a measured worker is its tokens per second divided by the mean of its group: the measured workers
+that it shares models with, directly or through others. So 1 is an average worker. A worker that is not measured keeps
+the speed that it claims (FastChat's workers all claim 1). With one mean for the group, a worker has the same speed for
+all of its models.
 
-Sums are kept, so a heartbeat costs the same however many workers there are. A change of the mean changes everybody's
-speed: few workers follow it at once, many once in RESCALE_S and when it is worth it.
+Running sums are kept, so the cost of a heartbeat does not depend on the number of workers. A change of the mean changes
+all speeds of the group: small groups are rescaled at once, large ones at most every RESCALE_S, and only for a change of
+RESCALE_CHANGE.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 SMALL_GROUP = 32
 RESCALE_S = 1.0
 RESCALE_CHANGE = 0.01
-"""Relative change of a large group's mean that is passed on."""
+"""Relative change of a large group's mean from which on the group is rescaled."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,13 +28,13 @@ class _Group:
     models: set[str]
     members: dict[str, None] = field(default_factory=dict)
     total: float = 0.0
-    """Tokens per second of the measured members together."""
+    """Sum of the measured members' tokens per second."""
     num_measured: int = 0
     scale: float | None = None
-    """The mean that the members' relative speeds were last computed with; None: none is measured."""
+    """Mean that the members' relative speeds were last computed with; None: no member is measured."""
     scaled_at: float = float("-inf")
     may_split: bool = False
-    """A member that may have been the only link between two models has left."""
+    """A member has left that may have been the only one to connect two models."""
 
     @property
     def mean(self) -> float | None:
@@ -49,7 +50,7 @@ class _Member:
     group: _Group
 
 
-class SpeedBook:
+class WorkerSpeeds:
     def __init__(self) -> None:
         self._members: dict[str, _Member] = {}
         self._group_of: dict[str, _Group] = {}
@@ -63,41 +64,41 @@ class SpeedBook:
     def set(
         self, address: str, models: Collection[str], tokens_per_s: float | None, claimed: float, now: float
     ) -> Iterable[str]:
-        """Take in what a worker says of itself; returns the workers, it among them, whose speed has changed."""
+        """Add or update a worker; returns the workers, including this one, whose speed has changed."""
         rate, names = tokens_per_s or 0.0, tuple(models)
         member = self._members.get(address)
         if member is not None and member.models == names:
             if member.rate == rate and member.claimed == claimed:
                 return self._rescale(member.group, now) or ()
-            _take_out(member)
+            _subtract(member)
             member.rate, member.claimed = rate, claimed
-            _put_in(member)
+            _add(member)
             return self._rescale(member.group, now) or (address,)
         changed = [] if member is None else list(self.remove(address, now))
         group = self._join(names)
         member = self._members[address] = _Member(names, rate, claimed, group)
         group.members[address] = None
-        _put_in(member)
+        _add(member)
         return [*changed, *(self._rescale(group, now) or (address,))]
 
     def remove(self, address: str, now: float) -> Iterable[str]:
-        """Returns the workers whose speed has changed."""
+        """Remove a worker; returns the workers whose speed has changed."""
         member = self._members.pop(address, None)
         if member is None:
             return ()
         group = member.group
-        _take_out(member)
+        _subtract(member)
         del group.members[address]
         if not group.members:
             for name in group.models:
                 del self._group_of[name]
             return ()
-        # With one model it linked nothing; the other members keep the model or it had it alone.
+        # A worker with one model connects no models.
         group.may_split = group.may_split or len(member.models) > 1
         return self._rescale(group, now) or ()
 
     def _join(self, models: Collection[str]) -> _Group:
-        """The group of these models, made of all groups that have one of them."""
+        """Merge all groups that have one of these models; returns the merged group."""
         groups = {id(group): group for name in models if (group := self._group_of.get(name)) is not None}
         ordered = sorted(groups.values(), key=lambda group: len(group.members), reverse=True)
         largest = ordered[0] if ordered else _Group(set())
@@ -119,7 +120,7 @@ class SpeedBook:
         return largest
 
     def _rescale(self, group: _Group, now: float) -> list[str] | None:
-        """Renew the group's scale if it is time to; returns its members then, because the speed of each changes."""
+        """Recompute the group's scale if that is due; returns its members then (all speeds change), else None."""
         mean = group.mean
         is_small = len(group.members) <= SMALL_GROUP
         if not is_small and now - group.scaled_at < RESCALE_S:
@@ -131,14 +132,14 @@ class SpeedBook:
         is_close = mean is not None and group.scale is not None and abs(mean / group.scale - 1) < RESCALE_CHANGE
         if is_close and not is_small:
             return None
-        # Summed up anew: thousands of changes leave rounding errors in a running sum.
+        # Summed again: thousands of changes leave rounding errors in a running sum.
         rates = [rate for address in group.members if (rate := self._members[address].rate)]
         group.total, group.num_measured = sum(rates), len(rates)
         group.scale, group.scaled_at = group.mean, now
         return list(group.members)
 
     def _split(self, group: _Group, now: float) -> list[str]:
-        """Make the groups of these members anew."""
+        """Rebuild the groups of these members."""
         for name in group.models:
             del self._group_of[name]
         members = {address: self._members[address] for address in group.members}
@@ -146,7 +147,7 @@ class SpeedBook:
         for address, member in members.items():
             member.group = self._join(member.models)
             member.group.members[address] = None
-            _put_in(member)
+            _add(member)
         for member in members.values():
             fresh[id(member.group)] = member.group
         for part in fresh.values():
@@ -154,13 +155,13 @@ class SpeedBook:
         return list(members)
 
 
-def _put_in(member: _Member) -> None:
+def _add(member: _Member) -> None:
     if member.rate:
         member.group.total += member.rate
         member.group.num_measured += 1
 
 
-def _take_out(member: _Member) -> None:
+def _subtract(member: _Member) -> None:
     if member.rate:
         member.group.total -= member.rate
         member.group.num_measured -= 1

@@ -1,4 +1,4 @@
-"""What the controller asks of workers over HTTP."""
+"""HTTP client for the controller's requests to workers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastserve.serving.shortage import is_own_shortage
 
 STATUS_TIMEOUT_S = 5.0
 GENERATE_SILENCE_S = 100.0
-"""Longest silence of a worker in a relayed answer; FastChat's value."""
+"""Longest time without data in a relayed answer; FastChat's value."""
 
 
 class WorkerUnreachableError(WorkerLostError):
-    """No connection to the worker, or it broke."""
+    """A connection to the worker failed or broke."""
 
 
 class WorkerBrokenError(WorkerUnreachableError):
@@ -32,9 +32,9 @@ class WorkerBrokenError(WorkerUnreachableError):
 
 
 class WorkerClient:
-    """Open it (`async with`) before use; it holds the connections to the workers.
+    """Use it as an async context manager; it holds the connections to the workers.
 
-    It follows no redirects, and resolves names by `resolver` at each new connection.
+    It follows no redirects, and resolves names with `resolver` for each new connection.
     """
 
     _session: aiohttp.ClientSession
@@ -46,7 +46,7 @@ class WorkerClient:
         max_status_bytes: int,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """`ssl_context` is for `https` addresses; None verifies them with the system's authorities."""
+        """`ssl_context`: for `https` addresses; None verifies them with the system's certificate authorities."""
         self._keys = keys
         self._resolver = resolver
         self._max_status_bytes = max_status_bytes
@@ -68,7 +68,7 @@ class WorkerClient:
         await self._session.close()
 
     async def probe(self, address: str, timeout_s: float) -> None:
-        """Return when a worker answers: `/health` with 200, or FastChat's `/worker_get_status`. Raises like
+        """Check that a worker answers: `/health` with 200, or FastChat's `/worker_get_status`. Raises like
         `get_status`.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -83,8 +83,8 @@ class WorkerClient:
         await self.get_status(address, timeout_s)
 
     async def get_status(self, address: str, timeout_s: float | None = None) -> WorkerStatus:
-        """Raises WorkerUnreachableError; WorkerTimeoutError when the worker is busy; WorkerLostError when it answers,
-        but not with a status; ShortageError when this process could not ask.
+        """Raises WorkerUnreachableError; WorkerTimeoutError if no answer comes in time; WorkerLostError if the answer
+        is not a status; ShortageError if this process has no file or port left.
         """
         timeout_s = STATUS_TIMEOUT_S if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -102,14 +102,14 @@ class WorkerClient:
             raise WorkerLostError(f"{address} gave no status (HTTP {response.status})") from error
 
     async def generate_stream(self, address: str, body: bytes, lease: str, hops: str) -> AsyncGenerator[bytes, None]:
-        """FastChat's `/worker_generate_stream`: the answer's bytes as they come. Raises like `get_status`, and
+        """Yield the bytes of FastChat's `/worker_generate_stream` as they come. Raises like `get_status`, and
         WorkerBrokenError.
         """
         headers = {"Content-Type": "application/json", LEASE_HEADER: lease, HOPS_HEADER: hops}
         timeout = aiohttp.ClientTimeout(total=None, sock_read=GENERATE_SILENCE_S, sock_connect=STATUS_TIMEOUT_S)
         url = f"{address}/worker_generate_stream"
         try:
-            # Headers that come byte by byte are silence too.
+            # Bounds headers that come byte by byte, which `sock_read` does not.
             async with asyncio.timeout(GENERATE_SILENCE_S):
                 response = await self._session.post(
                     url, data=body, headers=headers, timeout=timeout, allow_redirects=False
@@ -128,7 +128,7 @@ class WorkerClient:
 
 
 def _unreachable(address: str, error: Exception) -> ServiceError:
-    """The error for a connection that did not come about: the worker's failure, or a want of our own."""
+    """The error for a failed connection: the worker's failure, or a shortage of this process."""
     if is_own_shortage(error):
         return ShortageError(f"This controller has no open file or port left to reach {address}.")
     return WorkerUnreachableError(f"{address} cannot be reached: {error}")

@@ -1,7 +1,6 @@
-"""A random worker, weighted by speed. Needs no counts, so many controllers may do it side by side.
+"""A random worker, weighted by speed. Needs no counts of requests, so it also works with several controllers.
 
-A Fenwick tree holds sums of the weights. They are integers, so that whatever is added and taken away again leaves the
-sums exact.
+A Fenwick tree holds sums of the weights. These are integers, so the sums stay exact after any number of updates.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ class Index:
         self._slot: dict[str, int] = {}
         self._addresses: list[str] = []
         self._weights: list[int] = []
-        """A slot of a removed worker stays with weight 0, and is given to the next new one."""
+        """Weight by slot. The slot of a removed worker has weight 0 and is reused."""
         self._free: list[int] = []
         self._tree: list[int] = [0]
-        """At `i`, from 1: the sum of the `i & -i` weights that end with slot `i - 1`."""
+        """Fenwick tree, 1-based: node `i` is the sum of the `i & -i` weights up to slot `i - 1`."""
         self._total = 0
 
     def set(self, address: str, speed: float, in_flight: int) -> None:
@@ -38,7 +37,7 @@ class Index:
             self._free.append(slot)
 
     def choose(self, exclude: Collection[str], rng: random.Random) -> str | None:
-        """None when the speeds add up to nearly nothing."""
+        """None if the speeds add up to less than MIN_TOTAL_SPEED."""
         left_out = {slot: self._weights[slot] for address in exclude if (slot := self._slot.get(address)) is not None}
         for slot in left_out:
             self._put(slot, 0)
@@ -57,7 +56,7 @@ class Index:
             return slot
         self._addresses.append(address)
         self._weights.append(0)
-        # The new node covers the nodes that end before it, as far as its lowest bit reaches.
+        # The new node also sums the nodes before it that it covers.
         end = len(self._addresses)
         below, step = 0, 1
         while step < end & -end:
@@ -78,7 +77,7 @@ class Index:
             node += node & -node
 
     def _find(self, ticket: int) -> int:
-        """The slot whose share of the running sum holds `ticket`, a number from 0 to the total less 1."""
+        """The slot whose interval of the cumulative weights contains `ticket`, 0 <= ticket < total."""
         slot, step = 0, 1 << len(self._weights).bit_length() - 1
         while step:
             if slot + step < len(self._tree) and self._tree[slot + step] <= ticket:

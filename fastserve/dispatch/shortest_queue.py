@@ -1,7 +1,7 @@
-"""The worker with the fewest requests for its speed; a random one among equals, so that idle workers share the work.
+"""The worker with the fewest requests relative to its speed; a random one among equals, so that idle workers share.
 
-Workers that wait equally long share a bucket, and a heap orders the buckets. A bucket that has become empty leaves the
-heap when it comes to the top, or when empty ones are most of the heap.
+Workers with the same wait (requests divided by speed) share a bucket, and a heap orders the buckets. An empty bucket
+leaves the heap when it reaches the top, or when the heap is compacted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Index:
     def __init__(self) -> None:
         self._wait: dict[str, float] = {}
         self._buckets: dict[float, list[str]] = {}
-        self._place: dict[str, int] = {}
+        self._position: dict[str, int] = {}
         """Each worker's position in its bucket."""
         self._heap: list[float] = []
-        """The waits of all buckets, and of some that are gone, each once."""
+        """Waits of all buckets, and of some that were removed; unique."""
         self._in_heap: set[float] = set()
 
     def set(self, address: str, speed: float, in_flight: int) -> None:
@@ -30,7 +30,7 @@ class Index:
             return
         self.remove(address)
         bucket = self._buckets.setdefault(wait, [])
-        self._place[address] = len(bucket)
+        self._position[address] = len(bucket)
         bucket.append(address)
         self._wait[address] = wait
         if wait not in self._in_heap:
@@ -45,10 +45,10 @@ class Index:
         if wait is None:
             return
         bucket = self._buckets[wait]
-        place, last = self._place.pop(address), bucket.pop()
+        position, last = self._position.pop(address), bucket.pop()
         if last != address:
-            bucket[place] = last
-            self._place[last] = place
+            bucket[position] = last
+            self._position[last] = position
         if not bucket:
             del self._buckets[wait]
 
@@ -72,7 +72,7 @@ def _any_of(bucket: list[str], exclude: Collection[str], rng: random.Random) -> 
     if not exclude:
         return bucket[int(rng.random() * len(bucket))]
     if len(bucket) > 2 * len(exclude):
-        # At least half of them may be taken: a few tries find one.
+        # At least half of the bucket is allowed: a few tries find one.
         while (chosen := bucket[int(rng.random() * len(bucket))]) in exclude:
             pass
         return chosen

@@ -1,1 +1,1 @@
-"""The API server: who may ask, which worker answers, and the relay of its bytes."""
+"""The API server: OpenAI-compatible routes, relayed to workers."""

@@ -1,9 +1,7 @@
-"""A worker's whole answer: read within bounds, and checked before anything of it reaches the client. No I/O here but
-the reading.
+"""Workers' answers that are not streamed: read within bounds, and checked before the client gets any of them.
 
-Workers are not trusted to be workers: behind an address may stand a proxy's error page, another kind of server, or a
-defect. An answer is passed on when it is JSON of the shape that OpenAI's clients can read, and is an InvalidAnswerError
-otherwise.
+A worker's address may lead to a proxy's error page or another kind of server, and workers may have defects. So an
+answer is passed on only if it is JSON that OpenAI's clients can read; otherwise InvalidAnswerError is raised.
 """
 
 from __future__ import annotations
@@ -22,21 +20,21 @@ from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
 
 MAX_ERROR_BYTES = 2**18
-"""Longest error answer of a worker; it repeats at most a part of the request."""
+"""Longest error answer of a worker. An error repeats a part of the request at most."""
 SHOWN_CHARS = 80
 NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
-"""Codes of our own services that have no such route: a controller that was registered as a worker."""
+"""Error codes of our own services for a missing route, as when a controller was registered as a worker."""
 DIGITS = re.compile(r"[0-9]{1,6}")
 
 Kind = Literal["success", "foreign", "refusal", "failure", "client error"]
 
 
 class _Object(msgspec.Struct):
-    """A JSON object, whatever is in it."""
+    """A JSON object with any content."""
 
 
 class _Choice(msgspec.Struct):
-    """Fields that SDKs read, where they are there."""
+    """Fields that SDKs read; all are optional."""
 
     index: int = 0
     message: _Object | None = None
@@ -52,8 +50,8 @@ class _Error(msgspec.Struct):
 
 
 class Body(msgspec.Struct):
-    """Fields of every answer and of every event of a stream: one of the two is set. Some routes have another name for
-    the list than `choices`.
+    """An answer, or an event of a stream: one of the two fields is set. On some routes the list has another name than
+    `choices`.
     """
 
     choices: list[_Choice] | None = None
@@ -67,7 +65,7 @@ _decode_any = msgspec.json.Decoder().decode
 
 @dataclass(frozen=True)
 class Answer:
-    """A worker's whole answer, held back until it is known that it will be passed on."""
+    """A worker's answer that is not streamed. It is kept until the relay decides whether to pass it on or to retry."""
 
     status: int
     body: bytes
@@ -76,22 +74,22 @@ class Answer:
 
     @property
     def kind(self) -> Kind:
-        """How the request goes on.
+        """Classify the answer for the relay.
 
-        refusal: this worker cannot take the request now, or does not serve its model. failure: it could not answer as
-        it should. foreign: it has no such route, as FastChat's workers. client error: the request itself is wrong.
+        refusal: this worker cannot take the request now, or does not serve its model. failure: the worker has an error.
+        foreign: it has no such route, like FastChat's workers. client error: the request is wrong.
         """
         if self.status == 200:
             return "success"
         if self.status in (404, 405) and (self.error_code in NO_SUCH_ROUTE or _is_foreign(self.body)):
             return "foreign"
-        # The route is right, and the controller knows the model: a 404 is no client's mistake, whatever it means.
+        # The route and the model are known to exist, so a 404 is not the client's mistake.
         if self.status in (404, 408, 429, 503, 504) or self.error_code == "model_not_found":
             return "refusal"
         return "failure" if self.status >= 500 else "client error"
 
     def error(self) -> Any:
-        """The OpenAI error object of an answer that is an error."""
+        """The OpenAI error object of an error answer."""
         return _decode_any(self.body)["error"]
 
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -102,13 +100,13 @@ class Answer:
 
 
 class ByteBudget:
-    """Bounds what all answers together hold in memory."""
+    """Bounds the memory that answers being read take together."""
 
     def __init__(self, max_bytes: int) -> None:
         self._left = max_bytes
 
     def take(self, num_bytes: int) -> None:
-        """Raises ShortageError; then nothing was taken."""
+        """Raises ShortageError, and takes nothing, if fewer bytes are left."""
         if num_bytes > self._left:
             raise ShortageError(
                 "The answers of the workers fill this server's memory. Try again in a moment.",
@@ -123,10 +121,10 @@ class ByteBudget:
 async def read_answer(
     response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget, contents: str = CHOICES
 ) -> Answer:
-    """The whole answer, whose list is called `contents`. Raises InvalidAnswerError, ShortageError, and what aiohttp
-    raises for a lost connection.
+    """Read and check an answer, whose list is called `contents`. Raises InvalidAnswerError, ShortageError, and
+    aiohttp's errors for a lost connection.
 
-    The budget is charged while the answer is read; afterwards it is on its way to the client, one copy of it.
+    The budget is charged only while the answer is read.
     """
     check_headers(response.headers, "application/json")
     if response.status != 200:
@@ -146,7 +144,7 @@ async def read_answer(
             if size > max_bytes:
                 raise too_long(max_bytes)
             if len(pieces) == 1 and piece.strip() and not piece.lstrip().startswith(b"{"):
-                raise InvalidAnswerError("The worker's answer is not valid JSON.")  # whatever else may come
+                raise InvalidAnswerError("The worker's answer is not valid JSON.")
         content = b"".join(pieces)
     finally:
         budget.give(size)
@@ -154,7 +152,7 @@ async def read_answer(
 
 
 def check_headers(headers: Mapping[str, str], content_type: str) -> None:
-    """Raises InvalidAnswerError for another type of content, or one that is encoded (nobody asked for that)."""
+    """Raises InvalidAnswerError for another content type, or for a content encoding (none was requested)."""
     encoding = headers.get("content-encoding", "identity")
     if encoding.lower() not in ("identity", ""):
         raise InvalidAnswerError(f"The worker's answer has content-encoding {printable(encoding, SHOWN_CHARS)}.")
@@ -165,7 +163,7 @@ def check_headers(headers: Mapping[str, str], content_type: str) -> None:
 
 
 def check_answer(status: int, body: bytes, retry_after: str | None, contents: str = CHOICES) -> Answer:
-    """Raises InvalidAnswerError for a body that is not what the status promises."""
+    """Raises InvalidAnswerError for a body that does not fit the status."""
     if status in (404, 405) and _is_foreign(body):
         return Answer(status, body)
     parsed = parse_body(body, contents)
@@ -175,7 +173,7 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: st
         return Answer(status, body)
     if parsed.error is None:
         raise InvalidAnswerError(f"The worker answered with status {status} and no error object.")
-    # A 403 for the client says that its key has not some right.
+    # A 403 with this code is for the client: its key lacks a permission.
     is_for_client = status == 403 and parsed.error.code == PermissionDeniedError.code
     if status in (401, 403, 407, 421) and not is_for_client:
         raise InvalidAnswerError(f"The worker did not accept this API server (status {status}).")
@@ -185,8 +183,8 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: st
 
 
 def parse_body(data: bytes, contents: str = CHOICES) -> Body:
-    """Raises InvalidAnswerError unless the data are UTF-8 and a JSON object with OpenAI's choices (or another list of
-    objects, `contents`) or error.
+    """Raises InvalidAnswerError unless the data is UTF-8 and a JSON object with OpenAI's `choices` (or another list of
+    objects, `contents`) or `error`.
 
     Takes time and memory in proportion to the size.
     """
@@ -216,7 +214,7 @@ def too_long(max_bytes: int) -> InvalidAnswerError:
 
 
 def _is_foreign(body: bytes) -> bool:
-    """Whether an error is FastAPI's own: the server knows no such route."""
+    """Whether an error has FastAPI's own format: the server has no such route."""
     try:
         parsed = _decode_any(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,7 +1,7 @@
 """`/openapi.json` and `/docs`: a description of the API server's routes.
 
 FastAPI describes the routes that it knows. The generation endpoints are plain ASGI, so their request schemas are added
-here. The page is made on the server and loads nothing, no script and no style from anywhere: it works offline.
+here. The page loads no scripts and no styles, so it works offline.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ tr:nth-child(even) { background: #f8f8f8; }
 
 
 def install_api_docs(app: FastAPI, routes: Iterable[ModelRoute]) -> None:
-    """Call it when all routes have been added. Both routes are guarded like all others."""
+    """Call this after all routes have been added. Both routes need the same access as all others."""
     description = _describe(app, routes)
     page = _page(description)
 
@@ -124,7 +124,7 @@ def _page(description: dict[str, Any]) -> str:
 
 
 def _fields(route: dict[str, Any], schemas: dict[str, Any]) -> str:
-    """A table of the fields of a route's body; empty for a route without one."""
+    """HTML table of the fields of a route's request body; empty without a body."""
     content = route.get("requestBody", {}).get("content", {}).get("application/json")
     if content is None:
         return ""
@@ -138,7 +138,7 @@ def _fields(route: dict[str, Any], schemas: dict[str, Any]) -> str:
 
 
 def _kind(field: dict[str, Any]) -> str:
-    """A schema in few words: `integer, at least 1, or null`."""
+    """A short description of a JSON schema: `integer, at least 1, or null`."""
     if "anyOf" in field:
         return ", or ".join(_kind(part) for part in field["anyOf"])
     if "$ref" in field:

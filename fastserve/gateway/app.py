@@ -1,4 +1,4 @@
-"""The API server's application: everything is made here and passed on."""
+"""The API server's application: creates and connects its parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastserve.access.service import guard_client_service, load_access
 from fastserve.config import ApiServerConfig
 from fastserve.errors import StartupError
 from fastserve.gateway.api_docs import install_api_docs
-from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, Call
+from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.hops import LoopGuardMiddleware
 from fastserve.gateway.metrics import GatewayMetrics
@@ -50,10 +50,10 @@ def create_app(
     environ: Mapping[str, str] = os.environ,
     model_routes: Sequence[ModelRoute] = MODEL_ROUTES,
 ) -> FastAPI:
-    """Raises StartupError when keys are missing, keys or a file for TLS cannot be read, or the controller's address is
-    the server's own.
+    """Raises StartupError if keys are missing, a file with keys or for TLS cannot be read, or the controller's address
+    is the server's own.
 
-    `environ` gives the cluster's keys and the administrators'; `model_routes` are those that workers answer.
+    `environ` holds the cluster keys and the admin keys; `model_routes` are the routes that workers answer.
     """
     _check_controller_address(config)
     keys = load_api_keys(config.api_keys, config.api_keys_file)
@@ -87,7 +87,7 @@ def create_app(
     app.include_router(router)
     app.router.routes += relayed_routes(model_routes)
     install_api_docs(app, model_routes)
-    # The last one added is the outermost: CORS answers preflights, which carry no key, before keys are asked for.
+    # The middleware added last is the outermost: CORS answers preflights, which carry no key, before keys are checked.
     guard_client_service(app, access, registry, keys, allowed_origins=config.allowed_origins or (), json_only=False)
     app.add_middleware(
         CORSMiddleware,
@@ -108,8 +108,8 @@ def _make_relay(
 ) -> Relay:
     clock = time.monotonic
 
-    def note_first_data(call: Call) -> None:
-        metrics.time_to_first_token.observe(clock() - call.started_at)
+    def note_first_data(request: ClientRequest) -> None:
+        metrics.time_to_first_token.observe(clock() - request.started_at)
 
     bounds = AnswerBounds(
         silence_s=config.worker_timeout_s,
@@ -129,7 +129,7 @@ def _make_relay(
 
 
 def _check_controller_address(config: ApiServerConfig) -> None:
-    """Raises StartupError when it is no address, or is the address of this server itself."""
+    """Raises StartupError if the address is invalid, or is this server's own."""
     check_service_address(config.controller_address, "--controller-address")
     parts = urlsplit(config.controller_address)
     if parts.port == config.port and parts.hostname in (config.host, "localhost", "127.0.0.1", "::1"):

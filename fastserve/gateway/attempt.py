@@ -1,4 +1,4 @@
-"""One try of a request at one worker: what is sent, what comes back, and what it says about the worker."""
+"""One attempt of a request at one worker."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from fastserve.serving.shortage import is_own_shortage
 
 CONNECT_TIMEOUT_S = 3.0
 LAST_CHUNK_S = 0.2
-"""How long the end of the body is awaited after `[DONE]`, so that the connection can be used again."""
+"""How long to wait for the end of the body after `[DONE]`, so that the connection can be reused."""
 MAX_HELD_ANSWERS = 2
-"""How many of the longest answers may be held at a time by all requests together."""
+"""Memory for answers being read, as a multiple of the longest allowed answer."""
 ERROR_STATUSES = {
     OverloadedError.type: OverloadedError.status,
     ServiceError.type: ServiceError.status,
     WorkerTimeoutError.type: WorkerTimeoutError.status,
     RequestError.type: RequestError.status,
 }
-"""The statuses that errors of these types have when they do not come as an event of a stream."""
+"""Status of an error event by its type, had it come as an answer of its own."""
 DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
-class Call:
+class ClientRequest:
     """One request of a client."""
 
     route: ModelRoute
@@ -56,16 +56,16 @@ class Call:
     hops: str
     """Value of HOPS_HEADER for the worker."""
     started_at: float
-    """On the relay's clock."""
+    """Monotonic seconds, on the relay's clock."""
     seed: int
-    """For the worker, when the request brings none: each attempt samples the same tokens."""
+    """Sampling seed for a request without one: with it each attempt samples the same tokens."""
     may_prioritise: bool = False
-    """Whether the client's key may put the request before others."""
+    """Whether the client's key may raise the priority of requests."""
 
 
 @dataclass(frozen=True)
 class AnswerBounds:
-    """Bounds on the time and size of a worker's answer."""
+    """Limits on a worker's answer: time without data in seconds, and sizes in bytes."""
 
     silence_s: float
     max_answer_bytes: int
@@ -76,9 +76,9 @@ class AnswerBounds:
 class AttemptError(Exception):
     """The worker failed. `error` is what the client gets when no other worker can take over.
 
-    `kind` is one of: refused (nobody listens there), connect (no connection within the time), lost (the connection
-    broke while the worker had the request), cut (a stream without its end), timeout (silent), frozen (silent, and so
-    are its heartbeats), invalid (an answer that is none).
+    `kind` is one of: refused (nothing listens at the address), connect (no connection in time), lost (the connection
+    broke while the worker had the request), cut (a stream without its end), timeout (no data for too long), frozen (no
+    data and no heartbeats), invalid (an invalid answer).
     """
 
     def __init__(self, kind: str, error: FastserveError, cause: BaseException | None = None) -> None:
@@ -88,15 +88,15 @@ class AttemptError(Exception):
 
 
 class _Deadline:
-    """A timeout without a time, which is set off from outside."""
+    """An asyncio timeout that is triggered by `expire`."""
 
     def __init__(self, timeout: asyncio.Timeout) -> None:
         self._timeout = timeout
         self.reason: str | None = None
-        """The kind of failure that it was set off for."""
+        """Kind of failure that triggered it."""
 
     def expire(self, reason: str) -> None:
-        """The block is left with a TimeoutError as soon as the loop turns."""
+        """End the block with a TimeoutError at the event loop's next iteration."""
         if self.reason is None:
             self.reason = reason
             self._timeout.reschedule(asyncio.get_running_loop().time())
@@ -108,7 +108,7 @@ class AttemptRunner:
         session: aiohttp.ClientSession,
         dispatcher: Dispatcher,
         bounds: AnswerBounds,
-        on_first_data: Callable[[Call], None],
+        on_first_data: Callable[[ClientRequest], None],
     ) -> None:
         self._session = session
         self._dispatcher = dispatcher
@@ -116,18 +116,19 @@ class AttemptRunner:
         self._memory = ByteBudget(MAX_HELD_ANSWERS * bounds.max_answer_bytes)
         self._on_first_data = on_first_data
 
-    async def run(self, call: Call, lease: Lease, client: Downstream) -> Answer | None:
-        """Returns a whole answer, which has been checked, or None when a stream was relayed to its end.
+    async def run(self, request: ClientRequest, lease: Lease, client: Downstream) -> Answer | None:
+        """Returns a checked answer, or None after a stream was relayed to its end.
 
-        Raises AttemptError when the worker failed, ShortageError when this process did.
+        Raises AttemptError if the worker failed, ShortageError if this process has no file or port left, or no memory
+        for the answer.
         """
         try:
             async with asyncio.timeout(None) as timeout:
                 deadline = _Deadline(timeout)
                 with self._dispatcher.watching(lease.address, lambda: deadline.expire("frozen")):
-                    if call.stream:
-                        return await self._relay_stream(call, lease, client, deadline)
-                    return await self._read_whole(call, lease, deadline)
+                    if request.stream:
+                        return await self._relay_stream(request, lease, client, deadline)
+                    return await self._read_whole(request, lease, deadline)
         except InvalidAnswerError as error:
             raise AttemptError("invalid", error) from error
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
@@ -138,14 +139,14 @@ class AttemptRunner:
                 ) from error
             raise self._failure(deadline.reason or _kind(error), error) from error
 
-    async def _read_whole(self, call: Call, lease: Lease, deadline: _Deadline) -> Answer:
-        """The wire is silent until the answer is there, so the worker's heartbeats speak for it."""
+    async def _read_whole(self, request: ClientRequest, lease: Lease, deadline: _Deadline) -> Answer:
+        """No data comes before the whole answer, so heartbeats show that the worker is at work on it."""
         watch = asyncio.create_task(self._expire_when_idle(lease, deadline))
         try:
-            response = await self._post(call, lease, None)
+            response = await self._post(request, lease, None)
             try:
                 with self._open_body(response, deadline) as body:
-                    return await self._read_answer(call, response, body)
+                    return await self._read_answer(request, response, body)
             finally:
                 response.close()
         finally:
@@ -159,24 +160,26 @@ class AttemptRunner:
                 deadline.expire("timeout")
                 return
 
-    async def _relay_stream(self, call: Call, lease: Lease, client: Downstream, deadline: _Deadline) -> Answer | None:
-        # Headers that come byte by byte are silence too.
+    async def _relay_stream(
+        self, request: ClientRequest, lease: Lease, client: Downstream, deadline: _Deadline
+    ) -> Answer | None:
+        # Bounds headers that come byte by byte, which `sock_read` does not.
         silence = asyncio.get_running_loop().call_later(self._bounds.silence_s, deadline.expire, "timeout")
         try:
-            response = await self._post(call, lease, self._bounds.silence_s)
+            response = await self._post(request, lease, self._bounds.silence_s)
         finally:
             silence.cancel()
         try:
             with self._open_body(response, deadline, self._bounds.silence_s) as body:
                 if response.status != 200:
-                    return await self._read_answer(call, response, body)
+                    return await self._read_answer(request, response, body)
                 check_headers(response.headers, "text/event-stream")
-                return await self._relay_events(body, call, client)
+                return await self._relay_events(body, request, client)
         finally:
             response.close()
 
-    async def _relay_events(self, body: AnswerBody, call: Call, client: Downstream) -> Answer | None:
-        """Relay a stream to its end. An Answer is an error that stood in the place of the first data event."""
+    async def _relay_events(self, body: AnswerBody, request: ClientRequest, client: Downstream) -> Answer | None:
+        """Relay a stream to its end and return None, or return an error event that came before any data."""
         stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes)
         while not stream.is_done:
             piece = await body.read()
@@ -185,7 +188,7 @@ class AttemptRunner:
                 return refusal_of(stream.error)
             if stream.has_data and not client.has_data:
                 client.has_data = True
-                self._on_first_data(call)
+                self._on_first_data(request)
             if events:
                 await client.write(events)
                 body.note_progress()
@@ -201,31 +204,31 @@ class AttemptRunner:
         await _read_last_chunk(body)
         return None
 
-    async def _read_answer(self, call: Call, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
-        return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, call.route.contents)
+    async def _read_answer(self, request: ClientRequest, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
+        return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, request.route.contents)
 
     def _open_body(
         self, response: aiohttp.ClientResponse, deadline: _Deadline, silence_s: float = math.inf
     ) -> AnswerBody:
         return AnswerBody(response, lambda: deadline.expire("invalid"), lambda: deadline.expire("timeout"), silence_s)
 
-    async def _post(self, call: Call, lease: Lease, silence_s: float | None) -> aiohttp.ClientResponse:
+    async def _post(self, request: ClientRequest, lease: Lease, silence_s: float | None) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
         headers = {
             "content-type": "application/json",
             LEASE_HEADER: lease.id,
-            REQUEST_ID_HEADER: call.request_id,
-            HOPS_HEADER: call.hops,
-            MAY_PRIORITISE_HEADER: "1" if call.may_prioritise else "0",
-            SEED_HEADER: str(call.seed),
+            REQUEST_ID_HEADER: request.request_id,
+            HOPS_HEADER: request.hops,
+            MAY_PRIORITISE_HEADER: "1" if request.may_prioritise else "0",
+            SEED_HEADER: str(request.seed),
         }
         lost: aiohttp.ClientError | None = None
         while True:
             use = ConnectionUse()
             try:
                 return await self._session.post(
-                    lease.address.rstrip("/") + call.route.path,
-                    data=call.body,
+                    lease.address.rstrip("/") + request.route.path,
+                    data=request.body,
                     headers=headers,
                     timeout=timeout,
                     allow_redirects=False,
@@ -234,10 +237,10 @@ class AttemptRunner:
             except aiohttp.ClientConnectorError as error:
                 if lost is None:
                     raise
-                # The worker went while it had the request.
+                # The worker died while it had the request.
                 raise lost from error
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                # A connection from the pool may have been stale, and is now used up: the worker itself may be well.
+                # A pooled connection may have been stale, and is gone now: try again, the worker may be well.
                 if not use.reused:
                     raise
                 lost = error
@@ -256,7 +259,7 @@ class AttemptRunner:
 
 
 def refusal_of(data: bytes) -> Answer:
-    """An error event that came before any data, as the answer with a status that it would have been otherwise."""
+    """Turn an error event that came before any data into an answer with the matching status."""
     error = parse_body(data).error
     status = 500 if error is None or error.type is None else ERROR_STATUSES.get(error.type, 500)
     if error is not None and isinstance(error.code, int) and 400 <= error.code < 600:
@@ -265,7 +268,7 @@ def refusal_of(data: bytes) -> Answer:
 
 
 async def _read_last_chunk(body: AnswerBody) -> None:
-    """Read to the end of the body if that comes soon: then the connection can be used again."""
+    """Read the end of the body, if it comes within LAST_CHUNK_S, so that the connection can be reused."""
     try:
         async with asyncio.timeout(LAST_CHUNK_S):
             await body.read()

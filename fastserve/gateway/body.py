@@ -1,7 +1,7 @@
-"""The body of a worker's answer, with a look at its connection from time to time.
+"""The body of a worker's answer, with a periodic check of its connection.
 
-aiohttp closes the connection when a body breaks the rules of its framing, but whoever waits for more of the body is not
-always woken. Here the reader is, within a second. And bytes that come one by one and make nothing whole are silence.
+When a body violates HTTP's framing, aiohttp closes the connection but does not always wake the reader. `AnswerBody`
+notices that within a second. It also ends a body whose bytes trickle in without completing an event.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from types import TracebackType
 
 import aiohttp
 
-LOOK_S = 1.0
+CHECK_INTERVAL_S = 1.0
 
 
 class AnswerBody:
-    """Use it as a context manager: the timer runs within the block."""
+    """Use it as a context manager; the check runs within the block."""
 
     def __init__(
         self,
@@ -26,8 +26,8 @@ class AnswerBody:
         on_silent: Callable[[], None],
         silence_s: float = math.inf,
     ) -> None:
-        """While `read` waits, `on_broken` is called when the connection has been closed, and `on_silent` when
-        `note_progress` was not called for `silence_s`; they have to end the waiting.
+        """While `read` waits, `on_broken` is called if the connection has been closed, and `on_silent` if
+        `note_progress` was not called for `silence_s`. They have to cancel the wait.
         """
         self._response = response
         self._content = response.content
@@ -40,7 +40,7 @@ class AnswerBody:
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> AnswerBody:
-        self._timer = self._loop.call_later(LOOK_S, self._look)
+        self._timer = self._loop.call_later(CHECK_INTERVAL_S, self._check_connection)
         return self
 
     def __exit__(
@@ -61,13 +61,13 @@ class AnswerBody:
         """Note that the bytes read so far were useful."""
         self._progress_at = self._loop.time()
 
-    def _look(self) -> None:
+    def _check_connection(self) -> None:
         connection, now = self._response.connection, self._loop.time()
         is_closed = connection is not None and connection.transport is None
         is_waiting = self._waiting_since <= now
-        if is_closed and now - self._waiting_since >= LOOK_S / 2:
+        if is_closed and now - self._waiting_since >= CHECK_INTERVAL_S / 2:
             self._on_broken()
         elif is_waiting and now - self._progress_at > self._silence_s:
             self._on_silent()
         else:
-            self._timer = self._loop.call_later(LOOK_S, self._look)
+            self._timer = self._loop.call_later(CHECK_INTERVAL_S, self._check_connection)

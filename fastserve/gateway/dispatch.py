@@ -1,8 +1,8 @@
-"""The client of the controller: which worker takes a request, told with a lease; by our own table while it is away.
+"""Client of the controller: acquires a worker for each request, or chooses one itself while the controller is away.
 
-As long as the controller answers, it decides (`/acquire`), because it alone sees every request. Once it fails to
-answer, requests are placed at once by the cached table, and the poller, which reads the table every second anyway,
-finds out when the controller is back: no request waits for a controller that is known to be away.
+As long as the controller answers, it decides (`/acquire`), because only it sees the requests of all API servers. Once
+it fails to answer, requests are dispatched by the cached table at once, and the poller, which reads the table every
+second anyway, notices when the controller is back. So no request waits for a controller that is known to be away.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ RELEASE_RETRY_S = 0.2
 RESTART_PAUSE_S = 1.0
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 MAX_PROBES = 64
-"""At a time."""
+"""Probes of workers at the same time."""
 SHOWN_NAME_CHARS = 100
 BAD_ROWS_LOG_INTERVAL_S = 5.0
 MAX_CONTROLLER_ANSWER_BYTES = 2**27
-"""A routing table of MAX_WORKERS rows; a longer answer counts as none."""
+"""Enough for a routing table of MAX_WORKERS rows; a longer answer is invalid."""
 RELEASE_LIFETIME_S = 10.0
-"""A lease that could not be given back for so long is left to the controller: it drops those that no worker lists."""
+"""How long the release of a lease is retried. After that the controller drops the lease, as no worker lists it."""
 
 
 class ControllerAwayError(Exception):
-    """The controller could not be reached, or its answer was not one."""
+    """The controller could not be reached, or its answer was invalid."""
 
 
 class ControllerBusyError(ControllerAwayError):
-    """The controller is there, and has no room for what it was asked."""
+    """The controller refused a request because it is overloaded."""
 
 
 Outcome = Literal["success", "failed", "unused"]
@@ -84,7 +84,7 @@ Outcome = Literal["success", "failed", "unused"]
 class _Release:
     outcome: Outcome
     until: float
-    """When it is no longer tried."""
+    """Time after which it is no longer retried."""
 
 
 @dataclass
@@ -131,15 +131,16 @@ class Dispatcher:
     async def acquire(
         self, model: str, route: ModelRoute, exclude: Collection[str] = (), avoid: Collection[str] = ()
     ) -> AsyncIterator[Lease]:
-        """A worker for one request to `model` on `route`, for the time of the block: none of `exclude`, and one of
-        `avoid` only when there is no other.
+        """Acquire a worker for one request to `model` on `route`, for the duration of the block: none of `exclude`, and
+        one of `avoid` only if there is no other.
 
-        Raises ModelNotFoundError when nobody serves the model, UnsupportedCapabilityError when its workers do not offer
-        the route, NoWorkerError when no worker is left for it, and ShortageError when this process cannot ask.
+        Raises ModelNotFoundError if nobody serves the model, UnsupportedCapabilityError if its workers do not offer the
+        route, NoWorkerError if no worker is left, and ShortageError if this process has no file or port left to ask
+        the controller.
         """
         lease = Lease(secrets.token_hex(12), "")
         try:
-            lease.address = await self._place(model, route, lease.id, exclude, avoid)
+            lease.address = await self._choose_worker(model, route, lease.id, exclude, avoid)
             self._in_flight[lease.address] += 1
             try:
                 yield lease
@@ -150,17 +151,17 @@ class Dispatcher:
                 if not self._in_flight[lease.address]:
                     del self._in_flight[lease.address]
         finally:
-            # Also when the asking itself was broken off: the controller may have granted the lease by then.
+            # Also if `/acquire` was cancelled: the controller may have granted the lease by then.
             self._unreleased[lease.id] = _Release(lease.outcome, self._clock() + RELEASE_LIFETIME_S)
             self._releasable.set()
 
     def in_flight(self, address: str) -> int:
-        """Requests of this process that the worker has."""
+        """Number of this process's requests on the worker."""
         return self._in_flight[address]
 
     @contextmanager
     def watching(self, address: str, on_frozen: Callable[[], None]) -> Iterator[None]:
-        """Within the block, `on_frozen` is called once if the worker is found to be frozen."""
+        """Within the block, `on_frozen` is called if the worker is found to be frozen."""
         watchers = self._watchers.setdefault(address, [])
         watchers.append(on_frozen)
         try:
@@ -171,7 +172,7 @@ class Dispatcher:
                 self._watchers.pop(address, None)
 
     async def report_failure(self, address: str) -> None:
-        """Tell the controller that a connection to this worker failed; waits a second at most and never fails."""
+        """Report to the controller that a connection to this worker failed. Waits a second at most and never raises."""
         self._table.suspect(address)
         if self._controller_answers:
             try:
@@ -182,7 +183,7 @@ class Dispatcher:
                 self._note_away(error)
 
     async def ensure_fresh(self, max_age_s: float = 0.0) -> None:
-        """Refresh the table unless that was done within `max_age_s`; callers at the same time share one refresh."""
+        """Refresh the table unless that was done within `max_age_s`. Concurrent callers share one refresh."""
         asked_at = self._clock()
         async with self._refreshing:
             if self._refreshed_at < asked_at - max_age_s:
@@ -190,7 +191,7 @@ class Dispatcher:
                 self._refreshed_at = self._clock()
 
     async def refresh(self) -> None:
-        """Read the controller's table anew; keep the last one when the controller is away."""
+        """Fetch the controller's table; keep the last one if the controller is away."""
         try:
             position = f"epoch={self._table.epoch}&since={self._table.version}"
             table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
@@ -199,7 +200,7 @@ class Dispatcher:
         except ControllerAwayError as error:
             self._note_away(error)
             return
-        # Requests are sent nowhere else, whatever the controller says.
+        # Requests are never sent to other addresses, even if the controller lists them.
         proper = [row for row in table.workers if is_worker_address(row.address)]
         self._table.update(table.model_copy(update={"workers": proper}), self._in_flight)
         self._known_models.note(self._table.offered())
@@ -211,12 +212,12 @@ class Dispatcher:
         self._away.clear()
 
     def model_names(self) -> list[str]:
-        """The models of the last table, sorted, each once."""
+        """The models of the last table, sorted and unique."""
         return self._table.model_names()
 
     async def is_serving(self, lease: Lease) -> bool:
-        """Whether the lease's worker has lately said that it is at work on it; while nobody can be asked for that,
-        whether it lives.
+        """Whether the worker listed the lease in its last heartbeat; while the controller is away, whether the worker
+        is alive.
         """
         if not self._controller_answers:
             return not await self._is_frozen(lease.address)
@@ -224,13 +225,13 @@ class Dispatcher:
             answer = await self._post("/serving", ServingRequest(leases=[lease.id]))
             return lease.id in _parse(ServingResponse, answer).leases
         except (ShortageError, ControllerBusyError):
-            return True  # We could not ask, which says nothing against the worker.
+            return True  # unknown, and no reason to give the worker up
         except ControllerAwayError as error:
             self._note_away(error)
             return not await self._is_frozen(lease.address)
 
     def _parse_table(self, content: bytes) -> RoutingTable:
-        """Raises ControllerAwayError when it is no table; rows that are not valid are counted, named and left out."""
+        """Parse a table; invalid rows are counted, logged and left out. Raises ControllerAwayError otherwise."""
         try:
             table, problems = parse_table(content)
         except InvalidRequestError as error:
@@ -245,28 +246,28 @@ class Dispatcher:
         """Whether a worker has served the model lately."""
         return self._known_models.contains(model)
 
-    async def _place(
+    async def _choose_worker(
         self, model: str, route: ModelRoute, lease_id: str, exclude: Collection[str], avoid: Collection[str]
     ) -> str:
         if len(model) > MAX_NAME_CHARS:
-            raise unknown_model(model)  # No worker can have such a name.
+            raise unknown_model(model)  # no worker can serve such a name
         if avoid:
             try:
-                return await self._place(model, route, lease_id, {*exclude, *avoid}, ())
+                return await self._choose_worker(model, route, lease_id, {*exclude, *avoid}, ())
             except NoWorkerError:
                 pass
         answer: AcquireResponse | None = None
         if self._controller_answers:
-            asked = AcquireRequest(model=model, lease=lease_id, exclude=list(exclude), capability=route.capability)
+            message = AcquireRequest(model=model, lease=lease_id, exclude=list(exclude), capability=route.capability)
             try:
-                answer = _parse(AcquireResponse, await self._post("/acquire", asked))
+                answer = _parse(AcquireResponse, await self._post("/acquire", message))
             except ControllerAwayError as error:
                 self._note_away(error)
         if answer is not None and answer.address not in exclude and is_worker_address(answer.address):
             self._known_models.note({model: [route.capability]})
             return answer.address
-        # No controller, or one that knows no worker: perhaps it has just been restarted, and our table knows better.
-        # For the workers that it knows, its word counts: it may have reasons (a circuit breaker, a model that loads).
+        # The controller is away, or has no worker: it may have just been restarted, and the cached table is better.
+        # Workers that it lists are not chosen against it: it may have reasons (a circuit breaker, a model that loads).
         address = self._table.choose(model, route.capability, exclude, self._in_flight)
         if address and (answer is None or not answer.known or not self._table.is_listed(address)):
             return address
@@ -295,10 +296,10 @@ class Dispatcher:
         self._away.set()
 
     async def watch_missing(self) -> None:
-        """Background task: ask workers that have left the table, while they have requests of ours, whether they live.
+        """Background task: probe workers that have left the table while they have requests of this process.
 
-        A worker leaves the table when it ends in order, when a connection to it failed, when the controller was
-        restarted, and when its heartbeats have stopped. Only in the last case are its requests lost.
+        A worker leaves the table when it shuts down, when a connection to it failed, when the controller was restarted,
+        and when its heartbeats have stopped. Only in the last case are its requests lost.
         """
         while True:
             await self._has_missing.wait()
@@ -308,7 +309,7 @@ class Dispatcher:
                 await asyncio.gather(*(self._probe(address) for address in missing[start : start + MAX_PROBES]))
 
     async def _probe(self, address: str) -> None:
-        """Let the watchers of the worker know if it gives no sign of life."""
+        """Notify the watchers of the worker if it gives no sign of life."""
         if await self._is_frozen(address) and not self._table.is_listed(address):
             watchers = list(self._watchers.get(address, ()))
             logger.warning(
@@ -320,8 +321,8 @@ class Dispatcher:
                 on_frozen()
 
     async def _is_frozen(self, address: str) -> bool:
-        """Whether the worker gives no sign of life. One that refuses the connection is another case: the machine is up,
-        so what it had open is closed, or still served by a process that is about to end.
+        """Whether the worker does not answer in time. A refused connection is another case: the machine is up, so the
+        worker's open connections are either closed or still served by a process that is about to end.
         """
         try:
             async with self._session.get(address.rstrip("/") + "/health", timeout=PROBE_TIMEOUT, allow_redirects=False):
@@ -365,7 +366,7 @@ class Dispatcher:
             raise ControllerAwayError(str(error) or type(error).__name__) from error
 
     async def poll(self) -> None:
-        """Background task: keep the table fresh, and look more often while the controller is away."""
+        """Background task: refresh the table, more often while the controller is away."""
         while True:
             await self.refresh()
             if self._controller_answers:
@@ -376,10 +377,10 @@ class Dispatcher:
             await asyncio.sleep(POLL_INTERVAL_AWAY_S)
 
     async def send_releases(self) -> None:
-        """Background task: give leases back, as many at a time as have piled up since the last call."""
+        """Background task: release leases, in batches of those that have ended since the last call."""
         while True:
             await self._releasable.wait()
-            if not await self._give_back():
+            if not await self._release_batch():
                 await asyncio.sleep(RELEASE_RETRY_S)
             now = self._clock()
             for lease_id in [lease_id for lease_id, release in self._unreleased.items() if release.until <= now]:
@@ -387,7 +388,7 @@ class Dispatcher:
             if not self._unreleased:
                 self._releasable.clear()
 
-    async def _give_back(self) -> bool:
+    async def _release_batch(self) -> bool:
         if not self._controller_answers:
             return False
         leases = list(itertools.islice(self._unreleased, MAX_RELEASES))
@@ -406,8 +407,8 @@ class Dispatcher:
         return True
 
     async def flush(self) -> None:
-        """At shutdown, after the background tasks have ended: one last try to give back what is left."""
-        if self._unreleased and not await self._give_back():
+        """At shutdown, after the background tasks have ended: try once more to release the leases that are left."""
+        if self._unreleased and not await self._release_batch():
             logger.info("Not all leases could be given back; the controller will drop them.")
 
 
@@ -430,7 +431,7 @@ async def open_dispatcher(
     count_bad_rows: Callable[[float], object] = lambda _: None,
     routes: Sequence[ModelRoute] = MODEL_ROUTES,
 ) -> AsyncIterator[Dispatcher]:
-    """A dispatcher whose background tasks live as long as the block; the first table has been asked for on entering."""
+    """A dispatcher whose background tasks run within the block. The table is requested once before entering it."""
     dispatcher = Dispatcher(session, controller_address, time.monotonic, random.Random(), count_bad_rows, routes)
     await dispatcher.refresh()
     loops = (dispatcher.poll, dispatcher.send_releases, dispatcher.watch_missing)
@@ -445,7 +446,7 @@ async def open_dispatcher(
 
 
 async def _keep_running(loop: Callable[[], Awaitable[None]]) -> None:
-    """Start the loop again when a defect ends it: requests would go on, by a table that gets older and older."""
+    """Restart the loop if a defect ends it: otherwise the table would get outdated and leases would pile up."""
     while True:
         try:
             await loop()

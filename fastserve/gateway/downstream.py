@@ -1,4 +1,4 @@
-"""The client's side of one relayed request. What has been sent already decides what can still be said, and how."""
+"""The client's side of one relayed request: sends answers, streams, and errors in the form that is still possible."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Downstream:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
-        """The status line has been sent: from now on there are only events."""
+        """The status line has been sent: errors can only be sent as events."""
         self.has_data = False
-        """A data event has been sent: from now on no other worker can take over."""
+        """A data event has been sent: no other worker can take over any more."""
 
     async def write(self, piece: bytes) -> None:
         """Send a piece of an event stream."""
@@ -39,7 +39,7 @@ class Downstream:
         await self.end()
 
     async def answer(self, answer: Answer) -> None:
-        """Pass on a worker's whole answer; as an error event when the stream has begun with keep-alive comments."""
+        """Send a worker's answer; as an error event if keep-alive comments of a stream have been sent."""
         if self.started:
             await self.fail(answer.error())
             return

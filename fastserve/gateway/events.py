@@ -1,8 +1,8 @@
-"""A worker's event stream: cut into whole events and checked on its way to the client. No I/O here.
+"""Server-sent events of a worker: split into whole events and checked before they are relayed. No I/O.
 
-Events are passed on byte for byte, and only whole (cut at blank lines): whatever happens to the worker, the client
-never holds half an event, and an error event can follow. Each event is parsed once, which costs less than a
-microsecond, so that no client is handed one that its SDK cannot read.
+Events are relayed byte for byte and only whole (split at blank lines). So the client never gets a part of an event,
+whatever happens to the worker, and an error event can follow. Each event is parsed once, in less than a microsecond, so
+that no client gets one that its SDK cannot read.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from fastserve.errors import InvalidAnswerError
 from fastserve.gateway.answers import parse_body
 
 MAX_SILENT_BYTES = 2**20
-"""Most bytes of comments between two data events. Keep-alive comments, one a second, take hours to reach it."""
+"""Limit on the bytes of comments between two data events. Keep-alive comments, one a second, take hours to reach it."""
 BLANK_LINES = (b"\n\n", b"\n\r\n", b"\r\r")
-"""Ends of a line and of an empty one after it. Lines end in LF, CR LF or CR."""
+"""A line end followed by an empty line. Lines end in LF, CR LF or CR."""
 FIELDS = (b":", b"event:", b"id:", b"retry:")
 
 
 class EventStream:
-    """One stream's state. `feed` takes the bytes as they come, in pieces of any size, in linear time."""
+    """The state of one stream. `feed` takes pieces of any size, in linear time."""
 
     def __init__(self, max_event_bytes: int, max_stream_bytes: int) -> None:
         self._max_event_bytes = max_event_bytes
         self._bytes_left = max_stream_bytes
         self._max_stream_bytes = max_stream_bytes
         self._held = bytearray()
-        """The beginning of an event whose end has not come yet."""
+        """Start of an incomplete event."""
         self._silent_bytes = 0
         self.has_data = False
         """A data event other than an error has come."""
         self.is_done = False
-        """`[DONE]` has come: nothing after it is looked at."""
+        """`[DONE]` has come: everything after it is dropped."""
         self.error: bytes | None = None
         """The data of an error event."""
 
     def feed(self, piece: bytes) -> bytes:
-        """The whole events that the piece completes; b"" when there are none.
+        """Returns the events that the piece completes; b"" for none.
 
-        Raises InvalidAnswerError when they are no events, none that OpenAI's clients can read, or too many.
+        Raises InvalidAnswerError for invalid events, events that OpenAI's clients cannot read, and streams that are too
+        long.
         """
         size = len(piece)
         self._bytes_left -= size
@@ -45,7 +46,7 @@ class EventStream:
             raise InvalidAnswerError(f"The worker's stream is longer than {self._max_stream_bytes} bytes.")
         is_one_line = piece.find(b"\n") == size - 2 and piece.endswith(b"\n\n")
         if is_one_line and piece.startswith(b"data: {") and not self._held and b"\r" not in piece:
-            # The usual case, as cheaply as can be.
+            # Fast path for the usual case.
             self._take(piece[6:-2])
             return piece
         if self._held or not piece.endswith(BLANK_LINES):
@@ -55,7 +56,7 @@ class EventStream:
         return self._check(piece)
 
     def finish(self) -> bytes:
-        """The stream has ended. Returns what is still to be passed on: a `[DONE]` without its blank line."""
+        """End the stream. Returns what is still to be relayed: a `[DONE]` that lacked its blank line, or b""."""
         rest = bytes(self._held)
         self._held.clear()
         if rest.strip() in (b"data: [DONE]", b"data:[DONE]"):
@@ -64,9 +65,9 @@ class EventStream:
         return b""
 
     def _hold(self, piece: bytes) -> bytes:
-        """Keep what comes after the last whole event, and return what comes before."""
+        """Append the piece to the held bytes; take out and return the whole events."""
         held = self._held
-        seen = max(0, len(held) - 3)  # a blank line may have begun in what is held
+        seen = max(0, len(held) - 3)  # a blank line may have begun in the held bytes
         held += piece
         cut = max((at + len(mark) for mark in BLANK_LINES if (at := held.rfind(mark, seen)) >= 0), default=0)
         if len(held) - cut > self._max_event_bytes:
@@ -82,7 +83,7 @@ class EventStream:
                 events.decode()
             except UnicodeDecodeError as error:
                 raise InvalidAnswerError("The worker's stream is not UTF-8.") from error
-            # The rest is checked bytewise: no byte of a longer character is a line end or a colon.
+            # The rest works on bytes: in UTF-8 no byte of a multi-byte character is a line end or a colon.
         if b"\r" in events:
             text = events.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         self._silent_bytes += len(events)
@@ -94,7 +95,6 @@ class EventStream:
             elif event:
                 self._take_lines(event)
             if self.is_done:
-                # What follows is dropped.
                 return events if not text[end:].strip(b"\n") else text[:end]
         if self._silent_bytes > MAX_SILENT_BYTES:
             raise InvalidAnswerError(f"The worker's stream brought {MAX_SILENT_BYTES} bytes without data.")

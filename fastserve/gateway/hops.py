@@ -1,4 +1,4 @@
-"""The guard against loops of API servers, as middleware."""
+"""Middleware that detects loops of API servers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastserve.serving.hops import LoopGuard
 
 
 class LoopGuardMiddleware:
-    """Refuses requests that have been here before; `next_hops` reads what it leaves for the others.
+    """Refuses requests that have passed this server before, and stores the value that `next_hops` returns.
 
-    It stands before the keys: what comes back carries none, and the answer should still say what is wrong.
+    It runs before the check of API keys: a request that comes back carries none, and should still get the right error.
     """
 
     def __init__(self, app: ASGIApp, max_hops: int) -> None:
@@ -33,5 +33,5 @@ class LoopGuardMiddleware:
 
 
 def next_hops(request: Request) -> str:
-    """Value of HOPS_HEADER for what this request is passed on as."""
+    """Value of HOPS_HEADER to forward this request with."""
     return cast(str, request.state.next_hops)

@@ -1,6 +1,8 @@
-"""Models that workers have served lately, and their capabilities: a request to one of them finds no worker for the
-moment (503), and not a model that does not exist (404) or cannot do it (400). The controller remembers too, but not
-beyond its own restart."""
+"""Models that workers have served lately, and their capabilities.
+
+A request to one of them that finds no worker gets a 503, not a 404 (no such model) or 400 (capability not supported).
+The controller remembers them too, but not beyond its own restart.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ class KnownModels:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._models: dict[str, dict[str, float]] = {}
-        """By name, when each capability was last seen; the model seen last stands last."""
+        """Time at which each capability was last seen, by model name; the model seen last is last."""
 
     def note(self, offered: Mapping[str, Collection[str]]) -> None:
-        """These models are served now, with these capabilities."""
+        """Note models that are served now, with their capabilities."""
         now = self._clock()
         for name, capabilities in offered.items():
             seen_at = self._models.pop(name, {})
@@ -28,7 +30,7 @@ class KnownModels:
             del self._models[next(iter(self._models))]
 
     def contains(self, name: str, capability: str | None = None) -> bool:
-        """Whether the model was served lately; with `capability`, whether it was served with that."""
+        """Whether the model was served lately; with `capability`, whether it was served with it."""
         seen_at = self._models.get(name, {})
         last = max(seen_at.values(), default=-math.inf) if capability is None else seen_at.get(capability, -math.inf)
         return self._clock() - last < REMEMBERED_S

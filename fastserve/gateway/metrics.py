@@ -1,4 +1,4 @@
-"""What the API server counts."""
+"""The API server's metrics."""
 
 from __future__ import annotations
 

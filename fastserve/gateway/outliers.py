@@ -1,17 +1,16 @@
-"""Outlier detection: workers whose refusals other workers do not share.
+"""Outlier detection: finds workers that refuse requests which other workers answer.
 
-A refusal (a 4xx for the request, a 429 or 503 for want of room) is a right answer most of the time, so it says nothing
-against a worker, and the controller's circuit breaker does not see it. It is wrong when another worker answers the very
-same request. Two things follow:
+A refusal (a 4xx, or a 429 or 503 when full) is usually right, so the controller's circuit breaker does not count it. It
+is wrong if another worker answers the same request. So:
 
-- A 4xx is passed to the client at once only when the worker's last answer before it was a success. Otherwise it is
-  checked: another worker is asked too, and its answer counts.
+- A 4xx is passed to the client at once only if the worker's previous answer was a success. Otherwise another worker is
+  tried too, and its answer counts.
 - A worker that was overruled `OVERRULED_LIMIT` times in a row is avoided for `AVOID_S`: other workers are preferred.
 
-So a worker that refuses everything costs a request every now and then, of which clients see nothing; and a client that
-sends nothing but invalid requests has them refused by two workers instead of one.
+A worker that refuses everything thus gets a request now and then, and clients do not notice. A client that sends only
+invalid requests has each of them refused by two workers.
 
-Pure: time, in seconds of any monotonic clock, comes from the clock given.
+No I/O. `clock` gives monotonic seconds.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from dataclasses import dataclass
 OVERRULED_LIMIT = 3
 AVOID_S = 10.0
 MAX_WORKERS = 4096
-"""How many workers are remembered; the one that was heard of first is forgotten first."""
+"""Workers that are remembered; the oldest is forgotten first."""
 MAX_AVOIDED = 32
-"""How many workers are avoided at a time; the controller takes a bounded list of them."""
+"""Workers that are avoided at the same time; the controller accepts a bounded list of them."""
 
 
 @dataclass(slots=True)
@@ -40,7 +39,7 @@ class OutlierDetector:
         self._avoid_until: dict[str, float] = {}
 
     def note_success(self, address: str) -> None:
-        """The worker answered a request as it should."""
+        """The worker answered a request properly."""
         record = self._record(address)
         record.is_proven, record.num_overruled = True, 0
         self._avoid_until.pop(address, None)
@@ -62,7 +61,7 @@ class OutlierDetector:
         return record is not None and record.is_proven
 
     def avoided(self) -> list[str]:
-        """The workers that should get a request only when there are no others; at most MAX_AVOIDED."""
+        """Workers that should get a request only if there are no others; at most MAX_AVOIDED."""
         if self._avoid_until:
             now = self._clock()
             self._avoid_until = {address: until for address, until in self._avoid_until.items() if until > now}

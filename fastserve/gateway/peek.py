@@ -1,4 +1,4 @@
-"""A request body, looked at just enough to choose a worker."""
+"""Reads from a request body the fields that are needed to choose a worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastserve.openai.body import explain_json
 
 
 class Peek(msgspec.Struct):
-    """What routing needs; all other fields are the worker's business."""
+    """Fields needed for routing; the worker validates all others."""
 
     model: str | None = None
     stream: bool | None = None
@@ -22,7 +22,7 @@ _MAX_SHOWN_BYTES = 80
 
 
 def peek(body: bytes) -> tuple[str, bool]:
-    """The model that the request names, and whether it wants a stream. Raises InvalidRequestError."""
+    """Returns the request's `model` and `stream`. Raises InvalidRequestError."""
     try:
         seen = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -33,7 +33,7 @@ def peek(body: bytes) -> tuple[str, bool]:
 
 
 def _explain(body: bytes, error: Exception) -> InvalidRequestError:
-    """Says what is wrong with the body in words of our own."""
+    """The error for a body that msgspec rejected, without msgspec's wording."""
     if isinstance(error, RecursionError):
         return InvalidRequestError("The request body is not valid JSON: it is nested too deep.")
     if not isinstance(error, msgspec.ValidationError):
@@ -44,8 +44,8 @@ def _explain(body: bytes, error: Exception) -> InvalidRequestError:
         return InvalidRequestError("The request body must be a JSON object.")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as other:  # behind the field that is wrong
         return _explain(body, other)
-    name, wanted = ("model", "a string") if "`$.model`" in str(error) else ("stream", "true or false")
+    name, expected = ("model", "a string") if "`$.model`" in str(error) else ("stream", "true or false")
     value = bytes(fields[name])[: _MAX_SHOWN_BYTES + 1].decode(errors="replace")
     return InvalidRequestError(
-        f"Invalid value for '{name}': {printable(value, _MAX_SHOWN_BYTES)}. Give {wanted}.", param=name
+        f"Invalid value for '{name}': {printable(value, _MAX_SHOWN_BYTES)}. Give {expected}.", param=name
     )

@@ -1,8 +1,8 @@
-"""The relay: a request's bytes to a worker, its answer's bytes back, another worker when that one fails.
+"""The relay: sends a request to a worker and its answer to the client, and retries with another worker on failure.
 
-Until the first data event has been sent, the client cannot tell which worker answers, so a failed one is replaced
-unseen. How often is bounded three times: by the attempts of one request, by the retry budget of all, and by the number
-of workers that one request may have killed.
+A request can be retried until its first data event has been sent: the client does not notice. Retries are bounded by
+the attempts of one request, by the retry budget of all requests, and by the number of workers that one request may have
+killed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastserve.errors import (
     UnsupportedCapabilityError,
 )
 from fastserve.gateway.answers import Answer
-from fastserve.gateway.attempt import AttemptError, AttemptRunner, Call
+from fastserve.gateway.attempt import AttemptError, AttemptRunner, ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, Lease, no_worker
 from fastserve.gateway.downstream import Downstream
 from fastserve.gateway.metrics import GatewayMetrics
@@ -35,11 +35,12 @@ from fastserve.observability.text import printable
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
-"""A request on which so many workers died is not given to another one."""
+"""A request that killed this many workers is not retried."""
 MAX_REFUSED = 8
-"""Workers of one request that refuse the connection. Such a one has not seen the request, and no time was lost."""
+"""Attempts of one request that end with a refused connection. They are counted apart: the worker has not seen the
+request, and no time was lost."""
 CONNECTION_FAILURES = frozenset({"refused", "connect", "lost", "cut", "timeout"})
-"""After these, the controller gives the worker nothing until its next sign of life."""
+"""Kinds of failure after which the controller sends the worker no requests until its next sign of life."""
 
 
 @dataclass
@@ -51,11 +52,11 @@ class _Progress:
     num_refused: int = 0
     num_deaths: int = 0
     refused_by: list[str] = field(default_factory=list)
-    """Workers that refused the request with an answer; overruled when another one answers it."""
+    """Workers that refused the request with an answer; they are overruled if another one answers it."""
     client_error: Answer | None = None
-    """A refusal that blames the request, and that another worker is asked about."""
+    """A client error of the first worker, to be confirmed by a second one."""
     last: Answer | FastserveError | None = None
-    """The answer for the client when no other worker takes over."""
+    """The answer for the client if no other worker takes over."""
 
 
 class Relay:
@@ -78,11 +79,11 @@ class Relay:
         self._clock = clock
         self._granted_at: dict[str, float] = {}
 
-    async def forward(self, call: Call, send: Send) -> None:
-        """Answer the call through `send`.
+    async def forward(self, request: ClientRequest, send: Send) -> None:
+        """Answer the request through `send`.
 
-        Raises a FastserveError only as long as nothing has been sent. Cancelled (the client went away), it closes the
-        connection to the worker, which ends the generation there, and gives the lease back.
+        Raises a FastserveError only if nothing has been sent. When cancelled (the client has disconnected), it closes
+        the connection to the worker, which ends the generation there, and releases the lease.
         """
         client = Downstream(send)
         progress = _Progress()
@@ -90,12 +91,12 @@ class Relay:
         while True:
             try:
                 async with self._dispatcher.acquire(
-                    call.model, call.route, progress.tried, self._outliers.avoided()
+                    request.model, request.route, progress.tried, self._outliers.avoided()
                 ) as lease:
                     if progress.tried:
                         self._metrics.retries.inc()
                     progress.tried.append(lease.address)
-                    is_over = await self._try(call, lease, client, progress)
+                    is_over = await self._try(request, lease, client, progress)
             except (NoWorkerError, ModelNotFoundError, UnsupportedCapabilityError, ShortageError) as nobody:
                 await self._give_up(client, progress.client_error or progress.last or nobody)
                 return
@@ -105,12 +106,12 @@ class Relay:
                 await self._give_up(client, progress.client_error or progress.last)
                 return
 
-    async def _try(self, call: Call, lease: Lease, client: Downstream, progress: _Progress) -> bool:
-        """One attempt. Returns whether the client has got its answer."""
+    async def _try(self, request: ClientRequest, lease: Lease, client: Downstream, progress: _Progress) -> bool:
+        """Make one attempt. Returns whether the client has its answer."""
         try:
-            answer = await self._runner.run(call, lease, client)
+            answer = await self._runner.run(request, lease, client)
         except AttemptError as failure:
-            return await self._fail(call, lease, client, progress, failure)
+            return await self._fail(request, lease, client, progress, failure)
         progress.num_sent += 1
         if answer is None or answer.kind == "success":
             lease.outcome = "success"
@@ -120,10 +121,12 @@ class Relay:
             if answer is not None:
                 await client.answer(answer)
             return True
-        return await self._refuse(call, lease, client, progress, answer)
+        return await self._refuse(request, lease, client, progress, answer)
 
-    async def _refuse(self, call: Call, lease: Lease, client: Downstream, progress: _Progress, answer: Answer) -> bool:
-        """The worker answered with an error. Returns whether the client has got it."""
+    async def _refuse(
+        self, request: ClientRequest, lease: Lease, client: Downstream, progress: _Progress, answer: Answer
+    ) -> bool:
+        """Handle an error answer. Returns whether it was sent to the client."""
         if answer.kind == "client error":
             is_checked = progress.client_error is not None
             if is_checked or self._outliers.is_proven(lease.address):
@@ -138,7 +141,7 @@ class Relay:
             self._metrics.worker_failures.labels("error").inc()
             logger.warning(
                 "Request %s: worker %s answered with status %d",
-                printable(call.request_id),
+                printable(request.request_id),
                 printable(lease.address),
                 answer.status,
             )
@@ -153,22 +156,22 @@ class Relay:
         self._outliers.note_refusal(lease.address)
         if answer.kind == "foreign":
             progress.last = NoWorkerError(
-                f"The workers of the model '{printable(call.model, 100)}' do not speak OpenAI's API (a FastChat worker "
-                "is one of those); only FastChat's own API server reaches them."
+                f"The workers of the model '{printable(request.model, 100)}' do not speak OpenAI's API (a FastChat "
+                "worker is one of those); only FastChat's own API server reaches them."
             )
         else:
-            progress.last = no_worker(call.model) if answer.status == ModelNotFoundError.status else answer
+            progress.last = no_worker(request.model) if answer.status == ModelNotFoundError.status else answer
         return False
 
     async def _fail(
-        self, call: Call, lease: Lease, client: Downstream, progress: _Progress, failure: AttemptError
+        self, request: ClientRequest, lease: Lease, client: Downstream, progress: _Progress, failure: AttemptError
     ) -> bool:
-        """Handle a worker that gave no answer. Returns whether the client has its error already."""
+        """Handle a worker that gave no answer. Returns whether an error was sent to the client."""
         lease.outcome = "failed"
         self._metrics.worker_failures.labels(failure.kind).inc()
         logger.warning(
             "Request %s: worker %s failed (%s: %s)",
-            printable(call.request_id),
+            printable(request.request_id),
             printable(lease.address),
             failure.kind,
             printable(str(failure)),
@@ -191,7 +194,7 @@ class Relay:
         return False
 
     def _may_retry(self, progress: _Progress) -> bool:
-        """Whether another worker may be asked; takes it out of the budget."""
+        """Whether another worker may be tried; if so, charges the retry budget."""
         if progress.num_deaths >= MAX_DEATHS:
             progress.last = RequestKilledWorkersError(
                 f"{MAX_DEATHS} workers died while they worked on this request, so it is not tried again. Change the "
@@ -208,7 +211,7 @@ class Relay:
         return False
 
     def _grant_moves(self, address: str) -> None:
-        """A worker is gone: what it was working on moves, outside the budget. Counted once for each death."""
+        """A worker has died: let its requests be retried outside the budget, once for each death."""
         now = self._clock()
         self._granted_at = {known: at for known, at in self._granted_at.items() if now - at < WINDOW_S}
         if address not in self._granted_at:
@@ -216,7 +219,7 @@ class Relay:
             self._budget.grant(self._dispatcher.in_flight(address))
 
     async def _give_up(self, client: Downstream, last: Answer | FastserveError | None) -> None:
-        """No other worker takes over: the client gets what the last ones said."""
+        """Send the client the last answer or error: no other worker takes over."""
         if isinstance(last, Answer):
             await client.answer(last)
             return

@@ -1,4 +1,4 @@
-"""Middleware around every request: its id, and its place in the metrics."""
+"""Middleware that gives each request an id and records it in the metrics."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastserve.serving.request_ids import read_request_id
 
 CLIENT_GONE = 499
 OTHER = "other"
-"""Label of paths that are no route's."""
+"""Label of paths without a route."""
 
 
 class RequestTrackingMiddleware:
-    """Gives each request an id (the client's own, if it is proper), each answer the header of it, and counts both."""
+    """Gives each request an id (the client's own, if valid), returns it in a header, and records request metrics."""
 
     def __init__(
         self, app: ASGIApp, metrics: GatewayMetrics, routes: Sequence[BaseRoute], clock: Callable[[], float]
     ) -> None:
-        """`routes`: those of the application, for the labels of metrics."""
+        """`routes`: the application's routes, for the labels of metrics."""
         self._app = app
         self._metrics = metrics
         self._clock = clock
@@ -55,7 +55,7 @@ class RequestTrackingMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            # The outermost layer answers it (see `name_failures`), past this one.
+            # Answered outside of all middleware (see `name_failures`).
             status, complete = 500, True
             raise
         finally:
@@ -64,14 +64,14 @@ class RequestTrackingMiddleware:
             self._metrics.duration.labels(route).observe(self._clock() - started_at)
 
     def _label(self, path: str) -> str:
-        """The path of the route: few values, whatever paths are asked for."""
+        """The route's path pattern, so that the number of labels is bounded."""
         if path in self._paths:
             return path
         return next((route.path_format for route in self._routes if route.path_regex.match(path)), OTHER)
 
 
 def name_failures(app: FastAPI) -> None:
-    """Give the answer to an unexpected exception its request id too: it is sent from outside all middleware."""
+    """Add the request id to answers for unexpected exceptions too: they are sent outside of all middleware."""
     answer = cast(Callable[[Request, Exception], Awaitable[Response]], app.exception_handlers[Exception])
 
     async def answer_with_id(request: Request, error: Exception) -> Response:

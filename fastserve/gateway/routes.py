@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from fastserve.errors import NoWorkerError
-from fastserve.gateway.attempt import Call
+from fastserve.gateway.attempt import ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, no_worker, unknown_model
 from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
@@ -28,12 +28,12 @@ from fastserve.protocol import MAX_SEED
 from fastserve.serving.responses import run_until_disconnect
 
 READY_REFRESH_S = 0.2
-"""While no worker is known, `/ready` has the table read anew, but not more often than this."""
+"""Shortest interval at which `/ready` refreshes the routing table while no worker is known."""
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """What the routes work with; made by the application's lifespan."""
+    """Objects that the routes use; created by the application's lifespan."""
 
     dispatcher: Dispatcher
     relay: Relay
@@ -51,7 +51,7 @@ GatewayDep = Annotated[Gateway, Depends(_gateway)]
 
 
 class GenerationEndpoint:
-    """A route whose answer is a worker's. Plain ASGI: each piece of a stream takes the shortest way to the socket."""
+    """A route that is relayed to a worker. Plain ASGI, for little overhead on each event of a stream."""
 
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
@@ -66,7 +66,7 @@ class GenerationEndpoint:
             return
         model, stream = peek(body)
         state = request.state
-        call = Call(
+        client_request = ClientRequest(
             self._route,
             body,
             model,
@@ -78,7 +78,7 @@ class GenerationEndpoint:
             may_prioritise=state.may_prioritise,
         )
         with gateway.metrics.in_flight.track_inprogress():
-            await run_until_disconnect(request, gateway.relay.forward(call, send))
+            await run_until_disconnect(request, gateway.relay.forward(client_request, send))
 
 
 def relayed_routes(routes: Iterable[ModelRoute]) -> list[BaseRoute]:
@@ -124,5 +124,5 @@ async def ready(gateway: GatewayDep) -> Response:
 
 @router.get("/metrics")
 async def metrics(gateway: GatewayDep) -> Response:
-    """In Prometheus's form."""
+    """In Prometheus's text format."""
     return Response(exposition(gateway.registry), media_type=CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""The last routing table, kept for the times when the controller is away or has just been restarted. No I/O here."""
+"""Cached routing table, used while the controller is away or has just been restarted. No I/O."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastserve.serving.errors import first_error
 logger = logging.getLogger(__name__)
 
 MISSING_GRACE_S = 10.0
-"""How long a worker stays usable here after the controller's table no longer shows it: a restarted controller knows
-no worker before the next heartbeat."""
+"""How long a worker stays usable after it has left the controller's table: a restarted controller knows no worker
+before the next heartbeat."""
 SUSPECT_S = 3.0
-"""How long a worker that has just failed comes after all others."""
+"""How long other workers are preferred to one that has failed."""
 SAMPLE_SIZE = 32
-"""When a model has more than twice as many workers, a request goes to one of so many random ones."""
+"""Number of random workers to choose from, if a model has more than twice as many."""
 DEFAULT_METHOD = "shortest_queue"
-"""Before the first table, and for a method that only a newer controller knows."""
+"""Dispatch method before the first table, and if the controller's is unknown here."""
 MAX_BREAKERS = 10_000
 
 
@@ -34,14 +34,14 @@ MAX_BREAKERS = 10_000
 class _Row:
     entry: WorkerEntry
     others: int
-    """Requests that came by other ways than through this process, when the row was last sent."""
+    """Requests on the worker that did not come through this process, as of the last row."""
     missing_since: float | None = None
 
 
 def parse_table(content: bytes) -> tuple[RoutingTable, list[str]]:
-    """A routing table without the rows that are not valid, and a sentence about each of these.
+    """Parse a routing table; returns it without its invalid rows, and an error message for each of these.
 
-    Raises InvalidRequestError when it is not a table at all.
+    Raises InvalidRequestError if it is not a table at all.
     """
     try:
         return RoutingTable.model_validate_json(content), []
@@ -70,22 +70,21 @@ class CachedTable:
         self._rng = rng
         self._rows: dict[str, _Row] = {}
         self._missing: dict[str, float] = {}
-        """When each row that the controller no longer shows was first missed."""
+        """Time at which each row was first missing from the controller's table."""
         self._by_model: dict[str, dict[str, list[str]]] | None = None
-        """Addresses by model name and capability; None: to be made anew."""
+        """Addresses by model name and capability; None: outdated."""
         self._suspects: dict[str, float] = {}
+        """Time until which other workers are preferred, by address."""
         self._method = DEFAULT_METHOD
         self._make_index = dispatch.load(DEFAULT_METHOD)
         self._breakers: dict[str, Breaker] = {}
         """By address, for workers that have failed requests of this process."""
         self.epoch = ""
-        """With `version`: which of the controller's tables this is."""
+        """Identifies the controller's table together with `version`."""
         self.version = -1
 
     def update(self, table: RoutingTable, in_flight: Mapping[str, int]) -> None:
-        """Take over the controller's table, or its changes. `in_flight` is this process's own share of each worker's
-        requests.
-        """
+        """Apply the controller's table, or its changes. `in_flight`: this process's own requests on each worker."""
         now = self._clock()
         self.epoch, self.version = table.epoch, table.version
         self._follow_method(table.dispatch_method)
@@ -111,13 +110,11 @@ class CachedTable:
         self._suspects = {address: until for address, until in self._suspects.items() if until > now}
 
     def suspect(self, address: str) -> None:
-        """A connection to this worker failed: prefer others for a while."""
+        """Prefer other workers for SUSPECT_S, because a connection to this one failed."""
         self._suspects[address] = self._clock() + SUSPECT_S
 
     def record(self, address: str, *, failed: bool) -> None:
-        """A request to this worker has ended, and failed or was answered. Counts while the controller is away, when
-        nobody else knows.
-        """
+        """Record the result of a request for the worker's local breaker, which matters while the controller is away."""
         breaker = self._breakers.get(address)
         if failed:
             if breaker is None and len(self._breakers) < MAX_BREAKERS:
@@ -128,34 +125,34 @@ class CachedTable:
             del self._breakers[address]
 
     def choose(self, model: str, capability: str, exclude: Collection[str], in_flight: Mapping[str, int]) -> str:
-        """The worker that the controller's dispatch method chooses of those that offer `capability` for `model`; ""
-        when it wants none of them.
+        """Choose a worker that offers `capability` for `model` by the controller's dispatch method; "" for none.
 
-        Workers that fail, and those that the controller no longer shows, come after all others.
+        Workers that fail, that are paused, or that the controller no longer shows come after all others.
         """
         now = self._clock()
         addresses = self._offers().get(model, {}).get(capability, [])
         chosen = None
         if len(addresses) > 2 * SAMPLE_SIZE:
             sample = self._rng.sample(addresses, SAMPLE_SIZE)
-            good = [address for address in sample if address not in exclude and not any(self._doubts(address, now))]
+            good = [address for address in sample if address not in exclude and not any(self._rank(address, now))]
             chosen = self._choose_among(good, in_flight)
         if chosen is None:
-            by_doubts: dict[tuple[bool, bool, bool], list[str]] = {}
+            by_rank: dict[tuple[bool, ...], list[str]] = {}
             for address in addresses:
                 if address not in exclude:
-                    by_doubts.setdefault(self._doubts(address, now), []).append(address)
-            choices = (self._choose_among(by_doubts[doubts], in_flight) for doubts in sorted(by_doubts))
+                    by_rank.setdefault(self._rank(address, now), []).append(address)
+            choices = (self._choose_among(by_rank[rank], in_flight) for rank in sorted(by_rank))
             chosen = next((choice for choice in choices if choice is not None), "")
         if breaker := self._breakers.get(chosen):
             breaker.start(now)
         return chosen
 
-    def _doubts(self, address: str, now: float) -> tuple[bool, bool, bool]:
-        """What is against the worker, the most serious first."""
+    def _rank(self, address: str, now: float) -> tuple[bool, ...]:
+        """Reasons to prefer other workers, the most serious first."""
         row, breaker = self._rows[address], self._breakers.get(address)
         is_out = row.entry.breaker == "open" if breaker is None else not breaker.allows(now)
-        return is_out, self._suspects.get(address, now) > now, row.missing_since is not None
+        is_suspect = self._suspects.get(address, now) > now
+        return is_out, is_suspect, row.entry.status.paused, row.missing_since is not None
 
     def _choose_among(self, addresses: Collection[str], in_flight: Mapping[str, int]) -> str | None:
         index = self._make_index()
@@ -174,11 +171,11 @@ class CachedTable:
         self._make_index = dispatch.load(method if is_known else DEFAULT_METHOD)
 
     def model_names(self) -> list[str]:
-        """Sorted, each once. Rows missing from the last table count only when it was empty (a restarted controller)."""
+        """Sorted and unique. Rows missing from the last table count only if it was empty (a restarted controller)."""
         return sorted(self.offered())
 
     def offered(self) -> dict[str, list[str]]:
-        """The same models, with the capabilities that they are served with."""
+        """The models of `model_names`, with the capabilities that they are served with."""
         is_counted = self._is_counted()
         found = (
             (name, [capability for capability, addresses in pools.items() if any(map(is_counted, addresses))])
@@ -187,13 +184,13 @@ class CachedTable:
         return {name: capabilities for name, capabilities in found if capabilities}
 
     def capabilities(self, model: str) -> list[str]:
-        """Those that the model is served with, sorted; none for a model that is not served."""
+        """Capabilities that the model is served with, sorted; empty for a model that is not served."""
         is_counted = self._is_counted()
         pools = self._offers().get(model, {})
         return sorted(capability for capability, addresses in pools.items() if any(map(is_counted, addresses)))
 
     def is_listed(self, address: str) -> bool:
-        """Whether the controller's last table shows the worker."""
+        """Whether the worker is in the controller's last table."""
         return address in self._rows and address not in self._missing
 
     def _is_counted(self) -> Callable[[str], bool]:

@@ -1,4 +1,4 @@
-"""The HTTP session to controller and workers."""
+"""The HTTP session for requests to the controller and the workers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastserve.access.outgoing import CleanRequest, FinalResponse, send_cluster_
 
 
 class ConnectionUse:
-    """Given to a request as `trace_request_ctx`, it learns whether the request went over a pooled connection.
+    """Passed to a request as `trace_request_ctx`; records whether the request used a pooled connection.
 
-    A pooled connection may have been closed by the other side without our having noticed yet, which says nothing
-    about whether the other side is well.
+    The other side may have closed a pooled connection without our having noticed yet. A failure of such a connection
+    does not mean that the other side is down.
     """
 
     def __init__(self) -> None:
@@ -28,9 +28,9 @@ class ConnectionUse:
 def open_session(
     keys: Reloadable[ClusterKeys | None], ssl_context: ssl.SSLContext | None = None
 ) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
-    """One session for all: it sends the cluster key, limits no connections, and leaves bodies as they are.
+    """A session that sends the cluster key, does not limit the number of connections, and does not decompress bodies.
 
-    `ssl_context` is for `https` addresses; None verifies them with the system's authorities.
+    `ssl_context`: for `https` addresses; None verifies them with the system's certificate authorities.
     """
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)

@@ -25,7 +25,7 @@ DEFAULT = frozenset(
 LONG_S = 20.0
 MAX_GROWTH_MB = 300.0
 MAX_LATENCY_S = 15.0
-"""Far above what a request takes on a busy machine: nobody waits for a service that no longer answers."""
+"""Seconds: far above the time of a request on a busy machine, so that a dead service is noticed."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ async def test_good_clients_lose_nothing_and_memory_stays(
 
 
 async def serves_as_before(target: Target) -> None:
-    """Both services that others stand on are well, and the table shows the one worker that is left."""
+    """Check that API server and controller are ready, and that the table has the remaining worker."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as http:
         for address in (target.controller, target.worker, target.server):
             async with http.get(address + "/health") as response:

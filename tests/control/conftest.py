@@ -1,4 +1,4 @@
-"""Shared by the controller's tests: a clock that is set by hand, and workers' statuses."""
+"""Fixtures of the controller's tests: a manual clock, a registry, and workers' statuses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def registry(make_registry: Callable[..., WorkerRegistry]) -> WorkerRegistry:
 
 @pytest.fixture
 def status() -> Callable[..., WorkerStatus]:
-    """A fastserve worker's status: serves "m", beats each second, and has exactly the requests of its leases."""
+    """Make statuses of a fastserve worker that serves "m" and has a lease for each request except `others`."""
 
     def make(*leases: str, models: tuple[str, ...] = ("m",), others: int = 0, **fields: object) -> WorkerStatus:
         values: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""The controller's endpoints, in process; the workers that it calls are real servers on the loopback."""
+"""The controller's endpoints, in process, with workers that are real servers on the loopback interface."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 
 @asynccontextmanager
 async def fake_worker(**handlers: Handler) -> AsyncIterator[str]:
-    """A server with these endpoints; gives its address."""
+    """Run a server with these endpoints; yields its address."""
     app = web.Application()
     for name, handler in handlers.items():
         app.router.add_post(f"/{name}", handler)
@@ -55,7 +55,7 @@ def tells_status(**fields: Any) -> Handler:
 
 
 def streams(*pieces: bytes, cut: bool = False, status: int = 200) -> Handler:
-    """Sends the pieces; with `cut`, breaks the connection instead of ending the answer."""
+    """Send the pieces; with `cut`, break the connection instead of ending the answer."""
 
     async def worker_generate_stream(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(status=status)
@@ -244,7 +244,7 @@ async def test_relay_of_a_refusal_is_one_error_record(client: httpx.AsyncClient,
         pytest.param([b"x" * 65536] * 40, id="a record without an end"),
     ],
 )
-async def test_relay_of_an_answer_that_is_none_is_one_error_record(
+async def test_an_invalid_answer_is_relayed_as_one_error_record(
     client: httpx.AsyncClient, pieces: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fastchat_relay, "MAX_RECORD_BYTES", 2**20)
@@ -257,7 +257,7 @@ async def test_relay_of_an_answer_that_is_none_is_one_error_record(
 
 
 async def test_relay_keeps_no_more_of_a_worker_than_one_record(client: httpx.AsyncClient) -> None:
-    """Records as long as they may be cost time and memory in proportion to their length."""
+    """Records of the maximum length take time and memory in proportion to their length."""
     record = json.dumps({"text": "x" * 2_000_000, "error_code": 0}).encode() + b"\0"
     async with fake_worker(worker_generate_stream=streams(record * 4)) as address:
         await register(client, address)
@@ -318,11 +318,11 @@ async def test_a_controller_among_its_own_workers_ends_with_an_error(client: htt
         response = await real.post("/worker_generate_stream", json={"model": "m"})
         (record,) = records(response.content)
         assert record["error_code"] == 50006
-        # One time round, and no more.
+        # One round, and no more.
         assert f'dispatched_total{{model="m",worker="{url}"}} 1.0' in (await real.get("/metrics")).text
 
 
-# ---- ours -------------------------------------------------------------------------------------------------------
+# ---- our own endpoints ------------------------------------------------------------------------------------------
 
 
 async def test_acquire_release_and_the_table(client: httpx.AsyncClient) -> None:
@@ -343,7 +343,7 @@ async def test_acquire_release_and_the_table(client: httpx.AsyncClient) -> None:
     assert (await client.get("/workers")).json()["workers"][0]["in_flight"] == 0
 
 
-async def test_goodbye_and_failure(client: httpx.AsyncClient) -> None:
+async def test_deregistration_and_failure(client: httpx.AsyncClient) -> None:
     await register(client, "http://a:1")
     await register(client, "http://b:1")
     await post(client, "/report_failure", worker_name="http://a:1")
@@ -378,13 +378,15 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [(b'{"lease": "1"}', "'model'"), (b"not json", "not valid JSON"), (b'{"model": 1, "lease": "1"}', "'model'")],
 )
-async def test_a_wrong_body_is_answered_in_openais_shape(client: httpx.AsyncClient, content: bytes, told: str) -> None:
+async def test_a_wrong_body_is_answered_in_openais_shape(
+    client: httpx.AsyncClient, content: bytes, message: str
+) -> None:
     response = await client.post("/acquire", content=content)
     assert response.status_code == 400
-    assert told in response.json()["error"]["message"]
+    assert message in response.json()["error"]["message"]
 
 
 async def test_a_wrong_path_or_method_too(client: httpx.AsyncClient) -> None:

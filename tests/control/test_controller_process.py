@@ -26,16 +26,16 @@ PATIENCE_S = 15.0
 ResultT = TypeVar("ResultT")
 
 
-class Controller:
+class ControllerProcess:
     def __init__(self, folder: Path) -> None:
         self._log = folder / "controller.log"
         self.port = 0
         self.start()
 
     def start(self) -> None:
-        """Also after `kill`: on the same port then."""
+        """Start it, after `kill` on the same port."""
         command = [sys.executable, "-m", "fastserve.controller", "--host", "127.0.0.1", "--port", str(self.port)]
-        # The workers of these tests exist by name only.
+        # The workers of these tests are only names.
         command += ["--insecure", "--no-worker-probe", "--allowed-worker-networks", "any"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -55,7 +55,7 @@ class Controller:
 
 
 class HeartbeatSender:
-    """What a worker does, on a thread: a heartbeat with its whole status each `interval_s`, whatever comes back."""
+    """A worker on a thread: sends a heartbeat with its whole status every `interval_s`, whatever the answer."""
 
     def __init__(self, controller: str, address: str, status: WorkerStatus) -> None:
         assert status.heartbeat_interval_s
@@ -81,7 +81,7 @@ class HeartbeatSender:
                 try:
                     client.post(self._url, content=self._body, headers={"content-type": "application/json"})
                 except httpx.TransportError:
-                    continue  # the controller is away; the next heartbeat tells all
+                    continue  # the controller is away; the next heartbeat has the whole status
 
 
 def wait_for(found: Callable[[], ResultT | None]) -> ResultT:
@@ -94,23 +94,23 @@ def wait_for(found: Callable[[], ResultT | None]) -> ResultT:
 
 
 @pytest.fixture
-def controller(tmp_path: Path) -> Iterator[Controller]:
-    controller = Controller(tmp_path)
+def controller(tmp_path: Path) -> Iterator[ControllerProcess]:
+    controller = ControllerProcess(tmp_path)
     try:
         yield controller
     finally:
         controller.kill()
 
 
-def addresses(controller: Controller) -> list[str]:
+def addresses(controller: ControllerProcess) -> list[str]:
     return [w["address"] for w in httpx.get(f"{controller.address}/workers").raise_for_status().json()["workers"]]
 
 
-def in_flight(controller: Controller) -> list[int]:
+def in_flight(controller: ControllerProcess) -> list[int]:
     return [w["in_flight"] for w in httpx.get(f"{controller.address}/workers").raise_for_status().json()["workers"]]
 
 
-def test_it_starts_alone_stays_small_and_stops(controller: Controller) -> None:
+def test_it_starts_alone_stays_small_and_stops(controller: ControllerProcess) -> None:
     assert httpx.get(f"{controller.address}/health").json() == {"status": "ok"}
     assert httpx.post(f"{controller.address}/list_models").json() == {"models": []}
     assert httpx.get(f"{controller.address}/metrics").status_code == 200
@@ -134,7 +134,7 @@ def test_a_wrong_dispatch_method_is_answered_with_the_known_ones() -> None:
     assert re.search(r"guess.*lottery.*shortest_queue", ended.stderr)
 
 
-def test_a_restarted_controller_is_whole_again_within_one_interval(controller: Controller) -> None:
+def test_a_restarted_controller_is_whole_again_within_one_interval(controller: ControllerProcess) -> None:
     interval_s = 1.0
     status = WorkerStatus(model_names=["m"], queue_length=2, leases=["a", "b"], heartbeat_interval_s=interval_s)
     with HeartbeatSender(controller.address, "http://w:1", status):
@@ -147,7 +147,7 @@ def test_a_restarted_controller_is_whole_again_within_one_interval(controller: C
         assert in_flight(controller) == [2]
 
 
-def test_a_killed_worker_is_out_at_once_when_reported_and_soon_when_not(controller: Controller) -> None:
+def test_a_killed_worker_is_out_at_once_when_reported_and_soon_when_not(controller: ControllerProcess) -> None:
     status = WorkerStatus(model_names=["m"], heartbeat_interval_s=0.1)
     with HeartbeatSender(controller.address, "http://w:1", status):
         wait_for(lambda: addresses(controller))
@@ -160,7 +160,7 @@ def test_a_killed_worker_is_out_at_once_when_reported_and_soon_when_not(controll
     assert time.monotonic() - killed < 3.5
 
 
-def test_a_controller_that_was_held_up_does_not_take_its_workers_for_silent(controller: Controller) -> None:
+def test_a_controller_that_was_held_up_does_not_take_its_workers_for_silent(controller: ControllerProcess) -> None:
     status = WorkerStatus(model_names=["m"], queue_length=1, leases=["a"], heartbeat_interval_s=0.8)
     with HeartbeatSender(controller.address, "http://w:1", status):
         wait_for(lambda: addresses(controller))
@@ -174,7 +174,7 @@ def test_a_controller_that_was_held_up_does_not_take_its_workers_for_silent(cont
     assert "is dropped" not in controller.log()
 
 
-async def test_a_client_that_leaves_the_relay_stops_the_worker(controller: Controller) -> None:
+async def test_a_client_that_leaves_the_relay_stops_the_worker(controller: ControllerProcess) -> None:
     left = asyncio.Event()
 
     async def worker_generate_stream(request: web.Request) -> web.StreamResponse:

@@ -150,7 +150,7 @@ async def test_a_list_of_a_million_wrong_elements_costs_little(
     began = time.process_time()
     response = await client.post(path, content=content)
     assert response.status_code == 400
-    # A million objects for errors would take seconds.
+    # A million error objects would take seconds.
     assert time.process_time() - began < 1.0
 
 
@@ -163,7 +163,7 @@ async def test_fastchats_messages_are_understood(client: httpx.AsyncClient) -> N
     assert (await client.post("/get_worker_address", json={"model": "vicuna"})).json() == {"address": "http://f:1"}
 
 
-async def test_refused_messages_are_counted_and_named_in_the_log_without_what_they_forge(
+async def test_refused_messages_are_counted_and_logged_without_control_characters(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     forged = "w\n2026-01-01 | INFO | all is well\x1b[31m‮"
@@ -179,7 +179,7 @@ async def test_names_in_the_log_are_escaped_and_shortened(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    # Characters that are no controls, and still must not steer a terminal or fill a disk.
+    # No control characters, but they must not affect a terminal or fill a disk either.
     names = ["private\ue000", "back\\slash", "long" * 100]
     body = {"worker_name": ADDRESS, "queue_length": 0, "status": STATUS | {"model_names": names}}
     await client.post("/deregister_worker", json={"worker_name": ADDRESS})
@@ -194,7 +194,7 @@ async def test_names_in_the_log_are_escaped_and_shortened(
         assert len(line) < 600
 
 
-# ---- bounds of all together -------------------------------------------------------------------------------------
+# ---- bounds on totals -------------------------------------------------------------------------------------------
 
 
 async def heartbeat(client: httpx.AsyncClient, address: str, *names: str, **fields: Any) -> httpx.Response:

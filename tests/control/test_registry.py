@@ -7,6 +7,7 @@ from typing import Protocol
 
 import pytest
 
+from fastserve import dispatch
 from fastserve.control.registry import WorkerRegistry
 from fastserve.protocol import MAX_REQUESTS, WorkerEntry, WorkerStatus
 
@@ -76,7 +77,7 @@ def test_without_heartbeat_check_a_worker_stays(registry: WorkerRegistry, clock:
     assert registry.get_worker_address("m") == "w"
 
 
-def test_a_worker_says_goodbye(registry: WorkerRegistry, status: MakeStatus) -> None:
+def test_a_worker_deregisters(registry: WorkerRegistry, status: MakeStatus) -> None:
     registry.heartbeat("w", 0, status())
     registry.acquire("m", "1")
     registry.deregister("w")
@@ -107,7 +108,7 @@ def test_a_failed_worker_that_never_beats_is_tried_again_later(registry: WorkerR
     assert registry.get_worker_address("m") == "w"
 
 
-def test_the_log_tells_who_came_and_went_and_why(
+def test_the_log_shows_which_workers_came_and_went_and_why(
     registry: WorkerRegistry, status: MakeStatus, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -162,7 +163,7 @@ def test_excluded_workers_are_not_chosen(registry: WorkerRegistry, status: MakeS
     assert (answer.address, answer.known) == ("", True)
 
 
-def test_an_unknown_model_is_told_from_a_busy_one(registry: WorkerRegistry, status: MakeStatus) -> None:
+def test_an_unknown_model_is_distinguished_from_a_busy_one(registry: WorkerRegistry, status: MakeStatus) -> None:
     registry.heartbeat("a", 0, status())
     answer = registry.acquire("n", "1")
     assert (answer.address, answer.known) == ("", False)
@@ -175,6 +176,38 @@ def test_lottery_goes_by_speed_alone(make_registry: Callable[..., WorkerRegistry
     assert registry.get_worker_address("m") == "a"
     registry.heartbeat("a", 0, status(speed=0.0))
     assert registry.get_worker_address("m") == ""
+
+
+@pytest.mark.parametrize("method", dispatch.names())
+def test_a_paused_worker_is_chosen_only_when_no_other_can_be(
+    make_registry: Callable[..., WorkerRegistry], status: MakeStatus, method: str
+) -> None:
+    registry = make_registry(method)
+    registry.heartbeat("paused", 0, status(paused=True, capabilities=["chat", "embeddings"]))
+    registry.heartbeat("busy", 9, status(others=9, capabilities=["chat"]))
+    registry.heartbeat("other model", 0, status(models=("n",), capabilities=["chat", "embeddings"]))
+    assert {registry.acquire("m", f"chat {n}", (), "chat").address for n in range(30)} == {"busy"}
+    assert {registry.get_worker_address("m") for _ in range(10)} == {"busy"}, "whatever the capability"
+    assert registry.acquire("m", "embedding", (), "embeddings").address == "paused"
+    assert registry.acquire("m", "retry", ["busy"], "chat").address == "paused"
+    registry.report_failure("busy")
+    assert registry.acquire("m", "alone", (), "chat").address == "paused"
+
+
+def test_a_worker_that_resumes_is_preferred_again(registry: WorkerRegistry, status: MakeStatus) -> None:
+    registry.heartbeat("a", 0, status(paused=True))
+    registry.heartbeat("b", 5, status(others=5))
+    before = registry.table()
+    assert registry.acquire("m", "1").address == "b"
+    registry.heartbeat("a", 0, status())
+    assert b'"address":"a"' in registry.table_json(before.epoch, before.version), "its row counts as changed"
+    assert registry.acquire("m", "2").address == "a"
+    registry.heartbeat("a", 1, status("2", paused=True))
+    registry.heartbeat("b", 5, status("1", others=5, paused=True))
+    assert registry.acquire("m", "3").address == "a", "among paused workers the method chooses"
+    registry.deregister("a")
+    registry.deregister("b")
+    assert registry.acquire("m", "4").address == ""
 
 
 # ---- counting ---------------------------------------------------------------------------------------------------
@@ -256,7 +289,7 @@ def test_a_released_lease_in_a_late_heartbeat_stays_ended(
     registry.release(["1"])
     registry.heartbeat("w", 1, status("1"))
     assert in_flight(registry) == {"w": 0}
-    clock.now += 6  # long after the release the worker still says so: it really runs there
+    clock.now += 6  # listed long after the release: it really runs there
     registry.heartbeat("w", 1, status("1"))
     assert in_flight(registry) == {"w": 1}
 
@@ -274,7 +307,7 @@ def test_a_retried_request_counts_on_the_new_worker_only(registry: WorkerRegistr
     registry.heartbeat("b", 0, status())
     first = registry.acquire("m", "1").address
     second = registry.acquire("m", "1", [first]).address
-    registry.heartbeat(first, 1, status("1"))  # written before the request left
+    registry.heartbeat(first, 1, status("1"))  # sent before the request
     assert in_flight(registry) == {first: 0, second: 1}
     registry.release(["1"])
     assert in_flight(registry) == {"a": 0, "b": 0}
@@ -299,15 +332,15 @@ def test_leases_on_a_worker_that_lists_none(registry: WorkerRegistry, clock: Clo
     registry.heartbeat("w", 3)
     assert in_flight(registry) == {"w": 3}
     clock.now += 45
-    registry.heartbeat("w", 1)  # two have ended and nobody said so
+    registry.heartbeat("w", 1)  # two have ended without a release
     assert in_flight(registry) == {"w": 1}
-    registry.release(["1", "2"])  # the oldest were taken to be the ended ones
+    registry.release(["1", "2"])  # the oldest were assumed to have ended
     assert in_flight(registry) == {"w": 1}
     registry.release(["3"])
     assert in_flight(registry) == {"w": 0}
 
 
-def test_a_short_answer_to_a_poll_keeps_what_the_heartbeats_told(
+def test_a_short_answer_to_a_poll_keeps_the_status_of_the_heartbeats(
     registry: WorkerRegistry, status: MakeStatus, clock: Clock
 ) -> None:
     registry.heartbeat("w", 1, status("1", context_length=4096))
@@ -328,7 +361,7 @@ def test_a_poll_renews_a_fastchat_worker(registry: WorkerRegistry) -> None:
     assert in_flight(registry) == {"w": 2}
 
 
-def test_a_row_stays_within_what_its_readers_accept(registry: WorkerRegistry, status: MakeStatus) -> None:
+def test_a_row_stays_within_the_bounds_of_its_readers(registry: WorkerRegistry, status: MakeStatus) -> None:
     registry.heartbeat("w", MAX_REQUESTS, status(queue_length=MAX_REQUESTS))
     for number in range(3):
         registry.acquire("m", f"lease{number}")

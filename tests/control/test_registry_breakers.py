@@ -1,4 +1,4 @@
-"""Workers that fail requests: who is taken out, for how long, and who comes back."""
+"""Circuit breakers: which workers are taken out of dispatch, for how long, and which come back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def beat(registry: WorkerRegistry, status: MakeStatus) -> Callable[..., None]:
 
 
 def fail(registry: WorkerRegistry, address: str, times: int = FAILURE_THRESHOLD, model: str = "m") -> None:
-    """Requests to this worker fail; those that land elsewhere are taken back."""
+    """Let `times` requests fail on this worker."""
     while times:
         lease = f"failing{times}"
         if registry.acquire(model, lease, [other for other in registry.addresses() if other != address]).address:
@@ -39,7 +39,7 @@ def fail(registry: WorkerRegistry, address: str, times: int = FAILURE_THRESHOLD,
 
 
 def chosen(registry: WorkerRegistry, count: int = 60, model: str = "m") -> Counter[str]:
-    """Where so many requests go that say nothing about their workers."""
+    """Number of requests on each worker, for `count` requests that are neither successes nor failures."""
     found: Counter[str] = Counter()
     for number in range(count):
         lease = f"asked{number}"
@@ -117,7 +117,7 @@ def test_a_probe_that_fails_keeps_it_out_for_longer(
     assert registry.acquire("m", "probe", ["b"]).address == "a"
 
 
-def test_a_probe_that_says_nothing_or_never_ends_is_followed_by_another(
+def test_a_probe_without_a_result_is_followed_by_another(
     registry: WorkerRegistry, beat: Callable[..., None], clock: Clock
 ) -> None:
     beat("a", "b")
@@ -142,16 +142,16 @@ def test_an_answer_to_a_request_from_before_does_not_close_the_breaker(
     assert set(chosen(registry)) == {"b"}
 
 
-@pytest.mark.parametrize(("num_workers", "most_out"), [(1, 0), (2, 1), (3, 1), (4, 2), (7, 3)])
+@pytest.mark.parametrize(("num_workers", "max_out"), [(1, 0), (2, 1), (3, 1), (4, 2), (7, 3)])
 def test_never_more_than_half_of_a_models_workers_are_out(
-    registry: WorkerRegistry, beat: Callable[..., None], num_workers: int, most_out: int
+    registry: WorkerRegistry, beat: Callable[..., None], num_workers: int, max_out: int
 ) -> None:
     names = [f"w{n}" for n in range(num_workers)]
     beat(*names)
     for _ in range(2):
         for name in names:
             fail(registry, name)
-    assert len(chosen(registry, 400)) == num_workers - most_out
+    assert len(chosen(registry, 400)) == num_workers - max_out
 
 
 def test_a_worker_may_be_out_for_one_model_and_in_for_another_that_nobody_else_serves(
@@ -178,7 +178,7 @@ def test_when_the_healthy_ones_go_a_failing_one_is_better_than_none(
 
 
 def test_lost_connections_feed_the_breaker(registry: WorkerRegistry, beat: Callable[..., None]) -> None:
-    """A worker whose heartbeats go on although nobody can connect to it."""
+    """Heartbeats of the worker arrive although nobody can connect to it."""
     beat("a", "b")
     for _ in range(FAILURE_THRESHOLD):
         registry.report_failure("a")
@@ -190,7 +190,7 @@ def test_lost_connections_feed_the_breaker(registry: WorkerRegistry, beat: Calla
 def test_a_lost_connection_that_is_reported_counts_once(
     registry: WorkerRegistry, beat: Callable[..., None], clock: Clock
 ) -> None:
-    """The API server reports it at once, and gives the lease back as failed a moment later."""
+    """The API server reports the failure at once, and releases the lease as failed a moment later."""
     beat("a", "b")
     for number in range(FAILURE_THRESHOLD):
         assert breakers(registry)["a"] == "closed", number
@@ -223,7 +223,7 @@ def test_a_worker_that_serves_others_is_not_taken_out_again_and_again_by_one_tha
     assert set(chosen(registry)) == {"b"}
 
 
-def test_what_its_breaker_says_ends_with_the_worker(registry: WorkerRegistry, beat: Callable[..., None]) -> None:
+def test_a_breaker_ends_with_its_worker(registry: WorkerRegistry, beat: Callable[..., None]) -> None:
     beat("a", "b")
     fail(registry, "a")
     registry.deregister("a")

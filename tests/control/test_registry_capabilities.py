@@ -1,4 +1,4 @@
-"""The registry keeps what each worker's model can, and gives requests to workers that can answer them."""
+"""The registry keeps the capabilities of workers, and dispatches requests only to workers that offer theirs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ leases = map(str, itertools.count())
 
 
 def chosen(registry: WorkerRegistry, capability: str | None, model: str = "m", count: int = 30) -> set[str]:
-    """Workers that get requests, of which one runs at a time."""
+    """The workers that `count` requests, one at a time, are dispatched to."""
     found = set()
     for lease in itertools.islice(leases, count):
         found.add(registry.acquire(model, lease, (), capability).address)
@@ -47,14 +47,14 @@ def test_those_that_state_nothing_are_taken_to_chat_and_complete(registry: Worke
     assert (refusal.address, refusal.known, refusal.capabilities) == ("", True, ["chat", "completions"])
 
 
-def test_what_is_missing_is_told_only_when_it_will_not_come(
+def test_a_missing_capability_is_reported_only_if_it_will_not_come(
     registry: WorkerRegistry, status: MakeStatus, clock: Clock
 ) -> None:
-    """A model that loads has not said what it can; a worker that went, or failed, may be back."""
+    """Capabilities of a loading model are unknown, and a worker that left or failed may come back."""
     registry.heartbeat("loading", 0, status(ready=False))
     assert registry.acquire("m", "1", (), "embeddings").retry_after_s == LOADING_RETRY_AFTER_S
     registry.heartbeat("loading", 0, status(capabilities=["embeddings"]))
-    # It was taken to chat while it loaded, but never did.
+    # Chat was assumed while it loaded, but it never offered it.
     assert registry.acquire("m", "2", (), "chat").capabilities == ["embeddings"]
 
     registry.heartbeat("able", 0, status(capabilities=["chat"]))
@@ -70,7 +70,7 @@ def test_what_is_missing_is_told_only_when_it_will_not_come(
     assert not registry.acquire("nobody", "6", (), "chat").known
 
 
-def test_a_worker_that_changes_what_it_can_is_listed_anew(registry: WorkerRegistry, status: MakeStatus) -> None:
+def test_a_worker_that_changes_its_capabilities_is_listed_anew(registry: WorkerRegistry, status: MakeStatus) -> None:
     registry.heartbeat("w", 0, status(capabilities=["chat", "completions"], models=("m", "n")))
     before = registry.table()
     registry.heartbeat("w", 0, status(capabilities=["completions"], models=("m", "n")))
@@ -85,7 +85,7 @@ def test_a_worker_that_changes_what_it_can_is_listed_anew(registry: WorkerRegist
 
 
 def test_no_more_than_half_of_the_able_workers_are_kept_out(registry: WorkerRegistry, status: MakeStatus) -> None:
-    """Many workers that cannot answer do not make up for the few that can."""
+    """Workers without the capability do not count."""
     registry.heartbeat("able", 0, status(capabilities=["chat"]))
     for number in range(9):
         registry.heartbeat(f"other{number}", 0, status(capabilities=["completions"]))

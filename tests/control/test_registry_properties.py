@@ -1,4 +1,4 @@
-"""Whatever order things happen in, the counts come back to the truth."""
+"""Whatever happens in whatever order, the counts of requests become right again."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ WORKERS = st.sampled_from(NAMES)
 
 
 @dataclass
-class Worker:
-    """The truth about a worker: what it runs, and heartbeats that it has written but that have not arrived."""
+class SimulatedWorker:
+    """The true state of a worker: its requests, and heartbeats that have been sent but have not arrived."""
 
     running: set[str] = field(default_factory=set)
     others: int = 0
@@ -40,9 +40,9 @@ class Cluster(RuleBasedStateMachine):
     def start(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
-        self.workers = {name: Worker() for name in NAMES}
+        self.workers = {name: SimulatedWorker() for name in NAMES}
         self.requests: dict[str, str] = {}
-        """Lease and worker of the requests that an API server holds."""
+        """Worker by lease, for the requests that an API server has."""
         self.count = 0
         self.start_controller()
         for name in NAMES:
@@ -89,14 +89,14 @@ class Cluster(RuleBasedStateMachine):
             del self.requests[lease]
 
     @precondition(lambda self: self.requests)
-    @rule(data=st.data(), told=st.booleans(), worker_knows=st.booleans())
-    def request_ends(self, data: st.DataObject, told: bool, worker_knows: bool) -> None:
-        """Its API server may have died (not `told`), and the worker may notice later."""
+    @rule(data=st.data(), is_released=st.booleans(), worker_knows=st.booleans())
+    def request_ends(self, data: st.DataObject, is_released: bool, worker_knows: bool) -> None:
+        """Without `is_released` its API server has died; the worker may notice the end later."""
         lease = data.draw(st.sampled_from(sorted(self.requests)))
         address = self.requests.pop(lease)
         if worker_knows:
             self.workers[address].running.discard(lease)
-        if told:
+        if is_released:
             self.registry.release([lease])
 
     @rule(name=WORKERS, count=st.integers(0, 3))
@@ -124,11 +124,11 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(name=WORKERS)
     def worker_restarts(self, name: str) -> None:
-        self.workers[name] = Worker()
+        self.workers[name] = SimulatedWorker()
         self.registry.register(name, True, self.workers[name].status())
 
     @rule(name=WORKERS)
-    def worker_says_goodbye(self, name: str) -> None:
+    def worker_shuts_down(self, name: str) -> None:
         self.registry.deregister(name)
 
     @rule(name=WORKERS)
@@ -136,15 +136,15 @@ class Cluster(RuleBasedStateMachine):
         self.registry.report_failure(name)
 
     @invariant()
-    def counts_agree_with_the_book(self) -> None:
+    def counts_agree_with_the_leases(self) -> None:
         if not hasattr(self, "registry"):
             return
         for worker in self.registry.table().workers:
             assert worker.in_flight >= 0
-        book = self.registry._leases
-        held = [(lease, worker) for worker, leases in book._by_worker.items() for lease in leases.since]
-        assert dict(held) == book._owner
-        assert len(held) == len(book._owner), "a lease is on two workers"
+        leases = self.registry._leases
+        held = [(lease, worker) for worker, own in leases._by_worker.items() for lease in own.since]
+        assert dict(held) == leases._owner
+        assert len(held) == len(leases._owner), "a lease is on two workers"
         assert {worker for _, worker in held} <= set(self.registry.addresses())
 
     def teardown(self) -> None:

@@ -1,4 +1,4 @@
-"""Many workers: changes of the table, cost, what is known of models, what does not pile up."""
+"""Many workers: changes of the table, remembered models, cost, and memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(registry: WorkerRegistry, epoch: str = "", version: int = -1) -> Routin
 
 
 class Reader:
-    """An API server's copy of the table, kept by changes alone."""
+    """An API server's copy of the table, updated with changes only."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
         self.registry = registry
@@ -99,7 +99,7 @@ def _registry(clock: Callable[[], float]) -> WorkerRegistry:
     )
 
 
-def test_only_what_has_changed_is_sent(registry: WorkerRegistry, status: MakeStatus) -> None:
+def test_only_changed_rows_are_sent(registry: WorkerRegistry, status: MakeStatus) -> None:
     for number in range(100):
         registry.heartbeat(f"w{number}", 0, status())
     reader = Reader(registry)
@@ -134,7 +134,7 @@ def test_another_controllers_version_gives_the_whole_table(
     assert (again.is_delta, again.workers, again.removed) == (True, [], [])
 
 
-def test_a_version_from_before_what_is_remembered_gives_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_before_the_remembered_ones_gives_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "MAX_REMOVED", 3)
     log = ChangeLog()
     for number in range(6):
@@ -211,7 +211,7 @@ def test_when_all_that_could_are_excluded_another_try_is_soon(registry: WorkerRe
 
 
 def _count_steps(work: Callable[[], object]) -> int:
-    """Lines and calls of Python that the work takes: a measure that no busy machine changes."""
+    """Count the Python lines and calls of some work: a cost that does not depend on the machine's load."""
     count = 0
 
     def trace(*_: object) -> Any:
@@ -283,7 +283,7 @@ def test_all_silent_workers_are_dropped_at_once(registry: WorkerRegistry, status
     assert json.loads(registry.table_json("", -1))["workers"][0]["address"] == "alive"
 
 
-def test_a_shorter_interval_counts_from_the_heartbeat_that_says_it(
+def test_a_shorter_interval_counts_from_the_heartbeat_that_reports_it(
     registry: WorkerRegistry, status: MakeStatus, clock: Clock
 ) -> None:
     registry.heartbeat("w", 0, status(heartbeat_interval_s=1000.0))

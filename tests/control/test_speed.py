@@ -8,25 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.control import speed
-from fastserve.control.speed import RESCALE_S, SMALL_GROUP, SpeedBook
+from fastserve.control.speed import RESCALE_S, SMALL_GROUP, WorkerSpeeds
 
-Said = tuple[tuple[str, ...], float | None, float]
+Reported = tuple[tuple[str, ...], float | None, float]
 """Model names, tokens per second, claimed speed."""
 
 
-def book_of(workers: Mapping[str, Said], now: float = 0.0) -> SpeedBook:
-    book = SpeedBook()
-    for address, said in workers.items():
-        book.set(address, *said, now)
-    return book
+def tracker_of(workers: Mapping[str, Reported], now: float = 0.0) -> WorkerSpeeds:
+    tracker = WorkerSpeeds()
+    for address, reported in workers.items():
+        tracker.set(address, *reported, now)
+    return tracker
 
 
-def speeds(book: SpeedBook) -> dict[str, float]:
-    return {address: book.speed(address) for address in book._members}
+def speeds(tracker: WorkerSpeeds) -> dict[str, float]:
+    return {address: tracker.speed(address) for address in tracker._members}
 
 
-def by_walking(workers: Mapping[str, Said]) -> dict[str, float]:
-    """The same, from the definition."""
+def by_definition(workers: Mapping[str, Reported]) -> dict[str, float]:
+    """The speeds of all workers, computed from the definition."""
     result = {address: claimed for address, (_, _, claimed) in workers.items()}
     groups: list[tuple[set[str], list[str]]] = []
     for address, (names, _, _) in workers.items():
@@ -46,37 +46,37 @@ def by_walking(workers: Mapping[str, Said]) -> dict[str, float]:
 
 
 def test_measured_workers_are_compared_with_their_mean() -> None:
-    book = book_of({"a": (("m",), 100.0, 1.0), "b": (("m",), 300.0, 1.0)})
-    assert speeds(book) == {"a": pytest.approx(0.5), "b": pytest.approx(1.5)}
+    tracker = tracker_of({"a": (("m",), 100.0, 1.0), "b": (("m",), 300.0, 1.0)})
+    assert speeds(tracker) == {"a": pytest.approx(0.5), "b": pytest.approx(1.5)}
 
 
 def test_a_fastchat_worker_counts_as_an_average_one() -> None:
-    book = book_of({"a": (("m",), 100.0, 1.0), "b": (("m",), 300.0, 1.0), "f": (("m",), None, 1.0)})
-    assert speeds(book)["f"] == 1.0
+    tracker = tracker_of({"a": (("m",), 100.0, 1.0), "b": (("m",), 300.0, 1.0), "f": (("m",), None, 1.0)})
+    assert speeds(tracker)["f"] == 1.0
 
 
 def test_one_kind_alone() -> None:
-    assert speeds(book_of({"a": (("m",), 42.0, 1.0)})) == {"a": 1.0}
-    assert speeds(book_of({"f": (("m",), None, 1.0), "g": (("m",), None, 2.0)})) == {"f": 1.0, "g": 2.0}
-    assert speeds(book_of({"a": (("m",), 0.0, 1.0)})) == {"a": 1.0}
-    assert speeds(book_of({"nameless": ((), 7.0, 1.0)})) == {"nameless": 1.0}
+    assert speeds(tracker_of({"a": (("m",), 42.0, 1.0)})) == {"a": 1.0}
+    assert speeds(tracker_of({"f": (("m",), None, 1.0), "g": (("m",), None, 2.0)})) == {"f": 1.0, "g": 2.0}
+    assert speeds(tracker_of({"a": (("m",), 0.0, 1.0)})) == {"a": 1.0}
+    assert speeds(tracker_of({"nameless": ((), 7.0, 1.0)})) == {"nameless": 1.0}
 
 
 def test_workers_of_other_models_do_not_matter() -> None:
-    assert speeds(book_of({"small": (("m",), 900.0, 1.0), "big": (("n",), 9.0, 1.0)})) == {"small": 1.0, "big": 1.0}
+    assert speeds(tracker_of({"small": (("m",), 900.0, 1.0), "big": (("n",), 9.0, 1.0)})) == {"small": 1.0, "big": 1.0}
 
 
 def test_sharing_any_model_keeps_the_proportion() -> None:
-    workers: dict[str, Said] = {
+    workers: dict[str, Reported] = {
         "a": (("m",), 100.0, 1.0),
         "c": (("n",), 400.0, 1.0),
         "b": (("m", "n"), 200.0, 1.0),
     }
-    book = book_of(workers)
-    assert book.speed("b") / book.speed("a") == pytest.approx(2)
-    assert book.speed("c") / book.speed("b") == pytest.approx(2)
-    assert set(book.remove("b", 1.0)) == {"a", "c"}
-    assert speeds(book) == {"a": 1.0, "c": 1.0}
+    tracker = tracker_of(workers)
+    assert tracker.speed("b") / tracker.speed("a") == pytest.approx(2)
+    assert tracker.speed("c") / tracker.speed("b") == pytest.approx(2)
+    assert set(tracker.remove("b", 1.0)) == {"a", "c"}
+    assert speeds(tracker) == {"a": 1.0, "c": 1.0}
 
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e", "f"])
@@ -86,46 +86,46 @@ STEPS = st.lists(st.tuples(NAMES, st.one_of(st.none(), st.tuples(MODELS, RATES, 
 
 
 @given(steps=STEPS)
-def test_few_workers_always_have_the_speeds_of_the_definition(steps: list[tuple[str, Said | None]]) -> None:
-    book = SpeedBook()
-    workers: dict[str, Said] = {}
+def test_few_workers_always_have_the_speeds_of_the_definition(steps: list[tuple[str, Reported | None]]) -> None:
+    tracker = WorkerSpeeds()
+    workers: dict[str, Reported] = {}
     seen: dict[str, float] = {}
-    for address, said in steps:
-        if said is None:
+    for address, reported in steps:
+        if reported is None:
             workers.pop(address, None)
             seen.pop(address, None)
-            changed = book.remove(address, 0.0)
+            changed = tracker.remove(address, 0.0)
         else:
-            workers[address] = said
-            changed = book.set(address, *said, 0.0)
-        seen |= {name: book.speed(name) for name in changed}
-        assert speeds(book) == pytest.approx(by_walking(workers))
-        assert seen == speeds(book), "a change of speed was not reported"
+            workers[address] = reported
+            changed = tracker.set(address, *reported, 0.0)
+        seen |= {name: tracker.speed(name) for name in changed}
+        assert speeds(tracker) == pytest.approx(by_definition(workers))
+        assert seen == speeds(tracker), "a change of speed was not reported"
 
 
 @given(steps=STEPS)
-def test_many_workers_have_them_after_a_while(steps: list[tuple[str, Said | None]]) -> None:
-    book = SpeedBook()
-    workers: dict[str, Said] = {f"w{n}": (("m",), None, 1.0) for n in range(SMALL_GROUP)}
+def test_many_workers_have_them_after_a_while(steps: list[tuple[str, Reported | None]]) -> None:
+    tracker = WorkerSpeeds()
+    workers: dict[str, Reported] = {f"w{n}": (("m",), None, 1.0) for n in range(SMALL_GROUP)}
     for address, first in workers.items():
-        book.set(address, *first, 0.0)
-    for address, said in steps:
-        if said is None:
+        tracker.set(address, *first, 0.0)
+    for address, reported in steps:
+        if reported is None:
             workers.pop(address, None)
-            book.remove(address, 0.0)
+            tracker.remove(address, 0.0)
         else:
-            workers[address] = said
-            book.set(address, *said, 0.0)
-    for step in range(4):  # a group that has split is looked at again, part by part
+            workers[address] = reported
+            tracker.set(address, *reported, 0.0)
+    for step in range(4):  # a group that has split is rescaled part by part
         for address, last in workers.items():
-            book.set(address, *last, 10.0 + step)
-    assert speeds(book) == pytest.approx(by_walking(workers), rel=2 * speed.RESCALE_CHANGE)
+            tracker.set(address, *last, 10.0 + step)
+    assert speeds(tracker) == pytest.approx(by_definition(workers), rel=2 * speed.RESCALE_CHANGE)
 
 
 def test_a_change_of_the_mean_reaches_many_workers_once_in_a_while() -> None:
-    book = book_of({f"w{n}": (("m",), 100.0, 1.0) for n in range(1000)})
-    changed = [len(list(book.set(f"w{n}", ("m",), 500.0 + n, 1.0, 5.0 + n * RESCALE_S / 100))) for n in range(100)]
+    tracker = tracker_of({f"w{n}": (("m",), 100.0, 1.0) for n in range(1000)})
+    changed = [len(list(tracker.set(f"w{n}", ("m",), 500.0 + n, 1.0, 5.0 + n * RESCALE_S / 100))) for n in range(100)]
     assert sorted(changed)[-2:] == [1, 1000]
-    assert book.speed("w99") == pytest.approx(5.4, rel=0.1)
-    book.set("w0", ("m",), 100.0, 1.0, 7.0)
-    assert fmean(book.speed(f"w{n}") for n in range(1000)) == pytest.approx(1.0)
+    assert tracker.speed("w99") == pytest.approx(5.4, rel=0.1)
+    tracker.set("w0", ("m",), 100.0, 1.0, 7.0)
+    assert fmean(tracker.speed(f"w{n}") for n in range(1000)) == pytest.approx(1.0)

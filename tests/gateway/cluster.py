@@ -1,4 +1,4 @@
-"""A controller and workers of scripted behaviour, and the real API server between them, all on loopback."""
+"""The real API server with a stub controller and stub workers of scripted behaviour, on loopback."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 
 class StubServer:
-    """An aiohttp server that can be stopped as if killed, and started again on its port."""
+    """An aiohttp server that can be killed, and restarted on its port."""
 
     def __init__(self) -> None:
         self._runner: web.AppRunner | None = None
@@ -60,7 +60,7 @@ class StubServer:
         self._site = site
 
     async def stop_listening(self) -> None:
-        """Refuse new connections; those that are open stay."""
+        """Refuse new connections; open ones stay open."""
         server = self._site._server
         assert server is not None
         server.close()
@@ -85,16 +85,16 @@ class StubController(StubServer):
         self.released: list[str] = []
         self.failed: list[str] = []
         self.unused: list[str] = []
-        """Leases by what their requests said of the worker."""
+        """Leases by outcome; see `ReleaseRequest`."""
         self.failures: list[str] = []
         self.excluded: list[list[str]] = []
         self.polls = 0
         self.remembered: set[str] = set()
-        """Models that are known though no worker serves them."""
+        """Models that are known although no worker serves them."""
         self.retry_after_s: float | None = None
         self.hangs = False
         self.is_busy = False
-        """It refuses to say which leases are served."""
+        """`/serving` answers with 503."""
 
     def add(self, address: str, *models: str, capabilities: Sequence[str] | None = None) -> None:
         stated = None if capabilities is None else list(capabilities)
@@ -173,7 +173,7 @@ def _answer(message: Any) -> web.Response:
 
 
 class StubWorker(StubServer):
-    """Answers by its script, one call of it for each request."""
+    """Answers each request with a call of its script."""
 
     def __init__(self, script: Script) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def stream(*pieces: bytes, delay_s: float = 0.0, then: str = "end") -> Script:
         if then == "hang":
             await asyncio.sleep(60)
         if then == "reset":
-            await asyncio.sleep(0.02)  # let what was written reach the other side
+            await asyncio.sleep(0.02)  # let the data reach the other side
             abort(request)
         return response
 
@@ -225,7 +225,7 @@ def stream(*pieces: bytes, delay_s: float = 0.0, then: str = "end") -> Script:
 
 
 def reply(body: bytes, content_type: str = "application/json", status: int = 200, **headers: str) -> Script:
-    """Answer with these bytes, whatever they are."""
+    """Answer with these bytes as the body."""
 
     async def script(_: web.Request) -> web.StreamResponse:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -235,7 +235,7 @@ def reply(body: bytes, content_type: str = "application/json", status: int = 200
 
 
 def raw(content: bytes) -> Script:
-    """Write these bytes to the connection, in the place of an answer, and close it."""
+    """Write these bytes to the connection instead of an HTTP answer, and close it."""
 
     async def script(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
@@ -246,7 +246,7 @@ def raw(content: bytes) -> Script:
     return script
 
 
-def say(status: int, body: Any, headers: dict[str, str] | None = None) -> Script:
+def respond(status: int, body: Any, headers: dict[str, str] | None = None) -> Script:
     async def script(_: web.Request) -> web.StreamResponse:
         return web.json_response(body, status=status, headers=headers)
 
@@ -279,7 +279,7 @@ ANSWER = {
 
 
 async def answer_well(request: web.Request) -> web.StreamResponse:
-    """What a healthy worker does."""
+    """Answer like a healthy worker."""
     if json.loads(await request.read()).get("stream"):
         return await stream(*EVENTS, DONE)(request)
     return web.json_response(ANSWER)
@@ -297,7 +297,7 @@ class Cluster:
     workers: list[StubWorker] = field(default_factory=list)
 
     async def worker(self, script: Script, *models: str, capabilities: Sequence[str] | None = None) -> StubWorker:
-        """Start a worker and let the controller know it. With equal load the controller takes the one started first."""
+        """Start a worker and add it to the controller, which prefers the one started first at equal load."""
         worker = StubWorker(script)
         await worker.start()
         self.stack.push_async_callback(worker.kill)
@@ -306,7 +306,7 @@ class Cluster:
         return worker
 
     async def in_table(self) -> None:
-        """Let the API server read the routing table anew."""
+        """Let the API server refresh its routing table."""
         async with self.http.get(self.url + "/v1/models") as response:
             assert response.status == 200
 

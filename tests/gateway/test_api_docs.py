@@ -10,7 +10,7 @@ from tests.gateway.cluster import Cluster, start_cluster
 
 
 def resolve(description: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema that a reference leads to."""
+    """Resolve a schema reference."""
     found: Any = description
     for part in schema["$ref"].removeprefix("#/").split("/"):
         found = found[part]

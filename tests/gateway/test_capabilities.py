@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.cluster import CHAT, MODEL, Cluster, answer_well, reply, say, start_cluster
+from tests.gateway.cluster import CHAT, MODEL, Cluster, answer_well, reply, respond, start_cluster
 from tests.gateway.test_gateway_relay import STREAM
 
 COMPLETION = {"model": MODEL, "prompt": "hi"}
@@ -16,7 +16,7 @@ COMPLETION = {"model": MODEL, "prompt": "hi"}
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize("is_away", [False, True], ids=["controller", "no-controller"])
-async def test_a_model_without_the_capability_is_a_400_that_says_what_it_can(
+async def test_a_model_without_the_capability_is_a_400_that_lists_its_capabilities(
     cluster: Cluster, body: dict[str, Any], is_away: bool
 ) -> None:
     worker = await cluster.worker(answer_well, capabilities=["completions", "embeddings"])
@@ -73,14 +73,14 @@ async def test_a_capability_whose_worker_has_just_gone_is_awaited_and_not_denied
     await cluster.worker(answer_well, capabilities=["completions"])
     await cluster.in_table()
     await able.kill()
-    del cluster.controller.workers[able.address]  # a controller that does not remember it, as after a restart
+    del cluster.controller.workers[able.address]  # as after a restart of the controller
     async with cluster.post() as response:
         assert (response.status, (await response.json())["error"]["code"]) == (503, "no_worker")
         assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_the_last_able_worker_fails_and_others_are_not_asked_for_what_they_cannot(cluster: Cluster) -> None:
-    able = await cluster.worker(say(500, {"error": {"message": "no", "type": "x"}}), capabilities=["chat"])
+async def test_workers_without_the_capability_are_not_tried_when_the_last_with_it_fails(cluster: Cluster) -> None:
+    able = await cluster.worker(respond(500, {"error": {"message": "no", "type": "x"}}), capabilities=["chat"])
     other = await cluster.worker(answer_well, capabilities=["completions"])
     async with cluster.post() as response:
         assert response.status in (500, 503)

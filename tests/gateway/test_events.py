@@ -1,4 +1,4 @@
-"""A stream's bytes, cut and checked: nothing is lost, and nothing unfit passes."""
+"""Event streams are split and checked: nothing is lost, and nothing invalid passes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_lines_of_one_event_may_end_in_different_ways() -> None:
 
 
 @pytest.mark.parametrize("mark", [b"\n", b"\r\n", b"\r"])
-def test_what_comes_after_done_is_dropped(mark: bytes) -> None:
+def test_data_after_done_is_dropped(mark: bytes) -> None:
     stream = make_stream()
     data = (EVENT % b"data: [DONE]" + DONE + b": bye\n\n" + EVENT % b"late").replace(b"\n", mark)
     passed = stream.feed(data)
@@ -116,7 +116,7 @@ def test_an_error_event_is_seen_and_passed() -> None:
     ],
 )
 @pytest.mark.parametrize("before", [b"", EVENT % b"a", b": alive\n\n"], ids=["first", "after data", "after a comment"])
-def test_what_is_no_event_of_openai_is_refused(before: bytes, event: bytes) -> None:
+def test_invalid_events_are_refused(before: bytes, event: bytes) -> None:
     stream = make_stream()
     assert stream.feed(before) == before if before else True
     with pytest.raises(InvalidAnswerError):

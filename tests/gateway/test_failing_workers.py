@@ -28,7 +28,7 @@ from tests.gateway.cluster import (
     answer_well,
     die,
     hang,
-    say,
+    respond,
     serve_app,
     start_cluster,
     stream,
@@ -52,10 +52,10 @@ BOTH = pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize(
     ("script", "status"),
     [
-        pytest.param(say(500, BROKEN), 500, id="500"),
-        pytest.param(say(502, BROKEN), 502, id="502"),
-        pytest.param(say(503, SHUT), 503, id="503"),
-        pytest.param(say(429, FULL), 429, id="429"),
+        pytest.param(respond(500, BROKEN), 500, id="500"),
+        pytest.param(respond(502, BROKEN), 502, id="502"),
+        pytest.param(respond(503, SHUT), 503, id="503"),
+        pytest.param(respond(429, FULL), 429, id="429"),
         pytest.param(stream(b": alive\n\n"), 200, id="cut"),
     ],
 )
@@ -65,7 +65,7 @@ async def test_a_request_visits_three_of_many_failing_workers(
     for _ in range(12):
         await cluster.worker(script)
     if body is CHAT and status == 200:
-        status = 502  # a stream is no whole answer
+        status = 502  # a stream instead of one JSON answer
     got, answer = await ask(cluster, body)
     assert got == status
     assert b'"error"' in answer
@@ -75,7 +75,7 @@ async def test_a_request_visits_three_of_many_failing_workers(
 
 async def test_the_number_of_attempts_is_an_option() -> None:
     async with start_cluster(max_attempts=1) as cluster:
-        await cluster.worker(say(500, BROKEN))
+        await cluster.worker(respond(500, BROKEN))
         await cluster.worker(answer_well)
         assert await ask(cluster) == (500, json.dumps(BROKEN).encode())
 
@@ -89,7 +89,7 @@ async def test_workers_that_refuse_connections_do_not_use_up_the_attempts(cluste
 
 @BOTH
 async def test_one_worker_that_always_fails_is_never_seen(cluster: Cluster, body: Any) -> None:
-    bad = await cluster.worker(say(500, BROKEN))
+    bad = await cluster.worker(respond(500, BROKEN))
     await cluster.worker(answer_well)
     for _ in range(10):
         assert (await ask(cluster, body))[0] == 200
@@ -100,7 +100,7 @@ async def test_one_worker_that_always_fails_is_never_seen(cluster: Cluster, body
 async def test_error_events_before_data_count_like_their_statuses(cluster: Cluster) -> None:
     event = b"data: " + json.dumps(BROKEN).encode() + b"\n\n"
     first = await cluster.worker(stream(b": alive\n\n", event, DONE, delay_s=0.02))
-    assert (await ask(cluster, STREAM))[0] == 200  # the stream had begun
+    assert (await ask(cluster, STREAM))[0] == 200  # the stream had already begun
     first.script = stream(event, DONE)
     assert (await ask(cluster, STREAM))[0] == 500
     await cluster.worker(answer_well)
@@ -115,7 +115,7 @@ async def test_error_events_before_data_count_like_their_statuses(cluster: Clust
 async def test_retries_of_all_requests_stay_within_the_budget() -> None:
     async with start_cluster(retry_budget_percent=20.0, min_retries_per_s=0.5) as cluster:
         for _ in range(3):
-            await cluster.worker(say(500, BROKEN))
+            await cluster.worker(respond(500, BROKEN))
         statuses = {(await ask(cluster, CHAT))[0] for _ in range(50)}
         assert statuses == {500}
         assert 50 < cluster.num_requests <= 50 + 0.2 * 50 + 5
@@ -149,7 +149,7 @@ async def test_a_request_that_kills_workers_is_stopped_after_two(cluster: Cluste
 
 
 async def test_a_request_that_kills_over_pooled_connections_is_noticed_too(cluster: Cluster) -> None:
-    """The connection is lost with the request on it, and the process behind it is gone for good."""
+    """Lose the connection with the request on it, and end the worker for good."""
 
     async def die_for_good(request: web.Request) -> web.StreamResponse:
         worker = next(one for one in cluster.workers if one.port == request.transport.get_extra_info("sockname")[1])  # type: ignore[union-attr]
@@ -160,7 +160,7 @@ async def test_a_request_that_kills_over_pooled_connections_is_noticed_too(clust
     killings: list[asyncio.Future[None]] = []
     for _ in range(4):
         worker = await cluster.worker(answer_well)
-        # So that a pooled connection to each is there.
+        # To open a pooled connection to each.
         assert (await ask(cluster))[0] == 200
         cluster.controller.workers.pop(worker.address)
     for worker in cluster.workers:
@@ -189,20 +189,20 @@ async def test_killing_after_comments_ends_with_an_error_event(cluster: Cluster)
 async def test_a_worker_that_refuses_everything_is_overruled_and_avoided(
     cluster: Cluster, body: Any, status: int
 ) -> None:
-    refusing = await cluster.worker(say(status, WRONG if status < 429 else FULL))
+    refusing = await cluster.worker(respond(status, WRONG if status < 429 else FULL))
     await cluster.worker(answer_well)
     for _ in range(20):
         assert (await ask(cluster, body))[0] == 200
     assert len(refusing.requests) == OVERRULED_LIMIT
     assert AVOID_S >= 10.0
     await cluster.all_released()
-    # It answered, so it is no failure; but it did not do anything either.
+    # It answered, so it is no failure, but no success either.
     assert not cluster.controller.failed
     assert len(cluster.controller.unused) == len(refusing.requests)
 
 
 async def test_an_avoided_worker_serves_when_it_is_the_only_one(cluster: Cluster) -> None:
-    refusing = await cluster.worker(say(400, WRONG))
+    refusing = await cluster.worker(respond(400, WRONG))
     good = await cluster.worker(answer_well)
     for _ in range(OVERRULED_LIMIT + 1):
         assert (await ask(cluster))[0] == 200
@@ -215,16 +215,16 @@ async def test_an_avoided_worker_serves_when_it_is_the_only_one(cluster: Cluster
 @BOTH
 async def test_a_client_error_that_workers_agree_on_is_the_clients(cluster: Cluster, body: Any) -> None:
     for _ in range(3):
-        await cluster.worker(say(400, WRONG))
+        await cluster.worker(respond(400, WRONG))
     for number in range(1, 4):
         assert await ask(cluster, body) == (400, json.dumps(WRONG).encode())
-        assert cluster.num_requests == 2 * number  # two agree, and a third is not asked
+        assert cluster.num_requests == 2 * number  # two agree, and a third is not tried
     await cluster.all_released()
     assert not cluster.controller.failed
 
 
 async def test_a_client_error_of_the_only_worker_passes(cluster: Cluster) -> None:
-    worker = await cluster.worker(say(400, WRONG))
+    worker = await cluster.worker(respond(400, WRONG))
     assert await ask(cluster) == (400, json.dumps(WRONG).encode())
     assert len(worker.requests) == 1
 
@@ -244,7 +244,7 @@ async def test_a_client_error_of_the_only_worker_passes(cluster: Cluster) -> Non
 async def test_workers_that_do_not_know_their_model_are_503(
     cluster: Cluster, body: Any, status: int, error: dict[str, Any]
 ) -> None:
-    await cluster.worker(say(status, {"error": error}))
+    await cluster.worker(respond(status, {"error": error}))
     async with cluster.post(body) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (503, "no_worker")
         assert int(response.headers["retry-after"]) >= 1
@@ -255,17 +255,17 @@ async def test_workers_that_do_not_know_their_model_are_503(
 # ---- what is reported -------------------------------------------------------------------------------------------
 
 
-async def test_each_lease_is_released_with_what_it_says_of_the_worker(cluster: Cluster) -> None:
+async def test_each_lease_is_released_with_its_outcome(cluster: Cluster) -> None:
     cases: list[tuple[str, Script, Any]] = [
         ("success", answer_well, CHAT),
         ("success", answer_well, STREAM),
-        ("failed", say(500, BROKEN), CHAT),
+        ("failed", respond(500, BROKEN), CHAT),
         ("failed", stream(EVENTS[0], delay_s=0.02, then="reset"), STREAM),
-        ("failed", say(200, {"hello": "world"}), CHAT),
+        ("failed", respond(200, {"hello": "world"}), CHAT),
         ("failed", die, CHAT),
-        ("unused", say(429, FULL), CHAT),
-        ("unused", say(503, SHUT), STREAM),
-        ("unused", say(400, WRONG), CHAT),
+        ("unused", respond(429, FULL), CHAT),
+        ("unused", respond(503, SHUT), STREAM),
+        ("unused", respond(400, WRONG), CHAT),
     ]
     for number, (outcome, script, body) in enumerate(cases):
         await cluster.worker(script, f"m{number}")
@@ -276,7 +276,7 @@ async def test_each_lease_is_released_with_what_it_says_of_the_worker(cluster: C
         assert (seen in cluster.controller.unused) == (outcome == "unused"), (number, outcome)
 
 
-async def test_a_client_that_leaves_says_nothing_about_the_worker(cluster: Cluster) -> None:
+async def test_a_client_that_disconnects_counts_neither_as_success_nor_as_failure(cluster: Cluster) -> None:
     worker = await cluster.worker(hang)
     request = asyncio.ensure_future(ask(cluster))
     await until(lambda: worker.running)
@@ -291,7 +291,7 @@ async def test_a_client_that_leaves_says_nothing_about_the_worker(cluster: Clust
 
 @asynccontextmanager
 async def real_trio(*scripts: Script) -> AsyncIterator[tuple[Callable[[Any], Awaitable[int]], list[StubWorker]]]:
-    """A controller and an API server with these workers, which send heartbeats; gives what asks a question."""
+    """Run a controller and an API server with these workers, which send heartbeats; yields a function that asks."""
     async with AsyncExitStack() as stack:
         controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig(**UNGUARDED))))
         http = await stack.enter_async_context(aiohttp.ClientSession())
@@ -322,7 +322,7 @@ async def real_trio(*scripts: Script) -> AsyncIterator[tuple[Callable[[Any], Awa
         await beat()
         beating = asyncio.ensure_future(beat_on())
         stack.callback(beating.cancel)
-        # With the workers in its first table, it can do without a controller that is late on a busy machine.
+        # With the workers in its first table, it does not depend on a controller that is slow on a busy machine.
         url = await stack.enter_async_context(serve_app(create_app(ApiServerConfig(controller_address=controller))))
         yield ask_once, workers
 
@@ -330,11 +330,11 @@ async def real_trio(*scripts: Script) -> AsyncIterator[tuple[Callable[[Any], Awa
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(say(500, BROKEN), id="500"),
-        pytest.param(say(502, BROKEN), id="502"),
-        pytest.param(say(200, {"hello": "world"}), id="nonsense"),
-        pytest.param(say(400, WRONG), id="400"),
-        pytest.param(say(429, FULL), id="429"),
+        pytest.param(respond(500, BROKEN), id="500"),
+        pytest.param(respond(502, BROKEN), id="502"),
+        pytest.param(respond(200, {"hello": "world"}), id="nonsense"),
+        pytest.param(respond(400, WRONG), id="400"),
+        pytest.param(respond(429, FULL), id="429"),
         pytest.param(die, id="connection lost"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A worker whose process stands still keeps its connections; its requests leave it once its heartbeats have stopped."""
+"""A frozen worker keeps its connections open; its requests are retried once its heartbeats have stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FrozenWorker(StubWorker):
-    """Accepts connections, as the system does for a stopped process, and answers nothing from now on."""
+    """Accept connections, as the kernel does for a stopped process, and answer nothing from now on."""
 
     is_frozen = False
 
@@ -44,7 +44,7 @@ async def add_worker(cluster: Cluster, script: Any) -> FrozenWorker:
 
 
 async def freeze(cluster: Cluster, worker: FrozenWorker) -> None:
-    """It stands still, and the controller drops it for want of heartbeats."""
+    """Freeze the worker, and let the controller drop it for missing heartbeats."""
     await until(lambda: worker.running)
     await cluster.in_table()
     worker.is_frozen = True
@@ -86,7 +86,7 @@ async def test_without_another_worker_it_is_503_with_retry_after(cluster: Cluste
 
 
 async def test_a_worker_that_only_leaves_the_table_keeps_its_requests(cluster: Cluster) -> None:
-    """As one that ends in order, one that another API server cannot reach, and all after the controller's restart."""
+    """Like one that shuts down, one that another API server cannot reach, and all after the controller's restart."""
     worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.15))
     request = asyncio.ensure_future(ask(cluster, STREAM))
     await until(lambda: worker.running)
@@ -94,13 +94,13 @@ async def test_a_worker_that_only_leaves_the_table_keeps_its_requests(cluster: C
     cluster.controller.workers.clear()
     polls = cluster.controller.polls
     assert await request == (200, WHOLE)
-    assert cluster.controller.polls >= polls + 2  # it was missing, and that was noticed
+    assert cluster.controller.polls >= polls + 2  # the API server has seen a table without it
     await cluster.all_released()
     assert not cluster.controller.failed
 
 
 async def test_a_worker_that_no_longer_listens_keeps_its_requests(cluster: Cluster) -> None:
-    """So does one that ends in order: it accepts no connections while it answers what it has."""
+    """Like one that shuts down: it accepts no connections while it finishes its requests."""
     worker = await add_worker(cluster, stream(*EVENTS, DONE, delay_s=0.15))
     request = asyncio.ensure_future(ask(cluster, STREAM))
     await until(lambda: worker.running)

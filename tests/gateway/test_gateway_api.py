@@ -1,4 +1,4 @@
-"""The API server's doors: keys, error shapes as the OpenAI SDK sees them, models, ids, the process itself."""
+"""The API server's interface: keys, errors as the OpenAI SDK sees them, models, request ids, and the process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.gateway.cluster import (
     Cluster,
     StubController,
     answer_well,
-    say,
+    respond,
     start_cluster,
     stream,
 )
@@ -75,7 +75,7 @@ async def test_the_sdk_sees_each_error_as_its_kind(cluster: Cluster) -> None:
         assert nameless.value.param == "model"
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("org/nobody")
-        worker = await cluster.worker(say(429, {"error": {"message": "full", "code": "overloaded"}}))
+        worker = await cluster.worker(respond(429, {"error": {"message": "full", "code": "overloaded"}}))
         with pytest.raises(openai.RateLimitError) as full:
             await chat(client)
         assert full.value.code == "overloaded"
@@ -161,7 +161,7 @@ async def test_right_keys_open_and_wrong_ones_do_not(caplog: pytest.LogCaptureFi
                 assert response.headers["www-authenticate"] == "Bearer"
         async with cluster.post(headers={"Authorization": f"bearer  {KEYS[1]}"}) as response:
             assert response.status == 200
-        # The client's key stays here: workers see the cluster's.
+        # The client's key is not forwarded: workers get the cluster key.
         sent = {headers["authorization"] for _, headers, _ in cluster.workers[0].requests}
         assert sent == {CLUSTER["Authorization"]}
     assert "secret" not in caplog.text

@@ -1,4 +1,4 @@
-"""Requests go on while the controller is away, hung, or back and still empty."""
+"""Requests are served while the controller is away, hung, or restarted and still without workers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_suspect_comes_last_for_a_while(cached: CachedTable, clock: Clock) -> 
 
 def test_a_worker_missing_from_the_table_is_kept_for_a_while(cached: CachedTable, clock: Clock) -> None:
     cached.update(table_of(("a", 0, 1.0), ("b", 9, 1.0)), {})
-    clock.now += 3600  # the controller was away for an hour, and forgets a
+    clock.now += 3600  # the controller was away for an hour and has dropped a
     cached.update(table_of(("b", 9, 1.0)), {})
     assert cached.choose("m", "chat", [], {}) == "b"
     assert cached.choose("m", "chat", ["b"], {}) == "a"
@@ -157,7 +157,7 @@ async def test_no_request_fails_when_the_controller_is_killed_under_load(cluster
     cluster.controller.in_flight.clear()
     acquired = len(cluster.controller.acquired)
     await cluster.controller.start()
-    await asyncio.sleep(1.0)  # empty, as before the first heartbeat
+    await asyncio.sleep(1.0)  # no workers, as before the first heartbeat
     assert len(cluster.controller.acquired) > acquired
     cluster.controller.workers.update(known)
     await asyncio.sleep(0.3)
@@ -193,7 +193,7 @@ async def test_without_the_controller_a_failed_worker_is_replaced(cluster: Clust
     await cluster.controller.kill()
     for _ in range(6):
         assert await ask(cluster, STREAM) == 200
-    assert len(broken.requests) <= 1  # then it is a suspect
+    assert len(broken.requests) <= 1  # after that it is suspected
 
 
 async def test_no_table_yet_is_503_with_retry_after(cluster: Cluster) -> None:
@@ -280,5 +280,5 @@ async def test_an_endless_answer_in_the_controllers_place_is_cut_at_its_bound(mo
     ):
         assert dispatcher.model_names() == []
         await until(lambda: num_written > 100_000)
-    # What fills the buffers of two sockets comes on top; without a bound it is as much as a second brings.
+    # The buffers of two sockets come on top; without a bound it would be all the data of a second.
     assert num_written < 20_000_000

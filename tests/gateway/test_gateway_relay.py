@@ -1,4 +1,4 @@
-"""The relay: bytes through unchanged, failed workers replaced unseen, clients that go away noticed."""
+"""The relay: bytes are unchanged, failed workers are replaced, and disconnects of clients are noticed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.gateway.cluster import (
     answer_well,
     die,
     hang,
-    say,
+    respond,
     start_cluster,
     stream,
     until,
@@ -41,7 +41,7 @@ async def ask(cluster: Cluster, body: Any = None, **options: Any) -> tuple[int, 
 
 
 def error_event(body: bytes) -> dict[str, Any]:
-    """The error of a stream that must end with one error event and [DONE]."""
+    """The error of a stream, which must end with one error event and [DONE]."""
     *_, event, done = body.removesuffix(b"\n\n").split(b"\n\n")
     assert done == b"data: [DONE]"
     error = json.loads(event.removeprefix(b"data: "))["error"]
@@ -96,7 +96,7 @@ async def test_a_client_error_passes_at_once_and_is_not_retried(cluster: Cluster
     for body in (CHAT, STREAM):
         first.script = answer_well
         assert (await ask(cluster, body))[0] == 200
-        first.script = say(400, {"error": {"message": "bad"}})
+        first.script = respond(400, {"error": {"message": "bad"}})
         assert await ask(cluster, body) == (400, b'{"error": {"message": "bad"}}')
     assert len(first.requests) == 4
     assert not second.requests
@@ -154,7 +154,7 @@ async def test_a_refused_connection_is_retried_elsewhere(cluster: Cluster, body:
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 async def test_a_worker_that_breaks_off_untyped_is_replaced(cluster: Cluster, body: Any) -> None:
-    """So uvicorn answers for a request that outlasts the drain time of a worker that is told to stop."""
+    """This is uvicorn's answer for a request that outlasts the drain time of a worker that shuts down."""
     await cluster.worker(break_off)
     status, answer = await ask(cluster, body)
     assert status == 502
@@ -170,7 +170,7 @@ async def break_off(_: web.Request) -> web.StreamResponse:
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 async def test_a_worker_without_openai_routes_is_passed_over(cluster: Cluster, body: Any) -> None:
     """FastChat's workers register like ours, but speak only FastChat's protocol."""
-    foreign = await cluster.worker(say(404, {"detail": "Not Found"}))
+    foreign = await cluster.worker(respond(404, {"detail": "Not Found"}))
     status, answer = await ask(cluster, body)
     assert status == 503
     assert b"FastChat" in answer
@@ -183,7 +183,7 @@ async def test_a_worker_without_openai_routes_is_passed_over(cluster: Cluster, b
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 async def test_a_worker_that_refuses_is_replaced_but_not_reported(cluster: Cluster, body: Any, status: int) -> None:
-    first = await cluster.worker(say(status, FULL))
+    first = await cluster.worker(respond(status, FULL))
     await cluster.worker(answer_well)
     assert (await ask(cluster, body))[0] == 200
     assert len(first.requests) == 1
@@ -191,22 +191,22 @@ async def test_a_worker_that_refuses_is_replaced_but_not_reported(cluster: Clust
 
 
 async def test_a_refusal_after_comments_is_retried_and_a_client_error_ends_the_stream(cluster: Cluster) -> None:
-    def tell(error_type: str) -> bytes:
+    def error_data(error_type: str) -> bytes:
         return b'data: {"error": {"message": "gone", "type": "%s"}}\n\n' % error_type.encode()
 
-    first = await cluster.worker(stream(b": alive\n\n", tell("service_unavailable_error"), DONE, delay_s=0.02))
+    first = await cluster.worker(stream(b": alive\n\n", error_data("service_unavailable_error"), DONE, delay_s=0.02))
     await cluster.worker(answer_well)
     assert await ask(cluster, STREAM) == (200, b": alive\n\n" + WHOLE)
     first.script = answer_well
     assert (await ask(cluster, STREAM))[0] == 200
-    first.script = stream(b": alive\n\n", tell("invalid_request_error"), DONE, delay_s=0.02)
+    first.script = stream(b": alive\n\n", error_data("invalid_request_error"), DONE, delay_s=0.02)
     status, body = await ask(cluster, STREAM)
     assert (status, body[:9]) == (200, b": alive\n\n")
     assert error_event(body)["type"] == "invalid_request_error"
     first.script = answer_well
     assert (await ask(cluster, STREAM))[0] == 200
-    # Without a comment before it, it still gets its status.
-    first.script = stream(tell("invalid_request_error"), DONE)
+    # Without a comment before it, the error has its own status.
+    first.script = stream(error_data("invalid_request_error"), DONE)
     assert (await ask(cluster, STREAM))[0] == 400
     assert not cluster.controller.failures
 
@@ -228,7 +228,7 @@ async def test_a_whole_answer_cut_short_is_retried(cluster: Cluster) -> None:
 
 async def test_all_workers_full_gives_the_last_429_with_its_retry_after(cluster: Cluster) -> None:
     for seconds in ("3", "7"):
-        await cluster.worker(say(429, FULL, {"Retry-After": seconds}))
+        await cluster.worker(respond(429, FULL, {"Retry-After": seconds}))
     for body in (CHAT, STREAM):
         async with cluster.post(body) as response:
             assert (response.status, await response.json()) == (429, FULL)
@@ -251,7 +251,7 @@ async def test_lost_after_data_ends_the_stream_with_an_error_event(cluster: Clus
     other = await cluster.worker(answer_well)
     status, body = await ask(cluster, STREAM)
     assert status == 200
-    # The half event is left out: the client never has to parse one.
+    # The incomplete event is left out.
     assert body.startswith(EVENTS[0] + EVENTS[1] + b'data: {"error"')
     assert error_event(body)["code"] == "worker_lost"
     assert not other.requests
@@ -268,7 +268,7 @@ async def test_a_clean_end_without_done_is_a_lost_worker(cluster: Cluster) -> No
 
 async def test_comments_then_no_worker_ends_with_an_error_event(cluster: Cluster) -> None:
     await cluster.worker(stream(b": alive\n\n", delay_s=0.05, then="reset"))
-    await cluster.worker(say(429, FULL))
+    await cluster.worker(respond(429, FULL))
     status, body = await ask(cluster, STREAM)
     assert (status, body[:9]) == (200, b": alive\n\n")
     assert error_event(body) == FULL["error"]
@@ -327,7 +327,7 @@ async def test_a_restarted_worker_is_no_failure(cluster: Cluster) -> None:
     worker = await cluster.worker(answer_well)
     assert (await ask(cluster))[0] == 200
 
-    # The next request comes over the pooled connection and finds it dead, as after a restart of the worker.
+    # The next request gets a pooled connection that is dead, as after a restart of the worker.
     async def dead_once(request: web.Request) -> web.StreamResponse:
         worker.script = answer_well
         return await die(request)
@@ -371,20 +371,20 @@ async def test_a_client_gone_closes_the_worker_connection_within_200_ms(
 
 
 async def test_all_leases_are_released_after_mixed_requests(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    turn = 0
+    number = 0
 
     async def moody(request: web.Request) -> web.StreamResponse:
-        nonlocal turn
-        turn += 1
+        nonlocal number
+        number += 1
         moods: list[Script] = [
             answer_well,
-            say(503, FULL),
+            respond(503, FULL),
             stream(EVENTS[0], delay_s=0.03),
             stream(*EVENTS * 20, DONE, delay_s=0.002),
             stream(b": x\n\n", then="reset"),
-            say(400, FULL),
+            respond(400, FULL),
         ]
-        return await moods[turn % len(moods)](request)
+        return await moods[number % len(moods)](request)
 
     for _ in range(3):
         await cluster.worker(moody)

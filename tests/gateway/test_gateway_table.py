@@ -1,4 +1,4 @@
-"""The API server's copy of the routing table: changes, bad rows, many workers. No sockets."""
+"""The cached routing table: changes, invalid rows, many workers. No sockets."""
 
 from __future__ import annotations
 
@@ -94,6 +94,24 @@ def test_the_empty_table_of_a_restarted_controller_takes_nobody_away_at_once(cac
     assert cached.choose("m", "chat", [], {}) == "a"
     assert cached.model_names() == ["m"]
     assert not cached.is_listed("a")
+
+
+def test_a_paused_worker_is_chosen_only_when_no_other_can_be(cached: CachedTable) -> None:
+    paused: dict[str, Any] = {"status": {"model_names": ["m"], "capabilities": ["chat", "embeddings"], "paused": True}}
+    cached.update(whole(row("a", **paused), row("b", 9)), {})
+    assert cached.choose("m", "chat", [], {}) == "b"
+    assert cached.choose("m", "chat", ["b"], {}) == "a"
+    assert cached.choose("m", "embeddings", [], {}) == "a"
+    cached.suspect("b")
+    assert cached.choose("m", "chat", [], {}) == "a", "a pause is no failure"
+    cached.update(changes(row("a")), {})
+    assert cached.choose("m", "chat", [], {}) == "a", "resumed"
+
+
+def test_paused_workers_among_many_get_nothing(cached: CachedTable) -> None:
+    paused = [row(f"p{n}", status={"model_names": ["m"], "paused": True}) for n in range(100)]
+    cached.update(whole(*paused, row("a", 50)), {})
+    assert {cached.choose("m", "chat", [], {}) for _ in range(20)} == {"a"}
 
 
 # ---- failures while the controller is away ----------------------------------------------------------------------
@@ -215,7 +233,7 @@ def test_a_bad_row_is_left_out_and_named_and_the_others_stay(bad: object, field:
     assert len(problem) < 300
 
 
-def test_a_bad_row_of_a_change_keeps_what_was_known(cached: CachedTable) -> None:
+def test_an_invalid_row_of_a_change_keeps_the_last_one(cached: CachedTable) -> None:
     cached.update(whole(row("http://a:1")), {})
     table, problems = parse_table(table_json(GOOD | {"speed": "fast"}, epoch="e", version=2, is_delta=True))
     cached.update(table, {})
@@ -238,7 +256,7 @@ def test_a_bad_row_of_a_change_keeps_what_was_known(cached: CachedTable) -> None
         table_json(GOOD, removed=[1]),
     ],
 )
-def test_what_is_no_table_is_refused(content: bytes) -> None:
+def test_an_invalid_table_is_refused(content: bytes) -> None:
     with pytest.raises(InvalidRequestError):
         parse_table(content)
 

@@ -1,4 +1,4 @@
-"""A worker whose answer is none: clients see another worker's answer, or one clear error, and nobody's memory fills."""
+"""Invalid answers of workers: clients get another worker's answer, or one clear error, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunked(content_type: str, body: bytes) -> bytes:
 
 
 def pieces(content_type: str, piece: bytes, count: int) -> Script:
-    """A body of unknown length: the piece, again and again."""
+    """Send a body of unknown length that repeats the piece."""
 
     async def script(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": content_type})
@@ -113,29 +113,29 @@ STREAM_ONLY: dict[str, Script] = {
 }
 
 
-async def test_whole_answers_that_are_none_are_replaced_or_a_502(cluster: Cluster) -> None:
+async def test_invalid_whole_answers_are_replaced_or_a_502(cluster: Cluster) -> None:
     for name, script in {**EITHER, **WHOLE_ONLY}.items():
         await check(cluster, CHAT, name, script)
 
 
-async def test_streams_that_are_none_are_replaced_or_a_502(cluster: Cluster) -> None:
+async def test_invalid_streams_are_replaced_or_a_502(cluster: Cluster) -> None:
     for name, script in {**EITHER, **STREAM_ONLY}.items():
         await check(cluster, STREAM, name, script)
 
 
 async def check(cluster: Cluster, request: Any, name: str, script: Script) -> None:
-    """`name` is the model, too: each case has workers of its own."""
+    """`name` is also the model, so that each case has its own workers."""
     body = {**request, "model": name}
     bad = await cluster.worker(script, name)
     async with cluster.post(body) as response:
         error = (await response.json())["error"]
-        # A body without its end cannot be told from a lost worker, and that one is worth another try.
+        # A body without its end cannot be distinguished from a lost worker, which is worth a retry.
         assert (response.status, error["code"]) in ((502, "bad_worker_answer"), (503, "worker_lost")), name
         assert response.headers["content-type"] == "application/json"
         assert set(error) == {"message", "type", "param", "code"}
         assert "It works" not in error["message"]
     assert len(bad.requests) == 1
-    cluster.controller.add(bad.address, name)  # it has given a sign of life
+    cluster.controller.add(bad.address, name)  # as after a heartbeat
     await cluster.worker(answer_well, name)
     assert (await ask(cluster, body))[0] == 200, name
     await cluster.all_released()
@@ -216,7 +216,7 @@ async def test_interim_answers_without_end_are_no_answer(cluster: Cluster, body:
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.1], ids=["at once", "a moment later"])
 async def test_an_answer_that_nobody_asked_for_is_nobodys(cluster: Cluster, delay_s: float) -> None:
-    """A second answer behind the first, on a connection that is kept: the next request must not get it."""
+    """A second answer follows the first on a kept connection: the next request must not get it."""
     first, stray = (json.dumps({**ANSWER, "id": name}).encode() for name in ("first", "stray"))
     whole = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
 
@@ -262,7 +262,7 @@ async def test_bytes_one_by_one_that_make_nothing_whole_are_silence(begin: bytes
         assert cluster.controller.failed
 
 
-async def test_a_retry_after_that_is_none_is_replaced(cluster: Cluster) -> None:
+async def test_an_invalid_retry_after_is_replaced(cluster: Cluster) -> None:
     full = json.dumps({"error": {"message": "full", "type": "overloaded_error"}}).encode()
     worker = await cluster.worker(reply(full, status=429, retry_after="soon"))
     for script in (worker.script, reply(full, status=503), reply(full, status=429, retry_after="9" * 50)):
@@ -296,10 +296,10 @@ async def test_an_answer_beyond_its_bound_is_refused_before_it_is_held(body: Any
             answers = await asyncio.gather(*(ask(cluster, body) for _ in range(4)))
         assert psutil.Process().memory_info().rss - before < 200 * MB
         for status, answer in answers:
-            if status == 200:  # it had begun
+            if status == 200:  # the stream had already begun
                 assert error_event(answer)["code"] == "bad_worker_answer"
             else:
-                # Four at a time may fill what all answers together may take, which is the server's own shortage.
+                # Four at a time may exceed the memory for all answers, which is the server's own shortage.
                 error = json.loads(answer)["error"]
                 assert (status, error["code"]) in ((502, "bad_worker_answer"), (503, "server_out_of_resources"))
         await cluster.all_released()

@@ -1,4 +1,4 @@
-"""A model that has no worker now is another matter than one that does not exist."""
+"""A model without workers for the moment is distinguished from one that does not exist."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_an_unknown_model_is_404_at_once_and_named_once_and_shortly(cluste
     assert len(text) < 2000
     assert name[:60] in body["error"]["message"] or not name.isprintable()
     assert body["error"]["message"].isprintable()
-    # The controller was not taken for away because of it.
+    # It did not count as a failure of the controller.
     async with cluster.post() as response:
         assert response.status == 200
 
@@ -120,7 +120,7 @@ async def test_ready_asks_for_the_table_when_it_knows_nothing(monkeypatch: pytes
                     break
             await asyncio.sleep(0.01)
         assert response.status == 200
-        # One question brings one look at the table at most, and many questions at a time share it.
+        # Each request refreshes the table once at most, and concurrent requests share a refresh.
         assert polls_in_vain < 20
         async with cluster.http.head(cluster.url + "/health") as response:
             assert response.status == 200

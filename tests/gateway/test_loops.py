@@ -1,4 +1,4 @@
-"""API servers that stand among their own workers: the request ends with an error that says so, after a few hops."""
+"""API servers registered as their own workers: the request ends with a clear error after a few hops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_a_healthy_worker_beside_the_loop_answers(cluster: Cluster, body: 
     for _ in range(3):
         assert (await ask(cluster, body))[0] == 200
     await cluster.all_released()
-    assert cluster.controller.failed  # so that the controller's breaker takes the loop out
+    assert cluster.controller.failed  # so that the controller's breaker takes the worker out of dispatch
 
 
 async def test_a_loop_over_two_servers_ends_after_a_few_hops(cluster: Cluster) -> None:
@@ -76,7 +76,7 @@ def test_the_servers_own_address_as_the_controllers_ends_the_start(address: str)
     create_app(ApiServerConfig(port=8124, controller_address=address))
 
 
-async def test_a_controller_address_that_leads_to_an_api_server_is_said_in_the_log(
+async def test_a_controller_address_that_leads_to_an_api_server_is_logged(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app(ApiServerConfig(controller_address=cluster.url))

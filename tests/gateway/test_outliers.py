@@ -29,7 +29,7 @@ def test_a_worker_overruled_in_a_row_is_avoided_for_a_while() -> None:
     assert outliers.avoided() == ["a"]
     clock.now += AVOID_S
     assert outliers.avoided() == []
-    outliers.note_overruled("a")  # once more, and it is out again
+    outliers.note_overruled("a")  # once more, and it is avoided again
     assert outliers.avoided() == ["a"]
 
 

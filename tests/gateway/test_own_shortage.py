@@ -1,4 +1,4 @@
-"""The API server has run out of open files: it says so, and blames neither a worker nor the controller."""
+"""The API server has run out of open files: it reports that, and blames neither a worker nor the controller."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_STREAMS = 200
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM])
-def test_a_shortage_is_found_in_what_wraps_it(number: int) -> None:
+def test_a_shortage_is_found_in_the_errors_that_wrap_it(number: int) -> None:
     error = OSError(number, "short")
     assert is_own_shortage(error)
     wrapped = aiohttp.ClientConnectorError(None, error)  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def test_a_shortage_is_found_in_what_wraps_it(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH])
-def test_what_the_other_side_does_is_no_own_shortage(number: int) -> None:
+def test_errors_of_the_other_side_are_no_own_shortage(number: int) -> None:
     assert not is_own_shortage(OSError(number, "theirs"))
     assert not is_own_shortage(TimeoutError())
     looped = OSError(number, "theirs")
@@ -83,13 +83,13 @@ async def test_a_server_out_of_open_files_blames_nobody(controller: StubControll
                         assert response.status == 200 or int(response.headers["retry-after"]) >= 1
                         return response.status, await response.read()
                 except aiohttp.ClientError:
-                    return 0, b""  # no connection: there was no open file for it
+                    return 0, b""  # no connection: there was no file descriptor for it
 
             answers = await asyncio.gather(*(ask() for _ in range(NUM_STREAMS)))
             refused = [json.loads(body)["error"]["code"] for status, body in answers if status == 503]
             assert {status for status, _ in answers} <= {0, 200, 503}
             assert refused
-            # Either the connection to the client was one too many, or the one to the worker.
+            # There was no file descriptor for the client's connection, or none for the worker's.
             assert set(refused) <= {"server_out_of_resources", "server_overloaded"}
             assert not controller.failures
             assert not controller.failed
@@ -97,7 +97,7 @@ async def test_a_server_out_of_open_files_blames_nobody(controller: StubControll
             async def is_well() -> bool:
                 return (await ask())[0] == 200
 
-            # The storm is over.
+            # The load is over.
             assert any([await is_well() for _ in range(20)])
         process.terminate()
         log = (await asyncio.wait_for(reading, 10)).decode()

@@ -1,4 +1,4 @@
-"""What is wrong with a body is said in words that a client's author knows."""
+"""Errors of a request body are worded for the client's author."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_large_body_that_is_no_json_costs_little(body: bytes) -> None:
     try:
         with pytest.raises(InvalidRequestError, match="not valid JSON"):
             peek(body)
-        # Built, the values would take more, and seconds of the event loop.
+        # If the values were built, they would take more memory, and block the event loop for seconds.
         assert tracemalloc.get_traced_memory()[1] < 3 * len(body)
     finally:
         tracemalloc.stop()

@@ -31,10 +31,10 @@ def test_requests_pay_for_their_share_of_retries() -> None:
     budget = RetryBudget(clock, percent=20.0, min_retries_per_s=0.0)
     for _ in range(100):
         budget.note_request()
-    assert spend_all(budget) in (19, 20)  # a sum of fractions may end just below a whole number
+    assert spend_all(budget) in (19, 20)  # a sum of fractions may be just below an integer
 
 
-def test_what_a_long_quiet_time_paid_in_is_forgotten() -> None:
+def test_a_long_quiet_time_saves_nothing_up() -> None:
     clock = Clock()
     budget = RetryBudget(clock, percent=50.0, min_retries_per_s=0.0)
     for _ in range(100):
@@ -47,7 +47,7 @@ def test_what_a_long_quiet_time_paid_in_is_forgotten() -> None:
 
 
 def test_retries_that_go_on_and_on_stay_within_the_share() -> None:
-    """Every request wants three retries, for ten minutes."""
+    """Every request tries to retry three times, for ten minutes."""
     clock = Clock()
     budget = RetryBudget(clock, percent=20.0, min_retries_per_s=1.0)
     num_requests = num_retries = 0
@@ -57,7 +57,7 @@ def test_retries_that_go_on_and_on_stay_within_the_share() -> None:
             budget.note_request()
             num_requests += 1
             num_retries += sum(budget.try_spend() for _ in range(3))
-    # The floor is for each window, and a window may be used up just before the next begins.
+    # The minimum is per window, and one window may be used up just before the next begins.
     assert 0.19 * num_requests < num_retries < 0.2 * num_requests + 600 * 1.0 + 2 * WINDOW_S
 
 

@@ -16,7 +16,7 @@ from .processes import Service, wait_until
 
 MODEL = "fastserve-demo"
 ALIAS = "qwen-demo"
-"""FastChat knows ChatML under names with "qwen", and the demo model was taught in ChatML."""
+"""FastChat uses ChatML for names with "qwen", and the demo model was trained with ChatML."""
 NAMES = [MODEL, ALIAS]
 
 Start = Callable[..., Service]
@@ -24,12 +24,12 @@ Start = Callable[..., Service]
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start one of our services on a free port. It is stopped at the end, if it still runs."""
+    """Start one of our services on a free port; it is stopped at the end."""
     with ExitStack() as stack:
 
         def start_one(module: str, *arguments: str, **env: str) -> Service:
             command = [sys.executable, "-m", f"fastserve.{module}", "--host", "127.0.0.1", "--port", "0", *arguments]
-            # FastChat's programs know no cluster key.
+            # FastChat's programs have no cluster key.
             command.append("--insecure")
             log = tmp_path_factory.mktemp(module) / f"{module}.log"
             return stack.enter_context(Service(command, log, {**os.environ, "OMP_NUM_THREADS": "1", **env}))
@@ -54,7 +54,7 @@ def worker(start: Start, controller: str) -> str:
 @pytest.fixture(scope="session")
 def fastchat(pytestconfig: pytest.Config) -> FastChat:
     if pytestconfig.cache is None:
-        pytest.skip("no place for FastChat's environment: pytest's cache is switched off")
+        pytest.skip("no folder for FastChat's environment: pytest's cache is switched off")
     try:
         return find_or_make(os.environ, pytestconfig.cache.mkdir("fastchat"))
     except CannotMakeError as error:
@@ -72,7 +72,7 @@ def api_server(
 
 
 def start_worker(start: Start, controller: str) -> Service:
-    """With the command line, and the variable, that FastChat's worker is started with."""
+    """Started with the command line and the environment variable of FastChat's worker."""
     return start(
         "model_worker",
         *("--model-path", MODEL, "--model-names", ",".join(NAMES), "--device", "cpu"),

@@ -1,4 +1,4 @@
-"""FastChat in a Python environment of its own: its requirements and ours do not go together."""
+"""FastChat in its own Python environment: its requirements conflict with ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "FASTSERVE_FSCHAT_PYTHON"
-"""Names the Python of an environment that has FastChat; unset, the tests make one."""
+"""Environment variable: the Python of an environment with FastChat. If unset, the tests make one."""
 PACKAGE = "fschat==0.2.36"
 REQUIREMENTS = Path(__file__).with_name("requirements-fastchat.txt")
 MAKING_TIMEOUT_S = 240.0
@@ -32,7 +32,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 
 class CannotMakeError(Exception):
-    """The environment cannot be made here; the message says why."""
+    """The environment cannot be made here, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class FastChat:
         return [self.python, "-m", f"fastchat.serve.{module}", *arguments]
 
     def run(self, module: str, *arguments: str, cwd: Path) -> str:
-        """Run to the end; what it printed."""
+        """Run it to the end; returns its output."""
         return _output(self.command(module, *arguments), cwd=cwd, env=self.env())
 
     def run_with_torch(self, module: str, *arguments: str, cwd: Path) -> str:
-        """The same for a module that wants torch and transformers: these are lent from the tests' own packages."""
+        """Run a module that needs torch and transformers, which come from the tests' own packages."""
         packages = sysconfig.get_path("purelib")
         command = [self.python, "-c", _WITH_OUR_PACKAGES, packages, f"fastchat.serve.{module}", *arguments]
         return _output(command, cwd=cwd, env=self.env())
@@ -82,24 +82,24 @@ def _made_in(folder: Path) -> Path:
     if sys.version_info >= (3, 14):
         raise CannotMakeError("FastChat 0.2.36 needs pydantic 1, which ends with Python 3.13")
     recipe = hashlib.sha256(REQUIREMENTS.read_bytes() + f"{PACKAGE} {sys.version}".encode()).hexdigest()
-    place = folder / recipe[:16]
-    if not place.exists():
-        # Made aside and moved, so that a run that was broken off leaves nothing that looks whole.
+    env_folder = folder / recipe[:16]
+    if not env_folder.exists():
+        # Made elsewhere and then renamed, so that an interrupted run leaves no incomplete environment.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = Path(aside) / "env"
             _make(made)
             try:
-                made.rename(place)
+                made.rename(env_folder)
             except OSError:
-                if not place.exists():  # another run was faster
+                if not env_folder.exists():  # another run was faster
                     raise
-    return _python_of(place)
+    return _python_of(env_folder)
 
 
-def _make(place: Path) -> None:
-    pip = [str(_python_of(place)), "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
+def _make(env_folder: Path) -> None:
+    pip = [str(_python_of(env_folder)), "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
     for command in (
-        [sys.executable, "-m", "venv", str(place)],
+        [sys.executable, "-m", "venv", str(env_folder)],
         [*pip, "install", "--quiet", "--requirement", str(REQUIREMENTS)],
         [*pip, "install", "--quiet", "--no-deps", PACKAGE],
     ):
@@ -112,8 +112,8 @@ def _make(place: Path) -> None:
             raise CannotMakeError(f"{command[2]} failed: {''.join(last)}")
 
 
-def _python_of(place: Path) -> Path:
-    return place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def _python_of(env_folder: Path) -> Path:
+    return env_folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def _output(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:

@@ -21,7 +21,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0
 
 
 class Service:
-    """A process whose log tells where it listens. Use it as a context manager: it is running inside the block."""
+    """A process whose log has the address that it listens on. As a context manager it runs within the block."""
 
     def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
         self._command = command
@@ -44,7 +44,7 @@ class Service:
         self.process.wait()
 
     def restart(self) -> None:
-        """After `kill`: the same command on the same port."""
+        """Start it after `kill`, with the same command on the same port."""
         self._start([*self._command, "--port", self.address.rpartition(":")[2]])
 
     def log(self) -> str:

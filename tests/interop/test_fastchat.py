@@ -53,7 +53,7 @@ def table(controller: str) -> list[dict[str, Any]]:
 def test_it_lists_our_models(api_server: str, controller: str) -> None:
     cards = httpx.get(f"{api_server}/v1/models").raise_for_status().json()["data"]
     assert [(card["id"], card["owned_by"]) for card in cards] == [(name, "fastchat") for name in NAMES]
-    # It had the controller ask every worker again: our worker's longer status outlives the short one.
+    # It made the controller poll every worker: the short status does not replace our worker's longer one.
     (entry,) = table(controller)
     assert entry["status"]["context_length"] == 2048
 
@@ -68,7 +68,7 @@ def test_a_chat_is_answered_by_our_worker(api_server: str) -> None:
 
 @pytest.mark.parametrize("messages", [QUESTION, TURNS], ids=["question", "turns"])
 def test_a_chat_is_what_our_own_route_makes_of_it(api_server: str, worker: str, messages: list[dict[str, str]]) -> None:
-    """Prompts that FastChat wrote have as many tokens, and the same answer, as those of our chat template."""
+    """FastChat's prompts have as many tokens, and get the same answer, as those of our chat template."""
     theirs, ours = ask(api_server, messages), ask(worker, messages)
     assert theirs["choices"][0]["message"]["content"] == ours["choices"][0]["message"]["content"]
     assert theirs["usage"].items() <= ours["usage"].items()
@@ -109,7 +109,7 @@ def test_tokens_are_counted_and_the_context_is_kept(api_server: str) -> None:
     error = post(api_server, "/v1/chat/completions", too_long, status=400)
     assert (error["object"], error["code"]) == ("error", 40303)
     assert error["message"].startswith("This model's maximum context length is 2048 tokens. However, your messages")
-    # A limit on the answer that does not fit is lowered by FastChat's server.
+    # FastChat's server lowers a max_tokens that does not fit.
     assert ask(api_server, QUESTION, max_tokens=100_000)["choices"][0]["message"]["content"] == "12"
 
 
@@ -155,7 +155,7 @@ def test_requests_of_fastchat_leave_no_trace_in_our_counts(api_server: str, cont
 def test_test_message(fastchat: FastChat, controller: str, worker: str, tmp_path: Path) -> None:
     if not fastchat.can_borrow:
         pytest.skip(f"torch is not lent to Python {fastchat.python_version}: the tests run on {sys.version_info[:2]}")
-    # The prompt, with the ids to stop at, is what FastChat knows under this name.
+    # FastChat has a prompt format and stop token ids for this model name.
     arguments = ("--model-name", ALIAS, "--message", "What is 7 + 5?")
     printed = fastchat.run_with_torch("test_message", "--controller", controller, *arguments, cwd=tmp_path)
     assert printed.startswith(f"Models: {NAMES}\nworker_addr: {worker}\n")
@@ -173,7 +173,7 @@ def test_register_worker(fastchat: FastChat, start: Start, worker: str, tmp_path
 
 
 def relayed(controller: str) -> str:
-    """The answer through a controller's own relay."""
+    """The answer through the controller's relay."""
     body = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_new_tokens": 16, "echo": False}
     response = httpx.post(f"{controller}/worker_generate_stream", json=body, timeout=60).raise_for_status()
     *records, rest = response.content.split(b"\0")
@@ -204,12 +204,12 @@ def test_our_worker_registers_with_fastchats_controller_again_and_again(
         theirs.restart()
         wait_until(lambda: list_models(theirs.address) == NAMES, "our worker is registered again", timeout_s=5)
         assert relayed(theirs.address) == "12"
-        # That controller has no route for a goodbye; the worker ends in order all the same.
+        # That controller has no route to deregister; the worker shuts down all the same.
         worker.process.terminate()
         worker.process.wait(20)
         assert "could not say goodbye" in worker.log()
         assert "Traceback" not in worker.log()
-        theirs.kill()  # its own way of ending waits for a thread that never ends
+        theirs.kill()  # its shutdown waits for a thread that never ends
 
 
 def test_our_controller_is_a_worker_of_fastchats(

@@ -1,4 +1,4 @@
-"""FastChat's wire on our processes, spoken by hand: what FastChat's own programs would send and read."""
+"""FastChat's protocol on our processes, with the messages that FastChat's own programs send and read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def conversation(worker: str) -> dict[str, Any]:
 
 
 def by_the_rule(conv: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    """The prompt that FastChat's API server writes for a conversation of the style NO_COLON_TWO."""
+    """The prompt that FastChat's API server makes for a conversation of the style NO_COLON_TWO."""
     assert conv["sep_style"] == NO_COLON_TWO
     said = [message["content"] for message in messages if message["role"] == "system"]
     prompt: str = conv["system_template"].format(system_message=said[-1] if said else conv["system_message"])
@@ -55,7 +55,7 @@ def by_the_rule(conv: dict[str, Any], messages: list[dict[str, str]]) -> str:
 
 
 def read_stream(controller: str, **params: Any) -> list[dict[str, Any]]:
-    """The records of a generation through the controller, cut at the NUL bytes as they come."""
+    """The records of a generation through the controller, split at the NUL bytes."""
     rest, records = b"", []
     body = {"model": MODEL, "temperature": 0, "max_new_tokens": 64, "echo": False} | params
     with httpx.stream("POST", f"{controller}/worker_generate_stream", json=body, timeout=60) as response:
@@ -80,7 +80,7 @@ def test_a_prompt_by_fastchats_rule_is_answered_as_a_chat(
     assert record["text"] == expected["choices"][0]["message"]["content"]
     assert record["usage"].items() <= expected["usage"].items()
     if messages[0]["role"] == "system":
-        # Without a system message the two differ by an empty one, which the worker takes out again.
+        # Without a system message the prompt has an empty one, which the worker removes.
         assert prompt == template.render(messages)
 
 

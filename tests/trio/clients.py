@@ -1,4 +1,4 @@
-"""Clients of the API server that take down exactly what happened to each of their requests."""
+"""Clients of the API server that record exactly what happened to each of their requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chat(text: str, *, stream: bool, **more: Any) -> dict[str, Any]:
 
 
 async def eventually(check: Callable[[], Awaitable[T]], what: str, timeout_s: float) -> T:
-    """Wait until `check` gives something true, and return that."""
+    """Wait until `check` returns a true value, and return it."""
     deadline = time.monotonic() + timeout_s
     while True:
         value = await check()
@@ -40,7 +40,7 @@ async def eventually(check: Callable[[], Awaitable[T]], what: str, timeout_s: fl
 
 @dataclass
 class Outcome:
-    """What one request brought."""
+    """The outcome of one request."""
 
     question: str
     stream: bool
@@ -48,9 +48,9 @@ class Outcome:
     finish_reason: str | None = None
     num_tokens: int | None = None
     has_data: bool = False
-    """Something of the answer came."""
+    """Whether any part of the answer came."""
     is_done: bool = False
-    """A stream ended with `[DONE]`; a whole answer came with status 200."""
+    """Whether a stream ended with `[DONE]`, or a whole answer came with status 200."""
     error: Any = None
     """The error object of a stream's error event."""
     trouble: str | None = None
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def is_cut(self) -> bool:
-        """A stream that had begun and ended with a typed error: what the death of its worker may do to it."""
+        """Whether a stream that had begun ended with a typed error, as it may when its worker dies."""
         typed = isinstance(self.error, dict) and {"message", "type", "param", "code"} <= self.error.keys()
         ended = self.stream and self.has_data and self.is_done and self.trouble is None
         return ended and typed and self.error["type"] in ERROR_TYPES and bool(self.error["message"])
@@ -75,10 +75,10 @@ class Client:
         self._http = http
         self._url = url + "/v1/chat/completions"
         self.num_whole = 0
-        """Requests that are not streamed and wait for their answer now."""
+        """Requests without streaming that wait for their answer now."""
 
     async def ask(self, text: str, *, stream: bool, leave_after: int | None = None, **more: Any) -> Outcome:
-        """Never raises for what the servers do. `leave_after`: hang up after so many data events of a stream."""
+        """Never raises for errors of the servers. `leave_after`: disconnect after this many data events of a stream."""
         outcome = Outcome(text, stream)
         self.num_whole += not stream
         try:
@@ -137,9 +137,9 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, leave
 async def steady_load(
     client: Client, questions: Sequence[str], clients: int = 8, pause_s: float = 0.01
 ) -> AsyncIterator[list[Outcome]]:
-    """So many clients ask one question after the other, every third one streamed, until the block is left.
+    """`clients` clients ask one question after the other, every third one streamed, until the block is left.
 
-    The list grows as answers end; on leaving, the running ones are waited for.
+    Yields the list of outcomes, which grows as answers end. On leaving, waits for the running requests.
     """
     outcomes: list[Outcome] = []
     stopping = asyncio.Event()
@@ -164,15 +164,15 @@ async def steady_load(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Eyes:
-    """Looks at what the processes tell about themselves."""
+class Monitor:
+    """Reads the state of the processes from their metrics and the routing table."""
 
     def __init__(self, http: aiohttp.ClientSession, trio: Trio) -> None:
         self._http = http
         self._trio = trio
 
     async def metrics(self, address: str) -> dict[str, float]:
-        """By name and labels, as they stand in the exposition."""
+        """Values by name and labels, as in Prometheus's text format."""
         async with self._http.get(address + "/metrics") as response:
             assert response.status == 200, f"{address}/metrics: status {response.status}"
             lines = (await response.text()).splitlines()
@@ -180,7 +180,7 @@ class Eyes:
         return {name: float(value) for name, _, value in pairs}
 
     async def table(self) -> RoutingTable | None:
-        """None while the controller is away."""
+        """The controller's routing table; None while it is away."""
         try:
             async with self._http.get(self._trio.controller.address + "/workers") as response:
                 return RoutingTable.model_validate_json(await response.read())
@@ -192,13 +192,13 @@ class Eyes:
         return table is not None and any(row.address == address for row in table.workers)
 
     async def dispatched(self) -> dict[str, float]:
-        """How many requests the controller has given to each worker since it started."""
+        """Requests that the controller has dispatched since it started, by worker."""
         seen = await self.metrics(self._trio.controller.address)
         name = f'fastserve_controller_dispatched_total{{model="{MODEL}",worker="%s"}}'
         return {worker.address: seen.get(name % worker.address, 0.0) for worker in self._trio.workers}
 
     async def left_over(self) -> Mapping[str, float]:
-        """Every count of something held that is not zero, in the processes that run."""
+        """Requests, blocks and leases that running processes still hold, by name; without zeros."""
         server = await self.metrics(self._trio.server.address)
         counts = {"API server in flight": server["fastserve_gateway_requests_in_flight"]}
         for worker in self._trio.workers:
@@ -219,7 +219,7 @@ class Eyes:
         return {name: count for name, count in counts.items() if count}
 
     async def all_zero(self, timeout_s: float = 10.0) -> None:
-        """Wait until nothing is held anywhere."""
+        """Wait until `left_over` is empty."""
         left: Mapping[str, float] = {}
 
         async def is_idle() -> bool:

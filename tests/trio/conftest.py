@@ -1,4 +1,4 @@
-"""One trio for all tests of this folder; each gets it whole again, whatever the one before did to it."""
+"""One trio for all tests of this folder; before each test the processes that have died are restarted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.keys import CLUSTER
 
 from . import questions
-from .clients import Client, Eyes
+from .clients import Client, Monitor
 from .processes import Trio
 
 NUM_QUESTIONS = 200
@@ -45,8 +45,8 @@ def client(http: aiohttp.ClientSession, trio: Trio) -> Client:
 
 
 @pytest.fixture
-def eyes(http: aiohttp.ClientSession, trio: Trio) -> Eyes:
-    return Eyes(http, trio)
+def monitor(http: aiohttp.ClientSession, trio: Trio) -> Monitor:
+    return Monitor(http, trio)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def known_answers() -> dict[str, str]:
 
 @pytest.fixture
 async def solo_answers(client: Client, known_answers: dict[str, str]) -> dict[str, str]:
-    """Two hundred questions and what the model answers to each when it is asked nothing else: asked one by one, once.
+    """Two hundred questions, with the model's answer to each when asked alone. Asked once per session.
 
     How well the model knows when to end is its own tests' business; here an answer that does not end is left out.
     """

@@ -18,13 +18,13 @@ from tests.keys import CLUSTER
 from tests.processes import free_ports, is_alive
 
 START_TIMEOUT_S = 90.0
-"""A worker imports torch and measures itself, which a busy machine may take long over."""
+"""A worker imports torch and measures its speed, which may take long on a busy machine."""
 STOP_TIMEOUT_S = 45.0
-"""A little more than a service's own time to drain."""
+"""A little more than a service's own drain time."""
 
 
 def get(url: str) -> bytes | None:
-    """The body of a 200, None for anything else; the cluster key is sent along."""
+    """GET with the cluster key; returns the body of a 200, else None."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=CLUSTER), timeout=5) as response:
             return bytes(response.read())
@@ -41,7 +41,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> No
 
 
 class Service:
-    """One process of the trio, which can be started again with the same command."""
+    """One process of the trio, which can be restarted with the same command."""
 
     def __init__(self, name: str, module: str, flags: list[str], folder: Path) -> None:
         [port] = free_ports(1)
@@ -97,7 +97,7 @@ class Service:
         self.process.wait()
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL for a process that does not mind it, with all that it started."""
+        """Send SIGTERM, and then SIGKILL to a process that still runs, and to its children."""
         if not self.running:
             return
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -111,7 +111,7 @@ class Service:
                 child.kill()
 
     def engine_pid(self) -> int:
-        """Of a worker's engine process."""
+        """Process id of a worker's engine process."""
         children = psutil.Process(self.process.pid).children()
         [engine] = [child.pid for child in children if "fastserve.engine.process" in child.cmdline()]
         return engine
@@ -124,7 +124,7 @@ class Trio:
     def __init__(self, folder: Path) -> None:
         self.controller = Service("controller", "controller", [], folder)
         to_controller = ["--controller-address", self.controller.address]
-        # Left to itself each worker would take 2 GB for the KV cache. The demo model repeats itself when it may not
+        # By default each worker would take 2 GB for the KV cache. The demo model repeats itself when it may not
         # end: without speculation long answers take long, so that something can happen while they run.
         sizes = ["--max-total-tokens", "32768", "--speculative-method", "off"]
         self.workers = [
@@ -137,7 +137,7 @@ class Trio:
         return [self.controller, *self.workers, self.server]
 
     def make_whole(self) -> None:
-        """Start what does not run, and wait until requests can reach both workers."""
+        """Start the processes that do not run, and wait until both workers are in dispatch."""
         for service in self.services:
             if not service.running:
                 service.start()
@@ -150,7 +150,7 @@ class Trio:
         self.server.wait_serving("/ready")
 
     def table(self) -> set[str]:
-        """The workers that the controller would give requests to."""
+        """The workers that are in dispatch."""
         body = get(self.controller.address + "/workers")
         if body is None:
             return set()

@@ -24,7 +24,7 @@ def facts() -> dict[str, str]:
 
 
 def others(count: int) -> list[str]:
-    """Things to say again, and a few long answers."""
+    """Texts to repeat, and requests for a few long answers."""
     rng = Random(11)
     counting = [f"Count from 1 to {number}." for number in range(6, 18, 2)]
     stories = ["Tell me a story about a fox.", "Say the alphabet."]
@@ -33,5 +33,5 @@ def others(count: int) -> list[str]:
 
 
 def all_questions() -> list[str]:
-    """Some more than the tests need."""
+    """A few more than the tests need."""
     return [*sums(), *facts(), *others(100)]

@@ -23,11 +23,11 @@ from .processes import get
 QUESTION = "What is 7 + 5?"
 FIRST_ANSWER_S = 20.0
 ATTEMPTS = 2
-"""A machine with two cores and something else to do may be too slow once."""
+"""A busy machine with two cores may be too slow once."""
 
 
 def strays(folder: Path) -> dict[int, list[str]]:
-    """What was started in `folder` and still runs."""
+    """Processes that were started in `folder` and still run."""
     found = {}
     for process in psutil.process_iter():
         try:
@@ -51,7 +51,7 @@ def run(folder: Path, module: str, *flags: str) -> subprocess.CompletedProcess[s
 
 
 def post(port: int, body: dict[str, Any]) -> tuple[str, bytes]:
-    """Content type and body, as plain HTTP brings them."""
+    """Content type and body over plain HTTP."""
     connection = http.client.HTTPConnection("localhost", port, timeout=30)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -64,7 +64,7 @@ def post(port: int, body: dict[str, Any]) -> tuple[str, bytes]:
 
 
 def launch_and_ask(folder: Path, ports: list[int]) -> tuple[str, float]:
-    """What the launcher said, and the seconds from the command to the first answer."""
+    """The launcher's output, and the seconds from the command to the first answer."""
     controller, worker, server = ports
     begin = time.monotonic()
     launched = run(

@@ -1,4 +1,4 @@
-"""Many requests at once: every answer is right, nothing is held afterwards, nobody computes for an absent client."""
+"""Many requests at once: every answer is right, nothing is held afterwards, and requests of absent clients end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import openai
 import pytest
 
 from . import questions
-from .clients import MODEL, Client, Eyes, Outcome, chat, eventually
+from .clients import MODEL, Client, Monitor, Outcome, chat, eventually
 from .processes import Trio
 
 Answers = dict[str, str]
 MAX_RSS_MB = 120.0
 STOP_S = 0.2
-"""In which the engine has to notice that a client is gone."""
+"""Seconds in which the engine has to abort the request of a client that has disconnected."""
 
 
 async def stream_by_sdk(sdk: openai.AsyncOpenAI, text: str) -> Outcome:
@@ -33,13 +33,13 @@ async def stream_by_sdk(sdk: openai.AsyncOpenAI, text: str) -> Outcome:
         for choice in chunk.choices:
             outcome.text += choice.delta.content or ""
             outcome.finish_reason = choice.finish_reason or outcome.finish_reason
-    outcome.is_done = True  # that the iteration ended; the SDK hides `[DONE]`
+    outcome.is_done = True  # the iteration ended; the SDK hides `[DONE]`
     return outcome
 
 
 async def test_two_hundred_streams_at_once(
     client: Client,
-    eyes: Eyes,
+    monitor: Monitor,
     trio: Trio,
     solo_answers: Answers,
     record_property: Callable[[str, object], None],
@@ -72,13 +72,13 @@ async def test_two_hundred_streams_at_once(
     assert not wrong, f"{len(wrong)} streams differ from the answer to the question asked alone: {wrong[:3]}"
     ids = Counter(one_id for one in outcomes for one_id in one.ids)
     assert len(ids) == len(texts), f"answers share ids: {ids.most_common(3)}"
-    shares = await eyes.dispatched()
+    shares = await monitor.dispatched()
     assert all(shares.values()), f"a worker took no part: {shares}"
-    await eyes.all_zero()
+    await monitor.all_zero()
 
 
 async def ask_and_perhaps_leave(client: Client, text: str, rng: Random) -> Outcome | None:
-    """None when the client left before the end."""
+    """The text; None if the client disconnected before the end."""
     way = rng.choice(("whole", "stream", "leave whole", "leave early", "leave in the middle"))
     if way in ("whole", "stream"):
         return await client.ask(text, stream=way == "stream")
@@ -95,14 +95,14 @@ async def ask_and_perhaps_leave(client: Client, text: str, rng: Random) -> Outco
 
 
 async def test_thousand_requests_with_disconnects_leave_nothing(
-    client: Client, eyes: Eyes, solo_answers: Answers, record_property: Callable[[str, object], None]
+    client: Client, monitor: Monitor, solo_answers: Answers, record_property: Callable[[str, object], None]
 ) -> None:
     rng = Random(5)
     texts = [text for text, answer in solo_answers.items() if len(answer) < 80]
-    places = asyncio.Semaphore(64)
+    slots = asyncio.Semaphore(64)
 
     async def one(number: int) -> Outcome | None:
-        async with places:
+        async with slots:
             return await ask_and_perhaps_leave(client, rng.choice(texts), Random(number))
 
     begin = time.monotonic()
@@ -112,7 +112,7 @@ async def test_thousand_requests_with_disconnects_leave_nothing(
     print(f"1000 requests took {took_s:.1f} s, {len(stayed)} of them to their end")
     record_property("requests_per_s", round(1000 / took_s, 1))
 
-    await eyes.all_zero()
+    await monitor.all_zero()
     assert 300 <= len(stayed) <= 700, f"{len(stayed)} of 1000 stayed: not the mixture that was meant"
     failed = [outcome for outcome in stayed if not outcome.is_complete]
     assert not failed, f"{len(failed)} requests failed: {failed[:3]}"
@@ -124,13 +124,13 @@ async def test_thousand_requests_with_disconnects_leave_nothing(
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_generation_stops_when_its_client_leaves(
-    trio: Trio, eyes: Eyes, stream: bool, record_property: Callable[[str, object], None]
+    trio: Trio, monitor: Monitor, stream: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """By the engine's counter; the time is taken to when its last growth was seen. A busy machine gets three tries."""
     seen: list[float] = []
     for _ in range(3):
-        seen.append(await seconds_to_last_token(trio, eyes, stream))
-        await eyes.all_zero()
+        seen.append(await seconds_to_last_token(trio, monitor, stream))
+        await monitor.all_zero()
         if seen[-1] < STOP_S:
             break
     print(f"the engine's counter last grew {seen[-1] * 1000:.0f} ms after the client had left")
@@ -138,9 +138,9 @@ async def test_generation_stops_when_its_client_leaves(
     assert seen[-1] < STOP_S, f"the engine went on for {seen} s after the client had left"
 
 
-async def seconds_to_last_token(trio: Trio, eyes: Eyes, stream: bool) -> float:
+async def seconds_to_last_token(trio: Trio, monitor: Monitor, stream: bool) -> float:
     counter = "fastserve_engine_generation_tokens_total"
-    before = {worker.address: (await eyes.metrics(worker.address))[counter] for worker in trio.workers}
+    before = {worker.address: (await monitor.metrics(worker.address))[counter] for worker in trio.workers}
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector) as session:
         body = chat("Tell me a story about a fox.", stream=stream, ignore_eos=True, max_tokens=2000)
@@ -148,7 +148,7 @@ async def seconds_to_last_token(trio: Trio, eyes: Eyes, stream: bool) -> float:
 
         async def busy() -> str:
             for address, count in before.items():
-                if (await eyes.metrics(address))[counter] > count + 20:
+                if (await monitor.metrics(address))[counter] > count + 20:
                     return address
             return ""
 
@@ -159,10 +159,10 @@ async def seconds_to_last_token(trio: Trio, eyes: Eyes, stream: bool) -> float:
             asking.result().close()
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-    count = (await eyes.metrics(address))[counter]
+    count = (await monitor.metrics(address))[counter]
     last_growth = time.monotonic()
     while time.monotonic() - last_growth < 0.5:
-        now = (await eyes.metrics(address))[counter]
+        now = (await monitor.metrics(address))[counter]
         if now > count:
             count, last_growth = now, time.monotonic()
         assert count - before[address] < 1990, "the generation went on to its end"

@@ -1,4 +1,4 @@
-"""Every service is restarted in turn under load, as an upgrade does it, and no client notices."""
+"""Every service is restarted under load, one after the other as in an upgrade, and no client notices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from .clients import Client, Eyes, Outcome, eventually, steady_load
+from .clients import Client, Monitor, Outcome, eventually, steady_load
 from .processes import START_TIMEOUT_S, STOP_TIMEOUT_S, Service, Trio
 from .test_trio_survival import Answers, check, gets_traffic, more_answers, texts
 
@@ -17,7 +17,7 @@ __all__ = ["texts"]
 
 
 class FailoverClient(Client):
-    """Knows two API servers, as clients behind a load balancer do: what one does not accept, the other gets."""
+    """Client of two API servers, like a load balancer: requests that one does not accept go to the other."""
 
     def __init__(self, http: aiohttp.ClientSession, urls: list[str]) -> None:
         super().__init__(http, urls[0])
@@ -33,7 +33,7 @@ class FailoverClient(Client):
 
 
 def _is_unheard(outcome: Outcome) -> bool:
-    """Whether the server did not take the request: it does not listen, or closed an idle connection at that moment."""
+    """Whether the server did not get the request: it does not listen, or closed an idle connection at that moment."""
     names = ("ClientConnectorError", "ServerDisconnectedError", "ClientOSError", "ConnectionResetError")
     return not outcome.has_data and outcome.trouble is not None and outcome.trouble.startswith(names)
 
@@ -49,7 +49,7 @@ def second_server(trio: Trio, tmp_path: Path) -> Iterator[Service]:
 
 
 async def restart(service: Service) -> None:
-    """End it in order, and start it again."""
+    """Shut it down, and start it again."""
     service.process.terminate()
 
     async def has_ended() -> bool:
@@ -69,7 +69,7 @@ async def restart(service: Service) -> None:
 async def test_rolling_restart_of_every_service_loses_nothing(
     trio: Trio,
     http: aiohttp.ClientSession,
-    eyes: Eyes,
+    monitor: Monitor,
     solo_answers: Answers,
     texts: list[str],
     second_server: Service,
@@ -80,15 +80,15 @@ async def test_rolling_restart_of_every_service_loses_nothing(
             await more_answers(outcomes, 20)
             await restart(worker)
             again = f"{worker.name} is in dispatch again"
-            await eventually(lambda address=worker.address: eyes.in_dispatch(address), again, START_TIMEOUT_S)  # type: ignore[misc]
-            await gets_traffic(eyes, worker)
+            await eventually(lambda address=worker.address: monitor.in_dispatch(address), again, START_TIMEOUT_S)  # type: ignore[misc]
+            await gets_traffic(monitor, worker)
         await restart(trio.controller)
         for worker in trio.workers:
-            await gets_traffic(eyes, worker)
+            await gets_traffic(monitor, worker)
         for server in (trio.server, second_server):
             await more_answers(outcomes, 20)
             await restart(server)
         await more_answers(outcomes, 20)
     check(outcomes, solo_answers, may_cut=False)
     print(f"{len(outcomes)} requests")
-    await eyes.all_zero()
+    await monitor.all_zero()

@@ -1,4 +1,4 @@
-"""Processes die under load, and the clients notice nothing that could be spared them."""
+"""Processes die under load, and clients notice only what cannot be avoided."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from fastserve.protocol import RoutingTable
 from tests.processes import is_alive
 
-from .clients import Client, Eyes, Outcome, eventually, steady_load
+from .clients import Client, Monitor, Outcome, eventually, steady_load
 from .processes import START_TIMEOUT_S, Service, Trio
 
 Answers = dict[str, str]
@@ -22,19 +22,19 @@ Record = Callable[[str, object], None]
 OUT_OF_DISPATCH_S = 2.0
 HEARTBEAT_S = 1.0
 SLACK_S = 1.5
-"""What a busy machine may add to a heartbeat interval."""
+"""Seconds that a busy machine may add to a heartbeat interval."""
 
 
 @pytest.fixture
 def texts(solo_answers: Answers) -> list[str]:
-    """Long answers, so that there is always something to break, and as many short ones."""
+    """Long answers, so that a death always interrupts some, and as many short ones."""
     by_length = sorted(solo_answers, key=lambda text: len(solo_answers[text]))
     long, short = by_length[-12:], by_length[::18]
     return [text for pair in zip(long, short, strict=False) for text in pair]
 
 
 def check(outcomes: Sequence[Outcome], answers: Answers, *, may_cut: bool) -> int:
-    """Every request was answered rightly; with `may_cut`, streams that had begun may end in an error. Returns these."""
+    """Check that every answer is right; with `may_cut`, streams may end with an error. Returns these."""
     assert outcomes, "no request was made"
     cut = [one for one in outcomes if one.is_cut]
     failed = [one for one in outcomes if not one.is_complete and not (may_cut and one.is_cut)]
@@ -55,39 +55,39 @@ async def more_answers(outcomes: list[Outcome], count: int) -> None:
     await eventually(came, f"{count} more answers under load", 60.0)
 
 
-async def in_the_middle_of_work(eyes: Eyes, client: Client, worker: Service) -> None:
-    """Wait for a moment at which the worker's death must be hidden from somebody."""
+async def in_the_middle_of_work(monitor: Monitor, client: Client, worker: Service) -> None:
+    """Wait for a moment at which a client waits for an answer of the worker without having got any data."""
 
     async def works() -> bool:
-        seen = await eyes.metrics(worker.address)
-        table = await eyes.table()
+        seen = await monitor.metrics(worker.address)
+        table = await monitor.table()
         assert table is not None
         elsewhere = sum(row.in_flight for row in table.workers if row.address != worker.address)
-        # More requests that are not streamed than the others have in all: at least one of them is here.
+        # More requests without streaming than the other workers have requests: at least one of them is here.
         return seen["fastserve_engine_num_requests_running"] >= 2 and client.num_whole > elsewhere
 
     await eventually(works, f"{worker.name} has requests to lose", 30.0)
 
 
-async def gets_traffic(eyes: Eyes, worker: Service) -> None:
-    before = (await eyes.dispatched())[worker.address]
+async def gets_traffic(monitor: Monitor, worker: Service) -> None:
+    before = (await monitor.dispatched())[worker.address]
 
     async def got() -> bool:
-        return (await eyes.dispatched())[worker.address] >= before + 3
+        return (await monitor.dispatched())[worker.address] >= before + 3
 
     await eventually(got, f"{worker.name} gets requests again", 20.0)
 
 
-async def handed_on(eyes: Eyes, trio: Trio) -> float:
-    """How many requests the API server has given to another worker, unseen by the client."""
-    return (await eyes.metrics(trio.server.address))["fastserve_gateway_retries_total"]
+async def handed_on(monitor: Monitor, trio: Trio) -> float:
+    """Number of requests that the API server has retried with another worker."""
+    return (await monitor.metrics(trio.server.address))["fastserve_gateway_retries_total"]
 
 
-async def leaves_dispatch(eyes: Eyes, worker: Service, since: float, within_s: float) -> float:
-    """Seconds from `since` until the controller gives the worker no more requests."""
+async def leaves_dispatch(monitor: Monitor, worker: Service, since: float, within_s: float) -> float:
+    """Seconds from `since` until the worker is out of dispatch."""
 
     async def is_out() -> bool:
-        return not await eyes.in_dispatch(worker.address)
+        return not await monitor.in_dispatch(worker.address)
 
     await eventually(is_out, f"{worker.name} is out of dispatch", within_s)
     return time.monotonic() - since
@@ -95,7 +95,7 @@ async def leaves_dispatch(eyes: Eyes, worker: Service, since: float, within_s: f
 
 @asynccontextmanager
 async def lasting_streams(client: Client, count: int) -> AsyncIterator[list[asyncio.Task[Outcome]]]:
-    """Requests that run for many seconds; the clients leave when the block is left."""
+    """Requests that run for many seconds; they are cancelled at the end of the block."""
     more = {"ignore_eos": True, "max_tokens": 1900}
     tasks = [asyncio.create_task(client.ask("Say the alphabet.", stream=True, **more)) for _ in range(count)]
     try:
@@ -107,24 +107,24 @@ async def lasting_streams(client: Client, count: int) -> AsyncIterator[list[asyn
 
 
 async def test_worker_killed_under_load(
-    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
+    trio: Trio, client: Client, monitor: Monitor, solo_answers: Answers, texts: list[str], record_property: Record
 ) -> None:
     victim = trio.workers[0]
     engine = victim.engine_pid()
     async with steady_load(client, texts) as outcomes:
-        at_first = await eyes.dispatched()
+        at_first = await monitor.dispatched()
         await more_answers(outcomes, 60)
-        now = await eyes.dispatched()
+        now = await monitor.dispatched()
         shares = {address: now[address] - at_first[address] for address in now}
         assert min(shares.values()) >= 0.05 * sum(shares.values()), f"the load is not shared: {shares}"
 
-        before = await handed_on(eyes, trio)
-        await in_the_middle_of_work(eyes, client, victim)
+        before = await handed_on(monitor, trio)
+        await in_the_middle_of_work(monitor, client, victim)
         victim.kill()
         killed = time.monotonic()
-        out_s = await leaves_dispatch(eyes, victim, killed, OUT_OF_DISPATCH_S)
+        out_s = await leaves_dispatch(monitor, victim, killed, OUT_OF_DISPATCH_S)
         await more_answers(outcomes, 40)
-        assert await handed_on(eyes, trio) > before, "no request had to be saved, so nothing was shown"
+        assert await handed_on(monitor, trio) > before, "no request had to be saved, so nothing was shown"
 
         async def engine_is_gone() -> bool:
             return not is_alive(engine)
@@ -133,16 +133,16 @@ async def test_worker_killed_under_load(
 
         victim.start()
         again = f"{victim.name} is in dispatch again after a restart"
-        await eventually(lambda: eyes.in_dispatch(victim.address), again, START_TIMEOUT_S)
-        await gets_traffic(eyes, victim)
+        await eventually(lambda: monitor.in_dispatch(victim.address), again, START_TIMEOUT_S)
+        await gets_traffic(monitor, victim)
     cut = check(outcomes, solo_answers, may_cut=True)
     print(f"{len(outcomes)} requests, {cut} streams cut; out of dispatch after {out_s * 1000:.0f} ms; shares {shares}")
     record_property("out_of_dispatch_ms", round(out_s * 1000))
-    await eyes.all_zero()
+    await monitor.all_zero()
 
 
 async def test_controller_killed_under_load(
-    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
+    trio: Trio, client: Client, monitor: Monitor, solo_answers: Answers, texts: list[str], record_property: Record
 ) -> None:
     async with steady_load(client, texts) as outcomes, lasting_streams(client, 3) as lasting:
         await more_answers(outcomes, 20)
@@ -150,12 +150,12 @@ async def test_controller_killed_under_load(
         await more_answers(outcomes, 40)
 
         trio.controller.start()
-        await eventually(eyes.table, "the controller answers again", 30.0)
+        await eventually(monitor.table, "the controller answers again", 30.0)
         began = time.monotonic()
         workers = {worker.address for worker in trio.workers}
 
         async def whole() -> RoutingTable | None:
-            table = await eyes.table()
+            table = await monitor.table()
             return table if table is not None and {row.address for row in table.workers} == workers else None
 
         table = await eventually(whole, "the restarted controller knows both workers", HEARTBEAT_S + SLACK_S)
@@ -172,25 +172,25 @@ async def test_controller_killed_under_load(
     check(outcomes, solo_answers, may_cut=False)
     print(f"{len(outcomes)} requests; the controller was whole {whole_s * 1000:.0f} ms after it served again")
     record_property("whole_after_ms", round(whole_s * 1000))
-    await eyes.all_zero()
+    await monitor.all_zero()
 
 
 async def test_worker_told_to_stop_under_load(
-    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str]
+    trio: Trio, client: Client, monitor: Monitor, solo_answers: Answers, texts: list[str]
 ) -> None:
     leaving = trio.workers[1]
     async with steady_load(client, texts) as outcomes:
         await more_answers(outcomes, 20)
-        await in_the_middle_of_work(eyes, client, leaving)
+        await in_the_middle_of_work(monitor, client, leaving)
         leaving.process.terminate()
-        told = time.monotonic()
-        out_s = await leaves_dispatch(eyes, leaving, told, OUT_OF_DISPATCH_S)
+        asked_at = time.monotonic()
+        out_s = await leaves_dispatch(monitor, leaving, asked_at, OUT_OF_DISPATCH_S)
 
         async def has_ended() -> bool:
             return not leaving.running
 
         await eventually(has_ended, f"{leaving.name} ends", 40.0)
-        ended_s = time.monotonic() - told
+        ended_s = time.monotonic() - asked_at
         await more_answers(outcomes, 20)
     check(outcomes, solo_answers, may_cut=False)
     # uvicorn drains, and then lets the signal end the process.
@@ -198,50 +198,52 @@ async def test_worker_told_to_stop_under_load(
     for step in ("said goodbye to the controller", "Finished server process"):
         assert step in leaving.log, f"its log lacks {step!r}:\n{leaving.log[-2000:]}"
     print(f"{len(outcomes)} requests; out of dispatch after {out_s * 1000:.0f} ms, ended after {ended_s:.1f} s")
-    await eyes.all_zero()
+    await monitor.all_zero()
 
 
 async def test_engine_killed_under_load(
-    trio: Trio, client: Client, eyes: Eyes, solo_answers: Answers, texts: list[str], record_property: Record
+    trio: Trio, client: Client, monitor: Monitor, solo_answers: Answers, texts: list[str], record_property: Record
 ) -> None:
     victim = trio.workers[0]
-    starts = (await eyes.metrics(victim.address))["fastserve_worker_engine_restarts_total"]
+    starts = (await monitor.metrics(victim.address))["fastserve_worker_engine_restarts_total"]
     async with steady_load(client, texts) as outcomes:
         await more_answers(outcomes, 20)
-        before = await handed_on(eyes, trio)
-        await in_the_middle_of_work(eyes, client, victim)
+        before = await handed_on(monitor, trio)
+        await in_the_middle_of_work(monitor, client, victim)
         engine = victim.engine_pid()
         psutil.Process(engine).kill()
         killed = time.monotonic()
 
         async def recovered() -> bool:
-            seen = await eyes.metrics(victim.address)
+            seen = await monitor.metrics(victim.address)
             return seen["fastserve_worker_engine_restarts_total"] > starts
 
         await eventually(recovered, f"{victim.name} has started its engine again", START_TIMEOUT_S)
         recovered_s = time.monotonic() - killed
         assert victim.engine_pid() != engine
-        await gets_traffic(eyes, victim)
+        await gets_traffic(monitor, victim)
         await more_answers(outcomes, 20)
     cut = check(outcomes, solo_answers, may_cut=True)
-    assert await handed_on(eyes, trio) > before, "no request had to be saved, so nothing was shown"
+    assert await handed_on(monitor, trio) > before, "no request had to be saved, so nothing was shown"
     print(f"{len(outcomes)} requests, {cut} streams cut; the engine was back after {recovered_s:.1f} s")
     record_property("engine_back_s", round(recovered_s, 1))
-    await eyes.all_zero()
+    await monitor.all_zero()
 
 
-async def test_death_of_the_only_worker_is_told_in_openais_shape(trio: Trio, client: Client, eyes: Eyes) -> None:
-    """The counterpart of the tests above: where nothing can be spared the client, it is told, at once and typed."""
+async def test_death_of_the_only_worker_is_an_error_in_openais_shape(
+    trio: Trio, client: Client, monitor: Monitor
+) -> None:
+    """The counterpart of the tests above: without another worker, the client gets a typed error at once."""
     only, other = trio.workers
     other.stop()
     asking = [
         asyncio.create_task(client.ask("Say the alphabet.", stream=stream, ignore_eos=True, max_tokens=1900))
         for stream in (True, False)
     ]
-    await in_the_middle_of_work(eyes, client, only)
+    await in_the_middle_of_work(monitor, client, only)
     only.kill()
     streamed, whole = await asyncio.wait_for(asyncio.gather(*asking), 10.0)
     assert streamed.is_cut, f"not a typed error event: {streamed}"
     assert whole.trouble is not None
     assert whole.trouble.startswith("status 503"), whole
-    await eyes.all_zero()
+    await monitor.all_zero()
