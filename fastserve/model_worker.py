@@ -22,7 +22,7 @@ from fastserve.serving.listen import advertised_address, bind
 from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.model_files import configured_eos_ids, read_json
-from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 from fastserve.worker.refusals import refuse_unavailable
 
@@ -49,7 +49,7 @@ def _serve(config: WorkerConfig) -> None:
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)
-    worker = Worker(
+    worker = ModelWorker(
         WorkerSetup(
             config=config,
             engine=_make_engine(config, model),
@@ -64,7 +64,7 @@ def _serve(config: WorkerConfig) -> None:
     for variable in (ENV_CLUSTER_KEY, ENV_ADMIN_KEY, ENV_API_KEYS):
         # They have been read, and the engine's process would inherit them.
         os.environ.pop(variable, None)
-    serve(worker.app, config, sockets, before_shutdown=worker.goodbye, wait_ready=worker.wait_loaded)
+    serve(worker.app, config, sockets, before_shutdown=worker.deregister, wait_ready=worker.wait_loaded)
     if worker.failure is not None:
         raise worker.failure
     if worker.keeper.gave_up:

@@ -30,7 +30,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class TokenText:
+class DecodedToken:
     """One token with its logprob and the likeliest others, as bytes and in words."""
 
     data: bytes

@@ -32,11 +32,11 @@ _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
 """Stops at the first element that is no object."""
 _ANYTHING = msgspec.json.Decoder()
-_FIRST_IS_NO_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
+_FIRST_IS_NOT_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
 _NOT_STRUCTURE = bytes(code for code in range(256) if code not in b'[]{}",')
 _VALUES_PER_PART = 8
 """Values that a message, a content part or a tool call has, on average: most have 2 or 3, a tool call 5."""
-_NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
+_TYPE_MISMATCH = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
 
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80
@@ -142,7 +142,7 @@ def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) 
     try:
         return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        if (found := _NO_OBJECT.match(str(error))) is not None:
+        if (found := _TYPE_MISMATCH.match(str(error))) is not None:
             where = name if found[1] is None else join(name, found[1])
             raise InvalidRequestError(
                 f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
@@ -157,7 +157,7 @@ def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
         most = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
         shape = _shape(raw, most)
         if shape.num_values > most or shape.num_containers > most // 2:
-            if _FIRST_IS_NO_OBJECT.match(raw):
+            if _FIRST_IS_NOT_OBJECT.match(raw):
                 return  # the parser stops there, and names it
             raise InvalidRequestError(
                 f"Invalid value for '{name}': it has more parts than {bounds.max_messages} messages (--max-messages) "
@@ -218,16 +218,16 @@ def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestErro
     if isinstance(error, UnicodeDecodeError):
         return InvalidRequestError("The request body is not valid UTF-8.")
     # The API server does this on its event loop, and each value takes time and memory.
-    if _has_more_values(body, _MAX_EXPLAINED_VALUES):
-        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+    if _has_too_many_values(body, _MAX_EXPLAINED_VALUES):
+        return InvalidRequestError(f"The request body is not valid JSON{_position(body, error)}.")
     try:
         # Python's own parser lets pass what ours refuses for its value, so that the field can be named.
         value = json.loads(body, parse_int=_parse_int)
     except (ValueError, RecursionError):
-        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+        return InvalidRequestError(f"The request body is not valid JSON{_position(body, error)}.")
     found = _first_refused(value, name)
     if found is None:
-        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+        return InvalidRequestError(f"The request body is not valid JSON{_position(body, error)}.")
     where, culprit = found
     if isinstance(culprit, str):
         return invalid(
@@ -239,7 +239,7 @@ def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestErro
     )
 
 
-def _has_more_values(body: bytes, most: int) -> bool:
+def _has_too_many_values(body: bytes, most: int) -> bool:
     """Whether a body that claims to be JSON has more than `most` values, about."""
     shape = _shape(body, most)
     return shape.num_values + shape.num_containers > most
@@ -250,7 +250,7 @@ def _parse_int(digits: str) -> float:
     return 0.0 if len(digits) <= _MAX_DIGITS else math.inf
 
 
-def _place(body: bytes, error: Exception) -> str:
+def _position(body: bytes, error: Exception) -> str:
     found = re.search(r"\(byte (\d+)\)", str(error))
     if found is not None:
         return f" (at byte {found[1]})"
@@ -298,13 +298,13 @@ def bounds_of(info: ValidationInfo) -> RequestBounds:
     return info.context if isinstance(info.context, RequestBounds) else RequestBounds()
 
 
-_NUMBERS = {
+_RANGE_ERRORS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "greater than or equal to"),
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "less than or equal to"),
 }
-_KINDS = {
+_TYPE_REMEDIES = {
     "string_type": "Give a string.",
     "bool_type": "Give true or false.",
     "list_type": "Give an array.",
@@ -325,19 +325,19 @@ def _explain(problem: Mapping[str, Any]) -> InvalidRequestError:
         return InvalidRequestError(f"Missing required field '{name}'.", param=name, code="missing_required_parameter")
     if kind == "ours":
         remedy = problem["msg"]
-    elif kind in _NUMBERS:
-        bound, words = _NUMBERS[kind]
+    elif kind in _RANGE_ERRORS:
+        bound, words = _RANGE_ERRORS[kind]
         remedy = f"Give a number {words} {context[bound]}."
     elif kind == "too_short":
         remedy = f"Give at least {context['min_length']}."
     elif kind == "literal_error":
         remedy = f"Give one of {context['expected'].replace(chr(39), chr(34))}."
     else:
-        remedy = _KINDS.get(kind, "It is not of the right kind.")
+        remedy = _TYPE_REMEDIES.get(kind, "It is not of the right kind.")
     return invalid(name, problem["input"], remedy)
 
 
-def wrong(remedy: str) -> PydanticCustomError:
+def field_error(remedy: str) -> PydanticCustomError:
     """The error of a validator: the field's name and value are put before `remedy`."""
     return PydanticCustomError("ours", remedy.replace("{", "(").replace("}", ")"))
 
@@ -349,16 +349,16 @@ def _integer(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         if abs(value) <= _MAX_INTEGER:
             return value
-        raise wrong("It is too large; give an integer of at most 64 bits.")
-    raise wrong("Give an integer.")
+        raise field_error("It is too large; give an integer of at most 64 bits.")
+    raise field_error("Give an integer.")
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) <= 1e300:
             return float(value)
-        raise wrong("It is too large.")
-    raise wrong("Give a number.")
+        raise field_error("It is too large.")
+    raise field_error("Give a number.")
 
 
 def at_most(limit: str, what: str) -> BeforeValidator:
@@ -368,7 +368,7 @@ def at_most(limit: str, what: str) -> BeforeValidator:
         most = getattr(bounds_of(info), limit)
         if isinstance(value, list) and len(value) > most:
             flag = "--" + limit.replace("_", "-")
-            raise wrong(f"Send at most {most} {what} in one request ({flag}).")
+            raise field_error(f"Send at most {most} {what} in one request ({flag}).")
         return value
 
     return BeforeValidator(check)

@@ -16,12 +16,12 @@ from fastserve.openai.body import (
     RequestBounds,
     at_most,
     bounds_of,
+    field_error,
     invalid,
     parse_json,
-    wrong,
 )
 from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
-from fastserve.openai.parameters import OF_MESSAGE, KnownFields
+from fastserve.openai.parameters import MESSAGE_FIELDS, KnownFields
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _PART_SEPARATOR = "\n"
@@ -57,10 +57,10 @@ class ChatRequest(GenerationRequest):
         for message in value:
             if isinstance(message, dict):
                 if len(message) > MAX_FIELDS:
-                    raise wrong(f"A message has at most {MAX_FIELDS} fields, not {len(message)}.")
+                    raise field_error(f"A message has at most {MAX_FIELDS} fields, not {len(message)}.")
                 count += sum(len(message[name]) for name in _LISTS if isinstance(message.get(name), list))
         if count > most:
-            raise wrong(
+            raise field_error(
                 f"Send at most {most} content parts and tool calls in one request (--max-content-parts), not {count}."
             )
         return value
@@ -73,7 +73,7 @@ class ChatRequest(GenerationRequest):
     def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
         yield from super().undeclared()
         for i, message in enumerate(self.messages):
-            yield f"messages.{i}.", OF_MESSAGE, message.model_extra or {}
+            yield f"messages.{i}.", MESSAGE_FIELDS, message.model_extra or {}
 
     @property
     def token_limit(self) -> int | None:

@@ -28,7 +28,7 @@ class CompletionRequest(GenerationRequest):
             raise invalid("max_tokens", 0, "Give at least 1; 0 is allowed with echo=true or prompt_logprobs only.")
 
     @property
-    def asked_of_prompt(self) -> int | None:
+    def num_prompt_logprobs(self) -> int | None:
         """How many of the likeliest tokens to give at each place of the prompt; None: the prompt has no logprobs."""
         asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((count for count in asked if count is not None), default=None)

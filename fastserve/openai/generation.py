@@ -9,14 +9,14 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_fields, validate
-from fastserve.openai.parameters import OF_REQUEST, OF_STREAM_OPTIONS, KnownFields
+from fastserve.openai.parameters import REQUEST_FIELDS, STREAM_OPTIONS_FIELDS, KnownFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_COUNT = 2**31 - 1
 """Largest number of tokens; more is the same as no bound."""
-MOST_URGENT, LEAST_URGENT = -100, 100
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
 _MAX_BIAS = 100.0
 
 RequestT = TypeVar("RequestT", bound="GenerationRequest")
@@ -26,7 +26,7 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 
 def parse_request(request_class: type[RequestT], body: bytes, bounds: RequestBounds) -> RequestT:
     """Read a request's body. Raises InvalidRequestError or UnsupportedParameterError."""
-    known = request_class.model_fields.keys() | OF_REQUEST.unsupported.keys()
+    known = request_class.model_fields.keys() | REQUEST_FIELDS.unsupported.keys()
     return check_request(request_class, read_fields(body, bounds, known), bounds)
 
 
@@ -74,7 +74,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: Flag | None = None
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """How many of the likeliest tokens are returned at each place of the prompt, beside the prompt's own."""
-    priority: Integer | None = Field(None, ge=MOST_URGENT, le=LEAST_URGENT)
+    priority: Integer | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     """Lower runs first; 0 when not given."""
 
     @field_validator("stop", mode="before")
@@ -164,9 +164,9 @@ class GenerationRequest(BaseModel):
 
     def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
         """The fields that no schema declares, place by place; first its name in errors."""
-        yield "", OF_REQUEST, self.model_extra or {}
+        yield "", REQUEST_FIELDS, self.model_extra or {}
         if self.stream_options is not None:
-            yield "stream_options.", OF_STREAM_OPTIONS, self.stream_options.model_extra or {}
+            yield "stream_options.", STREAM_OPTIONS_FIELDS, self.stream_options.model_extra or {}
 
     @property
     def unknown(self) -> list[str]:

@@ -94,11 +94,11 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-OF_REQUEST = KnownFields("", _WITHOUT_EFFECT, _UNSUPPORTED)
-OF_STREAM_OPTIONS = KnownFields(
+REQUEST_FIELDS = KnownFields("", _WITHOUT_EFFECT, _UNSUPPORTED)
+STREAM_OPTIONS_FIELDS = KnownFields(
     "stream_options.", frozenset(), {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 )
-OF_MESSAGE = KnownFields(
+MESSAGE_FIELDS = KnownFields(
     "messages.",
     frozenset({"annotations"}),
     # Null or empty in the answers that clients send back as they got them.

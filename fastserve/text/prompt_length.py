@@ -81,7 +81,7 @@ def _knows_all(model: Any, pre_tokenizer: dict[str, Any] | None) -> bool:
     return model.unk_token is not None and not model.fuse_unk
 
 
-def least_num_tokens(tokenizer: Tokenizer, text: str, limit: int) -> int:
+def min_num_tokens(tokenizer: Tokenizer, text: str, limit: int) -> int:
     """A lower bound for the number of tokens of `text`, found at little cost; 0 when the text is to be tokenised.
 
     More than `limit` means that the text certainly has more. The work is in proportion to `limit`, not to the text.

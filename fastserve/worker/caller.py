@@ -22,7 +22,7 @@ _CHOICES = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})*")
 class Caller:
     request_id: str
     lease: str | None
-    arrived: float
+    arrived_s: float
     """time.monotonic() when the request came."""
     may_prioritise: bool
     """Whether it may ask for a priority above that of others (below 0)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from fastserve.engine.contract import RequestOutput, SamplingParams, TokenLogprob
-from fastserve.openai.answers import TokenText
+from fastserve.openai.answers import DecodedToken
 from fastserve.text.parts import ParserFactory, Part, TextParser
 from fastserve.text.stop import StopStrings
 from fastserve.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class ChoiceDelta(msgspec.Struct):
 
     choice: int
     parts: list[Part]
-    tokens: list[TokenText] | None
+    tokens: list[DecodedToken] | None
     """The tokens that begin in the text that has passed the stop window since the last delta; None without logprobs.
 
     A parser may hold some of their text back, so these can come before the parts that they belong to.
@@ -60,11 +60,13 @@ class ChoiceDelta(msgspec.Struct):
     """With the first delta, when the engine was asked for them."""
 
 
-def token_text(tokenizer: Tokenizer, entry: TokenLogprob, text_offset: int, max_top: int | None = None) -> TokenText:
+def decode_token(
+    tokenizer: Tokenizer, entry: TokenLogprob, text_offset: int, max_top: int | None = None
+) -> DecodedToken:
     """`max_top`: how many of the likeliest tokens to keep; None: all that there are."""
     data = tokenizer.token_bytes
     top = [(data(token_id), max(value, MIN_LOGPROB)) for token_id, value in entry.top[:max_top]]
-    return TokenText(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset)
+    return DecodedToken(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset)
 
 
 class Choice:
@@ -90,7 +92,7 @@ class Choice:
         """Characters that passed the stop window."""
         self._text = ""
         """Text that passed the stop window since the last delta."""
-        self._tokens: list[TokenText] = []
+        self._tokens: list[DecodedToken] = []
 
     def push(self, output: RequestOutput) -> ChoiceDelta | None:
         """Take an output; return a delta when it is time for one. After one with finish_reason nothing may follow."""
@@ -116,7 +118,7 @@ class Choice:
         """The engine has ended the choice. `stop_token`: the logprob of the token that ended it, if one did."""
         self._take_text(self._detokenizer.finish())
         if self._options.stop_token_logprob:
-            self._tokens += [token_text(self._tokenizer, entry, self._num_decoded_chars) for entry in stop_token]
+            self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in stop_token]
         if self._stops.stopped is not None:
             finish_reason = "stop"
         self._pass(self._stops.finish())
@@ -135,7 +137,7 @@ class Choice:
     def _take(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         self._count(len(ids), logprobs)
         if self._options.logprobs:
-            self._tokens += [token_text(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
+            self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
         self._take_text(self._detokenizer.push(ids))
 
     def _count(self, num_tokens: int, logprobs: Sequence[TokenLogprob]) -> None:
@@ -171,7 +173,7 @@ class Choice:
             prompt_logprobs,
         )
 
-    def _take_passed_tokens(self, *, ended: bool) -> list[TokenText]:
+    def _take_passed_tokens(self, *, ended: bool) -> list[DecodedToken]:
         """A token goes out with the text that it begins in; those that a stop string cut off do not go out at all."""
         if ended and self._stops.stopped is None:
             passed = self._tokens

@@ -8,7 +8,7 @@ from fastserve.errors import ContextLengthError, InvalidRequestError
 from fastserve.observability.text import printable
 from fastserve.openai.body import invalid
 from fastserve.text.chat_template import MAX_RENDERED_CHARS
-from fastserve.text.prompt_length import least_num_tokens
+from fastserve.text.prompt_length import min_num_tokens
 from fastserve.text.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class PromptEncoder:
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
         """Raises ContextLengthError, or InvalidRequestError for a text without tokens that the model knows."""
-        self._check_least(text, param)
+        self._check_min_tokens(text, param)
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not ids:
             raise invalid(param, "", "It has no tokens; give at least one character.")
@@ -49,32 +49,32 @@ class PromptEncoder:
 
     def count_rendered(self, text: str) -> int:
         """Number of tokens of `encode_rendered`; of a text that is far too long, a number beyond the context."""
-        least = least_num_tokens(self._tokenizer, text, self._context_length)
+        least = min_num_tokens(self._tokenizer, text, self._context_length)
         if least > self._context_length:
             return least
         return len(self._tokenizer.encode(text, add_special_tokens=not self._has_bos(text)))
 
-    def check_given(self, ids: Sequence[int], param: str) -> None:
+    def check_token_ids(self, ids: Sequence[int], param: str) -> None:
         """Token ids from a client. Raises InvalidRequestError or ContextLengthError."""
-        self.room(len(ids), param)
+        self.max_output_tokens(len(ids), param)
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             wrong = next(token_id for token_id in ids if not 0 <= token_id < self._vocab_size)
             raise invalid(param, wrong, f"Token ids of this model run from 0 to {self._vocab_size - 1}.")
 
-    def room(self, num_tokens: int, param: str) -> int:
+    def max_output_tokens(self, num_tokens: int, param: str) -> int:
         """Tokens left for the answer. Raises ContextLengthError when there is none."""
         room = self._context_length - num_tokens
         if room < 1:
             raise self._too_long(str(num_tokens), param)
         return room
 
-    def refuse_chars(self, num_chars: int, param: str) -> ContextLengthError:
+    def too_many_chars(self, num_chars: int, param: str) -> ContextLengthError:
         """The error for a text of more than `max_chars` characters."""
         per_token = self._tokenizer.max_token_chars
         return self._too_long("too many" if per_token is None else f"at least {num_chars // per_token}", param)
 
-    def _check_least(self, text: str, param: str) -> None:
-        least = least_num_tokens(self._tokenizer, text, self._context_length)
+    def _check_min_tokens(self, text: str, param: str) -> None:
+        least = min_num_tokens(self._tokenizer, text, self._context_length)
         if least > self._context_length:
             raise self._too_long(f"at least {least}", param)
 

@@ -64,10 +64,10 @@ class Heartbeat:
         self._ssl_context = ssl_context
         self._lock = asyncio.Lock()  # a beat that is on its way must not arrive after the goodbye
         self._wake = asyncio.Event()
-        self._silent = False
+        self._deregistered = False
         self._failing = False
         self._refusal: str | None = None
-        self._known = False
+        self._registered = False
         self._was_ready = False
 
     async def run(self) -> None:
@@ -76,7 +76,7 @@ class Heartbeat:
             for pause_s in pauses_s(self._interval_s, random.Random()):
                 self._wake.clear()
                 async with self._lock:
-                    if not self._silent:
+                    if not self._deregistered:
                         await self._beat(session)
                 try:
                     async with asyncio.timeout(pause_s):
@@ -88,13 +88,13 @@ class Heartbeat:
         """Do not wait for the interval's end: the status has changed."""
         self._wake.set()
 
-    async def goodbye(self) -> None:
+    async def deregister(self) -> None:
         """Take this worker out of dispatch and stay silent. A controller that cannot be reached is only logged."""
-        self._silent = True
+        self._deregistered = True
         async with self._lock:
-            if not self._known:
+            if not self._registered:
                 return
-            self._known = False
+            self._registered = False
             try:
                 async with self._open_session(_GOODBYE_TIMEOUT_S) as session:
                     await self._post(session, "/deregister_worker", WorkerName(worker_name=self._worker))
@@ -134,10 +134,10 @@ class Heartbeat:
             self._failing = True
             self._refusal = refusal or self._refusal
             return
-        if self._failing or not self._known or status.ready != self._was_ready:
+        if self._failing or not self._registered or status.ready != self._was_ready:
             state = "registered" if status.ready else "announced (not ready yet)"
             logger.info("%s %s with the controller %s", state, self._worker, self._controller)
-        self._failing, self._known, self._was_ready, self._refusal = False, True, status.ready, None
+        self._failing, self._registered, self._was_ready, self._refusal = False, True, status.ready, None
 
     async def _post(self, session: aiohttp.ClientSession, path: str, message: BaseModel) -> object:
         body = message.model_dump_json().encode()

@@ -24,7 +24,7 @@ class RestartPolicy:
     attempts: int = 5
     window_s: float = 300.0
     first_pause_s: float = 0.5
-    longest_pause_s: float = 30.0
+    max_pause_s: float = 30.0
 
 
 class EngineKeeper:
@@ -109,7 +109,7 @@ class EngineKeeper:
             if len(starts) >= self._policy.attempts:
                 logger.error("the engine was started again %d times and died; giving up", len(starts))
                 return False
-            await asyncio.sleep(min(self._policy.first_pause_s * 2 ** len(starts), self._policy.longest_pause_s))
+            await asyncio.sleep(min(self._policy.first_pause_s * 2 ** len(starts), self._policy.max_pause_s))
             starts.append(now)
             logger.info("starting the engine again (attempt %d)", len(starts))
             try:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from fastserve.engine.contract import TokenLogprob
-from fastserve.openai.answers import TokenText
+from fastserve.openai.answers import DecodedToken
 from fastserve.text.detokenizer import REPLACEMENT_CHARACTER
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker.choice import MIN_LOGPROB, token_text
+from fastserve.worker.choice import MIN_LOGPROB, decode_token
 from fastserve.worker.jobs import Prompt
 
 
@@ -25,28 +25,28 @@ class Echo:
         self._tokenizer = tokenizer
         self._token_ids = prompt.token_ids
         self._num_top = num_top
-        self._tokens: list[TokenText] | None = None
+        self._tokens: list[DecodedToken] | None = None
         self.text, self._offsets = _text_and_offsets(tokenizer, prompt)
 
-    def tokens(self, logprobs: Sequence[TokenLogprob]) -> list[TokenText]:
+    def tokens(self, logprobs: Sequence[TokenLogprob]) -> list[DecodedToken]:
         """Every token of the prompt, with its offset in `text`. Made once: all choices of a prompt have the same."""
         if self._tokens is None:
             first, *offsets = self._offsets
             rest = zip(logprobs, offsets, strict=True)
             self._tokens = [
-                TokenText(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
-                *(token_text(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
+                DecodedToken(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
+                *(decode_token(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
             ]
         return self._tokens
 
-    def before(
-        self, text: str, tokens: Sequence[TokenText] | None, prompt_logprobs: Sequence[TokenLogprob] | None
-    ) -> tuple[str, list[TokenText] | None]:
+    def prepend(
+        self, text: str, tokens: Sequence[DecodedToken] | None, prompt_logprobs: Sequence[TokenLogprob] | None
+    ) -> tuple[str, list[DecodedToken] | None]:
         """Text and tokens of an answer, or of its first delta, with those of the prompt before them."""
         echoed = None if tokens is None else [*self.tokens(prompt_logprobs or ()), *self.shift(tokens)]
         return self.text + text, echoed
 
-    def shift(self, tokens: Sequence[TokenText]) -> list[TokenText]:
+    def shift(self, tokens: Sequence[DecodedToken]) -> list[DecodedToken]:
         """Tokens of the answer, with their offsets behind the prompt."""
         return [replace(token, text_offset=token.text_offset + len(self.text)) for token in tokens]
 

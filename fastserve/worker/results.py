@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fastserve.engine.contract import TokenLogprob
-from fastserve.openai.answers import TokenText, Usage
+from fastserve.openai.answers import DecodedToken, Usage
 from fastserve.text.parts import Part
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
@@ -17,7 +17,7 @@ class ChoiceResult:
 
     index: int
     parts: list[Part] = field(default_factory=list)
-    tokens: list[TokenText] | None = None
+    tokens: list[DecodedToken] | None = None
     finish_reason: str | None = None
     num_tokens: int = 0
     cached_tokens: int = 0

@@ -60,7 +60,7 @@ class GenerationService:
     async def _run(self, job: Job, box: Mailbox[ChoiceDelta]) -> None:
         async with self._admission.permit(job.caller.lease, job.prompt_tokens):
             self._keeper.require_ready()  # it may have died while we waited
-            self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived)
+            self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived_s)
             self._metrics.prompt_tokens.inc(job.prompt_tokens)
             number = next(self._numbers)
             runs = [
@@ -87,7 +87,7 @@ class GenerationService:
             request_id, prompt.token_ids, prompt.params, choice=index % job.num_runs, priority=job.priority
         )
         with self._keeper.engine.generate(request) as stream:
-            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived)
+            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived_s)
             stream.listen(listener.on_output)
             await listener.finished  # perhaps before the engine's end: leaving aborts
 
@@ -103,7 +103,7 @@ class _ChoiceListener:
         choice: Choice,
         box: Mailbox[ChoiceDelta],
         metrics: WorkerMetrics,
-        arrived: float,
+        arrived_s: float,
     ) -> None:
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done after the last delta, or with what the choice failed with."""
@@ -111,7 +111,7 @@ class _ChoiceListener:
         self._choice = choice
         self._box = box
         self._metrics = metrics
-        self._last = arrived
+        self._last = arrived_s
         self._is_first = True
 
     def on_output(self) -> None:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from fastserve.demo import demo_model_path
 from fastserve.text.fast_tokenizer import FastTokenizer
 from fastserve.text.load_tokenizer import load_tokenizer
-from fastserve.text.prompt_length import least_num_tokens, max_token_chars
+from fastserve.text.prompt_length import max_token_chars, min_num_tokens
 from tests.text import tiny_tokenizers as tiny
 
 WORDS = st.sampled_from(
@@ -119,7 +119,7 @@ def test_a_text_that_is_far_too_long_is_refused_without_tokenising_it(
 ) -> None:
     counting: Any = Counting(demo, demo.max_token_chars if known else None)
     long = text * (4_000_000 // len(text))
-    assert least_num_tokens(counting, long, 2048) > 2048
+    assert min_num_tokens(counting, long, 2048) > 2048
     assert counting.num_chars <= (0 if known else 200_000)
 
 
@@ -127,4 +127,4 @@ def test_a_text_that_is_far_too_long_is_refused_without_tokenising_it(
 @given(text=TEXTS.map(lambda text: text * 300), limit=st.integers(1, 4000), known=st.booleans())
 def test_the_lower_bound_is_one(demo: FastTokenizer, text: str, limit: int, known: bool) -> None:
     counting: Any = Counting(demo, demo.max_token_chars if known else None)
-    assert least_num_tokens(counting, text, limit) <= len(demo.encode(text, add_special_tokens=False))
+    assert min_num_tokens(counting, text, limit) <= len(demo.encode(text, add_special_tokens=False))

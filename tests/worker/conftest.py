@@ -22,7 +22,7 @@ from fastserve.serving.listen import bind
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.openai_routes import HANDLERS
 from fastserve.worker.runtime import ModelHandler, Runtime
@@ -44,7 +44,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> floa
 @dataclass
 class Running:
     url: str
-    worker: Worker
+    worker: ModelWorker
     engine: FakeEngine
     http: aiohttp.ClientSession
     openai: openai.AsyncOpenAI
@@ -146,7 +146,7 @@ def run_worker(model_dir: Path) -> RunWorker:
             restart_policy=restart_policy or RestartPolicy(first_pause_s=0.01),
             handlers=handlers,
         )
-        worker = Worker(setup)
+        worker = ModelWorker(setup)
         async with serve_app(worker.app, sockets):
             listening.set()
             await until(lambda: worker.failure or ended.is_set() or worker.app.state.runtime is not None)
@@ -158,6 +158,6 @@ def run_worker(model_dir: Path) -> RunWorker:
                     yield Running(url, worker, engine, http, client, ended)
             finally:
                 await client.close()
-                await worker.goodbye()
+                await worker.deregister()
 
     return run

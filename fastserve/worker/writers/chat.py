@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastserve.errors import FastserveError
-from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, TokenText, Usage, encode_json
+from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, DecodedToken, Usage, encode_json
 from fastserve.text.parts import Part, TextPart
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
@@ -130,7 +130,7 @@ def _merge(target: Fields, delta: Fields) -> None:
             target[name] = value
 
 
-def chat_logprobs(tokens: Sequence[TokenText]) -> Fields:
+def chat_logprobs(tokens: Sequence[DecodedToken]) -> Fields:
     return {
         "content": [
             {

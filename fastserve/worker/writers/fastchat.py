@@ -45,7 +45,7 @@ class FastChatWriter:
         choice, usage = result.runs[0], result.usage
         text, tokens = plain_text(choice.parts), choice.tokens
         if self._echo is not None:
-            text, tokens = self._echo.before(text, tokens, choice.prompt_logprobs)
+            text, tokens = self._echo.prepend(text, tokens, choice.prompt_logprobs)
         record: dict[str, Any] = {
             "text": text,
             "error_code": 0,
