@@ -1,4 +1,4 @@
-"""The model worker: `python -m fastserve.model_worker`. Loads one model, generates, and reports to a controller."""
+"""The model worker: `python -m fastserve.model_worker`. Serves one model and registers with a controller."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup_logging(config.log_level, f"model_worker_{secrets.token_hex(4)}", os.environ)
         refuse_unavailable(config)
         if config.gpus is not None:
-            # The engine's process inherits it; this one never touches a GPU.
+            # For the engine's process, which inherits it; this process uses no GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = config.gpus
         _serve(config)
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _serve(config: WorkerConfig) -> None:
     check_tls(config)
-    # A thread that reads a long prompt gives the interpreter's lock back to the event loop after this time.
+    # How soon a thread that tokenizes a long prompt yields the GIL to the event loop.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
@@ -57,12 +57,12 @@ def _serve(config: WorkerConfig) -> None:
             model_names=config.model_names or (default_name(config.model_path),),
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),
-            # Like Ctrl-C: uvicorn ends in order, and the code below runs.
+            # Like Ctrl-C: uvicorn shuts down gracefully, and the code below runs.
             end_process=lambda: signal.raise_signal(signal.SIGINT),
         )
     )
     for variable in (ENV_CLUSTER_KEY, ENV_ADMIN_KEY, ENV_API_KEYS):
-        # They have been read, and the engine's process would inherit them.
+        # The keys have been read; the engine's process must not inherit them.
         os.environ.pop(variable, None)
     serve(worker.app, config, sockets, before_shutdown=worker.deregister, wait_ready=worker.wait_loaded)
     if worker.failure is not None:
@@ -125,7 +125,7 @@ def _draft_dir(config: WorkerConfig) -> str | None:
 
 
 async def _wait_listening(sock: socket.socket) -> None:
-    """Wait until the bound socket listens: until then connections to it are refused."""
+    """Wait until the bound socket accepts connections."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     while True:

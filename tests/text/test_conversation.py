@@ -74,6 +74,6 @@ def test_a_template_without_system_puts_it_first(caplog: pytest.LogCaptureFixtur
 def test_what_cannot_be_told_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         conversation = derive_conversation("m", ChatTemplate({"default": LAST_ONLY}, TOKENS), ())
-    assert "no form for FastChat" in caplog.text
+    assert "cannot be expressed for FastChat" in caplog.text
     assert fastchat_prompt(conversation.as_dict(), None, ["a", "b", "c"]) == "a\nb\nc\n"
     assert derive_conversation("m", None, ()).as_dict()["sep"] == "\n"

@@ -192,7 +192,7 @@ def test_markers_that_no_parser_looks_for_are_text(tokenizer: Tokenizer) -> None
 def test_a_form_without_a_place_for_a_part_says_so(tokenizer: Tokenizer) -> None:
     job = make_job(1, OutputOptions(parser=ReasoningParser))
     ids = tokenizer.encode("<think>why</think>so", add_special_tokens=False)
-    with pytest.raises(TypeError, match="no place for a ReasoningPart"):
+    with pytest.raises(TypeError, match="does not support ReasoningPart"):
         CompletionWriter(job, 0, tokenizer).write(deltas_of(tokenizer, ids, (), job.output))
 
 

@@ -1,4 +1,4 @@
-"""The answer of /v1/completions: text, and the prompt before it where it is to be echoed."""
+"""The answer of /v1/completions: text, after the prompt if the request has `echo`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CompletionWriter:
     keep_alive = KEEP_ALIVE
 
     def __init__(self, job: Job, created: int, tokenizer: Tokenizer) -> None:
-        """Takes time in proportion to the prompts that are to be echoed."""
+        """Takes time in proportion to the echoed prompts."""
         options = job.answer
         self._job = job
         self._created = created

@@ -1,4 +1,4 @@
-"""The answer of FastChat's generation routes: records, each with the whole text so far."""
+"""The answer of FastChat's generation routes: records with the whole text so far."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FastChatWriter:
     keep_alive = b""
 
     def __init__(self, job: Job, echo: Echo | None) -> None:
-        """`echo`: what the text begins with."""
+        """`echo`: the prompt, if the text begins with it."""
         self._echo = echo
         self._result = JobResult(job)
 
