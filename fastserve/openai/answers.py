@@ -1,4 +1,4 @@
-"""What OpenAI's answer formats share: usage, tokens with logprobs, server-sent events."""
+"""Common parts of OpenAI's answer formats: usage, tokens with logprobs, server-sent events."""
 
 from __future__ import annotations
 

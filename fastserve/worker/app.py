@@ -136,7 +136,7 @@ class ModelWorker:
         setup, config = self._setup, self._setup.config
         if not config.no_register:
             if self._api_keys.value:
-                logger.warning("API keys have no effect on a worker of a cluster, which asks for the cluster key.")
+                logger.warning("API keys have no effect on a worker of a cluster, which requires the cluster key.")
             guard_cluster_service(self.app, self._access, self._metrics.registry)
             return
         if not self._api_keys.value and not self._access.is_on_loopback:

@@ -130,7 +130,7 @@ class Heartbeat:
             # A new refusal is logged even if the controller was unreachable before.
             refusal = str(error) if isinstance(error, _RefusedError) else None
             if not self._failing or refusal not in (None, self._refusal):
-                logger.warning("the controller %s cannot be reached: %s; trying on", self._controller, _cause(error))
+                logger.warning("the controller %s cannot be reached: %s; retrying", self._controller, _cause(error))
             self._failing = True
             self._refusal = refusal or self._refusal
             return

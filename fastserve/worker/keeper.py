@@ -107,7 +107,7 @@ class EngineKeeper:
             while starts and now - starts[0] > self._policy.window_s:
                 starts.popleft()
             if len(starts) >= self._policy.attempts:
-                logger.error("the engine was started again %d times and died; giving up", len(starts))
+                logger.error("the engine died again after %d restarts; giving up", len(starts))
                 return False
             await asyncio.sleep(min(self._policy.first_pause_s * 2 ** len(starts), self._policy.max_pause_s))
             starts.append(now)

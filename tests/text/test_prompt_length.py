@@ -1,4 +1,4 @@
-"""The lower bounds for the number of tokens of a text hold, and are found at little cost."""
+"""The lower bounds for the number of tokens of a text hold and are cheap."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TEXTS = st.lists(WORDS, max_size=60).map("".join)
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
 @pytest.mark.parametrize("make", [tiny.byte_level, tiny.sentencepiece, tiny.metaspace])
-def test_no_token_stands_for_more_characters_than_the_bound(make: Callable[[], Tokenizer], text: str) -> None:
+def test_no_token_has_more_characters_than_the_bound(make: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = _cached(make)
-    most = max_token_chars(tokenizer)
-    assert most is not None
-    assert len(tokenizer.encode(text, add_special_tokens=False).ids) * most >= len(text)
+    max_chars = max_token_chars(tokenizer)
+    assert max_chars is not None
+    assert len(tokenizer.encode(text, add_special_tokens=False).ids) * max_chars >= len(text)
 
 
 _made: dict[Callable[[], Tokenizer], Tokenizer] = {}
@@ -100,7 +100,7 @@ def demo() -> FastTokenizer:
 
 
 class Counting:
-    """Counts what is really tokenised."""
+    """Counts the characters that are tokenized."""
 
     def __init__(self, tokenizer: FastTokenizer, max_token_chars: int | None) -> None:
         self._tokenizer = tokenizer
@@ -114,7 +114,7 @@ class Counting:
 
 @pytest.mark.parametrize("text", ["word ", "a", "世界", "\n", "<|im_end|>", "x" * 50 + " "])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_text_that_is_far_too_long_is_refused_without_tokenising_it(
+def test_a_text_that_is_far_too_long_is_refused_without_tokenizing_it(
     demo: FastTokenizer, text: str, known: bool
 ) -> None:
     counting: Any = Counting(demo, demo.max_token_chars if known else None)

@@ -32,7 +32,7 @@ MODEL = "fastserve-demo"
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> float:
-    """Wait until `condition` holds; return the seconds that it took."""
+    """Wait until `condition` holds; return the seconds it took."""
     started = time.monotonic()
     while not condition():
         if time.monotonic() - started > timeout_s:
@@ -49,7 +49,7 @@ class Running:
     http: aiohttp.ClientSession
     openai: openai.AsyncOpenAI
     ended: asyncio.Event
-    """Set when the worker asked for its process to end."""
+    """Set once the worker calls `end_process`."""
 
     @property
     def runtime(self) -> Runtime:
@@ -62,7 +62,7 @@ class Running:
             return response.status, answer
 
     async def idle(self, timeout_s: float = 5.0) -> float:
-        """Wait until nothing runs or waits anywhere."""
+        """Wait until no request runs or waits."""
 
         def nothing() -> bool:
             stats, admission = self.engine.stats, self.runtime.admission
@@ -86,7 +86,7 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def say(tokenizer: Tokenizer) -> Callable[[str], Script]:
-    """A script that answers every request with one text."""
+    """Make a script that answers every request with one text."""
 
     def of(text: str) -> Script:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -153,7 +153,7 @@ def run_worker(model_dir: Path) -> RunWorker:
             assert worker.failure is None, "the worker did not start"
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             try:
-                # Also bodies that are no JSON say that they are: others are refused before they are looked at.
+                # Bodies that are not JSON have this type, too: others are refused before they are parsed.
                 async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as http:
                     yield Running(url, worker, engine, http, client, ended)
             finally:
