@@ -57,7 +57,7 @@ def _text_and_offsets(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[i
     The text of a prompt sent as ids contains the names of special tokens. A prompt sent as text contains only those
     that the client wrote.
     """
-    given, special_ids = prompt.text, tokenizer.special_ids
+    sent_text, special_ids = prompt.text, tokenizer.special_ids
     pieces: list[str] = []
     offsets: list[int] = []
     at, detokenizer = 0, tokenizer.detokenizer()
@@ -66,13 +66,13 @@ def _text_and_offsets(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[i
             held = detokenizer.finish()
             name = tokenizer.token_bytes(token_id).decode(errors="replace")
             offsets.append(at + len(held))
-            text = held + (name if given is None or given.startswith(name, at + len(held)) else "")
+            text = held + (name if sent_text is None or sent_text.startswith(name, at + len(held)) else "")
         else:
             text = detokenizer.push([token_id])
             offsets.append(at + _broken_before(tokenizer, token_id, text))
         pieces.append(text)
         at += len(text)
-    return "".join([*pieces, detokenizer.finish()]) if given is None else given, offsets
+    return "".join([*pieces, detokenizer.finish()]) if sent_text is None else sent_text, offsets
 
 
 def _broken_before(tokenizer: Tokenizer, token_id: int, text: str) -> int:
