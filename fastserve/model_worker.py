@@ -1,4 +1,4 @@
-"""The model worker: `python -m fastserve.model_worker`. Loads one model, generates, and reports to a controller."""
+"""The model worker: `python -m fastserve.model_worker`. Serves one model and registers with a controller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastserve.serving.listen import advertised_address, bind
 from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.model_files import configured_eos_ids, read_json
-from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 from fastserve.worker.refusals import refuse_unavailable
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setup_logging(config.log_level, f"model_worker_{secrets.token_hex(4)}", os.environ)
         refuse_unavailable(config)
         if config.gpus is not None:
-            # The engine's process inherits it; this one never touches a GPU.
+            # For the engine's process, which inherits it; this process uses no GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = config.gpus
         _serve(config)
 
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _serve(config: WorkerConfig) -> None:
     check_tls(config)
-    # A thread that reads a long prompt gives the interpreter's lock back to the event loop after this time.
+    # How soon a thread that tokenizes a long prompt yields the GIL to the event loop.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)
-    worker = Worker(
+    worker = ModelWorker(
         WorkerSetup(
             config=config,
             engine=_make_engine(config, model),
@@ -57,14 +57,14 @@ def _serve(config: WorkerConfig) -> None:
             model_names=config.model_names or (default_name(config.model_path),),
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),
-            # Like Ctrl-C: uvicorn ends in order, and the code below runs.
+            # Like Ctrl-C: uvicorn shuts down gracefully, and the code below runs.
             end_process=lambda: signal.raise_signal(signal.SIGINT),
         )
     )
     for variable in (ENV_CLUSTER_KEY, ENV_ADMIN_KEY, ENV_API_KEYS):
-        # They have been read, and the engine's process would inherit them.
+        # The keys have been read; the engine's process must not inherit them.
         os.environ.pop(variable, None)
-    serve(worker.app, config, sockets, before_shutdown=worker.goodbye, wait_ready=worker.wait_loaded)
+    serve(worker.app, config, sockets, before_shutdown=worker.deregister, wait_ready=worker.wait_loaded)
     if worker.failure is not None:
         raise worker.failure
     if worker.keeper.gave_up:
@@ -125,7 +125,7 @@ def _draft_dir(config: WorkerConfig) -> str | None:
 
 
 async def _wait_listening(sock: socket.socket) -> None:
-    """Wait until the bound socket listens: until then connections to it are refused."""
+    """Wait until the bound socket accepts connections."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     while True:

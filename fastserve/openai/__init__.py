@@ -1,1 +1,1 @@
-"""Request schemas of the OpenAI API, shared by the API server and the workers, and what all answers have in common."""
+"""Schemas of the OpenAI API, for the API server and the workers: requests, routes, and common parts of the answers."""

@@ -1,4 +1,4 @@
-"""Shared by all OpenAI answers: usage, ids, tokens with logprobs, server-sent events."""
+"""Common parts of OpenAI's answer formats: usage, tokens with logprobs, server-sent events."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class TokenText:
-    """One token with its logprob and the likeliest others, as bytes and in words."""
+class DecodedToken:
+    """A token's bytes, with its logprob and the top logprobs at its position."""
 
     data: bytes
     logprob: float | None
-    """None for the first token of a prompt, which nothing comes before."""
+    """None for the first token of a prompt."""
     top: list[tuple[bytes, float]]
     text_offset: int
-    """Characters of the text before it."""
+    """Characters of the text before the token."""
 
     @property
     def text(self) -> str:
@@ -50,10 +50,10 @@ def event(payload: Any) -> bytes:
 
 
 class ChunkStream:
-    """Writes the chunks of one stream. What all of them have in common is serialised once."""
+    """Writes the chunks of one stream. Their common fields are serialized once."""
 
     def __init__(self, head: dict[str, Any], content_field: str, *, include_usage: bool) -> None:
-        """`head`: the first fields of each chunk. `content_field`: the field of a choice that holds what is new."""
+        """`head`: the first fields of each chunk. `content_field`: the field of a choice with its new content."""
         self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
         self._include_usage = include_usage
         choice = b'{"index":%%d,"%b":%%b,"logprobs":%%b,"finish_reason":%%b}' % content_field.encode()
@@ -61,11 +61,11 @@ class ChunkStream:
         self._template = self._head.replace(b"%", b"%%") + choice + tail
 
     def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish_reason: bytes = b"null") -> bytes:
-        """A chunk of the choice `index`. All values are JSON."""
+        """A chunk of the choice `index`. All values are encoded JSON."""
         return self._template % (index, content, logprobs, finish_reason)
 
     def end(self, usage: Usage) -> bytes:
-        """The end of the stream, after the usage where it was asked for."""
+        """The end of the stream, after a chunk with the usage if requested."""
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + encode_json(usage.as_dict()) + b"}\n\n" + DONE

@@ -1,10 +1,9 @@
 """Request bodies: strict JSON, checked against bounds before it is parsed, and validated up to the first error.
 
-A body that is wrong must cost little, and hold the interpreter's lock for a short time only. So its brackets are
-counted first; then it is cut into its fields, which builds nothing of them (a gigabyte a second); then the fields that
-are known are parsed, each against a bound on its size or, where it may be long, on the number of its values; lists are
-refused by their length before their elements are looked at, and by their first wrong element. Errors are written in the
-words of JSON (null, true, array), not in those of a library.
+An invalid body must cost little and hold the GIL only briefly. So its brackets are counted first. Then it is split into
+its fields without parsing them (at a gigabyte per second). Then the known fields are parsed, each after a check of its
+size or, if it may be long, of the number of its values. Validation refuses a list by its length before it validates its
+elements, and stops at the first invalid one. Errors use JSON's terms (null, true, array), not those of a library.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from fastserve.serving.json_bounds import check_json_depth, outside_strings
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 LONG_FIELDS = frozenset({"messages", "prompt"})
-"""Fields that may be as large as the body."""
+"""Fields whose size is bounded only by that of the body."""
 _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
-"""Stops at the first element that is no object."""
+"""Stops at the first element that is not an object."""
 _ANYTHING = msgspec.json.Decoder()
-_FIRST_IS_NO_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
+_FIRST_IS_NOT_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
 _NOT_STRUCTURE = bytes(code for code in range(256) if code not in b'[]{}",')
 _VALUES_PER_PART = 8
-"""Values that a message, a content part or a tool call has, on average: most have 2 or 3, a tool call 5."""
-_NO_OBJECT = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
+"""Maximum average of JSON values in a message, content part or tool call. Most have 2 or 3, a tool call 5."""
+_TYPE_MISMATCH = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
 
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80
 MAX_FIELDS = 1024
-"""Most fields of a request, and of a message; unknown ones count too."""
+"""Maximum fields of a request and of a message, including unknown ones."""
 _MAX_EXPLAINED_VALUES = 16_384
-"""A body that is no JSON is read a second time, to name the field, when it has no more values than this."""
+"""Maximum JSON values of an invalid body that is parsed again to find the field to name in the error."""
 _MAX_INTEGER = 2**64
 _MAX_DIGITS = 4000
-"""Longest integer; Python itself reads 4,300 digits."""
+"""Maximum digits of an integer; Python itself parses 4,300."""
 _WHOLE_FLOATS = 2**53
 _FLAGS_OF_FIELDS = {
     "stop": "--max-stop-chars",
@@ -58,11 +57,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class RequestBounds:
-    """How large the parts of one request may be. The worker's options of the same names."""
+    """Limits on the parts of one request, from the worker's options of the same names."""
 
     max_messages: int = 4096
     max_content_parts: int = 4096
-    """All messages together, tool calls included."""
+    """Content parts and tool calls of all messages together."""
     max_prompts: int = 2048
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 1024
@@ -70,21 +69,21 @@ class RequestBounds:
     max_json_depth: int = 64
     max_json_containers: int = 262_144
     max_prompt_tokens: int = 2**31
-    """Token ids of all prompts together: follows from the model's context and the engine's sequences."""
+    """Token ids of all prompts together: the model's context times the engine's sequences."""
 
     @property
     def max_field_bytes(self) -> int:
-        """Largest field that holds neither messages nor prompts: more than the other bounds allow."""
+        """Maximum size of a field other than messages and prompts; large enough for all that the other bounds allow."""
         return max(65_536, 192 * self.max_stop_chars, 48 * self.max_logit_bias, 24 * self.max_stop_token_ids)
 
 
 def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:
-    """An error that names field, value and remedy."""
+    """The error for an invalid value; it names the field, the value and the remedy."""
     return InvalidRequestError(f"Invalid value for '{name}': {shown(value)}. {remedy}", param=name)
 
 
 def shown(value: Any) -> str:
-    """A value as JSON writes it, shortened, on one line and printable."""
+    """A value for an error message: as JSON, shortened, on one line and printable."""
     if isinstance(value, str):
         text = '"' + printable(value, _SHOWN_CHARS) + '"'
     elif isinstance(value, list | tuple):
@@ -102,9 +101,9 @@ def shown(value: Any) -> str:
 def read_fields(
     body: bytes, bounds: RequestBounds, known: Container[str], long: Container[str] = LONG_FIELDS
 ) -> dict[str, Any]:
-    """The fields of a body, which is a JSON object. Those that are not `known` have the value None, whatever it is.
+    """Parse a body, which must be a JSON object. Fields that are not `known` are not parsed; their value is None.
 
-    `long`: fields that may be as large as the body. Raises InvalidRequestError that names the field where it can.
+    `long`: fields that may be as large as the body. Raises InvalidRequestError, which names the field if possible.
     """
     if body.count(b"[") + body.count(b"{") > bounds.max_json_containers:
         raise InvalidRequestError(
@@ -114,7 +113,7 @@ def read_fields(
     check_json_depth(body, bounds.max_json_depth)
     try:
         if not body.isascii():
-            body.decode()  # fields that are not known are not decoded
+            body.decode()  # checks unknown fields, too, which are not parsed
         raw = _RAW_FIELDS.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequestError("The request body is not a JSON object.") from error
@@ -129,20 +128,20 @@ def read_fields(
 
 
 def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) -> Any:
-    most = bounds.max_field_bytes
-    if len(raw) > most:
+    max_bytes = bounds.max_field_bytes
+    if len(raw) > max_bytes:
         if not is_long:
             flag = _FLAGS_OF_FIELDS.get(name)
             raise InvalidRequestError(
                 f"Invalid value for '{name}': {printable(raw[:_SHOWN_CHARS].decode(errors='replace'))}… It has "
-                f"{len(raw)} bytes; give at most {most}{f' ({flag} sets this bound)' if flag else ''}.",
+                f"{len(raw)} bytes; give at most {max_bytes}{f' ({flag} sets this bound)' if flag else ''}.",
                 param=name,
             )
         _check_shape(name, raw, bounds)
     try:
         return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        if (found := _NO_OBJECT.match(str(error))) is not None:
+        if (found := _TYPE_MISMATCH.match(str(error))) is not None:
             where = name if found[1] is None else join(name, found[1])
             raise InvalidRequestError(
                 f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
@@ -151,29 +150,29 @@ def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) 
 
 
 def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
-    """Refuse messages and prompts that have too many values, before these are built, which takes a hundred times as
-    long as counting them and cannot be interrupted."""
+    """Refuse messages and prompts with too many values before parsing them, which cannot be interrupted and takes a
+    hundred times as long as counting."""
     if name == "messages":
-        most = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
-        shape = _shape(raw, most)
-        if shape.num_values > most or shape.num_containers > most // 2:
-            if _FIRST_IS_NO_OBJECT.match(raw):
-                return  # the parser stops there, and names it
+        max_values = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
+        shape = _shape(raw, max_values)
+        if shape.num_values > max_values or shape.num_containers > max_values // 2:
+            if _FIRST_IS_NOT_OBJECT.match(raw):
+                return  # the parser stops there and its error names the element
             raise InvalidRequestError(
                 f"Invalid value for '{name}': it has more parts than {bounds.max_messages} messages (--max-messages) "
                 f"with {bounds.max_content_parts} content parts (--max-content-parts) need. Send less in one request.",
                 param=name,
             )
         return
-    most = max(bounds.max_prompts, bounds.max_prompt_tokens)
-    shape = _shape(raw, most)
+    max_values = max(bounds.max_prompts, bounds.max_prompt_tokens)
+    shape = _shape(raw, max_values)
     if shape.num_containers > bounds.max_prompts + 1 or shape.num_strings > bounds.max_prompts:
         raise InvalidRequestError(
             f"Invalid value for '{name}'. Send at most {bounds.max_prompts} in one request (--max-prompts).", param=name
         )
-    if shape.num_values > most:
+    if shape.num_values > max_values:
         raise ContextLengthError(
-            f"Your {name} has {shape.num_values} token ids or more, and this server takes at most {most} in one "
+            f"Your {name} has {shape.num_values} token ids or more, and this server takes at most {max_values} in one "
             "request, all prompts together. Please reduce the length of the prompt.",
             param=name,
         )
@@ -181,28 +180,28 @@ def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Numbers of what stands in JSON text; of more than was asked for, any greater number."""
+    """Counts of the elements of JSON text. A count above the maximum may be any number above it."""
 
     num_values: int
-    """Those between commas, and one."""
+    """Commas outside of strings, plus one."""
     num_containers: int
     num_strings: int
 
 
-def _shape(raw: bytes, most: int) -> _Shape:
-    """Counts up to about `most` values, in a few passes in C; strings may be as long as they like."""
+def _shape(raw: bytes, max_values: int) -> _Shape:
+    """Count up to about `max_values` values in a few passes in C. The length of strings does not matter."""
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = raw.translate(None, _NOT_STRUCTURE)
     num_strings = structure.count(b'"') // 2
-    if num_strings > 2 * most:  # names of fields, and values
+    if num_strings > 2 * max_values:  # names and values of fields
         return _Shape(num_strings, 0, num_strings)
     structure = outside_strings(structure)
     return _Shape(structure.count(b",") + 1, structure.count(b"[") + structure.count(b"{"), num_strings)
 
 
 def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
-    """The value of JSON text in the field `name`. Raises InvalidRequestError that names it."""
+    """Parse JSON text in the field `name`. Raises InvalidRequestError that names it."""
     try:
         body = text.encode()
         check_json_depth(body, bounds.max_json_depth)
@@ -214,20 +213,20 @@ def parse_json(text: str, name: str, bounds: RequestBounds) -> Any:
 
 
 def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestError:
-    """The error for JSON that is a whole body, or the value of the field `name`."""
+    """The error for invalid JSON, which is a whole body or the value of the field `name`."""
     if isinstance(error, UnicodeDecodeError):
         return InvalidRequestError("The request body is not valid UTF-8.")
-    # The API server does this on its event loop, and each value takes time and memory.
-    if _has_more_values(body, _MAX_EXPLAINED_VALUES):
-        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+    # The API server calls this on its event loop, and each value takes time and memory.
+    if _has_too_many_values(body, _MAX_EXPLAINED_VALUES):
+        return InvalidRequestError(f"The request body is not valid JSON{_position(body, error)}.")
     try:
-        # Python's own parser lets pass what ours refuses for its value, so that the field can be named.
+        # Python's parser accepts values that msgspec refuses, such as NaN. So the field can be named.
         value = json.loads(body, parse_int=_parse_int)
     except (ValueError, RecursionError):
-        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+        return InvalidRequestError(f"The request body is not valid JSON{_position(body, error)}.")
     found = _first_refused(value, name)
     if found is None:
-        return InvalidRequestError(f"The request body is not valid JSON{_place(body, error)}.")
+        return InvalidRequestError(f"The request body is not valid JSON{_position(body, error)}.")
     where, culprit = found
     if isinstance(culprit, str):
         return invalid(
@@ -239,18 +238,18 @@ def explain_json(body: bytes, error: Exception, name: str) -> InvalidRequestErro
     )
 
 
-def _has_more_values(body: bytes, most: int) -> bool:
-    """Whether a body that claims to be JSON has more than `most` values, about."""
-    shape = _shape(body, most)
-    return shape.num_values + shape.num_containers > most
+def _has_too_many_values(body: bytes, max_values: int) -> bool:
+    """Whether a body, which may be invalid JSON, has more than about `max_values` values."""
+    shape = _shape(body, max_values)
+    return shape.num_values + shape.num_containers > max_values
 
 
 def _parse_int(digits: str) -> float:
-    """A stand-in for an integer: only whether it is of a size that can be read matters here."""
+    """Placeholder for an integer: infinity if it has too many digits, else 0."""
     return 0.0 if len(digits) <= _MAX_DIGITS else math.inf
 
 
-def _place(body: bytes, error: Exception) -> str:
+def _position(body: bytes, error: Exception) -> str:
     found = re.search(r"\(byte (\d+)\)", str(error))
     if found is not None:
         return f" (at byte {found[1]})"
@@ -258,7 +257,7 @@ def _place(body: bytes, error: Exception) -> str:
 
 
 def _first_refused(value: Any, name: str) -> tuple[str, Any] | None:
-    """Name and value of the first string with a lone surrogate, or number that is not finite."""
+    """Name and value of the first string with a lone surrogate, or the first number that is not finite."""
     if isinstance(value, str):
         return (name or "body", value) if _SURROGATE.search(value) else None
     if isinstance(value, float):
@@ -278,7 +277,7 @@ def _first_refused(value: Any, name: str) -> tuple[str, Any] | None:
 
 
 def join(name: str, part: str | int) -> str:
-    """The name of a part of a field, such as messages.0.role."""
+    """The path of a part of a field, such as messages.0.role."""
     return f"{name}.{printable(str(part), _NAME_CHARS)}" if name else printable(str(part), _NAME_CHARS)
 
 
@@ -286,11 +285,11 @@ def join(name: str, part: str | int) -> str:
 
 
 def validate(model: type[ModelT], fields: Mapping[str, Any], bounds: RequestBounds) -> ModelT:
-    """Raises InvalidRequestError for the first field that is missing or wrong."""
+    """Raises InvalidRequestError for the first field that is missing or invalid."""
     try:
         return model.model_validate(fields, context=bounds)
     except ValidationError as error:
-        # There is one error for a field at most: lists stop at their first wrong element.
+        # At most one error per field: lists stop at their first invalid element.
         raise _explain(error.errors(include_url=False)[0]) from error
 
 
@@ -298,13 +297,13 @@ def bounds_of(info: ValidationInfo) -> RequestBounds:
     return info.context if isinstance(info.context, RequestBounds) else RequestBounds()
 
 
-_NUMBERS = {
+_RANGE_ERRORS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "greater than or equal to"),
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "less than or equal to"),
 }
-_KINDS = {
+_TYPE_REMEDIES = {
     "string_type": "Give a string.",
     "bool_type": "Give true or false.",
     "list_type": "Give an array.",
@@ -315,7 +314,7 @@ _KINDS = {
 
 
 def _explain(problem: Mapping[str, Any]) -> InvalidRequestError:
-    """One of pydantic's findings as a sentence that names field, value and remedy."""
+    """Convert one of pydantic's errors; the message names the field, the value and the remedy."""
     name = ""
     for part in problem["loc"]:
         name = join(name, part)
@@ -325,50 +324,50 @@ def _explain(problem: Mapping[str, Any]) -> InvalidRequestError:
         return InvalidRequestError(f"Missing required field '{name}'.", param=name, code="missing_required_parameter")
     if kind == "ours":
         remedy = problem["msg"]
-    elif kind in _NUMBERS:
-        bound, words = _NUMBERS[kind]
-        remedy = f"Give a number {words} {context[bound]}."
+    elif kind in _RANGE_ERRORS:
+        bound, relation = _RANGE_ERRORS[kind]
+        remedy = f"Give a number {relation} {context[bound]}."
     elif kind == "too_short":
         remedy = f"Give at least {context['min_length']}."
     elif kind == "literal_error":
         remedy = f"Give one of {context['expected'].replace(chr(39), chr(34))}."
     else:
-        remedy = _KINDS.get(kind, "It is not of the right kind.")
+        remedy = _TYPE_REMEDIES.get(kind, "It is not of the right kind.")
     return invalid(name, problem["input"], remedy)
 
 
-def wrong(remedy: str) -> PydanticCustomError:
-    """The error of a validator: the field's name and value are put before `remedy`."""
+def field_error(remedy: str) -> PydanticCustomError:
+    """The error for validators to raise. The final message names the field and its value before `remedy`."""
     return PydanticCustomError("ours", remedy.replace("{", "(").replace("}", ")"))
 
 
 def _integer(value: Any) -> Any:
-    """JSON has one kind of numbers, so 5.0 is an integer. A string or a boolean is none."""
+    """Accept 5.0 as an integer, since JSON has one type of numbers; refuse strings and booleans."""
     if isinstance(value, float) and abs(value) <= _WHOLE_FLOATS and value.is_integer():
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if abs(value) <= _MAX_INTEGER:
             return value
-        raise wrong("It is too large; give an integer of at most 64 bits.")
-    raise wrong("Give an integer.")
+        raise field_error("It is too large; give an integer of at most 64 bits.")
+    raise field_error("Give an integer.")
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) <= 1e300:
             return float(value)
-        raise wrong("It is too large.")
-    raise wrong("Give a number.")
+        raise field_error("It is too large.")
+    raise field_error("Give a number.")
 
 
-def at_most(limit: str, what: str) -> BeforeValidator:
-    """Refuses by length before any element is looked at."""
+def at_most(limit: str, noun: str) -> BeforeValidator:
+    """Refuse a longer list before validating its elements. `limit`: a field of RequestBounds; `noun`: for the error."""
 
     def check(value: Any, info: ValidationInfo) -> Any:
-        most = getattr(bounds_of(info), limit)
-        if isinstance(value, list) and len(value) > most:
+        max_items = getattr(bounds_of(info), limit)
+        if isinstance(value, list) and len(value) > max_items:
             flag = "--" + limit.replace("_", "-")
-            raise wrong(f"Send at most {most} {what} in one request ({flag}).")
+            raise field_error(f"Send at most {max_items} {noun} in one request ({flag}).")
         return value
 
     return BeforeValidator(check)

@@ -1,4 +1,4 @@
-"""The request of /v1/chat/completions."""
+"""Schema of a /v1/chat/completions request."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastserve.openai.body import (
     RequestBounds,
     at_most,
     bounds_of,
+    field_error,
     invalid,
     parse_json,
-    wrong,
 )
 from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
-from fastserve.openai.parameters import OF_MESSAGE, KnownFields
+from fastserve.openai.parameters import MESSAGE_FIELDS, KnownFields
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _PART_SEPARATOR = "\n"
 _LISTS = ("content", "tool_calls")
-"""Fields of a message that may hold any number of parts."""
+"""Fields of a message that are lists of parts."""
 
 
 class ChatMessage(BaseModel):
@@ -44,24 +44,25 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most("max_messages", "messages")]
     max_completion_tokens: Integer | None = Field(None, ge=1)
-    """The newer name of max_tokens; it wins."""
+    """The newer name of max_tokens, over which it takes precedence."""
     logprobs: Flag | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @field_validator("messages", mode="before")
     @classmethod
     def _count_parts(cls, value: Any, info: ValidationInfo) -> Any:
-        most, count = bounds_of(info).max_content_parts, 0
+        max_parts, num_parts = bounds_of(info).max_content_parts, 0
         if not isinstance(value, list) or len(value) > bounds_of(info).max_messages:
-            return value  # refused for that
+            return value  # its own validators refuse it
         for message in value:
             if isinstance(message, dict):
                 if len(message) > MAX_FIELDS:
-                    raise wrong(f"A message has at most {MAX_FIELDS} fields, not {len(message)}.")
-                count += sum(len(message[name]) for name in _LISTS if isinstance(message.get(name), list))
-        if count > most:
-            raise wrong(
-                f"Send at most {most} content parts and tool calls in one request (--max-content-parts), not {count}."
+                    raise field_error(f"A message has at most {MAX_FIELDS} fields, not {len(message)}.")
+                num_parts += sum(len(message[name]) for name in _LISTS if isinstance(message.get(name), list))
+        if num_parts > max_parts:
+            raise field_error(
+                f"Send at most {max_parts} content parts and tool calls in one request (--max-content-parts), "
+                f"not {num_parts}."
             )
         return value
 
@@ -73,14 +74,14 @@ class ChatRequest(GenerationRequest):
     def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
         yield from super().undeclared()
         for i, message in enumerate(self.messages):
-            yield f"messages.{i}.", OF_MESSAGE, message.model_extra or {}
+            yield f"messages.{i}.", MESSAGE_FIELDS, message.model_extra or {}
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def template_messages(self, bounds: RequestBounds) -> list[dict[str, Any]]:
-        """The messages in the form that chat templates take: plain text, role system for developer."""
+        """The messages as chat templates expect them: content as plain text, role `system` for `developer`."""
         return [_template_message(message, f"messages.{i}", bounds) for i, message in enumerate(self.messages)]
 
 
@@ -116,7 +117,7 @@ def _text(message: ChatMessage, where: str) -> str | None:
         raise invalid(where, content, "Give a string, or an array of text parts.")
     texts = []
     for part in content:
-        # Each part, as each message, is looked at until the first that is wrong.
+        # Stops at the first invalid part, as validation stops at the first invalid message.
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("text", "refusal") and isinstance(part.get(kind), str):
             texts.append(part[kind])
@@ -131,7 +132,7 @@ def _text(message: ChatMessage, where: str) -> str | None:
 
 
 def _tool_call(call: dict[str, Any], where: str, bounds: RequestBounds) -> dict[str, Any]:
-    """Clients send a call's arguments as JSON text; templates expect the object."""
+    """Parse a call's arguments, which clients send as JSON text and templates expect as an object."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(where, call, 'A tool call has a "function" with "name" and "arguments".')

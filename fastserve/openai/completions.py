@@ -1,4 +1,4 @@
-"""The request of /v1/completions."""
+"""Schema of a /v1/completions request."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class CompletionRequest(GenerationRequest):
     prompt: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     max_tokens: Integer | None = Field(None, ge=0)
-    """0 asks for what is known of the prompt alone."""
+    """0: return only the prompt (`echo`) or its log probabilities."""
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Flag | None = None
-    """The text begins with the prompt, and the logprobs with those of the prompt's tokens."""
+    """Whether the text begins with the prompt, and the logprobs with those of the prompt's tokens."""
 
     def check(self) -> None:
         super().check()
@@ -28,10 +28,10 @@ class CompletionRequest(GenerationRequest):
             raise invalid("max_tokens", 0, "Give at least 1; 0 is allowed with echo=true or prompt_logprobs only.")
 
     @property
-    def asked_of_prompt(self) -> int | None:
-        """How many of the likeliest tokens to give at each place of the prompt; None: the prompt has no logprobs."""
-        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
-        return max((count for count in asked if count is not None), default=None)
+    def num_prompt_logprobs(self) -> int | None:
+        """Number of top logprobs at each position of the prompt; None: no logprobs of the prompt."""
+        requested = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in requested if count is not None), default=None)
 
     def prompts(self, bounds: RequestBounds) -> list[str | list[int]]:
         """Each prompt, as text or as token ids. Raises InvalidRequestError."""
@@ -57,7 +57,7 @@ _PROMPT_REMEDY = "Give a string, an array of strings, an array of token ids, or 
 
 
 def _ids(prompt: Any) -> list[int]:
-    """Token ids, as they are. Checked in C: prompts of a hundred thousand are nothing unusual."""
+    """Validate token ids, in C: prompts of a hundred thousand tokens are common."""
     if prompt:
         try:
             return msgspec.convert(prompt, list[int])

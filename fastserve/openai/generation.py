@@ -1,4 +1,4 @@
-"""The fields that chat and completion requests share, with OpenAI's ranges. Null means: not given."""
+"""Fields that chat and completion requests share, with OpenAI's ranges. Null is the same as a missing field."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_fields, validate
-from fastserve.openai.parameters import OF_REQUEST, OF_STREAM_OPTIONS, KnownFields
+from fastserve.openai.parameters import REQUEST_FIELDS, STREAM_OPTIONS_FIELDS, KnownFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_COUNT = 2**31 - 1
-"""Largest number of tokens; more is the same as no bound."""
-MOST_URGENT, LEAST_URGENT = -100, 100
+"""Maximum for numbers of tokens; more would be no limit at all."""
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
 _MAX_BIAS = 100.0
 
 RequestT = TypeVar("RequestT", bound="GenerationRequest")
@@ -25,16 +25,16 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 
 
 def parse_request(request_class: type[RequestT], body: bytes, bounds: RequestBounds) -> RequestT:
-    """Read a request's body. Raises InvalidRequestError or UnsupportedParameterError."""
-    known = request_class.model_fields.keys() | OF_REQUEST.unsupported.keys()
+    """Parse and validate a body. Raises InvalidRequestError or UnsupportedParameterError."""
+    known = request_class.model_fields.keys() | REQUEST_FIELDS.unsupported.keys()
     return check_request(request_class, read_fields(body, bounds, known), bounds)
 
 
 def check_request(request_class: type[RequestT], fields: Mapping[str, Any], bounds: RequestBounds) -> RequestT:
-    """The request of these fields. Raises InvalidRequestError or UnsupportedParameterError."""
+    """Validate the fields of a request. Raises InvalidRequestError or UnsupportedParameterError."""
     request = validate(request_class, fields, bounds)
-    for where, known, given in request.undeclared():
-        known.refuse_unsupported(given, where)
+    for path, known, extra in request.undeclared():
+        known.refuse_unsupported(extra, path)
     request.check()
     return request
 
@@ -53,7 +53,7 @@ class GenerationRequest(BaseModel):
     max_tokens: Integer | None = Field(None, ge=1)
     n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     best_of: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
-    """Choices that are generated; the n of them with the highest mean log probability of a token are the answer."""
+    """Number of choices to generate. The n with the highest mean logprob of their tokens are returned."""
     temperature: Number | None = Field(None, ge=0, le=2)
     top_p: Number | None = Field(None, ge=0, le=1)
     """0 is greedy."""
@@ -73,9 +73,9 @@ class GenerationRequest(BaseModel):
     min_tokens: Integer | None = Field(None, ge=0, le=MAX_COUNT)
     ignore_eos: Flag | None = None
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """How many of the likeliest tokens are returned at each place of the prompt, beside the prompt's own."""
-    priority: Integer | None = Field(None, ge=MOST_URGENT, le=LEAST_URGENT)
-    """Lower runs first; 0 when not given."""
+    """Number of top logprobs to return at each position of the prompt, besides that of the prompt's token."""
+    priority: Integer | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    """Lower runs first. The default is 0."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -98,9 +98,9 @@ class GenerationRequest(BaseModel):
             return None
         if not isinstance(value, list):
             raise invalid("stop_token_ids", value, "Give an array of token ids.")
-        most = bounds_of(info).max_stop_token_ids
-        if len(value) > most:
-            raise invalid("stop_token_ids", value, f"Give at most {most} token ids (--max-stop-token-ids).")
+        max_ids = bounds_of(info).max_stop_token_ids
+        if len(value) > max_ids:
+            raise invalid("stop_token_ids", value, f"Give at most {max_ids} token ids (--max-stop-token-ids).")
         for token_id in value:
             if not isinstance(token_id, int) or isinstance(token_id, bool):
                 raise invalid("stop_token_ids", token_id, "Give an array of token ids, which are integers.")
@@ -113,9 +113,9 @@ class GenerationRequest(BaseModel):
             return None
         if not isinstance(value, dict):
             raise invalid("logit_bias", value, "Give an object that maps token ids to numbers from -100 to 100.")
-        most = bounds_of(info).max_logit_bias
-        if len(value) > most:
-            raise invalid("logit_bias", value, f"Give at most {most} token ids (--max-logit-bias).")
+        max_ids = bounds_of(info).max_logit_bias
+        if len(value) > max_ids:
+            raise invalid("logit_bias", value, f"Give at most {max_ids} token ids (--max-logit-bias).")
         biases = {}
         for token_id, bias in value.items():
             if not _TOKEN_ID.fullmatch(token_id):
@@ -126,7 +126,7 @@ class GenerationRequest(BaseModel):
         return biases
 
     def check(self) -> None:
-        """What concerns more than one field."""
+        """Validate combinations of fields."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", {"include_usage": self.wants_usage}, "It is allowed with stream=true only.")
         if self.min_tokens and self.token_limit is not None and self.min_tokens > self.token_limit:
@@ -150,12 +150,12 @@ class GenerationRequest(BaseModel):
 
     @property
     def num_choices(self) -> int:
-        """How many are returned."""
+        """Choices to return for each prompt."""
         return self.n or 1
 
     @property
     def num_runs(self) -> int:
-        """How many are generated."""
+        """Choices to generate for each prompt."""
         return self.best_of or self.num_choices
 
     @property
@@ -163,12 +163,12 @@ class GenerationRequest(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def undeclared(self) -> Iterator[tuple[str, KnownFields, Mapping[str, Any]]]:
-        """The fields that no schema declares, place by place; first its name in errors."""
-        yield "", OF_REQUEST, self.model_extra or {}
+        """Fields that the schemas do not declare, by object: its path for errors, its known fields, and the fields."""
+        yield "", REQUEST_FIELDS, self.model_extra or {}
         if self.stream_options is not None:
-            yield "stream_options.", OF_STREAM_OPTIONS, self.stream_options.model_extra or {}
+            yield "stream_options.", STREAM_OPTIONS_FIELDS, self.stream_options.model_extra or {}
 
     @property
     def unknown(self) -> list[str]:
-        """Each name once, without the numbers of messages."""
-        return list(dict.fromkeys(name for _, known, given in self.undeclared() for name in known.unknown(given)))
+        """Paths of unknown fields, without the indices of messages and without duplicates."""
+        return list(dict.fromkeys(name for _, known, extra in self.undeclared() for name in known.unknown(extra)))

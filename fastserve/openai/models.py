@@ -1,4 +1,4 @@
-"""The answer of `/v1/models`: OpenAI's fields, with FastChat's `root`, `parent` and `permission` beside them."""
+"""The answer of `/v1/models`: OpenAI's fields, and FastChat's `root`, `parent` and `permission`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
-    """Unix time in seconds since which this server offers the model."""
+    """Unix time in seconds at which this server began to serve the model."""
     owned_by: str = "fastserve"
     root: str
     parent: str | None = None
@@ -40,7 +40,7 @@ class ModelCards(BaseModel):
 
 
 def describe_model(name: str, created: int) -> Model:
-    """The card of a served model. The permission's id follows from the name, so that it stays the same."""
+    """Describe a served model. The permission's id is derived from the name, so that it is stable."""
     digest = hashlib.sha256(name.encode()).hexdigest()[:24]
     permission = ModelPermission(id=f"modelperm-{digest}", created=created)
     return Model(id=name, created=created, root=name, permission=[permission])

@@ -1,8 +1,7 @@
-"""What is done with fields that the schemas do not declare: lists for each place, and nothing is ignored in silence.
+"""Fields that the schemas do not declare. None is silently ignored.
 
-A field is either without effect on the answer (accepted), or known but not honoured yet (refused by name, unless
-its value asks for nothing), or not known at all (accepted, and reported by the caller: OpenAI's clients send new ones
-before servers know them).
+Such a field is either without effect on the answer (accepted), or unsupported (refused by name, unless its value is
+neutral), or unknown (accepted, and reported by the caller: OpenAI's clients send new fields before servers know them).
 """
 
 from __future__ import annotations
@@ -17,27 +16,32 @@ from fastserve.openai.body import shown
 
 @dataclass(frozen=True)
 class KnownFields:
-    """Fields that one place of a request may have beside those that its schema declares."""
+    """Fields that an object of a request may have besides those that its schema declares."""
 
-    place: str
-    """Where they stand, with a dot at the end; empty for the request itself."""
+    prefix: str
+    """Path of the object, with a dot at the end; empty for the request itself."""
     without_effect: frozenset[str]
     unsupported: Mapping[str, tuple[Any, ...]]
-    """The values, besides null, that ask for nothing."""
+    """Unsupported fields, with their neutral values besides null."""
 
-    def refuse_unsupported(self, given: Mapping[str, Any], where: str) -> None:
-        """Raises UnsupportedParameterError for the first field that is known and asks for what we cannot do."""
-        for name, value in given.items():
-            if name in self.unsupported and value is not None and not _asks_for_nothing(value, self.unsupported[name]):
+    def refuse_unsupported(self, fields: Mapping[str, Any], path: str) -> None:
+        """Raises UnsupportedParameterError for the first unsupported field without a neutral value.
+
+        `path`: like `prefix`, with indices.
+        """
+        for name, value in fields.items():
+            if name in self.unsupported and value is not None and not _is_neutral(value, self.unsupported[name]):
                 raise UnsupportedParameterError(
-                    f"'{where}{name}' is not supported yet (given: {shown(value)}). Leave it out.", param=where + name
+                    f"'{path}{name}' is not supported yet (given: {shown(value)}). Leave it out.", param=path + name
                 )
 
-    def unknown(self, given: Iterable[str]) -> list[str]:
-        return [self.place + name for name in given if name not in self.without_effect and name not in self.unsupported]
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        return [
+            self.prefix + name for name in names if name not in self.without_effect and name not in self.unsupported
+        ]
 
 
-def _asks_for_nothing(value: Any, neutral: Iterable[Any]) -> bool:
+def _is_neutral(value: Any, neutral: Iterable[Any]) -> bool:
     # bool is an int in Python: True must not pass for 1.
     return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
 
@@ -94,13 +98,13 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-OF_REQUEST = KnownFields("", _WITHOUT_EFFECT, _UNSUPPORTED)
-OF_STREAM_OPTIONS = KnownFields(
+REQUEST_FIELDS = KnownFields("", _WITHOUT_EFFECT, _UNSUPPORTED)
+STREAM_OPTIONS_FIELDS = KnownFields(
     "stream_options.", frozenset(), {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 )
-OF_MESSAGE = KnownFields(
+MESSAGE_FIELDS = KnownFields(
     "messages.",
     frozenset({"annotations"}),
-    # Null or empty in the answers that clients send back as they got them.
+    # Null or empty in answers, which clients send back unchanged.
     {"audio": (), "function_call": (), "prefix": (False,), "refusal": ("",)},
 )

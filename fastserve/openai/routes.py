@@ -1,8 +1,8 @@
-"""The routes whose requests name a model: a worker answers them, and the API server passes them on.
+"""Routes whose requests name a model: workers answer them, and the API server relays them.
 
-This list is the only one. The API server's routes, its metrics and its description of the API, and the worker's routes
-and the capabilities that it announces are all made from it. A new capability is one more line here, and its handler on
-the worker (`fastserve/worker/openai_routes.py`).
+All else is derived from this list: the API server's routes, metrics and API docs, and the worker's routes and
+capabilities. A new capability is one more line here, and its handler on the worker
+(`fastserve/worker/openai_routes.py`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fastserve.openai.completions import CompletionRequest
 class ModelRoute:
     path: str
     capability: str
-    """What a worker must offer to get these requests."""
+    """Capability that a worker must announce to get these requests."""
     request: type[BaseModel]
     """Schema of the body."""
     answer: str
-    """Name of the `object` that the answer is."""
+    """Value of the answer's `object` field."""
     summary: str
     contents: str = "choices"
-    """Field of the answer that is a list of objects, and never empty."""
+    """Field of the answer that is a non-empty list of objects."""
     method: str = "POST"
     remedy: str = ""
-    """A sentence for those whose model lacks the capability."""
+    """Advice in the error for a model without the capability."""
 
 
 CHAT = ModelRoute(
@@ -47,6 +47,6 @@ MODEL_ROUTES = (CHAT, COMPLETIONS)
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:
-    """The capabilities with their paths, for an error message: `completions (/v1/completions)`."""
+    """List capabilities with their paths for an error message, such as `completions (/v1/completions)`."""
     paths = {route.capability: f"{route.capability} ({route.path})" for route in routes}
     return ", ".join(paths.get(capability, capability) for capability in capabilities)

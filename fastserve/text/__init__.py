@@ -1,1 +1,1 @@
-"""Everything between text and token ids: tokenizer, chat template, detokeniser, stop strings. No torch here."""
+"""Text and token ids: tokenizer, detokenizer, chat template, stop strings. Imports no torch."""

@@ -1,8 +1,8 @@
-"""A model's chat template: messages to the prompt's text.
+"""Renders messages to a prompt with the model's chat template.
 
-Templates are Jinja programs that come with models, so they run in a sandbox. The environment is the one that
-templates are written for, that of transformers: trimmed blocks, loop controls, `raise_exception`, `strftime_now`,
-`tojson` without escapes, the `generation` block, and the special tokens as variables.
+Templates are Jinja programs that come with models, so they run in a sandbox. They are written for the environment of
+transformers, which is reproduced here: trimmed blocks, loop controls, `raise_exception`, `strftime_now`, `tojson`
+without escapes, the `generation` block, and the special tokens as variables.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fastserve.text.model_files import read_json, token_text
 
 Message = dict[str, Any]
 MAX_RENDERED_CHARS = 2**26
-"""Longest rendered prompt, where the model sets no lower bound."""
+"""Maximum length of a rendered prompt, unless the model's context sets a lower one."""
 
 
 class RenderedTooLongError(InvalidRequestError):
-    """A template wrote more characters than the caller allows."""
+    """The rendered prompt has more characters than the caller allows."""
 
     def __init__(self, num_chars: int) -> None:
         super().__init__(f"The rendered prompt has more than {num_chars} characters.", param="messages")
@@ -38,9 +38,9 @@ class RenderedTooLongError(InvalidRequestError):
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's part for training; when serving it is its body and nothing more."""
+    """`{% generation %}` marks the assistant's tokens for training. It has no effect here: its body is rendered."""
 
-    tags = {"generation"}  # noqa: RUF012  jinja's own way to declare it
+    tags = {"generation"}  # noqa: RUF012  as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
@@ -61,8 +61,8 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _strftime_now(format_string: str) -> str:
+    return datetime.now().strftime(format_string)
 
 
 def _environment() -> jinja2.Environment:
@@ -76,10 +76,10 @@ def _environment() -> jinja2.Environment:
 
 
 class ChatTemplate:
-    """One or several named templates: "default", and perhaps "tool_use" for requests with tools."""
+    """Named templates: "default", and optionally "tool_use" for requests with tools."""
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
-        """Raises StartupError when a template cannot be compiled."""
+        """Raises StartupError if a template cannot be compiled."""
         environment = _environment()
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
@@ -98,17 +98,17 @@ class ChatTemplate:
         max_chars: int = MAX_RENDERED_CHARS,
         timeout_s: float = 10.0,
     ) -> str:
-        """The prompt's text. `tools`: as OpenAI's clients send them.
+        """Render the prompt. `tools`: in OpenAI's format.
 
-        Raises InvalidRequestError when the template refuses the messages or takes longer than `timeout_s`, and
-        RenderedTooLongError when it has written `max_chars` characters and still goes on.
+        Raises InvalidRequestError if the template refuses the messages or takes longer than `timeout_s`, and
+        RenderedTooLongError if the prompt has more than `max_chars` characters.
         """
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
-        # Many templates stumble over an explicit null, where a missing key is what they expect.
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        # Many templates fail on an explicit null and expect the key to be missing.
+        without_nulls = [{key: value for key, value in message.items() if value is not None} for message in messages]
         pieces = template.generate(
             **self._special_tokens,
-            messages=given,
+            messages=without_nulls,
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
@@ -117,8 +117,8 @@ class ChatTemplate:
             return _join(pieces, max_chars, timeout_s)
         except FastserveError:
             raise
-        # A template is a foreign program that runs on a stranger's input: whatever it fails with is the fault of the
-        # two together, and no fault of this process.
+        # The template comes from the model and the messages from the client: they may raise anything together, and
+        # none of it is an error of this process.
         except Exception as error:
             raise InvalidRequestError(
                 "The model's chat template could not render these messages: "
@@ -128,7 +128,7 @@ class ChatTemplate:
 
 
 def _join(pieces: Iterable[str], max_chars: int, timeout_s: float) -> str:
-    """The text that a template writes, within bounds on its length and on the time that it takes."""
+    """Join the pieces that a template renders, with limits on their length and on the time."""
     deadline = time.monotonic() + timeout_s
     text, num_chars = [], 0
     for piece in pieces:
@@ -146,9 +146,9 @@ def _join(pieces: Iterable[str], max_chars: int, timeout_s: float) -> str:
 
 
 def load_chat_template(folder: Path, override: Path | None = None) -> ChatTemplate | None:
-    """The template of `override` (--chat-template), else the model's own, else None.
+    """The template in `override` (--chat-template), else the model's own, else None.
 
-    Raises StartupError when a file cannot be read or compiled.
+    Raises StartupError if a file cannot be read or compiled.
     """
     config = read_json(folder / "tokenizer_config.json")
     sources = _own_sources(folder, config) if override is None else {"default": _read_text(override)}
@@ -169,7 +169,7 @@ def _own_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             sources["default"] = source
         case list(named):
             sources |= {item["name"]: item["template"] for item in named}
-    # Files of their own are the newer form and win.
+    # Separate files are the newer format and take precedence.
     if (folder / "chat_template.jinja").is_file():
         sources["default"] = _read_text(folder / "chat_template.jinja")
     more = folder / "additional_chat_templates"
@@ -177,7 +177,7 @@ def _own_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The variables bos_token, eos_token and so on."""
+    """Template variables such as bos_token and eos_token."""
     found: dict[str, str] = {}
     for source in (read_json(folder / "special_tokens_map.json"), config):
         for name, value in source.items():

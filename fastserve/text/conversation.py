@@ -1,13 +1,13 @@
-"""A chat template told in FastChat's terms, so that FastChat's own API server can write our prompts.
+"""A chat template as a FastChat conversation, with which FastChat's API server renders prompts for our models.
 
 FastChat's API server fetches a conversation from the worker and renders it by itself. With its separator style
 NO_COLON_TWO the rule is: system_template.format(system_message), then for message i: roles[i % 2] + text +
-(sep, sep2)[i % 2]; last, the role of the assistant. What to fill in is found by rendering the chat template with
-marker words for the texts and reading what stands between them.
+(sep, sep2)[i % 2], then the role of the assistant. The values are derived by rendering the chat template with marker
+words as messages and splitting the result at them.
 
-Two things the rule cannot say, so `restore` mends them in the finished prompt: a template that writes no system part
-when there is no system message (the rule always writes one, empty), and one whose text before the answer differs from
-the text before an earlier answer (llama-2 puts a space there).
+The rule cannot express two cases, which `restore` corrects in the rendered prompt: a template that renders nothing for
+a missing system message (the rule renders an empty one), and one that renders the beginning of the last answer
+differently from that of earlier answers (llama-2 has a space only before the latter).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Conversation:
     before_system: str = ""
     after_system: str = ""
     no_system: str = ""
-    """What stands before the first message when there is no system message."""
+    """Text before the first message if there is no system message."""
     default_system: str | None = None
-    """The system message that the template brings itself, where that is how it writes `no_system`."""
+    """The template's default system message, if it renders one for `no_system`."""
     roles: tuple[str, str] = ("", "")
     sep: str = ""
     sep2: str = ""
     before_answer: str = ""
-    """What stands between the last message of the user and the answer to be generated."""
+    """Text between the user's last message and the answer to be generated."""
     stop_token_ids: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """FastChat's record."""
+        """The conversation in FastChat's JSON format."""
         escaped = [part.replace("{", "{{").replace("}", "}}") for part in (self.before_system, self.after_system)]
         return {
             "name": self.name,
@@ -63,7 +63,7 @@ class Conversation:
         }
 
     def restore(self, prompt: str) -> str:
-        """A prompt written by FastChat's rule, as the chat template would have written it."""
+        """Correct a prompt rendered by FastChat's rule to what the chat template renders."""
         empty_system = self.before_system + self.after_system
         if empty_system and self.default_system is None and prompt.startswith(empty_system + self.roles[0]):
             prompt = self.no_system + prompt[len(empty_system) :]
@@ -74,16 +74,16 @@ class Conversation:
 
 
 def derive_conversation(name: str, template: ChatTemplate | None, stop_token_ids: tuple[int, ...]) -> Conversation:
-    """The conversation of a template; of no template, the plain texts one after the other.
+    """Derive the conversation of a template; without a template, messages are separated by newlines.
 
-    Where the template does not follow FastChat's rule, the result is the nearest form, and a warning is logged.
+    If the template does not follow FastChat's rule, the result is an approximation, and a warning is logged.
     """
     if template is None:
         return Conversation(name, sep="\n", sep2="\n", before_answer="\n", stop_token_ids=stop_token_ids)
     try:
         return _probe(name, template, stop_token_ids)
     except InvalidRequestError as error:
-        logger.warning("the chat template has no form for FastChat's API server: %s", error.message)
+        logger.warning("the chat template cannot be expressed for FastChat's API server: %s", error.message)
         return Conversation(name, sep="\n", sep2="\n", before_answer="\n", stop_token_ids=stop_token_ids)
 
 
@@ -95,7 +95,7 @@ def _probe(name: str, template: ChatTemplate, stop_token_ids: tuple[int, ...]) -
     ]
     no_system, gap, gap2, before_answer = _pieces(template, chat, [_USER, _ANSWER, _USER_2])
     before_system, after_system = _system(template, chat, no_system)
-    # Any split of a gap into separator and role is right; this one leaves readable roles.
+    # Any split of a gap into separator and role gives the same prompt; this one gives readable roles.
     shared = _common_prefix([gap, gap2])
     role = gap[len(shared) :]
     user_role = _common_suffix([gap2[len(shared) :], no_system, after_system])
@@ -116,7 +116,7 @@ def _probe(name: str, template: ChatTemplate, stop_token_ids: tuple[int, ...]) -
 
 
 def _pieces(template: ChatTemplate, messages: list[dict[str, Any]], markers: list[str]) -> list[str]:
-    """The texts around the markers. Raises InvalidRequestError when they do not come once each, in this order."""
+    """Texts around the markers. Raises InvalidRequestError unless each marker appears once, in this order."""
     text = template.render(messages)
     if _MARKERS.findall(text) != markers:
         raise InvalidRequestError("it does not write each message once, in order")
@@ -124,7 +124,7 @@ def _pieces(template: ChatTemplate, messages: list[dict[str, Any]], markers: lis
 
 
 def _system(template: ChatTemplate, chat: list[dict[str, Any]], no_system: str) -> tuple[str, str]:
-    """What stands before and after the system message."""
+    """Text before and after the system message."""
     try:
         before, after, *_ = _pieces(
             template, [{"role": "system", "content": _SYSTEM}, *chat], [_SYSTEM, _USER, _ANSWER, _USER_2]
@@ -146,7 +146,9 @@ def _check_long_chat(template: ChatTemplate, chat: list[dict[str, Any]], gap: st
     except InvalidRequestError:
         regular = False
     if not regular:
-        logger.warning("the chat template's turns differ; prompts of FastChat's API server will be close, not equal")
+        logger.warning(
+            "the chat template renders later messages differently; prompts of FastChat's API server are approximations"
+        )
 
 
 def _common_prefix(texts: list[str]) -> str:
@@ -162,6 +164,6 @@ def _common_suffix(texts: list[str]) -> str:
 
 
 def _middle(text: str, before: str, after: str) -> str | None:
-    """`text` without its two ends, or None when these are not its ends."""
+    """`text` without the prefix `before` and the suffix `after`; None if it has not both and more."""
     fits = len(text) > len(before) + len(after) and text.startswith(before) and text.endswith(after)
     return text[len(before) : len(text) - len(after)] if fits else None

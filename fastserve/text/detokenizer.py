@@ -1,14 +1,14 @@
-"""Token ids to text, piece by piece, in time linear in the number of tokens.
+"""Incremental detokenization, in time linear in the number of tokens.
 
-A detokenizer is a function of the ids that it has been given: however they are chunked, the pieces that it returns
-join to the same text, and that is the text of decoding all ids at once. A piece never ends inside a UTF-8 sequence.
+The text depends only on the ids, not on how they are chunked: the returned pieces join to the text of decoding all ids
+at once. A piece never ends inside a UTF-8 sequence.
 
 Nearly every language model has one of three decoders (byte-level BPE, Metaspace, or sentencepiece's replace / byte
-fallback / fuse / strip), for which a token is a fixed run of bytes: `PieceTable` reads them, `PieceDetokenizer` joins
-them. Everything else goes through `WindowDetokenizer`, which decodes a short window again for each piece.
+fallback / fuse / strip), for which each token is a fixed byte string: `PieceTable` looks them up, `PieceDetokenizer`
+joins them. All others use `WindowDetokenizer`, which decodes a short window again for each piece.
 
-One case differs from the libraries on purpose: a run of byte-fallback tokens that is broken UTF-8 somewhere becomes
-U+FFFD where it is broken, not along the whole run, since what came before has already been sent.
+One case differs from the libraries on purpose: in a run of byte-fallback tokens with invalid UTF-8, only the invalid
+bytes become U+FFFD, not the whole run, since the text before them has already been sent.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any, Protocol
 
 REPLACEMENT_CHARACTER = "\ufffd"
 _WINDOW_TOKENS = 6
-"""Tokens decoded again for context. Enough for spaces and for a character of four bytes."""
+"""Preceding tokens that are decoded again as context. Enough for spaces and for a character of four bytes."""
 _MAX_HELD_TOKENS = 12
-"""Tokens after which a text that still ends in U+FFFD is taken to be broken and sent as it is."""
+"""Tokens held back while the text ends in U+FFFD; after more, it is taken as invalid and sent as it is."""
 
 
 class Detokenizer(Protocol):
     def push(self, token_ids: Sequence[int]) -> str:
-        """Take the next ids; return the text that is certain now (often, but not always, all of it)."""
+        """Add ids; return the new text, without an end that later ids may change."""
         ...
 
     def finish(self) -> str:
-        """Return what was held back. What is pushed afterwards begins anew, but is no beginning of a text."""
+        """Return the text held back. Later ids are decoded without it as context, but not as the start of a text."""
         ...
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes are written as themselves, the others as characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -46,7 +46,7 @@ _BYTE_OF_CHAR = _byte_of_char()
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes of a byte-level token; a token outside of the alphabet (an added one) is its own text."""
+    """The bytes of a byte-level token. A token outside of the alphabet (an added token) is encoded as UTF-8."""
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
     except KeyError:
@@ -65,14 +65,14 @@ def byte_fallback_bytes(token: str) -> bytes | None:
 
 @dataclass(frozen=True)
 class PieceRule:
-    """How a tokenizer's decoder turns tokens into bytes."""
+    """Rule by which a tokenizer's decoder converts tokens to bytes."""
 
     byte_level: bool = False
     replacement: str = ""
-    """The character that stands for a space; "" when there is none."""
+    """The character that represents a space; "" if there is none."""
     byte_fallback: bool = False
     drop_in_first: bool = False
-    """Drop the replacement character, rather than write a space, in the first token of a text."""
+    """Drop the replacement character in the first token of a text instead of converting it to a space."""
     strip_left: int = 0
     """Spaces to strip from the beginning of the text."""
 
@@ -87,7 +87,7 @@ class PieceRule:
 
 
 def rule_of_decoder(decoder: Mapping[str, Any] | None) -> PieceRule | None:
-    """Read a `decoder` entry of tokenizer.json; None when it is not one of those that `PieceRule` can express."""
+    """Convert the `decoder` of a tokenizer.json; None if `PieceRule` cannot express it."""
     match decoder:
         case {"type": "ByteLevel"}:
             return PieceRule(byte_level=True)
@@ -119,7 +119,7 @@ def _rule_of_sequence(parts: list[dict[str, Any]]) -> PieceRule | None:
 
 
 class PieceTable:
-    """The bytes of each token under a rule; shared by all detokenizers of one tokenizer."""
+    """The bytes of each token by a rule. Shared by all detokenizers of one tokenizer."""
 
     def __init__(self, rule: PieceRule, token_of_id: Callable[[int], str | None], special_ids: frozenset[int]) -> None:
         self.rule = rule
@@ -128,7 +128,7 @@ class PieceTable:
         self._known: dict[int, bytes | None] = {}
 
     def inner(self, token_id: int) -> bytes | None:
-        """The token's bytes after the first; None when it is special or unknown and writes nothing."""
+        """Bytes of a token that is not the first of a text; None for special and unknown tokens, which have no text."""
         try:
             return self._known[token_id]
         except KeyError:
@@ -172,7 +172,7 @@ class PieceDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any decoder: the new text is what a window of tokens decodes to beyond what its beginning decodes to."""
+    """For any decoder: decodes the new tokens with and without a few preceding ones; the difference is the new text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], special_ids: frozenset[int]) -> None:
         self._decode = decode

@@ -1,6 +1,7 @@
-"""The tokenizer of a model folder through the `tokenizers` library (tokenizer.json).
+"""Tokenizers with a tokenizer.json, by the `tokenizers` library.
 
-transformers' AutoTokenizer would import torch: more than a second and 200 MB in a process that needs neither.
+transformers' AutoTokenizer would import torch, which takes more than a second and 200 MB in a process that does not
+need it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class FastTokenizer:
         return None if text is None else self._tokenizer.token_to_id(text)
 
     def _bos_to_add(self, config: dict[str, Any]) -> int | None:
-        """tokenizer_config.json may ask for a BOS that tokenizer.json's post-processor does not put."""
+        """The BOS token if tokenizer_config.json requires one that tokenizer.json's post-processor does not add."""
         bos = self._id_of(token_text(config.get("bos_token"))) if config.get("add_bos_token") is True else None
         return None if bos is None or bos in self._tokenizer.encode("").ids else bos
 
@@ -70,7 +71,7 @@ class FastTokenizer:
         return self._max_token_chars
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # Not `encode`: that one holds the interpreter's lock, so that a thread would be no help, and it is slower.
+        # Not `encode`, which is slower and holds the GIL, so that a thread would not help.
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return [self._missing_bos, *ids] if add_special_tokens and self._missing_bos is not None else ids
 

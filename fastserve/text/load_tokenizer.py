@@ -1,4 +1,4 @@
-"""Which tokenizer reads a model folder."""
+"""Loads the tokenizer of a model folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastserve.text.tokenizer import Tokenizer
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Raises StartupError when the folder has no tokenizer that can be read."""
+    """Raises StartupError if the folder has no readable tokenizer."""
     if (folder / "tokenizer.json").is_file():
         return FastTokenizer(folder)
-    # Imports transformers, and torch with it: only where it is needed.
+    # Only where needed: it imports transformers, which imports torch.
     from fastserve.text.slow_tokenizer import SlowTokenizer
 
     return SlowTokenizer(folder, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""JSON files of a model folder, and what they say of tokens."""
+"""Reads the JSON files of a model folder, and the tokens that they name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastserve.errors import StartupError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder; {} when the file is missing. Raises StartupError when it is broken."""
+    """Read a JSON object; {} if the file is missing. Raises StartupError if it is invalid."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -23,14 +23,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def token_text(value: Any) -> str | None:
-    """The text of a token as tokenizer_config.json writes it: a string, or an object with `content`."""
+    """The text of a token in tokenizer_config.json, which is a string or an object with `content`."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def configured_eos_ids(folder: Path) -> tuple[int, ...]:
-    """The end tokens of generation_config.json, or of config.json where that names none."""
+    """EOS tokens of generation_config.json, or of config.json if it names none."""
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
         if isinstance(value, int):

@@ -1,8 +1,8 @@
 """The typed parts of an answer, and the parsers that turn a model's text into them.
 
-A stream of parts is a stream of pieces: those of one type that follow each other belong together. A new type of part is
-a subclass of `Part`; a parser that makes it is a class with `push` and `finish`; and each form of answer that can show
-it maps the type to its own fields (`worker/writers/`).
+A stream of parts is incremental: successive parts of one type belong together. A new type of part needs a subclass of
+`Part`, a parser that makes it (`PartParser`), and its fields in each answer format that supports it
+(`worker/writers/`).
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import msgspec
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A piece of an answer. Its type says what it is a piece of."""
+    """A piece of an answer, of the kind that its type stands for."""
 
 
 class TextPart(Part, frozen=True):
-    """Text for the reader: the content of a message."""
+    """Text of the answer: the `content` of a message."""
 
     text: str
 
 
 class PartParser(Protocol):
-    """Turns the text of one choice into parts, piece by piece.
+    """Parses the text of one choice into parts, incrementally.
 
-    However the text is cut into pieces, the parts must join to the same parts. A parser never raises for what a model
-    wrote: text that it cannot make sense of is a TextPart.
+    The joined parts must not depend on how the text is chunked. A parser never raises for malformed output of a model:
+    it returns it as TextPart.
     """
 
     def push(self, text: str) -> list[Part]:
-        """Take more text; return the parts that are certain now."""
+        """Add text; return the parts that are complete or cannot change any more."""
         ...
 
     def finish(self) -> list[Part]:
-        """The text has ended, perhaps in the middle of a part: return what was held back."""
+        """The text has ended, perhaps inside a part: return what was held back."""
         ...
 
 
 class TextParser:
-    """All text is TextPart."""
+    """Returns all text as TextPart."""
 
     def push(self, text: str) -> list[Part]:
         return [TextPart(text)] if text else []
@@ -54,10 +54,10 @@ ParserFactory = Callable[[], PartParser]
 
 
 def plain_text(parts: Sequence[Part]) -> str:
-    """The text of parts, for forms of answer that have no place for anything else. Raises TypeError for other parts."""
+    """Join text parts, for answer formats without other types. Raises TypeError for a part of another type."""
     pieces = []
     for part in parts:
         if not isinstance(part, TextPart):
-            raise TypeError(f"this form of answer has no place for a {type(part).__name__}")
+            raise TypeError(f"this answer format does not support {type(part).__name__}")
         pieces.append(part.text)
     return "".join(pieces)

@@ -1,9 +1,9 @@
-"""How many tokens a text has at least, found without tokenising all of it.
+"""Cheap lower bounds for the number of tokens of a text.
 
-A text that is far too long for a model must cost little: tokenising takes about 150 bytes of memory and half a
-microsecond a character. Two bounds are cheap. A token stands for no more characters than the longest entry of the
-vocabulary has, where nothing but the vocabulary makes tokens (`max_token_chars`). And a long text is counted piece by
-piece, until there are more tokens than it may have.
+A text that is far too long for a model must be refused at little cost; tokenizing takes about 150 bytes of memory and
+half a microsecond per character. There are two bounds. A token has at most as many characters as the longest entry of
+the vocabulary, if only the vocabulary makes tokens (`max_token_chars`). And a long text is tokenized piece by piece,
+only until there are more tokens than allowed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fastserve.text.tokenizer import Tokenizer
 
 _PIECE_CHARS = 65_536
 _USUAL_TOKEN_CHARS = 8
-"""Texts with more characters a token than this are counted before they are tokenised."""
+"""Texts with more characters than this per allowed token are counted before they are tokenized."""
 _COMPOSED_CHARS = 4
-"""Unicode's canonical composition makes one character of up to four."""
+"""Unicode's canonical composition combines up to four characters into one."""
 _KEEPING_PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split", "UnicodeScripts"})
 _SPACE_AFTER_WORD = re.compile(r"(?<=\S)\s")
 
 
 def max_token_chars(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """Most characters of a text that one token of `tokenizer` can stand for.
+    """Maximum characters of a text that one token can represent.
 
-    None when that has no bound: rules that drop or replace characters, unknown characters that are fused into one
-    token, added tokens that swallow the spaces beside them.
+    None if unbounded: for rules that drop or replace characters, unknown characters that are fused into one token, or
+    added tokens that strip the spaces beside them.
     """
     factor, pre_tokenizer = _shrinkage(_state(tokenizer.normalizer)), _state(tokenizer.pre_tokenizer)
     if factor is None or not _keeps_all(pre_tokenizer) or not _knows_all(tokenizer.model, pre_tokenizer):
@@ -44,7 +44,7 @@ def _state(part: Any) -> dict[str, Any] | None:
 
 
 def _shrinkage(normalizer: dict[str, Any] | None) -> int | None:
-    """How many characters at most a normaliser makes one of; None when that is not known."""
+    """Maximum number of characters that a normalizer combines into one; None if unknown."""
     match normalizer:
         case None | {"type": "Prepend" | "NFD" | "NFKD"}:
             return 1
@@ -72,8 +72,7 @@ def _keeps_all(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _knows_all(model: Any, pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether each character becomes a token or a part of one: none is dropped, or fused with others, for being
-    unknown."""
+    """Whether every character becomes part of a token: no unknown one is dropped, or fused with others."""
     if not isinstance(model, tokenizers.models.BPE):
         return False
     if model.byte_fallback or '"ByteLevel"' in json.dumps(pre_tokenizer):
@@ -81,21 +80,21 @@ def _knows_all(model: Any, pre_tokenizer: dict[str, Any] | None) -> bool:
     return model.unk_token is not None and not model.fuse_unk
 
 
-def least_num_tokens(tokenizer: Tokenizer, text: str, limit: int) -> int:
-    """A lower bound for the number of tokens of `text`, found at little cost; 0 when the text is to be tokenised.
+def min_num_tokens(tokenizer: Tokenizer, text: str, limit: int) -> int:
+    """Lower bound for the number of tokens of `text`, or 0 if the text is short enough to be tokenized.
 
-    More than `limit` means that the text certainly has more. The work is in proportion to `limit`, not to the text.
+    Above `limit` it proves the text too long. The cost is in proportion to `limit`, not to the text.
     """
     if tokenizer.max_token_chars is not None and len(text) > limit * tokenizer.max_token_chars:
         return -(-len(text) // tokenizer.max_token_chars)
     if len(text) <= max(_PIECE_CHARS, limit * _USUAL_TOKEN_CHARS):
         return 0
-    # Tokens that lie across a cut are counted as two, or as the few that a cut word falls apart into.
-    doubt = tokenizer.max_token_chars or 256
+    # A cut may split a token into several, which must not be counted.
+    margin = tokenizer.max_token_chars or 256
     count = start = 0
     while start < len(text):
         end = _cut(text, start + _PIECE_CHARS)
-        count += max(0, len(tokenizer.encode(text[start:end], add_special_tokens=False)) - doubt)
+        count += max(0, len(tokenizer.encode(text[start:end], add_special_tokens=False)) - margin)
         if count > limit:
             return count
         start = end
@@ -103,6 +102,6 @@ def least_num_tokens(tokenizer: Tokenizer, text: str, limit: int) -> int:
 
 
 def _cut(text: str, at: int) -> int:
-    """The end of a piece: before a space that follows a word, near `at`, so that words stay whole."""
+    """End of a piece: near `at`, before a space after a word, so that no word is split."""
     found = _SPACE_AFTER_WORD.search(text, at, min(len(text), at + 1024))
     return found.start() if found else at

@@ -1,4 +1,4 @@
-"""Tokenizers of model folders without tokenizer.json, through transformers (sentencepiece, tiktoken, remote code)."""
+"""Tokenizers without a tokenizer.json (sentencepiece, tiktoken, remote code), by transformers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SlowTokenizer:
 
     @property
     def max_token_chars(self) -> int | None:
-        return None  # its rules are in Python code, which may drop or join anything
+        return None  # its rules are Python code, which may drop or join characters
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))

@@ -1,10 +1,9 @@
-"""Stop strings: the answer ends where the first of them is complete, wherever the chunks of text are cut.
+"""Stop strings: an answer ends at the first complete one, however the text is chunked.
 
-Text that may be the beginning of a stop string is held back until it is decided. The first stop string is the one
-whose last character comes first; of several that end there, the longest.
+Text that may be the beginning of a stop string is held back until it is decided. The first stop string is the one that
+ends first; of several that end at the same character, the longest.
 
-Each character is looked at once for each stop string, however long these are and whatever they repeat (Knuth, Morris
-and Pratt's search).
+The search takes time linear in the text for each stop string, whatever they repeat (Knuth-Morris-Pratt).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from functools import lru_cache
 
 class StopStrings:
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        """`include`: the stop string itself is part of the answer."""
+        """`include`: whether the answer contains the stop string."""
         if "" in stops:
             raise ValueError("an empty stop string would stop everything")
         self._searches = [_Search(stop) for stop in stops]
@@ -25,7 +24,7 @@ class StopStrings:
         """The stop string that ended the text."""
 
     def push(self, text: str) -> str:
-        """Take more text; return what may be sent. Once `stopped` is set, nothing more comes."""
+        """Add text; return the text that may be sent, which is empty once `stopped` is set."""
         if self.stopped is not None:
             return ""
         if not self._searches:
@@ -46,21 +45,21 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """The end of the text: return what was held back."""
+        """The text has ended: return what was held back."""
         held, self._held = self._held, ""
         return held
 
 
 class _Search:
-    """The search for one string in a text that comes in pieces."""
+    """Incremental search for one string."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.num_matched = 0
-        """Length of the longest end of the text that begins the string."""
+        """Length of the longest suffix of the text that is a prefix of the string."""
 
     def feed(self, text: str) -> int | None:
-        """The place in `text` behind the string's last character, once it is complete."""
+        """Search in the next text; return the index after the string's last character, or None."""
         stop, matched, at = self.stop, self.num_matched, 0
         while at < len(text):
             if not matched:
@@ -80,7 +79,7 @@ class _Search:
 
 @lru_cache(maxsize=256)
 def _borders(stop: str) -> tuple[int, ...]:
-    """For each beginning of `stop`: the length of its longest proper end that is a beginning, too."""
+    """For each prefix of `stop`: the length of its longest proper suffix that is also a prefix."""
     lengths = [0]
     for char in stop[1:]:
         length = lengths[-1]

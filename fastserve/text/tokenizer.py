@@ -1,4 +1,4 @@
-"""The tokenizer as the worker sees it."""
+"""Interface of tokenizers."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Tokenizer(Protocol):
 
     @property
     def bos_text(self) -> str | None:
-        """The text of the token that encoding with special tokens puts first; None when it puts none."""
+        """Text of the token that is prepended with `add_special_tokens`; None if there is none."""
         ...
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that steer the model and write nothing into an answer."""
+        """Ids of control tokens, which have no text in an answer."""
         ...
 
     @property
     def max_token_chars(self) -> int | None:
-        """No token stands for more characters of a text than this; None when nothing is known of it."""
+        """Maximum characters of a text that one token represents; None if unknown."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out."""
+        """The text of the ids without special tokens."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token writes inside a text; a special token's are its name."""
+        """The bytes of a token inside a text; for a special token, its name."""
         ...
 
     def detokenizer(self) -> Detokenizer: ...

@@ -1,1 +1,1 @@
-"""The worker's HTTP half: admission, text, OpenAI's and FastChat's routes, heartbeats. The engine is elsewhere."""
+"""The worker's HTTP side: admission, OpenAI's and FastChat's routes, heartbeats. The engine is `fastserve.engine`."""

@@ -1,4 +1,4 @@
-"""Routes for administrators: calls to the engine. Where vLLM has a route for the same, ours has its name."""
+"""Administrators' routes, which call the engine. A route that vLLM has too carries vLLM's name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_TIMEOUT_S = 86400.0
 
 class AdminBody(BaseModel):
     timeout_s: Annotated[Number, Field(gt=0, le=_MAX_TIMEOUT_S)] | None = None
-    """How long to wait for the engine; then the answer is 504, and the engine still does what it was asked for."""
+    """Timeout for the engine's reply. After it the response is 504; the engine still carries out the call."""
 
 
 class ResetPrefixCacheBody(AdminBody):
@@ -78,7 +78,7 @@ async def stop_profile(request: Request) -> Response:
 
 
 async def _read(request: Request, body_class: type[BodyT]) -> BodyT:
-    """The body, which may be left out. Raises InvalidRequestError that names the field."""
+    """Parse the body, which may be empty. Raises InvalidRequestError that names the field."""
     if request.query_params:
         name = next(iter(request.query_params))
         raise InvalidRequestError(
@@ -95,10 +95,10 @@ async def _read(request: Request, body_class: type[BodyT]) -> BodyT:
 
 
 async def _call(request: Request, body: AdminBody, call: Call[ReplyT]) -> Response:
-    """The engine's reply as JSON. The client may leave: the engine does it all the same."""
+    """Call the engine and return its reply as JSON. The call is carried out even if the client disconnects."""
     keeper = runtime_of(request).keeper
     keeper.require_ready()
-    logger.info("asked by an administrator: %s", call)
+    logger.info("administrator's call: %s", call)
     reply = await run_until_disconnect(request, keeper.engine.call(call, timeout_s=body.timeout_s))
     status_changed(request)
     if reply is None:

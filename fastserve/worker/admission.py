@@ -1,8 +1,8 @@
-"""Who may generate now: a semaphore of permits, a bounded number of requests that wait for one, and 429 past that.
+"""Admission control: a semaphore of permits, a bounded queue of requests that wait for one, and 429 beyond that.
 
-A permit belongs to one client request, all its choices together. It lives inside `async with`, so it ends with the
-stream whatever ends the stream. Permits are given first come, first served; priorities act in the engine's scheduler,
-among the requests that hold one.
+A permit covers one client request with all its choices. It is held in an `async with`, so it is released however the
+stream ends. Permits are given first come, first served; priorities matter only to the engine's scheduler, among the
+requests that hold a permit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MAX_RETRY_AFTER_S = 60.0
 
 class Admission:
     def __init__(self, limit: int, queue_size: int, max_queued_tokens: int, clock: Callable[[], float]) -> None:
-        """`limit` requests run at once. At most `queue_size` wait, their prompts together no longer than
-        `max_queued_tokens`; one request may wait however long it is. `clock` gives seconds.
+        """At most `limit` requests run and `queue_size` wait at once. The prompts of those that wait have at most
+        `max_queued_tokens` tokens in total, except that a single one may be longer. `clock` returns seconds.
         """
         self.limit = limit
         self.queue_size = queue_size
@@ -58,9 +58,9 @@ class Admission:
 
     @asynccontextmanager
     async def permit(self, lease: str | None = None, num_tokens: int = 0) -> AsyncIterator[None]:
-        """Wait for a permit and hold it. `num_tokens`: of the request's prompts.
+        """Wait for a permit and hold it. `num_tokens`: tokens of the request's prompts.
 
-        Raises OverloadedError when too much waits already.
+        Raises OverloadedError if the queue is full.
         """
         if lease is not None:
             self._leases[lease] += 1
@@ -103,7 +103,7 @@ class Admission:
         )
 
     def _retry_after_s(self) -> float:
-        """Time in which the queue should have moved on by its own length, going by the requests that ended lately."""
+        """Estimated time until the queue has drained, from the recent rate of finished requests."""
         now = self._clock()
         recent = [at for at in self._ended if now - at <= _THROUGHPUT_WINDOW_S]
         if not recent:

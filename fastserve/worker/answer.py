@@ -1,4 +1,4 @@
-"""A job becomes an answer, streamed or whole, through the writer of its form."""
+"""Runs a job and writes its answer, streamed or whole, with the writer for its format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 async def stream_answer(service: GenerationService, job: Job, writer: AnswerWriter) -> AsyncGenerator[bytes, None]:
-    """The answer in pieces, keep-alives between them, and exactly one end.
+    """The bytes of a streamed answer, with keep-alives and exactly one end.
 
-    An error before the first piece is raised, so that it gets its HTTP status; a later one is the last piece.
+    An error before the first bytes is raised, so that the response gets its HTTP status; a later one is written as the
+    end of the stream.
     """
     result = JobResult(job)
     started = False
@@ -48,7 +49,7 @@ async def stream_answer(service: GenerationService, job: Job, writer: AnswerWrit
 
 
 async def fold(service: GenerationService, job: Job) -> JobResult:
-    """The whole stream, folded; a writer makes the body of it."""
+    """Collect the whole stream of a job; `AnswerWriter.whole` makes a body of the result."""
     result = JobResult(job)
     async with aclosing(service.generate(job)) as batches:
         async for batch in batches:

@@ -1,4 +1,4 @@
-"""The worker's application: its parts, its lifespan, its routes for people and machines that look after it."""
+"""The worker's application: its components, lifespan, and health, readiness and metrics routes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker import admin_routes, fastchat_routes, openai_routes
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
-from fastserve.worker.jobs import JobMaker
+from fastserve.worker.jobs import JobMaker, JobSettings
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.progress import progress_reporter
@@ -55,65 +55,66 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker is made of; decided before it starts."""
+    """Inputs of a `ModelWorker`, fixed before it starts."""
 
     config: WorkerConfig
     engine: Engine
     model_dir: Path
     model_names: tuple[str, ...]
     address: str
-    """Under which others reach this worker."""
+    """URL at which other services reach this worker."""
     wait_listening: Callable[[], Awaitable[None]]
-    """Returns when requests are accepted: not before is the worker announced."""
+    """Returns once connections are accepted. The first heartbeat waits for it."""
     end_process: Callable[[], None]
-    """Called when the model cannot be loaded, the engine has been given up, or another task that the worker cannot
-    live without has failed."""
+    """Called if the model cannot be loaded, the engine has been given up, or another critical task has failed."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     handlers: Sequence[ModelHandler] = openai_routes.HANDLERS
-    """The model's routes, of which those that it can answer are announced."""
+    """Model routes. The capabilities of those that the model supports are announced."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    """Where the cluster's and the administrators' keys may stand."""
+    """Environment variables, which may hold the cluster's and the administrators' keys."""
 
 
-class Worker:
-    """One worker's life. `app` serves it; `goodbye` is awaited when the process gets a signal to stop.
+class ModelWorker:
+    """A worker from start to end. `app` serves it; await `deregister` when the process is asked to stop.
 
-    The application listens before the model is loaded: meanwhile it is announced to the controller as not ready,
-    answers what looks after it, and asks clients to come again.
+    The application listens before the model is loaded. Until then it is announced to the controller as not ready,
+    serves health checks and metrics, and refuses requests with 503 and Retry-After.
     """
 
     def __init__(self, setup: WorkerSetup) -> None:
-        """Raises StartupError when keys are missing or cannot be read, an address is none, or the worker's names cannot
-        be announced.
-        """
+        """Raises StartupError if keys are missing or unreadable, or an address or a model name is invalid."""
         self._setup = setup
         self._metrics = WorkerMetrics()
         self._load_keys()
         self._heartbeat = None if setup.config.no_register else self._make_heartbeat()
         self._loaded = asyncio.Event()
         self.failure: StartupError | None = None
-        """Why the model could not be loaded."""
+        """The error of a model that could not be loaded."""
         _check_names(setup.model_names)
         self.keeper = EngineKeeper(setup.engine, progress_reporter(sys.stderr), time.monotonic, setup.restart_policy)
-        # Without FastAPI's pages, which load scripts from elsewhere.
-        self.app = FastAPI(
+        self.app = self._make_app()
+        self._guard()
+
+    def _make_app(self) -> FastAPI:
+        # No FastAPI docs pages: they load scripts from other hosts.
+        app = FastAPI(
             title="fastserve worker", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None
         )
-        self.app.state.runtime = None
-        self.app.state.keeper = self.keeper
-        self.app.state.metrics = self._metrics
-        self.app.state.status = self.status
-        self.app.state.status_changed = self._announce_status
-        install_error_handlers(self.app)
-        self.app.include_router(openai_routes.router)
-        for handler in setup.handlers:
-            self.app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
-        self.app.include_router(fastchat_routes.router)
-        self.app.include_router(admin_routes.router)
-        self.app.add_api_route("/health", _health, methods=["GET"])
-        self.app.add_api_route("/ready", _ready, methods=["GET"])
-        self.app.add_api_route("/metrics", _metrics, methods=["GET"])
-        self._guard()
+        app.state.runtime = None
+        app.state.keeper = self.keeper
+        app.state.metrics = self._metrics
+        app.state.status = self.status
+        app.state.status_changed = self._announce_status
+        install_error_handlers(app)
+        app.include_router(openai_routes.router)
+        for handler in self._setup.handlers:
+            app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
+        app.include_router(fastchat_routes.router)
+        app.include_router(admin_routes.router)
+        app.add_api_route("/health", _health, methods=["GET"])
+        app.add_api_route("/ready", _ready, methods=["GET"])
+        app.add_api_route("/metrics", _metrics, methods=["GET"])
+        return app
 
     def _load_keys(self) -> None:
         setup, config = self._setup, self._setup.config
@@ -131,11 +132,11 @@ class Worker:
         self._api_keys = load_api_keys(config.api_keys, config.api_keys_file)
 
     def _guard(self) -> None:
-        """A worker of a cluster lets its other services in; a lone one is a server for clients."""
+        """In a cluster, require the cluster key; a standalone worker serves clients directly."""
         setup, config = self._setup, self._setup.config
         if not config.no_register:
             if self._api_keys.value:
-                logger.warning("API keys have no effect on a worker of a cluster, which asks for the cluster key.")
+                logger.warning("API keys have no effect on a worker of a cluster, which requires the cluster key.")
             guard_cluster_service(self.app, self._access, self._metrics.registry)
             return
         if not self._api_keys.value and not self._access.is_on_loopback:
@@ -144,12 +145,12 @@ class Worker:
             self.app, self._access, self._metrics.registry, self._api_keys, allowed_origins=(), json_only=True
         )
 
-    async def goodbye(self) -> None:
+    async def deregister(self) -> None:
         if self._heartbeat is not None:
-            await self._heartbeat.goodbye()
+            await self._heartbeat.deregister()
 
     async def wait_loaded(self) -> None:
-        """Return once the model is loaded; never when it cannot be."""
+        """Return once the model is loaded; never return if it cannot be."""
         await self._loaded.wait()
 
     def status(self) -> WorkerStatus:
@@ -176,13 +177,13 @@ class Worker:
                 self._setup.config.max_refused_prompt_percent,
             )
             stack.callback(pool.close)
-            tasks = [asyncio.create_task(self._vital("engine watch", self._load_and_look_after(pool)))]
-            stack.push_async_callback(_end, tasks)
+            tasks = [asyncio.create_task(self._run_critical("engine watch", self._load_and_watch(pool)))]
+            stack.push_async_callback(_cancel_all, tasks)
             if self._heartbeat is not None:
-                tasks.append(asyncio.create_task(self._vital("heartbeat", self._announce(self._heartbeat))))
+                tasks.append(asyncio.create_task(self._run_critical("heartbeat", self._announce(self._heartbeat))))
             yield
 
-    async def _load_and_look_after(self, pool: PromptPool) -> None:
+    async def _load_and_watch(self, pool: PromptPool) -> None:
         try:
             runtime = await self._load(pool)
         except StartupError as error:
@@ -194,12 +195,12 @@ class Worker:
             self._fail(StartupError(f"The worker could not start: {cause}. The lines above say where."))
             return
         self.app.state.runtime = runtime
-        # The tokenizer stays: collections need not look through it, with all requests waiting.
+        # Exclude the tokenizer, which stays, from garbage collections: all requests wait for these.
         gc.collect()
         gc.freeze()
         self._loaded.set()
         self._announce_status()
-        await self._look_after_engine(runtime)
+        await self._watch_engine(runtime)
 
     def _fail(self, failure: StartupError) -> None:
         self.failure = failure
@@ -207,67 +208,51 @@ class Worker:
         self._setup.end_process()
 
     async def _load(self, pool: PromptPool) -> Runtime:
-        """Engine and tokenizer start side by side. Raises StartupError."""
-        setup, config = self._setup, self._setup.config
+        """Start the engine and load the tokenizer concurrently. Raises StartupError."""
+        setup, config, metrics = self._setup, self._setup.config, self._metrics
         try:
             async with asyncio.TaskGroup() as group:
                 starting = group.create_task(self.keeper.start())
-                reading = group.create_task(asyncio.to_thread(_read_texts, setup))
+                reading = group.create_task(asyncio.to_thread(_load_tokenizer_and_template, setup))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         info, (tokenizer, template) = starting.result(), reading.result()
-        metrics = self._metrics
-        admission = Admission(_limit(config, info), config.queue_size, config.max_queued_tokens, time.monotonic)
+        admission = Admission(
+            _max_running_requests(config, info), config.queue_size, config.max_queued_tokens, time.monotonic
+        )
         metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
-        # A tokenizer may know tokens that the model has no row for; the engine takes none of these.
-        known_eos = [
-            token_id for token_id in (*info.eos_token_ids, *tokenizer.eos_token_ids) if token_id < info.vocab_size
-        ]
-        eos = tuple(dict.fromkeys(known_eos))
-        jobs = JobMaker(
-            model_names=setup.model_names,
-            tokenizer=tokenizer,
-            template=template,
-            defaults=read_defaults(setup.model_dir),
-            eos_token_ids=eos,
-            vocab_size=info.vocab_size,
-            context_length=info.max_model_len,
-            max_sequences=config.max_num_seqs,
-            stream_interval=config.stream_interval,
-            seed=config.seed,
+        settings = _job_settings(setup, info, tokenizer)
+        self._log_ready(info, admission)
+        return Runtime(
+            info=info,
+            keeper=self.keeper,
+            admission=admission,
             metrics=metrics,
-            bounds=_request_bounds(config, max_prompt_tokens=config.max_num_seqs * info.max_model_len),
-            max_prompt_logprobs=config.max_prompt_logprobs,
-            template_timeout_s=config.template_timeout_s,
+            jobs=JobMaker(settings, tokenizer, template, metrics),
+            pool=pool,
+            service=GenerationService(self.keeper, tokenizer, admission, metrics),
+            conversation=derive_conversation(setup.model_names[0], template, settings.eos_token_ids),
+            handlers=setup.handlers,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            version=__version__,
+            started_at=int(time.time()),
         )
+
+    def _log_ready(self, info: EngineInfo, admission: Admission) -> None:
         logger.info(
             "ready: %s at %s (%s, %s parameters, %s on %s, loaded in %.1f s), context of %d tokens, KV cache of "
             "%d tokens, up to %d requests at once",
-            ", ".join(setup.model_names),
-            setup.address,
+            ", ".join(self._setup.model_names),
+            self._setup.address,
             info.architecture,
-            _short(info.num_parameters),
+            _short_count(info.num_parameters),
             info.dtype,
             info.device,
             info.load_s,
             info.max_model_len,
             info.num_blocks * info.block_size,
             admission.limit,
-        )
-        return Runtime(
-            info=info,
-            keeper=self.keeper,
-            admission=admission,
-            metrics=metrics,
-            jobs=jobs,
-            pool=pool,
-            service=GenerationService(self.keeper, tokenizer, admission, metrics),
-            conversation=derive_conversation(setup.model_names[0], template, eos),
-            handlers=setup.handlers,
-            heartbeat_interval_s=config.heartbeat_interval_s,
-            version=__version__,
-            started_at=int(time.time()),
         )
 
     def _make_heartbeat(self) -> Heartbeat:
@@ -281,8 +266,8 @@ class Worker:
             client_ssl_context(config),
         )
 
-    async def _vital(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`, and end the process when it fails: without it nobody would restart or reach this worker."""
+    async def _run_critical(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, and end the process if it fails: the worker would neither recover nor be reachable without it."""
         try:
             await work
         except Exception:
@@ -298,7 +283,7 @@ class Worker:
         if self._heartbeat is not None:
             self._heartbeat.beat_now()
 
-    async def _look_after_engine(self, runtime: Runtime) -> None:
+    async def _watch_engine(self, runtime: Runtime) -> None:
         async def changed() -> None:
             if self.keeper.ready:
                 runtime.metrics.engine_restarts.inc()
@@ -308,7 +293,7 @@ class Worker:
         self._setup.end_process()
 
 
-def _read_texts(setup: WorkerSetup) -> tuple[Tokenizer, ChatTemplate | None]:
+def _load_tokenizer_and_template(setup: WorkerSetup) -> tuple[Tokenizer, ChatTemplate | None]:
     override = setup.config.chat_template
     template = load_chat_template(setup.model_dir, None if override is None else Path(override))
     return load_tokenizer(setup.model_dir, trust_remote_code=setup.config.trust_remote_code), template
@@ -324,26 +309,45 @@ def _check_names(model_names: tuple[str, ...]) -> None:
         ) from error
 
 
+def _job_settings(setup: WorkerSetup, info: EngineInfo, tokenizer: Tokenizer) -> JobSettings:
+    config = setup.config
+    # A tokenizer may have tokens beyond the model's vocabulary, which the engine refuses.
+    eos = [token_id for token_id in (*info.eos_token_ids, *tokenizer.eos_token_ids) if token_id < info.vocab_size]
+    return JobSettings(
+        model_names=setup.model_names,
+        context_length=info.max_model_len,
+        vocab_size=info.vocab_size,
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        max_sequences=config.max_num_seqs,
+        max_prompt_logprobs=config.max_prompt_logprobs,
+        bounds=_request_bounds(config, max_prompt_tokens=config.max_num_seqs * info.max_model_len),
+        sampling_defaults=read_defaults(setup.model_dir),
+        template_timeout_s=config.template_timeout_s,
+        stream_interval=config.stream_interval,
+        seed=config.seed,
+    )
+
+
 def _request_bounds(config: WorkerConfig, max_prompt_tokens: int) -> RequestBounds:
     options = {item.name for item in dataclasses.fields(RequestBounds)} - {"max_prompt_tokens"}
     return RequestBounds(max_prompt_tokens=max_prompt_tokens, **{name: getattr(config, name) for name in options})
 
 
-def _limit(config: WorkerConfig, info: EngineInfo) -> int:
-    """Requests that may run at once. Unset, as many as the engine can hold: each needs a block of the KV cache."""
+def _max_running_requests(config: WorkerConfig, info: EngineInfo) -> int:
+    """Requests that may run at once. By default as many as the engine can hold: each needs a block of the KV cache."""
     if config.limit_worker_concurrency is not None:
         return config.limit_worker_concurrency
     return max(1, min(config.max_num_seqs, info.num_blocks))
 
 
-async def _end(tasks: list[asyncio.Task[None]]) -> None:
+async def _cancel_all(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _health(request: Request) -> Response:
-    """200 as long as this process can serve or will be able to."""
+    """200 while this process serves or may still become able to."""
     keeper: EngineKeeper = request.app.state.keeper
     if keeper.gave_up:
         state = "failed"
@@ -361,15 +365,15 @@ async def _ready(request: Request) -> Response:
     """200 while requests can be served now."""
     runtime = runtime_of(request)
     runtime.keeper.require_ready()
-    return JSONResponse({"status": "ready", "models": runtime.jobs.model_names})
+    return JSONResponse({"status": "ready", "models": runtime.jobs.settings.model_names})
 
 
 async def _metrics(request: Request) -> Response:
     return Response(metrics_of(request).exposition(), media_type=CONTENT_TYPE)
 
 
-def _short(number: int) -> str:
-    """A number of parameters as people say it: 7.2B, 135M, 4.1M."""
+def _short_count(number: int) -> str:
+    """A number with its unit: 7.2B, 135M, 4.1M."""
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if number >= size:
             return f"{number / size:.1f}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"

@@ -1,4 +1,4 @@
-"""Who sent a request, and the headers that come with it."""
+"""The sender of a request, as its headers and key describe it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CHOICES = re.compile(r"[0-9]{1,6}(?:,[0-9]{1,6})*")
 class Caller:
     request_id: str
     lease: str | None
-    arrived: float
-    """time.monotonic() when the request came."""
+    arrived_s: float
+    """Arrival of the request, as time.monotonic()."""
     may_prioritise: bool
-    """Whether it may ask for a priority above that of others (below 0)."""
+    """Whether its requests may have a priority below 0, which is above the default."""
     seed_header: str | None = None
     choices_header: str | None = None
-    """Values of SEED_HEADER and CHOICES_HEADER, of callers that are believed."""
+    """Values of SEED_HEADER and CHOICES_HEADER; None unless the caller is a service of the cluster."""
 
     def read_seed(self) -> int | None:
-        """The API server's seed for a request that brings none. Raises InvalidRequestError."""
+        """The API server's seed for a request without one. Raises InvalidRequestError."""
         text = self.seed_header
         if text is None:
             return None
@@ -40,7 +40,7 @@ class Caller:
         return int(text)
 
     def read_choices(self) -> tuple[int, ...] | None:
-        """Indices of the choices to generate, in ascending order; None: all. Raises InvalidRequestError."""
+        """Indices of the choices to generate, ascending; None: all. Raises InvalidRequestError."""
         text = self.choices_header
         if text is None:
             return None
@@ -60,11 +60,11 @@ def _invalid(header: str, text: str, remedy: str) -> InvalidRequestError:
 def caller_of(request: Request) -> Caller:
     headers = request.headers
     lease = headers.get(LEASE_HEADER)
-    # Only the guard of a cluster's services leaves an owner: clients of a lone worker have the body to ask with.
+    # Only the guard for services of the cluster sets an owner. Clients of a standalone worker use fields of the body.
     is_from_cluster = hasattr(request.state, "owner")
     return Caller(
         read_request_id(request.scope["headers"]),
-        # Leases are sent on with each heartbeat: one that the controller would refuse must not get into it.
+        # Each heartbeat lists the leases, and the controller would refuse it for an invalid one.
         lease if lease is not None and _LEASE.fullmatch(lease) else None,
         time.monotonic(),
         may_prioritise=request.state.may_prioritise,
@@ -74,5 +74,5 @@ def caller_of(request: Request) -> Caller:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request, which does not keep it: a request that waits must not hold it twice."""
+    """Read the body without caching it in the request, as `Request.body` does: long bodies would be held twice."""
     return b"".join([chunk async for chunk in request.stream()])

@@ -1,7 +1,7 @@
-"""One choice of an answer: engine outputs in, typed parts out. Pure: a function of the token ids so far.
+"""One choice of an answer: from engine outputs to typed parts. Pure: a function of the token ids so far.
 
-Token ids become text (detokenizer), the text ends at a stop string (stop window), and what is left becomes parts
-(parser). Each of the three holds back what is not certain yet.
+Three stages: the detokenizer turns token ids into text, the stop window cuts it at a stop string, and the parser splits
+it into parts. Each stage holds back what it cannot decide yet.
 """
 
 from __future__ import annotations
@@ -12,59 +12,61 @@ from dataclasses import dataclass
 import msgspec
 
 from fastserve.engine.contract import RequestOutput, SamplingParams, TokenLogprob
-from fastserve.openai.answers import TokenText
+from fastserve.openai.answers import DecodedToken
 from fastserve.text.parts import ParserFactory, Part, TextParser
 from fastserve.text.stop import StopStrings
 from fastserve.text.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0
-"""Written for a probability of zero, as OpenAI does: JSON has no infinity."""
+"""Stands for log 0, as in OpenAI's API: JSON has no infinity."""
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is put out for a choice, and when."""
+    """Content and granularity of a choice's deltas."""
 
     stops: tuple[str, ...] = ()
     """Stop strings."""
     include_stop: bool = False
-    """The stop string itself is part of the answer."""
+    """Whether the answer contains the stop string."""
     interval: int = 1
-    """Tokens between two deltas; the first token and the end make one at once."""
+    """Tokens between two deltas. The first token and the end are sent at once."""
     logprobs: bool = False
     stop_token_logprob: bool = False
-    """Among the logprobs, also that of the token that ended the answer."""
+    """Whether the logprobs include the stop token."""
     prompt_only: bool = False
-    """Nothing but what is known of the prompt (max_tokens 0): the engine's one token is dropped."""
+    """Return only the prompt (max_tokens=0) and drop the one token that the engine generates."""
     parser: ParserFactory = TextParser
 
 
 class ChoiceDelta(msgspec.Struct):
-    """The news of one choice: its next parts, and counts so far. The one with a finish_reason is the last."""
+    """Increment of one choice: its next parts, and its counts so far. The last one has a finish_reason."""
 
     choice: int
     parts: list[Part]
-    tokens: list[TokenText] | None
-    """The tokens that begin in the text that has passed the stop window since the last delta; None without logprobs.
+    tokens: list[DecodedToken] | None
+    """Tokens that begin in the text that left the stop window since the last delta; None without logprobs.
 
-    A parser may hold some of their text back, so these can come before the parts that they belong to.
+    They may precede the parts with their text, which the parser may hold back.
     """
     finish_reason: str | None
     num_tokens: int
-    """Tokens generated so far, the stop token included."""
+    """Tokens generated so far, including the stop token."""
     cached_tokens: int
-    """Tokens of the prompt that were found in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
     logprob_sum: float = 0.0
-    """Sum over the tokens generated so far, when the engine was asked for logprobs."""
+    """Sum of the logprobs of the tokens generated so far; 0 if logprobs were not requested from the engine."""
     prompt_logprobs: list[TokenLogprob] | None = None
-    """With the first delta, when the engine was asked for them."""
+    """In the first delta, if requested from the engine."""
 
 
-def token_text(tokenizer: Tokenizer, entry: TokenLogprob, text_offset: int, max_top: int | None = None) -> TokenText:
-    """`max_top`: how many of the likeliest tokens to keep; None: all that there are."""
+def decode_token(
+    tokenizer: Tokenizer, entry: TokenLogprob, text_offset: int, max_top: int | None = None
+) -> DecodedToken:
+    """Decode a token and its alternatives. `max_top`: maximum number of alternatives; None: all."""
     data = tokenizer.token_bytes
     top = [(data(token_id), max(value, MIN_LOGPROB)) for token_id, value in entry.top[:max_top]]
-    return TokenText(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset)
+    return DecodedToken(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset)
 
 
 class Choice:
@@ -77,7 +79,7 @@ class Choice:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._min_tokens = params.min_tokens
         self._options = options
-        # Token by token where something depends on which token brought which text.
+        # Stop strings and logprobs depend on which token each character comes from.
         self._one_by_one = bool(options.stops) or options.logprobs
         self._prompt_logprobs: list[TokenLogprob] | None = None
         self._logprob_sum = 0.0
@@ -85,15 +87,15 @@ class Choice:
         self._num_tokens_at_delta = 0
         self._cached_tokens = 0
         self._num_decoded_chars = 0
-        """Characters that came out of the detokenizer."""
+        """Characters that left the detokenizer."""
         self._num_passed_chars = 0
-        """Characters that passed the stop window."""
+        """Characters that left the stop window."""
         self._text = ""
-        """Text that passed the stop window since the last delta."""
-        self._tokens: list[TokenText] = []
+        """Text that left the stop window since the last delta."""
+        self._tokens: list[DecodedToken] = []
 
     def push(self, output: RequestOutput) -> ChoiceDelta | None:
-        """Take an output; return a delta when it is time for one. After one with finish_reason nothing may follow."""
+        """Process an output and return a delta if one is due. No output may follow one with a finish_reason."""
         self._cached_tokens = max(self._cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
@@ -101,7 +103,7 @@ class Choice:
             return self._delta("length")
         ids, logprobs = output.token_ids, output.logprobs or []
         ends_by_token = output.finish_reason == "stop" and bool(ids) and ids[-1] in self._stop_token_ids
-        num_text_tokens = len(ids) - ends_by_token  # a stop token counts, but is no text
+        num_text_tokens = len(ids) - ends_by_token  # a stop token is counted but has no text
         self._take_tokens(ids[:num_text_tokens] if ends_by_token else ids, logprobs[:num_text_tokens])
         if self._stops.stopped is not None:
             return self._delta("stop")
@@ -113,17 +115,17 @@ class Choice:
         return self._delta(None) if not self._num_tokens_at_delta or num_new >= self._options.interval else None
 
     def _finish(self, finish_reason: str, stop_token: Sequence[TokenLogprob]) -> ChoiceDelta:
-        """The engine has ended the choice. `stop_token`: the logprob of the token that ended it, if one did."""
+        """Flush the text held back, after the engine's last output. `stop_token`: logprob of the stop token, if any."""
         self._take_text(self._detokenizer.finish())
         if self._options.stop_token_logprob:
-            self._tokens += [token_text(self._tokenizer, entry, self._num_decoded_chars) for entry in stop_token]
+            self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in stop_token]
         if self._stops.stopped is not None:
             finish_reason = "stop"
         self._pass(self._stops.finish())
         return self._delta(finish_reason)
 
     def _take_tokens(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
-        """Take tokens that are text, up to the first stop string."""
+        """Process tokens that have text, up to the first stop string."""
         if not self._one_by_one:
             self._take(ids, logprobs)
             return
@@ -135,7 +137,7 @@ class Choice:
     def _take(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         self._count(len(ids), logprobs)
         if self._options.logprobs:
-            self._tokens += [token_text(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
+            self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
         self._take_text(self._detokenizer.push(ids))
 
     def _count(self, num_tokens: int, logprobs: Sequence[TokenLogprob]) -> None:
@@ -145,7 +147,7 @@ class Choice:
 
     def _take_text(self, text: str) -> None:
         self._num_decoded_chars += len(text)
-        # As long as the answer must not end, a stop string in it is text like any other.
+        # Stop strings do not count before min_tokens.
         self._pass(text if self._num_tokens < self._min_tokens else self._stops.push(text))
 
     def _pass(self, text: str) -> None:
@@ -171,8 +173,8 @@ class Choice:
             prompt_logprobs,
         )
 
-    def _take_passed_tokens(self, *, ended: bool) -> list[TokenText]:
-        """A token goes out with the text that it begins in; those that a stop string cut off do not go out at all."""
+    def _take_passed_tokens(self, *, ended: bool) -> list[DecodedToken]:
+        """The tokens that begin in the text that left the stop window; tokens cut off by a stop string are dropped."""
         if ended and self._stops.stopped is None:
             passed = self._tokens
         else:

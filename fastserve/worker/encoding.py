@@ -1,4 +1,4 @@
-"""Prompts as token ids, refused by their length before they are tokenised."""
+"""Tokenizes prompts, and refuses those that are too long, where possible before tokenizing them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fastserve.errors import ContextLengthError, InvalidRequestError
 from fastserve.observability.text import printable
 from fastserve.openai.body import invalid
 from fastserve.text.chat_template import MAX_RENDERED_CHARS
-from fastserve.text.prompt_length import least_num_tokens
+from fastserve.text.prompt_length import min_num_tokens
 from fastserve.text.tokenizer import Tokenizer
 
 
 class PromptEncoder:
-    """Thread-safe: holds no state but the tokenizer."""
+    """Thread-safe: it has no state besides the tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, context_length: int) -> None:
         self._tokenizer = tokenizer
@@ -22,18 +22,18 @@ class PromptEncoder:
 
     @property
     def max_chars(self) -> int:
-        """Characters of a text beyond which it certainly does not fit the context."""
+        """Length in characters above which a text cannot fit in the context."""
         per_token = self._tokenizer.max_token_chars
         return MAX_RENDERED_CHARS if per_token is None else min(MAX_RENDERED_CHARS, self._context_length * per_token)
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-        """Raises ContextLengthError, or InvalidRequestError for a text without tokens that the model knows."""
-        self._check_least(text, param)
+        """Tokenize a prompt. Raises ContextLengthError, or InvalidRequestError if it has no tokens or unknown ones."""
+        self._check_min_tokens(text, param)
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not ids:
             raise invalid(param, "", "It has no tokens; give at least one character.")
         if max(ids) >= self._vocab_size:
-            # A tokenizer may know added tokens that the model has no row for: these would be the engine's death.
+            # A tokenizer may have added tokens beyond the model's embedding matrix, which would crash the engine.
             token_id = next(token_id for token_id in ids if token_id >= self._vocab_size)
             token = printable(self._tokenizer.token_bytes(token_id).decode(errors="replace"), 80)
             raise InvalidRequestError(
@@ -44,39 +44,39 @@ class PromptEncoder:
         return ids
 
     def encode_rendered(self, text: str) -> list[int]:
-        """The ids of a prompt that a FastChat client has written: BOS is put first unless the text has it."""
+        """Tokenize a prompt that a FastChat client rendered, with a BOS token unless the text begins with one."""
         return self.encode(text, "prompt", add_special_tokens=not self._has_bos(text))
 
     def count_rendered(self, text: str) -> int:
-        """Number of tokens of `encode_rendered`; of a text that is far too long, a number beyond the context."""
-        least = least_num_tokens(self._tokenizer, text, self._context_length)
-        if least > self._context_length:
-            return least
+        """Number of tokens of `encode_rendered`. For a text far beyond the context it is a lower bound."""
+        lower_bound = min_num_tokens(self._tokenizer, text, self._context_length)
+        if lower_bound > self._context_length:
+            return lower_bound
         return len(self._tokenizer.encode(text, add_special_tokens=not self._has_bos(text)))
 
-    def check_given(self, ids: Sequence[int], param: str) -> None:
-        """Token ids from a client. Raises InvalidRequestError or ContextLengthError."""
-        self.room(len(ids), param)
+    def check_token_ids(self, ids: Sequence[int], param: str) -> None:
+        """Validate a prompt sent as token ids. Raises InvalidRequestError or ContextLengthError."""
+        self.max_output_tokens(len(ids), param)
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             wrong = next(token_id for token_id in ids if not 0 <= token_id < self._vocab_size)
             raise invalid(param, wrong, f"Token ids of this model run from 0 to {self._vocab_size - 1}.")
 
-    def room(self, num_tokens: int, param: str) -> int:
-        """Tokens left for the answer. Raises ContextLengthError when there is none."""
-        room = self._context_length - num_tokens
-        if room < 1:
+    def max_output_tokens(self, num_tokens: int, param: str) -> int:
+        """Tokens left in the context for the answer to a prompt of `num_tokens`. Raises ContextLengthError if none."""
+        num_left = self._context_length - num_tokens
+        if num_left < 1:
             raise self._too_long(str(num_tokens), param)
-        return room
+        return num_left
 
-    def refuse_chars(self, num_chars: int, param: str) -> ContextLengthError:
-        """The error for a text of more than `max_chars` characters."""
+    def too_many_chars(self, num_chars: int, param: str) -> ContextLengthError:
+        """The error for a text with more than `max_chars` characters."""
         per_token = self._tokenizer.max_token_chars
         return self._too_long("too many" if per_token is None else f"at least {num_chars // per_token}", param)
 
-    def _check_least(self, text: str, param: str) -> None:
-        least = least_num_tokens(self._tokenizer, text, self._context_length)
-        if least > self._context_length:
-            raise self._too_long(f"at least {least}", param)
+    def _check_min_tokens(self, text: str, param: str) -> None:
+        lower_bound = min_num_tokens(self._tokenizer, text, self._context_length)
+        if lower_bound > self._context_length:
+            raise self._too_long(f"at least {lower_bound}", param)
 
     def _too_long(self, num_tokens: str, param: str) -> ContextLengthError:
         return ContextLengthError(

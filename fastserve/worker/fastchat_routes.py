@@ -1,7 +1,7 @@
-"""FastChat's seven worker routes, as FastChat 0.2.36 speaks them.
+"""FastChat's seven worker routes, compatible with FastChat 0.2.36.
 
-Records of a generation hold the whole text so far and end in a NUL byte; an error is a record too, with HTTP 200. The
-prompt comes ready-made from the caller, who wrote it with the conversation that `/worker_get_conv_template` gives.
+A generation is a stream of records, each with the whole text so far and a NUL byte at its end. Errors are records, too,
+with HTTP 200. The caller renders the prompt itself, with the conversation from `/worker_get_conv_template`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
+from fastserve.errors import FastserveError, UnsupportedParameterError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.openai.body import invalid, read_fields
 from fastserve.serving.errors import unexpected_error
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.answer import fold, stream_answer
 from fastserve.worker.caller import Caller, caller_of, read_body
-from fastserve.worker.jobs import Job, Prompt
-from fastserve.worker.prompts import Echo
+from fastserve.worker.fastchat_request import make_job, read_prompt
+from fastserve.worker.jobs import Job
 from fastserve.worker.runtime import Runtime, metrics_of, runtime_of, status_of
 from fastserve.worker.writers.fastchat import END_OF_RECORD, FastChatWriter, error_record
 
@@ -30,24 +29,10 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 Record = dict[str, Any]
 
-_DEFAULT_MAX_NEW_TOKENS = 256
-_SAME_NAME = (
-    "temperature",
-    "repetition_penalty",
-    "top_p",
-    "top_k",
-    "presence_penalty",
-    "frequency_penalty",
-    "logprobs",
-    "use_beam_search",
-    "images",
-)
-_FIELDS = frozenset({*_SAME_NAME, "best_of", "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
-
 
 @router.post("/worker_generate_stream")
 async def generate_stream(request: Request) -> Response:
-    # The body is read first: the response listens for the client's end on the same channel.
+    # Read the body first: the response waits for the client's disconnect on the same channel.
     return StreamResponse(_stream(request, await read_body(request)), media_type="application/octet-stream")
 
 
@@ -72,7 +57,7 @@ async def count_token(request: Request) -> Record:
     runtime, body = runtime_of(request), await read_body(request)
 
     def count() -> int:
-        prompt = _prompt(read_fields(body, runtime.jobs.bounds, _FIELDS))
+        prompt = read_prompt(body, runtime.jobs.settings.bounds)
         return runtime.jobs.encoder.count_rendered(runtime.conversation.restore(prompt))
 
     return {"count": await runtime.pool.run(len(body), count), "error_code": 0}
@@ -85,11 +70,11 @@ async def conversation(request: Request) -> Record:
 
 @router.post("/model_details")
 async def details(request: Request) -> Record:
-    return {"context_length": runtime_of(request).jobs.context_length}
+    return {"context_length": runtime_of(request).jobs.settings.context_length}
 
 
 async def _stream(request: Request, body: bytes) -> AsyncGenerator[bytes, None]:
-    """The records of an answer. An error is one of them, also before the first."""
+    """The records of a streamed answer. Errors are records, also the first one."""
     caller = caller_of(request)
     try:
         runtime, job, writer = await _prepare(request, body, caller)
@@ -104,7 +89,7 @@ async def _stream(request: Request, body: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def _whole(request: Request, body: bytes) -> bytes:
-    """The one record of an answer that is not streamed."""
+    """The single record of an answer that is not streamed."""
     caller = caller_of(request)
     try:
         runtime, job, writer = await _prepare(request, body, caller)
@@ -120,64 +105,5 @@ async def _prepare(request: Request, body: bytes, caller: Caller) -> tuple[Runti
     with metrics_of(request).refusals():
         runtime = runtime_of(request)
         runtime.keeper.require_ready()
-        job, echo = await runtime.pool.run(len(body), lambda: _job(runtime, body, caller))
+        job, echo = await runtime.pool.run(len(body), lambda: make_job(runtime, body, caller))
         return runtime, job, FastChatWriter(job, echo)
-
-
-def _prompt(params: dict[str, Any]) -> str:
-    prompt = params.get("prompt")
-    if prompt is None:
-        raise InvalidRequestError(
-            "Missing required field 'prompt', a string.", param="prompt", code="missing_required_parameter"
-        )
-    if not isinstance(prompt, str):
-        raise invalid("prompt", prompt, "Give a string.")
-    return prompt
-
-
-def _check_best_of(best_of: Any) -> None:
-    if best_of not in (None, 1) or isinstance(best_of, bool):
-        raise invalid(
-            "best_of", best_of, "This route generates one choice: leave it out, or give 1. /v1/completions has best_of."
-        )
-
-
-def _job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | None]:
-    """FastChat's parameters under OpenAI's names, and what the answer begins with. A too large max_new_tokens is
-    lowered, as for OpenAI's routes.
-    """
-    params = read_fields(body, runtime.jobs.bounds, _FIELDS)
-    prompt = _prompt(params)
-    _check_best_of(params.get("best_of"))
-    max_new_tokens, stop = params.get("max_new_tokens"), params.get("stop")
-    fields = {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {
-        "model": runtime.jobs.model_names[0],
-        "prompt": runtime.jobs.encoder.encode_rendered(runtime.conversation.restore(prompt)),
-        "max_tokens": _DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
-        "echo": params.get("echo", True),
-        # FastChat's conversations may have empty ones.
-        "stop": [text for text in stop if text != ""] if isinstance(stop, list) else None if stop == "" else stop,
-        "stop_token_ids": _known_ids(params.get("stop_token_ids"), runtime.info.vocab_size),
-        "stream": True,
-    }
-    try:
-        job = runtime.jobs.completion_of(fields, caller)
-    except InvalidRequestError as error:
-        if error.param != "max_tokens":
-            raise
-        message = error.message.replace("'max_tokens'", "'max_new_tokens'")
-        raise InvalidRequestError(message, param="max_new_tokens") from error
-    if not job.answer.echo:
-        return job, None
-    # The caller's own text, not what it was restored to; the tokens are those that the model got.
-    given = Prompt(prompt, job.prompts[0].token_ids, job.prompts[0].params)
-    return job, Echo(runtime.jobs.tokenizer, given, job.answer.logprobs or 0)
-
-
-def _known_ids(stop_token_ids: Any, vocab_size: int) -> Any:
-    """Without the ids that the model never makes: FastChat's clients take the list from the conversation that *they*
-    know under the model's name, so it may be meant for a larger vocabulary.
-    """
-    if not isinstance(stop_token_ids, list):
-        return stop_token_ids
-    return [item for item in stop_token_ids if not isinstance(item, int) or 0 <= item < vocab_size]

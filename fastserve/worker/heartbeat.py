@@ -1,9 +1,9 @@
-"""Tells the controller that this worker is there: its whole status, every interval, from before the model is loaded.
+"""Sends the worker's full status to the controller in every interval, beginning before the model is loaded.
 
-A status that is not ready makes the models known, so that clients are asked to come again; no request is sent here. A
-heartbeat with a status registers by itself at our controller. FastChat's controller answers `exist: false`, and the
-worker then registers by `/register_worker`, as soon as it is ready. So a controller that was restarted knows the worker
-again within one interval. Workers that were started together do not send in step (`pauses_s`).
+A worker that is not ready gets no requests, but its models are known, so that clients are asked to retry. fastserve's
+controller registers a worker by its heartbeat. FastChat's replies `exist: false` to it, and the worker registers with
+`/register_worker` once it is ready. So a restarted controller knows all workers again after one interval. Workers that
+were started together do not send in lockstep (`pauses_s`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, Wo
 logger = logging.getLogger(__name__)
 
 MAX_JITTER = 0.1
-"""Share of the interval by which a heartbeat may be early."""
+"""Maximum fraction of the interval by which a heartbeat is early."""
 _BEAT_TIMEOUT_S = 5.0
 _GOODBYE_TIMEOUT_S = 2.0
 _MAX_ANSWER_BYTES = 64 * 1024
@@ -35,10 +35,10 @@ _MAX_SHOWN_CHARS = 500
 
 
 def pauses_s(interval_s: float, rng: random.Random) -> Iterator[float]:
-    """Pauses between heartbeats, without end. None is longer than the interval.
+    """Infinite pauses between heartbeats, none longer than the interval.
 
-    The first is a random part of it, so that thousands of workers that were started together spread over it at once,
-    and later ones vary, so that they do not fall into step.
+    The first is a random fraction of the interval, which spreads thousands of workers that were started together over
+    it; the others are jittered, so that the workers stay spread.
     """
     yield interval_s * rng.random()
     while True:
@@ -55,28 +55,28 @@ class Heartbeat:
         keys: Reloadable[ClusterKeys | None],
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        """`ssl_context` is for a controller with an `https` address; None verifies it with the system's authorities."""
+        """`ssl_context` is used for an `https` controller; None: use the system's certificate authorities."""
         self._keys = keys
         self._controller = controller_address.rstrip("/")
         self._worker = worker_address
         self._interval_s = interval_s
         self._status = status
         self._ssl_context = ssl_context
-        self._lock = asyncio.Lock()  # a beat that is on its way must not arrive after the goodbye
+        self._lock = asyncio.Lock()  # a heartbeat in flight must not arrive after the deregistration
         self._wake = asyncio.Event()
-        self._silent = False
+        self._deregistered = False
         self._failing = False
         self._refusal: str | None = None
-        self._known = False
+        self._registered = False
         self._was_ready = False
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Send heartbeats until cancelled."""
         async with self._open_session(_BEAT_TIMEOUT_S) as session:
             for pause_s in pauses_s(self._interval_s, random.Random()):
                 self._wake.clear()
                 async with self._lock:
-                    if not self._silent:
+                    if not self._deregistered:
                         await self._beat(session)
                 try:
                     async with asyncio.timeout(pause_s):
@@ -85,16 +85,16 @@ class Heartbeat:
                     pass
 
     def beat_now(self) -> None:
-        """Do not wait for the interval's end: the status has changed."""
+        """Send the next heartbeat now, because the status has changed."""
         self._wake.set()
 
-    async def goodbye(self) -> None:
-        """Take this worker out of dispatch and stay silent. A controller that cannot be reached is only logged."""
-        self._silent = True
+    async def deregister(self) -> None:
+        """Deregister from the controller and stop sending. An unreachable controller is only logged."""
+        self._deregistered = True
         async with self._lock:
-            if not self._known:
+            if not self._registered:
                 return
-            self._known = False
+            self._registered = False
             try:
                 async with self._open_session(_GOODBYE_TIMEOUT_S) as session:
                     await self._post(session, "/deregister_worker", WorkerName(worker_name=self._worker))
@@ -127,17 +127,17 @@ class Heartbeat:
                     RegisterRequest(worker_name=self._worker, check_heart_beat=True, worker_status=status),
                 )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            # Why it refuses is said also when it could not be reached before.
+            # A new refusal is logged even if the controller was unreachable before.
             refusal = str(error) if isinstance(error, _RefusedError) else None
             if not self._failing or refusal not in (None, self._refusal):
-                logger.warning("the controller %s cannot be reached: %s; trying on", self._controller, _cause(error))
+                logger.warning("the controller %s cannot be reached: %s; retrying", self._controller, _cause(error))
             self._failing = True
             self._refusal = refusal or self._refusal
             return
-        if self._failing or not self._known or status.ready != self._was_ready:
+        if self._failing or not self._registered or status.ready != self._was_ready:
             state = "registered" if status.ready else "announced (not ready yet)"
             logger.info("%s %s with the controller %s", state, self._worker, self._controller)
-        self._failing, self._known, self._was_ready, self._refusal = False, True, status.ready, None
+        self._failing, self._registered, self._was_ready, self._refusal = False, True, status.ready, None
 
     async def _post(self, session: aiohttp.ClientSession, path: str, message: BaseModel) -> object:
         body = message.model_dump_json().encode()
@@ -151,7 +151,7 @@ class Heartbeat:
 
 
 class _RefusedError(ValueError):
-    """The controller answered with an error, which says what to do."""
+    """The controller responded with an error, whose message says what to do."""
 
     def __init__(self, status: int, content: bytes) -> None:
         try:
@@ -163,7 +163,7 @@ class _RefusedError(ValueError):
 
 
 def _parse(content: bytes) -> object:
-    """Raises ValueError, whatever the content is."""
+    """Parse JSON. Raises only ValueError, whatever the content is."""
     try:
         answer: object = json.loads(content)
     except RecursionError as error:

@@ -1,6 +1,7 @@
-"""A request becomes a job: template, tokens, length check, sampling parameters.
+"""From a request's body to a job: chat template, tokenization, length check, sampling params.
 
-All of this may run in a thread of the prompt pool: it touches nothing but its arguments and the (thread-safe) metrics.
+Thread-safe, since it runs in the threads of the prompt pool: nothing is shared but the metrics and the names of unknown
+fields.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolv
 logger = logging.getLogger(__name__)
 
 _MAX_UNKNOWN_NAMES = 100
-"""Names of unknown fields that are remembered, and logged once each."""
-_ONLY_AT_THE_END = 2**31
+"""Maximum distinct unknown fields that are logged (once each) and have their own metric label."""
+_NO_INTERVAL = 2**31
+"""Interval of an answer that is not streamed: one delta, at the end."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     text: str | None
-    """None when the client sent token ids, or does not ask for the prompt's text."""
+    """None if the client sent token ids, or the answer does not contain the prompt."""
     token_ids: list[int]
     params: SamplingParams
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Fields of a request that shape its answer. The rest of it is not kept while the answer is generated."""
+    """Request fields that the writers need. The rest of the request is freed before generation."""
 
     model: str
     stream: bool
@@ -56,72 +58,67 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One client request, checked and ready to run. Run i belongs to prompt i // num_runs."""
+    """One client request, validated and ready to run. Run i belongs to prompt i // num_runs."""
 
     caller: Caller
     prompts: list[Prompt]
     num_runs: int
-    """Choices that are generated for each prompt."""
+    """Choices generated for each prompt (best_of)."""
     num_choices: int
-    """How many of them are returned: the best."""
+    """Choices returned for each prompt (n)."""
     choices: tuple[int, ...]
-    """Indices of the runs to generate, in ascending order: all, unless others are generated elsewhere."""
+    """Indices of the runs to generate here, ascending: all, unless the caller asked for some of them."""
     output: OutputOptions
     priority: int
     answer: AnswerOptions
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the prompts that are computed here, each once for all of its choices."""
+        """Tokens of the prompts that are computed here. A prompt counts once for all of its choices."""
         return sum(len(self.prompts[at].token_ids) for at in {index // self.num_runs for index in self.choices})
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Limits and defaults for requests, from the worker's options and the model."""
+
+    model_names: tuple[str, ...]
+    context_length: int
+    """Maximum tokens of a prompt and its answer together."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_sequences: int
+    """Maximum sequences of one request: its prompts times its runs."""
+    max_prompt_logprobs: int
+    """Maximum log probabilities of prompt tokens in one answer."""
+    bounds: RequestBounds
+    sampling_defaults: SamplingDefaults
+    template_timeout_s: float
+    stream_interval: int
+    """Tokens between two deltas of a streamed choice."""
+    seed: int | None
+    """Seed of requests without one; None: the API server's, else a random one."""
 
 
 class JobMaker:
     def __init__(
-        self,
-        *,
-        model_names: Sequence[str],
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
-        defaults: SamplingDefaults,
-        eos_token_ids: tuple[int, ...],
-        vocab_size: int,
-        context_length: int,
-        max_sequences: int,
-        stream_interval: int,
-        seed: int | None,
-        metrics: WorkerMetrics,
-        bounds: RequestBounds,
-        max_prompt_logprobs: int,
-        template_timeout_s: float,
+        self, settings: JobSettings, tokenizer: Tokenizer, template: ChatTemplate | None, metrics: WorkerMetrics
     ) -> None:
-        """`max_sequences`: the most that one request may ask for, all its prompts and runs together.
-        `max_prompt_logprobs`: likewise of log probabilities of prompt tokens.
-        """
-        self.model_names = list(model_names)
+        """`template`: None if the model has no chat template."""
+        self.settings = settings
         self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.bounds = bounds
-        self.encoder = PromptEncoder(tokenizer, vocab_size, context_length)
+        self.encoder = PromptEncoder(tokenizer, settings.vocab_size, settings.context_length)
         self._template = template
-        self._defaults = defaults
-        self._eos_token_ids = eos_token_ids
-        self._vocab_size = vocab_size
-        self._max_sequences = max_sequences
-        self._max_prompt_logprobs = max_prompt_logprobs
-        self._template_timeout_s = template_timeout_s
-        self._stream_interval = stream_interval
-        self._seed = seed
         self._metrics = metrics
-        self._unknown: set[str] = set()
+        self._unknown_fields: set[str] = set()
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
     def chat(self, body: bytes, caller: Caller) -> Job:
-        """The job of a chat request's body. Raises RequestError, as the other methods do."""
-        request = parse_request(ChatRequest, body, self.bounds)
+        """Make a job from the body of a chat request. Raises RequestError, as all methods here do."""
+        request = parse_request(ChatRequest, body, self.settings.bounds)
         self._check(request, caller)
         if self._template is None:
             raise InvalidRequestError(
@@ -133,53 +130,57 @@ class JobMaker:
         # Templates write the special tokens themselves.
         ids = self.encoder.encode(self._render(self._template, request), "messages", add_special_tokens=False)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        room = self.encoder.room(len(ids), "messages")
+        max_tokens = self.encoder.max_output_tokens(len(ids), "messages")
+        if request.token_limit is not None:
+            max_tokens = min(request.token_limit, max_tokens)
         self._check_prompt_logprobs(len(ids), request.prompt_logprobs)
-        max_tokens = room if request.token_limit is None else min(request.token_limit, room)
         params = self._params(request, max_tokens, self._pick_seed(caller), logprobs, request.prompt_logprobs)
         return self._job(request, caller, [Prompt(None, ids, params)], logprobs, echo=False)
 
     def completion(self, body: bytes, caller: Caller) -> Job:
-        """The job of a completion request's body."""
-        return self._completion(parse_request(CompletionRequest, body, self.bounds), caller)
+        """Make a job from the body of a completion request."""
+        return self._completion(parse_request(CompletionRequest, body, self.settings.bounds), caller)
 
-    def completion_of(self, fields: Mapping[str, Any], caller: Caller) -> Job:
-        """The job of a completion request that has been read already."""
-        return self._completion(check_request(CompletionRequest, fields, self.bounds), caller)
+    def completion_from_fields(self, fields: Mapping[str, Any], caller: Caller) -> Job:
+        """Make a job from the fields of a completion request."""
+        return self._completion(check_request(CompletionRequest, fields, self.settings.bounds), caller)
 
     def _completion(self, request: CompletionRequest, caller: Caller) -> Job:
         self._check(request, caller)
         seed = self._pick_seed(caller)
-        given = request.prompts(self.bounds)
-        self._check_size(len(given), request)
-        asked = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
+        inputs = request.prompts(self.settings.bounds)
+        self._check_size(len(inputs), request)
+        token_limit = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
         prompts, num_tokens = [], 0
-        for prompt in given:
-            if isinstance(prompt, str):
-                ids = self.encoder.encode(prompt, "prompt", add_special_tokens=True)
-            else:
-                ids = prompt
-                self.encoder.check_given(ids, "prompt")
+        for prompt in inputs:
+            ids = self._token_ids(prompt)
             num_tokens += len(ids)
-            self._check_prompt_logprobs(num_tokens, request.asked_of_prompt)
-            max_tokens = min(asked, self.encoder.room(len(ids), "prompt"))
-            params = self._params(request, max_tokens, seed, request.logprobs, request.asked_of_prompt)
+            self._check_prompt_logprobs(num_tokens, request.num_prompt_logprobs)
+            max_tokens = min(token_limit, self.encoder.max_output_tokens(len(ids), "prompt"))
+            params = self._params(request, max_tokens, seed, request.logprobs, request.num_prompt_logprobs)
             prompts.append(Prompt(prompt if request.echo and isinstance(prompt, str) else None, ids, params))
         return self._job(request, caller, prompts, request.logprobs, echo=bool(request.echo))
+
+    def _token_ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encoder.encode(prompt, "prompt", add_special_tokens=True)
+        self.encoder.check_token_ids(prompt, "prompt")
+        return prompt
 
     def _render(self, template: ChatTemplate, request: ChatRequest) -> str:
         try:
             return template.render(
-                request.template_messages(self.bounds),
+                request.template_messages(self.settings.bounds),
                 max_chars=self.encoder.max_chars,
-                timeout_s=self._template_timeout_s,
+                timeout_s=self.settings.template_timeout_s,
             )
         except RenderedTooLongError as error:
-            raise self.encoder.refuse_chars(error.num_chars, "messages") from error
+            raise self.encoder.too_many_chars(error.num_chars, "messages") from error
 
     def _check(self, request: GenerationRequest, caller: Caller) -> None:
-        if request.model not in self.model_names:
-            served = printable(", ".join(self.model_names), 300)
+        model_names = self.settings.model_names
+        if request.model not in model_names:
+            served = printable(", ".join(model_names), 300)
             raise ModelNotFoundError(
                 f"The model '{printable(request.model, 80)}' is not served here. Served: {served}.", param="model"
             )
@@ -191,30 +192,32 @@ class JobMaker:
             )
 
     def _check_size(self, num_prompts: int, request: GenerationRequest) -> None:
-        """Admission counts requests: one of them must not bring more sequences than the engine runs at once."""
-        if num_prompts * request.num_runs > self._max_sequences:
+        """Admission counts requests, so one request must not have more sequences than the engine runs at once."""
+        max_sequences = self.settings.max_sequences
+        if num_prompts * request.num_runs > max_sequences:
             name = "n" if request.best_of is None else "best_of"
-            asked = f"{num_prompts} prompts, {name}={request.num_runs}" if num_prompts > 1 else str(request.num_runs)
-            param = "prompt" if num_prompts > self._max_sequences else name
+            value = f"{num_prompts} prompts, {name}={request.num_runs}" if num_prompts > 1 else str(request.num_runs)
+            param = "prompt" if num_prompts > max_sequences else name
             raise InvalidRequestError(
-                f"Invalid value for '{param}': {asked}. This worker takes at most {self._max_sequences} sequences "
+                f"Invalid value for '{param}': {value}. This worker takes at most {max_sequences} sequences "
                 f"(prompts times {name}) in one request; split the request.",
                 param=param,
             )
 
     def _check_prompt_logprobs(self, num_tokens: int, num_top: int | None) -> None:
-        if num_top is not None and num_tokens * (num_top + 1) > self._max_prompt_logprobs:
+        limit = self.settings.max_prompt_logprobs
+        if num_top is not None and num_tokens * (num_top + 1) > limit:
             raise InvalidRequestError(
                 f"Log probabilities of {num_tokens} prompt tokens with {num_top} others each are more than this worker "
-                f"gives in one request (--max-prompt-logprobs {self._max_prompt_logprobs}). Ask for fewer, or split "
+                f"gives in one request (--max-prompt-logprobs {limit}). Ask for fewer, or split "
                 "the request.",
                 param="logprobs",
             )
 
     def _pick_seed(self, caller: Caller) -> int:
-        """The seed of a request that brings none: `--seed`, else the API server's, else a fresh one."""
-        if self._seed is not None:
-            return self._seed
+        """Seed for a request without one: `--seed`, else the API server's, else random."""
+        if self.settings.seed is not None:
+            return self.settings.seed
         seed = caller.read_seed()
         return random.getrandbits(63) & SEED_MASK if seed is None else seed
 
@@ -245,16 +248,16 @@ class JobMaker:
         prompt_logprobs: int | None,
     ) -> SamplingParams:
         if logprobs is None and request.num_runs > request.num_choices:
-            logprobs = 0  # by which the best are chosen
+            logprobs = 0  # best_of ranks by the mean logprob
         return resolve(
             request,
-            self._defaults,
+            self.settings.sampling_defaults,
             max_tokens=max_tokens,
             seed=seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            eos_token_ids=self._eos_token_ids,
-            vocab_size=self._vocab_size,
+            eos_token_ids=self.settings.eos_token_ids,
+            vocab_size=self.settings.vocab_size,
         )
 
     def _job(
@@ -264,9 +267,9 @@ class JobMaker:
         output = OutputOptions(
             stops=request.stop or (),
             include_stop=bool(request.include_stop_str_in_output),
-            interval=self._stream_interval if request.stream else _ONLY_AT_THE_END,
+            interval=self.settings.stream_interval if request.stream else _NO_INTERVAL,
             logprobs=logprobs is not None,
-            # Who scores a prompt counts on one entry more than the prompt has when max_tokens is 1.
+            # Clients that score a prompt with max_tokens=1 expect one entry more than the prompt has.
             stop_token_logprob=logprobs is not None and isinstance(request, CompletionRequest),
             prompt_only=request.token_limit == 0,
         )
@@ -285,10 +288,10 @@ class JobMaker:
         )
 
     def _report_unknown(self, names: Sequence[str]) -> None:
-        # Names come from clients, so they are bounded in number and length.
+        # Bounded in number and length: the names come from clients.
         for name in names:
             label = printable(name, 100)
-            if label not in self._unknown and len(self._unknown) < _MAX_UNKNOWN_NAMES:
-                self._unknown.add(label)
+            if label not in self._unknown_fields and len(self._unknown_fields) < _MAX_UNKNOWN_NAMES:
+                self._unknown_fields.add(label)
                 logger.warning("request field '%s' is not known and has no effect (logged once)", label)
-            self._metrics.unknown_fields.labels(label if label in self._unknown else "other").inc()
+            self._metrics.unknown_fields.labels(label if label in self._unknown_fields else "other").inc()

@@ -1,4 +1,4 @@
-"""Keeps the engine running: starts it, notices its death, starts it again, gives up when that does not help."""
+"""Keeps the engine running: starts it, restarts it when it dies, and gives up after too many restarts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MAX_RETRY_AFTER_S = 60.0
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Up to `attempts` starts within `window_s`; before each a pause, doubling from `first_pause_s`."""
+    """At most `attempts` restarts within `window_s`. The pause before each doubles, from `first_pause_s`."""
 
     attempts: int = 5
     window_s: float = 300.0
     first_pause_s: float = 0.5
-    longest_pause_s: float = 30.0
+    max_pause_s: float = 30.0
 
 
 class EngineKeeper:
@@ -38,9 +38,9 @@ class EngineKeeper:
         self.engine = engine
         self.ready = False
         self.gave_up = False
-        """The engine died too often, or what looks after the worker failed; the process is to end."""
+        """The engine died too often, or a critical task of the worker failed; the process should end."""
         self._reason: str | None = None
-        """Why the engine died; None before its first start."""
+        """Cause of the engine's last death; None if it never died."""
         self._progress: LoadProgress | None = None
         self._loading_since = clock()
         self._on_progress = on_progress
@@ -48,18 +48,18 @@ class EngineKeeper:
         self._policy = policy
 
     async def start(self) -> EngineInfo:
-        """The first start. Raises StartupError."""
+        """Start the engine for the first time. Raises StartupError."""
         info = await self._start_engine()
         self.ready = True
         return info
 
     def require_ready(self) -> None:
-        """Raises ModelLoadingError or EngineDeadError while there is no engine to generate."""
+        """Raises ModelLoadingError or EngineDeadError while the engine is not ready."""
         if not self.ready:
             raise self.unavailable()
 
     def unavailable(self) -> ServiceError:
-        """The error for requests that come while there is no engine; it says when to try again."""
+        """The error for requests while the engine is not ready, with the time after which to retry."""
         if self._reason is None:
             return ModelLoadingError("The model is being loaded. Try again soon.", retry_after_s=self._remaining_s())
         error = EngineDeadError(f"{self._reason} It is being started again; try again soon.")
@@ -67,7 +67,7 @@ class EngineKeeper:
         return error
 
     def _remaining_s(self) -> float:
-        """How long loading should still take, going by how far it has come."""
+        """Estimated time until the engine is ready, from the progress of loading."""
         progress = self._progress
         if progress is None or not progress.done:
             return 2 * _MIN_RETRY_AFTER_S
@@ -87,7 +87,7 @@ class EngineKeeper:
         return await self.engine.start(note)
 
     async def watch(self, on_change: Callable[[], Awaitable[None]]) -> None:
-        """Await deaths and start the engine again; return when it has been given up. `on_change` follows `ready`."""
+        """Restart the engine whenever it dies; return after giving up. `on_change` is called when `ready` changes."""
         starts: deque[float] = deque()
         while True:
             self._reason = await self.engine.wait_dead()
@@ -107,16 +107,16 @@ class EngineKeeper:
             while starts and now - starts[0] > self._policy.window_s:
                 starts.popleft()
             if len(starts) >= self._policy.attempts:
-                logger.error("the engine was started again %d times and died; giving up", len(starts))
+                logger.error("the engine died again after %d restarts; giving up", len(starts))
                 return False
-            await asyncio.sleep(min(self._policy.first_pause_s * 2 ** len(starts), self._policy.longest_pause_s))
+            await asyncio.sleep(min(self._policy.first_pause_s * 2 ** len(starts), self._policy.max_pause_s))
             starts.append(now)
             logger.info("starting the engine again (attempt %d)", len(starts))
             try:
                 await self._start_engine()
             except StartupError as error:
                 logger.error("the engine did not start: %s", error.message)
-            except Exception:  # no memory for a process, a first message that cannot be read: the next may succeed
+            except Exception:  # such as no memory for a process: the next attempt may succeed
                 logger.exception("the engine did not start")
             else:
                 return True

@@ -1,4 +1,4 @@
-"""Between the choices of one request, which put deltas in, and its reader."""
+"""A queue between the choices of one request, which put deltas into it, and the task that writes the answer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """Any number of writers on the event loop, one reader. A slow reader gets more at a time."""
+    """Many writers and one reader on one event loop. A slow reader gets larger batches."""
 
     def __init__(self, tick_s: float) -> None:
-        """`tick_s`: seconds after which `take` returns an empty list when nothing has come."""
+        """`tick_s`: seconds after which `take` returns an empty list if nothing has been put."""
         self._tick_s = tick_s
         self._loop = asyncio.get_running_loop()
         self._items: list[T] = []
@@ -26,14 +26,14 @@ class Mailbox(Generic[T]):
         self._wake()
 
     def close(self) -> None:
-        """Nothing more will be put."""
+        """Mark the end: nothing may be put afterwards."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self._wake()
 
     async def take(self) -> list[T] | None:
-        """Everything there is, as soon as there is something; [] after `tick_s`; None at the end."""
+        """Wait for items and return all of them; [] after `tick_s` without any; None at the end."""
         if not self._items and not self._closed:
             self._waiting_since = self._loop.time()
             if self._timer is None:
@@ -49,7 +49,7 @@ class Mailbox(Generic[T]):
         return items
 
     def _tick(self) -> None:
-        # One timer outlives many waits: to set and cancel one for each would cost more than the wait.
+        # One timer serves many waits: setting and cancelling one for each would cost more than the wait.
         self._timer = None
         if self._waiter is None:
             return

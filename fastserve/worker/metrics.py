@@ -1,4 +1,4 @@
-"""The worker's metrics: what it counts itself, and what the engine's snapshots tell."""
+"""The worker's metrics: its own counters, and the engine's statistics."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class WorkerMetrics:
         )
 
     def watch(self, admission: Admission, preparing: Callable[[], int], stats: Callable[[], EngineStats]) -> None:
-        """Show the queues and the engine's snapshots too. Called once."""
+        """Add the queues' and the engine's metrics. Called once."""
         for name, text, read in (
             ("running", "Requests that hold a permit.", lambda: admission.running),
             ("waiting", "Requests that wait for a permit.", lambda: admission.waiting),
@@ -67,7 +67,7 @@ class WorkerMetrics:
         self.registry.register(_EngineCollector(stats))
 
     def show_fused_layers(self, kinds: Iterable[FusedLayers]) -> None:
-        """Show which layers the engine's fused kernels compute. Called once."""
+        """Add the numbers of layers with and without a fused kernel. Called once."""
         gauge = Gauge(
             "fastserve_engine_layers",
             "Layers of the model, by whether a fused kernel computes them.",
@@ -80,7 +80,7 @@ class WorkerMetrics:
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
-        """Count a request that is turned away inside."""
+        """Count requests that are refused in this context."""
         try:
             yield
         except FastserveError as error:
@@ -92,7 +92,7 @@ class WorkerMetrics:
 
 
 class QuickHistogram(Collector):
-    """For what is observed with each token: prometheus_client's own takes several locks each time. For one thread."""
+    """A cheap histogram for observations at every token: prometheus_client's takes several locks. Not thread-safe."""
 
     def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
         self._name = name
@@ -116,7 +116,7 @@ _GAUGES = {
     "num_used_blocks": ("num_used_blocks", "Blocks that running sequences hold."),
     "tokens_per_s": ("tokens_per_s", "Decode speed on the reference batch."),
 }
-"""Metric: field of EngineStats, text. Where vLLM has a metric for the same, ours is named like it."""
+"""Metric: field of EngineStats and help text. A metric that vLLM has too carries vLLM's name."""
 _COUNTERS = {
     "steps": ("steps", "Steps."),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests that were scheduled."),
@@ -137,7 +137,7 @@ _HISTOGRAMS = {
 
 
 class _EngineCollector(Collector):
-    """Reads the engine's latest snapshot when the metrics are asked for."""
+    """Exports the engine's latest statistics at each scrape."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
@@ -158,12 +158,12 @@ class _EngineCollector(Collector):
 
 
 def _cumulative(histogram: EngineHistogram, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
-    """Prometheus counts in each bucket all that is not above its bound."""
+    """Prometheus's cumulative buckets: each counts all values up to its bound."""
     counts = histogram.counts or [0] * (len(bounds) + 1)
     names = [*map(str, bounds), "+Inf"]
     return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 
 def kv_usage(stats: EngineStats) -> float:
-    """Share of the KV cache that running requests hold, 0 to 1."""
+    """Fraction of the KV cache's blocks that running requests hold, 0 to 1."""
     return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0

@@ -1,4 +1,4 @@
-"""Where a model's folder is: the bundled demo, a local folder, or the Hugging Face hub (its cache first)."""
+"""Finds a model's folder: the bundled demo, a local folder, or the Hugging Face hub (its cache first)."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
 
-# Other frameworks' weights, and checkpoints in the makers' own form.
 _WEIGHTS = ["*.safetensors", "*.bin"]
+# Weights of other frameworks, and checkpoints in a publisher's own format.
 _NOT_NEEDED = ["original/*", "*.pth", "*.pt", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "onnx/*", "coreml/*"]
 
 
 def default_name(model_path: str) -> str:
-    """The last component of a path or repository id, in Windows's form too."""
+    """The last component of a path (also a Windows path) or repository id."""
     return re.split(r"[/\\]", model_path.rstrip("/\\"))[-1] or model_path
 
 
 @dataclass(frozen=True)
 class ModelSource:
     folder: Path
-    """Of config.json and the tokenizer, and of the weights unless another is named here."""
+    """Folder of config.json and the tokenizer, and of the weights unless `gguf_file` holds them."""
     gguf_file: Path | None = None
     adapter_dir: Path | None = None
-    """Of a LoRA adapter for the model in `folder`."""
+    """Folder of a LoRA adapter for the model in `folder`."""
 
 
 def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelSource:
-    """What `--model-path` names: a model, a GGUF file beside its config.json, or an adapter, whose base model is looked
-    for too. `dummy`: no weights are needed. Raises StartupError that says why there is none."""
+    """Find the model of `--model-path`: a model, a GGUF file beside its config.json, or an adapter with its base model.
+
+    `dummy`: no weights are needed. Raises StartupError.
+    """
     path = Path(model_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         if not (path.parent / "config.json").is_file():
@@ -59,7 +61,7 @@ def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelS
 
 
 def resolve_model(model_path: str, revision: str, *, flag: str = "--model-path", with_weights: bool = True) -> Path:
-    """The folder of a model, which `flag` names. Raises StartupError that says why there is none."""
+    """The folder of a model. `flag`: the option with the path, for errors. Raises StartupError if there is none."""
     folder = _resolve(model_path, revision, flag, with_weights=with_weights)
     if not (folder / "config.json").is_file():
         raise StartupError(f"{flag} {model_path}: the folder has no config.json, so it is not a model.")
@@ -104,7 +106,7 @@ def _from_hub(repository: str, revision: str, flag: str, *, with_weights: bool) 
 
 
 def _download(repository: str, revision: str, *, with_weights: bool, cached_only: bool) -> Path:
-    """Fetch (or find) everything but weights, then safetensors, or where there are none the older .bin files."""
+    """Download (or find) a snapshot with safetensors weights, or with .bin files if it has no safetensors."""
     ignored = ["*.bin"] if with_weights else _WEIGHTS
     folder = _snapshot(repository, revision, [*ignored, *_NOT_NEEDED], cached_only=cached_only)
     if not with_weights:
@@ -122,9 +124,9 @@ def _download(repository: str, revision: str, *, with_weights: bool, cached_only
 
 
 def _missing_weights(folder: Path) -> str | None:
-    """What a model's folder lacks, as a download that was interrupted leaves it; None when all is there."""
+    """Name of a missing weight file, as after an interrupted download; None if the folder is complete."""
     for suffix in (".safetensors", ".bin"):
-        # An index stands for its shards, unless the whole is there in one file.
+        # The shards of an index are needed unless there is also a single file with all weights.
         indices = [path for path in folder.glob(f"*{suffix}.index.json") if not _indexed(path).is_file()]
         for index in indices:
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):

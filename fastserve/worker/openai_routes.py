@@ -1,4 +1,4 @@
-"""OpenAI's routes on the worker itself: a worker is a complete server for its model."""
+"""OpenAI's routes on the worker, which is a complete server for its model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from fastserve.worker.writers.completions import CompletionWriter
 router = APIRouter()
 _CLIENT_GONE = 499
 _BYTES_PER_LOGPROB = 16
+"""Work of writing one log probability, as bytes of a body of the same cost (see `PromptPool.run`)."""
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     runtime = runtime_of(request)
-    cards = [describe_model(name, runtime.started_at) for name in runtime.jobs.model_names]
+    cards = [describe_model(name, runtime.started_at) for name in runtime.jobs.settings.model_names]
     return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
 
 
@@ -51,13 +52,13 @@ HANDLERS = (
     ModelHandler(CHAT, chat, lambda runtime: runtime.jobs.has_chat_template),
     ModelHandler(COMPLETIONS, completions, lambda _: True),
 )
-"""The routes that a worker has for its model."""
+"""The worker's model routes."""
 
 
 async def _prepare(
     request: Request, choose: Callable[[JobMaker], Callable[[bytes, Caller], Job]]
 ) -> tuple[Runtime, Job]:
-    """The job of a request's body. Refusals are counted, also while the model loads."""
+    """Read the body and make a job. Refusals are counted, also while the model loads."""
     caller = caller_of(request)
     with metrics_of(request).refusals():
         runtime = runtime_of(request)
@@ -81,7 +82,7 @@ async def _answer(request: Request, runtime: Runtime, job: Job, writer: AnswerWr
 
 
 def _written_bytes(job: Job) -> int:
-    """About how many bytes the prompt takes in the answer; without any, it is written on the event loop."""
+    """Approximate work of writing the prompt into the answer, for `PromptPool.run`; 0 if the answer has no prompt."""
     options = job.answer
     if not options.echo and options.prompt_logprobs is None:
         return 0

@@ -1,4 +1,4 @@
-"""Shows how far the loading of the weights has come: a bar on a terminal, a line now and then in a log."""
+"""Reports the progress of loading: a bar on a terminal, else occasional log lines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ProgressBar:
 
 
 class ProgressLines:
-    """A line for every tenth of the way, or every five seconds."""
+    """Logs a line at every 10 % and at least every five seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -1,13 +1,12 @@
-"""Where requests are read and become prompts: JSON, chat template, tokens.
+"""Thread pool for preprocessing requests: parsing JSON, rendering the chat template, tokenizing.
 
-Short bodies are done on the event loop, quicker than a thread could be asked. Long ones go to a bounded number of
-threads with a bounded queue before them: a thread that renders or tokenises cannot be interrupted, so what it is given
-is bounded too (openai/body.py, text/prompt_length.py). Very long bodies have a thread of their own, so that nobody else
-waits for them.
+Short bodies are processed on the event loop, which is faster than handing them to a thread. Long ones go to a bounded
+queue and a bounded number of threads. A thread that renders or tokenizes cannot be interrupted, so its input is bounded
+too (openai/body.py, text/prompt_length.py). Very long bodies have a thread of their own and delay nobody else.
 
-A thread that reads a body holds the interpreter's lock, for which the event loop waits. Bodies that end in an answer
-are bounded by admission; those that end in a refusal are not, so a thread rests after each of them: all refusals
-together take no more than a share of its time.
+A thread that parses a body holds the GIL, and the event loop waits for it. Admission bounds the requests that are
+accepted, but not those that are refused. So a thread sleeps after each refusal, in proportion to the time it took:
+refusals in total take a bounded fraction of the thread's time.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ MAX_REST_S = 1.0
 
 class PromptPool:
     def __init__(self, num_threads: int, max_waiting: int, max_refused_prompt_percent: float = 100) -> None:
-        """`num_threads` for long bodies and one for very long ones; of each kind, `max_waiting` may wait.
-        `max_refused_prompt_percent`: share of a thread's time that work which raises a FastserveError may take.
+        """`num_threads` threads for long bodies and one for very long ones, each with a queue of `max_waiting`.
+        `max_refused_prompt_percent`: maximum share of a thread's time for work that raises a FastserveError.
         """
         rest = 100 / max_refused_prompt_percent - 1
         self._lanes = (_Lane("prompt", num_threads, max_waiting, rest), _Lane("long-prompt", 1, max_waiting, rest))
 
     @property
     def pending(self) -> int:
-        """Calls that run in a thread or wait for one."""
+        """Calls that run in a thread or are queued for one."""
         return sum(lane.pending for lane in self._lanes)
 
     async def run(self, num_bytes: int, work: Callable[[], ResultT]) -> ResultT:
-        """The result of `work`, which is about as much as `num_bytes` of a body. Raises OverloadedError.
+        """Run `work`, which costs about as much as processing a body of `num_bytes`. Raises OverloadedError.
 
-        A call that is cancelled leaves the queue; one that runs already counts until its thread is done.
+        A cancelled call leaves the queue. If it already runs, it stays pending until its thread is done.
         """
         if num_bytes <= INLINE_BYTES:
             return work()
@@ -57,7 +56,7 @@ class PromptPool:
 
 class _Lane:
     def __init__(self, name: str, num_threads: int, max_waiting: int, rest: float) -> None:
-        """`rest`: seconds that a thread rests for each second of refused work."""
+        """`rest`: seconds that a thread sleeps per second of refused work."""
         self._rest = rest
         self._closed = threading.Event()
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
@@ -70,37 +69,37 @@ class _Lane:
                 f"This worker is busy: {self.pending} long prompts are being read (--max-preparing). Try again later."
             )
         loop = asyncio.get_running_loop()
-        answer: Future[ResultT] = Future()
+        result: Future[ResultT] = Future()
 
-        task = self._executor.submit(self._work, work, answer)
+        task = self._executor.submit(self._work, work, result)
 
         def task_done(_: Future[None]) -> None:
-            answer.cancel()  # unless it is there: the pool was closed
+            result.cancel()  # no effect once it is set; without a result the pool was closed
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._done)
 
-        def answer_done(_: Future[ResultT]) -> None:
-            if answer.cancelled():
-                task.cancel()  # unless it runs: it leaves the queue
+        def result_done(_: Future[ResultT]) -> None:
+            if result.cancelled():
+                task.cancel()  # removes it from the queue unless it already runs
 
         self.pending += 1
         task.add_done_callback(task_done)
-        answer.add_done_callback(answer_done)
-        return await asyncio.wrap_future(answer)
+        result.add_done_callback(result_done)
+        return await asyncio.wrap_future(result)
 
-    def _work(self, work: Callable[[], ResultT], answer: Future[ResultT]) -> None:
-        """In a thread: the answer first, then the rest that it costs."""
-        if not answer.set_running_or_notify_cancel():
+    def _work(self, work: Callable[[], ResultT], result: Future[ResultT]) -> None:
+        """Runs in a thread: sets the result, then sleeps if it was a refusal."""
+        if not result.set_running_or_notify_cancel():
             return
-        began_s = time.thread_time()
+        started_s = time.thread_time()
         is_refused = False
         try:
-            answer.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
             is_refused = isinstance(error, FastserveError)
-            answer.set_exception(error)
-        seconds = time.thread_time() - began_s
-        del work, answer  # with the body, which nobody else keeps
+            result.set_exception(error)
+        seconds = time.thread_time() - started_s
+        del work, result  # frees the body before the sleep
         if is_refused:
             self._closed.wait(min(MAX_REST_S, self._rest * seconds))
 

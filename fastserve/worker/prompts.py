@@ -1,6 +1,6 @@
 """The prompt in an answer: its text, and the log probabilities of its tokens.
 
-The first token has none, since nothing comes before it; the engine gives those of the others, in order.
+The first token has no log probability, since nothing precedes it. The engine returns those of all others, in order.
 """
 
 from __future__ import annotations
@@ -10,54 +10,54 @@ from dataclasses import replace
 from typing import Any
 
 from fastserve.engine.contract import TokenLogprob
-from fastserve.openai.answers import TokenText
+from fastserve.openai.answers import DecodedToken
 from fastserve.text.detokenizer import REPLACEMENT_CHARACTER
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker.choice import MIN_LOGPROB, token_text
+from fastserve.worker.choice import MIN_LOGPROB, decode_token
 from fastserve.worker.jobs import Prompt
 
 
 class Echo:
-    """The prompt as the beginning of an answer (OpenAI's `echo`)."""
+    """The prompt at the beginning of an answer (OpenAI's `echo`)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, num_top: int) -> None:
-        """`num_top`: how many of the likeliest tokens to give at each position."""
+        """`num_top`: number of top logprobs at each position."""
         self._tokenizer = tokenizer
         self._token_ids = prompt.token_ids
         self._num_top = num_top
-        self._tokens: list[TokenText] | None = None
+        self._tokens: list[DecodedToken] | None = None
         self.text, self._offsets = _text_and_offsets(tokenizer, prompt)
 
-    def tokens(self, logprobs: Sequence[TokenLogprob]) -> list[TokenText]:
-        """Every token of the prompt, with its offset in `text`. Made once: all choices of a prompt have the same."""
+    def tokens(self, logprobs: Sequence[TokenLogprob]) -> list[DecodedToken]:
+        """The tokens of the prompt, with their offsets in `text`. Cached, since all choices share them."""
         if self._tokens is None:
             first, *offsets = self._offsets
             rest = zip(logprobs, offsets, strict=True)
             self._tokens = [
-                TokenText(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
-                *(token_text(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
+                DecodedToken(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
+                *(decode_token(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
             ]
         return self._tokens
 
-    def before(
-        self, text: str, tokens: Sequence[TokenText] | None, prompt_logprobs: Sequence[TokenLogprob] | None
-    ) -> tuple[str, list[TokenText] | None]:
-        """Text and tokens of an answer, or of its first delta, with those of the prompt before them."""
+    def prepend(
+        self, text: str, tokens: Sequence[DecodedToken] | None, prompt_logprobs: Sequence[TokenLogprob] | None
+    ) -> tuple[str, list[DecodedToken] | None]:
+        """Prepend the prompt to the text and tokens of an answer or of its first delta."""
         echoed = None if tokens is None else [*self.tokens(prompt_logprobs or ()), *self.shift(tokens)]
         return self.text + text, echoed
 
-    def shift(self, tokens: Sequence[TokenText]) -> list[TokenText]:
-        """Tokens of the answer, with their offsets behind the prompt."""
+    def shift(self, tokens: Sequence[DecodedToken]) -> list[DecodedToken]:
+        """Tokens of the answer, with their offsets moved by the length of the prompt."""
         return [replace(token, text_offset=token.text_offset + len(self.text)) for token in tokens]
 
 
 def _text_and_offsets(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[int]]:
-    """The text of a prompt, and how many characters of it come before each token.
+    """The text of a prompt, and the offset of each token in it, in characters.
 
-    In a prompt that was sent as ids, special tokens are written with their names; in one that was sent as text, they
-    stand where the client wrote them.
+    The text of a prompt sent as ids contains the names of special tokens. A prompt sent as text contains only those
+    that the client wrote.
     """
-    given, special_ids = prompt.text, tokenizer.special_ids
+    sent_text, special_ids = prompt.text, tokenizer.special_ids
     pieces: list[str] = []
     offsets: list[int] = []
     at, detokenizer = 0, tokenizer.detokenizer()
@@ -66,17 +66,17 @@ def _text_and_offsets(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str, list[i
             held = detokenizer.finish()
             name = tokenizer.token_bytes(token_id).decode(errors="replace")
             offsets.append(at + len(held))
-            text = held + (name if given is None or given.startswith(name, at + len(held)) else "")
+            text = held + (name if sent_text is None or sent_text.startswith(name, at + len(held)) else "")
         else:
             text = detokenizer.push([token_id])
             offsets.append(at + _broken_before(tokenizer, token_id, text))
         pieces.append(text)
         at += len(text)
-    return "".join([*pieces, detokenizer.finish()]) if given is None else given, offsets
+    return "".join([*pieces, detokenizer.finish()]) if sent_text is None else sent_text, offsets
 
 
 def _broken_before(tokenizer: Tokenizer, token_id: int, text: str) -> int:
-    """Characters of a token's new text that stand for bytes of earlier tokens, which turned out to be no character."""
+    """Replacement characters at the start of a token's new text that stand for invalid bytes of earlier tokens."""
     if not text.startswith(REPLACEMENT_CHARACTER):
         return 0
     own = tokenizer.token_bytes(token_id).decode(errors="ignore")
@@ -86,9 +86,9 @@ def _broken_before(tokenizer: Tokenizer, token_id: int, text: str) -> int:
 def logprobs_by_id(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], num_top: int
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's `prompt_logprobs`: at each position of the prompt, by id, its own token and the `num_top` likeliest.
+    """vLLM's `prompt_logprobs`: for each position, the prompt's token and the `num_top` most likely ones, by id.
 
-    `rank` is null where it is not known: the engine ranks only the likeliest.
+    `rank` is null for a token that is not among the top logprobs of the engine.
     """
     entries: list[dict[str, dict[str, Any]] | None] = [None]
     for entry in logprobs:

@@ -1,4 +1,4 @@
-"""Flags of FastChat's model worker that are accepted, and refused at start as long as nothing stands behind them."""
+"""Flags of FastChat's model worker that are parsed but not supported, and combinations of flags that are invalid."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def _is_awq(config: WorkerConfig) -> bool:
 
 
 def refuse_unavailable(config: WorkerConfig) -> None:
-    """Raises StartupError for the first flag that nothing stands behind yet, and for GPUs that do not add up."""
+    """Raises StartupError for the first flag that is unsupported, out of range or in conflict with another."""
     _refuse_gpus(config)
-    for asked, sentence in REFUSALS:
-        if asked(config):
-            raise StartupError(sentence)
+    for is_refused, message in REFUSALS:
+        if is_refused(config):
+            raise StartupError(message)
     check_ranges(WorkerConfig, config)
     for flag, size in (("--gptq-groupsize", config.gptq_groupsize), ("--awq-groupsize", config.awq_groupsize)):
         if size < 1 and size != -1:
@@ -83,8 +83,7 @@ def refuse_unavailable(config: WorkerConfig) -> None:
 
 
 def _refuse_gpus(config: WorkerConfig) -> None:
-    """What the flags alone tell; the engine looks at the machine's devices, and at that which it found when no flag
-    names one."""
+    """Check the flags about GPUs alone. The engine checks them against the devices of the machine."""
     if config.gpus is not None:
         refuse_gpu_ids(config.gpus)
         if len(config.gpus.split(",")) < config.num_gpus:

@@ -1,11 +1,11 @@
-"""The deltas of a request's choices, folded: content, counts for usage, and which choices are the best."""
+"""Accumulates the deltas of a request: content of its choices, token counts for usage, and the best choices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 from fastserve.engine.contract import TokenLogprob
-from fastserve.openai.answers import TokenText, Usage
+from fastserve.openai.answers import DecodedToken, Usage
 from fastserve.text.parts import Part
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
@@ -13,11 +13,11 @@ from fastserve.worker.jobs import Job
 
 @dataclass
 class ChoiceResult:
-    """The deltas of one choice, folded. `parts` are pieces still: each form of answer joins them in its own way."""
+    """Accumulated deltas of one choice. `parts` are not joined: each answer format joins them in its own way."""
 
     index: int
     parts: list[Part] = field(default_factory=list)
-    tokens: list[TokenText] | None = None
+    tokens: list[DecodedToken] | None = None
     finish_reason: str | None = None
     num_tokens: int = 0
     cached_tokens: int = 0
@@ -34,7 +34,7 @@ class ChoiceResult:
         self.count(delta)
 
     def count(self, delta: ChoiceDelta) -> None:
-        """Keep what usage and the choice of the best need, not the content."""
+        """Add only what usage and the ranking of best_of need, not the content."""
         self.finish_reason = delta.finish_reason
         self.num_tokens = delta.num_tokens
         self.cached_tokens = delta.cached_tokens
@@ -42,17 +42,17 @@ class ChoiceResult:
 
     @property
     def mean_logprob(self) -> float:
-        """Mean over its tokens, the stop token included."""
+        """Mean logprob of a token, including the stop token."""
         return self.logprob_sum / max(1, self.num_tokens)
 
 
 class JobResult:
-    """The deltas of a job, folded."""
+    """Accumulated deltas of a job."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self.runs = [ChoiceResult(index) for index in range(len(job.prompts) * job.num_runs)]
-        """Every choice that is generated."""
+        """All generated choices."""
 
     def add(self, delta: ChoiceDelta) -> None:
         self.runs[delta.choice].add(delta)
@@ -62,9 +62,9 @@ class JobResult:
 
     @property
     def choices(self) -> list[ChoiceResult]:
-        """Those that are returned: of each prompt's runs the likeliest, best first. Equal ones keep their order.
+        """The choices to return, best first: of each prompt, the runs with the highest mean logprob.
 
-        Their indices are those of the answer.
+        Their indices are those of the answer. Runs with equal means keep their order.
         """
         job = self._job
         if job.num_runs == job.num_choices:
@@ -77,7 +77,7 @@ class JobResult:
 
     @property
     def usage(self) -> Usage:
-        # A prompt is computed once for all of its choices, so it counts once, and so does what was cached of it.
+        # A prompt is computed once for all of its choices, so its tokens and its cached tokens count once.
         firsts = {index // self._job.num_runs: self.runs[index] for index in reversed(self._job.choices)}
         cached = sum(run.cached_tokens for run in firsts.values())
         return Usage(self._job.prompt_tokens, sum(run.num_tokens for run in self.runs), cached)

@@ -1,4 +1,4 @@
-"""What the routes of a running worker work with. Made when the application's lifespan starts."""
+"""Shared state of a worker's routes, available once the model is loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from fastserve.worker.service import GenerationService
 
 @dataclass(frozen=True)
 class ModelHandler:
-    """The worker's side of a route: what answers its requests, and whether this worker's model can."""
+    """The worker's implementation of a model route."""
 
     route: ModelRoute
     endpoint: Callable[[Request], Awaitable[Response]]
     is_offered: Callable[[Runtime], bool]
-    """Whether the worker announces the capability. The endpoint exists in any case, and says what is missing."""
+    """Whether the worker announces the capability. Without it the endpoint still exists, and its error names what is
+    missing."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Runtime:
         stats = self.keeper.engine.stats
         return WorkerStatus(
             ready=self.keeper.ready,
-            model_names=self.jobs.model_names,
+            model_names=list(self.jobs.settings.model_names),
             queue_length=self.admission.running + self.admission.waiting,
             tokens_per_s=stats.tokens_per_s or None,
             heartbeat_interval_s=self.heartbeat_interval_s,
@@ -90,6 +91,6 @@ def status_of(request: Request) -> WorkerStatus:
 
 
 def status_changed(request: Request) -> None:
-    """Let the controller know the worker's status now, not at the next heartbeat."""
+    """Send a heartbeat with the new status now instead of at the end of the interval."""
     announce: Callable[[], None] = request.app.state.status_changed
     announce()

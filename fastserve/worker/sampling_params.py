@@ -1,9 +1,8 @@
-"""From what a client asked for to the engine's SamplingParams, in which nothing is left open.
+"""From a request to complete sampling params for the engine.
 
-A parameter is what the request says, else what the model's generation_config.json recommends (its makers tested it with
-that), else the default of SamplingParams, whose fields have the names of the request's. Only those that need more than
-that are named here. A file that says `"do_sample": false` recommends greedy answers: the temperature is 0 for requests
-that do not say one.
+A parameter comes from the request, else from the model's generation_config.json, else from the default of
+SamplingParams. Fields have the same names in all three, so only those that need more are named here. With
+`"do_sample": false` in generation_config.json, the default temperature is 0 (greedy).
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from fastserve.text.model_files import read_json
 
 SEED_MASK = 2**63 - 1
 SamplingDefaults = Mapping[str, float]
-"""By names of fields of SamplingParams."""
+"""Values by the names of SamplingParams' fields."""
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 _GREEDY_TOP_P = 1e-8
 _GREEDY_TEMPERATURE = 1e-5
 
 
 def read_defaults(folder: Path) -> SamplingDefaults:
-    """What generation_config.json of a model folder recommends."""
+    """Sampling params recommended by a model folder's generation_config.json."""
     config = read_json(folder / "generation_config.json")
     if config.get("do_sample") is False:
         config = {"repetition_penalty": config.get("repetition_penalty"), "temperature": 0.0}
@@ -46,13 +45,13 @@ def resolve(
     eos_token_ids: Iterable[int],
     vocab_size: int,
 ) -> SamplingParams:
-    """`seed` is used when the request brings none. Raises InvalidRequestError for ids outside of the vocabulary."""
+    """`seed`: for requests without one. Raises InvalidRequestError for ids outside of the vocabulary."""
     for name, ids in (("stop_token_ids", request.stop_token_ids or ()), ("logit_bias", request.logit_bias or {})):
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise invalid(name, token_id, f"Token ids of this model run from 0 to {vocab_size - 1}.")
-    given = {name: getattr(request, name, None) for name in SamplingParams.__struct_fields__}
-    values: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    requested = {name: getattr(request, name, None) for name in SamplingParams.__struct_fields__}
+    values: dict[str, Any] = {**defaults, **{name: value for name, value in requested.items() if value is not None}}
     end_token_ids = () if request.ignore_eos else eos_token_ids
     values |= {
         "max_tokens": max_tokens,

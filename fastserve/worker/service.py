@@ -1,6 +1,6 @@
-"""A job becomes deltas of its choices: the one path that every route takes, streamed or not.
+"""Generates a job's choices as deltas. All routes use it, streamed or not.
 
-An answer that is not streamed is the stream folded (`answer.py`), so both are the same by construction.
+An answer that is not streamed is the accumulated stream (`answer.py`), so both have the same content by construction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastserve.worker.mailbox import Mailbox
 from fastserve.worker.metrics import WorkerMetrics
 
 KEEP_ALIVE_S = 1.0
-"""A stream that has nothing to say for this long says so."""
+"""Silence after which a stream sends a keep-alive."""
 
 
 class GenerationService:
@@ -35,10 +35,10 @@ class GenerationService:
         self._numbers = itertools.count()
 
     async def generate(self, job: Job, *, tick_s: float = KEEP_ALIVE_S) -> AsyncGenerator[list[ChoiceDelta], None]:
-        """Batches of deltas, in order for each choice; an empty batch says that nothing came for `tick_s`.
+        """Batches of deltas, in order for each choice. An empty batch means that there was none for `tick_s` seconds.
 
-        Holds the permit and the engine's requests; both end with the generator, however that ends. Raises
-        OverloadedError or EngineDeadError before the first batch, EngineDeadError or InternalError also later.
+        Holds the permit and the engine's requests, and releases them however the generator ends. Raises OverloadedError
+        before the first batch; EngineDeadError, RequestAbortedError or InternalError at any time.
         """
         box: Mailbox[ChoiceDelta] = Mailbox(tick_s)
         work = asyncio.create_task(self._run(job, box))
@@ -59,8 +59,8 @@ class GenerationService:
 
     async def _run(self, job: Job, box: Mailbox[ChoiceDelta]) -> None:
         async with self._admission.permit(job.caller.lease, job.prompt_tokens):
-            self._keeper.require_ready()  # it may have died while we waited
-            self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived)
+            self._keeper.require_ready()  # the engine may have died during the wait
+            self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived_s)
             self._metrics.prompt_tokens.inc(job.prompt_tokens)
             number = next(self._numbers)
             runs = [
@@ -87,14 +87,14 @@ class GenerationService:
             request_id, prompt.token_ids, prompt.params, choice=index % job.num_runs, priority=job.priority
         )
         with self._keeper.engine.generate(request) as stream:
-            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived)
+            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived_s)
             stream.listen(listener.on_output)
-            await listener.finished  # perhaps before the engine's end: leaving aborts
+            await listener.finished  # a stop string ends it first: leaving aborts the request
 
 
 class _ChoiceListener:
-    """Hands the outputs of a choice on to its reader, in the very call that brings them: waking a task of the choice's
-    own for each of them would cost as much as everything else that is done for it.
+    """Passes the outputs of a choice on in the callback that delivers them: waking a task of the choice for each output
+    would cost as much as all other processing of it.
     """
 
     def __init__(
@@ -103,15 +103,15 @@ class _ChoiceListener:
         choice: Choice,
         box: Mailbox[ChoiceDelta],
         metrics: WorkerMetrics,
-        arrived: float,
+        arrived_s: float,
     ) -> None:
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done after the last delta, or with what the choice failed with."""
+        """Done after the last delta; holds the exception if the choice failed."""
         self._stream = stream
         self._choice = choice
         self._box = box
         self._metrics = metrics
-        self._last = arrived
+        self._last = arrived_s
         self._is_first = True
 
     def on_output(self) -> None:
@@ -119,7 +119,7 @@ class _ChoiceListener:
             return
         try:
             self._take()
-        except Exception as error:  # noqa: BLE001  raised where the choice is awaited; those of others go on
+        except Exception as error:  # noqa: BLE001  raised where the choice is awaited; other choices go on
             self.finished.set_exception(error)
 
     def _take(self) -> None:
@@ -127,7 +127,7 @@ class _ChoiceListener:
         if output is None:
             return
         if output.finish_reason == "abort":
-            raise RequestAbortedError("An administrator has aborted what was running here. Send it again.")
+            raise RequestAbortedError("An administrator has aborted the requests on this worker. Send it again.")
         if output.finish_reason == "error":
             raise InternalError(f"The engine ended the request: {output.error}.")
         now = time.monotonic()

@@ -14,7 +14,7 @@ from fastserve.demo import demo_model_path
 from fastserve.engine.fake import FakeEngine, FakeOptions
 from fastserve.gateway.app import create_app as create_server
 from fastserve.serving.listen import bind
-from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.app import ModelWorker, WorkerSetup
 from tests.apps import serve_app
 
 MODEL = "fastserve-demo"
@@ -59,7 +59,7 @@ async def run_worker(controller: str | None = None, **settings: Any) -> AsyncIte
         settings["controller_address"] = controller
     config = WorkerConfig(engine="fake", heartbeat_interval_s=0.05, **settings)
     folder = Path(demo_model_path())
-    made: list[Worker] = []
+    made: list[ModelWorker] = []
 
     async def listening() -> None:
         await asyncio.sleep(0.05)
@@ -74,10 +74,10 @@ async def run_worker(controller: str | None = None, **settings: Any) -> AsyncIte
             wait_listening=listening,
             end_process=lambda: None,
         )
-        made.append(Worker(setup))
+        made.append(ModelWorker(setup))
         return made[0].app
 
     async with run_app(make) as address:
         await made[0].wait_loaded()
         yield address
-        await made[0].goodbye()
+        await made[0].deregister()

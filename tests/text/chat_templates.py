@@ -1,4 +1,4 @@
-"""Chat templates in the styles that models come with."""
+"""Chat templates in the styles of common models."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "

@@ -69,7 +69,7 @@ def test_templates_cannot_leave_the_sandbox() -> None:
         template.render([{"role": "user", "content": "x"}])
 
 
-def test_where_the_template_is_found(tmp_path: Path) -> None:
+def test_sources_of_the_template(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
     assert load_chat_template(tmp_path) is None
 
@@ -133,7 +133,7 @@ def test_whatever_a_template_fails_with_is_the_clients_error(source: str) -> Non
     assert len(caught.value.message) < 400
 
 
-def test_a_template_is_ended_when_it_writes_too_much_or_takes_too_long() -> None:
+def test_a_template_is_stopped_at_its_length_and_time_limits() -> None:
     endless = "{% for i in range(9999) %}{% for k in range(9999) %}{{ messages[0].content }}{% endfor %}{% endfor %}"
     template = ChatTemplate({"default": endless}, TOKENS)
     chat = [{"role": "user", "content": "abc"}]

@@ -14,7 +14,7 @@ TURNS = ["hello", "hi there", "what is {x}?", "seven", "and now", "nothing", "by
 
 
 def fastchat_prompt(record: dict[str, Any], system: str | None, turns: list[str]) -> str:
-    """What FastChat's API server makes of a conversation of style NO_COLON_TWO."""
+    """Render a conversation of style NO_COLON_TWO as FastChat's API server does."""
     assert record["sep_style"] == NO_COLON_TWO == 5
     message = record["system_message"] if system is None else system
     text: str = record["system_template"].format(system_message=message)
@@ -44,7 +44,7 @@ def test_fastchats_prompt_is_the_templates(
 @pytest.mark.parametrize(
     ("source", "system"), [(CHATML, "x"), (CHATML_WITH_DEFAULT, None), (CHATML_WITH_DEFAULT, "x"), (LLAMA3, "x")]
 )
-def test_the_common_forms_need_no_mending(source: str, system: str | None) -> None:
+def test_common_templates_need_no_correction(source: str, system: str | None) -> None:
     template = ChatTemplate({"default": source}, TOKENS)
     conversation = derive_conversation("m", template, ())
     prompt = fastchat_prompt(conversation.as_dict(), system, TURNS[:3])
@@ -71,9 +71,9 @@ def test_a_template_without_system_puts_it_first(caplog: pytest.LogCaptureFixtur
     assert prompt == template.render(chat(None, ["Be brief.\n\n" + TURNS[0]]))
 
 
-def test_what_cannot_be_told_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_inexpressible_template_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         conversation = derive_conversation("m", ChatTemplate({"default": LAST_ONLY}, TOKENS), ())
-    assert "no form for FastChat" in caplog.text
+    assert "cannot be expressed for FastChat" in caplog.text
     assert fastchat_prompt(conversation.as_dict(), None, ["a", "b", "c"]) == "a\nb\nc\n"
     assert derive_conversation("m", None, ()).as_dict()["sep"] == "\n"

@@ -56,7 +56,7 @@ def test_pieces_of_random_ids_join_to_the_full_text(name: str, data: st.DataObje
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_sentencepiece_without_broken_bytes(data: st.DataObject) -> None:
-    """Random ids, byte tokens only in whole characters (see the note on broken bytes in the module)."""
+    """Random ids, with byte tokens only in whole characters (invalid bytes differ, see the module)."""
     tokenizer = loaded("sentencepiece")
     plain = [i for i in range(tokenizer.vocab_size) if not 5 <= i < 261]
     character = st.characters(codec="utf-8").map(lambda char: [5 + byte for byte in char.encode()])
@@ -98,7 +98,7 @@ def test_special_tokens_are_left_out_and_spaces_kept() -> None:
     assert tokenizer.token_bytes(ids[1]) == b" the"
 
 
-def test_other_decoders_go_through_a_window(tmp_path: Path) -> None:
+def test_other_decoders_use_a_window(tmp_path: Path) -> None:
     tiny.word_piece().save(str(tmp_path / "tokenizer.json"))
     tokenizer = FastTokenizer(tmp_path)
     assert isinstance(tokenizer.detokenizer(), WindowDetokenizer)
@@ -108,7 +108,7 @@ def test_other_decoders_go_through_a_window(tmp_path: Path) -> None:
     assert tokenizer.token_bytes(ids[0]) == tokenizer.decode([ids[0]]).encode()
 
 
-def test_a_window_holds_back_what_is_not_whole() -> None:
+def test_a_window_holds_back_incomplete_characters() -> None:
     tokenizer = loaded("byte_level")
     ids = tokenizer.encode("a 😀 b 🦊", add_special_tokens=False)
     detokenizer = WindowDetokenizer(tokenizer.decode, frozenset())
@@ -128,7 +128,7 @@ def test_a_window_holds_back_what_is_not_whole() -> None:
         (decoders.CTC(), False),
     ],
 )
-def test_which_decoders_are_known(decoder: decoders.Decoder, known: bool) -> None:
+def test_known_decoders(decoder: decoders.Decoder, known: bool) -> None:
     assert (rule_of_decoder(json.loads(decoder.__getstate__())) is not None) == known
     assert rule_of_decoder(None) is None
 

@@ -1,4 +1,4 @@
-"""The lower bounds for the number of tokens of a text hold, and are found at little cost."""
+"""The lower bounds for the number of tokens of a text hold and are cheap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from fastserve.demo import demo_model_path
 from fastserve.text.fast_tokenizer import FastTokenizer
 from fastserve.text.load_tokenizer import load_tokenizer
-from fastserve.text.prompt_length import least_num_tokens, max_token_chars
+from fastserve.text.prompt_length import max_token_chars, min_num_tokens
 from tests.text import tiny_tokenizers as tiny
 
 WORDS = st.sampled_from(
@@ -26,11 +26,11 @@ TEXTS = st.lists(WORDS, max_size=60).map("".join)
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
 @pytest.mark.parametrize("make", [tiny.byte_level, tiny.sentencepiece, tiny.metaspace])
-def test_no_token_stands_for_more_characters_than_the_bound(make: Callable[[], Tokenizer], text: str) -> None:
+def test_no_token_has_more_characters_than_the_bound(make: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = _cached(make)
-    most = max_token_chars(tokenizer)
-    assert most is not None
-    assert len(tokenizer.encode(text, add_special_tokens=False).ids) * most >= len(text)
+    max_chars = max_token_chars(tokenizer)
+    assert max_chars is not None
+    assert len(tokenizer.encode(text, add_special_tokens=False).ids) * max_chars >= len(text)
 
 
 _made: dict[Callable[[], Tokenizer], Tokenizer] = {}
@@ -100,7 +100,7 @@ def demo() -> FastTokenizer:
 
 
 class Counting:
-    """Counts what is really tokenised."""
+    """Counts the characters that are tokenized."""
 
     def __init__(self, tokenizer: FastTokenizer, max_token_chars: int | None) -> None:
         self._tokenizer = tokenizer
@@ -114,12 +114,12 @@ class Counting:
 
 @pytest.mark.parametrize("text", ["word ", "a", "世界", "\n", "<|im_end|>", "x" * 50 + " "])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_text_that_is_far_too_long_is_refused_without_tokenising_it(
+def test_a_text_that_is_far_too_long_is_refused_without_tokenizing_it(
     demo: FastTokenizer, text: str, known: bool
 ) -> None:
     counting: Any = Counting(demo, demo.max_token_chars if known else None)
     long = text * (4_000_000 // len(text))
-    assert least_num_tokens(counting, long, 2048) > 2048
+    assert min_num_tokens(counting, long, 2048) > 2048
     assert counting.num_chars <= (0 if known else 200_000)
 
 
@@ -127,4 +127,4 @@ def test_a_text_that_is_far_too_long_is_refused_without_tokenising_it(
 @given(text=TEXTS.map(lambda text: text * 300), limit=st.integers(1, 4000), known=st.booleans())
 def test_the_lower_bound_is_one(demo: FastTokenizer, text: str, limit: int, known: bool) -> None:
     counting: Any = Counting(demo, demo.max_token_chars if known else None)
-    assert least_num_tokens(counting, text, limit) <= len(demo.encode(text, add_special_tokens=False))
+    assert min_num_tokens(counting, text, limit) <= len(demo.encode(text, add_special_tokens=False))

@@ -11,7 +11,7 @@ stop_lists = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=
 
 
 def first_stop(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
-    """The meaning, spelled out: look at ever longer beginnings until one ends in a stop string."""
+    """Reference implementation: try ever longer prefixes until one ends in a stop string."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -51,7 +51,7 @@ def test_no_stops_hold_nothing_back() -> None:
     assert window.finish() == ""
 
 
-def test_an_empty_stop_is_a_mistake() -> None:
+def test_an_empty_stop_is_an_error() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopStrings([""])
 
@@ -74,7 +74,7 @@ def test_repetitive_strings_are_found_where_a_plain_search_finds_them(data: st.D
 
 
 def test_the_longest_stop_strings_cost_each_character_a_bounded_amount_of_work() -> None:
-    """Strings that nearly match again and again: a search that starts anew each time would take minutes."""
+    """Strings that nearly match at every character: a search that restarts each time would take minutes."""
     window = StopStrings(["a" * 1000 + str(i) for i in range(16)])
     sent = "".join(window.push("a") for _ in range(5_000))
     assert len(sent) == 5_000 - 1000

@@ -31,7 +31,7 @@ def test_special_tokens_and_end_tokens(save: tiny.Save) -> None:
     assert tokenizer.vocab_size == 1 + max(tiny.sentencepiece().get_vocab().values())
 
 
-def test_a_bos_asked_for_by_the_configuration_is_put(save: tiny.Save) -> None:
+def test_a_bos_required_by_the_configuration_is_added(save: tiny.Save) -> None:
     folder = save(tiny.byte_level(), tokenizer_config={"bos_token": "<s>", "add_bos_token": True})
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode("hi", add_special_tokens=True) == [0, *tokenizer.encode("hi", add_special_tokens=False)]
@@ -64,7 +64,7 @@ async def test_long_texts_are_encoded_off_the_loop(save: tiny.Save) -> None:
     assert ticks > 3
 
 
-def test_a_broken_folder_is_a_sentence(tmp_path: Path) -> None:
+def test_an_invalid_folder_is_a_startup_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(StartupError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Small tokenizers, built on the spot: one byte-level, several in sentencepiece's manner."""
+"""Small tokenizers built by code: one byte-level, several like sentencepiece's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def metaspace() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2's: a space is written before the text and stripped again, unknown characters are bytes."""
+    """Like Llama 2's: a space is prepended to the text and stripped again, unknown characters become bytes."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = sorted({char for text in CORPUS for char in text if char.isascii() and char != " "})
     pieces = ["<unk>", *SPECIAL, *bytes_, "▁", *letters, "th", "he", "▁the", "lo", "▁q"]

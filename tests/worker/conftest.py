@@ -22,7 +22,7 @@ from fastserve.serving.listen import bind
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker.app import Worker, WorkerSetup
+from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.openai_routes import HANDLERS
 from fastserve.worker.runtime import ModelHandler, Runtime
@@ -32,7 +32,7 @@ MODEL = "fastserve-demo"
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> float:
-    """Wait until `condition` holds; return the seconds that it took."""
+    """Wait until `condition` holds; return the seconds it took."""
     started = time.monotonic()
     while not condition():
         if time.monotonic() - started > timeout_s:
@@ -44,12 +44,12 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> floa
 @dataclass
 class Running:
     url: str
-    worker: Worker
+    worker: ModelWorker
     engine: FakeEngine
     http: aiohttp.ClientSession
     openai: openai.AsyncOpenAI
     ended: asyncio.Event
-    """Set when the worker asked for its process to end."""
+    """Set once the worker calls `end_process`."""
 
     @property
     def runtime(self) -> Runtime:
@@ -62,7 +62,7 @@ class Running:
             return response.status, answer
 
     async def idle(self, timeout_s: float = 5.0) -> float:
-        """Wait until nothing runs or waits anywhere."""
+        """Wait until no request runs or waits."""
 
         def nothing() -> bool:
             stats, admission = self.engine.stats, self.runtime.admission
@@ -86,7 +86,7 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def say(tokenizer: Tokenizer) -> Callable[[str], Script]:
-    """A script that answers every request with one text."""
+    """Make a script that answers every request with one text."""
 
     def of(text: str) -> Script:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -146,18 +146,18 @@ def run_worker(model_dir: Path) -> RunWorker:
             restart_policy=restart_policy or RestartPolicy(first_pause_s=0.01),
             handlers=handlers,
         )
-        worker = Worker(setup)
+        worker = ModelWorker(setup)
         async with serve_app(worker.app, sockets):
             listening.set()
             await until(lambda: worker.failure or ended.is_set() or worker.app.state.runtime is not None)
             assert worker.failure is None, "the worker did not start"
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             try:
-                # Also bodies that are no JSON say that they are: others are refused before they are looked at.
+                # Bodies that are not JSON have this type, too: others are refused before they are parsed.
                 async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as http:
                     yield Running(url, worker, engine, http, client, ended)
             finally:
                 await client.close()
-                await worker.goodbye()
+                await worker.deregister()
 
     return run

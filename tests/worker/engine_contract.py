@@ -1,4 +1,4 @@
-"""What every engine must do, as tests. A test module subclasses `EngineContract` and gives `make_engine`.
+"""Contract tests for engines. A test module subclasses `EngineContract` and provides `make_engine`.
 
 The prompt ids are small numbers, which every vocabulary has.
 """
@@ -43,7 +43,7 @@ def request(
 
 
 async def run(engine: Engine, engine_request: EngineRequest) -> RequestOutput:
-    """The whole answer, merged into one output."""
+    """Collect an answer into one output."""
     whole = RequestOutput(engine_request.request_id, [])
     with engine.generate(engine_request) as outputs:
         async for output in outputs:
@@ -73,7 +73,7 @@ class CallThatNoEngineKnows(Call[None], frozen=True):
 
 @contextlib.asynccontextmanager
 async def generating(engine: Engine, count: int = 2, **params: Any) -> AsyncIterator[list[asyncio.Task[RequestOutput]]]:
-    """Requests that have begun to answer, and go on for a while. The engine is not paused afterwards."""
+    """Start requests that generate for a while. Resumes the engine at the end."""
     before = engine.stats.generated_tokens
     params = {"max_tokens": 200, "temperature": 1.0} | params
     tasks = [asyncio.create_task(run(engine, request([5, i], **params))) for i in range(count)]
@@ -89,7 +89,7 @@ async def generating(engine: Engine, count: int = 2, **params: Any) -> AsyncIter
 
 
 async def is_still(engine: Engine) -> bool:
-    """Nothing is computed for a while."""
+    """Whether the engine is paused and computes nothing for a while."""
     steps = engine.stats.steps
     await asyncio.sleep(0.1)
     return engine.stats.paused and engine.stats.steps == steps
@@ -103,7 +103,7 @@ class Started(NamedTuple):
 
 @pytest.mark.asyncio(loop_scope="class")
 class EngineContract:
-    """A subclass gives a class-scoped fixture `make_engine`; one engine serves all tests but that of its end."""
+    """A subclass provides a class-scoped fixture `make_engine`. All tests share an engine except that of `close`."""
 
     @pytest_asyncio.fixture(scope="class", loop_scope="class")
     @classmethod

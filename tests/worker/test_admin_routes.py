@@ -1,4 +1,4 @@
-"""The worker's routes for administrators, on the fake engine: who may, what bodies may hold, and what clients see."""
+"""The worker's routes for administrators, on the fake engine: access, bodies, and the effects on clients."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_streams_are_kept_alive_through_a_pause_and_lose_nothing(run_worke
         assert b"data: [DONE]" in lines
 
 
-async def test_aborted_requests_end_with_an_error_that_asks_to_come_again(run_worker: RunWorker) -> None:
+async def test_aborted_requests_end_with_an_error_that_asks_to_retry(run_worker: RunWorker) -> None:
     async with run_worker(noise, token_s=0.01) as running:
         whole = asyncio.create_task(running.post("/v1/completions", LONG))
         async with running.http.post(running.url + "/v1/completions", json=LONG | {"stream": True}) as response:
@@ -87,7 +87,7 @@ async def test_a_pause_that_waits_can_have_a_deadline(run_worker: RunWorker) -> 
         assert (await runs)[0] == 200
 
 
-async def test_an_administrator_who_leaves_takes_nothing_back(run_worker: RunWorker) -> None:
+async def test_a_call_is_carried_out_though_the_administrator_disconnects(run_worker: RunWorker) -> None:
     async with run_worker(noise, token_s=0.005) as running:
         runs = asyncio.create_task(running.post("/v1/completions", LONG))
         await until(lambda: running.engine.stats.num_running == 1)
@@ -140,7 +140,7 @@ async def test_the_other_calls_answer(run_worker: RunWorker) -> None:
         ("/stop_profile", "now", None, "not a JSON object"),
     ],
 )
-async def test_a_wrong_body_gets_an_error_that_names_the_field(
+async def test_an_invalid_body_gets_an_error_that_names_the_field(
     one_worker: Running, path: str, body: Any, field: str | None, remedy: str
 ) -> None:
     status, answer = await call(one_worker, path, body)

@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
 
-async def test_past_the_queue_it_says_no_at_once() -> None:
+async def test_a_full_queue_refuses_at_once() -> None:
     clock = Clock()
     admission = Admission(2, 3, 100, clock)
     release = asyncio.Event()
@@ -86,12 +86,12 @@ async def test_leases_are_known_while_they_run_or_wait() -> None:
 async def test_random_cancellations_leak_nothing(seed: int) -> None:
     randomly = random.Random(seed)
     admission = Admission(3, 2000, 10**6, Clock())
-    most = 0
+    max_running = 0
 
     async def request(number: int) -> None:
-        nonlocal most
+        nonlocal max_running
         async with admission.permit(f"lease-{number % 40}", number % 7):
-            most = max(most, admission.running)
+            max_running = max(max_running, admission.running)
             for _ in range(randomly.randrange(4)):
                 await asyncio.sleep(0)
             if randomly.random() < 0.2:
@@ -103,12 +103,12 @@ async def test_random_cancellations_leak_nothing(seed: int) -> None:
         for _ in range(randomly.randrange(3)):
             await asyncio.sleep(0)
     assert (admission.running, admission.waiting, admission.queued_tokens, admission.leases) == (0, 0, 0, [])
-    assert most <= 3
+    assert max_running <= 3
     async with asyncio.timeout(1), admission.permit():
         assert admission.running == 1
 
 
-async def test_who_comes_while_a_permit_is_handed_on_waits_its_turn() -> None:
+async def test_a_newcomer_waits_while_a_permit_is_handed_over() -> None:
     admission = Admission(1, 10, 100, Clock())
     order: list[str] = []
 
@@ -156,7 +156,7 @@ async def test_a_prompt_longer_than_the_bound_may_wait_alone() -> None:
     await waiting
 
 
-async def test_a_turn_that_comes_with_a_cancellation_is_handed_on() -> None:
+async def test_a_permit_given_to_a_cancelled_request_is_handed_over() -> None:
     admission = Admission(1, 10, 100, Clock())
     ran: list[str] = []
 

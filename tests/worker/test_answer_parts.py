@@ -1,4 +1,4 @@
-"""A new type of part, its parser and the form in which chats write it: all in this file, through public seams only."""
+"""A new type of part with its parser and its fields in chats, all in this file, through public interfaces only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReasoningPart(Part, frozen=True):
 
 
 class ReasoningParser:
-    """What stands between the markers is reasoning; a marker that is not whole yet is held back."""
+    """Parses text between markers as reasoning, and holds back incomplete markers."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -84,7 +84,7 @@ def make_job(num_choices: int, output: OutputOptions) -> Job:
 def deltas_of(
     tokenizer: Tokenizer, ids: list[int], cuts: Iterable[int], options: OutputOptions, index: int = 0
 ) -> list[ChoiceDelta]:
-    """The deltas of a choice whose ids come in pieces of the sizes `cuts`."""
+    """The deltas of a choice whose ids arrive in outputs of the sizes `cuts`."""
     choice = Choice(index, tokenizer, SamplingParams(max_tokens=len(ids)), options)
     found, at = [], 0
     for cut in itertools.chain(cuts, itertools.repeat(len(ids))):
@@ -107,7 +107,7 @@ def chunks_of(events: bytes) -> list[dict[str, Any]]:
 
 
 def messages_of(events: bytes) -> dict[int, dict[str, Any]]:
-    """Each choice as a client joins it: strings only."""
+    """Each choice as a client merges it: strings only."""
     joined: dict[int, dict[str, Any]] = {}
     for chunk in chunks_of(events):
         for choice in chunk["choices"]:
@@ -132,7 +132,7 @@ def whole_messages(body: bytes) -> dict[int, dict[str, Any]]:
 
 
 def expected_message(text: str) -> dict[str, str]:
-    """The meaning of the markers, spelled out."""
+    """Reference implementation of the markers."""
     pieces = re.split(f"{OPEN}(.*?)(?:{CLOSE}|$)", text, flags=re.DOTALL)
     reasoning = "".join(pieces[1::2])
     message = {"role": "assistant", "content": "".join(pieces[::2])}
@@ -141,7 +141,7 @@ def expected_message(text: str) -> dict[str, str]:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_a_part_added_in_one_file_is_the_same_streamed_and_folded(tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_a_part_added_in_one_file_is_the_same_streamed_and_whole(tokenizer: Tokenizer, data: st.DataObject) -> None:
     words = st.sampled_from(
         [OPEN, CLOSE, "<th", "ink>", "</", "think", "<", ">", "so 12", " 世界", "😀", "\n", " stop"]
     )
@@ -183,21 +183,21 @@ def test_reasoning_and_text_of_one_delta_are_chunks_of_their_own(tokenizer: Toke
     assert [len((choice["logprobs"] or {}).get("content", ())) for choice in choices] == [0, len(ids), 0, 0], "once"
 
 
-def test_markers_that_no_parser_looks_for_are_text(tokenizer: Tokenizer) -> None:
+def test_markers_without_a_parser_are_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<think>why</think>so", add_special_tokens=False)
     deltas = deltas_of(tokenizer, ids, [1] * len(ids), OutputOptions())
     assert plain_text([part for delta in deltas for part in delta.parts]) == "<think>why</think>so"
 
 
-def test_a_form_without_a_place_for_a_part_says_so(tokenizer: Tokenizer) -> None:
+def test_a_format_that_does_not_support_a_part_raises(tokenizer: Tokenizer) -> None:
     job = make_job(1, OutputOptions(parser=ReasoningParser))
     ids = tokenizer.encode("<think>why</think>so", add_special_tokens=False)
-    with pytest.raises(TypeError, match="no place for a ReasoningPart"):
+    with pytest.raises(TypeError, match="does not support ReasoningPart"):
         CompletionWriter(job, 0, tokenizer).write(deltas_of(tokenizer, ids, (), job.output))
 
 
 def test_deltas_fold_into_the_message_that_clients_make_of_them() -> None:
-    """Tool calls: whole name first, arguments in pieces, two calls."""
+    """Two tool calls: the whole name first, then arguments in pieces."""
     message = fold_deltas(
         [
             {"content": "Let me "},

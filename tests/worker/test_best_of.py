@@ -1,4 +1,4 @@
-"""best_of: more choices are generated than told, and the likeliest are told."""
+"""best_of: more choices are generated than returned, and the most likely are returned."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def by_choice(answers: Sequence[Sequence[int]]) -> Script:
 
 @pytest.fixture(scope="module")
 def words(tokenizer: Tokenizer) -> list[int]:
-    """Three ids of words, rising. The fake engine finds larger ids less likely."""
+    """Ascending ids of three words. The fake engine gives larger ids lower logprobs."""
     ids = [at for at in range(tokenizer.vocab_size) if re.fullmatch(rb"[a-z]{3,}", tokenizer.token_bytes(at))]
     return [ids[0], ids[len(ids) // 2], ids[-1]]
 
 
-async def test_the_likeliest_per_token_are_told_best_first(
+async def test_the_choices_with_the_highest_mean_logprob_are_returned_best_first(
     run_worker: RunWorker, words: list[int], tokenizer: Tokenizer
 ) -> None:
     low, middle, high = words
@@ -57,7 +57,7 @@ async def test_the_likeliest_per_token_are_told_best_first(
         assert best.choices[0].logprobs is None
 
 
-async def test_what_a_stop_string_cut_off_does_not_count(
+async def test_tokens_cut_off_by_a_stop_string_do_not_count(
     run_worker: RunWorker, words: list[int], tokenizer: Tokenizer
 ) -> None:
     low, middle, high = words

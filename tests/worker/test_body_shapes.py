@@ -1,4 +1,4 @@
-"""Bodies with very many values are refused by counting them; none of the values is made."""
+"""Bodies with too many values are refused by counting them, without parsing them."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class NeverUsed:
 
 @pytest.mark.parametrize("kind", PIECES)
 @pytest.mark.parametrize("indent", [None, 1])
-def test_too_many_values_are_counted_and_never_made(
+def test_too_many_values_are_counted_and_never_parsed(
     monkeypatch: pytest.MonkeyPatch, kind: str, indent: int | None
 ) -> None:
     name, value, words = PIECES[kind]
     body = json.dumps({"model": "m", name: value}, indent=indent).encode()
     monkeypatch.setattr(bodies, "_MESSAGES", NeverUsed())
-    # The other fields are read; the model's name is one of them.
+    # The other fields, such as the model's name, are parsed.
     monkeypatch.setattr(bodies, "_ANYTHING", NeverUsed())
     with pytest.raises(InvalidRequestError, match=words) as caught:
         read_fields(body, BOUNDS, KNOWN - {"model"})
     assert caught.value.param == name
 
 
-def test_what_fits_is_read_whatever_its_texts_hold() -> None:
+def test_bodies_within_the_bounds_are_parsed_whatever_their_strings_hold() -> None:
     texts = ['a "quoted" [bracket], {brace}', "\\", '\\"', ",,,,", '""', "back\\\\slash\\", "[[[[", "é" * 50_000, "x,"]
     messages = [
         {"role": "user", "content": [{"type": "text", "text": texts[i % len(texts)]} for i in range(4)]}
@@ -76,7 +76,7 @@ def test_token_ids_beyond_all_contexts_are_an_error_of_the_context() -> None:
 
 
 @pytest.mark.parametrize("value", [[0] * 300_000, [[]] * 200_000, {"a": [1] * 200_000}, [None], ["x"] * 100_000])
-def test_a_first_element_that_is_none_is_still_named(value: Any) -> None:
+def test_an_invalid_first_element_is_still_named(value: Any) -> None:
     with pytest.raises(InvalidRequestError, match=r"Invalid value for 'messages(\.0)?'. Give an (object|array)"):
         read_fields(json.dumps({"messages": value}).encode(), BOUNDS, KNOWN)
 
@@ -88,5 +88,5 @@ def test_a_first_element_that_is_none_is_still_named(value: Any) -> None:
         (b'","""', b""), (b'["""]', b"["), (b'"""","",","', b",,"),
     ],
 )  # fmt: skip
-def test_structure_within_strings_is_left_out(structure: bytes, outside: bytes) -> None:
+def test_structure_within_strings_is_ignored(structure: bytes, outside: bytes) -> None:
     assert outside_strings(structure) == outside

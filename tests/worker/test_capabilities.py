@@ -1,4 +1,4 @@
-"""A worker announces what its model can, and a new capability is a line in the list of routes and a handler."""
+"""A worker announces its model's capabilities. A new one is a line in the list of routes and a handler."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def embed(request: Request) -> Response:
 async def started(
     run_worker: RunWorker, handlers: tuple[ModelHandler, ...], **settings: Any
 ) -> AsyncIterator[tuple[str, Running]]:
-    """A controller, a worker with these handlers and an API server that knows EMBEDDINGS too; gives its address."""
+    """A controller, a worker with these handlers, and an API server that has EMBEDDINGS too. Yields its address."""
     control = ControllerConfig(insecure=True)
     async with serve_app(create_controller(control)) as controller:
         to_controller: dict[str, Any] = {"controller_address": controller, "insecure": True}
@@ -88,7 +88,7 @@ async def test_a_new_capability_is_a_line_in_the_list_and_a_handler(run_worker: 
             assert 'route="/v1/embeddings",status="200"' in await response.text()
 
 
-async def test_an_answer_of_another_shape_is_none_on_a_new_route_too(run_worker: RunWorker) -> None:
+async def test_a_malformed_answer_is_refused_on_a_new_route_too(run_worker: RunWorker) -> None:
     async def confused(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": []})
 
@@ -127,7 +127,7 @@ async def test_a_model_without_a_chat_template_offers_completions_only(
         assert (status, bool(answer["choices"])) == (200, True)
 
 
-async def test_nothing_is_stated_before_the_model_is_loaded(run_worker: RunWorker) -> None:
+async def test_no_capability_is_announced_before_the_model_is_loaded(run_worker: RunWorker) -> None:
     async with run_worker() as worker:
         runtime = worker.worker.app.state.runtime
         worker.worker.app.state.runtime = None

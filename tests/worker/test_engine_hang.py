@@ -1,4 +1,4 @@
-"""A worker whose engine process hangs: the requests fail in time, and the worker comes back by itself."""
+"""An engine process that hangs: requests fail after the timeout, and the worker recovers."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ async def test_requests_fail_in_time_and_the_worker_returns(tmp_path: Path) -> N
             *_, error, done, _ = (await response.text()).split("\n\n")
         assert time.monotonic() - began <= TIMEOUT_S + 1
         assert done == "data: [DONE]"
-        told = json.loads(error.removeprefix("data: "))["error"]
-        assert (told["type"], told["code"]) == ("service_unavailable_error", "engine_dead")
-        assert "hung" in told["message"]
-        assert "--engine-timeout-s" in told["message"]
+        failure = json.loads(error.removeprefix("data: "))["error"]
+        assert (failure["type"], failure["code"]) == ("service_unavailable_error", "engine_dead")
+        assert "hung" in failure["message"]
+        assert "--engine-timeout-s" in failure["message"]
         async with await whole as response:
             assert response.status == 503
             assert (await response.json())["error"]["code"] == "engine_dead"

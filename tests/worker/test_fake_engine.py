@@ -24,7 +24,7 @@ async def test_echo_ends_with_the_end_token() -> None:
     await engine.close()
 
 
-async def test_it_can_be_told_to_fail() -> None:
+async def test_it_can_be_made_to_fail() -> None:
     engine = FakeEngine(FakeOptions(start_failures=["no memory"], token_s=0.01))
     with pytest.raises(StartupError, match="no memory"):
         await engine.start(lambda _: None)

@@ -58,16 +58,16 @@ async def test_generate_is_the_last_record_and_echoes_by_default(run_worker: Run
         assert ("".join(tokens), end) == (ANSWER, "<|im_end|>")
         assert len(record["logprobs"]["token_logprobs"]) == len(record["logprobs"]["text_offset"])
         _, record = await running.post("/worker_generate", {"prompt": "Q: ", "logprobs": 1})
-        told = record["logprobs"]
-        assert "".join(told["tokens"][:-1]) == record["text"] == "Q: " + ANSWER
-        assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
-        assert all(value < 0 for value in told["token_logprobs"][1:])
+        logprobs = record["logprobs"]
+        assert "".join(logprobs["tokens"][:-1]) == record["text"] == "Q: " + ANSWER
+        assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+        assert all(value < 0 for value in logprobs["token_logprobs"][1:])
         params = {"prompt": "Q", "top_k": -1, "top_p": 1.0, "presence_penalty": 0.0, "best_of": 1, "stop": ["", ""]}
         _, record = await running.post("/worker_generate", params | {"stop_token_ids": None, "use_beam_search": False})
         assert record["error_code"] == 0
 
 
-async def test_what_the_api_server_asks_for(run_worker: RunWorker, tokenizer: Tokenizer) -> None:
+async def test_routes_that_the_api_server_calls(run_worker: RunWorker, tokenizer: Tokenizer) -> None:
     async with run_worker(max_model_len=512, model_names=("a", "b")) as running:
         _, status = await running.post("/worker_get_status", None)
         assert (status["model_names"], status["speed"], status["queue_length"]) == (["a", "b"], 1, 0)

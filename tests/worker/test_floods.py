@@ -1,4 +1,4 @@
-"""Bodies meant to exhaust the worker, while others go on using it. A real process, so that its memory can be seen."""
+"""Bodies meant to exhaust the worker while others use it. A real process, so that its memory can be measured."""
 
 from __future__ import annotations
 
@@ -133,4 +133,4 @@ async def test_a_flood_costs_its_senders_an_error_and_others_nothing(target: Tar
     assert seen.answers >= GOOD_CLIENTS
     assert seen.wrong == []
     assert seen.peak_bytes - before < MAX_GROWTH_BYTES
-    assert len(target.controller.calls) > beats, "it still tells the controller that it is there"
+    assert len(target.controller.calls) > beats, "it still sends heartbeats"

@@ -1,4 +1,4 @@
-"""Answers as they were recorded, byte for byte: whoever changes how answers are made sees here what clients would see.
+"""Recorded answers, byte for byte: a change of how answers are made shows here what clients would get.
 
 `FASTSERVE_RECORD_GOLDEN=1 python -m pytest tests/worker/test_golden_answers.py` records them anew, for changes that are
 meant.
@@ -65,7 +65,7 @@ OF_FASTCHAT: dict[str, dict[str, Any]] = {
 
 
 def _requests() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Path and body of each request, by its name."""
+    """Path and body of each request by its name."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     families = (("/v1/chat/completions", CHAT, OF_CHAT), ("/v1/completions", PROMPT, OF_COMPLETIONS))
     for path, common, own in families:
@@ -102,7 +102,7 @@ async def _answers(running: Running) -> dict[str, str]:
 
 def _same(name: str, recorded: str, found: str) -> bool:
     if name.startswith("FastChat") and name.endswith("streamed"):
-        # A reader that is late gets one record for several tokens; each holds all that there is so far.
+        # A slow reader gets one record for several tokens; each has the whole text so far.
         records, expected = found.split("\0"), recorded.split("\0")
         rest = iter(expected)
         return records[-2:] == expected[-2:] and all(record in rest for record in records)

@@ -20,17 +20,17 @@ FAST = 0.03
 
 
 class StubController:
-    """Remembers what it is told. `fastchat`: like FastChat's, it knows only who came by /register_worker."""
+    """Records its calls. `fastchat`: like FastChat's, it knows only workers from /register_worker."""
 
     def __init__(self, *, fastchat: bool = False) -> None:
         self.fastchat = fastchat
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.known: set[str] = set()
-        """Workers that requests may be sent to."""
+        """Registered workers that are ready."""
         self.announced: set[str] = set()
-        """Workers whose models load, or whose engine restarts."""
+        """Workers that are not ready: the model is loading or the engine restarting."""
         self.strange: tuple[int, bytes] | None = None
-        """Status and body, sent in the place of its answers."""
+        """HTTP status and body to send instead of its replies."""
         self._runner: web.AppRunner | None = None
         self._port = 0
 
@@ -87,10 +87,12 @@ def settings() -> dict[str, Any]:
     return {"no_register": False, "heartbeat_interval_s": FAST}
 
 
-async def test_whole_status_every_interval_and_goodbye(run_worker: RunWorker, settings: dict[str, Any]) -> None:
+async def test_full_status_in_every_interval_and_deregistration(
+    run_worker: RunWorker, settings: dict[str, Any]
+) -> None:
     async with controller() as stub:
         async with run_worker(controller_address=stub.url + "/", model_names=("a", "b"), **settings) as running:
-            # The first ones may say that the model loads.
+            # The first ones may be sent while the model loads.
             await until(lambda: len(stub.calls) >= 3 and stub.calls[-1][1]["status"]["ready"])
             assert set(stub.paths()) == {"receive_heart_beat"}
             body = stub.calls[-1][1]
@@ -106,7 +108,7 @@ async def test_whole_status_every_interval_and_goodbye(run_worker: RunWorker, se
         assert stub.paths()[-1] == "deregister_worker"
 
 
-def test_workers_started_together_do_not_send_in_step() -> None:
+def test_workers_started_together_do_not_send_in_lockstep() -> None:
     workers = [list(islice(pauses_s(2.0, random.Random(seed)), 20)) for seed in range(1000)]
     for num_pauses in (1, 20):
         phases = [sum(pauses[:num_pauses]) % 2.0 for pauses in workers]
@@ -136,7 +138,7 @@ STRANGE = {
 }
 
 
-async def test_whatever_stands_where_the_controller_should_the_worker_serves_on(
+async def test_the_worker_serves_on_whatever_answers_at_the_controllers_address(
     run_worker: RunWorker, settings: dict[str, Any]
 ) -> None:
     async with controller() as stub, run_worker(controller_address=stub.url, **settings) as running:
@@ -167,7 +169,9 @@ async def test_a_restarted_controller_knows_it_again(
                 await until(lambda: caplog.text.count("cannot be reached") == 1)
 
 
-async def test_nothing_is_told_before_requests_are_accepted(run_worker: RunWorker, settings: dict[str, Any]) -> None:
+async def test_no_heartbeat_is_sent_before_requests_are_accepted(
+    run_worker: RunWorker, settings: dict[str, Any]
+) -> None:
     async with controller() as stub, run_worker(controller_address=stub.url, **settings) as running:
         async with running.http.get(running.url + "/ready") as response:
             assert response.status == 200
@@ -192,7 +196,7 @@ async def test_a_dead_engine_takes_the_worker_out(run_worker: RunWorker, setting
             await until(lambda: stub.known == {running.url})
 
 
-async def test_a_loading_model_is_announced_and_asks_clients_to_come_again(
+async def test_a_loading_model_is_announced_and_clients_are_asked_to_retry(
     run_worker: RunWorker, settings: dict[str, Any]
 ) -> None:
     async with controller() as stub, aiohttp.ClientSession() as http:

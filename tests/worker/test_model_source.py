@@ -40,7 +40,7 @@ def test_demo_and_folders(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands for the hub: a cache, and what can be downloaded."""
+    """Fake hub: a cache, and the files that can be downloaded."""
 
     def __init__(self, folder: Path, *, weights: str, cached: bool, online: bool) -> None:
         self.folder, self.weights, self.cached, self.online = folder, weights, cached, online
@@ -77,7 +77,7 @@ def test_the_hub_is_asked_after_its_cache(
     assert hub.calls == calls
 
 
-def test_a_hub_that_does_not_answer_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_a_startup_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", Hub(tmp_path, weights="m.bin", cached=False, online=False)
     )
@@ -121,7 +121,7 @@ def test_a_cache_without_weights_is_not_a_model(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_a_gguf_file_stands_beside_its_settings(tmp_path: Path) -> None:
+def test_a_gguf_file_needs_its_configuration_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "model-q4.gguf"
     file.write_bytes(b"")
     with pytest.raises(StartupError, match=r"a GGUF file needs config\.json and the tokenizer of its model beside it"):
@@ -149,7 +149,7 @@ def test_an_adapter_leads_to_its_base_model(tmp_path: Path) -> None:
 
 
 def test_random_weights_need_none_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings in the cache are enough, and the hub is not asked."""
+    """The cached configuration is enough, and the hub is not asked."""
     asked = []
 
     def snapshot(repository: str, *, revision: str, ignore_patterns: list[str], local_files_only: bool) -> str:

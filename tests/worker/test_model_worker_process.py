@@ -43,7 +43,7 @@ class Process:
 
 @contextlib.asynccontextmanager
 async def start(*argv: str, **environ: str) -> AsyncIterator[Process]:
-    """A worker with these flags, and these environment variables beside its own."""
+    """Run a worker with these flags and additional environment variables."""
     arguments = ["-m", "fastserve.model_worker", "--engine", "fake", "--port", "0", *argv]
     process = Process(
         await asyncio.create_subprocess_exec(
@@ -60,7 +60,7 @@ async def start(*argv: str, **environ: str) -> AsyncIterator[Process]:
         await reading
 
 
-async def test_it_serves_registers_and_says_goodbye_on_sigterm() -> None:
+async def test_it_serves_registers_and_deregisters_on_sigterm() -> None:
     async with (
         controller() as stub,
         start("--controller-address", stub.url, "--heartbeat-interval-s", "0.05") as worker,
@@ -92,14 +92,14 @@ async def test_it_serves_registers_and_says_goodbye_on_sigterm() -> None:
         (("--gpus", "0", "--num-gpus", "2"), "Larger --num-gpus (2) than --gpus 0!"),
     ],
 )
-async def test_a_wrong_flag_ends_with_its_sentence(argv: tuple[str, ...], words: str) -> None:
+async def test_an_invalid_flag_ends_with_its_error(argv: tuple[str, ...], words: str) -> None:
     async with start("--no-register", *argv) as worker:
         assert await worker.ended() == 1
     assert words in worker.log
     assert "Traceback" not in worker.log
 
 
-async def test_a_model_that_cannot_be_read_ends_with_its_sentence(tmp_path: Path, model_dir: Path) -> None:
+async def test_an_unreadable_model_ends_with_its_error(tmp_path: Path, model_dir: Path) -> None:
     folder = tmp_path / "my model"
     shutil.copytree(model_dir, folder)
     (folder / "tokenizer.json").write_text("{")
@@ -173,7 +173,7 @@ entry.main(["--port", "0", "--no-register"])
 """
 
 
-async def test_whatever_fails_at_the_start_is_told_in_the_last_line() -> None:
+async def test_any_failure_at_the_start_is_reported_in_the_last_line() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", UNEXPECTED, stderr=asyncio.subprocess.PIPE)
     async with asyncio.timeout(20):
         _, log = await process.communicate()

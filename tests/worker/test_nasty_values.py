@@ -1,4 +1,4 @@
-"""Whatever stands in whichever field: a 400 that names it in the words of JSON, and never a 500."""
+"""Any invalid value in any field gives a 400 that names it in JSON's terms, and never a 500."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NASTY = {
     "deep objects": '{"a":' * 200 + "1" + "}" * 200,
 }
 NEVER = {"surrogate", "swapped surrogates", "NaN", "-Infinity", "too large"}
-"""Not even where anything is allowed: these are no JSON, or no text. The field is named."""
+"""Invalid even in fields of any type, since they are not valid JSON or Unicode. The error names the field."""
 TOO_DEEP = {"deep", "deep objects"}
 BOOLEANS = ("stream", "include_stop_str_in_output", "ignore_eos")
 NUMBERS = (
@@ -110,7 +110,7 @@ async def test_each_value_in_other_fields_of_a_completion(shared: Running, field
     for kind, value in NASTY.items():
         status, answer = await post(shared, "/v1/completions", body_of(COMPLETION | {field: value}))
         check(status, answer, names=field if status == 400 and kind not in TOO_DEEP else None)
-        # Fields that have no effect are not parsed any further than to see that they are JSON.
+        # Fields without effect are only checked to be valid JSON.
         has_effect = field not in ("user", "metadata", "never_heard_of")
         if kind in NEVER | TOO_DEEP and (has_effect or kind != "too large"):
             assert status == 400, kind
@@ -133,7 +133,7 @@ async def test_each_value_in_each_field_of_a_message(shared: Running, field: str
             assert status == 400, kind
 
 
-PLACES = (
+TOOL_CALLS = (
     '[{"type": "function", "id": "1", "function": {"name": "f", "arguments": %s}}]',
     '[{"type": "function", "id": "1", "function": {"name": %s, "arguments": "{}"}}]',
     '[{"type": "function", "id": %s, "function": {"name": "f", "arguments": "{}"}}]',
@@ -142,11 +142,11 @@ PLACES = (
 )
 
 
-@pytest.mark.parametrize("place", PLACES)
-async def test_each_value_in_each_place_of_a_tool_call(shared: Running, place: str) -> None:
+@pytest.mark.parametrize("call", TOOL_CALLS)
+async def test_each_value_in_each_field_of_a_tool_call(shared: Running, call: str) -> None:
     texts = [json.dumps(value) for value in NASTY.values() if "\\ud" not in value and "\\udc" not in value]
-    for value in [*NASTY.values(), *(texts if "arguments" in place else [])]:
-        message = body_of({"role": '"assistant"', "content": "null", "tool_calls": place % value}).decode()
+    for value in [*NASTY.values(), *(texts if "arguments" in call else [])]:
+        message = body_of({"role": '"assistant"', "content": "null", "tool_calls": call % value}).decode()
         body = body_of(CHAT | {"messages": f'[{{"role": "user", "content": "a"}}, {message}]'})
         status, answer = await post(shared, "/v1/chat/completions", body)
         check(status, answer, names="messages" if status == 400 and answer["error"]["param"] else None)

@@ -1,4 +1,4 @@
-"""What is refused, and how it is said. One worker serves the whole file."""
+"""Refused requests and their errors. One worker serves the whole file."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def test_errors_name_field_value_and_remedy(
         ("text", {"use_beam_search": True}, "use_beam_search"),
     ],
 )
-async def test_what_is_not_supported_is_refused_by_name(
+async def test_unsupported_fields_are_refused_by_name(
     shared: Running, path: str, changes: dict[str, Any], param: str
 ) -> None:
     if path == "chat":
@@ -123,7 +123,7 @@ async def test_what_is_not_supported_is_refused_by_name(
 
 
 @pytest.mark.parametrize("changes", [{}, {"echo": False}, {"stream": True}])
-async def test_no_tokens_at_all_are_refused_where_nothing_would_be_told(
+async def test_max_tokens_zero_is_refused_where_nothing_would_be_returned(
     shared: Running, changes: dict[str, Any]
 ) -> None:
     body = {"model": MODEL, "prompt": "x", "max_tokens": 0}
@@ -178,7 +178,9 @@ async def test_unknown_fields_are_logged_once_and_counted(shared: Running, caplo
         assert 'fastserve_worker_unknown_fields_total{field="brand_new"} 2.0' in await response.text()
 
 
-async def test_unknown_fields_inside_are_told_by_their_place(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+async def test_unknown_nested_fields_are_reported_with_their_path(
+    shared: Running, caplog: pytest.LogCaptureFixture
+) -> None:
     messages = [{"role": "user", "content": "hello", "mood": "good"}] * 3
     body = {"messages": messages, "stream_options": {"colour": 1, "continuous_usage_stats": False}, "stream": True}
     async with shared.http.post(shared.url + "/v1/chat/completions", json=CHAT | body) as response:
@@ -191,7 +193,7 @@ async def test_unknown_fields_inside_are_told_by_their_place(shared: Running, ca
     assert 'fastserve_worker_unknown_fields_total{field="stream_options.colour"} 1.0' in text
 
 
-async def test_more_fields_than_any_request_has_are_refused_by_their_number(shared: Running) -> None:
+async def test_too_many_fields_are_refused(shared: Running) -> None:
     many = {f"field{i}": i for i in range(2000)}
     status, answer = await shared.post("/v1/chat/completions", CHAT | many)
     assert (status, answer["error"]["message"][:28]) == (400, "The request has 2002 fields.")
@@ -202,7 +204,7 @@ async def test_more_fields_than_any_request_has_are_refused_by_their_number(shar
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [1, "x"], {"a": 1}, [-1], [10**7], True, None])
-async def test_prompts_that_make_no_sense(shared: Running, prompt: Any) -> None:
+async def test_invalid_prompts(shared: Running, prompt: Any) -> None:
     status, answer = await shared.post("/v1/completions", {"model": MODEL, "prompt": prompt})
     assert (status, answer["error"]["param"]) == (400, "prompt")
 

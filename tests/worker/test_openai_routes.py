@@ -18,7 +18,7 @@ TEXT = "The answer is 12, and that is all there is to say about it."
 
 
 async def sse(running: Running, path: str, body: dict[str, Any]) -> list[str]:
-    """The events of a stream, comments too, as they stand on the wire."""
+    """The events of a stream as sent, including comments."""
     async with running.http.post(running.url + path, json=body) as response:
         assert response.status == 200
         assert response.headers["content-type"].startswith("text/event-stream")

@@ -1,4 +1,4 @@
-"""What a prompt may hold, and how many sequences one request may bring."""
+"""Limits on the tokens of a prompt and on the sequences of a request."""
 
 from __future__ import annotations
 

@@ -29,29 +29,34 @@ async def test_echo_with_logprobs_covers_prompt_and_answer(
         arguments: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "echo": True, "logprobs": 2, "max_tokens": 20}
         choice = (await running.openai.completions.create(**arguments)).choices[0]
         assert choice.text == PROMPT + ANSWER
-        told = choice.logprobs
-        assert told is not None
-        assert told.tokens is not None
-        assert told.token_logprobs is not None
-        assert told.top_logprobs is not None
-        assert told.text_offset is not None
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.tokens is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        assert logprobs.text_offset is not None
         size = running.runtime.info.vocab_size
-        assert told.token_logprobs[0] is told.top_logprobs[0] is None, "nothing comes before the first token"
-        assert told.token_logprobs[1 : len(ids)] == pytest.approx([-0.5 - token_id / size for token_id in ids[1:]])
-        assert all(len(top) in (1, 2) for top in told.top_logprobs[1:])
-        assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset)
+        assert logprobs.token_logprobs[0] is logprobs.top_logprobs[0] is None, "nothing comes before the first token"
+        assert logprobs.token_logprobs[1 : len(ids)] == pytest.approx([-0.5 - token_id / size for token_id in ids[1:]])
+        assert all(len(top) in (1, 2) for top in logprobs.top_logprobs[1:])
+        assert (
+            len(logprobs.tokens)
+            == len(logprobs.token_logprobs)
+            == len(logprobs.top_logprobs)
+            == len(logprobs.text_offset)
+        )
         answer_at = len(ids)
-        assert told.text_offset[answer_at] == len(PROMPT)
-        for offset, token in zip(told.text_offset, told.tokens, strict=True):
+        assert logprobs.text_offset[answer_at] == len(PROMPT)
+        for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
             if "\ufffd" not in token:
                 assert (choice.text + "<|im_end|>").startswith(token, offset)
         plain = (await running.openai.completions.create(**arguments | {"echo": False})).choices[0]
         assert plain.logprobs is not None
-        assert plain.logprobs.tokens == told.tokens[answer_at:]
+        assert plain.logprobs.tokens == logprobs.tokens[answer_at:]
         assert running.engine.requests[-1].params.prompt_logprobs is None
 
 
-async def test_the_streamed_echo_is_the_same(run_worker: RunWorker, say: Say) -> None:
+async def test_the_streamed_echo_equals_the_whole_one(run_worker: RunWorker, say: Say) -> None:
     async with run_worker(say(ANSWER)) as running:
         arguments: dict[str, Any] = {"model": MODEL, "prompt": [PROMPT, "x"], "n": 2, "echo": True, "logprobs": 1}
         whole = (await running.openai.completions.create(**arguments)).choices
@@ -60,21 +65,23 @@ async def test_the_streamed_echo_is_the_same(run_worker: RunWorker, say: Say) ->
         async for chunk in await running.openai.completions.create(stream=True, **arguments):
             (choice,) = chunk.choices
             texts[choice.index] += choice.text
-            if (told := choice.logprobs) is not None:
-                parts = zip(told.tokens or [], told.token_logprobs or [], told.text_offset or [], strict=True)
+            if (logprobs := choice.logprobs) is not None:
+                parts = zip(
+                    logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.text_offset or [], strict=True
+                )
                 tokens[choice.index] += parts
         assert texts == [choice.text for choice in whole] == [PROMPT + ANSWER] * 2 + ["x" + ANSWER] * 2
         for choice, streamed in zip(whole, tokens, strict=True):
-            told = choice.logprobs
-            assert told is not None
+            logprobs = choice.logprobs
+            assert logprobs is not None
             assert streamed == list(
-                zip(told.tokens or [], told.token_logprobs or [], told.text_offset or [], strict=True)
+                zip(logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.text_offset or [], strict=True)
             )
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_scoring_as_evaluation_harnesses_ask_for_it(
+async def test_scoring_as_evaluation_harnesses_request_it(
     run_worker: RunWorker, say: Say, tokenizer: Tokenizer, max_tokens: int, stream: bool
 ) -> None:
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in (PROMPT, "one two three", "x")]
@@ -102,7 +109,7 @@ async def test_the_token_that_ends_an_answer_has_its_entry(
 ) -> None:
     ids = tokenizer.encode(PROMPT, add_special_tokens=False)
     (eos,) = tokenizer.eos_token_ids
-    async with run_worker(say("")) as running:  # the first token that is drawn is the end token
+    async with run_worker(say("")) as running:  # the first sampled token is the EOS token
         arguments: dict[str, Any] = {"model": MODEL, "prompt": ids, "max_tokens": 1, "logprobs": 1, "stream": stream}
         for echo in (True, False):
             answer: Any = await running.openai.completions.create(echo=echo, **arguments)
@@ -125,7 +132,7 @@ async def test_echo_of_text_with_special_tokens(run_worker: RunWorker, say: Say,
         assert choice.logprobs.text_offset == [
             len("".join((choice.logprobs.tokens or [])[:at])) for at in range(len(ids))
         ]
-        # Sent as ids it is the same.
+        # The same prompt, sent as ids.
         by_ids = (await create(model=MODEL, prompt=ids, echo=True, logprobs=0, max_tokens=0)).choices[0]
         assert (by_ids.text, by_ids.logprobs) == (choice.text, choice.logprobs)
 
@@ -150,7 +157,7 @@ def test_echoed_token_ids_agree_with_their_offsets_and_text(tokenizer: Tokenizer
             assert echo.text.startswith(token.text, token.text_offset), "special tokens are not dropped"
 
 
-async def test_prompt_logprobs_in_vllms_form(run_worker: RunWorker, say: Say, tokenizer: Tokenizer) -> None:
+async def test_prompt_logprobs_in_vllms_format(run_worker: RunWorker, say: Say, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three", add_special_tokens=True)
     async with run_worker(say(ANSWER)) as running:
         for num_top, max_tokens in ((0, 5), (2, 0)):
@@ -160,10 +167,10 @@ async def test_prompt_logprobs_in_vllms_form(run_worker: RunWorker, say: Say, to
             choice = answer.choices[0]
             assert choice.logprobs is None
             assert bool(choice.text) is bool(max_tokens), "the prompt is not echoed"
-            told: Any = (choice.model_extra or {})["prompt_logprobs"]
-            assert len(told) == len(ids)
-            assert told[0] is None
-            for token_id, entry in zip(ids[1:], told[1:], strict=True):
+            logprobs: Any = (choice.model_extra or {})["prompt_logprobs"]
+            assert len(logprobs) == len(ids)
+            assert logprobs[0] is None
+            for token_id, entry in zip(ids[1:], logprobs[1:], strict=True):
                 own = entry[str(token_id)]
                 assert next(iter(entry)) == str(token_id)
                 assert own["logprob"] == pytest.approx(-0.5 - token_id / running.runtime.info.vocab_size)
@@ -179,7 +186,7 @@ async def test_prompt_logprobs_in_vllms_form(run_worker: RunWorker, say: Say, to
         assert "prompt_logprobs" not in (without.choices[0].model_extra or {})
 
 
-async def test_echo_and_prompt_logprobs_each_get_as_many_as_they_asked_for(run_worker: RunWorker) -> None:
+async def test_echo_and_prompt_logprobs_each_get_the_requested_number(run_worker: RunWorker) -> None:
     async with run_worker() as running:
         answer = await running.openai.completions.create(
             model=MODEL, prompt="one two", echo=True, logprobs=1, max_tokens=0, extra_body={"prompt_logprobs": 3}

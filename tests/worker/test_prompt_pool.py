@@ -1,4 +1,4 @@
-"""Where long prompts are read: a bounded number of threads, a bounded queue, and nothing lost when clients leave."""
+"""Preprocessing of long prompts: a bounded number of threads, a bounded queue, and no leaks when clients disconnect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.worker.conftest import MODEL, Running, RunWorker, until
 MEDIUM = INLINE_BYTES + 1
 
 
-async def test_past_its_queue_it_says_no_and_short_bodies_never_wait() -> None:
+async def test_a_full_queue_refuses_and_short_bodies_never_wait() -> None:
     pool, release = PromptPool(2, 3), threading.Event()
     held = [asyncio.create_task(pool.run(MEDIUM, release.wait)) for _ in range(5)]
     await asyncio.sleep(0)
@@ -65,7 +65,7 @@ async def test_an_error_is_the_callers() -> None:
 
 
 class Rests:
-    """In the place of the event that ends a rest: takes a note instead of resting."""
+    """Replaces the event that ends a rest; records the seconds instead of sleeping."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -106,7 +106,7 @@ async def test_a_thread_rests_after_refusals_and_only_then(num_bytes: int) -> No
     pool.close()
 
 
-async def test_an_answer_does_not_wait_for_the_rest_that_it_costs_nor_does_the_end() -> None:
+async def test_neither_the_result_nor_closing_waits_for_the_rest() -> None:
     pool = PromptPool(1, 10, max_refused_prompt_percent=0.001)
 
     def refuse() -> None:
@@ -127,7 +127,7 @@ async def test_an_answer_does_not_wait_for_the_rest_that_it_costs_nor_does_the_e
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/worker_generate", "/count_token"])
-async def test_prompts_that_are_far_too_long_are_never_tokenised(
+async def test_prompts_that_are_far_too_long_are_never_tokenized(
     run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     text = "never tokenise me " * 20_000

@@ -49,7 +49,7 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"max_total_tokens": 0}, "--max-total-tokens 0"),
     ],
 )
-def test_each_flag_has_its_sentence(settings: dict[str, Any], words: str) -> None:
+def test_each_flag_has_its_error(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(StartupError) as caught:
         refuse_unavailable(WorkerConfig(**settings))
     assert words in caught.value.message
@@ -57,13 +57,13 @@ def test_each_flag_has_its_sentence(settings: dict[str, Any], words: str) -> Non
     assert "\n" not in caught.value.message
 
 
-def test_gpus_that_do_not_add_up() -> None:
+def test_contradictory_gpu_flags() -> None:
     with pytest.raises(StartupError) as caught:
         refuse_unavailable(WorkerConfig(gpus="0,1", num_gpus=3))
     assert caught.value.message == "Larger --num-gpus (3) than --gpus 0,1!"
 
 
-def test_what_a_launcher_gives_by_default_passes() -> None:
+def test_the_launchers_defaults_pass() -> None:
     refuse_unavailable(WorkerConfig())
     refuse_unavailable(WorkerConfig(gpus="0,2", num_gpus=2, max_gpu_memory="13Gib", cpu_offloading=True))
     refuse_unavailable(

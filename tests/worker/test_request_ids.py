@@ -1,4 +1,4 @@
-"""The id of a request is one and the same in the answer's header, in its body, and on both services."""
+"""The id of a request is the same in the answer's header and body and on both services."""
 
 from __future__ import annotations
 

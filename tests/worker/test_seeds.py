@@ -1,4 +1,4 @@
-"""Seed and choices of a request are decided by the API server, so that any worker of a cluster answers alike."""
+"""The API server sets a request's seed and choices, so that every worker of a cluster gives the same answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BODY: dict[str, Any] = {
     "max_tokens": 12,
 }
 NOBODY = "http://127.0.0.1:9"
-"""A controller that is away: it takes none of the workers of these tests away either."""
+"""An unreachable controller: these tests need none."""
 
 
 @asynccontextmanager
@@ -34,7 +34,7 @@ async def in_cluster(run_worker: RunWorker, **settings: Any) -> AsyncIterator[Ru
 
 
 def texts(answer: dict[str, Any]) -> dict[int, str]:
-    """By index, in the order of the answer."""
+    """The text of each choice by its index, in the order of the answer."""
     return {choice["index"]: choice.get("text") or choice["message"]["content"] for choice in answer["choices"]}
 
 
@@ -74,7 +74,7 @@ async def test_a_request_whose_worker_died_gets_the_answer_that_it_would_have_go
                 content = await response.text()
             [(_, headers, _)] = dying.requests
             seeds.append(headers[SEED_HEADER])
-            # The dead worker would have answered as another one does that gets what it had got.
+            # The dead worker would have given the same answer as another worker with the same seed.
             if stream:
                 expected = await streamed(first, CHAT, BODY, **{SEED_HEADER: seeds[-1]})
                 chunks = [json.loads(line[6:]) for line in content.splitlines() if line.startswith("data: {")]
@@ -97,14 +97,14 @@ async def test_a_seed_of_the_clients_own_is_kept(run_worker: RunWorker) -> None:
         assert texts(same) == texts(alone[1])
 
 
-async def test_the_seed_of_a_worker_goes_before_the_api_servers(run_worker: RunWorker) -> None:
+async def test_the_seed_of_a_worker_precedes_the_api_servers(run_worker: RunWorker) -> None:
     async with in_cluster(run_worker, seed=3) as worker:
         answers = [texts((await worker.post(CHAT, BODY, **{SEED_HEADER: seed}))[1]) for seed in ("1", "2")]
         answers.append(texts((await worker.post(CHAT, {**BODY, "seed": 3}))[1]))
     assert answers[0] == answers[1] == answers[2]
 
 
-async def test_a_lone_worker_decides_for_itself_whatever_headers_say(run_worker: RunWorker) -> None:
+async def test_a_standalone_worker_ignores_the_headers(run_worker: RunWorker) -> None:
     async with run_worker(noise) as worker:
         headers = {SEED_HEADER: "7", CHOICES_HEADER: "1"}
         answers = [(await worker.post(CHAT, {**BODY, "n": 2}, **headers))[1] for _ in range(2)]
@@ -174,7 +174,7 @@ async def test_usage_counts_what_was_computed_here(run_worker: RunWorker) -> Non
         (CHOICES_HEADER, ",".join(map(str, range(MAX_CHOICES_CHARS // 2)))),
     ],
 )
-async def test_headers_that_cannot_be_read_are_refused_by_name(run_worker: RunWorker, header: str, value: str) -> None:
+async def test_invalid_headers_are_refused_by_name(run_worker: RunWorker, header: str, value: str) -> None:
     async with in_cluster(run_worker) as worker:
         status, answer = await worker.post(CHAT, {**BODY, "n": 2}, **{header: value})
         assert (status, answer["error"]["param"]) == (400, header)

@@ -1,4 +1,4 @@
-"""What /metrics says of the engine: names as vLLM has them, histograms as Prometheus reads them."""
+"""The engine's metrics: vLLM's names, and histograms in Prometheus's format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read(stats: EngineStats) -> dict[str, float]:
     return found
 
 
-def test_the_engines_figures_stand_under_the_usual_names() -> None:
+def test_the_engines_statistics_have_the_usual_names() -> None:
     stats = EngineStats(
         num_running=3, num_waiting=2, num_blocks=40, num_used_blocks=10, prompt_tokens=100, cached_tokens=64,
         generated_tokens=50, preemptions=4, draft_tokens=9, accepted_tokens=7,
@@ -34,7 +34,7 @@ def test_the_engines_figures_stand_under_the_usual_names() -> None:
     assert {name: found[f"fastserve_engine_{name}"] for name in expected} == expected
 
 
-def test_layers_that_no_fused_kernel_computes_show() -> None:
+def test_layers_without_a_fused_kernel_are_counted() -> None:
     metrics = WorkerMetrics()
     metrics.show_fused_layers([FusedLayers("norm", 7, 7), FusedLayers("attention", 2, 3, "LlamaAttention clips")])
     text = metrics.exposition().decode()

@@ -1,4 +1,4 @@
-"""The small parts: one choice, sampling defaults, progress."""
+"""Unit tests: choices, sampling defaults, progress, histogram, mailbox."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def resolved(fields: dict[str, Any], defaults: SamplingDefaults, eos_token_ids: 
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"])
-def test_a_parameter_is_the_requests_then_the_models_then_the_default(name: str) -> None:
+def test_a_parameter_comes_from_the_request_then_the_model_then_the_default(name: str) -> None:
     request, model = {"top_k": (5, 9)}.get(name, (0.5, 0.25))
     assert getattr(resolved({name: request}, {name: model}), name) == request
     assert getattr(resolved({name: None}, {name: model}), name) == model
@@ -153,7 +153,7 @@ def test_progress_on_a_terminal() -> None:
     assert isinstance(progress_reporter(io.StringIO()), ProgressLines)
 
 
-def test_the_quick_histogram_tells_what_prometheus_own_tells() -> None:
+def test_the_quick_histogram_equals_prometheus_own() -> None:
     bounds, values = (0.001, 0.25, 2.5), [0.0005, 0.001, 0.0011, 0.3, 0.3, 7.0]
     own, quick = Histogram("gap", "Gaps.", buckets=bounds, registry=None), QuickHistogram("gap", "Gaps.", bounds)
     for value in values:
@@ -161,12 +161,12 @@ def test_the_quick_histogram_tells_what_prometheus_own_tells() -> None:
         quick.observe(value)
     ((expected,), (found,)) = own.collect(), quick.collect()
 
-    def told(metric: Metric) -> dict[tuple[str, str], float]:
+    def values_of(metric: Metric) -> dict[tuple[str, str], float]:
         samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
         return {(sample.name, sample.labels.get("le", "")): sample.value for sample in samples}
 
-    assert told(found) == pytest.approx(told(expected))
-    assert told(found)["gap_bucket", "0.25"] == 3
+    assert values_of(found) == pytest.approx(values_of(expected))
+    assert values_of(found)["gap_bucket", "0.25"] == 3
 
 
 async def test_a_mailbox_gives_everything_then_ticks_then_ends() -> None:
@@ -175,7 +175,7 @@ async def test_a_mailbox_gives_everything_then_ticks_then_ends() -> None:
     box.put(2)
     assert await box.take() == [1, 2]
     loop = asyncio.get_running_loop()
-    for _ in range(3):  # the timer of one wait must not cut the next one short
+    for _ in range(3):  # the timer of one wait must not shorten the next
         loop.call_later(0.03, box.put, 3)
         assert await box.take() == [3]
     for _ in range(2):

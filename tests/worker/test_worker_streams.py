@@ -1,4 +1,4 @@
-"""What happens to streams when clients leave, queues fill and engines fail."""
+"""Streams when clients disconnect, queues fill and engines fail."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ async def test_keep_alive_comments_while_waiting(run_worker: RunWorker) -> None:
                 return (await response.text()).split("\n\n")
 
         first, queued = await asyncio.gather(events(), events())
-        for stream, least in ((first, 1), (queued, 2)):
+        for stream, min_comments in ((first, 1), (queued, 2)):
             comments = [event for event in stream if event.startswith(":")]
             assert comments == [": keep-alive"] * len(comments)
-            assert len(comments) >= least
+            assert len(comments) >= min_comments
             data = [event.removeprefix("data: ") for event in stream if event.startswith("data: ")]
             assert data[-1] == "[DONE]"
             assert "".join(json.loads(item)["choices"][0]["text"] for item in data[:-1]) == "one two"
@@ -97,9 +97,9 @@ async def test_an_error_after_the_first_byte_is_the_last_event(run_worker: RunWo
         running.engine.die("The engine fell over.")
         *_, error, done, _ = await reading
         assert done == "data: [DONE]"
-        told = json.loads(error.removeprefix("data: "))
-        assert told["error"]["message"] == "The engine fell over."
-        assert told["error"]["code"] == "engine_dead"
+        failure = json.loads(error.removeprefix("data: "))
+        assert failure["error"]["message"] == "The engine fell over."
+        assert failure["error"]["code"] == "engine_dead"
         await until(lambda: running.worker.keeper.ready)
         stream = await running.openai.chat.completions.create(stream=True, **LONG)
         await anext(stream)
@@ -139,7 +139,7 @@ async def test_every_token_has_its_chunk_even_without_text(
         assert (first.delta.content, first.logprobs) == ("", None)
 
 
-async def test_permits_go_by_arrival_and_priorities_to_the_engine(run_worker: RunWorker) -> None:
+async def test_permits_follow_arrival_and_priorities_reach_the_engine(run_worker: RunWorker) -> None:
     async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
         first = asyncio.create_task(
             running.post("/v1/completions", {"model": MODEL, "prompt": "first", "max_tokens": 20})
@@ -164,7 +164,7 @@ async def _exhaust(stream: Any) -> None:
         pass
 
 
-async def test_leases_in_flight_are_told(run_worker: RunWorker) -> None:
+async def test_leases_in_flight_are_reported(run_worker: RunWorker) -> None:
     async with run_worker(noise, token_s=0.01, limit_worker_concurrency=1) as running:
         async with aiohttp.ClientSession() as http:
             for i in range(3):

@@ -1,7 +1,7 @@
-"""One file for each form of answer: how it is written, streamed and whole.
+"""One file for each answer format, which writes it streamed and whole.
 
-A writer is made for one answer. Streamed, it turns each batch of deltas into bytes; whole, it folds the same parts into
-one body. A form of answer is one class that satisfies `AnswerWriter`, and the route that uses it.
+A writer is made for one answer. For a stream it turns each batch of deltas into bytes; for a whole answer it joins the
+same parts into one body. A new format is a class that satisfies `AnswerWriter`, and a route that uses it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from fastserve.worker.results import JobResult
 
 
 class AnswerWriter(Protocol):
-    """Writes one answer, either by `write` and `end` or `error`, or by `whole`."""
+    """Writes one answer: a stream by `write`, then `end` or `error`; a whole answer by `whole`."""
 
     keep_alive: bytes
-    """Sent when nothing came for a while; b"" for nothing."""
+    """Sent in a silent stream; b"" to send nothing."""
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
-        """The next bytes of the stream; b"" for none. Deltas of one choice come in order."""
+        """The next bytes of the stream; may be empty. Deltas of one choice come in order."""
         ...
 
     def end(self, usage: Usage) -> bytes:
-        """The last bytes of a stream whose choices have all finished."""
+        """The last bytes of a stream after all choices have finished."""
         ...
 
     def error(self, error: FastserveError) -> bytes:
-        """The last bytes of a stream that fails after its first bytes."""
+        """The last bytes of a stream that fails after it has begun."""
         ...
 
     def whole(self, result: JobResult) -> bytes:

@@ -1,7 +1,7 @@
-"""The answer of /v1/chat/completions: a chunk for each piece of a part, or one message of all of them.
+"""The answer of /v1/chat/completions: one chunk for each part, or one message.
 
-`CHAT_FIELDS` says how each type of part is written: as the fields that it adds to `delta` in a stream. The message of a
-whole answer is these same deltas, folded as OpenAI's clients fold them.
+`CHAT_FIELDS` maps each type of part to the fields that it adds to `delta` in a stream. The message of a whole answer is
+made of the same deltas, merged as OpenAI's clients merge them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastserve.errors import FastserveError
-from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, TokenText, Usage, encode_json
+from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, DecodedToken, Usage, encode_json
 from fastserve.text.parts import Part, TextPart
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
@@ -62,7 +62,7 @@ class ChatWriter:
     def _write_delta(self, delta: ChoiceDelta) -> bytes:
         index, chunk = delta.choice, self._chunks.chunk
         pieces = [self._fields[type(part)](part) for part in delta.parts]
-        # A chunk also for tokens that have no part yet: it shows the client that the answer goes on.
+        # Tokens without a part yet also get a chunk: it shows the client that the answer goes on.
         if not pieces and (delta.finish_reason is None or delta.tokens):
             pieces = [_NO_CONTENT]
         tokens = delta.tokens
@@ -91,7 +91,7 @@ class ChatWriter:
             "usage": result.usage.as_dict(),
             "system_fingerprint": None,
         }
-        if num_top is not None:  # vLLM's field, which stands beside the choices of a chat
+        if num_top is not None:  # vLLM's field, beside the choices
             body["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choices[0].prompt_logprobs or [], num_top)
         return encode_json(body)
 
@@ -105,7 +105,7 @@ class ChatWriter:
 
 
 def fold_deltas(deltas: Iterable[Fields]) -> Fields:
-    """The message that a stream's deltas make, folded as OpenAI's clients do it."""
+    """Merge the deltas of a stream into a message, as OpenAI's clients do."""
     message: Fields = {**_ROLE, "refusal": None}
     for delta in deltas:
         _merge(message, delta)
@@ -113,7 +113,7 @@ def fold_deltas(deltas: Iterable[Fields]) -> Fields:
 
 
 def _merge(target: Fields, delta: Fields) -> None:
-    """Strings are joined, objects merged, lists merged by the `index` of their items; the rest is replaced."""
+    """Concatenate strings, merge objects and lists (by the `index` of their items), and replace all other values."""
     for name, value in delta.items():
         known = target.get(name)
         if isinstance(value, list):
@@ -130,7 +130,7 @@ def _merge(target: Fields, delta: Fields) -> None:
             target[name] = value
 
 
-def chat_logprobs(tokens: Sequence[TokenText]) -> Fields:
+def chat_logprobs(tokens: Sequence[DecodedToken]) -> Fields:
     return {
         "content": [
             {

@@ -1,4 +1,4 @@
-"""The answer of /v1/completions: text, and the prompt before it where it is to be echoed."""
+"""The answer of /v1/completions: text, after the prompt if the request has `echo`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastserve.errors import FastserveError
-from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, TokenText, Usage, encode_json
+from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, DecodedToken, Usage, encode_json
 from fastserve.text.parts import plain_text
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
@@ -19,7 +19,7 @@ class CompletionWriter:
     keep_alive = KEEP_ALIVE
 
     def __init__(self, job: Job, created: int, tokenizer: Tokenizer) -> None:
-        """Takes time in proportion to the prompts that are to be echoed."""
+        """Takes time in proportion to the echoed prompts."""
         options = job.answer
         self._job = job
         self._created = created
@@ -49,7 +49,7 @@ class CompletionWriter:
         if echo is not None:
             if index not in self._begun:
                 self._begun.add(index)
-                text, tokens = echo.before(text, tokens, delta.prompt_logprobs)
+                text, tokens = echo.prepend(text, tokens, delta.prompt_logprobs)
             elif tokens:
                 tokens = echo.shift(tokens)
         return self._chunks.chunk(
@@ -77,7 +77,7 @@ class CompletionWriter:
         text, tokens = plain_text(choice.parts), choice.tokens
         echo = self._echoes[choice.index // self._job.num_choices]
         if echo is not None:
-            text, tokens = echo.before(text, tokens, choice.prompt_logprobs)
+            text, tokens = echo.prepend(text, tokens, choice.prompt_logprobs)
         fields = {
             "index": choice.index,
             "text": text,
@@ -90,7 +90,7 @@ class CompletionWriter:
         return fields
 
 
-def completion_logprobs(tokens: Sequence[TokenText]) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[DecodedToken]) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
@@ -99,7 +99,7 @@ def completion_logprobs(tokens: Sequence[TokenText]) -> dict[str, Any]:
     }
 
 
-def _top_logprobs(token: TokenText) -> dict[str, float] | None:
+def _top_logprobs(token: DecodedToken) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     return {data.decode(errors="replace"): logprob for data, logprob in [*token.top, (token.data, token.logprob)]}

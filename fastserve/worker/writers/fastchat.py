@@ -1,4 +1,4 @@
-"""The answer of FastChat's generation routes: records, each with the whole text so far."""
+"""The answer of FastChat's generation routes: records with the whole text so far."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FastChatWriter:
     keep_alive = b""
 
     def __init__(self, job: Job, echo: Echo | None) -> None:
-        """`echo`: what the text begins with."""
+        """`echo`: the prompt, if the text begins with it."""
         self._echo = echo
         self._result = JobResult(job)
 
@@ -45,7 +45,7 @@ class FastChatWriter:
         choice, usage = result.runs[0], result.usage
         text, tokens = plain_text(choice.parts), choice.tokens
         if self._echo is not None:
-            text, tokens = self._echo.before(text, tokens, choice.prompt_logprobs)
+            text, tokens = self._echo.prepend(text, tokens, choice.prompt_logprobs)
         record: dict[str, Any] = {
             "text": text,
             "error_code": 0,
