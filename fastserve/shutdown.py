@@ -2,7 +2,7 @@
 
 A launch belongs to its log folder; its processes are found by the marks in their environment, even if the folder is
 gone. The supervisor ends first, so that nothing is restarted; then the API server, the workers, and the controller
-last, so that running requests can finish and workers can deregister. Each service gets SIGTERM and time to drain; after that
+last, so that running requests can finish and workers can deregister. Each service gets SIGTERM and time to drain; then
 it is killed together with its child processes.
 """
 

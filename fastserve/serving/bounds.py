@@ -129,7 +129,7 @@ class MemoryMeter:
         clock: Callable[[], float],
         bounds: Callable[[], list[MemoryBound]] = memory_bounds,
     ) -> None:
-        """`high_mark`: up to 1 a share of each memory limit, above 1 bytes of this process. `clock`: monotonic, in s."""
+        """`high_mark`: up to 1 a share of each memory limit, above 1 bytes of this process. `clock`: in seconds."""
         self._high_mark = high_mark
         self._clock = clock
         self._bounds = bounds
