@@ -1,4 +1,4 @@
-"""Pages: links lead somewhere, each decision has a number of its own, and every metric is described."""
+"""Documentation: links, numbers of decisions, metrics, and paths in the glossary are right."""
 
 from __future__ import annotations
 

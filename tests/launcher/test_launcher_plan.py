@@ -1,4 +1,4 @@
-"""What the launcher would start, as pure values: flags, items, environments, log names."""
+"""The plan of a launch, without starting anything: flags, items, environments, log names."""
 
 import dataclasses
 import shlex
@@ -360,7 +360,7 @@ class Bounded:
 @dataclass(frozen=True)
 @pass_on(Bounded, names=["mode"])
 class Passing:
-    """A program that passes options on."""
+    """Settings of a program that passes options on."""
 
     title: ClassVar[str] = "launcher"
     own: int = option(1, "its own")
