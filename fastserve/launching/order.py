@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastserve.launching.plan import ChildSpec, Plan
+from fastserve.launching.plan import ChildSpec, LaunchPlan
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Order:
     run_id: str
     log_dir: str
     server_port: int
-    services: Plan
+    services: LaunchPlan
     num_registered: int
     """Number of workers that must register with the controller."""
     controller_headers: Mapping[str, str] = field(repr=False)
@@ -39,7 +39,7 @@ class Order:
 def read_order(text: str | bytes) -> Order:
     content = json.loads(text)
     plan = content.pop("services")
-    services = Plan(_spec(plan["controller"]), tuple(map(_spec, plan["workers"])), _spec(plan["server"]))
+    services = LaunchPlan(_spec(plan["controller"]), tuple(map(_spec, plan["workers"])), _spec(plan["server"]))
     certificate = content.pop("client_certificate")
     return Order(services=services, client_certificate=certificate and tuple(certificate), **content)
 

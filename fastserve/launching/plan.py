@@ -109,7 +109,7 @@ class ChildSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     controller: ChildSpec
     workers: tuple[ChildSpec, ...]
     server: ChildSpec
@@ -172,7 +172,7 @@ def plan(
     log_dir: Path | None = None,
     is_second: bool = False,
     cluster_environ: Mapping[str, str] | None = None,
-) -> Plan:
+) -> LaunchPlan:
     """Decide what to start, with which arguments and environment.
 
     API keys are passed by environment, and only to the API server and to workers without a controller.
@@ -221,7 +221,7 @@ def plan(
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
         workers.append(service("model_worker", name, log_name, worker, **env))
-    return Plan(
+    return LaunchPlan(
         service("controller", "controller", "controller.log", controller),
         tuple(workers),
         service("openai_api_server", "openai_api_server", "openai_api_server.log", server, **keys),
@@ -238,7 +238,7 @@ def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
 # ---- summary ----------------------------------------------------------------------------------------------------
 
 
-def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> str:
+def summary(config: LauncherConfig, items: Sequence[Item], services: LaunchPlan) -> str:
     """Text for the user: the addresses, an example request, and how to stop."""
     # The API server does not know unregistered workers, so the example request goes to the worker.
     first = worker_config(config, items[0])

@@ -11,7 +11,7 @@ import pytest
 from fastserve.config import ApiServerConfig, ClassicLauncherFlags, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.launching.checks import check, check_model
-from fastserve.launching.plan import ChildSpec, Plan, parse_item, plan, summary
+from fastserve.launching.plan import ChildSpec, LaunchPlan, parse_item, plan, summary
 from fastserve.options import (
     build_parser,
     expand_abbreviations,
@@ -31,7 +31,7 @@ def parse(*words: str, environ: dict[str, str] | None = None) -> LauncherConfig:
     return parse_config(LauncherConfig, words, "launcher", environ or {})
 
 
-def planned(*words: str, environ: dict[str, str] | None = None) -> Plan:
+def planned(*words: str, environ: dict[str, str] | None = None) -> LaunchPlan:
     config = parse(*words, environ=environ)
     return plan(config, [parse_item(text) for text in config.model_path_address], environ or {})
 
