@@ -79,7 +79,7 @@ def load_cluster_keys(
             raise StartupError(
                 f"{host or 'every address'} is not only this machine: services that reach beyond it need a cluster "
                 f"key, the same for all. Make one with `{MAKE_KEY_COMMAND}` and give it to each service in a file "
-                f"(--cluster-key-file FILE) or as {ENV_CLUSTER_KEY}; or say --insecure to let in whoever comes."
+                f"(--cluster-key-file FILE) or as {ENV_CLUSTER_KEY}; or use --insecure to accept everybody."
             )
     return find_or_make(environ)
 

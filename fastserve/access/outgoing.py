@@ -21,7 +21,7 @@ class CleanRequest(aiohttp.ClientRequest):
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         if conn.protocol is not None and conn.protocol.should_close:
-            raise aiohttp.ServerDisconnectedError("The other side spoke without having been asked.")
+            raise aiohttp.ServerDisconnectedError("The other side sent data before the request.")
         return await super().send(conn)
 
 

@@ -64,7 +64,9 @@ class BodyBounds:
             if num_bytes + more > max_bytes:
                 raise BodyTooLargeError(f"The body of the request is larger than the maximum of {max_bytes} bytes.")
             if self._num_buffered_bytes + more > self._max_buffered_bytes:
-                raise ShortageError("The server holds as many bytes of requests as it may; try again in a moment.")
+                raise ShortageError(
+                    "The server holds as many bytes of request bodies as allowed; try again in a moment."
+                )
 
         async def bounded_receive() -> Message:
             nonlocal num_bytes, is_checked

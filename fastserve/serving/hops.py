@@ -28,7 +28,7 @@ class LoopGuard:
         value = next((value for name, value in headers if name == NAME), b"").decode("latin-1")
         passed = [part.strip() for part in value.split(",", self._max_hops + 1)] if value else []
         if self._server_id in passed:
-            raise self._error(f"This {self._kind} has got back a request that it had passed on")
+            raise self._error(f"This {self._kind} received a request that it had forwarded before")
         if len(passed) >= self._max_hops:
             raise self._error(f"The request has passed through more than {self._max_hops} servers")
         return ",".join([*passed, self._server_id])
