@@ -150,7 +150,7 @@ class MemoryMeter:
         try:
             problem = self._problem()
         except OSError:
-            return  # no file can be opened to look: what was found last still counts
+            return  # no file descriptor is free: keep the last result
         if (problem is not None) == self._is_high:
             return
         self._is_high = problem is not None
