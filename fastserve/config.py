@@ -1,4 +1,4 @@
-"""Settings: one frozen dataclass for each process. How they are declared and read: `fastserve/options.py`."""
+"""Settings: one frozen dataclass per process. `fastserve/options.py` declares and parses options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What every HTTP process of fastserve needs."""
+    """Options of every HTTP process."""
 
     title: ClassVar[str] = "listening and logs"
 
@@ -80,7 +80,7 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class AccessOptions:
-    """Access of other services and administrators, and the host names that a service answers to."""
+    """Options for the access of services and administrators, and accepted host names."""
 
     title: ClassVar[str] = "access"
 
@@ -113,7 +113,7 @@ class AccessOptions:
 
 @dataclass(frozen=True)
 class ControllerConfig(AccessOptions, ServerConfig):
-    """The controller: knows the workers and says which one takes the next request."""
+    """The controller: keeps the registry of workers and chooses one for each request."""
 
     title: ClassVar[str] = "controller"
 
@@ -129,9 +129,9 @@ class ControllerConfig(AccessOptions, ServerConfig):
         added=True,
         minimum=0.1,
     )
-    max_workers: int = limit(20_000, "most workers that are known at once")
-    max_model_names: int = limit(10_000, "most names of models, of all workers together")
-    max_leases: int = limit(1_000_000, "most requests that run at once, of all API servers together")
+    max_workers: int = limit(20_000, "maximum number of registered workers")
+    max_model_names: int = limit(10_000, "maximum number of model names, of all workers together")
+    max_leases: int = limit(1_000_000, "maximum number of running requests, of all API servers together")
     model_memory_s: float = limit(
         900.0, "seconds for which a model whose last worker has gone is answered with 503 in place of 404", minimum=0
     )
@@ -191,7 +191,7 @@ class ApiServerConfig(AccessOptions, ServerConfig):
         added=True,
         minimum=0.1,
     )
-    max_attempts: int = limit(3, "most workers that one request is sent to, one after the other")
+    max_attempts: int = limit(3, "maximum number of workers that one request is sent to, one after the other")
     retry_budget_percent: float = limit(
         20.0, "retries of all requests together, as a share of the requests of the last 10 s, in percent", minimum=0
     )
@@ -201,11 +201,11 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     max_answer_bytes: int = limit(64 * 2**20, "longest whole answer of a worker; all that are held: twice as much")
     max_event_bytes: int = limit(4 * 2**20, "longest event in a worker's stream")
     max_stream_bytes: int = limit(2**30, "longest stream of a worker")
-    max_hops: int = limit(4, "most API servers that a request passes through, one behind the other")
+    max_hops: int = limit(4, "maximum number of API servers that a request passes through")
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model that is no path may be one of the Hugging Face hub: `name` or `owner/name`."""
+    """Whether `model` looks like a Hugging Face id: `name` or `owner/name`."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) is not None
 
 
@@ -249,17 +249,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine is told as it is given (see `EngineConfig`)."""
+    """Options that are passed to the engine unchanged (see `EngineConfig`)."""
 
     title: ClassVar[str] = "engine"
 
     device: str | None = option(
-        None, "device; found when not given", choices=("cpu", "cuda", "mps", "xpu", "npu"), group="model"
+        None, "device; detected if unset", choices=("cpu", "cuda", "mps", "xpu", "npu"), group="model"
     )
     num_gpus: int = option(1, "number of GPUs to spread the model's layers over", group="model")
     max_gpu_memory: str | None = option(
         None,
-        "most weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",
+        "maximum weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",
         group="model",
     )
     dtype: str | None = option(
@@ -294,17 +294,20 @@ class EngineOptions:
     max_num_batched_tokens: int | None = option(
         None, "token budget of one engine step; if unset 256 on a CPU, 2048 elsewhere", added=True, minimum=1
     )
-    max_num_seqs: int = option(256, "most sequences in one engine step", added=True, minimum=1)
-    no_prefix_cache: bool = option(False, "do not reuse the KV cache of equal prompt beginnings", added=True)
+    max_num_seqs: int = option(256, "maximum number of sequences in one engine step", added=True, minimum=1)
+    no_prefix_cache: bool = option(False, "do not reuse KV cache blocks of equal prompt prefixes", added=True)
     speculative_method: str = option(
         "ngram",
-        "how next tokens are guessed, to be checked together where that is faster: ngram (what followed the last "
-        "tokens before), or off; answers are the same",
+        "speculative decoding, used where it is faster: ngram (drafts what followed the last tokens before), or off; "
+        "answers are the same",
         choices=("ngram", "off"),
         added=True,
     )
     num_speculative_tokens: int = option(
-        8, "most guesses for one sequence in one step; --speculative-method off has none", added=True, minimum=1
+        8,
+        "maximum number of draft tokens per sequence and step; none with --speculative-method off",
+        added=True,
+        minimum=1,
     )
     debug: bool = option(False, "print the model", group="worker")
     profile_steps: int = option(
@@ -325,7 +328,7 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
 
     speculative_model: str | None = option(
         None,
-        "small model of the same vocabulary that guesses in place of --speculative-method: folder or repository id",
+        "draft model with the same vocabulary, used in place of --speculative-method: folder or repository id",
         added=True,
         group="engine",
     )
@@ -343,32 +346,33 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     )
     embed_in_truncate: bool = option(False, "embeddings: truncate to the context instead of chunking and pooling")
     limit_worker_concurrency: int | None = option(
-        None, "most requests that generate at once; bounded by the KV cache alone if unset", minimum=1
+        None, "maximum number of requests that generate at once; bounded by the KV cache alone if unset", minimum=1
     )
-    queue_size: int = limit(1024, "most requests that may wait; past that the answer is 429", minimum=0)
+    queue_size: int = limit(1024, "maximum number of waiting requests; past that the answer is 429", minimum=0)
     max_queued_tokens: int = limit(
-        2_097_152, "most prompt tokens of the requests that wait, all together; past that the answer is 429"
+        2_097_152, "maximum number of prompt tokens of all waiting requests; past that the answer is 429"
     )
-    max_messages: int = limit(4096, "most messages in one chat")
-    max_content_parts: int = limit(4096, "most content parts and tool calls in one chat")
-    max_prompts: int = limit(2048, "most prompts in one completion request")
+    max_messages: int = limit(4096, "maximum number of messages in one chat")
+    max_content_parts: int = limit(4096, "maximum number of content parts and tool calls in one chat")
+    max_prompts: int = limit(2048, "maximum number of prompts in one completion request")
     max_stop_chars: int = limit(1024, "longest stop string, in characters")
-    max_stop_token_ids: int = limit(1024, "most stop_token_ids in one request")
-    max_logit_bias: int = limit(4096, "most entries of logit_bias in one request")
+    max_stop_token_ids: int = limit(1024, "maximum number of stop_token_ids in one request")
+    max_logit_bias: int = limit(4096, "maximum number of entries of logit_bias in one request")
     max_prompt_logprobs: int = limit(
-        1_000_000, "most log probabilities of prompt tokens (tokens times top entries) in one request"
+        1_000_000, "maximum number of log probabilities of prompt tokens (tokens times top entries) in one request"
     )
     max_json_depth: int = limit(
         64, "deepest nesting of arrays and objects in a body, and in the arguments of tool calls"
     )
     max_json_containers: int = limit(
-        262_144, "most opening brackets and braces in a body, those inside its texts included"
+        262_144, "maximum number of opening brackets and braces in a body, including those in its strings"
     )
     prompt_threads: int = limit(
         2, "threads that read bodies, render chat templates and tokenise; one more takes bodies over 256 KiB"
     )
     max_preparing: int = limit(
-        256, "most requests whose body waits to be read, rendered and tokenised; past that the answer is 429"
+        256,
+        "maximum number of requests whose body waits to be read, rendered and tokenised; past that the answer is 429",
     )
     max_refused_prompt_percent: float = limit(
         20, "share of such a thread's time that bodies which are refused may take", minimum=0.1
@@ -396,7 +400,7 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
         "seconds without a sign of life from the engine, which gives one each step and each second while idle, after "
         "which it counts as hung: it is killed, its requests fail, and it is started again",
         added=True,
-        minimum=2,  # an idle engine gives a sign each second
+        minimum=2,  # an idle engine sends a sign of life each second
     )
     heartbeat_interval_s: float = option(
         HEARTBEAT_INTERVAL_S,
@@ -409,13 +413,13 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
 
     @property
     def requires_client_cert(self) -> bool:
-        # Without a controller it serves clients of its own, like an API server.
+        # Without a controller it serves clients directly, like an API server.
         return self.tls_client_cert_required or (self.tls_ca is not None and not self.no_register)
 
 
 @dataclass(frozen=True)
 class ClassicLauncherFlags:
-    """The flags that the launcher has always had. Their abbreviations win over those of newer flags."""
+    """The flags of Langchain-Chatchat's launcher. Their abbreviations win over those of newer flags."""
 
     title: ClassVar[str] = "launcher"
 
@@ -466,7 +470,7 @@ SERVICE_OPTIONS = tuple(
     if {item.name} <= {other.name for other in fields(ApiServerConfig)} & {other.name for other in fields(WorkerConfig)}
     and item.name not in ("host", "port")
 )
-"""Options that all services have: the launcher takes them for all."""
+"""Options that all services have, and the launcher passes on."""
 
 
 @dataclass(frozen=True)
@@ -516,7 +520,7 @@ SERVICE_KINDS = ("controller", "model_worker", "openai_api_server")
 
 @dataclass(frozen=True)
 class ShutdownConfig:
-    """Ends what launchers started: running requests may end first, then what still runs is killed."""
+    """Ends what launchers started: running requests may finish first; what still runs after that is killed."""
 
     title: ClassVar[str] = "shutdown"
 

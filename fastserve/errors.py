@@ -1,8 +1,8 @@
-"""The error tree of fastserve, and the one place where an error gets its HTTP status and its OpenAI shape.
+"""The exception tree of fastserve: each class sets the HTTP status and OpenAI error fields of its case.
 
     FastserveError
-      StartupError                  wrong flag, missing model, port in use: ends a process at start with a sentence
-      RequestError                  the client can mend it (4xx)
+      StartupError                  wrong flag, missing model, port in use: ends the process at start, with the reason
+      RequestError                  the client can fix it (4xx)
         InvalidRequestError           400  a field is missing, malformed or out of range
           UnsupportedParameterError   400  a known field that cannot be honoured yet
           UnsupportedCapabilityError  400  the model is served, but not for this route
@@ -18,22 +18,22 @@
         MisdirectedRequestError       421  the Host header names another server
         HeadersTooLargeError          431
         OverloadedError               429  the queue is full; carries Retry-After
-      ServiceError                  the client cannot mend it (5xx); another worker may do better
-        ShuttingDownError             503  the drain has ended, or refuses what has not begun
+      ServiceError                  the client cannot fix it (5xx); another worker may succeed
+        ShuttingDownError             503  the drain has ended, or the request had not begun when it started
         ShortageError                 503  this process is out of connections, memory or room for bodies
         NoWorkerError                 503
         WorkerLostError               503  a worker went away before or during an answer
         EngineDeadError               503
-        InvalidAnswerError            502  a worker's answer was none: no JSON, no event stream, another shape, too long
-        LoopDetectedError             508  a request came back to an API server that had already passed it on
+        InvalidAnswerError            502  invalid answer of a worker: no JSON, no event stream, wrong schema, too long
+        LoopDetectedError             508  a request came back to an API server that had already forwarded it
         ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
-        EngineTimeoutError            504  the engine has not answered a call in the time given
-        RequestAbortedError           503  an administrator aborted what was running
+        EngineTimeoutError            504  the engine has not answered a call in time
+        RequestAbortedError           503  an administrator aborted the running requests
       InternalError                 500
         RequestKilledWorkersError     500  two workers died while they worked on the request; it is not tried again
 
-`legacy_code` is FastChat's number for the same case, so that clients of FastChat can read our bodies too.
+`legacy_code` is FastChat's number for the same case, so clients of FastChat can read our error bodies.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MAX_PARAM_CHARS = 200
 
 
 class FastserveError(Exception):
-    """Base of everything that fastserve raises on purpose."""
+    """Base class of all exceptions that fastserve raises on purpose."""
 
     status = 500
     type = "internal_error"
@@ -63,14 +63,14 @@ class FastserveError(Exception):
             self.code = code
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object, with FastChat's `object`, `message` and `code` beside it."""
+        """OpenAI's error object, and FastChat's `object`, `message` and `code` next to it."""
         message = _sendable(self.message, MAX_MESSAGE_CHARS)
         param = None if self.param is None else _sendable(self.param, MAX_PARAM_CHARS)
         error = {"message": message, "type": self.type, "param": param, "code": self.code}
         return {"error": error, "object": "error", "message": message, "code": self.legacy_code}
 
     def events(self) -> bytes:
-        """The end of an event stream that failed after its first byte."""
+        """Last events of a stream that failed after its first byte: the error and [DONE]."""
         return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\ndata: [DONE]\n\n"
 
     def headers(self) -> dict[str, str]:
@@ -190,7 +190,7 @@ class ServiceError(FastserveError):
 
 
 class ShortageError(ServiceError):
-    """This process refuses for want of something of its own; nobody else has failed."""
+    """This process is out of a resource of its own; no other service has failed."""
 
     code = "server_overloaded"
     retry_after_s = 1.0
@@ -256,11 +256,11 @@ class RequestKilledWorkersError(InternalError):
     code = "request_killed_workers"
 
     def headers(self) -> dict[str, str]:
-        """With the header by which OpenAI's SDKs are asked not to send the request again."""
+        """Adds the header that keeps OpenAI's SDKs from retrying."""
         return {**super().headers(), "x-should-retry": "false"}
 
 
 def _sendable(text: str, max_chars: int) -> str:
-    """`text` cut to a length that no client chooses, and without lone surrogates, which UTF-8 does not have."""
+    """`text` shortened to `max_chars`, with lone surrogates escaped, as UTF-8 cannot encode them."""
     kept = text if len(text) <= max_chars else text[:max_chars] + "…"
     return kept if kept.isascii() else kept.encode(errors="backslashreplace").decode()

@@ -1,7 +1,7 @@
-"""The bounds on this process's memory: of the machine, of containers around it, and its own.
+"""Limits on this process's memory: of the machine, of its containers (cgroups), and of the process itself.
 
-A container's limit is not to be seen in the machine's figures, and who goes past it is killed without a word. A limit
-of the process (RLIMIT_AS, RLIMIT_DATA) counts pages that are promised and not yet touched, such as the KV cache's.
+A container's limit does not show in the machine's figures, and a process that exceeds it is killed without warning. A
+process limit (RLIMIT_AS, RLIMIT_DATA) counts memory that is allocated but not yet touched, such as the KV cache's.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 import psutil
 
 _NO_LIMIT = 1 << 60
-"""cgroup v1 says "no limit" by a number of about this size."""
+"""Bytes: cgroup v1 reports about this number for "no limit"."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBound:
     free_bytes: int
-    """Negative where more is used than the bound allows."""
+    """Negative if more is used than the limit allows."""
     limit_bytes: int
     where: str
-    """Where this bound comes from, in words that end a sentence."""
+    """Origin of the limit, worded as the end of a sentence."""
 
 
 def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[MemoryBound]:
@@ -39,7 +39,7 @@ def memory_bounds(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgro
 
 
 def _cgroup_bounds(proc: Path, mount: Path) -> Iterator[MemoryBound]:
-    """Bounds of this process's cgroup and of all its parents, versions 1 and 2."""
+    """Limits of this process's cgroup and of all its parents, versions 1 and 2."""
     for line in _read(proc / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -58,15 +58,15 @@ def _cgroup_bounds(proc: Path, mount: Path) -> Iterator[MemoryBound]:
 
 
 def _groups(mount: Path, path: str) -> list[Path]:
-    """The folders of a group and those around it. In a container the path may be the host's, and the mount the group's
-    own folder: then only the mount is there."""
+    """The folders of a cgroup and its parents. In a container the path may be the host's while the mount is the
+    cgroup's own folder; then only the mount exists."""
     own = mount / path.lstrip("/")
     folders = [own, *own.parents]
     return [folder for folder in folders[: folders.index(mount) + 1] if folder.is_dir()]
 
 
 def _bound(folder: Path, limits: tuple[str, ...], usage: str, cache: tuple[str, ...]) -> Iterator[MemoryBound]:
-    """Free is what the limit leaves, and the pages of files among what is used: these go when memory is wanted."""
+    """Limit and free bytes of one cgroup. The page cache counts as free, as the kernel reclaims it when needed."""
     limit = min((_number(folder / name) for name in limits), default=_NO_LIMIT)
     if limit >= _NO_LIMIT:
         return
@@ -78,7 +78,7 @@ def _bound(folder: Path, limits: tuple[str, ...], usage: str, cache: tuple[str, 
 
 def _number(path: Path) -> int:
     text = _read(path).strip()
-    return int(text) if text.isdigit() else _NO_LIMIT  # "max", or not there
+    return int(text) if text.isdigit() else _NO_LIMIT  # "max", or no such file
 
 
 # ---- limits of the process and of the whole machine -------------------------------------------------------------
@@ -97,7 +97,7 @@ def _process_bounds() -> Iterator[MemoryBound]:
 
 
 def _commit_bounds(proc: Path) -> Iterator[MemoryBound]:
-    """Linux with overcommitment off refuses to promise more than it has."""
+    """The commit limit of Linux, which applies if overcommit is off (mode 2)."""
     if _read(proc / "sys" / "vm" / "overcommit_memory").strip() != "2":
         return
     info = {

@@ -2,8 +2,8 @@
 
     python -m fastserve.launcher --model-path-address MODEL@HOST@PORT ...
 
-What is started is decided in `launching/plan.py`, what cannot work is refused in `launching/checks.py`, and a
-supervisor does the rest (`supervisor.py`).
+`launching/plan.py` decides what to start, `launching/checks.py` refuses what cannot work, and a supervisor
+(`supervisor.py`) starts and watches the services.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastserve.config import LauncherConfig
 from fastserve.errors import StartupError
 from fastserve.launching.checks import check
 from fastserve.launching.console import Console
-from fastserve.launching.handover import Stopped, StopSignals, Supervisor, follow
+from fastserve.launching.handover import Stopped, StopSignals, SupervisorProcess, follow
 from fastserve.launching.log_files import locked, prepare_folder, rotate
 from fastserve.launching.order import Order
 from fastserve.launching.plan import SECRETS, Item, common_config, log_path, parse_item, plan, summary, worker_config
@@ -33,9 +33,9 @@ from fastserve.serving.tls import certificate_paths
 
 
 def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console, *, package: str = "fastserve") -> None:
-    """Start everything and return when all of it serves.
+    """Start all services and return when they serve.
 
-    Raises StartupError when that fails and Stopped on Ctrl-C, SIGTERM or SIGHUP; whatever was started is gone by then.
+    Raises StartupError if one fails, and Stopped on Ctrl-C, SIGTERM or SIGHUP; all processes have ended by then.
     """
     items = [parse_item(text) for text in config.model_path_address]
     log_dir = absolute(config.log_dir, "--log-dir")
@@ -52,21 +52,21 @@ def launch(config: LauncherConfig, environ: Mapping[str, str], console: Console,
             console.show_progress(f"waiting for another launch or shutdown in {config.log_dir}")
             signals.raise_if_received()
 
-        # Launches side by side must not choose the same logs: until its supervisor runs, this one cannot be seen.
+        # Concurrent launches must not choose the same logs, and this one is invisible until its supervisor runs.
         with locked(log_dir, on_wait):
             order, own_log = _prepare(config, items, environ, log_dir, package)
             console.say(f"Starting the services; their logs are in {config.log_dir}")
             own_environ = {name: value for name, value in environ.items() if name not in SECRETS}
-            supervisor = Supervisor(order, own_environ, own_log)
+            supervisor = SupervisorProcess(order, own_environ, own_log)
         follow(supervisor, console, signals)
-        # Within the block: once services run, no signal may keep this from being said.
+        # Inside the block: once services run, the summary is printed whatever signals come.
         console.say(summary(config, items, order.services))
 
 
 def _prepare(
     config: LauncherConfig, items: Sequence[Item], environ: Mapping[str, str], log_dir: Path, package: str
 ) -> tuple[Order, Path]:
-    """The order, and the supervisor's log. Refuses what cannot work, and makes room for the new logs."""
+    """Check the settings and rotate old logs. Returns the order, and the path of the supervisor's log."""
     running = find_services()
     check(config, items, running, log_dir)
     is_second = any(service.mark.log_dir == str(log_dir) for service in running)
@@ -103,9 +103,9 @@ def _prepare(
 
 
 def _cluster_access(config: LauncherConfig, environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The cluster key for the environment of all services, and the headers of requests to the controller.
+    """Environment with the cluster key for all services, and headers of requests to the controller.
 
-    Makes the user's key where there is none. Raises StartupError.
+    Creates the user's key if there is none. Raises StartupError.
     """
     if config.insecure:
         return {}, {}
@@ -119,7 +119,7 @@ def _cluster_access(config: LauncherConfig, environ: Mapping[str, str]) -> tuple
 
 
 def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> None:
-    """The command. `package` is where the services' modules are found."""
+    """Entry point. `package`: the Python package that holds the services' modules."""
     _open_standard_streams()
     errors = Console(sys.stderr)
     try:
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "fastserve") -> No
 
 
 def _open_standard_streams() -> None:
-    """Open those that this process was started without, so that no file of ours takes their numbers."""
+    """Open standard streams that are closed, so that no other file gets their descriptor numbers."""
     for number in range(3):
         try:
             os.fstat(number)

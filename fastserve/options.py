@@ -1,9 +1,9 @@
 """How settings are declared and read.
 
-An option is spelled once, as a dataclass field made by `option` (or by `limit`, for bounds on what comes from outside).
-The parser, the help text, the defaults and the command line that the launcher writes for a child (`to_argv`) are all
-read from there. argparse keeps prefix abbreviation on, because FastChat's documents use it (`--controller`, `--worker`,
-`--model-name`).
+An option is declared once, as a dataclass field made by `option` (or by `limit`, for bounds on outside input). The
+parser, the help text, the defaults and the command line that the launcher writes for a child process (`to_argv`) are
+derived from it. argparse accepts abbreviated flags, because FastChat's documentation uses them (`--controller`,
+`--worker`, `--model-name`).
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def option(
     maximum: float | None = None,
     group: str | None = None,
 ) -> Any:
-    """One setting. `parse` reads the flag's text, `flag` renames it, `env` names a variable that gives the default.
+    """Declare one option.
 
-    `added`: the program that ours takes the place of has no such flag. Its users' abbreviations still mean its flags.
-    `minimum`, `maximum`: a value outside ends the start with a sentence, as NaN and infinity do in every option.
-    `group`: the heading in the help text under which it stands; if unset the `title` of the class that declares it.
+    `parse` converts the flag's text, `flag` overrides the flag's name, `env` names a variable for the default.
+    `added`: FastChat has no such flag, so it must not make abbreviations of FastChat's flags ambiguous.
+    `minimum`, `maximum`: a value outside is a startup error, as NaN and infinity are for every option.
+    `group`: the heading in the help text; the `title` of the declaring class if unset.
     """
     metadata = {
         "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env, "added": added,
@@ -65,17 +66,17 @@ def option(
 
 
 def limit(default: Any, help: str, *, minimum: float = 1, group: str = LIMITS) -> Any:
-    """A bound on what comes from outside: a size, number, depth or time. Its name ends in its unit (`_bytes`, `_s`).
+    """Declare a bound on outside input: a size, number, depth or time. Its name ends in its unit (`_bytes`, `_s`).
 
-    It is an `option` that the environment variable `FASTSERVE_<NAME>` sets too, so that services started by the
-    launcher inherit it. docs/limits.md lists every one.
+    The environment variable `FASTSERVE_<NAME>` sets it too, so services started by the launcher inherit it.
+    docs/limits.md lists all limits.
     """
     made = option(default, help, added=True, minimum=minimum, group=group)
     return field(default=default, metadata={**made.metadata, "is_limit": True})
 
 
 def limits_of(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The options of a settings class that were made by `limit`."""
+    """The options of a settings class that were declared with `limit`."""
     return [item for item in dataclasses.fields(config_class) if item.metadata.get("is_limit")]
 
 
@@ -92,7 +93,7 @@ def flag_of(option_field: dataclasses.Field[Any]) -> str:
 
 
 def group_of(config_class: type[Any], name: str) -> str:
-    """Heading in the help text for the option `name`: its own, else that of the first class to declare it."""
+    """Heading in the help text for the option `name`: its `group`, else the title of the first declaring class."""
     item = next(item for item in dataclasses.fields(config_class) if item.name == name)
     title = item.metadata["group"] or next(
         cls.__dict__.get("title", "options") for cls in reversed(config_class.__mro__) if name in _annotations(cls)
@@ -106,7 +107,7 @@ def _annotations(cls: type[Any]) -> typing.Mapping[str, Any]:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Gives defaults, but where the help text says itself what comes of an unset option."""
+    """Appends defaults, except where the help text itself describes the unset option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, ()):
@@ -120,7 +121,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser(
     config_class: type[Any], prog: str, choices: typing.Mapping[str, Sequence[str]] | None = None
 ) -> argparse.ArgumentParser:
-    """`choices` gives, by field name, those that only the caller knows: what can be plugged in."""
+    """`choices`: by field name, choices known only at run time (plug-ins)."""
     description = (config_class.__doc__ or "").strip().split("\n")[0]
     parser = argparse.ArgumentParser(
         prog=prog, usage="%(prog)s [OPTION ...]", description=description, formatter_class=_HelpFormatter
@@ -147,7 +148,7 @@ def build_parser(
 
 
 def _metavar(name: str, kind: Any) -> str:
-    """Placeholder of an option's value in the help text: its unit where the name has one."""
+    """Placeholder of an option's value in the help text: its unit if the name has one."""
     last = name.rsplit("_", 1)[-1]
     if name.endswith("_per_s"):
         return "NUMBER"
@@ -161,13 +162,13 @@ def parse_config(
     environ: typing.Mapping[str, str],
     choices: typing.Mapping[str, Sequence[str]] | None = None,
 ) -> ConfigT:
-    """Read `argv` (None: the process's own arguments) over the environment over the defaults.
+    """Settings from `argv` (None: sys.argv), else from the environment, else the defaults.
 
-    Raises StartupError when a value that came from the environment cannot be read; a wrong flag ends in argparse's
-    own message and exit code 2.
+    Raises StartupError if a value from the environment is invalid; an invalid flag ends the process with argparse's
+    message and exit code 2.
     """
-    # What stands in the namespace before goes over argparse's defaults and under the flags. It is not made a default:
-    # the help text shows those, and a variable may hold a secret.
+    # Values already in the namespace override argparse's defaults and are overridden by flags. They are not made
+    # defaults, because the help text shows defaults, and a variable may hold a secret.
     namespace = argparse.Namespace()
     items = dataclasses.fields(typing.cast(Any, config_class))
     for item in items:
@@ -189,9 +190,9 @@ def parse_config(
 
 
 def check_ranges(config_class: type[Any], values: Any) -> None:
-    """Raises StartupError when an attribute of `values`, under the name of an option, is outside the option's range.
+    """Raises StartupError if an attribute of `values` is outside the range of the option with the same name.
 
-    For settings that come by other ways than `parse_config`.
+    For settings that do not come from `parse_config`.
     """
     for item in dataclasses.fields(config_class):
         value = getattr(values, item.name, None)
@@ -201,7 +202,7 @@ def check_ranges(config_class: type[Any], values: Any) -> None:
 
 
 def _range_problem(item: dataclasses.Field[Any], value: Any) -> str | None:
-    """Why the option cannot have `value`, or None."""
+    """Why `value` is outside the option's range, or None if it is not."""
     minimum, maximum = item.metadata.get("minimum"), item.metadata.get("maximum")
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
@@ -213,7 +214,7 @@ def _range_problem(item: dataclasses.Field[Any], value: Any) -> str | None:
 
 
 def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[str]:
-    """Write out abbreviations that are unique among the flags not `added`, so that none of these can break them."""
+    """Expand abbreviations that are unique among the flags not `added`, so that added flags cannot break them."""
     flags = {flag_of(item): item.metadata["added"] for item in dataclasses.fields(config_class)}
     expanded = []
     for word in argv:
@@ -225,9 +226,9 @@ def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[s
 
 
 def to_argv(config: Any) -> list[str]:
-    """The command line that `parse_config` reads back as `config`; options at their default are left out.
+    """The command line from which `parse_config` makes `config` again; options at their default are left out.
 
-    It holds all that `config` holds: a secret is to be left at its default and passed by the environment.
+    Secrets in `config` would be visible in it: leave them at their default and pass them by environment.
     """
     argv: list[str] = []
     for item in dataclasses.fields(config):
@@ -248,14 +249,14 @@ def to_argv(config: Any) -> list[str]:
 
 
 def _plain_type(hint: Any) -> Any:
-    """The type that a flag's text is read with: `int | None` gives int."""
+    """The type without None: `int | None` gives int."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
 
 
 def same_option(config_class: type[Any], name: str, **changes: Any) -> Any:
-    """The option `name` of another process's settings, spelled there; `changes`: default, help, added."""
+    """The option `name` of another settings class, with `changes` to its default, help, added, ..."""
     original = next(item for item in dataclasses.fields(config_class) if item.name == name)
     metadata = {
         **original.metadata,
@@ -266,8 +267,8 @@ def same_option(config_class: type[Any], name: str, **changes: Any) -> Any:
 
 
 def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[type[ConfigT]], type[ConfigT]]:
-    """Decorator of a dataclass to be: adds each limit, and the options `names`, of other processes' settings, for a
-    program that passes them on. Unset, a limit stays what each process has as its default."""
+    """Class decorator, applied before `dataclass`: adds all limits and the options `names` of other settings classes,
+    for a program that passes them on. An unset limit keeps the default of each process."""
 
     def limits_group(name: str) -> str:
         owners = [cls for cls in config_classes if any(item.name == name for item in dataclasses.fields(cls))]
@@ -284,7 +285,7 @@ def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[
                 if item.name in present or not (is_limit or item.name in names):
                     continue
                 present.add(item.name)
-                # No limit of this program: the environment reaches the processes without its help.
+                # Not a limit of this program, and child processes inherit the environment anyway.
                 changes = {"default": None, "is_limit": False, "group": limits_group(item.name)} if is_limit else {}
                 cls.__annotations__[item.name] = hints[item.name]
                 setattr(cls, item.name, same_option(config_class, item.name, added=True, **changes))
@@ -294,7 +295,7 @@ def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[
 
 
 def parse_option(config_class: type[Any], name: str, text: str) -> Any:
-    """Read one option's value outside a command line. Raises ValueError with a sentence when it cannot be read."""
+    """Parse one option's value outside a command line. Raises ValueError with the reason if it is invalid."""
     item = next(item for item in dataclasses.fields(config_class) if item.name == name)
     kind = _plain_type(typing.get_type_hints(config_class)[name])
     if kind is bool:

@@ -1,9 +1,9 @@
-"""Ends what launchers started, and only that: `python -m fastserve.shutdown --serve all|controller|...`.
+"""Ends services that launchers started, and nothing else: `python -m fastserve.shutdown --serve all|controller|...`.
 
-A launch belongs to the folder that it logs to; its processes are found by the marks that they carry, whatever has
-become of the folder. The supervisor goes first, so that nothing is started again; then the API server, and the
-controller last, so that running requests can end and workers can say goodbye. Each service gets SIGTERM, then time to
-drain; what still runs after that is killed with all that it started.
+A launch belongs to its log folder; its processes are found by the marks in their environment, even if the folder is
+gone. The supervisor ends first, so that nothing is restarted; then the API server, the workers, and the controller
+last, so that running requests can finish and workers can deregister. Each service gets SIGTERM and time to drain; then
+it is killed together with its child processes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fastserve.options import parse_config
 
 AS_THAT_USER = "run the shutdown as the user who started the launch"
 DRAIN_MARGIN_S = 5.0
-"""Time that a service may take to end after its own drain."""
-ORDER = ("openai_api_server", "model_worker", "controller")
+"""Seconds that a service may take to exit after its drain."""
+SHUTDOWN_ORDER = ("openai_api_server", "model_worker", "controller")
 
 
 def shut_down(config: ShutdownConfig, console: Console) -> None:
-    """Raises StartupError when a service may not be ended by this user; all others have been ended then."""
+    """End the services. Raises StartupError if this user may not end one of them; all others have ended by then."""
     log_dir = absolute(config.log_dir, "--log-dir")
-    wanted = config.down or config.serve
-    kinds = (SUPERVISOR, *ORDER) if wanted == "all" else (wanted,)
-    # Two shutdowns side by side: a second SIGTERM would cut short the drain that the first has begun.
+    kind_to_end = config.down or config.serve
+    kinds = (SUPERVISOR, *SHUTDOWN_ORDER) if kind_to_end == "all" else (kind_to_end,)
+    # Locked against a concurrent shutdown: its second SIGTERM would cut the drain short.
     with locked(log_dir, lambda: console.show_progress(f"waiting for another launch or shutdown in {config.log_dir}")):
         files = _run_files(log_dir)
-        if wanted != "all":
-            _keep_from_restarting(_find(config, log_dir, files), wanted, console)
+        if kind_to_end != "all":
+            _keep_from_restarting(_find(config, log_dir, files), kind_to_end, console)
         ended = 0
         failures = [] if files is not None else [StartupError(f"{log_dir} is closed to this user: {AS_THAT_USER}.")]
         for kind in kinds:
@@ -52,13 +52,13 @@ def shut_down(config: ShutdownConfig, console: Console) -> None:
     if failures:
         raise failures[0]
     if not ended:
-        noun = "service" if wanted == "all" else wanted
+        noun = "service" if kind_to_end == "all" else kind_to_end
         console.say(f"Nothing to shut down: no {noun} of a launch in {config.log_dir} runs.")
         _say_where_others_are(log_dir, console)
 
 
 def _run_files(log_dir: Path) -> list[RunFile] | None:
-    """The run files in the folder; None where this user may not look into it."""
+    """The run files in the folder; None if this user may not read it."""
     try:
         return run_files_in(log_dir)
     except PermissionError:
@@ -66,7 +66,7 @@ def _run_files(log_dir: Path) -> list[RunFile] | None:
 
 
 def _find(config: ShutdownConfig, log_dir: Path, files: Sequence[RunFile] | None) -> list[RunningService]:
-    """The services of the launches that log to the folder, or whose run file stands in it."""
+    """The services of launches that log to the folder or have their run file in it."""
     listed = {file.run_id for file in files or ()}
     return [
         service
@@ -93,7 +93,7 @@ def _end(services: Sequence[RunningService], drain_timeout_s: float, console: Co
 
 
 def _keep_from_restarting(services: Sequence[RunningService], kind: str, console: Console) -> None:
-    """Let the supervisors know that services of this kind are ended on purpose; those that cannot know are ended."""
+    """Write files that keep the supervisors from restarting services of this kind; if that fails, end them."""
     for supervisor in [service for service in services if service.mark.kind == SUPERVISOR]:
         mark = supervisor.mark
         try:
@@ -107,7 +107,7 @@ def _keep_from_restarting(services: Sequence[RunningService], kind: str, console
 
 
 def _remove_run_files(config: ShutdownConfig, files: Sequence[RunFile], console: Console) -> list[StartupError]:
-    """Remove the files of launches of which nothing runs any more. Returns failures: launches of other users."""
+    """Remove the run files of launches that have ended. Returns an error for each launch of another user."""
     running = {service.mark.run_id for service in find_services()}
     failures = []
     for file in files:
@@ -116,7 +116,7 @@ def _remove_run_files(config: ShutdownConfig, files: Sequence[RunFile], console:
         try:
             owner = file.path.lstat().st_uid
             if os.name == "posix" and os.geteuid() not in (0, owner):
-                # What it lists may run: this user cannot see the marks of another one's processes.
+                # Its services may still run: the environment of another user's processes cannot be read.
                 failures.append(StartupError(f"{file.path} belongs to another user (id {owner}): {AS_THAT_USER}."))
             else:
                 file.remove()
@@ -141,7 +141,7 @@ def _say_where_others_are(log_dir: Path, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     if os.name == "posix":
-        # Half a shutdown is worse than one that nobody watches.
+        # A shutdown must not stop half-way because its terminal was closed.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     errors = Console(sys.stderr)
     try:

@@ -1,11 +1,11 @@
-"""The supervisor of a launch, which the launcher starts: `python -m fastserve.supervisor`.
+"""The supervisor of a launch, started by the launcher as `python -m fastserve.supervisor`.
 
 It reads an order from its standard input, starts the services as its children, and reports on its standard output until
-all of them serve; then it stays, brings back services that died and rotates logs. It is a process without a terminal,
-so that nothing that happens to the launcher's can hurt what it does:
+all of them serve. Then it stays, restarts services that died, and rotates logs. It has no terminal, so closing the
+launcher's terminal does not affect it:
 
 - before all services serve, the end of its standard input (the launcher is gone) or a SIGTERM cancels the launch;
-- after that, a SIGTERM ends the supervisor alone. Services need no supervisor to go on.
+- after that, a SIGTERM ends only the supervisor. Services run on without it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from fastserve.observability.private_files import reason
 
 logger = logging.getLogger("fastserve.supervisor")
 
-LOOK_INTERVAL_S = 0.25
-LOOKS_PER_ROTATION = 4
+POLL_INTERVAL_S = 0.25
+POLLS_PER_ROTATION = 4
 MAX_ORDER_BYTES = 64 << 20
 
 
@@ -41,7 +41,7 @@ class LaunchCancelledError(Exception):
 
 class Supervisor:
     def __init__(self, log: Path) -> None:
-        """`log`: where this process's standard error goes."""
+        """`log`: the file that this process's standard error goes to."""
         self._log = log
         self._stop = threading.Event()
         self._launcher_is_gone = threading.Event()
@@ -75,15 +75,15 @@ class Supervisor:
         self._watch(restarts, launch)
 
     def _watch(self, restarts: Restarts, launch: Launch) -> None:
-        looks = 0
-        while not self._stop.wait(LOOK_INTERVAL_S):
+        num_polls = 0
+        while not self._stop.wait(POLL_INTERVAL_S):
             try:
                 restarts.step()
-                looks += 1
-                if looks % LOOKS_PER_ROTATION == 0:
+                num_polls += 1
+                if num_polls % POLLS_PER_ROTATION == 0:
                     restarts.rotate_logs(self._log)
             except OSError as error:
-                # Whatever the system refuses just now, it is tried again: the supervisor stays.
+                # Try again at the next poll: the supervisor must not end because of it.
                 logger.error("%s", reason(error))
             if restarts.has_ended:
                 logger.info("All services have ended, and so does their supervisor.")
@@ -125,13 +125,13 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.stdin is None or sys.stdin.isatty():
         sys.exit("The supervisor is started by `python -m fastserve.launcher`.")
     supervisor = Supervisor(Path(sys.argv[1]))
-    # Handlers, so that services get the defaults back whatever the launcher's parent ignored: a shell's script has
-    # SIGINT ignored for what it starts in the background.
+    # A signal with a handler is reset to its default in child processes, while an ignored one stays ignored: shell
+    # scripts start background commands with SIGINT ignored.
     signal.signal(signal.SIGTERM, supervisor.note_stop)
     signal.signal(signal.SIGINT, supervisor.note_stop)
     if os.name == "posix":
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        # Ignored, it would keep exit codes from us, and every crash would look like an end in good order.
+        # If ignored, there would be no exit codes, and every crash would look like an orderly exit.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     setup_logging("info")

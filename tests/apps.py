@@ -1,4 +1,4 @@
-"""Our applications within the event loop of a test."""
+"""Serves our applications inside the event loop of a test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
 
 @asynccontextmanager
 async def serve_app(app: ASGIApp, sockets: Sequence[socket.socket] = ()) -> AsyncIterator[str]:
-    """Serve on loopback in this event loop, without uvicorn's signal handlers and ticks; gives the base address."""
+    """Serve on loopback in this event loop, without uvicorn's signal handlers and ticks; yields the base address."""
     owned = list(sockets) or [socket.create_server(("127.0.0.1", 0))]
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     config.load()
@@ -33,7 +33,7 @@ async def serve_app(app: ASGIApp, sockets: Sequence[socket.socket] = ()) -> Asyn
     try:
         yield f"http://127.0.0.1:{owned[0].getsockname()[1]}"
     finally:
-        # Clients have closed by now, as a rule. uvicorn waits for the others, and for 0.1 s even when there are none.
+        # Clients have usually disconnected by now. uvicorn waits for the others, and for 0.1 s even without any.
         try:
             await until(lambda: not server.server_state.connections, timeout=0.05)
         except TimeoutError:

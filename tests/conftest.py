@@ -1,4 +1,4 @@
-"""Set before anything imports torch, which imports triton where that is installed."""
+"""Environment variables and the order of test files. Set before anything imports torch (and with it triton)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from tests.keys import CLUSTER_KEY
 
-# Services that tests start inherit it: no test finds or makes the key of the user who runs them.
+# Services started by tests inherit it, so no test finds or creates the key of the user who runs them.
 os.environ[ENV_CLUSTER_KEY] = CLUSTER_KEY
 
 if not Path("/dev/nvidiactl").exists():
-    # Without a GPU, Triton's kernels are interpreted. Its library looks at this when it is imported, and never again.
+    # Without a GPU, Triton's kernels are interpreted. triton reads this variable only at its import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A shell has a command in the background ignore SIGINT, and nohup SIGHUP: so would every process that a test starts.
+# Shells start background commands with SIGINT ignored, nohup with SIGHUP, and the processes of tests would inherit it.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
@@ -31,11 +31,11 @@ COMPAT_MODULES = {
     *("test_gateway_api", "test_model_worker_process", "test_openai_routes", "test_connections", "test_start"),
     *("test_dependencies", "test_trio_first_answer"),
 }
-"""Modules whose tests show that a release of a dependency is served with: what it loads, recognises and computes."""
+"""Test modules to run against other releases of dependencies: loading, recognition and equality."""
 
 
 SHARED_FOLDER = "trio"
-"""All tests of this folder share services, so one process runs them all, one after the other; it begins with them."""
+"""The tests of this folder share services, so one process runs all of them, first and in sequence."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `--dist loadfile`: files are given out in the order above, those of the shared folder as if they were one."""
+    """For `--dist loadfile`: distribute files in the order above, and those of the shared folder as one."""
     from xdist.scheduler import LoadFileScheduling
 
     if config.getoption("dist") != "loadfile":

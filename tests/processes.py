@@ -10,12 +10,12 @@ import psutil
 
 FIRST_PORT = 12_000
 NUM_PORTS = 5_000
-"""For each of four processes that run tests. All are below the ports that systems give to outgoing connections, one of
-which could take a port before its service does."""
+"""Ports for each of four test processes. All are below the ephemeral ports, as an outgoing connection could take one
+before its service does."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports for each of the processes that run tests side by side."""
+    """Free ports, different ones in each of the concurrent test processes."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = FIRST_PORT + worker % 4 * NUM_PORTS
     free: list[int] = []
@@ -31,7 +31,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie has ended: it only waits for whoever inherited it to take notice."""
+    """Whether the process runs. A zombie has ended and only waits for its parent."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""The bundled demo model answers what it was never shown. The cases are in demo_model/evaluate.py."""
+"""The bundled demo model answers unseen questions. The cases are in demo_model/evaluate.py."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def tokenizer(loaded: tuple[Any, Any]) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """So small a model gains nothing by a second one, and loses much where other work runs beside it."""
+    """A model this small is not faster with two threads, and much slower if the machine is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

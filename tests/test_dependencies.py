@@ -1,4 +1,4 @@
-"""What is pinned fits what is declared, for both builds of torch, and is what README installs."""
+"""The pins satisfy the declared ranges for both builds of torch, and README installs them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pins() -> dict[str, str]:
 
 
 def extras() -> list[str]:
-    """What README's second command installs beside the dependencies, and the other extras that are pinned."""
+    """The extras that README's second command installs, and the other pinned ones."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [item for extra in dependencies.EXTRAS for item in project["optional-dependencies"][extra]]
 

@@ -1,4 +1,4 @@
-"""Repeated messages on one connection, over real sockets: the same answers as by the usual way."""
+"""Direct answers over real sockets: the same as by the normal path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Answer = tuple[int, bytes]
 
 
 class Service:
-    """Answers a POST with its body, and counts which way it took. `allowed` is what a guard before it would check."""
+    """Answers a POST with its body, and counts direct and normal answers. `allowed` stands for a guard's check."""
 
     def __init__(self) -> None:
         self.usual = 0
@@ -221,8 +221,8 @@ async def test_an_idle_connection_is_closed_as_any_other(service: Service) -> No
         writer.close()
 
 
-class Turns:
-    """A queue on an event loop and a clock that are moved by hand; each connection takes `cost_s` for its requests."""
+class FakeLoop:
+    """A DirectQueue with a fake event loop and clock; each connection takes `cost_s` for its requests."""
 
     def __init__(self, cost_s: float = 0.0) -> None:
         self.now = 0.0
@@ -236,18 +236,18 @@ class Turns:
         self._callbacks.append(callback)
 
     def put(self, name: str, *, is_routine: bool) -> None:
-        turns = self
+        fake = self
 
         class Connection:
             def receive_waiting(self) -> None:
-                turns.now += turns.cost_s
-                turns.answered.append(name)
-                turns.on_answer(name)
+                fake.now += fake.cost_s
+                fake.answered.append(name)
+                fake.on_answer(name)
 
         self.queue.put(Connection(), is_routine=is_routine)  # type: ignore[arg-type]
 
     def run_pass(self) -> list[str]:
-        """One pass of the event loop; returns who was answered in it."""
+        """One iteration of the event loop; returns the connections answered in it."""
         before, callbacks, self._callbacks = len(self.answered), self._callbacks, []
         for callback in callbacks:
             callback()
@@ -255,46 +255,46 @@ class Turns:
 
 
 def test_questions_are_answered_before_a_crowd_of_routine_messages() -> None:
-    turns = Turns()
+    fake = FakeLoop()
     for number in range(3):
-        turns.put(f"beat {number}", is_routine=True)
-    turns.put("question", is_routine=False)
-    assert turns.run_pass() == ["question"], "its answer is sent before the next pass"
-    assert turns.run_pass() == ["beat 0", "beat 1", "beat 2"]
-    assert turns.run_pass() == []
+        fake.put(f"beat {number}", is_routine=True)
+    fake.put("question", is_routine=False)
+    assert fake.run_pass() == ["question"], "its answer is sent before the next pass"
+    assert fake.run_pass() == ["beat 0", "beat 1", "beat 2"]
+    assert fake.run_pass() == []
 
 
 def test_a_crowd_of_routine_messages_keeps_a_question_waiting_for_a_slice_at_most() -> None:
-    turns = Turns(cost_s=direct.MAX_SLICE_S / 4.5)
+    fake = FakeLoop(cost_s=direct.MAX_SLICE_S / 4.5)
     for number in range(12):
-        turns.put(f"beat {number}", is_routine=True)
-    turns.on_answer = lambda name: turns.put("question", is_routine=False) if name == "beat 2" else None
-    assert turns.run_pass() == [f"beat {number}" for number in range(5)]
-    assert turns.run_pass() == ["question"]
-    assert turns.run_pass() == [f"beat {number}" for number in range(5, 10)]
-    assert turns.run_pass() == ["beat 10", "beat 11"]
+        fake.put(f"beat {number}", is_routine=True)
+    fake.on_answer = lambda name: fake.put("question", is_routine=False) if name == "beat 2" else None
+    assert fake.run_pass() == [f"beat {number}" for number in range(5)]
+    assert fake.run_pass() == ["question"]
+    assert fake.run_pass() == [f"beat {number}" for number in range(5, 10)]
+    assert fake.run_pass() == ["beat 10", "beat 11"]
 
 
 def test_questions_without_end_do_not_keep_routine_messages_waiting_for_ever() -> None:
-    turns = Turns(cost_s=direct.MAX_SLICE_S)
-    turns.on_answer = lambda name: turns.put(name, is_routine=False) if name == "question" else None
-    turns.put("beat 0", is_routine=True)
-    turns.put("beat 1", is_routine=True)
-    turns.put("question", is_routine=False)
+    fake = FakeLoop(cost_s=direct.MAX_SLICE_S)
+    fake.on_answer = lambda name: fake.put(name, is_routine=False) if name == "question" else None
+    fake.put("beat 0", is_routine=True)
+    fake.put("beat 1", is_routine=True)
+    fake.put("question", is_routine=False)
     for _ in range(4):
-        turns.run_pass()
-    assert turns.answered.count("beat 0") == turns.answered.count("beat 1") == 1
+        fake.run_pass()
+    assert fake.answered.count("beat 0") == fake.answered.count("beat 1") == 1
 
 
 def test_few_requests_are_answered_where_they_are_read_until_the_event_loop_had_its_turn() -> None:
-    turns = Turns()
+    fake = FakeLoop()
     for _ in range(2):
-        assert [turns.queue.may_answer_at_once() for _ in range(direct.MAX_ANSWERED_AT_ONCE + 1)].count(True) == (
+        assert [fake.queue.may_answer_at_once() for _ in range(direct.MAX_ANSWERED_AT_ONCE + 1)].count(True) == (
             direct.MAX_ANSWERED_AT_ONCE
         )
-        turns.put("beat", is_routine=True)
-        assert not turns.queue.may_answer_at_once(), "others wait already"
-        assert turns.run_pass() == ["beat"]
+        fake.put("beat", is_routine=True)
+        assert not fake.queue.may_answer_at_once(), "others wait already"
+        assert fake.run_pass() == ["beat"]
 
 
 async def test_a_connection_whose_request_waits_for_its_turn_is_not_idle(service: Service) -> None:

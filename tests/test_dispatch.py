@@ -37,7 +37,7 @@ def filled(index: DispatchIndex, **workers: tuple[float, int]) -> DispatchIndex:
 
 
 def with_shortest_queue(workers: Workers, exclude: Collection[str]) -> set[str]:
-    """The workers that a walk over all of them finds to wait the shortest."""
+    """The workers with the shortest queue, by a linear scan."""
     waits = {a: n / speed if speed > 0 else math.inf for a, (speed, n) in workers.items() if a not in exclude}
     return {address for address, wait in waits.items() if wait == min(waits.values())}
 
@@ -99,7 +99,7 @@ def test_a_choice_is_one_that_a_walk_over_all_workers_could_make(
         else:
             index.remove(address)
             workers.pop(address, None)
-        index.choose(exclude, rng)  # must change nothing
+        index.choose(exclude, rng)  # must not change the index
     allowed = expected(workers, exclude)  # type: ignore[operator]
     chosen = {index.choose(exclude, rng) for _ in range(20)} - {None}
     assert chosen <= allowed or make is Lottery
@@ -108,7 +108,7 @@ def test_a_choice_is_one_that_a_walk_over_all_workers_could_make(
 
 @given(speeds=st.lists(st.floats(0, 50), min_size=1, max_size=40), gone=st.sets(st.integers(0, 39)))
 def test_the_lottery_gives_each_worker_its_share(speeds: list[float], gone: set[int]) -> None:
-    """Every ticket is somebody's, and each worker's tickets are as many as its weight."""
+    """Every ticket belongs to a worker, and each worker has as many tickets as its weight."""
     index = Lottery()
     for n, speed in enumerate(speeds):
         index.set(str(n), speed, 0)
@@ -126,8 +126,8 @@ def test_the_lottery_gives_each_worker_its_share(speeds: list[float], gone: set[
 def test_lottery_draws_by_speed() -> None:
     rng = random.Random(0)
     index = filled(Lottery(), slow=(1.0, 0), fast=(3.0, 99))
-    drawn = Counter(index.choose((), rng) for _ in range(4000))
-    assert 0.72 < drawn["fast"] / 4000 < 0.78
+    sampled = Counter(index.choose((), rng) for _ in range(4000))
+    assert 0.72 < sampled["fast"] / 4000 < 0.78
     assert {index.choose(["fast"], rng) for _ in range(20)} == {"slow"}
 
 
@@ -168,7 +168,7 @@ def test_an_index_does_not_grow_with_the_number_of_updates() -> None:
 
 @pytest.mark.parametrize("name", dispatch.names())
 def test_the_cost_of_a_choice_hardly_grows_with_the_workers(name: str) -> None:
-    """Compared in the number of Python calls and lines, which no busy machine changes."""
+    """Measured in Python calls and lines, which do not depend on the load of the machine."""
 
     def steps(num_workers: int) -> int:
         index = dispatch.load(name)()

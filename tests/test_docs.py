@@ -1,4 +1,4 @@
-"""Pages: links lead somewhere, each decision has a number of its own, and every metric is described."""
+"""Documentation: links, numbers of decisions, metrics, and paths in the glossary are right."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docker").rglob("*.md")]
 LINK = re.compile(r"\]\(([^)\s#]+)")
+TERM = re.compile(r"^\| ([^|]+) \| ([^|]+) \| `([^`|]+)` \|$", re.MULTILINE)
+MAX_TERMS = 30
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -39,3 +41,18 @@ def test_every_metric_is_described() -> None:
     }
     assert len(declared) > 20
     assert declared <= described
+
+
+def test_the_glossary_is_short_and_its_paths_exist() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = TERM.findall(page)
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line != "| term | meaning | where |"]
+    assert len(terms) == len(rows), "each row has a term, its meaning and one path"
+    assert 20 <= len(terms) <= MAX_TERMS
+    assert len({term for term, _, _ in terms}) == len(terms)
+    assert [path for _, _, path in terms if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_the_glossary_is_linked(page: str) -> None:
+    assert "docs/glossary.md" in LINK.findall((ROOT / page).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""docs/limits.md lists every bound with its default, and nothing that is not one."""
+"""docs/limits.md lists exactly the declared limits, with their defaults."""
 
 from __future__ import annotations
 

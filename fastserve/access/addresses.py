@@ -1,7 +1,7 @@
-"""Addresses of workers: their form, and the networks that they may lie in.
+"""Addresses of workers: their syntax, and the networks that they may be in.
 
-Whoever registers a worker makes the controller and the API servers call its address, so an address is a scheme, a host
-and a port and nothing else, and it lies in a network that the operator allows.
+Whoever registers a worker makes the controller and the API servers call its address. So an address is only a scheme, a
+host and a port, and must be in a network that the operator allows.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class WorkerAddress:
     port: int
 
     def __str__(self) -> str:
-        """The one form in which the address is known everywhere."""
+        """The canonical form, used as the worker's name in all services."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         is_default = self.port == _DEFAULT_PORTS[self.scheme]
         return f"{self.scheme}://{host}" + ("" if is_default else f":{self.port}")
 
 
 def parse_worker_address(text: str, param: str = "worker_name") -> WorkerAddress:
-    """Raises InvalidRequestError that names `param` for anything but http or https, a host and a port."""
-    # Not only ASCII could become ASCII by `lower`: the Kelvin sign becomes a k.
+    """Parse `http(s)://HOST:PORT`. Raises InvalidRequestError that names `param` for anything else."""
+    # `lower` turns some other characters into ASCII: the Kelvin sign becomes a k.
     match = _FORM.fullmatch(text.lower()) if len(text) <= MAX_ADDRESS_CHARS and text.isascii() else None
     host = None if match is None else _plain_host(match["host"])
     if match is None or host is None:
@@ -59,7 +59,7 @@ def parse_worker_address(text: str, param: str = "worker_name") -> WorkerAddress
 
 
 def is_worker_address(text: str) -> bool:
-    """Whether `text` has the form of a worker's address."""
+    """Whether `text` is a valid worker address."""
     try:
         parse_worker_address(text)
     except InvalidRequestError:
@@ -68,11 +68,11 @@ def is_worker_address(text: str) -> bool:
 
 
 def check_service_address(text: str, flag: str) -> None:
-    """Raises StartupError, which names `flag`, unless `text` is http or https, a host, and perhaps port and path."""
+    """Raises StartupError that names `flag` unless `text` is an http or https URL with a host and a valid port."""
     try:
         parts = urlsplit(text)
         is_valid = parts.scheme in _DEFAULT_PORTS and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # the port is no number or too large, or a bracket is missing
+    except ValueError:  # invalid port, or a missing bracket
         is_valid = False
     if not is_valid:
         raise StartupError(
@@ -89,7 +89,7 @@ def _plain_host(text: str) -> str | None:
     text = text.removesuffix(".")
     labels = text.split(".")
     if re.fullmatch(r"\d+|0x[0-9a-f]*", labels[-1]):
-        # Old forms such as 127.1 or 0x7f000001 would be read in one way here and in another by the system.
+        # Old notations such as 127.1 or 0x7f000001 would be parsed differently here and by the system.
         try:
             return ipaddress.IPv4Address(text).compressed
         except ValueError:
@@ -108,15 +108,16 @@ def _invalid(text: str, param: str) -> InvalidRequestError:
 
 @dataclass(frozen=True)
 class AllowedNetworks:
-    """Where workers may be. `is_local` adds loopback and the subnets of this machine's network interfaces."""
+    """Networks that workers may be in. `is_local` adds loopback and the subnets of this machine's interfaces."""
 
     networks: tuple[IpNetwork, ...] = ()
     is_local: bool = True
     is_any: bool = False
 
     def check(self, address: str, resolved: Sequence[str]) -> None:
-        """Raises PermissionDeniedError when the host of `address` resolves to any IP address outside. Reads the
-        machine's network interfaces, which takes about 0.1 ms.
+        """Raises PermissionDeniedError if any of the IP addresses `resolved` from `address` is outside.
+
+        Reads the machine's network interfaces, which takes about 0.1 ms.
         """
         if self.is_any:
             return
@@ -133,7 +134,7 @@ class AllowedNetworks:
 
 
 def parse_networks(entries: Iterable[str]) -> AllowedNetworks:
-    """Reads `local`, `any` and networks such as 10.0.0.0/8. Raises StartupError."""
+    """Parse `local`, `any` and networks such as 10.0.0.0/8. Raises StartupError."""
     networks: list[IpNetwork] = []
     words = set()
     for entry in entries:
@@ -151,8 +152,8 @@ def parse_networks(entries: Iterable[str]) -> AllowedNetworks:
 
 
 def own_networks() -> list[IpNetwork]:
-    """Loopback, and the subnets of this machine's network interfaces. Link-local subnets are left out: cloud providers
-    serve credentials there.
+    """Loopback, and the subnets of this machine's network interfaces, except link-local ones: cloud providers serve
+    credentials there.
     """
     networks: list[IpNetwork] = [ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]
     for rows in psutil.net_if_addrs().values():
@@ -162,7 +163,7 @@ def own_networks() -> list[IpNetwork]:
             try:
                 interface = ipaddress.ip_interface(f"{row.address.partition('%')[0]}/{_prefix(row.netmask)}")
             except ValueError:
-                continue  # an interface whose address is not one yet
+                continue  # an interface without a valid address yet
             if not interface.ip.is_link_local and interface.network.prefixlen:
                 networks.append(interface.network)
     return networks
@@ -173,6 +174,6 @@ def _prefix(netmask: str) -> int:
 
 
 def _unmapped(ip: IpAddress) -> IpAddress:
-    """An IPv4 address written as an IPv6 one leads to the same machine."""
+    """The IPv4 address behind an IPv4-mapped IPv6 one; any other address unchanged."""
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     return mapped or ip

@@ -1,7 +1,7 @@
 """Administrators: who may call routes that change a service (profiles, adapters, weights, pauses).
 
-Where an admin key is set (FASTSERVE_ADMIN_KEY or --admin-key-file), it is sent as the bearer token in the place of the
-API key or cluster key, and opens the other routes too. Without one, such routes answer to this machine only.
+If an admin key is set (FASTSERVE_ADMIN_KEY or --admin-key-file), it is sent as the bearer token instead of the API key
+or cluster key, and is accepted on all other routes too. Without one, such routes accept only this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_ADMIN_KEY_CHARS = 16
 
 @dataclass(frozen=True)
 class AdminKeys:
-    """No keys: administrators are whoever comes from this machine."""
+    """The valid admin keys. Without any, every client on this machine is an administrator."""
 
     digests: tuple[tuple[bytes, bool], ...] = field(default=(), repr=False)
 
@@ -32,7 +32,7 @@ class AdminKeys:
 
 
 def load_admin_keys(environ: Mapping[str, str], key_file: str | None) -> Reloadable[AdminKeys]:
-    """From the file (one key a line), else from the environment. Raises StartupError."""
+    """Admin keys from the file (one per line), else from the environment. Raises StartupError."""
 
     def read() -> AdminKeys:
         if key_file is not None:
@@ -53,13 +53,13 @@ def _make(entries: list[str], source: str) -> AdminKeys:
 
 
 class AdminCheck:
-    """Used by the middlewares: notes whether a request is an administrator's, for `require_admin` in the routes."""
+    """For middleware: marks requests of administrators, which `require_admin` checks in the routes."""
 
     def __init__(self, keys: Reloadable[AdminKeys]) -> None:
         self._keys = keys
 
     def note(self, scope: Scope, token: bytes | None) -> bool:
-        """Leave in the request's state whether it may change the service. Returns whether its token is an admin key."""
+        """Store in the request's state whether it may change the service. Returns whether its token is an admin key."""
         keys = self._keys.value
         has_key = token is not None and keys.accepts(token)
         state = scope.setdefault("state", {})
@@ -69,7 +69,7 @@ class AdminCheck:
 
 
 def require_admin(request: HTTPConnection) -> None:
-    """Dependency of routes that change a service. Raises PermissionDeniedError for others than administrators."""
+    """FastAPI dependency of routes that change a service. Raises PermissionDeniedError for non-administrators."""
     if getattr(request.state, "is_admin", False):
         return
     if getattr(request.state, "has_admin_keys", False):

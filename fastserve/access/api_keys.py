@@ -1,4 +1,4 @@
-"""API keys: which clients may use a service, and whose requests may go before those of others."""
+"""API keys: which clients may use a service, and which may raise the priority of their requests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PRIORITY_MARK = "priority"
 @dataclass(frozen=True)
 class ApiKey:
     may_prioritise: bool
-    """Whether its requests may have a negative `priority`, which puts them before others."""
+    """Whether its requests may have a negative `priority`, which schedules them before others."""
 
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """The keys that clients may send. None at all: the service is open."""
+    """The valid API keys. If there are none, the service is open."""
 
     accepted: tuple[tuple[bytes, ApiKey], ...] = field(default=(), repr=False)
 
@@ -35,14 +35,14 @@ class ApiKeys:
         return bool(self.accepted)
 
     def find(self, token: bytes) -> ApiKey | None:
-        """Takes the same time for every token."""
+        """The key that `token` matches, or None. Takes the same time for every token."""
         return find_key(token, self.accepted)
 
 
 def load_api_keys(given: Sequence[str] | None, key_file: str | None) -> Reloadable[ApiKeys]:
     """The keys of --api-keys (or its environment variable) and of the file, each `KEY` or `KEY priority`.
 
-    Raises StartupError when keys are asked for but none is found: a server that was meant to be guarded must not open.
+    Raises StartupError if a source was given but holds no key: a server that was meant to be guarded must not open.
     """
     if given is not None and not given:
         raise StartupError("--api-keys holds no key: name at least one, or leave the flag out to serve without keys.")
@@ -70,8 +70,8 @@ def _parse(lines: Sequence[str]) -> ApiKeys:
 
 
 class ApiKeyGuard(Guard):
-    """Asks for an API key as a bearer token, everywhere but on PUBLIC_PATHS. Leaves in the request's state whether it
-    `may_prioritise`, and what `require_admin` asks.
+    """Requires an API key as a bearer token, except on PUBLIC_PATHS. Stores in the request's state whether it
+    `may_prioritise`, and the mark for `require_admin`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ApiKeyGuard(Guard):
         refused: RefusedKeys,
         everybody_may_prioritise: bool,
     ) -> None:
-        """Without keys `everybody_may_prioritise` says whether requests of this machine may go before others."""
+        """`everybody_may_prioritise`: whether all requests may have a negative priority if there are no keys."""
         super().__init__(app)
         self._keys = keys
         self._admin = admin

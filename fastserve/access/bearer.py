@@ -1,4 +1,4 @@
-"""Bearer tokens: found in a request's headers, and compared without letting the time taken say anything about a key.
+"""Bearer tokens: read from a request's headers and compared in constant time.
 
 Only SHA-256 digests of keys are kept, and a token's digest is compared with each of them.
 """
@@ -18,7 +18,7 @@ def digest(token: bytes) -> bytes:
 
 
 def find_key(token: bytes, known: Iterable[tuple[bytes, KeyT]]) -> KeyT | None:
-    """The second part of the pair whose first part is the token's digest. Every pair is compared."""
+    """The value paired with the token's digest, or None. All pairs are compared, so that the time is constant."""
     given = digest(token)
     found: KeyT | None = None
     for key_digest, key in known:
@@ -28,7 +28,7 @@ def find_key(token: bytes, known: Iterable[tuple[bytes, KeyT]]) -> KeyT | None:
 
 
 def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """The token of the only `Authorization: Bearer` header; None when there is none, or more than one."""
+    """The token of the `Authorization: Bearer` header; None if there is none, or more than one."""
     values = [value for name, value in headers if name == b"authorization"]
     if len(values) != 1:
         return None

@@ -1,4 +1,4 @@
-"""The guard of controller and workers: only who has the cluster key comes in, and no web page does."""
+"""Middleware of controller and workers: accepts only requests with the cluster key, and none from web pages."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MAY_PRIORITISE = MAY_PRIORITISE_HEADER.encode()
 
 
 class ClusterGuard(Guard):
-    """Leaves in the request's state the key's `owner`, `may_prioritise`, and what `require_admin` asks. `/health` alone
-    is open to everybody.
+    """Stores in the request's state the key's `owner`, `may_prioritise`, and the mark for `require_admin`. Only
+    `/health` is open to everybody.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class ClusterGuard(Guard):
         refused: RefusedKeys,
         everybody_may_prioritise: bool,
     ) -> None:
-        """Without keys (--insecure) `everybody_may_prioritise` says whose requests may go before others, where no API
-        server of ours has said it.
+        """`everybody_may_prioritise`: whether requests may have a negative priority if there are no keys (--insecure)
+        and no API server of ours has decided it.
         """
         super().__init__(app)
         self._keys = keys

@@ -1,10 +1,10 @@
 """The cluster key: the secret that controller, workers and API servers of one cluster share.
 
 It comes from FASTSERVE_CLUSTER_KEY or from a file, never from a command line, which every user of a machine can read.
-Services that a user starts by hand on the loopback device need not be given one: the first makes it and the others find
-it, in a file that this user alone can read.
+Services on loopback need no key from the user: the first one creates a key in a file that only this user can read, and
+the others read it there.
 
-Several keys are valid at once, so that a key can be replaced while the cluster serves: the first is sent, all are
+Several keys can be valid at once, so that a key can be rotated while the cluster serves: the first is sent, all are
 accepted. Keys may have owners, who cannot take over each other's model names and workers.
 """
 
@@ -30,40 +30,40 @@ logger = logging.getLogger(__name__)
 
 ENV_CLUSTER_KEY = "FASTSERVE_CLUSTER_KEY"
 DEFAULT_OWNER = "default"
-"""Owner of the keys that name none."""
+"""Owner of keys without an owner name."""
 MIN_KEY_CHARS = 20
 MIN_DISTINCT_CHARS = 8
 MAX_KEY_CHARS = 512
 MAKE_KEY_COMMAND = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _MAX_USER_FILE_BYTES = 4096
 _WRITE_DEADLINE_S = 2.0
-"""How long another process may take between making the user's key file and having written it."""
+"""Seconds that another process may take between creating the user's key file and finishing it."""
 
 
 @dataclass(frozen=True)
 class ClusterKeys:
-    """The keys that a service knows. Their text does not show in a repr."""
+    """The keys of a service. Their text is left out of the repr."""
 
     current: str = field(repr=False)
     """The key that this service sends."""
     accepted: tuple[tuple[bytes, str], ...] = field(repr=False)
-    """Digest and owner of each key that is valid."""
+    """Digest and owner of each valid key."""
 
     def owner_of(self, token: bytes) -> str | None:
-        """Owner of the key that `token` is, or None when it is none of them. Takes the same time for every token."""
+        """Owner of the key that equals `token`, or None if no key does. Takes the same time for every token."""
         return find_key(token, self.accepted)
 
     def authorization(self) -> dict[str, str]:
-        """Header of requests to other services of the cluster."""
+        """The header for requests to other services of the cluster."""
         return {"Authorization": f"Bearer {self.current}"}
 
 
 def load_cluster_keys(
     environ: Mapping[str, str], *, key_file: str | None, insecure: bool, hosts: Sequence[str]
 ) -> ClusterKeys | None:
-    """The keys from `key_file`, else from the environment, else, when all `hosts` are loopback, the user's own.
+    """The keys from `key_file`, else from the environment, else, if all `hosts` are loopback, the user's own.
 
-    `hosts`: where the service listens and whom it calls. None: `insecure` asks for no keys. Raises StartupError.
+    `hosts`: the hosts that the service listens on and calls. Returns None with `insecure`. Raises StartupError.
     """
     if insecure:
         if not all(map(is_loopback, hosts)):
@@ -79,18 +79,18 @@ def load_cluster_keys(
             raise StartupError(
                 f"{host or 'every address'} is not only this machine: services that reach beyond it need a cluster "
                 f"key, the same for all. Make one with `{MAKE_KEY_COMMAND}` and give it to each service in a file "
-                f"(--cluster-key-file FILE) or as {ENV_CLUSTER_KEY}; or say --insecure to let in whoever comes."
+                f"(--cluster-key-file FILE) or as {ENV_CLUSTER_KEY}; or use --insecure to accept everybody."
             )
     return find_or_make(environ)
 
 
 def read_key_file(path: str) -> ClusterKeys:
-    """Raises StartupError when the file cannot be read or holds no valid key."""
+    """Read the keys of a file. Raises StartupError if it cannot be read or holds no valid key."""
     return make_keys(read_lines(path, "--cluster-key-file"), f"--cluster-key-file {path}")
 
 
 def make_keys(entries: Sequence[str], source: str) -> ClusterKeys:
-    """Keys from entries `KEY` or `OWNER KEY`, the one to send first; `source` says in errors where they come from.
+    """Keys from entries `KEY` or `OWNER KEY`; the first is the one to send. `source` names their origin in errors.
 
     Raises StartupError, without repeating any part of a key.
     """
@@ -126,22 +126,22 @@ def _weakness(key: str) -> str | None:
 
 
 def user_key_path(environ: Mapping[str, str]) -> Path:
-    """Where the user's own key lies: below XDG_CONFIG_HOME, else ~/.config; without a home, among temporary files."""
+    """Path of the user's own key: in XDG_CONFIG_HOME, else ~/.config, else, without a home, the temporary folder."""
     config = environ.get("XDG_CONFIG_HOME", "")
     if Path(config).is_absolute():
         return Path(config) / "fastserve" / "cluster.key"
     try:
         home = Path(environ.get("HOME") or Path.home())
-    except RuntimeError:  # a user id that the system has no entry for, as in containers
+    except RuntimeError:  # a user id without an entry in the system, as in containers
         return _temporary_path(environ)
     return home / ".config" / "fastserve" / "cluster.key"
 
 
 def find_or_make(environ: Mapping[str, str]) -> ClusterKeys:
-    """Read the user's own key, and make it when there is none; services that start side by side get the same one.
+    """Read the user's own key, or create it if there is none; services that start concurrently get the same one.
 
-    Without a writable home it lies in a private folder for temporary files. Raises StartupError when the file could
-    have been read or written by other users.
+    Without a writable home it is in a private temporary folder. Raises StartupError if other users could have read or
+    written the file.
     """
     path = user_key_path(environ)
     try:
@@ -165,7 +165,7 @@ def _temporary_path(environ: Mapping[str, str]) -> Path:
 
 
 def _find_or_make_at(path: Path) -> ClusterKeys:
-    """Raises OSError where no file can be made, StartupError where one cannot be trusted."""
+    """Raises OSError if the file cannot be created, StartupError if it cannot be trusted."""
     try:
         path.parent.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -178,7 +178,7 @@ def _find_or_make_at(path: Path) -> ClusterKeys:
 
 
 def _create(path: Path) -> None:
-    """Make the file with a new key in one step, so that no reader sees half of it; one that is there stays."""
+    """Create the file with a new key atomically, so that no reader sees a part of it; an existing file stays."""
     aside = path.with_name(f".cluster.key.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _no_follow(), 0o600)
     try:
@@ -199,7 +199,7 @@ def _create(path: Path) -> None:
 
 
 def _create_without_links(path: Path) -> None:
-    """Where a file system has no hard links. Readers wait until the line has its end."""
+    """For file systems without hard links. Readers wait for the end of the line."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _no_follow(), 0o600)
     except FileExistsError:
@@ -226,7 +226,7 @@ def _read_private(path: Path) -> str:
 
 
 def _check_private(path: Path, found: os.stat_result, *, is_folder: bool) -> None:
-    """Raises StartupError when another user owns the file or folder or may read it."""
+    """Raises StartupError if another user owns the file or folder, or may read it."""
     if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(found.st_mode):
         raise StartupError(f"{path} is no {'folder' if is_folder else 'file'}: remove it, and a new one is made.")
     if os.name != "posix":
@@ -236,7 +236,7 @@ def _check_private(path: Path, found: os.stat_result, *, is_folder: bool) -> Non
             f"{path} belongs to another user (id {found.st_uid}), who could know the cluster key: remove it, or set "
             f"{ENV_CLUSTER_KEY} to the output of `{MAKE_KEY_COMMAND}`."
         )
-    # A folder that others can only look into gives nothing away: the file itself is closed to them.
+    # Others may list the folder: they cannot read the file in it.
     open_bits = stat.S_IMODE(found.st_mode) & (0o022 if is_folder else 0o077)
     if open_bits:
         remedy = f"chmod 700 {path}" if is_folder else f"remove it and restart all services, or `chmod 600 {path}`"

@@ -1,8 +1,8 @@
 """Names and addresses of hosts: which are loopback, and which `Host` headers and origins a service answers to.
 
-A page of a foreign site reaches services on loopback through its visitor's browser. It cannot choose the `Host` header:
-after DNS rebinding that still names the site, so a service that answers to its own names only is out of reach. A page's
-`Origin` header says which site it came from.
+A page of a foreign site reaches services on loopback through its visitor's browser. It cannot choose the `Host` header,
+which names the site even after DNS rebinding, so a service that accepts only its own names is safe. A page's `Origin`
+header names the site it came from.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _HOST_NAME = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _MAX_HEADER_CHARS = 300
 _MAX_REMEMBERED = 64
 _PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"})
-"""Headers that proxies add. What they say of the client may be forged, so it only counts that there is one."""
+"""Headers that proxies add. Clients can forge their values, so only their presence is used."""
 _CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
-"""This machine, as containers on it call it. No site has such a name."""
+"""Names under which containers reach this machine. No web site has such a name."""
 LOOPBACK_ORIGINS = r"https?://(localhost|[a-z0-9-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
-"""A regular expression of the origins that pages of this machine's own servers have."""
+"""Regular expression for the origins of pages that this machine's own servers serve."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host as a user writes it (`localhost`, `127.0.0.1`, `::1`, `[::1]`) is this machine only.
+    """Whether a host as users write it (`localhost`, `127.0.0.1`, `::1`, `[::1]`) is the loopback interface.
 
-    Names other than localhost are not looked up: they are taken to be reachable from outside.
+    Names other than localhost are not resolved and count as reachable from outside.
     """
     host = host.strip("[]").lower().rstrip(".")
     if host == "localhost" or host.endswith(".localhost"):
@@ -53,7 +53,7 @@ def _is_ip_address(text: str) -> bool:
 
 
 def is_of_this_machine(scope: Scope) -> bool:
-    """Whether the client of a request is on this machine itself, and not only a proxy that speaks for it."""
+    """Whether a request comes from this machine directly, and not through a proxy on it."""
     client = scope.get("client")
     if client is None or not is_loopback(client[0]):
         return False
@@ -61,7 +61,7 @@ def is_of_this_machine(scope: Scope) -> bool:
 
 
 def host_of(url: str) -> str:
-    """Host of a URL, or "" when it has none."""
+    """Host of a URL, or "" if it has none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -69,7 +69,7 @@ def host_of(url: str) -> str:
 
 
 class HostCheck:
-    """Which `Host` headers a service answers to: IP addresses, localhost, this machine's names, and `names`.
+    """Accepted `Host` headers of a service: IP addresses, localhost, this machine's names, and `names`.
 
     A name `.example.com` stands for every host below example.com, and `*` for every host.
     """
@@ -83,7 +83,7 @@ class HostCheck:
         self._remembered: set[bytes] = set()
 
     def allows(self, header: bytes | None) -> bool:
-        """None: the request has no Host header, which no browser sends."""
+        """Whether to accept a request with this `Host` header; one without (None) cannot come from a browser."""
         if header is None or header in self._remembered or "*" in self._names:
             return True
         if len(header) > _MAX_HEADER_CHARS or not self._is_known(header.decode("latin-1")):
@@ -103,7 +103,7 @@ class HostCheck:
 
 
 def check_host_names(names: Iterable[str], flag: str) -> None:
-    """Raises StartupError for what is no name of a host and would match nothing: a URL, a name with a port."""
+    """Raises StartupError for entries that would match nothing: URLs, names with a port."""
     for name in names:
         if name != "*" and not (_HOST_NAME.fullmatch(name) or _is_ip_address(name)):
             raise StartupError(
@@ -113,7 +113,7 @@ def check_host_names(names: Iterable[str], flag: str) -> None:
 
 
 def is_own_origin(origin: bytes, host: bytes | None) -> bool:
-    """Whether a page came from a server of this machine's loopback, or from the very server that it now asks."""
+    """Whether a page came from a server on this machine's loopback, or from the server that it calls now."""
     text = origin.decode("latin-1").lower()
     if len(text) > _MAX_HEADER_CHARS:
         return False

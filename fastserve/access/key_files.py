@@ -1,4 +1,4 @@
-"""Files that hold keys: read with bounds, looked at for who else may read them, and read again when they change."""
+"""Key files: bounded reads, a warning if other users may read them, and a reload when they change."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MAX_FILE_BYTES = 1024 * 1024
 
 
 def read_lines(path: str, flag: str) -> list[str]:
-    """The lines of a file of keys, without comments and empty ones; `flag` names it in errors.
+    """The lines of a key file without comments and empty lines; `flag` names the file in errors.
 
-    Raises StartupError when the file cannot be read.
+    Raises StartupError if the file cannot be read.
     """
     try:
         with Path(path).open("rb") as file:
@@ -41,20 +41,20 @@ def read_lines(path: str, flag: str) -> list[str]:
 
 
 def warn_if_readable(path: str, flag: str) -> None:
-    """Log a warning when users other than the owner may read the file."""
+    """Log a warning if users other than the owner may read the file."""
     try:
         mode = stat.S_IMODE(Path(path).stat().st_mode)
     except OSError:
-        return  # whoever reads it next says why it cannot be read
+        return  # the read that follows reports the error
     if os.name == "posix" and mode & 0o077:
         logger.warning("%s %s can be read by other users (mode %04o): `chmod 600 %s`.", flag, path, mode, path)
 
 
 class Reloadable(Generic[ValueT]):
-    """A value that is read from a file, and again when the file has changed."""
+    """A value read from a file, and read again when the file changes."""
 
     def __init__(self, read: Callable[[], ValueT], path: str | None, flag: str = "") -> None:
-        """`read` raises StartupError, here too. Without a `path` the value stays as it is."""
+        """Calls `read`, which may raise StartupError. Without a `path` the value never changes."""
         self._read = read
         self._flag = flag
         self.path = path
@@ -64,7 +64,7 @@ class Reloadable(Generic[ValueT]):
             warn_if_readable(path, flag)
 
     def refresh(self, *, force: bool = False) -> None:
-        """Read the file again if it has changed, or in any case. What cannot be read changes nothing but the log.
+        """Read the file again if it has changed, or if `force`. If that fails, log it and keep the value.
 
         Blocks on the file system.
         """
@@ -93,7 +93,7 @@ class Reloadable(Generic[ValueT]):
 
 @asynccontextmanager
 async def reloading(*values: Reloadable[Any]) -> AsyncIterator[None]:
-    """For the time of the block, look at the values' files each second, and read them at once on SIGHUP."""
+    """Inside the block, check the values' files for changes every second, and read them at once on SIGHUP."""
     watched = [value for value in values if value.path is not None]
     if not watched:
         yield

@@ -1,4 +1,4 @@
-"""Our own requests to other services of the cluster: the key that they carry, and bounds on what comes back."""
+"""Requests to other services of the cluster: they send the cluster key and bound the answers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
 
 MAX_INTERIM_ANSWERS = 16
-"""Answers with a status below 200 before the one that counts."""
+"""Interim answers (1xx) accepted before the final one."""
 
 
 class CleanRequest(aiohttp.ClientRequest):
-    """Goes over connections that are silent before it only: what has come already is no answer to it, but perhaps a
-    second one to another client's request.
+    """Uses only connections without unread bytes. Those cannot be its answer; they may be a second answer to another
+    client's request.
     """
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         if conn.protocol is not None and conn.protocol.should_close:
-            raise aiohttp.ServerDisconnectedError("The other side spoke without having been asked.")
+            raise aiohttp.ServerDisconnectedError("The other side sent data before the request.")
         return await super().send(conn)
 
 
 class FinalResponse(aiohttp.ClientResponse):
-    """Waits for the answer behind interim ones, of which aiohttp would take as many as come."""
+    """Accepts at most MAX_INTERIM_ANSWERS interim answers before the final one; aiohttp has no such bound."""
 
     async def start(self, connection: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         protocol = connection.protocol
@@ -48,7 +48,7 @@ class FinalResponse(aiohttp.ClientResponse):
 
 
 def send_cluster_key(keys: Reloadable[ClusterKeys | None]) -> aiohttp.TraceConfig:
-    """For `ClientSession(trace_configs=[...])`: each request carries the key that is current when it starts."""
+    """For `ClientSession(trace_configs=[...])`: adds the current key to each request."""
 
     async def add_key(_: aiohttp.ClientSession, __: SimpleNamespace, request: aiohttp.TraceRequestStartParams) -> None:
         if keys.value is not None:
@@ -60,13 +60,13 @@ def send_cluster_key(keys: Reloadable[ClusterKeys | None]) -> aiohttp.TraceConfi
 
 
 async def read_bounded(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The answer's body, or b"" when it is longer than `max_bytes`: the connection is closed then."""
-    pieces = []
+    """The answer's body; b"" if it is longer than `max_bytes`, and the connection is closed then."""
+    chunks = []
     num_bytes = 0
-    async for piece in response.content.iter_any():
-        num_bytes += len(piece)
+    async for chunk in response.content.iter_any():
+        num_bytes += len(chunk)
         if num_bytes > max_bytes:
             response.close()
             return b""
-        pieces.append(piece)
-    return b"".join(pieces)
+        chunks.append(chunk)
+    return b"".join(chunks)

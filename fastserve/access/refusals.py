@@ -1,4 +1,4 @@
-"""Requests that are refused before the routes: counted, logged at a bounded rate, and answered in OpenAI's shape."""
+"""Middleware that refuses requests before routing: counts and logs them, and answers in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MAX_ID_CHARS = 128
 
 
 class RefusedKeys:
-    """Counts requests with a wrong key or none, and logs at most one of them a second. No part of a key is logged."""
+    """Counts requests with a wrong or missing key, and logs at most one a second, without any part of a key."""
 
     def __init__(self, kind: str, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
-        """`kind`: `api` or `cluster`, which is part of the metric's name."""
+        """`kind`: `api` or `cluster`, part of the metric's name."""
         self._kind = kind
         self._counter = Counter(
             f"fastserve_refused_{kind}_keys", f"Requests without a valid {kind} key.", registry=registry
@@ -50,7 +50,7 @@ class RefusedKeys:
 
 
 def _request_id(scope: Scope) -> str:
-    """Id of the request: the one that the service gave it, else the client's, escaped and shortened."""
+    """The request id that the service set, else the client's, escaped and shortened."""
     named: str | None = scope.get("state", {}).get("request_id")
     if named is not None:
         return named
@@ -59,9 +59,9 @@ def _request_id(scope: Scope) -> str:
 
 
 class Guard:
-    """Middleware that lets a request in or refuses it, as `check` says.
+    """Base class of middleware that accepts or refuses requests by `check`.
 
-    It stands before the router, so unknown routes and routes still to be written are guarded too.
+    It runs before the router, so all routes are guarded, unknown ones included.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -77,7 +77,7 @@ class Guard:
         await self._app(scope, receive, send)
 
     def check(self, scope: Scope) -> None:
-        """Raises the FastserveError that the client gets when the request is not let in."""
+        """Raises the FastserveError to answer with if the request is refused."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Names of workers become IP addresses: in bounded time, and only inside the allowed networks."""
+"""Resolves workers' host names, in bounded time and only to addresses in the allowed networks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from fastserve.errors import InvalidRequestError, PermissionDeniedError
 
 RESOLVE_TIMEOUT_S = 2.0
 MAX_LOOKUPS = 4
-"""Names that are looked up at once. They have threads of their own: a name server that does not answer holds these up
-for long, and nothing else."""
+"""Concurrent lookups. They have their own threads, so a name server that does not answer blocks nothing else."""
 
 
 class NetworkResolver(AbstractResolver):
-    """A resolver for aiohttp's connector that gives no address outside of `networks`.
+    """A resolver for aiohttp's connector that raises for addresses outside `networks`.
 
-    It is asked at each new connection, so a name cannot first resolve to an allowed address and then to another.
+    aiohttp calls it for each new connection, so a name cannot first resolve to an allowed address and then to another.
     """
 
     def __init__(self, networks: AllowedNetworks) -> None:
@@ -55,7 +54,7 @@ class NetworkResolver(AbstractResolver):
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def check(self, address: WorkerAddress) -> None:
-        """Raises InvalidRequestError when the host cannot be resolved, PermissionDeniedError when it lies outside."""
+        """Raises InvalidRequestError if the host cannot be resolved, PermissionDeniedError if it is not allowed."""
         try:
             ipaddress.ip_address(address.host)
         except ValueError:

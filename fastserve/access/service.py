@@ -1,4 +1,4 @@
-"""Access settings of one service: keys, hosts and guards, read from its configuration once and passed to its parts."""
+"""Access settings of one service: keys, hosts and guards, made once from its configuration."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class ServiceAccess:
     admin_keys: Reloadable[AdminKeys]
     hosts: HostCheck
     is_on_loopback: bool
-    """Whether it listens on this machine's loopback device only."""
+    """Whether it listens on loopback only."""
     checks_pages: bool
-    """Whether web pages are kept out of a service without API keys: on loopback, and where --allowed-hosts names it
-    (a container listens on every address and may still be published on loopback only).
+    """Whether a service without API keys refuses foreign web pages: on loopback, and if --allowed-hosts is set (a
+    container listens on all addresses and may still be published on loopback only).
     """
 
     @property
     def everybody_may_prioritise(self) -> bool:
-        """Where no key says whose requests may go before others."""
+        """Whether, without keys, every request may have a negative priority."""
         return self.is_on_loopback
 
 
@@ -46,10 +46,10 @@ def load_access(
     is_in_cluster: bool = True,
     names: Sequence[str] = (),
 ) -> ServiceAccess:
-    """Raises StartupError when keys are missing or cannot be read.
+    """Raises StartupError if keys are missing or cannot be read.
 
-    `host` is where the service listens, `names` are others that it goes by. `cluster_hosts` are the hosts between which
-    the cluster key travels; a service that is not in a cluster has none.
+    `host`: the host that the service listens on; `names`: its other host names. `cluster_hosts`: the hosts between
+    which the cluster key is sent; empty for a service outside a cluster.
     """
 
     def read() -> ClusterKeys | None:
@@ -71,7 +71,7 @@ def load_access(
 
 
 def guard_cluster_service(app: FastAPI, access: ServiceAccess, registry: CollectorRegistry) -> None:
-    """Let nobody in without the cluster key, and no web page."""
+    """Add the middleware that requires the cluster key and refuses web pages."""
     app.add_middleware(
         ClusterGuard,
         keys=access.cluster_keys,
@@ -91,9 +91,9 @@ def guard_client_service(
     allowed_origins: Collection[str],
     json_only: bool,
 ) -> None:
-    """Ask clients for an API key where there are any, and keep foreign web pages out where loopback is the only guard.
+    """Add the middleware that requires API keys if there are any, and refuses foreign web pages if there are none.
 
-    What is added to the application afterwards stands before these checks.
+    Middleware that is added later runs before these checks.
     """
     app.add_middleware(
         ApiKeyGuard,

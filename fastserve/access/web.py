@@ -1,4 +1,4 @@
-"""Checks against web pages, which reach services on loopback through their visitors' browsers."""
+"""Checks against foreign web pages, which reach services on loopback through their visitors' browsers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Headers = Iterable[tuple[bytes, bytes]]
 _MAX_SHOWN_CHARS = 80
 
 
-def header_of(headers: Headers, wanted: bytes) -> bytes | None:
-    """The first header of this (lower-case) name."""
-    return next((value for name, value in headers if name == wanted), None)
+def header_of(headers: Headers, header_name: bytes) -> bytes | None:
+    """Value of the first header of this (lower-case) name, or None."""
+    return next((value for name, value in headers if name == header_name), None)
 
 
 def check_host(hosts: HostCheck, headers: Headers) -> None:
-    """Raises MisdirectedRequestError when any Host header names a host that is not ours."""
+    """Raises MisdirectedRequestError if any Host header names a host that is not ours."""
     for name, value in headers:
         if name == b"host" and not hosts.allows(value):
             raise MisdirectedRequestError(
@@ -34,8 +34,8 @@ def check_host(hosts: HostCheck, headers: Headers) -> None:
 
 
 def check_media_type(method: str, headers: Headers) -> None:
-    """Raises UnsupportedMediaTypeError for a body that is not said to be JSON: forms and plain text are the bodies that
-    web pages may send without asking first.
+    """Raises UnsupportedMediaTypeError for a body whose content type is not JSON: web pages may send forms and plain
+    text to other sites without a CORS preflight.
     """
     if method in ("GET", "HEAD", "OPTIONS"):
         return
@@ -56,9 +56,7 @@ def check_media_type(method: str, headers: Headers) -> None:
 
 
 class WebPageGuard(Guard):
-    """For services that clients call: while they are open to everybody on this machine, pages of foreign sites are kept
-    out.
-    """
+    """Refuses pages of foreign sites on services that are open to every client on this machine."""
 
     def __init__(
         self,
@@ -69,8 +67,8 @@ class WebPageGuard(Guard):
         allowed_origins: Collection[str],
         json_only: bool,
     ) -> None:
-        """`is_open`: no API key is asked for. `allowed_origins`: whose pages may call it beside its own; `*` is all.
-        `json_only`: bodies of other media types are refused in any case.
+        """`is_open`: whether no API key is required. `allowed_origins`: origins of pages that may call it besides its
+        own; `*`: all. `json_only`: always refuse bodies of other media types.
         """
         super().__init__(app)
         self._hosts = hosts
@@ -84,7 +82,7 @@ class WebPageGuard(Guard):
             check_host(self._hosts, headers)
             origin = header_of(headers, b"origin")
             if origin is not None and not self._is_allowed(origin, header_of(headers, b"host")):
-                # Not left to the browser: it sends what takes no question before, and only hides the answer.
+                # Checked here because the browser sends requests without a preflight and only hides their answers.
                 raise PermissionDeniedError(
                     f"Pages of {_shown(origin)} may not use this server, which asks for no API key. Set API keys, or "
                     "allow the page with --allowed-origins.",

@@ -1,1 +1,1 @@
-"""Services as processes: planned, started, watched, started again, found and ended."""
+"""Services as processes: plan, start, watch, restart, find and end them."""

@@ -1,4 +1,4 @@
-"""Checks before anything starts. What cannot work is refused with a sentence that a person can act on."""
+"""Checks before anything starts. Each error says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check(
     running: Sequence[RunningService],
     log_dir: Path,
 ) -> None:
-    """Raises StartupError with the first thing that cannot work. `running`: the services of earlier launches."""
+    """Raises StartupError for the first problem found. `running`: the services of earlier launches."""
     check_tls(common_config(config))
     for item in items:
         worker = worker_config(config, item)
@@ -28,7 +28,7 @@ def check(
             raise StartupError(f"Larger --num-gpus ({worker.num_gpus}) than --gpus {worker.gpus}!")
         check_model(item.model)
     if config.api_keys is not None and not config.api_keys:
-        # As from "$UNSET": a server that was meant to be guarded must not open.
+        # For example --api-keys "$UNSET": a server that was meant to be guarded must not start open.
         raise StartupError(
             "--api-keys (or FASTSERVE_API_KEYS) holds no key: name at least one, or leave it out to serve without keys."
         )
@@ -43,8 +43,10 @@ def check(
 
 
 def check_model(model: str) -> None:
-    """A model is a path that exists, or has the form of a Hugging Face id. Whether the path holds a model and the hub
-    has the id, the worker finds out: it alone knows all kinds of files that it serves."""
+    """Raises StartupError unless `model` is an existing path or looks like a Hugging Face id.
+
+    Only the worker checks whether the path holds a model, or the hub has the id: it alone knows all supported formats.
+    """
     if os.path.exists(model):
         return
     if model.startswith((".", "/", "~", "\\")) or not is_hub_id(model):
@@ -55,18 +57,18 @@ def check_model(model: str) -> None:
 
 
 def _check_ports(claims: Sequence[tuple[str, str, int]], running: Sequence[RunningService], log_dir: Path) -> None:
-    wanted: dict[int, str] = {}
+    flag_of_port: dict[int, str] = {}
     for flag, _, port in claims:
         if not 0 < port < 65536:
             raise StartupError(f"{flag} {port}: a port is a number from 1 to 65535.")
-        if port in wanted:
-            raise StartupError(f"Port {port} is wanted twice: by {wanted[port]} and by {flag}.")
-        wanted[port] = flag
+        if port in flag_of_port:
+            raise StartupError(f"Port {port} is used twice: by {flag_of_port[port]} and by {flag}.")
+        flag_of_port[port] = flag
     ours = {service.mark.port: service for service in running if service.leader is not None}
     for flag, host, port in claims:
         problem = port_problem(host, port)
-        # One that has just been started has not bound its port yet. Those of other folders may be in a container, which
-        # has ports of its own.
+        # A service that has just started may not have bound its port yet. One that logs to another folder may run in a
+        # container, which has ports of its own.
         if port in ours and (problem or ours[port].mark.log_dir == str(log_dir)):
             mark = ours[port].mark
             raise StartupError(

@@ -1,4 +1,4 @@
-"""One service as a child of this process: started apart from the terminal, its log read, its end explained."""
+"""One service as a child process: start it detached from the terminal, read its log, explain its exit."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ READY_LINE = "Uvicorn running on"
 
 
 class Child:
-    """A service that this process has started."""
+    """A service that this process started."""
 
     def __init__(self, spec: ChildSpec, mark: Mark, probe: Probe) -> None:
         """Start it. Raises OSError when the log cannot be opened or the program cannot be run."""
         self.spec = spec
         self._probe = probe
         self._log = Path(spec.log)
-        self._has_said_ready = False
+        self._has_logged_ready = False
         self._log.parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
         log = open_for_append(self._log)
         try:
@@ -51,14 +51,17 @@ class Child:
         return ListedService(self.spec.kind, self.spec.name, self.process.pid, self.spec.port, self.spec.log)
 
     def serves(self) -> bool:
-        """Whether it answers and has loaded its model, and it is this service that does: its log says so, or, where the
-        log cannot be written (a full disk), its socket."""
-        if not self._has_said_ready:
-            self._has_said_ready = any(READY_LINE in line for line in tail(self._log, self._log_start))
+        """Whether this service is ready: `/health` answers and its model is loaded.
+
+        Another process may hold the port, so the log must have the ready line, or, where the log cannot be written (a
+        full disk), the child's own socket must listen.
+        """
+        if not self._has_logged_ready:
+            self._has_logged_ready = any(READY_LINE in line for line in tail(self._log, self._log_start))
         answer = self._probe.get(self.spec, "/health")
         if answer is None or _status(answer) == "loading":
             return False
-        return self._has_said_ready or self._listens()
+        return self._has_logged_ready or self._listens()
 
     def _listens(self) -> bool:
         try:
@@ -76,7 +79,7 @@ class Child:
         return _message(lines[-1]) if lines else "starting"
 
     def post_mortem(self, event: str) -> str:
-        """Why the launch ends because of this service: cause first, then the end of its log."""
+        """Explanation of a failed launch: the cause, then the last lines of the log."""
         lines = tail(self._log, self._log_start)
         if not lines:
             return f"{self.spec.name} {event}; its log {self.spec.log} is empty."
@@ -85,7 +88,7 @@ class Child:
         return f"{self.spec.name} {event}: {cause}\nThe last lines of {self.spec.log}:\n{shown}"
 
     def last_error(self) -> str | None:
-        """The message of the last error in its log."""
+        """The message of the last error in its log, or None."""
         lines = tail(self._log, self._log_start)
         errors = [line for line in lines if "| ERROR |" in line or "| CRITICAL |" in line]
         return _message(errors[-1]) if errors else None
@@ -101,12 +104,12 @@ def _status(answer: bytes) -> object:
 
 
 def _message(line: str) -> str:
-    """Message of a line of a log, without time, level and logger."""
+    """The message of a log line, without time, level and logger."""
     return line.split(" | ", 3)[-1].strip()
 
 
 def detached() -> dict[str, Any]:
-    """Arguments of Popen that free a process from our terminal and from our own end."""
+    """Popen arguments that detach a process from our terminal and let it outlive us."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}

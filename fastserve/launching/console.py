@@ -1,4 +1,4 @@
-"""Output for a person. A terminal that is gone, a closed pipe or a full disk never ends the program that prints."""
+"""Output to the terminal. A closed terminal or pipe, or a full disk, never ends the program."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fastserve.observability.lines import escape_controls
 
 
 class Console:
-    """Finished lines, and a progress line: rewritten in place on a terminal, else repeated every few seconds.
+    """Prints finished lines, and a progress line: rewritten in place on a terminal, else repeated every few seconds.
 
-    No method raises. What the stream's encoding lacks and control characters are written as escapes; after the first
-    write that fails nothing more is written.
+    No method raises. Control characters, and characters that the stream cannot encode, are written as escapes. After
+    the first failed write nothing more is written.
     """
 
     REPEAT_S = 5.0
     REWRITE_S = 0.2
 
     def __init__(self, stream: TextIO | None) -> None:
-        """`stream` is None where the process was started with it closed."""
+        """`stream` is None if the process was started with it closed."""
         self._stream = stream
         self._rewrites = stream is not None and not stream.closed and stream.isatty()
         self._next_s = time.monotonic() + (0.0 if self._rewrites else self.REPEAT_S)
@@ -57,7 +57,7 @@ class Console:
 
 
 def _discard(stream: TextIO) -> None:
-    """Lead a stream that cannot be written to nowhere: the interpreter flushes it once more when it ends."""
+    """Redirect a broken stream to the null device, as the interpreter flushes it once more at exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

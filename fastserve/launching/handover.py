@@ -1,5 +1,5 @@
-"""The launcher's side of a launch: hand the order to a supervisor, pass on what it reports, and see to it that nothing
-is left of a launch that fails."""
+"""The launcher's side of a launch: start a supervisor with the order, show its reports, and clean up after a failed
+launch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastserve.launching.run_file import RunFile
 from fastserve.observability.private_files import open_for_append, reason
 
 CANCEL_TIMEOUT_S = LAUNCH_GRACE_S + 3 * ORPHAN_GRACE_S
-"""How long the supervisor may take to end what it started; then the launcher does it."""
+"""Seconds that the supervisor has to end what it started; after that the launcher does it."""
 
 
 class Stopped(Exception):
-    """The person at the terminal, or the system, wants the launch to end."""
+    """The launch was ended by a signal, from the terminal or the system."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -37,7 +37,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP inside a block, unless this process was started with them ignored."""
+    """Records SIGINT, SIGTERM and SIGHUP inside a block, unless this process was started with them ignored."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM) + ((signal.SIGHUP,) if os.name == "posix" else ())
 
@@ -59,7 +59,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def raise_if_received(self) -> None:
-        """Raises Stopped."""
+        """Raises Stopped if a signal came."""
         if self.received is not None:
             raise Stopped(self.received)
 
@@ -68,10 +68,10 @@ class StopSignals:
         self.count += 1
 
 
-def follow(supervisor: Supervisor, console: Console, signals: StopSignals) -> None:
+def follow(supervisor: SupervisorProcess, console: Console, signals: StopSignals) -> None:
     """Return when all services serve.
 
-    Raises StartupError when that fails and Stopped after a signal; whatever was started is gone by then.
+    Raises StartupError if one fails, and Stopped after a signal; all started processes have ended by then.
     """
     order = supervisor.order
     is_ready = False
@@ -83,7 +83,7 @@ def follow(supervisor: Supervisor, console: Console, signals: StopSignals) -> No
             raise failure
     finally:
         if not is_ready:
-            # Whatever has become of the supervisor: nothing is left.
+            # The supervisor may be dead or stuck, so end every process of the launch here.
             end_run(order.run_id, 0.0 if signals.count > 1 else LAUNCH_GRACE_S)
             _remove(RunFile(Path(order.log_dir), order.server_port, order.run_id))
 
@@ -92,11 +92,11 @@ def _remove(run_file: RunFile) -> None:
     try:
         run_file.remove()
     except OSError:
-        return  # a file that nothing depends on, where nothing can be written any more
+        return  # the folder is not writable, and nothing depends on the file
 
 
-def _relay(supervisor: Supervisor, console: Console, signals: StopSignals) -> Exception | None:
-    """Pass on reports until the launch has succeeded (None) or ended (the reason)."""
+def _relay(supervisor: SupervisorProcess, console: Console, signals: StopSignals) -> Exception | None:
+    """Show reports until the launch has succeeded (returns None) or failed (returns the reason)."""
     deadline: float | None = None
     while True:
         if signals.received is not None and deadline is None:
@@ -124,15 +124,15 @@ def _relay(supervisor: Supervisor, console: Console, signals: StopSignals) -> Ex
             return None
 
 
-class Supervisor:
+class SupervisorProcess:
     """The supervisor's process, until the launch has succeeded or failed."""
 
     def __init__(self, order: Order, environ: Mapping[str, str], log: Path) -> None:
-        """Start it with its environment; it logs to `log`. Raises StartupError."""
+        """Start it with `environ`; its log is `log`. Raises StartupError."""
         self.order = order
         self.log = log
         self.reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
-        """Its reports, then None when it has ended."""
+        """Reports of the supervisor, then None when it has ended."""
         mark = Mark(order.run_id, order.log_dir, order.server_port, SUPERVISOR, SUPERVISOR, 0, str(log))
         try:
             descriptor = open_for_append(log)
@@ -158,7 +158,7 @@ class Supervisor:
             self._stdin.write((order.to_json() + "\n").encode())
             self._stdin.flush()
         except OSError:
-            return  # it has ended, which the reader reports
+            return  # the supervisor has ended; the reader thread reports that
 
     def __enter__(self) -> Self:
         return self
@@ -169,11 +169,11 @@ class Supervisor:
         self.cancel()
 
     def cancel(self) -> None:
-        """Cancel the launch, unless it has succeeded, by closing the input of the supervisor."""
+        """Cancel the launch, unless it has succeeded, by closing the supervisor's standard input."""
         try:
             self._stdin.close()
         except OSError:
-            return  # what could not be sent to a supervisor that is gone
+            return  # the supervisor has ended, and part of the order is still in the buffer
 
     def _read(self, stream: IO[bytes]) -> None:
         try:

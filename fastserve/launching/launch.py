@@ -1,4 +1,4 @@
-"""A launch, as the supervisor does it: all services are started and serve, or all that were started are ended."""
+"""A launch as the supervisor runs it: either all services start and serve, or all started ones are ended."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastserve.observability.private_files import reason
 
 REGISTRATION_TIMEOUT_S = 30.0
 LAUNCH_GRACE_S = 3.0
-"""Time between SIGTERM and SIGKILL for services of a failed launch: they have no requests to finish."""
+"""Seconds between SIGTERM and SIGKILL for services of a failed launch: they have no requests to finish."""
 
 
 class Launch:
-    """The services of one launch. Leaving the block by an exception takes down all that it started.
+    """The services of one launch, as a context manager: an exception inside the block ends all of them.
 
-    `say` gets each finished line, `show_progress` is called at every look with a line that replaces the one before,
-    and `check` raises when the launch has been cancelled.
+    `say` is called with each finished line, `show_progress` at every poll with a line that replaces the last one, and
+    `check` raises if the launch was cancelled.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Launch:
         show_progress: Callable[[str], None],
         check: Callable[[], None],
     ) -> None:
-        """`own`: this process, which is listed beside the services."""
+        """`own`: the entry of this process in the run file."""
         self._order = order
         self._run_file = run_file
         self._own = own
@@ -65,9 +65,9 @@ class Launch:
         self.remove_run_file()
 
     def run(self) -> None:
-        """Start everything and return when all of it serves, requests can reach each worker, and `/ready` says so.
+        """Start all services; return when they serve, each worker is registered, and the API server is ready.
 
-        Raises StartupError when that fails.
+        Raises StartupError if that fails.
         """
         services = self._order.services
         self._wait_serving([self.start(services.controller)])
@@ -87,7 +87,7 @@ class Launch:
             )
 
     def start(self, spec: ChildSpec) -> Child:
-        """Raises StartupError when the log cannot be written or the program cannot be run."""
+        """Start one service. Raises StartupError if the log cannot be written or the program cannot be run."""
         self._check()
         try:
             child = Child(spec, mark_of(self._order, spec), self._probe)
@@ -98,7 +98,7 @@ class Launch:
         return child
 
     def write_run_file(self) -> None:
-        """List what runs. Where it cannot be written (a full disk), the launch goes on: nothing depends on the file."""
+        """List the running processes. If the file cannot be written (a full disk), the launch goes on without it."""
         try:
             self._run_file.write([self._own, *(child.listed for child in self.children)])
         except OSError as error:
@@ -111,7 +111,7 @@ class Launch:
             self._say(f"{self._run_file.path} cannot be removed ({reason(error)}).")
 
     def _wait_serving(self, children: Sequence[Child]) -> None:
-        """Raises StartupError when any service of the launch dies or time is up."""
+        """Wait until `children` serve. Raises StartupError if any service dies or the time is up."""
         started = time.monotonic()
         waiting = list(children)
         timeout_s = self._order.wait_timeout_s
@@ -130,7 +130,7 @@ class Launch:
             time.sleep(POLL_S)
 
     def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until `condition` holds; False when it does not in time. Raises as `_wait_serving` does."""
+        """Wait until `condition` holds; return False after `timeout_s`. Raises as `_wait_serving` does."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             self._check_children()

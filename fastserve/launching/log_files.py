@@ -1,7 +1,7 @@
 """The services' logs: names, the folder, rotation, and their last lines.
 
-A service writes to its log itself, by its standard output and error, so what it says while it crashes is kept and it
-needs nobody to live on. Therefore a log that grows too large while it is written to is copied and emptied.
+A service's standard output and error go straight to its log file, so the output of a crash is kept and the service
+depends on no other process. Therefore a log that grows too large is copied and truncated, not renamed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 TAIL_BYTES = 65536
 MAX_MODEL_PART_BYTES = 120
-"""Longest part of a log's name that comes from model and host: file names end at 255 bytes, and `worker_`, port and
-`.log.1` belong to them too."""
+"""Bytes of a log's name that come from model and host. File names have at most 255 bytes, and `worker_`, the port and
+`.log.1` need room too."""
 MAX_LOCK_WAIT_S = 60.0
 _OURS = re.compile(r"\.gitkeep|.*\.log(\.\d+)?|fastserve-\d+-[0-9a-f]+\.(pid|stop)\.(json|tmp)", re.DOTALL)
 _COPY_BYTES = 1 << 20
 
 
 def worker_log_name(model: str, host: str, port: int) -> str:
-    """Name of a worker's log: the last part of the model's path, host and port, made fit for a file name."""
+    """Name of a worker's log: the last part of the model's path, host and port, with characters safe in file names."""
     stem = re.sub(r"[-@.]", "_", re.split(r"[/\\]", f"{model}@{host}")[-1])
     stem = "".join(char if char.isprintable() else "_" for char in stem)
     encoded = stem.encode("utf-8")
@@ -46,10 +46,10 @@ def worker_log_name(model: str, host: str, port: int) -> str:
 
 
 def prepare_folder(folder: Path, flag: str) -> list[str]:
-    """Make the folder, for its owner alone. Returns warnings about one that is there.
+    """Create the folder with access for its owner only. Returns warnings about a folder that existed before.
 
-    One that holds nothing but our files is closed to others; another one is left as it is. Raises StartupError when it
-    cannot be made or written, or belongs to another user.
+    An existing folder that holds only our files is closed to others; any other keeps its mode. Raises StartupError if
+    it cannot be created or written, or belongs to another user.
     """
     try:
         made = not folder.exists()
@@ -72,7 +72,7 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
         return []
     is_shared = mode & stat.S_ISVTX  # such as /tmp, which may be empty
     if found.st_uid == os.geteuid() and not is_shared and all(_OURS.fullmatch(name) for name in names):
-        with suppress(OSError):  # a file system without modes; the files have their own
+        with suppress(OSError):  # a file system without modes
             folder.chmod(FOLDER_MODE)
         return []
     if mode & 0o022 and not is_shared:
@@ -82,10 +82,10 @@ def prepare_folder(folder: Path, flag: str) -> list[str]:
 
 @contextmanager
 def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the folder for this process alone. Where it cannot be locked (it is gone, the system has no locks, or
-    another process holds it for a minute), the block runs without.
+    """Lock the folder for this process. The block runs without the lock if the folder is gone, the system has no
+    locks, or another process holds it for a minute.
 
-    `on_wait` is called again and again while another process holds it; what it raises ends the wait.
+    `on_wait` is called repeatedly while another process holds the lock; an exception from it ends the wait.
     """
     try:
         import fcntl
@@ -116,7 +116,7 @@ def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 def rotate(log: Path, keep: int) -> None:
     """Make room for a new log: the old one becomes LOG.1, that one LOG.2, and so on; LOG.`keep` is the last.
 
-    Raises OSError when the log is none that we may write to, or cannot be renamed.
+    Raises OSError if we may not write to the log, or it cannot be renamed.
     """
     descriptor = open_for_append(log)
     try:
@@ -129,18 +129,18 @@ def rotate(log: Path, keep: int) -> None:
 
 
 def rotate_in_use(log: Path, keep: int) -> None:
-    """The same for a log that a service goes on to write to: copied to LOG.1, and emptied. Raises OSError."""
+    """Rotate a log that a service keeps writing to: copy it to LOG.1 and truncate it. Raises OSError."""
     _move_up(log, keep)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
     with open(os.open(log, os.O_RDWR | NO_FOLLOW), "r+b") as source:
         try:
             with open(os.open(_numbered(log, 1), flags, FILE_MODE), "wb") as copy:
-                # Until nothing has been added while it was copied. What is added before the next line is lost.
+                # Copy until nothing new has come. Lines written between the last read and the truncation are lost.
                 while source.tell() < os.fstat(source.fileno()).st_size:
                     shutil.copyfileobj(source, copy, _COPY_BYTES)
                     copy.flush()
         finally:
-            # Even where the disk is full: the bound holds.
+            # Even if the copy failed (a full disk), so that the size limit holds.
             source.truncate(0)
 
 
@@ -152,7 +152,7 @@ def _move_up(log: Path, keep: int) -> None:
     for number in range(free, 1, -1):
         _numbered(log, number - 1).replace(_numbered(log, number))
     _numbered(log, 1).unlink(missing_ok=True)
-    # What an earlier launch with a larger number of logs has left.
+    # Old logs of an earlier launch that kept more of them.
     number = keep + 1
     while _numbered(log, number).exists():
         _numbered(log, number).unlink()
@@ -167,11 +167,11 @@ def _numbered(log: Path, number: int) -> Path:
 
 
 def tail(path: Path, start: int = 0) -> list[str]:
-    """The last lines of a log from byte `start` on, without empty ones; a progress bar's rewrites count as lines."""
+    """The last non-empty lines of a log from byte `start` on; each rewrite of a progress bar counts as a line."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            # A log that is smaller than it was has been emptied since.
+            # A log shorter than `start` has been truncated since.
             file.seek(max(0 if size < start else start, size - TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
     except OSError:

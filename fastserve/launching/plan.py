@@ -1,8 +1,8 @@
 """The plan of a launch, made before anything starts: items of --model-path-address and the services' commands.
 
-An item may end in options of its own worker, named like the worker's flags and given as in a URL:
-`MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. In their values %26 stands for &, %40 for @, and so
-on. Host and port are read from the right, so the model's path may contain anything.
+An item may end in options for its own worker, named like the worker's flags and written as a URL's query:
+`MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. Values are percent-encoded (%26 for &, %40 for @).
+Host and port are read from the right, so the model's path may contain any character.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _ITEM = re.compile(
     r"(?P<model>.+)@(\[(?P<ipv6>[^]@?]+)\]|(?P<host>[^]@?[]+))@(?P<port>[0-9]+)(?:\?(?P<options>[^@]*))?", re.DOTALL
 )
 SECRETS = ("FASTSERVE_API_KEYS",)
-"""Environment variables that one service alone gets."""
+"""Environment variables that are not passed to every service."""
 
 NOT_FOR_ITEMS = {
     *("host", "port", "model_path", "controller_address", "api_keys", "api_keys_file"),
-    *("ssl", "tls_cert", "tls_key"),  # all services of a launch are reached alike
+    *("ssl", "tls_cert", "tls_key"),  # the same for all services of a launch
 }
 WORKER_OPTIONS = tuple(item.name for item in dataclasses.fields(WorkerConfig) if item.name not in NOT_FOR_ITEMS)
-"""Options that an item may set for its own worker."""
+"""Worker options that an item may set."""
 NOT_SHARED = {"host", "port", "api_keys"}
-"""Options of launcher and services that have the same name, but different meanings."""
+"""Options with the same name in launcher and services, but different meanings."""
 
 
 # ---- items ------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ NOT_SHARED = {"host", "port", "api_keys"}
 
 @dataclass(frozen=True)
 class Item:
-    """One worker to be started: what stands in --model-path-address."""
+    """One worker to be started: an item of --model-path-address."""
 
     model: str
     host: str
@@ -64,7 +64,7 @@ class Item:
 
 
 def parse_item(text: str) -> Item:
-    """Raises StartupError with a sentence that names the item and the form."""
+    """Parse `MODEL@HOST@PORT[?OPTIONS]`. Raises StartupError that names the item and the expected format."""
     match = _ITEM.fullmatch(text)
     if match is None or len(match["port"]) > 5 or not 0 < int(match["port"]) < 65536:
         raise StartupError(f"--model-path-address {text!r}: an item has the form {ITEM_FORM}.")
@@ -94,11 +94,11 @@ class ChildSpec:
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
-    """The whole environment. It may hold API keys, so it is never shown."""
+    """The complete environment. It may hold API keys, so it is left out of the repr."""
     log: str
     """Absolute path."""
     host: str
-    """Host under which the service answers on this machine."""
+    """Host under which this machine reaches the service."""
     port: int
     ssl: bool
     drain_timeout_s: float
@@ -109,7 +109,7 @@ class ChildSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     controller: ChildSpec
     workers: tuple[ChildSpec, ...]
     server: ChildSpec
@@ -129,19 +129,19 @@ def has_tls(config: LauncherConfig) -> bool:
 
 
 def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
-    """The worker's settings: the launcher's where both have the option, the item's own over them."""
+    """The worker's settings: the item's options, else the launcher's of the same name, else the defaults."""
     given: dict[str, Any] = {
         "model_path": item.model,
         "host": item.host,
         "port": item.port,
         "controller_address": controller_address(config),
-        # A worker that listens everywhere finds out itself under which address others reach it.
+        # A worker that listens on all addresses determines its advertised address itself.
         "worker_address": None if item.host in WILDCARDS else url_of(item.host, item.port, ssl=has_tls(config)),
     }
     worker = _service_config(WorkerConfig, config, {**given, **item.options})
     if worker.no_register:
         return worker
-    # API keys stand between clients and us: a worker has none of these for clients unless it serves alone.
+    # API keys are for clients, and only a worker without a controller serves clients directly.
     return _service_config(WorkerConfig, config, {**given, **item.options}, without={"api_keys_file"})
 
 
@@ -152,10 +152,10 @@ def controller_address(config: LauncherConfig) -> str:
 def _service_config(
     config_class: type[ConfigT], config: LauncherConfig, given: Mapping[str, Any], without: Collection[str] = ()
 ) -> ConfigT:
-    """Settings of a service: `given`, and each option that the launcher has by the same name."""
+    """Settings of a service: `given`, and each launcher option of the same name."""
     common = {item.name for item in dataclasses.fields(config)} & set(_names(config_class))
     shared = {name: getattr(config, name) for name in common - NOT_SHARED - set(without)}
-    # The launcher leaves to each service what its own default is: bounds differ between them.
+    # Unset in the launcher: keep each service's own default, as limits differ between services.
     return config_class(**{**{name: value for name, value in shared.items() if value is not None}, **given})
 
 
@@ -172,18 +172,18 @@ def plan(
     log_dir: Path | None = None,
     is_second: bool = False,
     cluster_environ: Mapping[str, str] | None = None,
-) -> Plan:
+) -> LaunchPlan:
     """Decide what to start, with which arguments and environment.
 
-    API keys reach the API server, and workers that serve alone, by their environment; no other service sees them.
-    `cluster_environ` goes to all services. With `is_second`, another launch logs to the folder: see `log_path`.
+    API keys are passed by environment, and only to the API server and to workers without a controller.
+    `cluster_environ` goes to all services. `is_second`: another launch logs to the same folder (see `log_path`).
     """
     environ = {**environ, "PYTHONUNBUFFERED": "1", **(cluster_environ or {})}
     for secret in SECRETS:
         environ.pop(secret, None)
     log_dir = Path(config.log_dir) if log_dir is None else log_dir
     if environ.get("LOGDIR") and absolute(environ["LOGDIR"], "LOGDIR") == log_dir.absolute():
-        # Each service would write its log twice, and rename the file that it has open.
+        # LOGDIR would make each service write a second log, and rotate a file that it has open.
         environ.pop("LOGDIR")
 
     def service(module: str, name: str, log_name: str, settings: ServerConfig, **env: str) -> ChildSpec:
@@ -221,7 +221,7 @@ def plan(
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
         workers.append(service("model_worker", name, log_name, worker, **env))
-    return Plan(
+    return LaunchPlan(
         service("controller", "controller", "controller.log", controller),
         tuple(workers),
         service("openai_api_server", "openai_api_server", "openai_api_server.log", server, **keys),
@@ -229,18 +229,18 @@ def plan(
 
 
 def log_path(log_dir: Path, name: str, port: int, *, is_second: bool) -> str:
-    """Path of a service's log. `is_second`: another launch logs to the folder, so the port is part of the name."""
+    """Path of a service's log. `is_second`: another launch logs to the same folder, so the name includes the port."""
     log = log_dir / name
     has_port = log.stem.endswith(f"_{port}")
     return str(log.with_name(f"{log.stem}_{port}.log") if is_second and not has_port else log)
 
 
-# ---- what the person is shown -----------------------------------------------------------------------------------
+# ---- summary ----------------------------------------------------------------------------------------------------
 
 
-def summary(config: LauncherConfig, items: Sequence[Item], services: Plan) -> str:
-    """The addresses, a request to try, and how to stop."""
-    # Workers that do not register are not known to the API server: they are asked directly.
+def summary(config: LauncherConfig, items: Sequence[Item], services: LaunchPlan) -> str:
+    """Text for the user: the addresses, an example request, and how to stop."""
+    # The API server does not know unregistered workers, so the example request goes to the worker.
     first = worker_config(config, items[0])
     front = services.workers[0] if first.no_register else services.server
     model = (first.model_names or (re.split(r"[/\\]", items[0].model.rstrip("/\\"))[-1],))[0]

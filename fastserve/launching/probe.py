@@ -1,4 +1,4 @@
-"""Questions to services of our own on this machine."""
+"""HTTP requests to our own services on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_ANSWER_BYTES = 1 << 20
 
 
 class Endpoint(Protocol):
-    """Where a service answers."""
+    """Host and port of a service."""
 
     @property
     def host(self) -> str: ...
@@ -25,20 +25,20 @@ class Endpoint(Protocol):
 
 
 class Probe:
-    """Asks services over HTTP, or over TLS where they serve that."""
+    """Sends GET requests to services, over TLS where they serve it."""
 
     def __init__(self, client_certificate: tuple[str, str] | None, timeout_s: float = TIMEOUT_S) -> None:
-        """`client_certificate`: files of a certificate and its key, for services that ask their callers for one."""
+        """`client_certificate`: paths of a certificate and its key, for services that require one."""
         self._client_certificate = client_certificate
         self._timeout_s = timeout_s
         self._context: ssl.SSLContext | None = None
 
     def get(self, service: Endpoint, path: str, headers: Mapping[str, str] | None = None) -> bytes | None:
-        """The body that a service answers with status 200; None for anything else."""
+        """The body of an answer with status 200; None for anything else."""
         try:
             connection = self._connect(service)
         except OSError:
-            return None  # a certificate that the service itself will not accept either, and say so
+            return None  # the service cannot load this certificate either, and reports it itself
         try:
             connection.request("GET", path, headers=dict(headers or {}))
             response = connection.getresponse()
@@ -49,7 +49,7 @@ class Probe:
             connection.close()
 
     def _connect(self, service: Endpoint) -> http.client.HTTPConnection:
-        # http.client and not urllib: a proxy in the environment must not stand between us and our own machine.
+        # http.client, not urllib: requests to this machine must not go through a proxy from the environment.
         if not service.ssl:
             return http.client.HTTPConnection(service.host, service.port, timeout=self._timeout_s)
         return http.client.HTTPSConnection(service.host, service.port, timeout=self._timeout_s, context=self._tls())
@@ -59,7 +59,7 @@ class Probe:
             import ssl
 
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            # The service is our own child on this machine, under whatever name its certificate has.
+            # The service is our own child on this machine, so the name in its certificate does not matter.
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             if self._client_certificate is not None:

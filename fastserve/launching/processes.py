@@ -1,8 +1,8 @@
-"""Processes of launches: known by marks in their environment, found by them, and ended.
+"""Find and end the processes of launches, by marks in their environment.
 
-Each process that a launch starts carries the launch's id and the service that it is part of in its environment, and so
-does everything that it starts. So a launch is found though its log folder was deleted, its run file is broken or was
-never written, or its launcher was killed; and a stranger who got a recycled process id is never touched.
+Each process of a launch has the launch's id and its service in its environment, and child processes inherit them. So a
+launch is found even if its log folder was deleted, its run file is broken or was never written, or its launcher was
+killed; and an unrelated process with a recycled process id is never touched.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ SERVICE_MARK = "FASTSERVE_SERVICE"
 SUPERVISOR = "supervisor"
 POLL_S = 0.05
 ORPHAN_GRACE_S = 2.0
-"""Time for the processes that a service started to end after the service itself."""
+"""Seconds that child processes of a service have to end after the service itself."""
 START_S = 0.02
-"""A generous time for the system to put a program and its environment into a new process."""
+"""Seconds until a new process surely has its program and environment (between fork and exec it has neither)."""
 MAX_KILL_ROUNDS = 5
-"""Killing is repeated for processes that were started meanwhile."""
+"""Rounds of killing, as processes may have been started meanwhile."""
 DEFAULT_PORTS = {"controller": CONTROLLER_PORT, "model_worker": WORKER_PORT, "openai_api_server": API_SERVER_PORT}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The launch and the service that a process belongs to, as its environment says."""
+    """The launch and the service that a process belongs to, read from its environment."""
 
     run_id: str
     log_dir: str
-    """The launch's log folder, absolute: a launch belongs to the folder that it logs to."""
+    """Absolute path of the launch's log folder, which identifies the launch to the user."""
     server_port: int
-    """Port of the launch's API server, by which people tell launches apart."""
+    """Port of the launch's API server, by which users distinguish launches."""
     kind: str
     name: str
     port: int
     log: str
     drain_timeout_s: float = 30.0
-    """How long the service's requests may take to end after SIGTERM."""
+    """Seconds that the service's requests may take to finish after SIGTERM."""
 
     def environ(self) -> dict[str, str]:
         service = {name: value for name, value in asdict(self).items() if name != "run_id"}
@@ -61,9 +61,9 @@ class RunningService:
 
     mark: Mark
     leader: psutil.Process | None
-    """The process that the launch started; None when it has ended and left some of its own behind."""
+    """The process that the launch started; None if it has ended but some of its children have not."""
     members: frozenset[psutil.Process]
-    """All of them, the leader too."""
+    """All processes, including the leader."""
 
     @property
     def pid(self) -> int:
@@ -71,7 +71,7 @@ class RunningService:
 
 
 def find_services(run_id: str | None = None) -> list[RunningService]:
-    """The services of all launches (or of one) that this user may see, as far as they run."""
+    """The running services of all launches, or of one, that this user may see."""
     marked: dict[Mark, set[psutil.Process]] = {}
     sessions: dict[int, set[psutil.Process]] = {}
     for process in _others():
@@ -85,14 +85,14 @@ def find_services(run_id: str | None = None) -> list[RunningService]:
     for mark, members in marked.items():
         leader = next((process for process in members if _is_leader(process, members)), None)
         if leader is not None:
-            # What a service started with an environment of its own is in its session still.
+            # A child that was started with another environment is still in the session of its service.
             members |= sessions.get(leader.pid, set()) | (set() if sessions else set(leader.children(recursive=True)))
         services.append(RunningService(mark, leader, frozenset(members)))
     return services
 
 
 def _others() -> Iterator[psutil.Process]:
-    """All living processes but this one; those that are just being started come last, when they have a program."""
+    """All live processes except this one. Those that are just starting come last, when they have a program."""
     starting = []
     for process in psutil.process_iter():
         if process.pid == os.getpid() or not is_alive(process):
@@ -107,7 +107,7 @@ def _others() -> Iterator[psutil.Process]:
 
 
 def _is_starting(process: psutil.Process) -> bool:
-    """Whether its environment may not be there yet: for an instant after `exec` the system shows an empty one."""
+    """Whether its environment may still be missing: for an instant after `exec` the system shows an empty one."""
     try:
         return time.time() - process.create_time() < 1.0 and not process.environ()
     except (psutil.Error, OSError):
@@ -126,7 +126,7 @@ def _read_mark(process: psutil.Process) -> Mark | None:
         return _derive_mark(process, run_id)
     try:
         content = json.loads(environ[SERVICE_MARK])
-        # A later version may say more.
+        # A later version may have more fields.
         known = {name: content[name] for name in Mark.__dataclass_fields__ if name in content and name != "run_id"}
         return Mark(run_id=run_id, **known)
     except (ValueError, TypeError):
@@ -134,11 +134,11 @@ def _read_mark(process: psutil.Process) -> Mark | None:
 
 
 def _derive_mark(process: psutil.Process, run_id: str) -> Mark | None:
-    """The mark of a service that an earlier version started, with nothing but the launch's id in its environment."""
+    """The mark of a service of an earlier version, which has only the launch's id in its environment."""
     try:
         words = process.cmdline()
         logs = [file.path for file in process.open_files() if file.fd == 1]
-        # The log folder may be gone; its default was `logs` in the folder of the launch.
+        # The log folder may be gone; its default was `logs` in the working directory.
         log = Path(logs[0]) if logs else Path(process.cwd()) / "logs" / "unknown.log"
     except (psutil.Error, OSError):
         return None
@@ -147,7 +147,7 @@ def _derive_mark(process: psutil.Process, run_id: str) -> Mark | None:
     if kind is None:
         session = _session(process)
         if session is None or psutil.pid_exists(session):
-            return None  # found by the session of its service
+            return None  # a child process, found by the session of its service
         kind = "model_worker"  # only workers start processes
     ports = [int(word.removeprefix("--port=")) for word in words if re.fullmatch(r"--port=\d+", word)]
     server_port = next((file.server_port for file in _run_files(log.parent) if file.run_id == run_id), 0)
@@ -186,13 +186,13 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def end_services(services: Sequence[RunningService], grace_s: float) -> set[RunningService]:
-    """SIGTERM, wait for at most `grace_s`, then SIGKILL for all that is left. Returns those that had to be killed.
+    """Send SIGTERM, wait for at most `grace_s`, then SIGKILL what is left. Returns the services that had to be killed.
 
-    Raises StartupError when a process belongs to another user; the others are ended nevertheless.
+    Raises StartupError if a process belongs to another user; the others are ended nevertheless.
     """
     denied: set[int] = set()
     for service in services:
-        # A service ends its own processes in good order; only orphans get the signal themselves.
+        # A service ends its own children in order, so only orphans get SIGTERM directly.
         _signal(service.members if service.leader is None else [service.leader], "terminate", denied)
     leaders = {service: service.leader for service in services if service.leader is not None}
     _wait_gone(leaders.values(), grace_s, denied)
@@ -203,7 +203,7 @@ def end_services(services: Sequence[RunningService], grace_s: float) -> set[Runn
     marks = {service.mark for service in services}
     left = [process for service in services for process in service.members if is_alive(process)]
     for _ in range(MAX_KILL_ROUNDS):
-        # Looked for anew: the processes known at the beginning may have started others since.
+        # Search again: processes may have started others since.
         left += [process for service in find_services() if service.mark in marks for process in service.members]
         if not left:
             break
@@ -217,7 +217,7 @@ def end_services(services: Sequence[RunningService], grace_s: float) -> set[Runn
 
 
 def end_run(run_id: str, grace_s: float) -> None:
-    """End all that a launch has started: first its supervisor, which would start others anew."""
+    """End all processes of a launch: first its supervisor, which would restart the others."""
     end_services([service for service in find_services(run_id) if service.mark.kind == SUPERVISOR], grace_s)
     end_services(find_services(run_id), grace_s)
 
@@ -243,7 +243,7 @@ def _wait_gone(processes: Iterable[psutil.Process], timeout_s: float, denied: se
 
 
 def absolute(folder: str, flag: str) -> Path:
-    """`folder` with links resolved. Raises StartupError where the working directory has been deleted."""
+    """Absolute path of `folder`, links resolved. Raises StartupError if the working directory was deleted."""
     try:
         return Path(folder).expanduser().resolve()
     except (OSError, RuntimeError) as error:

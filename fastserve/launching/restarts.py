@@ -1,4 +1,4 @@
-"""Services that died are started again, after a pause that grows; logs that grow too large are rotated."""
+"""Restarts services that died, with exponential backoff, and rotates logs that grow too large."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ logger = logging.getLogger(__name__)
 MIN_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
 STABLE_S = 300.0
-"""A service that served so long gets the shortest pause again."""
+"""Seconds of service after which the backoff starts again at its shortest pause."""
 WARNING_INTERVAL_S = 60.0
 ORDERLY = (0, -signal.SIGTERM, -signal.SIGINT, *((-signal.SIGALRM,) if os.name == "posix" else ()))
-"""Exit codes of services that somebody has ended on purpose. SIGALRM ends one that hangs after a second SIGTERM."""
+"""Exit codes of services that were ended on purpose. SIGALRM ends one that hangs after a second SIGTERM."""
 
 
 class Pauses:
-    """Seconds to wait before each restart of one service."""
+    """Backoff of one service: seconds to wait before each restart."""
 
     def __init__(self) -> None:
         self._next_s = MIN_PAUSE_S
 
     def next_s(self, served_s: float) -> float:
-        """`served_s`: how long the service served before it died."""
+        """`served_s`: seconds that the service served before it died."""
         pause_s = MIN_PAUSE_S if served_s >= STABLE_S else self._next_s
         self._next_s = min(2 * pause_s, MAX_PAUSE_S)
         return pause_s
 
 
 class Watched:
-    """One service: `child` is None while it waits for its next start."""
+    """One service; `child` is None while it waits for its restart."""
 
     def __init__(self, child: Child, now_s: float) -> None:
         self.spec: ChildSpec = child.spec
@@ -57,7 +57,7 @@ class Watched:
 
 
 class Restarts:
-    """The services of a launch that serves. `step` is called again and again."""
+    """Watches the services of a launch that serves. `step` is to be called at a short interval."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Restarts:
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`children` is kept up to date, and `on_change` called after each change of it."""
+        """`children` is updated at each restart and end of a service, and `on_change` is called after each update."""
         self._order = order
         self._run_file = run_file
         self._children = children
@@ -80,7 +80,7 @@ class Restarts:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing is left to watch."""
+        """Whether all services have ended for good."""
         return not self._watched
 
     def step(self) -> None:
@@ -91,7 +91,7 @@ class Restarts:
                 self._look(watched, watched.child)
 
     def rotate_logs(self, extra: Path) -> None:
-        """Rotate each service's log, and `extra`, that has grown too large."""
+        """Rotate the services' logs and `extra` if they have grown too large."""
         for log in (*(Path(watched.spec.log) for watched in self._watched), extra):
             try:
                 if log.lstat().st_size > self._order.log_max_bytes:

@@ -1,7 +1,7 @@
-"""The run file of a launch: what it consists of, for people and scripts.
+"""The run file of a launch: a list of its processes, for people and scripts.
 
-Nothing of ours depends on its content: services are found by the marks in their environment. Its name holds the
-launch's id, so that a log folder that was moved still leads to its services.
+fastserve itself does not depend on its content: services are found by the marks in their environment. The file's name
+contains the launch's id, so services are found from their log folder even after it was moved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_STOP_BYTES = 4096
 
 @dataclass(frozen=True)
 class RunFile:
-    """Paths of the files of one launch."""
+    """The run file of one launch, and its list of stopped services."""
 
     log_dir: Path
     server_port: int
@@ -33,7 +33,7 @@ class RunFile:
 
     @property
     def stop_path(self) -> Path:
-        """The file that names the kinds of services that are being ended, and so are not to be started again."""
+        """Path of the file with the kinds of services that are ended on purpose and must not be restarted."""
         return self.log_dir / f"fastserve-{self.server_port}-{self.run_id}.stop.json"
 
     def write(self, services: Sequence[ListedService]) -> None:
@@ -52,11 +52,11 @@ class RunFile:
             draft_of(path).unlink(missing_ok=True)
 
     def write_stopped(self, kinds: Sequence[str]) -> None:
-        """Add to the kinds of services that are not to be started again. Raises OSError."""
+        """Add to the kinds of services that must not be restarted. Raises OSError."""
         replace_file(self.stop_path, json.dumps(sorted({*self.read_stopped(), *kinds})) + "\n")
 
     def read_stopped(self) -> set[str]:
-        """Kinds of services that are not to be started again; none where the file is missing or broken."""
+        """Kinds of services that must not be restarted; none if the file is missing or broken."""
         try:
             with self.stop_path.open("rb") as file:
                 kinds = json.loads(file.read(MAX_STOP_BYTES))
@@ -67,7 +67,7 @@ class RunFile:
 
 @dataclass(frozen=True)
 class ListedService:
-    """A service as the run file lists it."""
+    """One entry of the run file."""
 
     kind: str
     name: str
@@ -77,7 +77,7 @@ class ListedService:
 
 
 def run_files_in(log_dir: Path) -> list[RunFile]:
-    """The launches whose run files stand in the folder. Raises PermissionError when this user may not look into it."""
+    """The run files in a log folder. Raises PermissionError if this user may not read it."""
     try:
         names = sorted(os.listdir(log_dir))
     except PermissionError:

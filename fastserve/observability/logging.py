@@ -1,4 +1,4 @@
-"""Logging: one format on standard error for our own lines and uvicorn's (`time | level | logger | message`)."""
+"""Logging: one format on standard error for our lines and uvicorn's (`time | level | logger | message`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fastserve.observability.private_files import FOLDER_MODE, open_for_append, 
 
 FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 MAX_LOG_DAYS = 14
-"""How long files in LOGDIR are kept."""
+"""Days that files in LOGDIR are kept."""
 
 
 class OneLineFormatter(logging.Formatter):
-    """Each record is one line, whatever names and values from outside its message holds; a traceback follows on lines
-    of its own, indented so that none of them can pass for a record."""
+    """Writes each record as one line, with control characters from outside input escaped. A traceback follows on
+    indented lines, so that none of them can look like a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = escape_controls(record.message)
@@ -36,7 +36,7 @@ class OneLineFormatter(logging.Formatter):
 
 
 class PrivateDailyFile(TimedRotatingFileHandler):
-    """A log file for its owner alone, which becomes NAME.DATE each day; those older than `MAX_LOG_DAYS` are removed."""
+    """A log file that only its owner can read; renamed to NAME.DATE each day, and removed after `MAX_LOG_DAYS`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, when="D", utc=True, encoding="utf-8", backupCount=MAX_LOG_DAYS)
@@ -46,8 +46,9 @@ class PrivateDailyFile(TimedRotatingFileHandler):
 
 
 def setup_logging(level: str, file_name: str | None = None, environ: Mapping[str, str] | None = None) -> None:
-    """Send everything to standard error, and, where LOGDIR names a folder (as for FastChat), also to `file_name`.log
-    in it, a new one each day. Called once, by an entry. Raises StartupError when that file cannot be written."""
+    """Log to standard error and, if LOGDIR names a folder (as for FastChat), to `file_name`.log in it, rotated daily.
+
+    Called once, by an entry point. Raises StartupError if that file cannot be written."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     folder = (environ or {}).get("LOGDIR")
     if folder and file_name:
@@ -65,24 +66,24 @@ def setup_logging(level: str, file_name: str | None = None, environ: Mapping[str
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # The line that says where a service listens is what people and launchers wait for: no level hides it.
+    # Users and launchers wait for the line "Uvicorn running on", so no level hides it.
     logging.getLogger("fastserve.serving").setLevel(min(logging.INFO, logging.getLevelName(level.upper())))
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
 def _remove_old(folder: Path) -> None:
-    """Remove workers' logs of earlier days: each start of a worker has a file name of its own."""
+    """Remove old logs of workers: each start of a worker has a new file name, so daily rotation misses them."""
     oldest_s = time.time() - MAX_LOG_DAYS * 86400
     for name in os.listdir(folder):
         if re.fullmatch(r"model_worker_[0-9a-f]{8}\.log(\.[\d_-]+)?", name):
-            with suppress(OSError):  # another worker has removed it, or it is another user's
+            with suppress(OSError):  # removed by another worker, or owned by another user
                 if (folder / name).stat().st_mtime < oldest_s:
                     (folder / name).unlink()
 
 
 class Throttle:
-    """Lets a log line through once in a while, however often its cause comes."""
+    """Limits a log line to one per `interval_s`."""
 
     def __init__(self, interval_s: float, clock: Callable[[], float]) -> None:
         self._interval_s = interval_s

@@ -1,4 +1,4 @@
-"""Metrics in Prometheus's form. Each process makes one registry and passes it on; nothing is registered globally."""
+"""Prometheus metrics. Each process creates one registry and passes it on; nothing is registered globally."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 
 
 def exposition(registry: CollectorRegistry) -> bytes:
-    """The registry's content as `/metrics` serves it, under CONTENT_TYPE."""
+    """Body of `/metrics`, of content type CONTENT_TYPE."""
     return generate_latest(registry)

@@ -1,4 +1,4 @@
-"""Files that others may neither read nor lead us to: logs and run files."""
+"""Files that only their owner can read, opened without following links: logs and run files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ FOLDER_MODE = 0o700
 
 
 def open_for_append(path: Path) -> int:
-    """Descriptor of a file that this process appends to, made where it is missing. The caller closes it.
+    """Descriptor of a file opened for appending, created if missing. The caller closes it.
 
-    Raises OSError with a reason for anything but a regular file of our own: links are not followed, and neither pipes,
-    devices, files with a second name nor other users' files are written to.
+    Raises OSError with the reason for anything but a regular file of this user: symbolic links, hard links, pipes,
+    devices and other users' files are refused.
     """
     try:
-        # Without waiting: a pipe that nobody reads would block for ever.
+        # Non-blocking: opening a pipe without a reader would block forever.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)
         descriptor = os.open(path, flags, FILE_MODE)
     except OSError as error:
@@ -46,7 +46,7 @@ def _problem(found: os.stat_result) -> str | None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step, so that no reader sees half of it. Raises OSError."""
+    """Write `text` to `path` atomically, so that no reader sees a part of it. Raises OSError."""
     draft = draft_of(path)
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, FILE_MODE)
@@ -60,7 +60,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """Path that `replace_file` writes to before it replaces `path`."""
+    """Path of the temporary file of `replace_file`."""
     return path.with_suffix(".tmp")
 
 

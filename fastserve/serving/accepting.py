@@ -1,8 +1,8 @@
-"""New connections, a few at a time, and no objects for those that say nothing.
+"""Accepts connections in small batches, and makes no objects for silent ones (those that have sent nothing).
 
-An event loop's own server accepts all that knock before it comes to anything else, and makes a transport and a protocol
-for each; when thousands of clients leave at once, it comes to nothing else either. Here a new connection is a mere
-socket until its first byte is there, and each pass of the loop accepts, looks at and lets go of a few.
+asyncio's server accepts all pending connections before it does anything else, and makes a transport and a protocol for
+each; thousands of connects or disconnects at once would block all requests. Here a connection is only a socket until
+its first byte has come, and each iteration of the event loop accepts, reads and closes a bounded number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 4096
 MAX_PER_PASS = 16
-"""Connections that are accepted, or looked at, in one pass of the loop: half a millisecond."""
+"""Connections accepted, or polled, in one iteration of the event loop: about half a millisecond."""
 SWEEP_INTERVAL_S = 0.5
 MAX_CLOSED_PER_PASS = 256
 SHORTAGE_PAUSE_S = 1.0
@@ -30,7 +30,7 @@ SHORTAGE_LOG_INTERVAL_S = 5.0
 
 
 class Listener(Protocol):
-    """What uvicorn calls a server."""
+    """A listening socket that can be closed; uvicorn calls it a server."""
 
     def close(self) -> None: ...
 
@@ -40,7 +40,7 @@ async def listen(
     make_protocol: Callable[[], asyncio.Protocol],
     table: ConnectionTable,
 ) -> list[Listener]:
-    """Accept connections without TLS until each of the listeners is closed (with TLS: `handshakes.py`)."""
+    """Accept connections without TLS until the returned listeners are closed (with TLS: `handshakes.py`)."""
     loop = asyncio.get_running_loop()
     if hasattr(select, "epoll"):
         return [_Acceptor(sock, make_protocol, table, loop) for sock in sockets]
@@ -48,7 +48,7 @@ async def listen(
 
 
 class _Silent(NamedTuple):
-    """A connection of which nothing has come yet."""
+    """A connection that has sent nothing yet; `deadline` is in seconds of the event loop's clock."""
 
     sock: socket.socket
     address: str | None
@@ -56,7 +56,7 @@ class _Silent(NamedTuple):
 
 
 class _Acceptor:
-    """One listening socket."""
+    """Accepts the connections of one listening socket."""
 
     def __init__(
         self,
@@ -70,21 +70,21 @@ class _Acceptor:
         self._table = table
         self._loop = loop
         self._silent: dict[int, _Silent] = {}
-        """By file descriptor, the oldest first."""
+        """Silent connections by file descriptor, oldest first."""
         self._connecting: set[asyncio.Task[None]] = set()
         self._shortage_log = Throttle(SHORTAGE_LOG_INTERVAL_S, loop.time)
         self._epoll = select.epoll()
         listener.setblocking(False)
         listener.listen(BACKLOG)
         if listener.family in (socket.AF_INET, socket.AF_INET6):
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections inherit it
         loop.add_reader(listener.fileno(), self._accept)
-        loop.add_reader(self._epoll.fileno(), self._look)
+        loop.add_reader(self._epoll.fileno(), self._connect_ready)
         self._timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep)
         self._resume: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
-        """Accept nothing more, and close the connections that have said nothing."""
+        """Accept no more connections, and close the silent ones."""
         self._timer.cancel()
         if self._resume is not None:
             self._resume.cancel()
@@ -107,7 +107,7 @@ class _Acceptor:
                 return
             sock.setblocking(False)
             address = client_address(peer, sock)
-            # Where there is no room, the connection itself answers so.
+            # If there is no room, the protocol answers with 503.
             if self._table.has_room(address) and _is_silent(sock):
                 self._silent[sock.fileno()] = _Silent(
                     sock, address, self._loop.time() + self._table.limits.head_timeout_s
@@ -117,7 +117,7 @@ class _Acceptor:
             else:
                 self._connect(sock)
 
-    def _look(self) -> None:
+    def _connect_ready(self) -> None:
         for fd, _ in self._epoll.poll(0, MAX_PER_PASS):
             sock = self._forget(fd).sock
             if _is_closed(sock):
@@ -139,11 +139,11 @@ class _Acceptor:
     async def _make_connection(self, sock: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._make_protocol, sock)
-        except OSError:  # it is gone
+        except OSError:  # the client is gone
             sock.close()
 
     def _pause(self, error: OSError) -> None:
-        """Stop accepting for a moment: those that knock wait in the kernel."""
+        """Stop accepting for a moment; pending connections wait in the kernel."""
         if error.errno not in SHORTAGES:
             raise error
         if self._shortage_log.passes():
@@ -154,7 +154,7 @@ class _Acceptor:
         )
 
     def _sweep(self) -> None:
-        """Close those that have said nothing for too long."""
+        """Close silent connections whose deadline has passed."""
         now = self._loop.time()
         interval_s = SWEEP_INTERVAL_S
         for num_closed, (fd, silent) in enumerate(list(self._silent.items())):
@@ -168,7 +168,7 @@ class _Acceptor:
 
 
 def _is_silent(sock: socket.socket) -> bool:
-    """Whether the connection is open, and nothing has come of it."""
+    """Whether the connection is open and has sent nothing."""
     try:
         sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
@@ -179,7 +179,7 @@ def _is_silent(sock: socket.socket) -> bool:
 
 
 def _is_closed(sock: socket.socket) -> bool:
-    """Whether the client has closed the connection, or broken it, without a word."""
+    """Whether the client has closed or reset the connection without sending anything."""
     try:
         return not sock.recv(1, socket.MSG_PEEK)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Bounds on bodies and memory, as middleware around any application."""
+"""Middleware that bounds bodies and memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from fastserve.serving.pacing import BytePacer
 logger = logging.getLogger(__name__)
 
 ALWAYS_SERVED = frozenset({"/health", "/metrics"})
-"""Paths that are answered whatever the memory: what looks after a service must still see it."""
+"""Paths that are answered even when memory is short, for monitoring."""
 SAMPLE_INTERVAL_S = 0.25
 UNPACED_BYTES = 65_536
-"""What of each body is read at once."""
+"""Bytes of each body that are read without pacing."""
 BURST_S = 0.125
-"""Bytes that may be read at once after a pause, in seconds of their rate."""
+"""Size of a burst after a pause: bytes at the full rate for this many seconds."""
 
 
 class BodyBounds:
-    """Bounds the body of each request and the sum of all bodies, where the application reads them.
+    """Bounds the body of each request, and the sum of all bodies, when the application reads them.
 
-    A body that nobody reads costs nothing, so keys are asked for and routes are looked up first. What is refused raises
-    from `receive`, before it is read where Content-Length gives it away, and is answered like any error of the
-    application: BodyTooLargeError, UnsupportedEncodingError, ShortageError. Bytes count from when they come until their
-    request has ended; those that are announced only do not, or a few clients that send nothing would fill the room.
+    An unread body costs nothing, so keys and routes are checked first. A refused body raises from `receive`, before it
+    is read if Content-Length shows its size, and is answered like any error of the application: BodyTooLargeError,
+    UnsupportedEncodingError, ShortageError. Bytes count from their arrival until their request has ended. Announced
+    bytes do not count, or a few clients that send nothing could use up the bound.
 
-    Each byte of a body costs the event loop time, on which all other requests wait: what bodies have beyond
-    UNPACED_BYTES is read no faster than `max_long_bytes_per_s`, of all requests together.
+    Reading bodies takes time of the event loop that other requests wait for. So the bytes of all bodies beyond their
+    first UNPACED_BYTES are read at `max_long_bytes_per_s` at most, all requests together.
     """
 
     def __init__(
@@ -62,9 +62,11 @@ class BodyBounds:
 
         def check_room(more: int) -> None:
             if num_bytes + more > max_bytes:
-                raise BodyTooLargeError(f"The body of the request is larger than {max_bytes} bytes, which is the most.")
+                raise BodyTooLargeError(f"The body of the request is larger than the maximum of {max_bytes} bytes.")
             if self._num_buffered_bytes + more > self._max_buffered_bytes:
-                raise ShortageError("The server holds as many bytes of requests as it may; try again in a moment.")
+                raise ShortageError(
+                    "The server holds as many bytes of request bodies as allowed; try again in a moment."
+                )
 
         async def bounded_receive() -> Message:
             nonlocal num_bytes, is_checked
@@ -102,9 +104,9 @@ def _announced_bytes(scope: Scope) -> int:
 
 
 class MemoryGuard:
-    """Refuses new requests while memory is nearly used up, so that those that run can end.
+    """Refuses new requests while memory is nearly used up, so that running ones can finish.
 
-    `vital_paths` are served all the same, beside ALWAYS_SERVED.
+    `vital_paths` and ALWAYS_SERVED are served nevertheless.
     """
 
     def __init__(self, app: ASGIApp, meter: MemoryMeter, vital_paths: Collection[str]) -> None:
@@ -121,7 +123,7 @@ class MemoryGuard:
 
 
 class MemoryMeter:
-    """Whether memory is used beyond a mark; looks at most every SAMPLE_INTERVAL_S, when asked."""
+    """Checks whether memory use is above a mark, at most once every SAMPLE_INTERVAL_S."""
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class MemoryMeter:
         clock: Callable[[], float],
         bounds: Callable[[], list[MemoryBound]] = memory_bounds,
     ) -> None:
-        """`high_mark`: a share of each bound, or above 1 the bytes of this process. `clock`: monotonic seconds."""
+        """`high_mark`: up to 1 a share of each memory limit, above 1 bytes of this process. `clock`: in seconds."""
         self._high_mark = high_mark
         self._clock = clock
         self._bounds = bounds
@@ -148,7 +150,7 @@ class MemoryMeter:
         try:
             problem = self._problem()
         except OSError:
-            return  # no file can be opened to look: what was found last still counts
+            return  # no file descriptor is free: keep the last result
         if (problem is not None) == self._is_high:
             return
         self._is_high = problem is not None

@@ -1,8 +1,7 @@
 """HTTP connections with deadlines and bounds: uvicorn's protocol has neither.
 
-`BoundedProtocol` counts bytes where they arrive and notes deadlines where the state of a connection changes; one timer
-for all connections (`ConnectionTable`) looks at the deadlines twice a second. Pieces of an answer on their way out pass
-none of this.
+`BoundedProtocol` counts bytes as they arrive and sets deadlines when the state of a connection changes; one timer for
+all connections (`ConnectionTable`) checks the deadlines twice a second. Outgoing data does not pass through this code.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ logger = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 0.5
 MAX_SWEPT_AT_ONCE = 250
-"""With more connections a sweep goes in parts: requests would wait for it."""
+"""Connections checked in one go. A sweep of more is split, so that requests do not wait for it."""
 LINGER_S = 2.0
-"""How long the rest of a request is read and dropped after its answer. A connection closed with unread bytes is reset,
-and the client would lose the answer."""
+"""Seconds for which the rest of a request is read and dropped after its answer. A connection closed with unread bytes
+is reset, and the client would lose the answer."""
 MAX_DROPPED_BYTES_PER_S = 32 * 2**20
-"""Of all connections together: whoever sends as fast as he can should not have the event loop do nothing but read."""
+"""Of all connections together, so that fast senders cannot keep the event loop busy with reading."""
 _DROPPED_BURST_BYTES = 2 * 2**20
 FULL_LOG_INTERVAL_S = 5.0
 MAX_PIPELINED = 16
-"""Requests that may wait behind the one that is answered."""
+"""Requests that may wait on a connection behind the one being answered."""
 MAX_LINGERING = 256
-"""Refused connections that are kept for LINGER_S, if a quarter of all connections is not less; more are reset."""
+"""Refused connections kept for LINGER_S (at most a quarter of all connections); more are reset."""
 _NEVER = math.inf
 
 
@@ -68,7 +67,7 @@ class ConnectionLimits:
 
 
 def connection_limits(config: ServerConfig) -> ConnectionLimits:
-    """Call it when the limit of open files has its final value."""
+    """The limits of one server. Call it after the limit of open files has been raised."""
     max_connections = max_connections_of_process(config.max_connections)
     return ConnectionLimits(
         max_connections,
@@ -78,13 +77,13 @@ def connection_limits(config: ServerConfig) -> ConnectionLimits:
         config.head_timeout_s,
         config.body_timeout_s,
         config.write_timeout_s,
-        # They take files too, beside those of connections.
+        # Handshakes use open files too, in addition to those of connections.
         max(1, min(config.max_handshakes, max_connections // 4)),
     )
 
 
 class ConnectionTable:
-    """All connections of a server: admits them, and enforces their deadlines until `close`."""
+    """All connections of a server: admits them and enforces their deadlines until `close`."""
 
     def __init__(self, limits: ConnectionLimits, loop: asyncio.AbstractEventLoop) -> None:
         self.limits = limits
@@ -95,17 +94,17 @@ class ConnectionTable:
         self.num_silent = 0
         self._full_log = Throttle(FULL_LOG_INTERVAL_S, loop.time)
         self._unswept: list[BoundedProtocol] = []
-        """Connections that this sweep has still to look at."""
+        """Connections that the current sweep has not checked yet."""
         self._sweep_pause_s = SWEEP_INTERVAL_S
         self.dropped = BytePacer(MAX_DROPPED_BYTES_PER_S, _DROPPED_BURST_BYTES, loop.time)
-        """What is read of requests only to be dropped."""
+        """Rate of the bytes that are read only to be dropped."""
         self._timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def __len__(self) -> int:
         return len(self._connections)
 
     def admit(self, connection: BoundedProtocol) -> FastserveError | None:
-        """Count a new connection; the reason when there is no room for it. Either way `remove` must follow."""
+        """Count a new connection; returns the error if there is no room for it. Either way `remove` must follow."""
         refusal = self._refusal(connection.address)
         self._connections.add(connection)
         if connection.address is not None:
@@ -129,7 +128,7 @@ class ConnectionTable:
         return self._refusal(address) is None
 
     def add_silent(self, address: str | None) -> None:
-        """Count a connection that is a mere socket yet, until `remove_silent`."""
+        """Count a connection that has sent nothing yet, until `remove_silent`."""
         self.num_silent += 1
         if address is not None:
             self._per_address[address] += 1
@@ -139,7 +138,7 @@ class ConnectionTable:
         self._release(address)
 
     def add_lingering(self) -> bool:
-        """Count a connection that lingers, until it is removed; whether there is room for it."""
+        """Count a lingering connection until it is removed. Returns whether there is room for it."""
         self._num_lingering += 1
         return self._num_lingering <= min(MAX_LINGERING, self.limits.max_connections // 4)
 
@@ -157,11 +156,11 @@ class ConnectionTable:
             return ShortageError(
                 f"All {self.limits.max_connections} connections of this server are in use; try again in a moment."
             )
-        most = self.limits.max_connections_per_address
-        if address is not None and self._per_address[address] >= most:
+        max_connections = self.limits.max_connections_per_address
+        if address is not None and self._per_address[address] >= max_connections:
             return ShortageError(
-                f"{most} connections from {address} are open, which is the most for one address: use fewer, or raise "
-                "the server's --max-connections-per-address."
+                f"{max_connections} connections from {address} are open, the maximum for one address: use fewer, or "
+                "raise the server's --max-connections-per-address."
             )
         return None
 
@@ -174,20 +173,20 @@ class ConnectionTable:
         part = self._unswept[-MAX_SWEPT_AT_ONCE:]
         del self._unswept[-MAX_SWEPT_AT_ONCE:]
         for connection in part:
-            if connection in self._connections:  # else it was closed during the sweep
+            if connection in self._connections:  # not closed during the sweep
                 connection.enforce(now)
         self._timer = self._loop.call_later(self._sweep_pause_s, self._sweep)
 
 
 class _RefusedError(Exception):
-    """Raised inside the parser, to end it; the refusal says how to answer."""
+    """Raised inside the parser to stop it; holds the error to answer with."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection.
 
-    A message is read in two phases, head and body, each with a deadline; between messages uvicorn's keep-alive timer
-    runs. While an answer is under way, later messages wait for their turn, and their clocks with them.
+    A request is read in two phases, head and body, each with a deadline; between requests uvicorn's keep-alive timer
+    runs. While one is being answered, later (pipelined) requests wait, and their deadlines have not begun.
     """
 
     def __init__(
@@ -202,18 +201,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self._table = table
         self._limits = table.limits
         self.address: str | None = None
-        """The client's, unless it is one of this machine."""
+        """The client's address as counted by the table; None for clients on this machine."""
         self.is_lingering = False
-        """The last answer has been written; what still comes is dropped."""
+        """The last answer has been written; further input is dropped."""
         self._answering: RequestResponseCycle | None = None
-        """The request that is being answered; `cycle` is the last one that came."""
+        """The request being answered; uvicorn's `cycle` is the last one that came."""
         self._refusal: FastserveError | None = None
         self._has_begun = False
-        """A message is incomplete (or, before the first one, has not begun to come)."""
+        """A request is incomplete (or the first one has not begun)."""
         self._in_body = False
-        """Its head is complete."""
+        """The head of that request is complete."""
         self._num_overhead_bytes = 0
-        """Bytes of the message beside its body, less what the body pays for."""
+        """Bytes of the request besides its body, less the framing that its body allows."""
         self._num_piece_bytes = 0
         self._num_headers = 0
         self._read_deadline = _NEVER
@@ -265,22 +264,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if not self._has_begun:
-            # It begins within a piece of data: its size is counted from the next piece on.
+            # It may begin in the middle of this data, so its size is counted from the next data on.
             self._begin_message()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_headers += 1
         if self._num_headers > self._limits.max_header_lines:
             self._refusal = HeadersTooLargeError(
-                f"The request has more than {self._limits.max_header_lines} headers, which is the most."
+                f"The request has more than {self._limits.max_header_lines} headers, the maximum."
             )
             raise _RefusedError
-        if not self._in_body:  # else it is a trailer, which must not change what has been looked at
+        if not self._in_body:  # trailers must not change headers that were already checked
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if max(self._num_piece_bytes, self._num_overhead_bytes) > self._limits.max_head_bytes:
-            # Bytes of other parts or messages may have come in the same piece, so the count is not exact.
+            # Bytes of other parts or requests may have come in the same data, so the count is not exact.
             head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if head_bytes > self._limits.max_head_bytes:
                 self._refusal = self._too_large()
@@ -292,7 +291,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 self._refusal = InvalidRequestError("CONNECT is not supported: this server is no proxy.")
                 raise _RefusedError
-            # Upgrades are not taken, as HTTP allows. The parser stops here and leaves the body away: see `_parse`.
+            # Upgrades are ignored, as HTTP allows. The parser stops here and omits the body: see `_parse`.
             return
         self._in_body = True
         super().on_headers_complete()
@@ -303,7 +302,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_read_deadline()
 
     def on_body(self, body: bytes) -> None:
-        # Chunks of any use are larger than their frames, so the body pays for its framing.
+        # Reasonable chunks are larger than their framing, so each body byte allows for one byte of it.
         self._num_overhead_bytes = max(self._num_overhead_bytes - 2 * len(body), -self._limits.max_head_bytes)
         super().on_body(body)
 
@@ -316,7 +315,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_overhead_bytes = 0
         self._read_deadline = _NEVER
         if self._linger_deadline != _NEVER:
-            # The answer was early, and the request has come whole after all: the connection goes on.
+            # The answer came before the end of the body, which is complete now: keep the connection.
             self._linger_deadline = _NEVER
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -327,7 +326,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         is_early = self._in_body and not self.pipeline
         if self._answering is not None:
-            # The connection keeps the cycle until the next request comes: not with what nobody has read.
+            # The connection keeps the cycle until the next request: free its unread body.
             self._answering.body = bytearray()
         self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
@@ -338,7 +337,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._unset_keepalive_if_required()
             self._set_read_deadline()
         elif self.expect_100_continue:
-            # The client may send the body or, as it has its answer, the next request: nobody can tell them apart.
+            # The client may go on with the body or, having its answer, send the next request: it could be either.
             self.close_with_rest()
         else:
             self._unset_keepalive_if_required()
@@ -350,7 +349,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(refusal or InvalidRequestError("The request is not valid HTTP/1.1.", code="invalid_http"))
 
     def shutdown(self) -> None:
-        """The drain begins: what is being answered may end; a request that is not complete is refused."""
+        """Begin the drain: the request being answered may finish; an incomplete one is refused."""
         if self.is_lingering:
             return
         cycle = self.cycle
@@ -362,16 +361,16 @@ class BoundedProtocol(HttpToolsProtocol):
     # ---- ours -----------------------------------------------------------------------------------------------
 
     def enforce(self, now: float) -> None:
-        """Act on the deadlines that have passed."""
+        """Act on deadlines that have passed at `now`, seconds of the event loop's clock."""
         if now >= self._write_deadline or now >= self._linger_deadline:
             self.abort()
         elif self.transport.is_closing():
-            # Closing waits until the client has read what is left: not for ever.
+            # Closing waits until the client has read the rest, but no longer than this.
             if self._write_deadline == _NEVER:
                 self._write_deadline = now + self._limits.write_timeout_s
         elif now >= self._read_deadline:
             if not self._has_begun:
-                self.transport.close()  # not a byte has come
+                self.transport.close()  # nothing was sent
             elif self._in_body:
                 seconds = self._limits.body_timeout_s
                 self._refuse(RequestTimeoutError(f"The body of the request was not complete after {seconds:g} s."))
@@ -381,16 +380,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether a next message may come, of which nothing has come yet."""
+        """Whether the connection waits for its next request and nothing of it has come."""
         return not self._has_begun and not self.is_lingering
 
     def abort(self) -> None:
-        """Close at once, without what is still to be written."""
+        """Close at once and drop unsent data."""
         self._disconnect()
         self.transport.abort()
 
     def close_with_rest(self) -> None:
-        """Close after the last answer; what the client still sends is read and dropped for a moment before."""
+        """Close after the last answer, once the rest of the request was read and dropped for at most LINGER_S."""
         if not self._in_body:
             self.transport.close()
         elif self._linger():
@@ -409,7 +408,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def _parse_head_without_upgrade(self) -> None:
-        """Give the head at which the parser stopped to another one, without the wish that it stopped for."""
+        """Parse the head again with a new parser, without the upgrade headers at which the first one stopped."""
         head = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
         head += [b"%s: %s" % item for item in self.headers if item[0] not in (b"upgrade", b"connection")]
         self._num_headers = 0
@@ -417,7 +416,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser.feed_data(b"\r\n".join(head) + b"\r\n\r\n")
 
     def _disconnect(self) -> None:
-        """Let the application see that its client is gone. uvicorn does so for the last request that came only."""
+        """Signal the disconnect to the application. uvicorn does so only for the last request that came."""
         if self._answering is not None:
             self._answering.disconnected = True
             self._answering.message_event.set()
@@ -431,7 +430,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_read_deadline()
 
     def _set_read_deadline(self) -> None:
-        """Start the clock of the phase, unless an earlier message is still being answered."""
+        """Set the deadline of the current phase, unless an earlier request is still being answered."""
         if not self._has_begun or self.pipeline:
             self._read_deadline = _NEVER
         elif self._in_body:
@@ -443,17 +442,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_large(self) -> HeadersTooLargeError:
         return HeadersTooLargeError(
-            f"Request line, headers and framing take more than {self._limits.max_head_bytes} bytes, which is the most."
+            f"Request line, headers and framing take more than {self._limits.max_head_bytes} bytes, the maximum."
         )
 
     def _refuse(self, refusal: FastserveError) -> None:
-        """Answer in place of the application and close."""
+        """Answer with an error in place of the application, and close."""
         if self.is_lingering or self.transport.is_closing():
             return
         cycle = self.cycle
         is_answering = cycle is not None and not cycle.response_complete
         if is_answering and (cycle.response_started or not self._in_body or self.pipeline):
-            # The answer under way is another request's, or half of this one's: cutting it is all that is left.
+            # Another request's answer, or a part of this one's, is being written: the connection can only be cut.
             self.abort()
             return
         self._disconnect()
@@ -461,8 +460,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._write_last(refusal)
 
     def _linger(self) -> bool:
-        """Read and drop from now on, until the client closes or LINGER_S are over. False: there is no room for that,
-        and the connection is closed."""
+        """Read and drop input until the client closes or LINGER_S are over. Returns False if there is no room for that;
+        the connection is closed then."""
         self.is_lingering = True
         self._read_deadline = _NEVER
         self._linger_deadline = self.loop.time() + LINGER_S
@@ -474,7 +473,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return True
 
     def _pace_dropping(self, num_bytes: int) -> None:
-        """Read on in a while, when all connections together drop more than they may. The kernel holds the sender up."""
+        """Pause reading if all connections together drop more than MAX_DROPPED_BYTES_PER_S; TCP slows the sender."""
         wait_s = self._table.dropped.take(num_bytes)
         if wait_s > 0 and not self.transport.is_closing():
             self.flow.pause_reading()
@@ -495,13 +494,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def _new_parser(connection: BoundedProtocol) -> httptools.HttpRequestParser:
     parser = httptools.HttpRequestParser(connection)
-    # As uvicorn's own: what comes after a last request is no error.
+    # As in uvicorn: data after the last request is no error.
     parser.set_dangerous_leniencies(lenient_data_after_close=True)
     return parser
 
 
 class _LingeringTransport:
-    """The transport as uvicorn's answer sees it on a connection that closes with this answer: `close` lingers."""
+    """Transport for uvicorn's last answer on a connection: `close` lingers first."""
 
     def __init__(self, connection: BoundedProtocol) -> None:
         self._connection = connection
@@ -526,16 +525,16 @@ def _response(refusal: FastserveError) -> bytes:
 
 
 def client_address(peer: object, sock: socket.socket | None) -> str | None:
-    """The address that a connection is counted by, or None when its client is of this machine: a proxy or a service of
-    ours, for many clients. `peer`: the client's socket address.
+    """The address that a connection is counted under. `peer`: the client's socket address.
 
-    Public IPv6 addresses are given out by networks of 64 bits, so the network counts as one.
+    None for clients on this machine, which may be proxies or services of ours that serve many clients. A public IPv6
+    address counts as its /64 network, as providers assign whole networks.
     """
     if not isinstance(peer, tuple) or not peer:
         return None
     address = str(peer[0])
     if address == "127.0.0.1":
-        return None  # the usual case, told at little cost
+        return None  # the usual case, cheap to detect
     try:
         own = sock.getsockname()[0] if sock is not None else None
         if address == own:

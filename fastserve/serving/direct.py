@@ -1,14 +1,14 @@
-"""Answers without a task: for small messages that come by the thousand each second over connections that stay open.
+"""Direct answers: a fast path, without a task, for small messages that come by the thousand over open connections.
 
-uvicorn parses each header in Python and makes a task, an event and a dozen other objects for each request, and then
-every middleware looks at it; a heartbeat is handled in a fraction of that time. So an endpoint may offer a function for
-requests like the one that it has just answered: those on the same connection whose head is the same, byte for byte but
-for the length of the body. What the parser and all checks made of that head holds for them too. Their bodies go to the
-function, which answers at once or leaves them to the usual way. After REPEAT_S at most one goes the usual way again, so
-that what checks depend on besides the head (keys that have changed) is not overlooked.
+uvicorn parses each header in Python, makes a task and a dozen other objects for each request, and passes it through all
+middleware; handling a heartbeat takes a fraction of that time. So an endpoint may offer a function for requests that
+repeat the one it has just answered: on the same connection and with the same head, byte for byte except for the length
+of the body, so that the results of parsing and checking that head hold for them too. The function gets the body and
+answers at once, or returns None for the normal path. After REPEAT_S one request takes the normal path again, as checks
+may depend on more than the head (keys that have changed).
 
-When many requests come at the same time they are answered in turns (`DirectQueue`): questions that somebody waits for
-before routine messages, and these a slice at a time, so that a crowd of them does not keep a question waiting.
+When many requests come at once, `DirectQueue` answers urgent ones (somebody waits for them) before routine messages,
+and routine messages in short slices, so that many of them do not delay an urgent one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 REPEAT_S = 40.0
 MAX_DIRECT_BYTES = 64 * 1024
-"""Longest body; longer ones take the usual way."""
+"""Longest body; requests with longer ones take the normal path."""
 MAX_SLICE_S = 0.5e-3
-"""How long routine messages are answered before the event loop looks for questions again."""
+"""Seconds for which routine messages are answered before the event loop checks for urgent ones again."""
 MAX_ANSWERED_AT_ONCE = 4
-"""Requests that are answered where they are read, until the queue had its turn."""
+"""Requests answered as soon as they are read, until the queue has run."""
 _EXTENSION = "fastserve.direct"
 _END_OF_HEAD = b"\r\n\r\n"
 _HEAD = re.compile(
@@ -40,13 +40,13 @@ _HEAD = re.compile(
 _MAX_LENGTH_DIGITS = len(str(MAX_DIRECT_BYTES))
 
 DirectAnswer = Callable[[bytes], bytes | None]
-"""From a body to the JSON of an answer with status 200; None: the request takes the usual way. It must not raise."""
+"""Takes a body and returns the JSON of an answer with status 200, or None for the normal path. Must not raise."""
 
 
 def offer_direct_answers(scope: Scope, answer: DirectAnswer, *, is_routine: bool = False) -> None:
-    """Called by an endpoint that has let this request through: `answer` may answer those that are like it.
+    """Called by an endpoint that has accepted this request: `answer` may answer repetitions of it.
 
-    Nobody waits for the answers to routine requests, so others are answered first.
+    `is_routine`: nobody waits for the answers, so other requests are answered first.
     """
     offer = scope.get("extensions", {}).get(_EXTENSION)
     if offer is not None:
@@ -62,11 +62,10 @@ class _Offer(NamedTuple):
 
 
 class DirectQueue:
-    """Connections of one server whose requests wait for their turn; each stands in it once at most.
+    """Connections of one server with requests to answer; each is in it at most once.
 
-    A few requests are answered at once, which saves a pass of the event loop. All that come behind them wait for their
-    turn, as the tasks of other requests do: answered where they are read, thousands of connections that always have
-    something to read would keep the event loop from ever coming to anything else.
+    A few requests are answered as soon as they are read, which saves an iteration of the event loop. All others wait in
+    the queue like the tasks of other requests; otherwise thousands of busy connections would starve the event loop.
     """
 
     def __init__(self, loop: AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -81,20 +80,20 @@ class DirectQueue:
         self._head = b""
 
     def may_answer_at_once(self) -> bool:
-        """Whether a request that has just been read need not wait; it counts as answered then."""
+        """Whether a request that was just read may skip the queue; if so, it is counted."""
         if self._is_scheduled or not self._num_at_once_left:
             return False
         self._num_at_once_left -= 1
         return True
 
     def put(self, connection: DirectProtocol, *, is_routine: bool) -> None:
-        """`receive_waiting` of the connection is called soon."""
+        """Schedule a call of `receive_waiting` of the connection."""
         (self._routine if is_routine else self._urgent).append(connection)
         if not self._is_scheduled:
             self._schedule()
 
     def answer_head(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-        """Head of an answer up to the value of its last header, the length. uvicorn makes the list anew each second."""
+        """Head of an answer up to the value of Content-Length, its last header. uvicorn renews the list each second."""
         if default_headers is not self._default_headers:
             lines = [b"HTTP/1.1 200 OK", *(b"%b: %b" % header for header in default_headers)]
             self._head = b"\r\n".join([*lines, b"content-type: application/json", b"content-length: "])
@@ -111,8 +110,8 @@ class DirectQueue:
         for _ in range(len(self._urgent)):
             self._urgent.popleft().receive_waiting()
         if has_urgent and not self._has_postponed:
-            # Answers are sent when this pass of the event loop ends: routine messages wait for the next one. They do
-            # so once, or questions that never end would keep them waiting for ever.
+            # Answers are sent at the end of this iteration of the event loop, so routine messages wait for the next
+            # one. They wait only once, or a steady flow of urgent requests would starve them.
             self._has_postponed = True
         else:
             self._has_postponed = False
@@ -134,23 +133,23 @@ class DirectQueue:
 
 
 class DirectProtocol(HttpToolsProtocol):
-    """A connection of uvicorn's that takes up such offers. Another subclass with duties of its own goes behind it:
+    """A uvicorn connection that uses offers of direct answers. Other subclasses come after it:
     `class Connection(DirectProtocol, BoundedProtocol)`.
     """
 
     _offer: _Offer | None = None
     _between_messages = True
-    """The parser has no part of a message."""
+    """The parser is between two requests."""
     _last_head = b""
-    """The head that the data began with, while the parser reads them."""
+    """The head at the start of the data being parsed."""
     _waiting = b""
-    """Data that waits for its turn in the event loop."""
+    """Received data that waits in the queue."""
     _answered_at = 0.0
-    """When the last direct answer was sent, by the event loop's clock."""
+    """Time of the last direct answer, seconds of the event loop's clock."""
     max_direct_bytes = MAX_DIRECT_BYTES
-    """Longest body that is answered directly: no longer than the usual way would take."""
+    """Longest body that is answered directly: at most the server's `max_body_bytes`."""
     direct_queue: DirectQueue
-    """Whoever makes connections gives all of them the same one."""
+    """Shared by all connections of a server; set when a connection is made."""
 
     def data_received(self, data: bytes) -> None:
         if self._offer is None or (not self._waiting and self.direct_queue.may_answer_at_once()):
@@ -163,7 +162,7 @@ class DirectProtocol(HttpToolsProtocol):
             self.receive_waiting()
 
     def receive_waiting(self) -> None:
-        """Answer what came when it was not this connection's turn."""
+        """Handle the data that waited in the queue."""
         data, self._waiting = self._waiting, b""
         if data and not self.transport.is_closing():
             self._receive(data)
@@ -176,7 +175,7 @@ class DirectProtocol(HttpToolsProtocol):
                 return
             self._offer = None
         if self._between_messages:
-            # Without its body, which an idle connection would keep.
+            # Drop the body, which an idle connection would keep in memory.
             self._last_head = data[: data.find(_END_OF_HEAD) + len(_END_OF_HEAD)]
         super().data_received(data)
         self._last_head = b""
@@ -186,22 +185,22 @@ class DirectProtocol(HttpToolsProtocol):
         super().on_message_begin()
         extensions: dict[str, Any] = {_EXTENSION: functools.partial(self._take_up, self._last_head)}
         self.scope["extensions"] = extensions
-        self._last_head = b""  # a message that begins later in the same piece has another one
+        self._last_head = b""  # a later request in the same data has another head
 
     def on_message_complete(self) -> None:
         self._between_messages = True
         super().on_message_complete()
 
     def _take_up(self, first_head: bytes, answer: DirectAnswer, is_routine: bool) -> None:
-        """`first_head` is of the message that `answer` is offered for."""
+        """`first_head`: head of the request that `answer` is offered for."""
         head = _HEAD.fullmatch(first_head)
         if head is not None:
-            # Not all at the same time: thousands of connections may have been opened in the same second.
+            # Randomised: thousands of connections may have been opened in the same second.
             seconds = REPEAT_S * random.uniform(0.5, 1.0)
             self._offer = _Offer(head[1], head[3], answer, self.loop.time() + seconds, is_routine)
 
     def _is_free(self) -> bool:
-        """Whether the connection waits for a request, and an answer could be written now."""
+        """Whether the connection is idle and an answer could be written now."""
         return (
             self._between_messages
             and self.cycle is not None
@@ -212,8 +211,9 @@ class DirectProtocol(HttpToolsProtocol):
         )
 
     def _answer_directly(self, data: bytes, offer: _Offer) -> bytes | None:
-        """Answer the whole request that `data` begins with, if it is like the one that the offer was made for, and
-        return the data behind it; None: it takes the usual way.
+        """Answer the complete request at the start of `data` if the offer applies to it.
+
+        Returns the data after it, or None if it takes the normal path.
         """
         if not (data.startswith(offer.before_length) and self.loop.time() < offer.until and self._is_free()):
             return None
@@ -243,9 +243,9 @@ class DirectProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Called when the timer ends. Direct answers leave it alone, and it runs on from the last of them."""
+        """Called when the keep-alive timer ends. Direct answers do not reset it; it is extended here."""
         left_s = self._answered_at + self.timeout_keep_alive - self.loop.time()
-        if self._waiting:  # the connection is not idle: its request waits for its turn
+        if self._waiting:  # not idle: its request waits in the queue
             self._keep_alive_for(self.timeout_keep_alive)
         elif left_s > 0:
             self._keep_alive_for(left_s)

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, all in OpenAI's shape."""
+"""Exceptions to HTTP answers, all in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NOT_BUILT = (
     "vector_stores",
     "videos",
 )
-"""First words after /v1/ of OpenAI's and related APIs that clients ask for and fastserve does not have."""
+"""First path segments after /v1/ of OpenAI's and related APIs that fastserve does not have."""
 
 
 def error_response(error: FastserveError) -> JSONResponse:
@@ -53,7 +53,7 @@ def error_response(error: FastserveError) -> JSONResponse:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Every error leaves in OpenAI's shape, whoever raised it."""
+    """Answer every exception of the application in OpenAI's shape."""
 
     async def ours(_: Request, error: Exception) -> Response:
         return error_response(error if isinstance(error, FastserveError) else InternalError(str(error)))
@@ -74,7 +74,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return JSONResponse(named.body(), status_code=status, headers=headers)
 
     async def gone(_: Request, __: Exception) -> Response:
-        # Nobody reads it.
+        # The client is gone, so nobody reads the answer.
         return Response(status_code=CLIENT_GONE)
 
     async def unexpected(request: Request, error: Exception) -> Response:
@@ -90,14 +90,14 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-# ---- what is wrong with a body ----------------------------------------------------------------------------------
+# ---- validation errors ------------------------------------------------------------------------------------------
 
 
 def first_error(error: ValidationError) -> InvalidRequestError:
-    """The first of pydantic's findings, as a sentence.
+    """The first of pydantic's validation errors, as a sentence.
 
-    pydantic offers only all of them at once, each a dict with its input: where there are many, the sentence says no
-    more than how many. Lists of messages should stop at their first error (`Annotated[list[...], FailFast()]`).
+    pydantic can only return all of them, each a dict with its input. If there are many, the sentence only gives their
+    number. Lists of messages should stop at the first error (`Annotated[list[...], FailFast()]`).
     """
     if error.error_count() > MAX_LISTED_ERRORS:
         return InvalidRequestError(f"The request body has {error.error_count()} invalid values.")
@@ -105,7 +105,7 @@ def first_error(error: ValidationError) -> InvalidRequestError:
 
 
 def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
-    """The first of pydantic's findings, as a sentence that names field, value and remedy in the words of JSON."""
+    """The first of pydantic's validation errors, as a sentence with field, value and remedy in JSON's terms."""
     if not problems:
         return InvalidRequestError("The request body is not valid.")
     first = problems[0]
@@ -118,12 +118,12 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     if kind == "json_invalid":
         reason = printable(str(context.get("error", "")), MAX_SHOWN_CHARS)
         if "hex escape" in reason or "surrogate" in reason:
-            reason = f"half of a surrogate pair (\\ud800 to \\udfff alone) is no character{_place(reason)}"
+            reason = f"half of a surrogate pair (\\ud800 to \\udfff alone) is no character{_position(reason)}"
         return InvalidRequestError(f"The request body is not valid JSON: {reason}.", code="invalid_json")
     if kind == "extra_forbidden":
         return InvalidRequestError(f"The field '{name}' is not known.", param=name)
     if kind == "string_pattern_mismatch":
-        # The pattern itself says little to people; ours are against what forges lines and steers terminals.
+        # A regular expression explains little; ours exclude line ends and terminal codes.
         sentence = "It may not be empty or hold control characters"
     else:
         sentence = printable(str(first.get("msg", "")).removeprefix("Value error, ").rstrip("."))
@@ -131,14 +131,14 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     return InvalidRequestError(f"Invalid value for '{name}': {shown(first.get('input'))}. {sentence}.", param=name)
 
 
-def _place(reason: str) -> str:
-    """Where the parser stopped, as it says at the end of its reason."""
+def _position(reason: str) -> str:
+    """Position at which the parser stopped, taken from the end of its message."""
     _, at, place = reason.partition(" at line ")
     return at + place
 
 
 def shown(value: object) -> str:
-    """A value of a request in the words of JSON, short and on one line, however large it is."""
+    """A value of a request as JSON on one line, shortened."""
     if isinstance(value, str):
         return '"' + printable(value, MAX_SHOWN_CHARS).replace('"', '\\"') + '"'
     if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def shown(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-# ---- routes that are not there ----------------------------------------------------------------------------------
+# ---- unknown routes ---------------------------------------------------------------------------------------------
 
 
 def _no_such_route(request: Request) -> InvalidRequestError:
@@ -190,7 +190,7 @@ def _list_routes(request: Request) -> str:
 
 
 def _routes(request: Request) -> Iterator[Any]:
-    """The application's routes that have a path and methods; newer releases of FastAPI keep included ones nested."""
+    """The application's routes with a path and methods; newer releases of FastAPI nest included routers."""
     yield from _flatten(request.app.routes)
 
 
@@ -204,5 +204,5 @@ def _flatten(routes: Iterable[Any]) -> Iterator[Any]:
 
 
 def unexpected_error() -> InternalError:
-    """What a client may know of a defect of ours, which the log has in full."""
+    """Answer to an unexpected exception, without its details, which are in the log."""
     return InternalError("The server failed on this request; its log has the cause.")

@@ -1,7 +1,7 @@
-"""TLS connections before their handshake has ended: bounded in number and time.
+"""Bounds the number and duration of TLS handshakes.
 
-asyncio's own servers take any number of them: a connection reaches its protocol, and is counted, only after the
-handshake. Here connections are accepted one by one, and those beyond the bound are closed.
+asyncio's servers do not: a connection reaches its protocol, and is counted, only after the handshake. Here connections
+are accepted one by one, and those beyond the bound are closed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 FULL_LOG_INTERVAL_S = 5.0
 ACCEPT_RETRY_S = 0.1
-"""Pause when a connection cannot be accepted: without free files it would be tried again and again."""
+"""Pause in seconds after a failed accept: without free files, retries would be a busy loop."""
 
 
 class HandshakeAcceptor:
@@ -35,8 +35,8 @@ class HandshakeAcceptor:
         max_handshakes: int,
         timeout_s: float,
     ) -> None:
-        """`max_handshakes`: at a time; one address, unless it is of this machine, has half of them at most.
-        `timeout_s`: for each.
+        """`max_handshakes`: concurrent handshakes, half of them at most from one address that is not of this machine.
+        `timeout_s`: for each handshake.
         """
         self._make_protocol = make_protocol
         self._context = context
@@ -44,7 +44,7 @@ class HandshakeAcceptor:
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
-        """Those that accept, and a handshake each."""
+        """One task for each listening socket, and one for each handshake."""
         self._num_handshakes = 0
         self._per_address: Counter[str] = Counter()
         self._full_log = Throttle(FULL_LOG_INTERVAL_S, self._loop.time)
@@ -55,7 +55,7 @@ class HandshakeAcceptor:
         self._start(self._loop.create_task(self._accept(sock)))
 
     async def close(self) -> None:
-        """Accept no more, and break off the handshakes that have not ended."""
+        """Accept no more connections, and abort unfinished handshakes."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -69,7 +69,7 @@ class HandshakeAcceptor:
             try:
                 connection, peer = await self._loop.sock_accept(sock)
             except OSError as error:
-                # Either the client has gone already, or this process or the machine is short of something.
+                # The client has gone, or this process or machine is short of files or memory.
                 if error.errno != errno.ECONNABORTED:
                     if self._full_log.passes():
                         logger.warning("connections cannot be accepted: %s", error.strerror)
@@ -96,7 +96,7 @@ class HandshakeAcceptor:
             await self._loop.connect_accepted_socket(
                 self._make_protocol, connection, ssl=self._context, ssl_handshake_timeout=self._timeout_s
             )
-        except OSError as error:  # not TLS, no valid certificate, too slow, or gone
+        except OSError as error:  # not TLS, no valid certificate, timed out, or disconnected
             logger.debug("a TLS handshake failed: %s", error)
         finally:
             self._num_handshakes -= 1

@@ -1,8 +1,8 @@
-"""Loops: a server that stands among its own controller's workers would hand a request to itself for ever.
+"""Loop detection: a server registered as a worker with its own controller would forward requests to itself forever.
 
-Each server that passes requests on has an id, made at its start, and adds it to the header HOPS_HEADER. A request that
-carries the server's own id has been here before. The number of ids is bounded too, for loops through strangers that
-pass the header on, and for chains that are longer than anybody means.
+Each forwarding server has an id, made at its start, and appends it to the header HOPS_HEADER. A request with the
+server's own id has been here before. The number of ids is bounded too, for loops through other programs that forward
+the header, and for overlong chains.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ NAME = HOPS_HEADER.encode()
 
 class LoopGuard:
     def __init__(self, kind: str, max_hops: int) -> None:
-        """`kind` names such servers in errors."""
+        """`kind`: name of such servers in errors. `max_hops`: longest chain of servers."""
         self._kind = kind
         self._max_hops = max_hops
         self._server_id = secrets.token_hex(8)
 
     def next_hops(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Value of HOPS_HEADER for what a request with these headers is passed on as. Raises LoopDetectedError."""
+        """Value of HOPS_HEADER for forwarding a request with these headers. Raises LoopDetectedError."""
         value = next((value for name, value in headers if name == NAME), b"").decode("latin-1")
         passed = [part.strip() for part in value.split(",", self._max_hops + 1)] if value else []
         if self._server_id in passed:
-            raise self._error(f"This {self._kind} has got back a request that it had passed on")
+            raise self._error(f"This {self._kind} received a request that it had forwarded before")
         if len(passed) >= self._max_hops:
             raise self._error(f"The request has passed through more than {self._max_hops} servers")
         return ",".join([*passed, self._server_id])

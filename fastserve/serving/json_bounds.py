@@ -1,4 +1,4 @@
-"""Bounds on the shape of JSON, checked before anything parses it."""
+"""Bounds on the nesting of JSON, checked before it is parsed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _STRETCH = 65536
 
 
 def check_json_depth(body: bytes, max_depth: int) -> None:
-    """Raise InvalidRequestError when arrays and objects are nested deeper than `max_depth`.
+    """Raises InvalidRequestError if arrays and objects are nested deeper than `max_depth`.
 
-    Brackets within strings do not count. Costs a few passes over the body in C; nothing is built. Whether the body is
-    JSON at all is for its parser to find.
+    Brackets inside strings do not count. Takes a few passes over the body in C and builds no objects. Invalid JSON is
+    left to the parser.
     """
     if body.count(b"[") + body.count(b"{") <= max_depth:
         return
@@ -26,11 +26,11 @@ def check_json_depth(body: bytes, max_depth: int) -> None:
 
 def _is_deeper(body: bytes, max_depth: int) -> bool:
     if b"\\" in body:
-        # In this order: of a run of backslashes each second one is escaped, and only a last odd one escapes a quote.
+        # Order matters: in a run of backslashes every second one is escaped, and only an odd last one escapes a quote.
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     structure = body.translate(_STEP, _NOT_STRUCTURE)
     structure = outside_strings(structure)
-    # Innermost pairs are most of the structure of flat bodies; without them each depth is one less.
+    # Innermost pairs are most of the brackets of flat bodies; removing them reduces the depth by one.
     if _PAIR in structure:
         structure = structure.replace(_PAIR, b"")
         max_depth -= 1
@@ -45,7 +45,7 @@ def _is_deeper(body: bytes, max_depth: int) -> bool:
 
 
 def outside_strings(structure: bytes) -> bytes:
-    """What of JSON text stands outside its strings, of which only quotes and characters of structure are left."""
-    # Two quotes side by side, most of what is left of strings, change nothing for what stands around them.
+    """`structure` (JSON text reduced to quotes, brackets and braces) without its strings."""
+    # Adjacent quotes, which most strings are reduced to, can be removed first.
     structure = structure.replace(b'""', b"")
     return b"".join(structure.split(b'"')[::2]) if b'"' in structure else structure

@@ -1,4 +1,4 @@
-"""Listening sockets, and the address under which others reach them."""
+"""Listening sockets, and the addresses under which others reach them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from fastserve.errors import StartupError
 from fastserve.observability.text import printable
 
 WILDCARDS_OF_BOTH = ("::", "")
-"""Hosts that mean every address of the machine, of IPv4 and IPv6."""
+"""Hosts that stand for all IPv4 and IPv6 addresses of the machine."""
 WILDCARDS = ("0.0.0.0", *WILDCARDS_OF_BOTH)
 MAX_SEND_BUFFER_BYTES = 128 * 1024
-"""What the kernel holds for a client that reads slowly (Linux doubles it), beside what the process buffers. Left alone
-it grows to megabytes for each connection, and a client that reads slowly but steadily would look stalled meanwhile."""
+"""Send buffer of the kernel for each connection (Linux doubles it), in addition to the process's own buffer. By default
+it grows to megabytes, and a client that reads slowly but steadily would look stalled."""
 _PORT_ATTEMPTS = 8
 _MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
 class _BindError(Exception):
     def __init__(self, problem: str, errno: int | None = None) -> None:
-        """`problem`: words that end a sentence."""
+        """`problem`: the reason, worded as the end of a sentence."""
         super().__init__(problem)
         self.problem = problem
         self.errno = errno
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Bind (not listen) every address that `host` resolves to; families that the machine lacks are passed over.
+    """Bind (not listen on) every address that `host` resolves to, except those of families that the machine lacks.
 
-    `::` and an empty host are every address of IPv4 and of IPv6. Raises StartupError when the port is taken or no
-    address can be bound. With port 0, all addresses share one port.
+    `::` and an empty host stand for all IPv4 and IPv6 addresses. With port 0, all addresses share one port. Raises
+    StartupError if the port is in use or no address can be bound.
     """
     attempts = _PORT_ATTEMPTS if port == 0 else 1
     while True:
@@ -40,7 +40,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
         try:
             return _bind_all(host, port)
         except _BindError as error:
-            # The port that the system chose for the first address may be in use on the second.
+            # The port that the system chose for the first address may be in use on another one.
             if error.errno == errno.EADDRINUSE and attempts:
                 continue
             if error.errno == errno.EADDRINUSE:
@@ -52,7 +52,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def port_problem(host: str, port: int) -> str | None:
-    """Why a service could not listen there, or None. Binds as `bind` does, and lets go at once."""
+    """Why a service could not listen there, or None. Binds as `bind` does, and closes the sockets."""
     try:
         sockets = _bind_all(host, port)
     except _BindError as error:
@@ -63,7 +63,7 @@ def port_problem(host: str, port: int) -> str | None:
 
 
 def _bind_all(host: str, port: int) -> list[socket.socket]:
-    """Raises _BindError; nothing stays bound then."""
+    """Bind all addresses. Raises _BindError, with nothing left bound."""
     sockets: list[socket.socket] = []
     try:
         for family, address in _resolve(host, port):
@@ -90,7 +90,7 @@ def _bind_all(host: str, port: int) -> list[socket.socket]:
 
 
 def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Family and socket address of each address that `host` stands for, IPv4 first."""
+    """Family and socket address of each address that `host` resolves to, IPv4 first."""
     if host in WILDCARDS_OF_BOTH:
         return [(socket.AF_INET, ("0.0.0.0", port)), (socket.AF_INET6, ("::", port, 0, 0))]
     try:
@@ -103,14 +103,14 @@ def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
 
 
 def _open(family: socket.AddressFamily, address: Any) -> socket.socket:
-    # With the protocol named, asyncio sends what it is given at once (TCP_NODELAY). Else each answer, which is written
-    # in two pieces, would wait 40 ms for the client's acknowledgement of the first.
+    # With an explicit protocol number, asyncio sets TCP_NODELAY. Otherwise each answer, which is written in two parts,
+    # would wait 40 ms for the client's acknowledgement of the first.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            # IPv4 has a socket of its own, so that its clients have plain IPv4 addresses.
+            # IPv4 has its own socket, so that its clients have plain IPv4 addresses.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_SEND_BUFFER_BYTES)
         sock.bind(address)
@@ -121,7 +121,7 @@ def _open(family: socket.AddressFamily, address: Any) -> socket.socket:
 
 
 def advertised_address(host: str, port: int, *, ssl: bool = False) -> str:
-    """The address under which others reach a server that listens on `host`; a wildcard becomes the machine's own."""
+    """The URL under which others reach a server that listens on `host`; a wildcard becomes this machine's address."""
     if host in WILDCARDS_OF_BOTH:
         host = _own_address(socket.AF_INET) or _own_address(socket.AF_INET6) or _loopback()
     elif host == "0.0.0.0":
@@ -130,20 +130,20 @@ def advertised_address(host: str, port: int, *, ssl: bool = False) -> str:
 
 
 def local_host(host: str) -> str:
-    """The host under which a server that listens on `host` answers on this machine."""
+    """The host under which this machine reaches a server that listens on `host`."""
     if host in WILDCARDS_OF_BOTH:
         return _loopback()
     return "127.0.0.1" if host == "0.0.0.0" else host
 
 
 def url_of(host: str, port: int, *, ssl: bool = False) -> str:
-    """`host` as it stands, in a URL: brackets around an IPv6 address."""
+    """URL of `host` unchanged, with brackets around an IPv6 address."""
     return f"{'https' if ssl else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _own_address(family: socket.AddressFamily) -> str | None:
-    """The address of ours that leads outside, or None when none does."""
-    # Connecting a datagram socket sends nothing; it only asks the kernel. The targets are reserved for documentation.
+    """This machine's address on the default route, or None without one."""
+    # Connecting a datagram socket sends nothing, it only selects a route. The targets are reserved for documentation.
     target: Any = ("192.0.2.1", 9) if family == socket.AF_INET else ("2001:db8::1", 9, 0, 0)
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:

@@ -1,4 +1,4 @@
-"""Messages of other services: parsed once, at the door, and refused with a sentence that names the field."""
+"""Parses messages of other services, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MessageT = TypeVar("MessageT", bound=BaseModel)
 
 
 def parse_message(kind: type[MessageT], content: bytes) -> MessageT:
-    """Raises InvalidRequestError."""
+    """Decode and validate a message. Raises InvalidRequestError."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

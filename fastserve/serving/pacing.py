@@ -1,4 +1,4 @@
-"""A rate of bytes that all connections of a process share."""
+"""Rate limit in bytes, shared by all connections of a process."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 class BytePacer:
-    """Says how long to wait after bytes were read, so that no more than `bytes_per_s` are read on average.
+    """Gives the time to wait after each read, so that at most `bytes_per_s` are read on average.
 
-    After a pause up to `burst_bytes` are free. Those who wait do so in order of arrival.
+    After a pause up to `burst_bytes` need no wait. Waiting callers continue in order of arrival.
     """
 
     def __init__(self, bytes_per_s: float, burst_bytes: int, clock: Callable[[], float]) -> None:
@@ -17,10 +17,10 @@ class BytePacer:
         self._burst_s = burst_bytes / bytes_per_s
         self._clock = clock
         self._paid_until = float("-inf")
-        """When the bytes so far will be within the rate, were there no burst."""
+        """Time at which the bytes so far are within the rate, without the burst."""
 
     def take(self, num_bytes: int) -> float:
-        """Count these bytes; returns the seconds to wait before more are read."""
+        """Count `num_bytes`; returns the seconds to wait before the next read."""
         now = self._clock()
         self._paid_until = max(self._paid_until, now - self._burst_s) + num_bytes / self._bytes_per_s
         return max(0.0, self._paid_until - now)

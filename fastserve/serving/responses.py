@@ -1,4 +1,4 @@
-"""Answers that end with their client: streams, and work that is cancelled when the client goes away."""
+"""Streams and other work that are cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def _wait_disconnect(receive: Receive) -> None:
 
 
 async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT | None:
-    """Await `work`; cancel it and return None when the client goes away first. The body must have been read."""
+    """Await `work`; cancel it and return None if the client disconnects. The body must have been read before."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_disconnect(request.receive))
     try:
@@ -36,10 +36,10 @@ async def run_until_disconnect(request: Request, work: Coroutine[Any, Any, Resul
 
 
 class StreamResponse(Response):
-    """A streamed body that is closed, with its `finally` blocks run, at once when the client goes away.
+    """A streamed body whose generator is closed (its `finally` blocks run) as soon as the client disconnects.
 
-    `body` is an async generator of bytes. Headers leave with the first piece, so an error that it raises before that
-    still becomes a proper HTTP error; after it, the generator itself has to write its error event.
+    `body` is an async generator of bytes. Headers are sent with its first item, so an exception before that becomes a
+    normal HTTP error; after that, the generator itself must yield an error event.
     """
 
     def __init__(self, body: AsyncGenerator[bytes, None], media_type: str = "text/event-stream") -> None:
@@ -65,11 +65,11 @@ class StreamResponse(Response):
     async def _pump(self, send: Send) -> None:
         async with aclosing(self._body) as body:
             started = False
-            async for piece in body:
+            async for chunk in body:
                 if not started:
                     started = True
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
             if not started:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,4 +1,4 @@
-"""The requests that run, and how they end with the server."""
+"""Running requests, and how they end when the server shuts down."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastserve.serving.errors import error_response
 logger = logging.getLogger(__name__)
 
 FINAL_ERROR_TIMEOUT_S = 0.5
-"""How long a client that does not read may hold up its own error event."""
+"""Seconds until a final error event is given up because its client does not read."""
 
 
 class RunningRequests:
-    """Middleware that knows every running request and can end each of them with a final error.
+    """Middleware that tracks running requests and can end each of them with an error.
 
-    It must be the outermost: the application is cancelled, so that its `finally` blocks run, and the client then gets a
-    503, or an error event at the end of an event stream. Answers of other kinds that have begun can only be cut.
+    It must be the outermost. The application is cancelled, so that its `finally` blocks run, and the client gets a 503,
+    or an error event if an event stream has begun. Other answers that have begun can only be cut.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -33,7 +33,7 @@ class RunningRequests:
         return len(self._tasks)
 
     async def end_all(self) -> None:
-        """End every request, and refuse those that still come. Returns when their clients have been answered."""
+        """End all requests and refuse new ones. Returns when their clients have been answered."""
         self._is_over = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -62,7 +62,7 @@ class RunningRequests:
 
 
 class _Progress:
-    """Notes how far an answer has come."""
+    """Records how far an answer has been sent."""
 
     __slots__ = ("_send", "is_complete", "is_event_stream", "is_started", "send")
 
@@ -71,7 +71,7 @@ class _Progress:
         self.is_started = False
         self.is_event_stream = False
         self.is_complete = False
-        self.send = self._note  # not a coroutine function: a piece of a stream passes it by one plain call
+        self.send = self._note  # not a coroutine function, which would cost more for each chunk of a stream
 
     def _note(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""The process: start, signals, drain, end."""
+"""The server process: start, signals, drain, exit."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from fastserve.serving.tls import server_ssl_context
 logger = logging.getLogger(__name__)
 
 HARD_EXIT_S = 0.8
-"""After a second signal the process ends within this time, whatever it still does."""
+"""Seconds within which the process ends after a second signal, whatever it is doing."""
 POLL_S = 0.05
 FLUSH_S = 0.5
-"""How long the last bytes of answers may take to leave at the end of a drain."""
+"""Seconds that the last bytes of answers may take to be sent at the end of a drain."""
 
 
 class _Lifespan:
-    """The application's lifespan, with a start that can be cancelled: loading a model takes minutes."""
+    """The application's lifespan, with a cancellable start, as loading a model takes minutes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -49,7 +49,7 @@ class _Lifespan:
         self._is_cancelled = False
 
     def cancel_start(self) -> None:
-        """From a signal handler. Does nothing once the application has started."""
+        """Cancel the start; called by a signal handler. Does nothing once the application has started."""
         self._is_cancelled = True
         if self._starting is not None:
             self._starting.get_loop().call_soon_threadsafe(self._cancel)
@@ -61,7 +61,7 @@ class _Lifespan:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def note_start(message: Message) -> None:
             self._starting = None
-            # A start that was cancelled failed for no reason that a traceback could tell.
+            # The start was cancelled on purpose, so a traceback would not help.
             is_cancelled = self._is_cancelled and message["type"] == "lifespan.startup.failed"
             await send({"type": message["type"]} if is_cancelled else message)
 
@@ -73,7 +73,7 @@ class _Lifespan:
 
 
 class _Application:
-    """The application with everything around it that all services have alike."""
+    """The application inside the middleware that all services share."""
 
     def __init__(self, app: FastAPI, config: ServerConfig, vital_paths: Collection[str]) -> None:
         self.lifespan = _Lifespan(app)
@@ -91,20 +91,20 @@ class _Application:
         if scope["type"] == "lifespan":
             return self.lifespan(scope, receive, send)
         if scope["method"] == "HEAD":
-            # The connection leaves the body away.
+            # The connection does not send the body.
             scope = {**scope, "method": "GET"}
         return self.requests(scope, receive, send)
 
 
 class _Connection(DirectProtocol, BoundedProtocol):
-    """A bounded connection that answers repeated messages without a task."""
+    """A bounded connection with direct answers."""
 
     def _is_free(self) -> bool:
         return self.is_idle and super()._is_free()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's loop and lifespan, with bounded connections and a drain that answers each client before it ends."""
+    """uvicorn's server with bounded connections and a drain that answers each client before the process ends."""
 
     def __init__(
         self,
@@ -128,14 +128,14 @@ class _Server(uvicorn.Server):
         self._before_shutdown = before_shutdown
         self._table: ConnectionTable | None = None
         self._acceptor: HandshakeAcceptor | None = None
-        """With TLS only, in place of the listeners."""
+        """Used in place of the listeners with TLS."""
         self._listeners: list[Listener] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and not self.force_exit:
             self.force_exit = True
             _begin_hard_exit()
-        # uvicorn only takes a note, and reads it when the application has started.
+        # uvicorn only sets a flag, which it reads after the application has started.
         super().handle_exit(sig, frame)
         self._application.lifespan.cancel_start()
 
@@ -165,7 +165,7 @@ class _Server(uvicorn.Server):
             )
             for sock in sockets:
                 self._acceptor.listen(sock, BACKLOG)
-        # What has been made so far stays. Collections would look through it again and again, with all requests waiting.
+        # Objects made so far live as long as the process. Frozen, they do not make garbage collections slow.
         gc.collect()
         gc.freeze()
         self.started = True
@@ -174,7 +174,7 @@ class _Server(uvicorn.Server):
     async def _announce(self) -> None:
         if self._wait_ready is not None:
             await self._wait_ready()
-        # Launchers wait for this line.
+        # The launcher waits for this line.
         has_tls = self._ssl_context is not None
         logger.info("Uvicorn running on %s", url_of(self.config.host, self.config.port, ssl=has_tls))
 
@@ -219,7 +219,7 @@ class _Server(uvicorn.Server):
         """Await `work`, or cancel it when a second signal comes."""
         task = asyncio.ensure_future(work)
         try:
-            # A signal handler wakes no loop, so its note is looked at.
+            # uvicorn's signal handler only sets a flag, so it is polled.
             while not task.done() and not self.force_exit:
                 await asyncio.wait({task}, timeout=POLL_S)
             if task.done():
@@ -230,7 +230,7 @@ class _Server(uvicorn.Server):
 
 
 def _begin_hard_exit() -> None:
-    """Have the system end this process after HARD_EXIT_S, even if it hangs. Safe to call from a signal handler."""
+    """Let the system kill this process after HARD_EXIT_S, even if it hangs. Safe in a signal handler."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, HARD_EXIT_S)
@@ -252,15 +252,15 @@ def serve(
     wait_ready: Callable[[], Awaitable[None]] | None = None,
     vital_paths: Collection[str] = (),
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests end, and return.
+    """Serve until SIGTERM or SIGINT, then call `before_shutdown`, let running requests finish, and return.
 
-    The line that launchers wait for is logged when `wait_ready` has returned; requests are answered before.
+    The line that the launcher waits for is logged after `wait_ready` has returned; requests are answered before that.
 
-    Requests that still run when `config.drain_timeout_s` are over get a 503 or, in event streams, an error event. A
-    second signal ends the process at once. A signal that comes before the application has started cancels its lifespan,
-    and `serve` returns when the lifespan has cleaned up. `vital_paths` are served when memory is short, too.
+    Requests that still run after `config.drain_timeout_s` get a 503 or, in event streams, an error event. A second
+    signal ends the process at once. A signal before the application has started cancels its lifespan, and `serve`
+    returns when the lifespan has cleaned up. `vital_paths` are served even when memory is short.
 
-    Raises StartupError when a file for TLS is missing or wrong, and when the application's lifespan failed.
+    Raises StartupError if a TLS file is missing or invalid, or if the application's lifespan failed.
     """
     ssl_context = server_ssl_context(config)
     raise_file_limit()
@@ -287,15 +287,15 @@ def serve(
         before_shutdown,
         wait_ready,
     )
-    # uvicorn raises the signal that ended it once more when all is done. By default that kills, which would make an
-    # orderly end look like a crash.
+    # uvicorn raises its signal again at the end. The default handler would kill the process, so that an orderly exit
+    # would look like a crash.
     previous = signal.signal(signal.SIGTERM, _end_in_order)
     try:
         server.run(sockets=sockets)
     except (KeyboardInterrupt, _TerminatedError):
         return
     except SystemExit:
-        # uvicorn's way to say that the lifespan failed.
+        # uvicorn exits so if the lifespan failed.
         if server.started:
             raise
     finally:
@@ -310,7 +310,7 @@ def serve(
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM, after or before uvicorn has taken care of it."""
+    """SIGTERM, before or after uvicorn's own handling."""
 
 
 def _end_in_order(*_: object) -> None:
@@ -318,7 +318,7 @@ def _end_in_order(*_: object) -> None:
 
 
 def run_entry(run: Callable[[], None]) -> None:
-    """Run an entry's body: a StartupError becomes one line on standard error and exit code 1."""
+    """Run an entry point: a StartupError becomes one line on standard error and exit code 1."""
     try:
         run()
     except StartupError as error:

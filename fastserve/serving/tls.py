@@ -1,4 +1,4 @@
-"""TLS for listening sockets and for connections to the cluster's other services."""
+"""TLS contexts for listening sockets and for connections to other services of the cluster."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastserve.errors import StartupError
 @dataclass(frozen=True)
 class _File:
     source: str
-    """The flag or environment variable that names it."""
+    """The flag or environment variable that names the file."""
     path: str
 
 
 def server_ssl_context(config: ServerConfig, environ: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
-    """How to serve: None without TLS. Raises StartupError when a file is missing, unreadable or does not fit."""
+    """Context for serving; None without TLS. Raises StartupError if a file is missing, unreadable or does not match."""
     files = _certificate_files(config, environ)
     if files is None:
         if config.tls_client_cert_required:
@@ -37,8 +37,10 @@ def server_ssl_context(config: ServerConfig, environ: Mapping[str, str] = os.env
 
 
 def client_ssl_context(config: ServerConfig, environ: Mapping[str, str] = os.environ) -> ssl.SSLContext:
-    """How to connect to the cluster's other services under `https` addresses: verified with --tls-ca, or the system's
-    authorities without it, and showing the certificate that this service serves with. Raises StartupError.
+    """Context for `https` connections to other services of the cluster. Raises StartupError.
+
+    They are verified with --tls-ca, else with the system's authorities; this service's own certificate is the client
+    certificate.
     """
     context = ssl.create_default_context()
     if config.tls_ca is not None:
@@ -52,7 +54,7 @@ def client_ssl_context(config: ServerConfig, environ: Mapping[str, str] = os.env
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Raise StartupError when the TLS settings would end the start later on, after what takes long."""
+    """Raises StartupError for wrong TLS settings, before anything slow starts."""
     server_ssl_context(config)
     client_ssl_context(config)
 
@@ -62,13 +64,13 @@ def serves_tls(config: ServerConfig) -> bool:
 
 
 def certificate_paths(config: ServerConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """Files of the certificate and its key that a service serves with; None without TLS. Raises StartupError."""
+    """Paths of the service's certificate and its key; None without TLS. Raises StartupError."""
     files = _certificate_files(config, environ)
     return None if files is None else (files[0].path, files[1].path)
 
 
 def _certificate_files(config: ServerConfig, environ: Mapping[str, str]) -> tuple[_File, _File] | None:
-    """Certificate and key."""
+    """The service's certificate and its key; None without TLS."""
     if config.tls_cert is not None and config.tls_key is not None:
         return _File("--tls-cert", config.tls_cert), _File("--tls-key", config.tls_key)
     if config.tls_cert is not None or config.tls_key is not None:
@@ -85,7 +87,7 @@ def _certificate_files(config: ServerConfig, environ: Mapping[str, str]) -> tupl
 def _load_certificate(context: ssl.SSLContext, certificate: _File, key: _File) -> None:
     _check_readable(certificate)
     _check_readable(key)
-    # An empty passphrase in place of OpenSSL's question on the terminal, which nobody would answer.
+    # An empty passphrase keeps OpenSSL from prompting for one on the terminal.
     try:
         context.load_cert_chain(certificate.path, key.path, password="")
     except ssl.SSLError as error:

@@ -31,7 +31,7 @@ async def eventually(holds: Callable[[], Awaitable[bool]], timeout_s: float = 10
 
 @asynccontextmanager
 async def run_app(make: Any) -> AsyncIterator[str]:
-    """Serve what `make(address)` returns on a free port of the loopback device; gives the address."""
+    """Serve what `make(address)` returns on a free port of the loopback device; yields the address."""
     sockets = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     async with serve_app(make(address), sockets):

@@ -1,4 +1,4 @@
-"""The form that a worker's address has, and the networks that it may lie in."""
+"""Syntax of workers' addresses, and the networks that they may be in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API keys: from flag and file, read anew, counted and logged when refused, and with the right to go before others."""
+"""API keys: from flag and file, reloaded, counted and logged when refused, and with the right to negative priority."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Controller and workers let nobody in without the cluster key, and no web page with or without it."""
+"""Controller and workers refuse requests without the cluster key, and web pages even with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def ask(http: aiohttp.ClientSession, method: str, url: str, **options: Any) -> tuple[int, str | None]:
-    """Status, and the code of the error."""
+    """Status and error code of the answer."""
     async with http.request(method, url, **options) as response:
         body = await response.json() if response.content_type == "application/json" and method != "HEAD" else {}
         error = body.get("error") if isinstance(body, dict) else None

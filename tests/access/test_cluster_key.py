@@ -1,4 +1,4 @@
-"""Where the cluster key comes from, which keys are good enough, and that one that is made is for this user alone."""
+"""Sources of the cluster key, weak keys, and that a created key is readable by its user only."""
 
 from __future__ import annotations
 

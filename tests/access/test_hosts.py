@@ -1,4 +1,4 @@
-"""Which Host headers and origins a service answers to."""
+"""Host headers and origins that a service accepts."""
 
 from __future__ import annotations
 

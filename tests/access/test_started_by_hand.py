@@ -1,4 +1,4 @@
-"""Services started by hand on one machine need no word about keys; beyond it they do not start without one."""
+"""Services started by hand on one machine need no key setting; beyond it they do not start without a key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign web pages cannot use what is open to everybody on this machine: API server and lone worker without keys."""
+"""Foreign web pages cannot use an API server or a worker without a controller that have no API keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOREIGN = ("https://evil.example", "null", "http://localhost.evil.example", "htt
 OWN = ("http://localhost:3000", "https://127.0.0.1:1", "http://[::1]:8888")
 KEY = {"Authorization": "Bearer sk-right"}
 NOBODY = "http://127.0.0.1:9"
-"""No controller: the checks come before anybody is asked for a worker."""
+"""No controller is there: the checks come before a worker is acquired."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ async def test_with_keys_or_named_origins_or_hosts_pages_may_come_from_elsewhere
         async with http.get(server + "/v1/models", headers=foreign | {"Origin": "https://other.example"}) as response:
             assert "access-control-allow-origin" not in response.headers
             assert response.status == 403
-        # A request that the browser sends without asking first, only to hide the answer.
+        # A request that the browser sends without a preflight, only hiding its answer.
         simple = {"Host": "api.example", "Origin": "https://other.example", "Content-Type": "text/plain"}
         url = server + "/v1/chat/completions"
         assert await ask(http, "POST", url, data=b"{}", headers=simple) == (403, "origin_not_allowed")

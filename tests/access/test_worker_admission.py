@@ -1,4 +1,4 @@
-"""Workers are called before they are listed, at proper addresses only, and names stay with their first owner."""
+"""Workers are called before they are listed, at allowed addresses only, and names stay with their first owner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @asynccontextmanager
 async def stand_in(handle: Handler, port: int = 0) -> AsyncIterator[str]:
-    """A server that answers everything with `handle`; gives its address."""
+    """A server that answers everything with `handle`; yields its address."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handle)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -160,7 +160,7 @@ async def test_without_the_probe_workers_are_taken_at_their_word(http: aiohttp.C
 
 
 async def test_a_worker_that_registers_before_it_listens_is_listed_when_it_does(http: aiohttp.ClientSession) -> None:
-    """FastChat's workers do so, and would come back after 45 seconds only."""
+    """FastChat's workers do so, and send the next heartbeat only after 45 seconds."""
     async with run_controller() as controller:
         async with stand_in(says(200)) as address:
             port = int(address.rpartition(":")[2])

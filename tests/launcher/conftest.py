@@ -1,16 +1,16 @@
-"""A folder to launch in, with everything gone after the test."""
+"""A sandbox for launches, cleaned up after the test."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .launching import Place
+from .launching import Sandbox
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    here = Place(tmp_path)
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    here = Sandbox(tmp_path)
     try:
         yield here
     finally:

@@ -34,18 +34,18 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0)
 
 
 def dump(port: int, host: str = "127.0.0.1") -> dict[str, Any]:
-    """What a stand-in was started with: `argv` and `env`."""
+    """`argv` and `env` of a running stand-in."""
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request("GET", "/dump")
-        told: dict[str, Any] = json.loads(connection.getresponse().read())
-        return told
+        started_with: dict[str, Any] = json.loads(connection.getresponse().read())
+        return started_with
     finally:
         connection.close()
 
 
-class Place:
-    """A folder to launch in."""
+class Sandbox:
+    """A folder and free ports for launches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Place:
         self.controller_port, self.server_port, self.worker_port, self.other_port = free_ports(4)
 
     def launch_real(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        """The launcher with the real services, in this place."""
+        """Run the launcher with the real services."""
         ports = ["--controller-port", str(self.controller_port), "--server-port", str(self.server_port)]
         return subprocess.run(
             [sys.executable, "-m", "fastserve.launcher", *ports, *words],
@@ -75,7 +75,7 @@ class Place:
         return f"{model}@127.0.0.1@{port or self.worker_port}{options}"
 
     def command(self, *words: str) -> list[str]:
-        """Flags given in `words` come after, and so win over, the ports of this place."""
+        """Flags in `words` come after the ports of this sandbox, and so override them."""
         flags = [
             *("--controller-host", "127.0.0.1", "--controller-port", str(self.controller_port)),
             *("--server-host", "127.0.0.1", "--server-port", str(self.server_port)),
@@ -86,7 +86,7 @@ class Place:
         return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *PATHS]), **env}
 
     def start_in_shell(self, before: str, *words: str, after: str = "", **env: str) -> "subprocess.Popen[str]":
-        """The launcher as a shell starts it: `before` and `after` stand around its command."""
+        """Start the launcher from a shell, with `before` and `after` around its command."""
         return subprocess.Popen(
             ["sh", "-c", f"{before} {shlex.join(self.command(*words))} {after}"],
             cwd=self.folder,
@@ -98,7 +98,7 @@ class Place:
         )
 
     def start(self, *words: str, stdout: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
-        # Whoever started the tests may ignore Ctrl-C (a shell's script does for what it starts in the background).
+        # The tests may have been started with SIGINT ignored, as background commands of a shell script are.
         previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return subprocess.Popen(
@@ -123,7 +123,7 @@ class Place:
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False)
 
     def services(self) -> dict[str, int]:
-        """Process ids by kind, as the run files list them."""
+        """Process ids by kind, from the run files."""
         return {kind: pid for run in self.runs() for kind, pid in run["pids"].items() if kind != SUPERVISOR}
 
     def supervisor(self) -> int:
@@ -137,7 +137,7 @@ class Place:
         return [{**run, "pids": {service["kind"]: service["pid"] for service in run["services"]}} for run in runs]
 
     def strays(self) -> list[int]:
-        """Processes that were started in this folder and still run."""
+        """Ids of processes that were started in this folder and still run."""
         return [process.pid for process in psutil.process_iter() if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""What the images are made of agrees with the package, and the containers are closed but for the API server."""
+"""The images match the package, and only the API server is reachable from outside the containers."""
 
 import re
 import shlex
@@ -33,7 +33,7 @@ def services() -> dict[str, Any]:
 
 
 def flags_of(service: dict[str, Any], module: str) -> list[str]:
-    """What follows the module in the service's command."""
+    """The arguments after the module in the service's command."""
     command: list[str] = service["command"]
     words = shlex.split(command[2].replace("\\\n", " ")) if command[0] == "sh" else command
     return words[words.index(f"fastserve.{module}") + 1 :]

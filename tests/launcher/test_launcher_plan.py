@@ -1,4 +1,4 @@
-"""What the launcher would start, as pure values: flags, items, environments, log names."""
+"""The plan of a launch, without starting anything: flags, items, environments, log names."""
 
 import dataclasses
 import shlex
@@ -11,7 +11,7 @@ import pytest
 from fastserve.config import ApiServerConfig, ClassicLauncherFlags, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
 from fastserve.launching.checks import check, check_model
-from fastserve.launching.plan import ChildSpec, Plan, parse_item, plan, summary
+from fastserve.launching.plan import ChildSpec, LaunchPlan, parse_item, plan, summary
 from fastserve.options import (
     build_parser,
     expand_abbreviations,
@@ -31,7 +31,7 @@ def parse(*words: str, environ: dict[str, str] | None = None) -> LauncherConfig:
     return parse_config(LauncherConfig, words, "launcher", environ or {})
 
 
-def planned(*words: str, environ: dict[str, str] | None = None) -> Plan:
+def planned(*words: str, environ: dict[str, str] | None = None) -> LaunchPlan:
     config = parse(*words, environ=environ)
     return plan(config, [parse_item(text) for text in config.model_path_address], environ or {})
 
@@ -305,11 +305,11 @@ def test_bad_item_is_named(item: str, reason: str) -> None:
         (["--gpus", "0", "--num-gpus", "2"], "Larger --num-gpus (2) than --gpus 0!"),
         (["--model-path-address", "o/m@h@1?gpus=1,2&num-gpus=3"], "Larger --num-gpus (3) than --gpus 1,2!"),
         (["--model-path-address", "m@localhost@5001", "n@localhost@5001"],
-         "Port 5001 is wanted twice: by --model-path-address m@localhost@5001 and by --model-path-address n@loc"),
+         "Port 5001 is used twice: by --model-path-address m@localhost@5001 and by --model-path-address n@loc"),
         (["--model-path-address", "m@localhost@8888"],
-         "Port 8888 is wanted twice: by --server-port and by --model-path-address m@localhost@8888."),
+         "Port 8888 is used twice: by --server-port and by --model-path-address m@localhost@8888."),
         (["--model-path-address", "m@localhost@21001"],
-         "Port 21001 is wanted twice: by --controller-port and by --model-path-address m@localhost@21001."),
+         "Port 21001 is used twice: by --controller-port and by --model-path-address m@localhost@21001."),
         (["--model-path-address", "./missing/model@localhost@5001"], "The model './missing/model' is missing"),
         (["--model-path-address", "/missing/model@localhost@5001"], "The model '/missing/model' is missing"),
         (["--model-path-address", "C:\\missing\\model@localhost@5001"], "is missing: there is no such file or folder"),
@@ -360,7 +360,7 @@ class Bounded:
 @dataclass(frozen=True)
 @pass_on(Bounded, names=["mode"])
 class Passing:
-    """A program that passes options on."""
+    """Settings of a program that passes options on."""
 
     title: ClassVar[str] = "launcher"
     own: int = option(1, "its own")

@@ -1,4 +1,4 @@
-"""The launcher with the real services on the fake engine: from the command to a guarded answer and back to nothing."""
+"""The launcher with the real services and the fake engine: launch, an answer with an API key, shutdown."""
 
 import ssl
 import subprocess
@@ -9,15 +9,15 @@ import psutil
 import pytest
 import trustme
 
-from .launching import Place
+from .launching import Sandbox
 
 
-def test_trio_serves_and_goes(place: Place) -> None:
-    items = f"fastserve-demo@localhost@{place.worker_port}?model-names=first,second"
+def test_trio_serves_and_goes(sandbox: Sandbox) -> None:
+    items = f"fastserve-demo@localhost@{sandbox.worker_port}?model-names=first,second"
     words = ["--model-path-address", items, "--engine", "fake", "--api-keys", "sk-one,sk-two"]
-    result = place.launch_real(*words, PYTHONPATH="")
+    result = sandbox.launch_real(*words, PYTHONPATH="")
     assert result.returncode == 0, result.stderr
-    base_url = f"http://localhost:{place.server_port}/v1"
+    base_url = f"http://localhost:{sandbox.server_port}/v1"
     assert f"base_url for the OpenAI SDK: {base_url}\n" in result.stdout
     with openai.OpenAI(base_url=base_url, api_key="sk-two", max_retries=0) as client:
         assert {model.id for model in client.models.list()} == {"first", "second"}
@@ -30,25 +30,25 @@ def test_trio_serves_and_goes(place: Place) -> None:
         pytest.raises(openai.AuthenticationError),
     ):
         client.models.list()
-    listed = [word for pid in place.services().values() for word in psutil.Process(pid).cmdline()]
-    written = [path.read_text() for path in place.logs.iterdir()]
+    listed = [word for pid in sandbox.services().values() for word in psutil.Process(pid).cmdline()]
+    written = [path.read_text() for path in sandbox.logs.iterdir()]
     assert not any("sk-" in text for text in (*listed, *written, result.stdout, result.stderr))
 
-    ended = place.shutdown()
+    ended = sandbox.shutdown()
     assert ended.returncode == 0, ended.stderr
     assert "killed" not in ended.stdout
-    assert place.strays() == []
+    assert sandbox.strays() == []
 
 
-def test_real_workers_refusal_ends_the_launch_with_its_sentence(place: Place) -> None:
-    model = place.model()
+def test_real_workers_refusal_ends_the_launch_with_its_sentence(sandbox: Sandbox) -> None:
+    model = sandbox.model()
     words = [
-        *("--controller-port", str(place.controller_port), "--server-port", str(place.server_port)),
-        *("--model-path-address", f"{model}@localhost@{place.worker_port}"),
+        *("--controller-port", str(sandbox.controller_port), "--server-port", str(sandbox.server_port)),
+        *("--model-path-address", f"{model}@localhost@{sandbox.worker_port}"),
     ]
     result = subprocess.run(
         [sys.executable, "-m", "fastserve.launcher", *words],
-        cwd=place.folder,
+        cwd=sandbox.folder,
         capture_output=True,
         text=True,
         timeout=60,
@@ -56,26 +56,26 @@ def test_real_workers_refusal_ends_the_launch_with_its_sentence(place: Place) ->
     )
     assert result.returncode == 1
     first = result.stderr.splitlines()[0]
-    assert first.startswith(f"model_worker {model}@localhost@{place.worker_port} ended with exit code 1: ")
-    assert place.strays() == []
+    assert first.startswith(f"model_worker {model}@localhost@{sandbox.worker_port} ended with exit code 1: ")
+    assert sandbox.strays() == []
 
 
 @pytest.mark.slow
-def test_a_launch_with_tls_and_client_certificates(place: Place) -> None:
+def test_a_launch_with_tls_and_client_certificates(sandbox: Sandbox) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost", "127.0.0.1", "::1")
-    ca, cert, key = (place.folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    ca, cert, key = (sandbox.folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
     authority.cert_pem.write_to_path(str(ca))
     certificate.private_key_pem.write_to_path(str(key))
     cert.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
     words = ["--tls-cert", str(cert), "--tls-key", str(key), "--tls-ca", str(ca), "--engine", "fake"]
-    item = f"fastserve-demo@localhost@{place.worker_port}"
-    result = place.launch_real("--model-path-address", item, *words)
+    item = f"fastserve-demo@localhost@{sandbox.worker_port}"
+    result = sandbox.launch_real("--model-path-address", item, *words)
     assert result.returncode == 0, result.stderr
-    base_url = f"https://localhost:{place.server_port}/v1"
+    base_url = f"https://localhost:{sandbox.server_port}/v1"
     assert f"base_url for the OpenAI SDK: {base_url}\n" in result.stdout
     http = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=str(ca)))
     with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, http_client=http) as client:
         assert [model.id for model in client.models.list()] == ["fastserve-demo"]
-    assert place.shutdown().returncode == 0
-    assert place.strays() == []
+    assert sandbox.shutdown().returncode == 0
+    assert sandbox.strays() == []

@@ -1,4 +1,4 @@
-"""Logs: kept over starts and bounded, for their owner alone, and never written through a link."""
+"""Logs: kept across starts, bounded, private to their owner, and never written through a link."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from fastserve.launching.plan import parse_item
 from fastserve.observability.logging import MAX_LOG_DAYS, OneLineFormatter, setup_logging
 from fastserve.observability.private_files import open_for_append, replace_file
 
-from .launching import Place, wait_until
+from .launching import Sandbox, wait_until
 
 LIMITED_LOGS = ("--log-max-bytes", "10000", "--log-keep", "2")
 
@@ -26,29 +26,29 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_the_log_of_a_crash_survives_the_next_starts(place: Place) -> None:
-    words = ("--model-path-address", place.item(place.model()), "--log-keep", "1")
+def test_the_log_of_a_crash_survives_the_next_starts(sandbox: Sandbox) -> None:
+    words = ("--model-path-address", sandbox.item(sandbox.model()), "--log-keep", "1")
     for number in range(3):
-        (place.folder / "model" / "mood").write_text("die" if number == 0 else "")
-        result = place.launch(*words)
+        (sandbox.folder / "model" / "mood").write_text("die" if number == 0 else "")
+        result = sandbox.launch(*words)
         assert result.returncode == (1 if number == 0 else 0), result.stderr
-        assert place.shutdown().returncode == 0
-        crashed = [path.name for path in sorted(place.logs.iterdir()) if "The checkpoint has no" in path.read_text()]
-        worker = f"worker_model_127_0_0_1_{place.worker_port}.log"
+        assert sandbox.shutdown().returncode == 0
+        crashed = [path.name for path in sorted(sandbox.logs.iterdir()) if "The checkpoint has no" in path.read_text()]
+        worker = f"worker_model_127_0_0_1_{sandbox.worker_port}.log"
         assert (worker + ["", ".1", "-"][number] in crashed) is (number < 2)
-        assert len(list(place.logs.glob("controller.log*"))) <= 2
+        assert len(list(sandbox.logs.glob("controller.log*"))) <= 2
 
 
-def test_logs_and_run_files_are_for_their_owner_alone(place: Place) -> None:
-    place.logs.mkdir(mode=0o755)
-    (place.logs / "controller.log").write_text("of an older version\n")
-    result = place.launch("--model-path-address", place.item(place.model()))
+def test_logs_and_run_files_are_for_their_owner_alone(sandbox: Sandbox) -> None:
+    sandbox.logs.mkdir(mode=0o755)
+    (sandbox.logs / "controller.log").write_text("of an older version\n")
+    result = sandbox.launch("--model-path-address", sandbox.item(sandbox.model()))
     assert result.returncode == 0, result.stderr
-    assert mode(place.logs) == 0o700
-    assert {path.name: mode(path) for path in place.logs.iterdir() if path.suffix != ".1"} == {
-        path.name: 0o600 for path in place.logs.iterdir() if path.suffix != ".1"
+    assert mode(sandbox.logs) == 0o700
+    assert {path.name: mode(path) for path in sandbox.logs.iterdir() if path.suffix != ".1"} == {
+        path.name: 0o600 for path in sandbox.logs.iterdir() if path.suffix != ".1"
     }
-    assert len(list(place.logs.glob("fastserve-*.pid.json"))) == 1
+    assert len(list(sandbox.logs.glob("fastserve-*.pid.json"))) == 1
 
 
 def test_a_folder_that_holds_other_things_is_left_as_it_is(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_folder_that_holds_other_things_is_left_as_it_is(tmp_path: Path) -> No
 
 
 def test_an_empty_folder_that_everybody_uses_is_left_as_it_is(tmp_path: Path) -> None:
-    """As /tmp in a container, where everybody is root."""
+    """Like /tmp in a container, where everybody is root."""
     tmp_path.chmod(0o1777)
     assert prepare_folder(tmp_path, "--log-dir x") == []
     assert mode(tmp_path) == 0o1777
@@ -96,16 +96,16 @@ def test_nothing_but_a_file_of_our_own_is_written_to(tmp_path: Path, kind: str) 
     assert not (tmp_path / "controller.log.1").exists()
 
 
-def test_a_launch_whose_log_is_a_link_is_a_sentence(place: Place) -> None:
-    place.logs.mkdir()
-    (place.logs / "launcher.log").symlink_to(place.folder / "victim")
-    result = place.launch("--model-path-address", place.item(place.model()))
+def test_a_launch_whose_log_is_a_link_is_a_sentence(sandbox: Sandbox) -> None:
+    sandbox.logs.mkdir()
+    (sandbox.logs / "launcher.log").symlink_to(sandbox.folder / "victim")
+    result = sandbox.launch("--model-path-address", sandbox.item(sandbox.model()))
     assert result.returncode == 1
     assert result.stderr == (
-        f"The log {place.logs}/launcher.log cannot be written: it is a link, and links are not followed: remove it.\n"
+        f"The log {sandbox.logs}/launcher.log cannot be written: it is a link, and links are not followed: remove it.\n"
     )
-    assert not (place.folder / "victim").exists()
-    assert place.strays() == []
+    assert not (sandbox.folder / "victim").exists()
+    assert sandbox.strays() == []
 
 
 def test_another_users_file_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,14 +142,14 @@ def test_a_log_that_grows_is_rotated_while_it_is_written_to(tmp_path: Path) -> N
     assert mode(tmp_path / "service.log.1") == 0o600
 
 
-def test_a_launchers_logs_stay_within_their_bounds(place: Place) -> None:
-    result = place.launch(
-        "--model-path-address", place.item(place.model()), *LIMITED_LOGS, STANDIN_MOOD="controller=chatty"
+def test_a_launchers_logs_stay_within_their_bounds(sandbox: Sandbox) -> None:
+    result = sandbox.launch(
+        "--model-path-address", sandbox.item(sandbox.model()), *LIMITED_LOGS, STANDIN_MOOD="controller=chatty"
     )
     assert result.returncode == 0, result.stderr
-    wait_until(lambda: (place.logs / "controller.log.2").exists(), "two rotations", 30.0)
-    assert place.shutdown().returncode == 0
-    assert not (place.logs / "controller.log.3").exists()
+    wait_until(lambda: (sandbox.logs / "controller.log.2").exists(), "two rotations", 30.0)
+    assert sandbox.shutdown().returncode == 0
+    assert not (sandbox.logs / "controller.log.3").exists()
 
 
 def test_fewer_logs_are_kept_when_so_wanted(tmp_path: Path) -> None:

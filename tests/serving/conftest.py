@@ -1,4 +1,4 @@
-"""Stand-in services, shared where a test does not end them."""
+"""Stand-in services, shared by tests that do not end them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STANDIN = Path(__file__).with_name("standin.py")
 
 @pytest.fixture(scope="session")
 def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartService]:
-    """Start a stand-in with the given flags; `max_files` is its limit of open files, soft and hard."""
+    """Start a stand-in with the given flags; `max_files`: its soft and hard limit of open files."""
     running: list[Service] = []
 
     def start(*flags: str, max_files: int | None = None, env: dict[str, str] | None = None) -> Service:

@@ -1,4 +1,4 @@
-"""A service with routes that do what tests want, run as a process: `python standin.py --flags-of-any-service`."""
+"""A stand-in service with routes for tests, run as a process: `python standin.py --flags-of-any-service`."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ async def thing(name: str) -> Response:
 
 @router.post("/refuse")
 async def refuse(request: Request) -> Response:
-    """Repeats the body, a JSON string, in an error."""
+    """Answers with an error whose message is the body, a JSON string."""
     word = json.loads(await request.body())
     raise InvalidRequestError(f"'{word}' is wrong, that is to say '{word}'.", param=word)
 
 
 @router.post("/size")
 async def size(request: Request) -> Response:
-    """How large the body was."""
+    """Answers with the size of the body."""
     return JSONResponse({"size": len(await request.body())})
 
 
 @router.post("/unread")
 async def unread() -> Response:
-    """Answers without a look at the body."""
+    """Answers without reading the body."""
     return JSONResponse({"size": None})
 
 
 @router.post("/hold")
 async def hold(request: Request) -> Response:
-    """Holds the body for as long as the client stays."""
+    """Keeps the body in memory until the client disconnects."""
     body = await request.body()
     await run_until_disconnect(request, asyncio.sleep(60))
     return JSONResponse({"size": len(body)})
@@ -75,7 +75,7 @@ async def sleep(request: Request, seconds: float) -> Response:
 
 @router.get("/stream")
 async def stream(count: int = 1_000_000, pause_s: float = 0.02, piece: int = 20, kind: str = "event") -> Response:
-    """Events of about `piece` bytes, a pause after each."""
+    """Streams events of about `piece` bytes, with a pause after each."""
 
     async def events() -> AsyncGenerator[bytes, None]:
         try:
@@ -92,7 +92,7 @@ async def stream(count: int = 1_000_000, pause_s: float = 0.02, piece: int = 20,
 
 @router.get("/block")
 async def block() -> Response:
-    """Stops the event loop, as a bug would."""
+    """Blocks the event loop, as a bug would."""
     for _ in range(600):
         time.sleep(0.1)  # noqa: ASYNC251 - that is the bug
     return JSONResponse({})
@@ -100,7 +100,7 @@ async def block() -> Response:
 
 @router.get("/exhaust")
 async def exhaust(seconds: float) -> Response:
-    """Takes all files that may be open, for a while."""
+    """Uses up all file descriptors for a while."""
     files = []
     with suppress(OSError):
         while True:
@@ -113,7 +113,7 @@ async def exhaust(seconds: float) -> Response:
 
 @router.get("/allocate")
 async def allocate(megabytes: int) -> Response:
-    """Occupy so much memory; 0 gives it back."""
+    """Allocates memory; 0 frees it."""
     if megabytes:
         kept.append(bytearray(os.urandom(1) * (megabytes << 20)))
     else:
@@ -122,7 +122,7 @@ async def allocate(megabytes: int) -> Response:
 
 
 class Repeated:
-    """Says which way a body took; those like it are answered directly. The usual way takes a moment."""
+    """Answers whether a body took the normal path; repetitions are answered directly."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()

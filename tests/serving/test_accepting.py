@@ -1,4 +1,4 @@
-"""New connections: a few in each pass of the event loop, and mere sockets until they say something."""
+"""New connections: accepted a few at a time, and only sockets until they send something."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Echo(asyncio.Protocol):
 async def accepting(
     listener: socket.socket | None = None, **limits: Any
 ) -> AsyncIterator[tuple[int, list[Echo], ConnectionTable]]:
-    """Port, protocols that were made, and the table that counts."""
+    """Yields the port, the protocols made, and the connection table."""
     sock = listener or socket.create_server(("127.0.0.1", 0), backlog=1024)
     made: list[Echo] = []
 
@@ -75,21 +75,21 @@ def test_a_crowd_is_let_in_a_few_at_a_time_and_others_go_on_meanwhile() -> None:
     async def run() -> None:
         async with accepting() as (port, made, table):
             with clients(port, 10 * MAX_PER_PASS) as crowd:
-                most = 0
+                peak = 0
                 while table.num_silent < len(crowd):
                     before = table.num_silent
                     await asyncio.sleep(0)
-                    most = max(most, table.num_silent - before)
-                assert 0 < most <= MAX_PER_PASS
+                    peak = max(peak, table.num_silent - before)
+                assert 0 < peak <= MAX_PER_PASS
                 assert not made
-            # They leave all at once, which is noticed a few at a time too.
-            most = 0
+            # They disconnect all at once, which is handled a few at a time too.
+            peak = 0
             while table.num_silent:
                 before = table.num_silent
                 await asyncio.sleep(0)
-                most = max(most, before - table.num_silent)
-            assert 0 < most <= MAX_PER_PASS
-            assert not made, "nothing was made for connections that said nothing"
+                peak = max(peak, before - table.num_silent)
+            assert 0 < peak <= MAX_PER_PASS
+            assert not made, "no protocol was made for silent connections"
 
     on_each_loop(run)
 
@@ -131,7 +131,7 @@ def test_silent_connections_count_and_those_without_room_are_answered() -> None:
             with clients(port, 5):
                 await until(lambda: table.num_silent == 5)
                 with clients(port, 2):
-                    # The connection itself says that there is no room.
+                    # The connection answers with the refusal.
                     await until(lambda: len(made) == 2)
                 assert table.num_silent == 5
             await until(lambda: table.num_silent == 0)

@@ -1,4 +1,4 @@
-"""Connections that are slow, endless, too many or out of order: each costs its sender only, and ends with an answer."""
+"""Slow, endless, too many or invalid connections: each ends with an answer and affects no other client."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_half_a_next_request_does_not_end_a_long_answer(wire: Wire) -> None:
     wire.send(b"GET /stream?count=60&pause_s=0.02 HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"GET /hea")
     data = wire.read_until(b"data: [DONE]")
     assert data.count(b"data: ") == 61
-    # The clock of the next one runs from now on.
+    # The deadline of the next one starts now.
     assert b" 408 " in wire.read_to_end()
 
 
@@ -112,7 +112,7 @@ def test_an_answer_that_is_never_read_does_not_keep_its_connection(start_service
     service = start_service("--write-timeout-s", "1", "--keep-alive-timeout-s", "1")
     with service.wire() as wire:
         wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        # Less than what makes the server wait: the answer is complete, in its buffers.
+        # Less than the limit of its buffers: the answer is written completely.
         wire.send(b"GET /stream?count=8&piece=50000&pause_s=0 HTTP/1.0\r\n\r\n")
         wait_until(lambda: service.num_connections() == 1, "the connection is there")
         wait_until(lambda: service.num_connections() == 0, "the connection is gone", 8)
@@ -164,7 +164,7 @@ def test_a_flood_of_headers_is_not_kept(impatient: Service) -> None:
 
 
 def test_a_body_in_small_chunks_is_read(impatient: Service) -> None:
-    """Whoever writes 16 bytes at a time is honest, though framing is a third of what arrives."""
+    """Chunks of 16 bytes are legitimate, although framing is a third of the input."""
     with impatient.wire() as wire:
         wire.send(CHUNKED + b"10\r\n0123456789abcdef\r\n" * 5000 + b"0\r\n\r\n")
         assert b'{"size":80000}' in wire.read_until(b"}")
@@ -247,7 +247,7 @@ def test_an_upgrade_is_answered_as_if_none_was_asked_for(wire: Wire, protocol: b
 
 @pytest.mark.parametrize("step", [1, 10, 1000])
 def test_a_body_is_read_beside_an_upgrade(wire: Wire, step: int) -> None:
-    """As Java's client sends each first request."""
+    """Java's client sends each first request so."""
     head = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     for body in (b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"):
         data = POST + head + body
@@ -333,7 +333,7 @@ def test_connections_of_one_address_are_bounded_but_not_those_of_this_machine(st
             pytest.skip("this machine has no address but loopback")
         own = probe.getsockname()[0]
     service = start_service("--max-connections-per-address", "5")
-    # To a server that is asked on its loopback address, another address is a stranger's.
+    # For a server called on its loopback address, any other address is a remote client's.
     held = [service.wire(source=own) for _ in range(5)]
     with service.wire(source=own) as wire:
         wire.send(GET)
@@ -379,13 +379,13 @@ def test_connections_never_take_the_last_open_file(start_service: StartService) 
         held[-1].send(b"GET /sleep?seconds=8 HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
     def is_refused() -> bool:
-        """While refused connections are many, the next are closed without an answer."""
+        """While many refused connections linger, further ones are closed without an answer."""
         with suppress(ConnectionError, ValueError):
             reply = service.ask()
             return reply.status == 503 and reply.error["code"] == "server_overloaded"
         return False
 
-    wait_until(is_refused, "a new client is told")
+    wait_until(is_refused, "a new client is refused with an answer")
     for wire in held:
         wire.socket.close()
     wait_until(lambda: service.ask().status == 200, "there is room again")
@@ -410,7 +410,7 @@ def test_a_process_without_files_neither_dies_nor_spins(start_service: StartServ
 
 
 def test_good_clients_are_served_during_an_attack(impatient: Service) -> None:
-    """Half-sent heads and bodies, silence and floods at once; those who behave lose nothing."""
+    """Incomplete heads and bodies, silent clients and floods at once do not affect other clients."""
     attackers = []
     for number in range(200):
         wire = impatient.wire()
@@ -424,7 +424,7 @@ def test_good_clients_are_served_during_an_attack(impatient: Service) -> None:
 
 
 class TimerLoop:
-    """A clock moved by hand, with one timer."""
+    """A fake event loop with a manual clock and one timer."""
 
     def __init__(self) -> None:
         self.now = 0.0

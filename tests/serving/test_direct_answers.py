@@ -1,4 +1,4 @@
-"""Connections whose repeated messages are answered directly keep all bounds and deadlines."""
+"""Bounds and deadlines hold for connections with direct answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def service(start_service: StartService) -> Service:
 
 @pytest.fixture
 def wire(service: Service) -> Iterator[Wire]:
-    """On it, messages are answered directly."""
+    """A connection with direct answers."""
     with service.wire() as wire:
         assert ask(wire, 1) == {"usual": 1}
         assert ask(wire, 2) == {"direct": 2}
@@ -63,7 +63,7 @@ def test_an_idle_connection_is_closed(wire: Wire) -> None:
 def test_an_empty_line_after_a_body_starts_no_clock(service: Service) -> None:
     with service.wire() as wire:
         wire.send(message(1))
-        time.sleep(0.02)  # a segment of its own, while the first message is being answered
+        time.sleep(0.02)  # in its own segment, while the first message is being answered
         wire.send(b"\r\n")
         assert json.loads(wire.next_reply().body) == {"usual": 1}
         until = time.monotonic() + 1.0

@@ -1,4 +1,4 @@
-"""The end of a service: what runs may end, what is not begun ends at once, and what is left gets a last word."""
+"""Shutdown: running requests may finish, incomplete ones end at once, and the rest gets an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STREAM = b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def unchunk(data: bytes) -> bytes:
-    """The body of a chunked answer; fails when its end is missing."""
+    """The body of a chunked answer; fails if its end is missing."""
     _, _, rest = data.partition(b"\r\n\r\n")
     body = b""
     while True:

@@ -1,4 +1,4 @@
-"""What is wrong with a request, said so that its sender can mend it: short, escaped, in the words of JSON."""
+"""Errors for invalid requests: actionable, short, escaped, in JSON's terms."""
 
 from __future__ import annotations
 

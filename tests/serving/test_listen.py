@@ -1,4 +1,4 @@
-"""Where a service listens, and under which address others reach it."""
+"""Addresses that a service listens on, and the one that it advertises."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_wildcard_listens_on_both_families_and_its_advertised_address_answer
 
 
 class Network:
-    """A machine with some addresses only, as far as `listen` looks."""
+    """Fakes a machine with only some addresses for `listen`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, ipv4: bool, ipv6: bool, leads_outside: bool) -> None:
         families = {socket.AF_INET: ipv4, socket.AF_INET6: ipv6}

@@ -1,4 +1,4 @@
-"""Requests cut, spliced, repeated and changed at random: the service serves on and its log has no traceback."""
+"""Fuzzing: requests cut, spliced, repeated and mutated at random cause no traceback, and the service goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New requests are refused at a mark of memory, before the system takes the process away."""
+"""New requests are refused above the memory mark, before the system kills the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_requests_are_refused_above_the_mark_and_taken_again_below(
         assert "memory" in reply.error["message"]
         assert int(reply.headers["retry-after"]) >= 1
         assert service.ask("/health").status == 200
-        wire.read_until(b"data: ")  # what runs goes on
+        wire.read_until(b"data: ")  # running requests go on
         assert service.ask("/allocate?megabytes=0").status == 200
         wait_until(lambda: service.ask("/things/a").status == 200, "new requests are taken again")
     assert service.log.count("refused for want of memory") == 1

@@ -1,4 +1,4 @@
-"""Bytes of long bodies, and bytes that are dropped, take a bounded share of the event loop's time."""
+"""Long bodies and dropped bytes take a bounded share of the event loop's time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_burst_is_free_and_then_the_rate_holds() -> None:
 
 
 async def read_all(wrapped: BodyBounds, pieces: list[bytes]) -> int:
-    """Bytes that an application behind `wrapped` reads."""
+    """Number of bytes that an application inside `wrapped` reads."""
     num_read = 0
     messages: list[Message] = [
         {"type": "http.request", "body": piece, "more_body": at < len(pieces) - 1} for at, piece in enumerate(pieces)
@@ -85,7 +85,7 @@ async def test_long_bodies_wait_for_their_turn_and_short_ones_do_not(monkeypatch
     for _ in range(100):
         assert await read_all(wrapped, [b"x" * (UNPACED_BYTES // 2)] * 2) == UNPACED_BYTES
     assert slept == [], "they are not what costs"
-    # The bytes beside the first ones count, however they are cut.
+    # Bytes beyond the first ones count, however they are split.
     assert await read_all(wrapped, [b"x" * (UNPACED_BYTES + rate)]) == UNPACED_BYTES + rate
     assert sum(slept) == pytest.approx(1)
 
@@ -100,5 +100,5 @@ def test_the_rest_of_a_refused_body_is_not_read_faster_than_it_may(impatient: Se
             while time.monotonic() - began < 8:
                 num_sent += wire.socket.send(piece)
     seconds = time.monotonic() - began
-    in_buffers = 24 * MEBIBYTE  # of both kernels' ends, and the burst
+    in_buffers = 24 * MEBIBYTE  # in both kernels' socket buffers, and the burst
     assert num_sent < seconds * MAX_DROPPED_BYTES_PER_S + in_buffers

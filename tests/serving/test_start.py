@@ -1,4 +1,4 @@
-"""A process that is told to end while its application still starts."""
+"""SIGTERM while the application still starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS: wrong files end the start with a sentence, and a cluster of all services runs with client certificates."""
+"""TLS: wrong files end the start with an error, and a cluster of all services runs with client certificates."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_cluster_answers_over_tls_with_client_certificates(cluster: Cluster, c
     # Clients of the API server need no certificate of their own.
     answer = cluster.ask(f"{cluster.server}/v1/chat/completions", certificates.client(cert=False), body)
     assert answer["usage"]["completion_tokens"] > 0
-    # The controller asks the worker, which asks for a certificate too.
+    # The controller calls the worker, which requires a certificate too.
     assert cluster.ask(f"{cluster.controller}/refresh_all_workers", certificates.client(), {}) is None
     table = cluster.ask(f"{cluster.controller}/workers", certificates.client())
     assert [row["address"] for row in table["workers"]] == [cluster.worker]
@@ -226,7 +226,7 @@ def test_the_health_check_of_a_container_asks_over_tls_with_the_services_certifi
     assert spec is not None
     assert spec.loader is not None
     healthcheck = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = healthcheck  # dataclasses look themselves up there
+    sys.modules[spec.name] = healthcheck  # dataclasses need it there
     spec.loader.exec_module(healthcheck)
     port = str(urlsplit(getattr(cluster, service)).port)
     module = {"controller": "controller", "worker": "model_worker", "server": "openai_api_server"}[service]
@@ -290,11 +290,11 @@ def test_handshakes_under_way_are_bounded_in_number_and_room_is_found_again(
     wait_until(lambda: service.num_connections() == 4, "all are accepted")
     with service.wire() as fifth:
         assert fifth.is_closed(1)
-    # Those that fail are over at once, and room is found for others.
+    # Failed handshakes end at once and make room for others.
     held[0].send(b"GET / HTTP/1.1\r\n\r\n")
     held[0].read_to_end()
     assert status() == b"200"
-    # The others are over when their time is.
+    # The others end at their timeout.
     assert all(wire.is_closed(5) for wire in held[1:])
     assert [status() for _ in range(5)] == [b"200"] * 5
     assert "4 TLS handshakes are under way" in service.log
@@ -305,7 +305,7 @@ def test_handshakes_under_way_are_bounded_in_number_and_room_is_found_again(
 async def test_one_address_does_not_take_all_handshakes(
     certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of this machine may: it stands for many clients."""
+    """An address of this machine may, as it can stand for many clients."""
     monkeypatch.setattr("fastserve.serving.handshakes.client_address", lambda peer, _: addresses.get(peer[1]))
     context = server_ssl_context(ServerConfig(tls_cert=certificates.cert, tls_key=certificates.key))
     assert context is not None
@@ -316,7 +316,7 @@ async def test_one_address_does_not_take_all_handshakes(
     held: list[socket.socket] = []
 
     async def is_kept(address: str | None) -> bool:
-        """Whether a connection from there is not closed at once."""
+        """Whether a connection from `address` is not closed at once."""
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         addresses[sock.getsockname()[1]] = address

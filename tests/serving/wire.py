@@ -1,4 +1,4 @@
-"""A stand-in service as a process, and a client that speaks (or breaks) HTTP by hand."""
+"""A stand-in service as a process, and a raw HTTP client that can break the protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reply:
 
 
 def parse_replies(data: bytes) -> list[Reply]:
-    """Answers with Content-Length that stand one after the other."""
+    """Parse consecutive answers with Content-Length."""
     replies = []
     while data:
         head, _, rest = data.partition(b"\r\n\r\n")
@@ -62,7 +62,7 @@ class Wire:
         self.socket.sendall(data)
 
     def read_to_end(self, timeout_s: float = PATIENCE_S) -> bytes:
-        """All until the server closes. Raises TimeoutError when it does not."""
+        """Everything until the server closes. Raises TimeoutError if it does not."""
         self.socket.settimeout(timeout_s)
         data = b""
         while piece := self.socket.recv(65536):
@@ -88,12 +88,12 @@ class Wire:
             head += self.socket.recv(65536)
 
     def last_reply(self, timeout_s: float = PATIENCE_S) -> Reply:
-        """The one answer that comes before the server closes."""
+        """The only answer before the server closes."""
         [reply] = parse_replies(self.read_to_end(timeout_s))
         return reply
 
     def is_closed(self, timeout_s: float = PATIENCE_S) -> bool:
-        """Whether the server closes within the time, saying nothing."""
+        """Whether the server closes within `timeout_s` without sending anything."""
         try:
             return self.read_to_end(timeout_s) == b""
         except ConnectionResetError:
