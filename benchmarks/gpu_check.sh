@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks fastserve on this machine's GPU, and prints one summary: the tests that need a GPU (kernels, and the engine with
-# graphs, overlap, speculation, prefix cache, fewer bits and CPU offloading), a worker that answers, and a short
+# graphs, overlap, speculation, prefix cache, quantization and CPU offloading), a worker that answers, and a short
 # `python -m benchmarks.gpu`. Exits with 1 when something failed.
-#   benchmarks/gpu_check.sh          on a machine with a GPU of CUDA
+#   benchmarks/gpu_check.sh          on a machine with a CUDA GPU
 #   benchmarks/gpu_check.sh --tiny   on a CPU, with small sizes: tries the script itself
 #   PYTHON   the interpreter, with fastserve's dependencies and pytest (default: python3)
 #   OUT      a folder for the logs (default: a new one)
@@ -20,7 +20,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 device=cuda
 sizes=(--layers "$layers" --rounds 2)
 tests=(tests/engine/test_on_gpu.py tests/engine/test_placement.py tests/engine/test_decode_graphs.py
-    tests/engine/test_triton_attention.py tests/engine/test_triton_codes.py tests/engine/test_triton_elementwise.py)
+    tests/engine/test_triton_attention.py tests/engine/test_triton_quantized.py tests/engine/test_triton_elementwise.py)
 if [[ ${1:-} == --tiny ]]; then
     device=cpu
     sizes=(--tiny --layers 2 --rounds 1 --bandwidth 2e10 --batches 1 4 --context 64 --prefill 128 --new-tokens 8
@@ -32,8 +32,8 @@ mkdir -p "$out"
 summary=()
 failed=0
 
-# part NAME SECONDS COMMAND...: runs a command for so long at most, its output to the log of that name, and notes how it
-# ended.
+# part NAME SECONDS COMMAND...: runs a command with a time limit, its output in the log of that name, and adds its result
+# to the summary.
 part() {
     local name=$1 limit=$2 begin=$SECONDS code
     shift 2
