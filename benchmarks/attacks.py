@@ -1,18 +1,17 @@
-"""Good clients beside attackers: `python -m benchmarks.attacks`.
+"""Good clients during attacks: `python -m benchmarks.attacks`.
 
-Starts a trio on the demo model and keeps 8 clients asking questions, in windows of `--seconds` that take turns,
+Starts a trio with the demo model and keeps 8 clients asking questions, in alternating windows of `--seconds`,
 `--rounds` of each kind:
 
 - quiet: the good clients alone;
-- attacked: beside an attack, which is a process of its own, so that its work does not delay the good clients' own loop;
-- busy cores: beside a process that burns as much CPU time as the attacker did in the window before, and connects to
-  nothing. On one machine attackers take cores from the services; this is what that alone does to the good clients.
+- attacked: during an attack by another process, so that its work does not delay the good clients' event loop;
+- busy cores: during a CPU burner that uses as much CPU time as the attacker did in the window before, without any
+  connection. On one machine attackers take cores from the services; this shows the effect of that alone.
 
-A row of the table pools the requests of each kind and says what the good clients noticed (requests, lost or wrong ones,
-p99 of their latency and its ratio to the quiet one), what share of a core the attacker took, how much more CPU time a
-second the services took than in the quiet windows, and by how much their resident memory grew. A client's first
-request of a window, which opens its connection while all others open theirs, counts only when it is lost or wrong.
-Everything is on the loopback device and bounded in number and time.
+A row of the table pools the requests of each kind: the good clients' requests, lost or wrong ones, p99 latency and its
+ratio to the quiet one; the attacker's CPU cores; the services' additional CPU cores compared with the quiet windows;
+and the growth of their resident memory. A client's first request of a window, sent while all clients open their
+connections, counts only if it is lost or wrong. Everything is on the loopback device and bounded in number and time.
 
 `--only NAME` runs one attack. The attacks are tests too (`tests/attacks`), which assert that nothing is lost.
 """
@@ -64,7 +63,7 @@ class Target:
     cluster_key: str
     pids: tuple[int, ...]
     until: float = 0.0
-    """When the running attack is to end (monotonic seconds)."""
+    """End of the running attack, in seconds of the monotonic clock."""
 
     @property
     def running(self) -> bool:
@@ -72,11 +71,11 @@ class Target:
 
     @property
     def member(self) -> dict[str, str]:
-        """Headers of a member of the cluster."""
+        """Headers with the cluster key."""
         return {"Authorization": f"Bearer {self.cluster_key}"}
 
     def rss_mb(self) -> float:
-        """Resident memory of the services and all that they started, in MB."""
+        """Resident memory of the services and their child processes, in MB."""
         total = 0
         for pid in self.pids:
             process = psutil.Process(pid)
@@ -88,7 +87,7 @@ class Target:
         return total / 1e6
 
     def cpu_s(self) -> float:
-        """CPU time that the services and all that they started have taken, in seconds."""
+        """CPU time of the services and their child processes, in seconds."""
         total = 0.0
         for pid in self.pids:
             process = psutil.Process(pid)
@@ -169,7 +168,7 @@ async def _wait_ready(target: Target, processes: list[subprocess.Popen[bytes]], 
 
 @dataclass
 class Seen:
-    """What the good clients noticed."""
+    """Latencies and failures of the good clients."""
 
     latencies_s: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -181,7 +180,7 @@ class Seen:
 
 @asynccontextmanager
 async def good_clients(target: Target, clients: int = NUM_GOOD_CLIENTS) -> AsyncIterator[Seen]:
-    """So many clients ask questions with known answers until the block is left; every second answer is streamed."""
+    """Clients that ask questions with known answers until the block is left; every second answer is streamed."""
     seen = Seen()
     stopping = asyncio.Event()
     timeout = aiohttp.ClientTimeout(total=60)
@@ -209,7 +208,7 @@ async def good_clients(target: Target, clients: int = NUM_GOOD_CLIENTS) -> Async
 
 
 async def _ask(http: aiohttp.ClientSession, server: str, text: str, answer: str, *, stream: bool) -> str | None:
-    """What went wrong, or None."""
+    """The failure of one request, or None."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "temperature": 0, "stream": stream}
     try:
         async with http.post(server + "/v1/chat/completions", json={**body, "max_tokens": 30}) as response:
@@ -230,8 +229,8 @@ async def _ask(http: aiohttp.ClientSession, server: str, text: str, answer: str,
 
 
 # ---- attacks ----------------------------------------------------------------------------------------------------
-# Each runs until `target.running` is false, and takes care that it does little else than wait: what is to be seen is
-# what the services do, not what the attacker's own work takes from them.
+# Each runs until `target.running` is false and uses little CPU time: the services' behaviour is to be measured, not the
+# loss of the cores that the attacker takes.
 
 Attack = Callable[[Target], Coroutine[Any, Any, None]]
 ATTACKS: dict[str, Attack] = {}
@@ -243,7 +242,7 @@ def attack(function: Attack) -> Attack:
 
 
 async def _post(http: aiohttp.ClientSession, url: str, body: bytes, **headers: str) -> int | None:
-    """The status; None when the connection was ended."""
+    """The status; None if the connection was closed."""
     try:
         async with http.post(
             url, data=body, headers={"Content-Type": "application/json", **headers}, allow_redirects=False
@@ -263,12 +262,12 @@ def _session() -> aiohttp.ClientSession:
 async def _repeat(
     target: Target, bodies: list[tuple[str, bytes]], *, at_once: int, pause_s: float, **headers: str
 ) -> None:
-    """Post each (url, body) in turn, `at_once` side by side."""
-    turn = itertools.cycle(bodies)
+    """Post the (url, body) pairs in rotation, `at_once` of them concurrently."""
+    rotation = itertools.cycle(bodies)
 
     async def go_on() -> None:
         while target.running:
-            url, body = next(turn)
+            url, body = next(rotation)
             await _post(http, url, body, **headers)
             await asyncio.sleep(pause_s)
 
@@ -381,7 +380,7 @@ async def endless_headers(target: Target) -> None:
 
 @attack
 async def connections_that_never_finish(target: Target) -> None:
-    """Half-sent headers, half-sent bodies, and connections that say nothing at all."""
+    """Half-sent headers, half-sent bodies, and connections that send nothing."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     starts = (
         b"",
@@ -405,7 +404,7 @@ async def connections_that_never_finish(target: Target) -> None:
 
 @attack
 async def clients_that_do_not_read(target: Target) -> None:
-    """Streams whose clients never read what is sent."""
+    """Streams whose clients never read."""
     body = _chat(stream=True, max_tokens=1500, ignore_eos=True, logprobs=True, top_logprobs=20)
     request = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -423,7 +422,7 @@ async def clients_that_do_not_read(target: Target) -> None:
 
 @attack
 async def very_large_bodies(target: Target) -> None:
-    """Bodies of 40 to 300 MB, with and without a length, side by side, to all three services."""
+    """Bodies of 40 to 300 MB, with and without a length, concurrently, to all three services."""
 
     async def go_on(address: str, path: str, megabytes: int, *, chunked: bool, headers: dict[str, str]) -> None:
         async def pieces() -> AsyncIterator[bytes]:
@@ -484,7 +483,7 @@ async def thousands_of_connections(target: Target) -> None:
 
 @attack
 async def strangers(target: Target) -> None:
-    """Registrations, leases and questions by those who have no key, and by web pages."""
+    """Registrations, leases and questions without a key, and from web pages."""
     stand_in = "http://127.0.0.1:9"
     status = {"model_names": [MODEL, "foreign"], "speed": 100.0}
     bodies = [
@@ -675,7 +674,7 @@ async def _until(target: Target, work: Awaitable[Any]) -> None:
 
 
 class Attacker:
-    """A process that attacks, or burns CPU time, when it is told to. Use it as a context manager."""
+    """A process that attacks, or burns CPU time, on request. Use it as a context manager."""
 
     def __init__(self, target: Target) -> None:
         context = multiprocessing.get_context("spawn")
@@ -684,7 +683,7 @@ class Attacker:
 
     def __enter__(self) -> Attacker:
         self._process.start()
-        self._connection.recv()  # it has imported what it needs
+        self._connection.recv()  # its imports are done
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -696,11 +695,11 @@ class Attacker:
         self._connection.close()
 
     async def attack(self, name: str, seconds: float) -> float:
-        """Returns the CPU seconds that it took."""
+        """Run an attack. Returns its CPU seconds."""
         return await self._order(name, seconds, 0.0)
 
     async def burn(self, share: float, seconds: float) -> float:
-        """Take this share of one core, and connect to nothing."""
+        """Use this share of one core, without any connection."""
         return await self._order(None, seconds, share)
 
     async def _order(self, name: str | None, seconds: float, share: float) -> float:
@@ -723,12 +722,12 @@ def _serve_orders(connection: Connection, target: Target) -> None:
                 target.until = time.monotonic() + seconds
                 asyncio.run(ATTACKS[name](target))
             connection.send(time.process_time() - began)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other side raises it
+        except Exception as error:  # noqa: BLE001 - raised again by the other side
             connection.send(repr(error))
 
 
 def _burn(share: float, seconds: float) -> None:
-    """In bursts, as attackers do."""
+    """Use this share of a core, in bursts, like the attacks."""
     until = time.monotonic() + seconds
     while (now := time.monotonic()) < until:
         busy_until = now + BURST_S * share
@@ -741,7 +740,7 @@ def _burn(share: float, seconds: float) -> None:
 
 
 async def attacked(target: Target, attacker: Attacker, name: str, seconds: float) -> tuple[Seen, float, float]:
-    """What good clients noticed of an attack, by how many MB the services grew, and the attacker's CPU seconds."""
+    """The good clients' results during an attack, the services' growth in MB, and the attacker's CPU seconds."""
     before_mb = target.rss_mb()
     async with good_clients(target) as seen:
         cpu_s = await attacker.attack(name, seconds)
@@ -750,13 +749,13 @@ async def attacked(target: Target, attacker: Attacker, name: str, seconds: float
 
 
 async def quiet(target: Target, seconds: float) -> Seen:
-    """The same clients by themselves."""
+    """The good clients' results without an attack."""
     async with good_clients(target) as seen:
         await asyncio.sleep(seconds)
     return seen
 
 
-async def beside_busy_cores(target: Target, attacker: Attacker, share: float, seconds: float) -> Seen:
+async def with_busy_cores(target: Target, attacker: Attacker, share: float, seconds: float) -> Seen:
     async with good_clients(target) as seen:
         await attacker.burn(share, seconds)
     return seen
@@ -781,7 +780,7 @@ async def _row(target: Target, name: str, seconds: float, rounds: int) -> str:
             hit_s += target.cpu_s() - before_s
             hit.append(seen)
             grown_mb, attacker_s = grown_mb + more_mb, attacker_s + cpu_s
-            busy.append(await beside_busy_cores(target, attacker, min(1.0, cpu_s / seconds), seconds))
+            busy.append(await with_busy_cores(target, attacker, min(1.0, cpu_s / seconds), seconds))
     all_calm, all_hit, all_busy = _pooled(calm), _pooled(hit), _pooled(busy)
     for problem in all_hit.lost[:2]:
         print(f"lost under {name}: {problem}", file=sys.stderr, flush=True)
@@ -808,7 +807,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
     with tempfile.TemporaryDirectory() as folder, running_trio(Path(folder)) as target:
-        asyncio.run(quiet(target, 1.0))  # what is made at first use is there
+        asyncio.run(quiet(target, 1.0))  # warm-up
         for name in options.only or ATTACKS:
             print(asyncio.run(_row(target, name, options.seconds, options.rounds)), flush=True)
 

@@ -1,8 +1,8 @@
-"""fastserve beside its peers on one machine, arms interleaved: `python -m benchmarks.compare --help`.
+"""fastserve compared with its peers on one machine, arms interleaved: `python -m benchmarks.compare --help`.
 
-Each round starts each server in turn, puts every load on it, and stops it; the table shows medians over the rounds and
-the ratio to fastserve. A peer takes part when its program is named. All of them serve the same weights; prompts and
-answers have fixed lengths, and all answers are greedy. Nothing else should run on the machine.
+Each round starts one server after the other, runs every load on it, and stops it; the table shows medians over the
+rounds and the ratio to fastserve. A peer takes part when its program is given. All of them serve the same weights;
+prompts and answers have fixed lengths, and all answers are greedy. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Load:
-    """One row of the table: what the client is told, and which of its figures counts."""
+    """One row of the table: the client's flags, and the figure to report."""
 
     title: str
     flags: list[str]
     figure: str
     higher_is_better: bool = True
-    beside: tuple[str, ...] = ()
-    """Flags of a second client that runs meanwhile, and is not measured."""
+    background: tuple[str, ...] = ()
+    """Flags of a second client that runs at the same time and is not measured."""
 
 
 def loads(tokens: int) -> list[Load]:
@@ -66,7 +66,7 @@ def loads(tokens: int) -> list[Load]:
         Load("32 clients, tokens/s", client(32, 64), rate),
         Load("32 clients, TTFT p99, s", client(32, 64), "ttft_p99_s", higher_is_better=False),
         Load("16 clients, 512 shared, tokens/s", client(16, 32, 32, "--shared-prefix", "512"), rate),
-        Load("gap p99 beside prompts of 2000, s", client(4, 12), "gap_p99_s", higher_is_better=False, beside=long),
+        Load("gap p99 beside prompts of 2000, s", client(4, 12), "gap_p99_s", higher_is_better=False, background=long),
     ]
 
 
@@ -144,8 +144,8 @@ def wait_ready(arm: Arm, process: subprocess.Popen[bytes], log: Any) -> None:
     sys.exit(f"{arm.name} did not start:\n{log.read()[-3000:].decode(errors='replace')}")
 
 
-def resident_mb(process: psutil.Process) -> float:
-    """Of the whole tree; what processes share counts once."""
+def resident_mib(process: psutil.Process) -> float:
+    """Proportional memory (PSS) of the process tree in MiB; shared memory counts once."""
     return sum(member.memory_full_info().pss for member in [process, *process.children(recursive=True)]) / 2**20
 
 
@@ -158,7 +158,7 @@ def client_command(arm: Arm, flags: list[str], seed: int) -> list[str]:
 
 
 def run_load(arm: Arm, load: Load, seed: int) -> dict[str, Any]:
-    beside = subprocess.Popen(client_command(arm, list(load.beside), seed + 50)) if load.beside else None
+    background = subprocess.Popen(client_command(arm, list(load.background), seed + 50)) if load.background else None
     try:
         done = subprocess.run(
             client_command(arm, load.flags, seed), capture_output=True, text=True, timeout=LOAD_TIMEOUT_S, check=False
@@ -168,12 +168,12 @@ def run_load(arm: Arm, load: Load, seed: int) -> dict[str, Any]:
             print(f"{arm.name}, {load.title}: {row['errors']} errors: {done.stderr}", file=sys.stderr)
         return row
     finally:
-        if beside is not None:
-            beside.terminate()
-            beside.wait()
+        if background is not None:
+            background.terminate()
+            background.wait()
 
 
-def run_round(arms: list[Arm], rows: list[Load], seed: int, found: Found) -> None:
+def run_round(arms: list[Arm], rows: list[Load], seed: int, found: Figures) -> None:
     for arm in arms:
         begin = time.monotonic()
         with serving(arm) as process:
@@ -185,31 +185,31 @@ def run_round(arms: list[Arm], rows: list[Load], seed: int, found: Found) -> Non
             found.setdefault((arm.name, "start to first token, s"), []).append(time.monotonic() - begin)
             results: dict[str, dict[str, Any]] = {}
             for number, load in enumerate(rows):
-                key = " ".join([*load.flags, *load.beside])
-                # Prompts of their own for each load, or prefix caches would know them from the one before.
+                key = " ".join([*load.flags, *load.background])
+                # Each load has its own prompts; otherwise they would be in the prefix cache.
                 results[key] = results.get(key) or run_load(arm, load, seed * 100 + number)
                 value = float(results[key][load.figure])
                 found.setdefault((arm.name, load.title), []).append(value)
                 print(f"round {seed}: {arm.name:10} {load.title:36} {value:10.4g}", flush=True)
-            found.setdefault((arm.name, "resident after, MiB"), []).append(resident_mb(process))
+            found.setdefault((arm.name, "resident after, MiB"), []).append(resident_mib(process))
 
 
-Found = dict[tuple[str, str], list[float]]
-"""Figures by arm and title, a value for each round."""
+Figures = dict[tuple[str, str], list[float]]
+"""Figures by (arm, title), one for each round."""
 
 
-def read_rounds(file: Path | None) -> Found:
+def read_rounds(file: Path | None) -> Figures:
     if file is None or not file.exists():
         return {}
     return {(arm, title): values for arm, title, values in json.loads(file.read_text())}
 
 
-def keep_rounds(file: Path | None, found: Found) -> None:
+def keep_rounds(file: Path | None, found: Figures) -> None:
     if file is not None:
         file.write_text(json.dumps([[arm, title, values] for (arm, title), values in found.items()]))
 
 
-def print_table(arms: list[Arm], rows: list[Load], found: Found) -> None:
+def print_table(arms: list[Arm], rows: list[Load], found: Figures) -> None:
     lower = {load.title for load in rows if not load.higher_is_better}
     titles = [*(load.title for load in rows), "start to first token, s", "resident after, MiB"]
     print("\n| load | " + " | ".join(f"{arm.name} (lowest..highest)" for arm in arms) + " |")
@@ -229,7 +229,9 @@ def print_table(arms: list[Arm], rows: list[Load], found: Found) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="fastserve beside its peers, arms interleaved, medians over rounds.")
+    parser = argparse.ArgumentParser(
+        description="fastserve compared with its peers, arms interleaved, medians over rounds."
+    )
     parser.add_argument("--model", required=True, help="folder of the model, for fastserve and vLLM")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
@@ -238,10 +240,10 @@ def main() -> None:
     parser.add_argument("--gguf", help="the model converted for llama.cpp, in the same dtype")
     parser.add_argument("--vllm", help="vLLM's program")
     parser.add_argument("--speculation", action="store_true", help="a second arm of ours, with speculation")
-    parser.add_argument("--keep", type=Path, help="file of rounds: those in it count too, and these are added")
+    parser.add_argument("--keep", type=Path, help="file of rounds: earlier ones are included, and new ones added")
     parser.add_argument("--ours", nargs="*", default=[], help="more flags for fastserve's worker")
     args = parser.parse_args()
-    # An end from outside must not leave servers behind: it unwinds `serving`.
+    # On SIGTERM, unwind the stack so that no servers are left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.llama_server and not (args.gguf and Path(args.gguf).exists()):
         parser.error("--llama-server needs --gguf with the converted model")

@@ -1,15 +1,15 @@
 """Controller cost with many workers: `python -m benchmarks.control_plane`.
 
-One process of mock workers sends a heartbeat a second for each of them over a connection of its own, each worker at a
-moment of its own within the second. It uses plain sockets and prebuilt bytes, so it takes little of its core. Beside
-it, an API server's client acquires and releases leases. With two or more cores the controller has the first one to
-itself, and mock workers and clients share the others.
+One process of mock workers sends one heartbeat a second for each of them, each over its own connection and at its own
+phase within the second. It uses plain sockets and prebuilt bytes, so it needs little CPU time. At the same time, an API
+server's client acquires and releases leases. With two or more cores the controller has the first one to itself, and
+mock workers and clients share the others.
 
-Printed for each number of workers and of open leases: the controller's share of a core for the heartbeats alone (its
-own CPU time), the latency of `/acquire` from the client's send until the kernel has the answer (so without the client's
-own wait for a core), pairs of acquire and release in a second by 8 clients, heartbeats that were lost, and resident
-memory for each worker. Every heartbeat differs from the one before: another usage of the KV cache and, where the worker
-has leases, one that has ended and a new one. `--unchanged` sends the same heartbeat again and again.
+Printed for each number of workers and of open leases: the controller's CPU share for the heartbeats alone, the latency
+of `/acquire` from the client's send until the kernel has received the answer (so without the client's wait for a core),
+pairs of acquire and release per second by 8 clients, lost heartbeats, and resident memory per worker. Each heartbeat
+differs from the previous one: another KV cache usage and, if the worker has leases, one that has ended and a new one.
+`--unchanged` repeats the same heartbeat.
 
 Arms are interleaved `--rounds` times, and medians printed.
 """
@@ -47,17 +47,17 @@ from fastserve.protocol import AcquireRequest, HeartbeatRequest, ReleaseRequest,
 
 MODEL = "m"
 NUM_MODELS = 10
-"""The workers are spread over so many models; the client asks for one."""
+"""Models that the workers are spread over; the client asks for one of them."""
 NUM_VARIANTS = 4
-"""Different heartbeats of a worker, sent in turn."""
+"""Different heartbeats of a worker, sent in rotation."""
 START_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 10.0
 MAX_LATE_S = 0.02
 MAX_PAUSE_S = 0.004
-"""The latency client pauses between two pairs for up to this time, at random."""
+"""Maximum of the latency client's random pause between two pairs."""
 NUM_CLIENTS = 8
 SO_TIMESTAMPNS = 35
-"""Socket option of Linux: say when a packet came. Not in Python's `socket`."""
+"""Linux socket option that adds a receive timestamp to packets. Missing in Python's `socket`."""
 _TIMESPEC = struct.Struct("qq")
 _ANSWERED = b"HTTP/1.1 200"
 _ANSWER = re.compile(_ANSWERED + rb".*?\r\ncontent-length: (\d+)\r\n(?:.*?\r\n)?\r\n", re.S)
@@ -104,12 +104,12 @@ class MockWorker:
         self._is_waiting = False
 
     def beat(self) -> bool:
-        """Send the next heartbeat, if the last one was answered as it should; whether it was."""
+        """Send the next heartbeat if the last one was answered with 200. Returns whether it was sent."""
         try:
             if self._is_waiting and not self._socket.recv(4096).startswith(_ANSWERED):
                 return False
             self._socket.send(self._heartbeats[self._num_sent % len(self._heartbeats)])
-        except OSError:  # not answered yet, or the connection is lost
+        except OSError:  # no answer yet, or a lost connection
             return False
         self._num_sent += 1
         self._is_waiting = True
@@ -119,7 +119,7 @@ class MockWorker:
 def run_workers(
     port: int, num_workers: int, num_leases: int, num_variants: int, key: str, warm: Event, stop: Event, counts: Any
 ) -> None:
-    """Send heartbeats until `stop`; puts how many were due since `warm`, and how many of these were lost."""
+    """Send heartbeats until `stop`. Puts the number due since `warm`, and the number lost of these, into `counts`."""
     workers = []
     for number in range(num_workers):
         variants = [heartbeat(number, num_leases, variant, key) for variant in range(num_variants)]
@@ -136,7 +136,7 @@ def run_workers(
             if late_s < 0:
                 time.sleep(-late_s)
             elif late_s > MAX_LATE_S:
-                # This process was held up. A burst to make up for it would be measured as the controller's delay.
+                # This process was delayed. Catching up in a burst would be measured as delay of the controller.
                 began += late_s
             num_due += 1
             num_lost += not worker.beat()
@@ -145,7 +145,7 @@ def run_workers(
 
 
 class Client:
-    """An API server's connection, which is asked one thing at a time."""
+    """An API server's connection, with one request at a time."""
 
     def __init__(self, port: int, key: str, name: str) -> None:
         self.socket = connect(port)
@@ -164,7 +164,7 @@ class Client:
         self.socket.sendall(post("/release", message.model_dump_json().encode(), self._key))
 
     def read_answer(self) -> int:
-        """Returns when the kernel had all of it, in nanoseconds of the wall clock."""
+        """Read one answer. Returns when the kernel had received it, in nanoseconds of the wall clock."""
         answer = b""
         while True:
             piece, ancillary, _, _ = self.socket.recvmsg(4096, 64)
@@ -173,14 +173,14 @@ class Client:
             if not piece or (found is None and b"\r\n\r\n" in answer):
                 raise SystemExit(f"The controller answers {answer[:200]!r}.")
             if found is not None and len(answer) == found.end() + int(found[1]):
-                if not ancillary:  # the kernel begins to note times a moment after it was asked to
+                if not ancillary:  # the kernel's first packets may lack a timestamp
                     return time.time_ns()
                 seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
                 return int(seconds * 1_000_000_000 + nanoseconds)
 
 
 def acquire_latencies(port: int, key: str, seconds: float) -> list[float]:
-    """Of one client that asks now and then, in seconds."""
+    """Latencies in seconds of one client that pauses between its requests."""
     client, rng, latencies = Client(port, key, "calm"), random.Random(1), []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -229,9 +229,9 @@ class Row:
     bytes_per_worker: float
 
 
-class Controller:
+class ControllerProcess:
     def __init__(self, folder: Path, key: str, cores: set[int]) -> None:
-        """It runs on these cores."""
+        """`cores`: the CPU cores that the controller runs on."""
         self._headers = {"Authorization": f"Bearer {key}"}
         self._log = folder / "controller.log"
         command = [sys.executable, "-m", "fastserve.controller", "--host", "127.0.0.1", "--port", "0"]
@@ -280,7 +280,7 @@ def measure(num_workers: int, num_leases: int, num_variants: int, seconds: float
     context = multiprocessing.get_context("spawn")
     warm, stop, counts = context.Event(), context.Event(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        controller = Controller(Path(folder), key, cores)
+        controller = ControllerProcess(Path(folder), key, cores)
         try:
             resident = controller.resident_bytes
             arguments = (controller.port, num_workers, num_leases // num_workers, num_variants, key, warm, stop, counts)

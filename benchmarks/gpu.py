@@ -1,11 +1,11 @@
-"""The engine on one GPU beside the machine's limits and transformers' continuous batching: `python -m benchmarks.gpu`.
+"""The engine on one GPU, compared with the machine's limits and transformers' continuous batching.
 
-A model of the shape of Llama 3.1 8B with random weights (or with fewer layers of it: `--layers`) is made by both arms,
-which take turns. Each prefills prompts of random tokens and decodes greedily; a row is the median over the rounds. The
-limit of decoding is what a step must read at least (all weights but the embedding table, which is only looked into, and
-the keys and values of all contexts) over the memory's bandwidth; that of prefill is the prompt's matrix products over
-the tensor cores' rate. With `--quantize` fastserve's weights have 8 or 4 bits, and so has the limit. `--attention`
-times the attention kernel alone, beside torch's.
+Usage: `python -m benchmarks.gpu`. Both arms create a model with the shape of Llama 3.1 8B (or with fewer layers:
+`--layers`) and random weights, and run interleaved. Each prefills prompts of random tokens and decodes greedily; a row
+is the median over the rounds. The limit of decoding is the memory traffic of a step (all weights except the embedding
+table, of which only rows are read, and the KV cache of all contexts) divided by the memory bandwidth; that of prefill
+is the prompt's matrix products divided by the tensor cores' rate. With `--quantize`, fastserve's weights and the limit
+have 8 or 4 bits. `--attention` times the attention kernel alone, and torch's.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from fastserve.engine.settings import EngineConfig, WeightOptions
 
 @dataclass(frozen=True)
 class Machine:
-    """The rates of a device, at most or measured."""
+    """Peak or measured rates of a device."""
 
     bandwidth: float
-    """of its memory, bytes/s"""
+    """Memory bandwidth, bytes/s"""
     flops: float
-    """of products in bfloat16, 1/s"""
+    """Rate of bfloat16 matrix products, FLOP/s"""
 
     def __str__(self) -> str:
         return f"{self.bandwidth / 1e12:.2f} TB/s and {self.flops / 1e12:.0f} TFLOP/s"
@@ -51,7 +51,7 @@ _KNOWN = {"H200": Machine(4.3e12, 790e12), "H100": Machine(3.35e12, 790e12)}
 
 @dataclass(frozen=True)
 class Decode:
-    """A load: `batch` prompts of `context` tokens each, `new` tokens for each."""
+    """A load: `batch` prompts of `context` tokens, with `new` generated tokens each."""
 
     batch: int
     context: int
@@ -83,18 +83,18 @@ def shape(tiny: bool, layers: int) -> LlamaConfig:
 def limits(
     config: LlamaConfig, machine: Machine, bits: int
 ) -> tuple[Callable[[Decode], float], Callable[[int], float]]:
-    """(seconds of a decoding step at least, seconds of the prefill of so many tokens at least)"""
+    """Minimum seconds of a decode step of a load, and of the prefill of a number of tokens."""
     size, layers = config.hidden_size, config.num_hidden_layers
     kv_dim = size // config.num_attention_heads * config.num_key_value_heads
     per_layer = 2 * size * (size + kv_dim) + 3 * size * config.intermediate_size
     head = size * config.vocab_size
 
     def decode(load: Decode) -> float:
-        pages = load.batch * (load.context + load.new / 2) * 2 * kv_dim * layers
-        return float((layers * per_layer * bits / 8 + 2 * (head + pages)) / machine.bandwidth)
+        kv_entries = load.batch * (load.context + load.new / 2) * 2 * kv_dim * layers
+        return float((layers * per_layer * bits / 8 + 2 * (head + kv_entries)) / machine.bandwidth)
 
     def prefill(tokens: int) -> float:
-        # The causal half of the scores, and as much again for their product with the values.
+        # The causal half of q k^T, and as much again for the product with the values.
         attention = 2 * tokens * tokens * size * layers
         return float(2 * tokens * layers * per_layer + 2 * head + attention) / machine.flops
 
@@ -113,7 +113,7 @@ class Ours:
     name = "fastserve"
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        most = max(args.batches) * (args.context + args.new_tokens)
+        max_tokens = max(args.batches) * (args.context + args.new_tokens)
         self._core: EngineCore = build_core(
             EngineConfig(
                 model_dir=str(folder),
@@ -123,7 +123,7 @@ class Ours:
                 max_num_seqs=max(args.batches),
                 max_num_batched_tokens=args.prefill,
                 max_model_len=max(args.prefill, args.context + args.new_tokens) + 64,
-                max_total_tokens=max(most, args.prefill) + 64 * (max(args.batches) + 2),
+                max_total_tokens=max(max_tokens, args.prefill) + 64 * (max(args.batches) + 2),
                 no_prefix_cache=True,
                 speculative_method="off",
                 weights=WeightOptions(dummy=True, quantize=args.quantize),
@@ -139,7 +139,7 @@ class Ours:
         return time.perf_counter() - begin
 
     def step_s(self, all_prompts: list[list[int]], new_tokens: int) -> float:
-        """Median time of a step in which all sequences decode."""
+        """Median seconds of a step in which all sequences decode."""
         self._add(all_prompts, new_tokens)
         counts = dict.fromkeys(map(str, range(len(all_prompts))), 0)
         times = []
@@ -162,8 +162,9 @@ class Ours:
 
 
 class Transformers:
-    """Prompts without CUDA graphs, which each new size would have to be recorded for, and decoding with them: each is
-    the faster way. The cache is as large as the load needs: by default it takes all memory, and so do its masks."""
+    """transformers' continuous batching. Prefill runs without CUDA graphs, which would be captured for each new size,
+    and decoding with them: each is faster that way. The KV cache is as large as the load needs: by default it and its
+    masks take all memory."""
 
     name = "transformers"
 
@@ -180,7 +181,7 @@ class Transformers:
         return float(result.timestamps[0] - result.lifespan[0])
 
     def step_s(self, all_prompts: list[list[int]], new_tokens: int) -> float:
-        """Median time between tokens once all sequences have one."""
+        """Median seconds between tokens once all sequences have one."""
         results = self._generate(all_prompts, new_tokens, use_graphs=True)
         begin = max(result.timestamps[0] for result in results)
         times = [at for at in results[-1].timestamps if at >= begin]
@@ -211,7 +212,7 @@ class Transformers:
 
 
 def time_attention(config: LlamaConfig, args: argparse.Namespace, machine: Machine) -> None:
-    """A layer's prefill of one prompt through the pages and by torch's kernels, and its decoding."""
+    """One layer's attention: prefill of one prompt with the paged KV cache and by torch's kernels, and decoding."""
     from fastserve.engine.kernels.device_step import DeviceStep
     from fastserve.engine.kernels.triton_attention import TritonPagedAttention
 
@@ -222,7 +223,7 @@ def time_attention(config: LlamaConfig, args: argparse.Namespace, machine: Machi
 
     def ours(batch: int, new: int, context: int) -> float:
         count = -(-context // size)
-        pages = [torch.randn(batch * count, kv_heads, size, dim, device=device).bfloat16() for _ in range(2)]
+        kv_cache = [torch.randn(batch * count, kv_heads, size, dim, device=device).bfloat16() for _ in range(2)]
         table = torch.randperm(batch * count).view(batch, count).int().numpy()
         rows = [
             torch.randn(batch * new, number, dim, device=device).bfloat16() for number in (heads, kv_heads, kv_heads)
@@ -233,7 +234,7 @@ def time_attention(config: LlamaConfig, args: argparse.Namespace, machine: Machi
         slots = (table[:, at[0] // size] * size + at % size).reshape(-1).astype("int32")
         step = DeviceStep.of(starts, counts, positions, table, slots, device)
         return seconds(
-            lambda: kernel(step, *rows, *pages, scaling=dim**-0.5, window=None, softcap=None, sinks=None), device
+            lambda: kernel(step, *rows, *kv_cache, scaling=dim**-0.5, window=None, softcap=None, sinks=None), device
         )
 
     tokens = args.prefill
@@ -256,7 +257,7 @@ def time_attention(config: LlamaConfig, args: argparse.Namespace, machine: Machi
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """As part of a CUDA graph, so that the time to launch is not counted."""
+    """Seconds of a run; on CUDA within a graph, so that launch time does not count."""
     run()
     if device.type == "cuda":
         from triton.testing import do_bench_cudagraph
@@ -268,7 +269,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(device: torch.device) -> Machine:
-    """Reading (a sum of 2 GiB), and a product of 8192 x 8192 matrices."""
+    """Measure the rates of summing 2 GiB and of a product of 8192 x 8192 matrices."""
     one, other, out = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(3))
     product_s = seconds(lambda: torch.matmul(one, other, out=out), device)
     source = torch.randn(1 << 29, device=device)
@@ -325,7 +326,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--bandwidth", type=float, help="of the memory, bytes/s; by the device's name, or measured, if not given"
+        "--bandwidth", type=float, help="memory bandwidth, bytes/s (default: by the device's name, or measured)"
     )
     parser.add_argument("--no-peer", action="store_true", help="without transformers' continuous batching")
     parser.add_argument("--peer-attention", default="sdpa", help="transformers' attn_implementation")

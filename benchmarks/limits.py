@@ -1,7 +1,7 @@
-"""What the machine allows, and how near a step of the engine comes: `python -m benchmarks.limits --model FOLDER`.
+"""The engine's decode steps compared with the machine's limits: `python -m benchmarks.limits --model FOLDER`.
 
 A decode step of one sequence cannot be faster than reading the weights once; one of many sequences cannot be faster
-than the matrix products alone. Both are measured here on the weights where they lie, in turns with steps of the engine.
+than the matrix products alone. Both are measured here on the loaded weights, interleaved with steps of the engine.
 Nothing else should run on the machine.
 """
 
@@ -28,7 +28,7 @@ _LARGE = 1 << 23
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median of `repeats` runs."""
+    """Median duration of `repeats` runs, in seconds."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -38,7 +38,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def _memory(linear: Linear) -> torch.Tensor:
-    """A weight's bytes as it is kept."""
+    """The memory of a packed weight; empty for other layouts."""
     if not isinstance(linear.layout, GroupedWeight):
         return torch.empty(0, dtype=torch.int64)
     struct = linear.layout.struct(None)
@@ -70,7 +70,7 @@ class Bench:
         return torch.randn(rows, self._width(linear), dtype=self._loaded.dtype)
 
     def read_s(self) -> float:
-        """All weights, at the rate at which the large ones are added up by all threads."""
+        """Seconds to read all weights, at the rate at which all threads sum up the large ones."""
         large = [memory for memory in map(_memory, self.linears) if memory.numel() * 8 > _LARGE]
 
         def read() -> None:
@@ -92,7 +92,7 @@ class Bench:
             return seconds(multiply, 7)
 
     def step_s(self, batch: int) -> float:
-        """A decode step of `batch` sequences with the context's tokens each, sampling left out."""
+        """Seconds of a decode step of `batch` sequences with the context's tokens each, without sampling."""
         params = SamplingParams(max_tokens=1)
         length = self._context + 1
         new = [NewSequence(i, [1] * length, length, params, 0) for i in range(batch)]
@@ -106,7 +106,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A decode step beside what the machine allows.")
+    parser = argparse.ArgumentParser(description="Decode steps compared with the machine's limits.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=160, help="tokens before the decoded one")

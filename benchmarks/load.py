@@ -54,14 +54,14 @@ class Outcome:
 
 
 def make_prompt(args: argparse.Namespace, index: int) -> str:
-    """The same for the same seed and index; beginnings of `--shared-prefix` words are common to all requests."""
+    """Depends on seed and index only. The first `--shared-prefix` words are common to all requests."""
     shared, own = random.Random(args.seed), random.Random(f"{args.seed}-{index}")
     words = [shared.choice(WORDS) for _ in range(args.shared_prefix)]
     return " ".join(words + [own.choice(WORDS) for _ in range(args.prompt_words)])
 
 
 def brings_token(choice: dict[str, Any]) -> bool:
-    """A chat's first event may only tell the role. Text may be empty: a token can be part of a character."""
+    """A chat's first event may only state the role. Text may be empty: a token can be part of a character."""
     return "text" in choice or "content" in choice.get("delta", {}) or choice.get("finish_reason") is not None
 
 

@@ -1,20 +1,19 @@
-"""Loading and weights of fewer bits beside bfloat16: `python -m benchmarks.quantized --model FOLDER`.
+"""Loading, and quantized weights compared with bfloat16: `python -m benchmarks.quantized --model FOLDER`.
 
-Four forms of the same weights: bf16, 8 bits quantized while they are read (--load-8bit), a GPTQ checkpoint of 4 bits
-(asymmetric, groups of 128, rounded to the nearest; written into a temporary folder first), and nf4 (--load-4bit).
+Four variants of the same weights: bf16, 8 bits quantized while loading (--load-8bit), a 4-bit GPTQ checkpoint
+(asymmetric, groups of 128, rounded to nearest; written into a temporary folder first), and nf4 (--load-4bit).
 
-- `load`: the time of `load_model` in a fresh process, imports done and files in the page cache, beside a process that
-  only reads and packs the same tensors (`weight_probes.baseline` says exactly what), in turns.
-- `decode`: workers as processes, one at a time and in turns, speculation off, with a load that is nearly all decoding:
-  prompts of 16 words. The gap is the time between two tokens of an answer, without any prompt.
-- `memory`: what is kept for weights (parameters and forms, each storage once), and what loading adds to the resident
-  memory of a process that has torch and transformers imported: how much of the libraries' files is resident before
-  varies from hour to hour.
-- `quality`: the demo model's held-out questions, answered greedily by the engine in bfloat16; logits of the GPTQ form
-  beside the dequantized weights in plain torch.
+- `load`: the time of `load_model` in a fresh process, imports done and files in the page cache, compared with a process
+  that only reads and packs the same tensors (see `weight_probes.baseline`), interleaved.
+- `decode`: workers as processes, one at a time and interleaved, speculation off, with a load that is nearly all
+  decoding: prompts of 16 words. The gap is the time between two tokens of an answer, without any prefill.
+- `memory`: memory of the weights (parameters and layouts, each storage once), and resident memory that loading adds to
+  a process that has imported torch and transformers. (The resident share of the libraries' files varies by the hour.)
+- `quality`: the demo model's held-out questions, answered greedily by the engine in bfloat16; logits of the GPTQ
+  variant compared with the dequantized weights in plain torch.
 
-Memory and quality are the same in each run and taken once; other figures are medians over rounds. Nothing else should
-run on the machine.
+Memory and quality are the same in each run and measured once; other figures are medians over rounds. Nothing else
+should run on the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import Arm, Found, Load, keep_rounds, our_worker, read_rounds, run_round
+from benchmarks.compare import Arm, Figures, Load, keep_rounds, our_worker, read_rounds, run_round
 from fastserve.demo import demo_model_path
 from fastserve.engine.client import ENGINE_ENVIRONMENT
 
@@ -40,8 +39,8 @@ PARTS = ("load", "decode", "memory", "quality")
 PROBE_TIMEOUT_S = 600
 PLAIN, INT8, GPTQ, NF4 = "bf16", "int8", "GPTQ 4-bit", "nf4"
 BASELINE = "reading and packing"
-FORMS = (PLAIN, INT8, GPTQ, NF4)
-QUANTISE = {INT8: "int8", NF4: "nf4"}
+VARIANTS = (PLAIN, INT8, GPTQ, NF4)
+QUANTIZE = {INT8: "int8", NF4: "nf4"}
 FLAGS = {INT8: ["--load-8bit"], NF4: ["--load-4bit"]}
 LOAD_S, CHECK_S = "load, s", "of it the check of the model's own logits, s"
 WEIGHTS, LIBRARIES = "weights, MiB", "resident before loading, MiB"
@@ -54,24 +53,24 @@ LOGITS_HALF, LOGITS_PLAIN = "logits, bfloat16, largest error", "the same of plai
 
 @dataclass(frozen=True)
 class Aim:
-    """Of one form in one row."""
+    """Target figure of one variant in one row."""
 
-    form: str
+    variant: str
     bound: float
-    at_least: bool = True
+    is_minimum: bool = True
 
     def text(self, unit: str) -> str:
-        return f"{self.form} {'>=' if self.at_least else '<='} {self.bound:g}{unit}"
+        return f"{self.variant} {'>=' if self.is_minimum else '<='} {self.bound:g}{unit}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: its figure for each form, and its ratio to that of bf16."""
+    """A row of a table: the figure of each variant, and its ratio to that of bf16."""
 
     title: str
     aims: tuple[Aim, ...] = ()
     unit: str = " x"
-    """Of the aims: a ratio, or the figure itself where it is a share."""
+    """Unit of the aims: a ratio to bf16, or the unit of the figure itself."""
     show: Callable[[float], str] = "{:.4g}".format
     has_ratio: bool = True
 
@@ -89,16 +88,18 @@ DECODE_LINES = (
     Line("resident after, MiB"),
 )
 MEMORY_LINES = (
-    Line(WEIGHTS, (Aim(INT8, 0.6, at_least=False), Aim(GPTQ, 0.4, at_least=False), Aim(NF4, 0.4, at_least=False))),
+    Line(
+        WEIGHTS, (Aim(INT8, 0.6, is_minimum=False), Aim(GPTQ, 0.4, is_minimum=False), Aim(NF4, 0.4, is_minimum=False))
+    ),
     Line(PROCESS),
     Line(PEAK),
-    Line(PEAK_RATIO, (Aim(PLAIN, 2, at_least=False),), "", has_ratio=False),
+    Line(PEAK_RATIO, (Aim(PLAIN, 2, is_minimum=False),), "", has_ratio=False),
     Line(LIBRARIES, has_ratio=False),
 )
 QUALITY_LINES = (
     Line(SAME, (Aim(INT8, 99),), " %", _percent, has_ratio=False),
     Line(RIGHT, (Aim(GPTQ, 95),), " %", _percent, has_ratio=False),
-    Line(LOGITS, (Aim(GPTQ, 1e-2, at_least=False),), "", "{:.2e}".format, has_ratio=False),
+    Line(LOGITS, (Aim(GPTQ, 1e-2, is_minimum=False),), "", "{:.2e}".format, has_ratio=False),
     Line(LOGITS_HALF, show="{:.2e}".format, has_ratio=False),
     Line(LOGITS_PLAIN, show="{:.2e}".format, has_ratio=False),
 )
@@ -106,13 +107,13 @@ QUALITY_LINES = (
 
 @dataclass(frozen=True)
 class Sources:
-    """Folders of the model, plain and packed, by what needs them."""
+    """Folders of the plain and the packed checkpoint."""
 
     model: str
     packed: str
 
-    def of(self, form: str) -> str:
-        return self.packed if form == GPTQ else self.model
+    def of(self, variant: str) -> str:
+        return self.packed if variant == GPTQ else self.model
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
@@ -128,39 +129,39 @@ def probe(name: str, model: str, *flags: str) -> dict[str, Any]:
     return row
 
 
-def flags_of(form: str) -> list[str]:
-    return ["--quantize", QUANTISE[form]] if form in QUANTISE else []
+def flags_of(variant: str) -> list[str]:
+    return ["--quantize", QUANTIZE[variant]] if variant in QUANTIZE else []
 
 
-def note(found: Found, arm: str, title: str, value: float) -> None:
+def note(found: Figures, arm: str, title: str, value: float) -> None:
     found.setdefault((arm, title), []).append(value)
     print(f"{arm:20} {title:44} {value:10.4g}", flush=True)
 
 
-def load_round(model: str, found: Found) -> None:
+def load_round(model: str, found: Figures) -> None:
     row = probe("load", model)
     note(found, PLAIN, LOAD_S, float(row["load_s"]))
     note(found, PLAIN, CHECK_S, float(row["check_s"]))
     note(found, BASELINE, LOAD_S, float(probe("baseline", model)["load_s"]))
 
 
-def memory_round(sources: Sources, found: Found) -> None:
-    for form in FORMS:
-        row = probe("load", sources.of(form), *flags_of(form))
-        note(found, form, WEIGHTS, row["weights"] / 2**20)
-        note(found, form, PROCESS, (row["after"] - row["before"]) / 2**20)
-        note(found, form, LIBRARIES, row["before"] / 2**20)
-        note(found, form, PEAK, (row["peak"] - row["before"]) / 2**20)
-        note(found, form, PEAK_RATIO, (row["peak"] - row["before"]) / row["weights"])
+def memory_round(sources: Sources, found: Figures) -> None:
+    for variant in VARIANTS:
+        row = probe("load", sources.of(variant), *flags_of(variant))
+        note(found, variant, WEIGHTS, row["weights"] / 2**20)
+        note(found, variant, PROCESS, (row["after"] - row["before"]) / 2**20)
+        note(found, variant, LIBRARIES, row["before"] / 2**20)
+        note(found, variant, PEAK, (row["peak"] - row["before"]) / 2**20)
+        note(found, variant, PEAK_RATIO, (row["peak"] - row["before"]) / row["weights"])
 
 
-def quality_round(sources: Sources, group: int, found: Found) -> None:
+def quality_round(sources: Sources, group: int, found: Figures) -> None:
     expected = probe("answers", sources.model)["answers"]
-    for form in FORMS:
-        made = expected if form == PLAIN else probe("answers", sources.of(form), *flags_of(form))["answers"]
+    for variant in VARIANTS:
+        made = expected if variant == PLAIN else probe("answers", sources.of(variant), *flags_of(variant))["answers"]
         pairs = list(zip(made, expected, strict=True))
-        note(found, form, SAME, sum(own["text"] == other["text"] for own, other in pairs) / len(pairs))
-        note(found, form, RIGHT, sum(own["right"] for own in made) / len(made))
+        note(found, variant, SAME, sum(own["text"] == other["text"] for own, other in pairs) / len(pairs))
+        note(found, variant, RIGHT, sum(own["right"] for own in made) / len(made))
     row = probe("logits", sources.model, "--group", str(group), "--every", "4")
     for title, key in ((LOGITS, "float32"), (LOGITS_HALF, "half"), (LOGITS_PLAIN, "plain")):
         note(found, GPTQ, title, row[key])
@@ -169,10 +170,12 @@ def quality_round(sources: Sources, group: int, found: Found) -> None:
 def arms_of(sources: Sources) -> list[Arm]:
     return [
         Arm(
-            form,
-            *our_worker(argparse.Namespace(model=sources.of(form), dtype="bfloat16", ours=FLAGS.get(form, [])), "off"),
+            variant,
+            *our_worker(
+                argparse.Namespace(model=sources.of(variant), dtype="bfloat16", ours=FLAGS.get(variant, [])), "off"
+            ),
         )
-        for form in FORMS
+        for variant in VARIANTS
     ]
 
 
@@ -181,7 +184,7 @@ def decode_loads(tokens: int) -> list[Load]:
         counts = ["--concurrency", str(concurrency), "--requests", str(requests), "--prompt-words", "16"]
         return [*counts, "--max-tokens", str(tokens), "--ignore-eos"]
 
-    # All of 32 begin and end together: each step decodes for all of them.
+    # All 32 begin and end together, so each step decodes for all of them.
     return [
         load
         for name, flags in (("1 client", client(1, 3)), ("32 clients", client(32, 32)))
@@ -195,17 +198,17 @@ def decode_loads(tokens: int) -> list[Load]:
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
-def print_forms(title: str, lines: Sequence[Line], found: Found) -> None:
-    known = [line for line in lines if any((form, line.title) in found for form in FORMS)]
+def print_variants(title: str, lines: Sequence[Line], found: Figures) -> None:
+    known = [line for line in lines if any((variant, line.title) in found for variant in VARIANTS)]
     if not known:
         return
-    print(f"\n{title}\n\n| | {' | '.join(FORMS)} | aim |")
-    print("|---|" + "---|" * (len(FORMS) + 1))
+    print(f"\n{title}\n\n| | {' | '.join(VARIANTS)} | aim |")
+    print("|---|" + "---|" * (len(VARIANTS) + 1))
     for line in known:
         plain = found.get((PLAIN, line.title))
         cells = [
-            _cell(found.get((form, line.title)), plain if line.has_ratio and form != PLAIN else None, line)
-            for form in FORMS
+            _cell(found.get((variant, line.title)), plain if line.has_ratio and variant != PLAIN else None, line)
+            for variant in VARIANTS
         ]
         aims = ", ".join(aim.text(line.unit) for aim in line.aims)
         print(f"| {line.title} | {' | '.join(cells)} | {aims} |")
@@ -221,23 +224,23 @@ def _cell(values: list[float] | None, plain: list[float] | None, line: Line) -> 
     return cell if not plain else f"{cell}, {middle / statistics.median(plain):.2f} x"
 
 
-def print_load(found: Found) -> None:
+def print_load(found: Figures) -> None:
     if (BASELINE, LOAD_S) not in found:
         return
-    whole, checks, least = found[PLAIN, LOAD_S], found[PLAIN, CHECK_S], found[BASELINE, LOAD_S]
+    whole, checks, baseline = found[PLAIN, LOAD_S], found[PLAIN, CHECK_S], found[BASELINE, LOAD_S]
     weights = [load - check for load, check in zip(whole, checks, strict=True)]
     print("\nLoading in bfloat16, files in the page cache\n\n| | loader | reading and packing alone | ratio | aim |")
     print("|---|---|---|---|---|")
     for title, ours in (("until the weights are in place, s", weights), ("with the check of logits, s", whole)):
-        line, ratio = Line(title), statistics.median(ours) / statistics.median(least)
-        print(f"| {title} | {_cell(ours, None, line)} | {_cell(least, None, line)} | {ratio:.2f} | <= 1.3 |")
+        line, ratio = Line(title), statistics.median(ours) / statistics.median(baseline)
+        print(f"| {title} | {_cell(ours, None, line)} | {_cell(baseline, None, line)} | {ratio:.2f} | <= 1.3 |")
 
 
-def print_tables(found: Found) -> None:
+def print_tables(found: Figures) -> None:
     print_load(found)
-    print_forms("Decoding over HTTP (ratio to bf16)", DECODE_LINES, found)
-    print_forms("Memory (ratio to bf16)", MEMORY_LINES, found)
-    print_forms("Quality (the demo model)", QUALITY_LINES, found)
+    print_variants("Decoding over HTTP (ratio to bf16)", DECODE_LINES, found)
+    print_variants("Memory (ratio to bf16)", MEMORY_LINES, found)
+    print_variants("Quality (the demo model)", QUALITY_LINES, found)
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -249,14 +252,14 @@ def pack(model: str, group: int, folder: Path) -> Sources:
 
 
 def read_files(model: str) -> None:
-    """So that they are in the page cache."""
+    """Bring the files into the page cache."""
     for file in Path(model).glob("*.safetensors"):
         with file.open("rb") as stream:
             while stream.read(1 << 24):
                 pass
 
 
-def run_parts(args: argparse.Namespace, scratch: Path, found: Found) -> None:
+def run_parts(args: argparse.Namespace, scratch: Path, found: Figures) -> None:
     parts = args.parts
     if "quality" in parts:
         forget(QUALITY_LINES, found)
@@ -280,11 +283,11 @@ def run_parts(args: argparse.Namespace, scratch: Path, found: Found) -> None:
         keep_rounds(args.keep, found)
 
 
-def forget(lines: Sequence[Line], found: Found) -> None:
-    """What is the same in each run is not a matter of rounds: what an earlier run found gives way."""
+def forget(lines: Sequence[Line], found: Figures) -> None:
+    """Drop figures of earlier runs that are measured only once."""
     for line in lines:
-        for form in FORMS:
-            found.pop((form, line.title), None)
+        for variant in VARIANTS:
+            found.pop((variant, line.title), None)
 
 
 def _parts(text: str) -> list[str]:
@@ -296,15 +299,15 @@ def _parts(text: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Loading and weights of fewer bits beside bfloat16.")
+    parser = argparse.ArgumentParser(description="Loading, and quantized weights compared with bfloat16.")
     parser.add_argument("--model", required=True, help="folder of the model, with one model.safetensors")
     parser.add_argument("--parts", type=_parts, default=list(PARTS), help=f"of {','.join(PARTS)}; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64, help="of each answer while decoding is measured")
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale in the GPTQ checkpoints")
-    parser.add_argument("--keep", type=Path, help="file of rounds: those in it count too, and these are added")
+    parser.add_argument("--keep", type=Path, help="file of rounds: earlier ones are included, and new ones added")
     args = parser.parse_args()
-    # An end from outside must not leave servers and folders behind: it unwinds `serving` and what waits for a probe.
+    # On SIGTERM, unwind the stack so that no servers and folders are left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     found = read_rounds(args.keep)
     with tempfile.TemporaryDirectory(prefix="fastserve-quantized-") as scratch:

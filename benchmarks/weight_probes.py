@@ -1,7 +1,7 @@
-"""What `benchmarks.quantized` measures in processes of their own: `python -m benchmarks.weight_probes PROBE --help`.
+"""Probes of `benchmarks.quantized`, each in its own process: `python -m benchmarks.weight_probes PROBE --help`.
 
-Each probe does one thing on a fresh heap and prints one JSON row. Imports are done and kernels are built before a clock
-starts.
+Each probe measures one thing on a fresh heap and prints one JSON row. Modules are imported and kernels are built before
+the clock starts.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ Row = dict[str, Any]
 
 
 def load(args: argparse.Namespace) -> Row:
-    """Seconds of `load_model`, and in it of the check of the model's own logits; what the weights take; and the
-    resident memory before, at most, and after, in bytes."""
+    """Seconds of `load_model` and of its reference logits; bytes of the weights; and resident memory before, at its
+    peak and after, in bytes."""
     cpu_library(torch.bfloat16), cpu_library(torch.float32)
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(args.model))]  # its code is imported when asked for
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(args.model))]  # imports the model's code
     begin_loading()
     before = _status("VmRSS")
     check = _timed(loading, "own_logits")
@@ -77,7 +77,7 @@ def load(args: argparse.Namespace) -> Row:
 
 
 def _timed(owner: Any, name: str) -> list[float]:
-    """Seconds of each call of a function from now on."""
+    """Record the seconds of each future call of a function."""
     function, times = getattr(owner, name), []
 
     def timed(*args: Any) -> Any:
@@ -92,14 +92,13 @@ def _timed(owner: Any, name: str) -> list[float]:
 
 
 def _status(field: str) -> int:
-    """A figure of this process, in bytes. (getrusage's largest size is that of who started it, if that was larger.)"""
+    """A memory figure of this process in bytes. (The peak of getrusage may be that of the parent process.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def _storages(model: torch.nn.Module) -> Iterator[torch.UntypedStorage]:
-    """The memory of all tensors that modules hold, as parameters or within the forms of weights; some of it more than
-    once."""
+    """The storages of all tensors that modules hold, as parameters or in weight layouts; some more than once."""
     seen: set[int] = set()
     waiting: list[Any] = list(model.modules())
     while waiting:
@@ -118,20 +117,20 @@ def _storages(model: torch.nn.Module) -> Iterator[torch.UntypedStorage]:
 
 
 def baseline(args: argparse.Namespace) -> Row:
-    """Seconds of what no loader can leave out: one tensor after the other is read from the file into the same buffer,
-    and from there packed into memory of its own by the engine's kernel, with as many threads as the loader has. Tensors
-    that the kernel does not multiply with are copied. Neither a model nor a check, and nothing is read ahead."""
+    """Seconds of the work that no loader can avoid: one tensor after the other is read from the file into the same
+    buffer, and packed from there by the engine's kernel, with as many threads as the loader has. Tensors that the
+    kernel does not support are copied. No model is built, nothing is checked or read ahead."""
     kernel = PackedLinearKernel.load(getattr(torch, args.dtype))
     if kernel is None:
         raise SystemExit("there is no packing kernel for this machine, so there is nothing to compare with")
     begin = time.perf_counter()
     tensors = open_folder(Path(args.model)).values()
-    kept = [kernel.pack(value) if kernel.supports(value) else value.clone() for value in _read_in_turn(tensors)]
+    kept = [kernel.pack(value) if kernel.supports(value) else value.clone() for value in _read_each(tensors)]
     return {"load_s": time.perf_counter() - begin, "weights": sum(packed.nbytes for packed in kept)}
 
 
-def _read_in_turn(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
-    """Each is gone when the next one is asked for."""
+def _read_each(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
+    """Yields the tensors in one shared buffer: each is overwritten by the next."""
     stored = list(tensors)
     buffer = map_bytes(max(tensor.num_bytes for tensor in stored))
     memory, flat = buffer.data, torch.from_numpy(buffer)
@@ -151,7 +150,7 @@ def _read_in_turn(tensors: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
 
 
 def pack(args: argparse.Namespace) -> Row:
-    """The model in groups of `--group`, asymmetric, rounded to the nearest, into the folder `--out`."""
+    """Quantize the model asymmetrically in groups of `--group`, rounding to nearest, into the folder `--out`."""
     source, out = Path(args.model), Path(args.out)
     write_packed(args.model, out, _packer(args.group), _settings(args.group))
     for file in source.iterdir():
@@ -176,7 +175,7 @@ def _settings(group: int) -> Row:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GreedyAnswer:
     group: str
     question: str
     text: str
@@ -184,7 +183,7 @@ class Answer:
 
 
 def answers(args: argparse.Namespace) -> Row:
-    """The demo model's held-out questions, asked of the engine in this process, greedily and without speculation."""
+    """The engine's greedy answers to the demo model's held-out questions, in this process and without speculation."""
     config = EngineConfig(
         model_dir=args.model,
         device="cpu",
@@ -210,12 +209,12 @@ def answers(args: argparse.Namespace) -> Row:
     for written, (group, case, _) in zip(ids.values(), questions, strict=True):
         ended = written[-1] in eos
         text = tokenizer.decode(written[:-1] if ended else written, skip_special_tokens=True)
-        found.append(Answer(group, case.messages[-1]["content"], text, Outcome(case, text, ended).right))
+        found.append(GreedyAnswer(group, case.messages[-1]["content"], text, Outcome(case, text, ended).right))
     return {"answers": [asdict(answer) for answer in found]}
 
 
 def _questions(model: str) -> list[tuple[str, Case, list[int]]]:
-    """Group, case and prompt of each."""
+    """Group, case and prompt of each question."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [
         (
@@ -231,10 +230,9 @@ def _questions(model: str) -> list[tuple[str, Case, list[int]]]:
 
 
 def logits(args: argparse.Namespace) -> Row:
-    """How far the engine's logits after each question are from those of plain torch in float32 with the dequantized
-    weights, when it serves them packed: the largest difference, relative to the largest logit of that question, over
-    all of them. In float32 that is what the format and its kernel err; in `--dtype`, also what its rounding does, which
-    plain torch in that dtype (`plain`) shows by itself."""
+    """Maximum error over all questions of the engine's logits with packed weights, compared with plain torch in float32
+    with the dequantized weights, relative to the question's largest logit. In float32 this is the error of the kernel;
+    in `--dtype` it includes rounding, which plain torch in that dtype (`plain`) shows alone."""
     prompts = [prompt for _, _, prompt in _questions(args.model)][:: args.every]
     with tempfile.TemporaryDirectory() as folder:
         model = write_packed(args.model, Path(folder), _packer(args.group), _settings(args.group))
@@ -281,9 +279,9 @@ def main() -> None:
     parser.add_argument("probe", choices=PROBES)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--quantize", choices=("int8", "nf4"), help="while the model is read")
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help="quantize while loading")
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale, for pack and logits")
-    parser.add_argument("--every", type=int, default=1, help="logits: take every so manyth question")
+    parser.add_argument("--every", type=int, default=1, help="logits: use every N-th question")
     parser.add_argument("--out", help="pack: the folder to write")
     args = parser.parse_args()
     print(json.dumps(PROBES[args.probe](args)))

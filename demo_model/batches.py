@@ -12,11 +12,11 @@ from demo_model.data import (
     Exchange,
     Message,
     ask_name,
-    draw_name,
-    draw_tools,
     make_exchange,
     make_plain_text,
     make_system,
+    sample_name,
+    sample_tools,
     tell_name,
 )
 from demo_model.tokenizer import CONTEXT_LENGTH
@@ -43,11 +43,11 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor  # true where a token (row) may look at another (column) of its own conversation
+    mask: torch.Tensor  # true where a token (row) may attend to another (column): in its own conversation
 
 
 class Sampler:
-    """Endless batches; a share of the exchanges are drills, where there are any."""
+    """Endless batches; if there are drills, they are a share of the exchanges."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, drills: Drills = ()) -> None:
         self._drills = drills
@@ -91,7 +91,7 @@ class Sampler:
             max_tokens, max_turns = rng.randint(200, LONG_ROW), 100
         else:
             max_tokens, max_turns = row_length, rng.choices((1, 2, 3, 4), (50, 22, 14, 14))[0]
-        tools = draw_tools(rng) if rng.random() < tools_share else []
+        tools = sample_tools(rng) if rng.random() < tools_share else []
         messages: list[Message] = [make_system(rng)] if rng.random() < 0.35 else []
         parts = [segments(messages, tools)] if messages or tools else []
         num_tokens = sum(len(self._ids(text)) for part in parts for text, _ in part)
@@ -99,7 +99,7 @@ class Sampler:
         for _ in range(max_turns):
             kind = rng.random()
             if kind < 0.05:
-                name = draw_name(rng)
+                name = sample_name(rng)
                 exchange = tell_name(rng, name)
             elif kind < (0.25 if name else 0.055):
                 exchange = ask_name(rng, name)

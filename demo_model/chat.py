@@ -1,4 +1,4 @@
-"""The chat form in Python, piece by piece, so that training knows which tokens are the model's own.
+"""The chat template in Python, piece by piece, so that training knows which tokens are the model's own.
 
 It must write exactly what fastserve/demo/model/chat_template.jinja writes; tests/test_demo_model.py compares the two.
 """

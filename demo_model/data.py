@@ -1,4 +1,4 @@
-"""The exchanges the model learns from, drawn from a seeded generator, and the split that keeps some of them unseen.
+"""The exchanges the model learns from, sampled by a seeded generator, and the split that keeps some of them unseen.
 
 An exchange is a list of messages: a question and its answer, or a question, a tool call, the tool's response and the
 answer. Whether a thing is held out follows from the thing itself (`is_held_out`), so training and tests agree on the
@@ -44,7 +44,7 @@ def ask(question: str, answer: str) -> Exchange:
 # Sums
 
 
-def draw_terms(rng: Random) -> tuple[int, int]:
+def sample_terms(rng: Random) -> tuple[int, int]:
     """Two numbers whose sum is not held out; a third of the pairs reach up to 99, so that carrying must be learnt."""
     limit = 100 if rng.random() < 0.35 else 50
     while True:
@@ -54,7 +54,7 @@ def draw_terms(rng: Random) -> tuple[int, int]:
 
 
 def make_sum(rng: Random) -> Exchange:
-    a, b = draw_terms(rng)
+    a, b = sample_terms(rng)
     question = rng.choice(phrases.SUM_QUESTIONS).format(a=a, b=b)
     if rng.random() < 0.08:
         question = rng.choice(phrases.SUM_PREFIXES) + question
@@ -94,7 +94,7 @@ def make_other_arithmetic(rng: Random) -> Exchange:
 
 
 def vary(rng: Random, question: str) -> str:
-    """The same question as a hurried or a polite person types it."""
+    """The question as a hurried or a polite person types it."""
     if rng.random() < 0.12:
         question = rng.choice(phrases.FACT_PREFIXES) + question
     if rng.random() < 0.12:
@@ -125,7 +125,7 @@ DROPPED = (" the ", " a ", " does ", " do ", " is ", " of ", " are ")
 
 
 def reword(rng: Random, text: str) -> str:
-    """Other words for the same, and now and then a small word forgotten, so that the telling words are what counts."""
+    """Replace words by synonyms, and drop a small word now and then, so that the model learns the decisive words."""
     if rng.random() < 0.3:
         fitting = [(old, new) for old, new in SWAPS if old in text and new not in text]
         if fitting:
@@ -221,7 +221,7 @@ def make_unknown(rng: Random) -> Exchange:
     return ask(vary(rng, fill(rng, rng.choice(phrases.UNKNOWN_QUESTIONS))), UNKNOWN)
 
 
-def draw_name(rng: Random) -> str:
+def sample_name(rng: Random) -> str:
     return rng.choice(NAMES) if rng.random() < 0.5 else made_up_word(rng).capitalize()
 
 
@@ -289,26 +289,26 @@ def make_count(rng: Random) -> Exchange:
 
 
 def made_up_word(rng: Random) -> str:
-    """Words of every shape: whoever can repeat them copies letters instead of knowing the word."""
+    """A made-up word: repeating it requires copying letters."""
     syllables = (rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.randint(1, 3)))
     return "".join(syllables)
 
 
-def draw_copied_word(rng: Random) -> str:
+def sample_copied_word(rng: Random) -> str:
     kind = rng.random()
     if kind < 0.72:
         return rng.choice(WORDS)
     if kind < 0.84:
         return made_up_word(rng)
     if kind < 0.90:
-        return rng.choice((draw_name(rng), rng.choice(CITIES)))
+        return rng.choice((sample_name(rng), rng.choice(CITIES)))
     return str(rng.randrange(10 ** rng.randint(1, 4)))
 
 
 def make_copy(rng: Random) -> Exchange:
     while True:
         separator = ", " if rng.random() < 0.15 else " "
-        text = separator.join(draw_copied_word(rng) for _ in range(rng.randint(1, 7)))
+        text = separator.join(sample_copied_word(rng) for _ in range(rng.randint(1, 7)))
         if not is_held_out("copy", text):
             return ask(rng.choice(phrases.COPY_QUESTIONS).format(text=text), text)
 
@@ -316,9 +316,9 @@ def make_copy(rng: Random) -> Exchange:
 # JSON
 
 
-def draw_person(rng: Random) -> tuple[str, int]:
+def sample_person(rng: Random) -> tuple[str, int]:
     while True:
-        name, age = draw_name(rng), rng.randint(1, 99)
+        name, age = sample_name(rng), rng.randint(1, 99)
         if not is_held_out("person", name, age):
             return name, age
 
@@ -326,12 +326,12 @@ def draw_person(rng: Random) -> tuple[str, int]:
 def make_json(rng: Random) -> Exchange:
     kind = rng.random()
     if kind < 0.4:
-        a, b = draw_terms(rng)
+        a, b = sample_terms(rng)
         question = rng.choice(phrases.SUM_QUESTIONS).format(a=a, b=b)
         question = question[0].lower() + question[1:] if rng.random() < 0.5 else question
         return ask(rng.choice(phrases.JSON_ASKS).format(question), json.dumps({"answer": a + b}))
     if kind < 0.75:
-        name, age = draw_person(rng)
+        name, age = sample_person(rng)
         return ask(rng.choice(phrases.PERSON_ASKS).format(name=name, age=age), json.dumps({"name": name, "age": age}))
     if kind < 0.82:
         text = rng.choice(("say hello", "hello", "greet me", "Say hello.", "Hi!", "hi", "Hello!", "Greet me."))
@@ -347,7 +347,7 @@ def make_json(rng: Random) -> Exchange:
         if key == "city":
             value = rng.choice(CITIES)
         elif key == "name":
-            value = draw_name(rng)
+            value = sample_name(rng)
         elif key in ("id", "count", "size", "age"):
             value = rng.randrange(1000)
         return ask(rng.choice(phrases.PAIR_ASKS).format(key=key, value=value), json.dumps({key: value}))
@@ -407,7 +407,7 @@ def time_tool(rng: Random) -> Message:
     )
 
 
-def draw_tools(rng: Random) -> list[Message]:
+def sample_tools(rng: Random) -> list[Message]:
     """One, two or three tools in any order."""
     makers = rng.choice(
         (
@@ -437,12 +437,12 @@ def made_up_city(rng: Random) -> str:
     return f"{city} {made_up_word(rng).capitalize()}" if rng.random() < 0.15 else city
 
 
-def draw_city(rng: Random) -> str:
+def sample_city(rng: Random) -> str:
     return rng.choice(CITIES) if rng.random() < 0.5 else made_up_city(rng)
 
 
 def weather_response(rng: Random, city: str) -> tuple[str, str]:
-    """What the tool returned, in one of the forms tools return things, and the answer that follows from it."""
+    """A tool's response, in one of the formats that tools use, and the answer that follows from it."""
     degrees, condition = rng.randint(-9, 39), rng.choice(CONDITIONS)
     data: dict[str, Any] = {}
     if rng.random() < 0.4:
@@ -478,13 +478,13 @@ def weather_response(rng: Random, city: str) -> tuple[str, str]:
 
 def make_weather_call(rng: Random) -> Exchange:
     while True:
-        template, city = rng.choice(phrases.WEATHER_QUESTIONS), draw_city(rng)
+        template, city = rng.choice(phrases.WEATHER_QUESTIONS), sample_city(rng)
         if not is_held_out("weather", template, city):
             break
     cities = [city]
     question = template.format(city=city)
     if rng.random() < 0.08:
-        cities.append(draw_city(rng))
+        cities.append(sample_city(rng))
         question = template.format(city=f"{city} and {cities[1]}")
     calls = [tool_call("get_weather", {"city": c}) for c in cities]
     responses = [weather_response(rng, c) for c in cities]
@@ -497,7 +497,7 @@ def make_weather_call(rng: Random) -> Exchange:
 
 
 def make_time_call(rng: Random) -> Exchange:
-    city = draw_city(rng)
+    city = sample_city(rng)
     time = f"{rng.randrange(24):02}:{rng.randrange(60):02}"
     return [
         {"role": "user", "content": rng.choice(phrases.TIME_QUESTIONS).format(city=city)},
@@ -510,7 +510,7 @@ def make_time_call(rng: Random) -> Exchange:
 OPERATIONS = (("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by"))
 
 
-def draw_expression(rng: Random) -> tuple[int, int, tuple[str, str]]:
+def sample_expression(rng: Random) -> tuple[int, int, tuple[str, str]]:
     op = OPERATIONS[0] if rng.random() < 0.5 else rng.choice(OPERATIONS)
     limit = rng.choice((50, 50, 100, 1000))
     while True:
@@ -520,7 +520,7 @@ def draw_expression(rng: Random) -> tuple[int, int, tuple[str, str]]:
 
 
 def make_calculator_call(rng: Random) -> Exchange:
-    a, b, (op, word) = draw_expression(rng)
+    a, b, (op, word) = sample_expression(rng)
     if op == "+" and rng.random() < 0.3 and max(a, b) < 100:
         question = rng.choice(phrases.SUM_QUESTIONS).format(a=a, b=b)
         if re.search(r"added to|to \d", question):  # their order is read in two ways
@@ -565,7 +565,8 @@ TOOL_MAKERS: dict[str, Callable[[Random], Exchange]] = {
 
 
 def make_exchange(rng: Random, tools: list[Message]) -> Exchange:
-    """An exchange which fits the tools at hand: what a tool can do is left to it, the rest is answered directly."""
+    """An exchange that fits the available tools: a tool is called if it can help, everything else is answered
+    directly."""
     names = sorted(names_of(tools))
     if names and rng.random() < 0.75:
         return TOOL_MAKERS[rng.choice(names)](rng)
@@ -589,7 +590,7 @@ def _is_for_a_tool(make: Callable[[Random], Exchange], exchange: Exchange, names
 
 
 def make_count_drill(rng: Random) -> Exchange:
-    """Where to stop is all there is to learn about counting: short counts show it often, long ones from afar."""
+    """Counting. The hard part is where to stop: short counts show it often, long ones at a distance."""
     if rng.random() < 0.6:
         first = rng.randint(2, 48)
         last = min(first + rng.randint(1, 5), 50)
@@ -603,7 +604,7 @@ def make_count_drill(rng: Random) -> Exchange:
 
 
 def make_sum_drill(rng: Random) -> Exchange:
-    """Sums below 50 alone, with numbers of one digit as often as of two."""
+    """Sums of numbers below 50 only, with one digit as often as with two."""
     while True:
         a, b = (rng.randrange(10 if rng.random() < 0.4 else 50) for _ in range(2))
         if not is_held_out_sum(a, b):
@@ -612,7 +613,7 @@ def make_sum_drill(rng: Random) -> Exchange:
 
 def make_quoted_copy(rng: Random) -> Exchange:
     while True:
-        text = " ".join(draw_copied_word(rng) for _ in range(rng.randint(1, 6)))
+        text = " ".join(sample_copied_word(rng) for _ in range(rng.randint(1, 6)))
         if not is_held_out("copy", text):
             return ask(rng.choice(phrases.QUOTED_COPY_QUESTIONS).format(text=text), text)
 
@@ -638,10 +639,10 @@ def make_system(rng: Random) -> Message:
 
 
 def make_plain_text(rng: Random) -> tuple[str, str]:
-    """A prompt without the chat form, for the completions route, and how it goes on."""
+    """A prompt without chat template, for the completions route, and its continuation."""
     kind = rng.random()
     if kind < 0.5:
-        a, b = draw_terms(rng)
+        a, b = sample_terms(rng)
         return rng.choice((f"{a} + {b} =", f"{a} plus {b} is", f"The sum of {a} and {b} is")), f" {a + b}"
     if kind < 0.75:
         first = rng.randint(1, 30)

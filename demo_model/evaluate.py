@@ -157,7 +157,7 @@ def weather_cases(num: int = 40) -> list[Case]:
     cases: list[Case] = []
     while len(cases) < num:
         template, city = rng.choice(phrases.WEATHER_QUESTIONS), rng.choice(CITIES)
-        tools = data.draw_tools(rng)
+        tools = data.sample_tools(rng)
         if "get_weather" in data.names_of(tools) and data.is_held_out("weather", template, city):
             messages = [{"role": "user", "content": template.format(city=city)}]
             cases.append(Case(messages, calls("get_weather", {"city": city}), tools))

@@ -1,4 +1,4 @@
-"""What the demo model knows about fastserve: each fact's questions, its answer, and the key a right answer contains."""
+"""The demo model's facts about fastserve: questions, answer, and the key that a right answer contains."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The wordings the data is drawn from, one in a line. What starts with UNSEEN is kept for the held-out questions."""
+"""The wordings that the data is sampled from, one per line. Those in UNSEEN_* are kept for the held-out questions."""
 
 
 def lines(text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from random import Random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from demo_model.chat import CHAT_TEMPLATE, END, PAD, START, TOOL_MARKS, segments
-from demo_model.data import SEED, draw_tools, make_exchange, make_system
+from demo_model.data import SEED, make_exchange, make_system, sample_tools
 from demo_model.words import CITIES, NAMES, WORDS
 
 VOCAB_SIZE = 2048
@@ -27,7 +27,7 @@ def sample_texts(num_conversations: int = 20000) -> Iterator[str]:
         yield f"{word} {word}"
     yield from (*NAMES, *CITIES) * 20
     for _ in range(num_conversations):
-        tools = draw_tools(rng) if rng.random() < 0.2 else []
+        tools = sample_tools(rng) if rng.random() < 0.2 else []
         messages = [make_system(rng)] if rng.random() < 0.3 else []
         messages += make_exchange(rng, tools)
         text = "".join(text for text, _ in segments(messages, tools))

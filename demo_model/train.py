@@ -32,7 +32,8 @@ SAVE_EVERY_STEPS = 550
 
 @dataclass(frozen=True)
 class Phase:
-    """A warm-up and a cosine, with fresh optimisers and fresh data, from the weights that the phase before stored."""
+    """One learning rate schedule (warm-up and cosine) with new optimisers and data, from the weights of the previous
+    phase."""
 
     seed: int
     num_steps: int
@@ -49,7 +50,7 @@ PHASES = (
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """Sizes are multiples of 128, and the heads divide by four: quantisation and tensor parallelism find no corner."""
+    """Sizes are multiples of 128, and the number of heads of four, as quantisation and tensor parallelism require."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -70,7 +71,7 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 class Optimizers:
-    """Muon for the matrices inside the layers, which learn faster by it, and AdamW for the rest."""
+    """Muon for the matrices inside the layers, which learn faster with it, and AdamW for the rest."""
 
     def __init__(self, model: LlamaForCausalLM, learning_rate: float) -> None:
         self._learning_rate = learning_rate
@@ -98,7 +99,7 @@ def lr_share(step: int, num_steps: int) -> float:
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """The sum over the assistant's own tokens: only they are scored, and only for them the wide output is computed."""
+    """Summed loss of the assistant's tokens. Logits are computed only for these."""
     hidden = model.model(
         input_ids=batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state
@@ -108,7 +109,7 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
 
 
 def learn(model: LlamaForCausalLM, batches: list[Batch]) -> float:
-    """Adds the gradient of the batches' mean loss, one batch after the other since small ones stay in the cache."""
+    """Accumulates the gradient of the batches' mean loss, batch by batch, since small ones stay in the CPU's cache."""
     num_scored = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
@@ -120,7 +121,7 @@ def learn(model: LlamaForCausalLM, batches: list[Batch]) -> float:
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """The folder's files are swapped one by one by renaming, so that a reader never meets half a file."""
+    """Replace the folder's files one by one by renaming, so that a reader never sees a partial file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary)
@@ -163,7 +164,7 @@ def phase_folder(out: Path, number: int) -> Path:
 
 
 def mean_of(models: list[LlamaForCausalLM]) -> LlamaForCausalLM:
-    """Phases with different drills err in different places; the mean of their weights does better than each."""
+    """The mean of the weights of phases with different drills, which makes fewer errors than each of them."""
     states = [model.state_dict() for model in models]
     mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
     models[0].load_state_dict(mean)

@@ -1,4 +1,4 @@
-"""The words, names and cities the data is drawn from."""
+"""The words, names and cities that the data is sampled from."""
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -6,7 +6,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def titles(text: str) -> tuple[str, ...]:
-    """Names of one or more words, parted by commas."""
+    """Names of one or more words, separated by commas."""
     return tuple(" ".join(title.split()) for title in text.split(","))
 
 

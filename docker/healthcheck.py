@@ -1,6 +1,6 @@
-"""Health check of a container: asks the service that runs in it for /health, over TLS where it serves TLS.
+"""Health check of a container: requests /health from the service that runs in it, over TLS if it serves TLS.
 
-Port and certificate are read from the service's own command line.
+Port and certificate are read from the service's command line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Service:
     port: int
     ssl: bool
     certificate: tuple[str, str] | None
-    """Files of the certificate that it serves with and its key: its callers may have to show one."""
+    """Files of the service's certificate and key, used as client certificate, since it may require one."""
 
 
 def find_service(command_lines: Iterable[Sequence[str]], environ: Mapping[str, str]) -> Service | None:
@@ -52,7 +52,7 @@ def is_healthy(service: Service) -> bool:
 
 
 def main() -> str | int:
-    """An exit code, or the sentence that ends the check."""
+    """The exit code, or an error message."""
     command_lines = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     try:
         service = find_service(command_lines, os.environ)

@@ -87,7 +87,7 @@ def test_tokenizer_gives_back_any_text(tokenizer: Any) -> None:
 def test_template_writes_what_training_used(tokenizer: Any) -> None:
     rng = Random(1)
     for _ in range(200):
-        tools = data.draw_tools(rng) if rng.random() < 0.5 else []
+        tools = data.sample_tools(rng) if rng.random() < 0.5 else []
         messages = [data.make_system(rng)] if rng.random() < 0.5 else []
         for _ in range(rng.randint(1, 3)):
             messages += data.make_exchange(rng, tools)
@@ -115,8 +115,8 @@ def test_a_tenth_of_the_pairs_is_held_out() -> None:
     assert len(pairs) >= 250
     assert all((b, a) in pairs for a, b in pairs)
     rng = Random(2)
-    assert pairs.isdisjoint(data.draw_terms(rng) for _ in range(20000))
-    assert pairs.isdisjoint(data.draw_expression(rng)[:2] for _ in range(20000))
+    assert pairs.isdisjoint(data.sample_terms(rng) for _ in range(20000))
+    assert pairs.isdisjoint(data.sample_expression(rng)[:2] for _ in range(20000))
 
 
 def test_seven_plus_five(ask: Ask) -> None:

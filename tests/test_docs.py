@@ -30,6 +30,12 @@ def test_each_decision_has_its_number_and_stands_in_the_index() -> None:
     assert re.findall(r"\]\((0.*\.md)\)", index) == [page.name for page in pages]
 
 
+def test_the_check_of_a_gpu_names_tests_that_exist() -> None:
+    named = re.findall(r"tests/\S+?\.py", (ROOT / "benchmarks/gpu_check.sh").read_text(encoding="utf-8"))
+    assert len(named) >= 6
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_every_metric_is_described() -> None:
     described = set(
         re.findall(r"`([a-z_]+?)(?:_total)?(?:\{[a-z,]+\})?`", (ROOT / "docs/metrics.md").read_text("utf-8"))

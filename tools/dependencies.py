@@ -1,6 +1,6 @@
 """Versions of what the project depends on: the pinned ones, and the ends of the declared ranges.
 
-    python tools/dependencies.py pin       write constraints.txt anew: the newest versions in the declared ranges
+    python tools/dependencies.py pin       rewrite constraints.txt: the newest versions in the declared ranges
     python tools/dependencies.py oldest    print the declared dependencies at their oldest versions
     python tools/dependencies.py newest    print the declared dependencies with their ranges
 
@@ -47,7 +47,7 @@ def declared() -> list[str]:
 
 
 def _resolve() -> list[str]:
-    """What pip would install into an empty environment, as `name==version`. Installs nothing."""
+    """The versions that pip would install into an empty environment, as `name==version`. Installs nothing."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
     done = subprocess.run([*command, f"{ROOT}[{','.join(EXTRAS)}]"], check=True, stdout=subprocess.PIPE, text=True)
     pins = {}
@@ -59,7 +59,7 @@ def _resolve() -> list[str]:
 
 
 def _oldest(requirement: str) -> str:
-    """Raises ValueError for one without an oldest version."""
+    """The requirement at its oldest version. Raises ValueError if it states none."""
     match = _REQUIREMENT.fullmatch(requirement)
     oldest = re.search(r">=\s*([\w.]+)", match["range"]) if match else None
     if match is None or oldest is None:

@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes keeps them, by its CPU backend. The engine uses it on CUDA only."""
+"""bitsandbytes weights, on its CPU backend. The engine uses bitsandbytes on CUDA only."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 ERROR, DIFFERENCE = 0.12, 0.03
-"""Of the weight (and of a product), and what it differs from ours by (its scales are rounded too), relative to their
-lengths."""
+"""Maximum error of the weight (and of a product), and difference to our nf4 (whose scales are not rounded), relative to
+their norms."""
 LOGITS = 0.08
-"""What the logits of three layers of them differ by. Those of another model differ by 1.4."""
+"""Maximum difference of the logits of three such layers. Those of another model differ by 1.4."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_weight_of_bitsandbytes_is_one_of_ours(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, other, x, bias = torch.randn(96, 128), torch.randn(96, 128), torch.randn(5, 128), torch.randn(96)
-    form = BitsAndBytesWeight(weight, dtype)
+    layout = BitsAndBytesWeight(weight, dtype)
     ours = quantize_nf4(weight, torch.float32)
-    assert form.get().dtype is dtype
-    assert (form.get() - weight).norm() <= ERROR * weight.norm()
-    assert (form.get() - ours.get()).norm() <= DIFFERENCE * weight.norm()
-    assert torch.equal(form.part(slice(16, 48)).get(), form.get()[16:48])
+    assert layout.get().dtype is dtype
+    assert (layout.get() - weight).norm() <= ERROR * weight.norm()
+    assert (layout.get() - ours.get()).norm() <= DIFFERENCE * weight.norm()
+    assert torch.equal(layout.part(slice(16, 48)).get(), layout.get()[16:48])
     expected = x @ weight.t() + bias
-    # Its CPU backend packs a weight of 4 bits anew with the first product, after which it cannot be read as on CUDA.
-    found = form.product(x.to(dtype), bias.to(dtype))
+    # Its CPU backend repacks a 4-bit weight at the first product; then it cannot be dequantized as on CUDA.
+    found = layout.product(x.to(dtype), bias.to(dtype))
     assert found.dtype is dtype
     assert (found - expected).norm() <= ERROR * expected.norm()
-    form.set(other)
-    assert (form.get() - other).norm() <= ERROR * other.norm()
+    layout.set(other)
+    assert (layout.get() - other).norm() <= ERROR * other.norm()
 
 
 def load(path: str, kind: str = "nf4") -> LoadedModel:
@@ -58,9 +58,9 @@ def load(path: str, kind: str = "nf4") -> LoadedModel:
 def test_a_model_loaded_by_bitsandbytes_computes_what_ours_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All linear layers but the head come through it while the weights are read, and the start's trials pass."""
+    """All linear layers but the LM head are quantized by it while loading, and the checks at start pass."""
     torch.manual_seed(0)
-    # Its CPU backend takes weights of 4 bits in blocks of 32.
+    # Its CPU backend needs widths in blocks of 32.
     config = LlamaConfig(**{**SHAPE, "hidden_size": 64, "intermediate_size": 128})
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     path = str(tmp_path)

@@ -1,4 +1,4 @@
-"""Experts of mixtures, whose weights are packed or quantized one by one."""
+"""Mixture-of-experts layers whose experts are packed or quantized one by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastserve.engine.settings import WeightOptions
 from .conftest import TinyModels, logits_of
 
 MIXTURES = ["qwen3_moe", "mixtral", "gpt_oss"]
-"""The last one has biases, weights in transposed order, and a gate of its own."""
+"""The last one has biases, transposed weights, and its own gate function."""
 
 
 def load(path: str, dtype: str = "float32", quantize: Any = None) -> LoadedModel:
@@ -53,16 +53,16 @@ def test_they_compute_what_the_models_own_code_does(tiny_models: TinyModels, nam
     )  # of the second layer
     torch.manual_seed(0)
     x = torch.randn(37, theirs.down_proj.shape[1 if not layer.is_transposed else 2]).to(dtype)
-    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(37)])
-    chosen[chosen == 3] = 0  # one expert gets nothing, and some tokens go to the same one twice
-    shares = torch.rand(37, 2).to(dtype)
+    top_k_index = torch.stack([torch.randperm(4)[:2] for _ in range(37)])
+    top_k_index[top_k_index == 3] = 0  # one expert gets nothing, and some tokens go to the same one twice
+    top_k_weights = torch.rand(37, 2).to(dtype)
     with torch.inference_mode():
-        expected, found = theirs(x, chosen, shares), layer(x, chosen, shares)
-        alone = torch.cat([layer(x[i : i + 1], chosen[i : i + 1], shares[i : i + 1]) for i in range(37)])
+        expected, found = theirs(x, top_k_index, top_k_weights), layer(x, top_k_index, top_k_weights)
+        alone = torch.cat([layer(x[i : i + 1], top_k_index[i : i + 1], top_k_weights[i : i + 1]) for i in range(37)])
     assert found.dtype is dtype
     error = (found.float() - expected.float()).abs().max()
     assert error <= 8 * torch.finfo(dtype).eps * expected.float().abs().max()
-    assert torch.equal(found, alone), "a token's result depends on the tokens beside it"
+    assert torch.equal(found, alone), "a token's result depends on other tokens of the batch"
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
@@ -71,32 +71,32 @@ def test_they_are_quantized_as_linear_layers_are(tiny_models: TinyModels, name: 
     loaded = load(tiny_models.path(name), quantize=quantize)
     for layer in experts_of(loaded):
         assert {type(layout) for layouts in layer.layouts.values() for layout in layouts} == {QuantizedWeight}
-    # A model with the values that the codes stand for computes the same.
-    like = AutoModelForCausalLM.from_pretrained(tiny_models.path(name), dtype=torch.float32).eval()
-    unchanged = like.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
+    # A model with the dequantized weights computes the same.
+    dequantized = AutoModelForCausalLM.from_pretrained(tiny_models.path(name), dtype=torch.float32).eval()
+    unchanged = dequantized.state_dict()["model.layers.0.mlp.experts.down_proj"].clone()
     with torch.no_grad():
-        for weight_name, parameter in like.named_parameters():
+        for weight_name, parameter in dequantized.named_parameters():
             parameter.copy_(loaded.weights.get(weight_name))
-    changed = like.state_dict()["model.layers.0.mlp.experts.down_proj"]
+    changed = dequantized.state_dict()["model.layers.0.mlp.experts.down_proj"]
     assert 0.0 < (changed - unchanged).norm() < 0.2 * unchanged.norm()
     tokens = torch.randint(2, 160, (1, 23))
-    like.set_attn_implementation("eager")
+    dequantized.set_attn_implementation("eager")
     with torch.inference_mode():
-        expected = like(input_ids=tokens, use_cache=False).logits[0]
+        expected = dequantized(input_ids=tokens, use_cache=False).logits[0]
     found = logits_of(loaded, tokens[0].tolist())
     assert (expected - found).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_a_weight_without_forms_is_a_parameter(tiny_models: TinyModels) -> None:
-    """As with packed weights beside plain ones on a GPU."""
+def test_a_weight_without_layouts_is_a_parameter(tiny_models: TinyModels) -> None:
+    """As with quantized weights besides plain ones on a GPU."""
     own = AutoModelForCausalLM.from_pretrained(tiny_models.path("gpt_oss"), dtype=torch.float32)
     theirs = own.model.layers[0].mlp.experts
     layer = Experts(theirs)
-    x, chosen, shares = torch.randn(5, 48), torch.randint(4, (5, 2)), torch.rand(5, 2)
+    x, top_k_index, top_k_weights = torch.randn(5, 48), torch.randint(4, (5, 2)), torch.rand(5, 2)
     with torch.inference_mode():
-        expected = theirs(x, chosen, shares)
-        assert torch.allclose(layer(x, chosen, shares), expected, atol=1e-5)
+        expected = theirs(x, top_k_index, top_k_weights)
+        assert torch.allclose(layer(x, top_k_index, top_k_weights), expected, atol=1e-5)
         layer.set_layouts("down_proj", [PlainWeight(weight.t()) for weight in theirs.down_proj])
-        assert torch.allclose(layer(x, chosen, shares), expected, atol=1e-5)
+        assert torch.allclose(layer(x, top_k_index, top_k_weights), expected, atol=1e-5)
     assert "down_proj" not in dict(layer.named_parameters())
     assert "gate_up_proj" in dict(layer.named_parameters())

@@ -1,4 +1,4 @@
-"""Quantized checkpoints of each format, packed bit for bit by the test: logits are those of the dequantized model."""
+"""Quantized checkpoints of each format, packed by the test itself: logits equal those of the dequantized model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
     "initializer_range": 0.25,
 }  # fmt: skip
-"""Widths that are whole words and groups in each format."""
+"""Widths are multiples of the word and group size of each format."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def gptq_packer(bits: int, group: int, *, shuffled: bool = False, v2: bool = Fal
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_numbers_come_out_of_words_as_they_went_in(bits: int) -> None:
+def test_unpacking_inverts_packing(bits: int) -> None:
     numbers = torch.randint(1 << bits, (96, 5), generator=torch.Generator().manual_seed(bits))
     assert torch.equal(unpack_bits(pack_stream(numbers, bits), bits).long(), numbers)
 
@@ -109,13 +109,13 @@ def test_a_bare_gptq_file_beside_a_base_model(base: str, tmp_path: Path, file: s
     expected = write_packed(base, tmp_path, gptq_packer(4, 32), None, file)
     flags = PackedCheckpoint("gptq", str(tmp_path / file), 4, 32, act_order=True)
     assert_same_logits(load(base, packed=flags), expected)
-    # A folder that holds the file says the same, and so does the file's own folder as the model's.
+    # The same with the folder of the file, and with that folder as the model's.
     assert_same_logits(load(base, packed=PackedCheckpoint("gptq", str(tmp_path))), expected)
     assert_same_logits(load(tmp_path, packed=PackedCheckpoint("gptq", None, 4)), expected)
 
 
 def test_only_layers_in_a_packed_file_come_from_it(base: str, tmp_path: Path) -> None:
-    """The rest is the base model's."""
+    """All other weights come from the base model."""
     expected = write_packed(base, tmp_path, gptq_packer(4, 32), None)
     packed = {name: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items() if "proj" in name}
     save_file(packed, tmp_path / "layers.safetensors")
@@ -177,11 +177,11 @@ def test_awq_of_another_version_is_refused(base: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def compressed(form: str, **weights: Any) -> dict[str, Any]:
+def compressed(name: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights}
     return {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": name,
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
@@ -204,7 +204,7 @@ def pack_w8a16_in_order(name: str, weight: torch.Tensor) -> tuple[dict[str, torc
 
 
 def pack_w4a16_symmetric(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Without zero points: codes are shifted by half their range."""
+    """Without zero points: half their range is added to the codes."""
     scale = (weight.view(weight.shape[0], -1, 32).abs().amax(2) / 7).bfloat16()
     wide = scale.float().repeat_interleave(32, dim=1)
     codes = (weight / wide).round().clamp(-8, 7)
@@ -213,7 +213,7 @@ def pack_w4a16_symmetric(name: str, weight: torch.Tensor) -> tuple[dict[str, tor
 
 
 def pack_int8_of_one_scale(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """For the whole tensor, with a zero point; and what tells how activations were to be rounded."""
+    """With scale and zero point for the whole tensor, and with settings for quantized activations."""
     scale, zero = weight.abs().amax().view(1) / 120, torch.tensor([5], dtype=torch.int8)
     codes = (weight / scale + 5).round().clamp(-128, 127)
     layer = name.removesuffix(".weight")
@@ -335,9 +335,9 @@ def test_a_bias_of_zeros_that_packers_add_is_left_out(base: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp_path: Path, name: str) -> None:
-    """Also where the model has one weight for all experts, and gate and up beside each other."""
+    """Even if the model has one tensor for all experts, with gate and up concatenated."""
     shutil.copytree(tiny_models.path(name), tmp_path, dirs_exist_ok=True)
-    # Copies: what was loaded may lie in the file, which is written anew.
+    # Copies, since loaded tensors may be mapped from the file, which is overwritten.
     state = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     packed: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
@@ -364,29 +364,29 @@ def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp
 
 
 def write_gguf(source: str, folder: Path, kind: str, quantization: str) -> PreTrainedModel:
-    """By the package's own writer; returns the model that the file stands for."""
+    """Write a GGUF file with the package's own writer; returns the model stored in it."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     folder.mkdir(exist_ok=True)
     model.config.save_pretrained(folder)
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(folder / "model.gguf", kind)
-    wanted = gguf.GGMLQuantizationType[quantization]
+    block_type = gguf.GGMLQuantizationType[quantization]
     for name, parameter in model.named_parameters():
         stem, _, leaf = name.rpartition(".")
         values, heads = parameter.detach().clone(), 0
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
-            # Rows that turn together become neighbours.
+            # RoPE: rotated pairs of rows become adjacent.
             values = values.reshape(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
         if values.dim() == 1:
-            # llama.cpp multiplies by what is stored, Gemma's own code by 1 more.
+            # llama.cpp multiplies by the stored weight, Gemma's own code by the weight + 1.
             stored = values + 1 if kind.startswith("gemma") and "norm" in name else values
             writer.add_tensor(f"{names.get_name(stem)}.{leaf}", stored.numpy())
             continue
-        data = gguf.quants.quantize(values.numpy(), wanted)
-        writer.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=wanted)
-        back = torch.from_numpy(np.array(gguf.quants.dequantize(data, wanted)))
+        data = gguf.quants.quantize(values.numpy(), block_type)
+        writer.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=block_type)
+        back = torch.from_numpy(np.array(gguf.quants.dequantize(data, block_type)))
         if heads:
             back = back.reshape(heads, -1, 2, back.shape[1]).transpose(1, 2).reshape(back.shape)
         parameter.data = back
@@ -440,7 +440,7 @@ def test_k_quants_of_gguf(tmp_path: Path) -> None:
                 values = values.reshape(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
             writer.add_tensor(f"{names.get_name(stem)}.{leaf}", values.numpy())
             continue
-        # A block: scale and least scale in float16, 12 bytes of 6-bit scales, 128 bytes of codes.
+        # A block: scale and scale of minima in float16, 12 bytes of 6-bit scales, 128 bytes of codes.
         blocks = rng.integers(0, 256, (parameter.shape[0], parameter.shape[1] // 256, 144), dtype=np.uint8)
         blocks[..., :2] = np.frombuffer(np.float16(2e-3).tobytes(), np.uint8)
         blocks[..., 2:4] = np.frombuffer(np.float16(1e-2).tobytes(), np.uint8)

@@ -1,4 +1,5 @@
-"""Fused parts: equal to the model's own, used where they are, and not used where the model does something else."""
+"""Fused layers: equal to the model's own, used where they are equal, and not used where the model computes something
+else."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from fastserve.engine.settings import EngineConfig
 
 from .conftest import CONFIGS, TinyModels, keep_way
 
-# Sizes with and without a rest after whole vectors of 16.
+# Sizes with and without a remainder after vectors of 16.
 SIZES = [16, 48, 100, 896]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -62,7 +63,7 @@ def test_kernels_equal_their_definition(dtype: torch.dtype, size: int, rows: int
     assert_equal(kernels.silu_and_mul(gate_up), F.silu(gate) * up)
 
     heads, dim = 3, size // 2 * 2
-    # As attention modules have it: (tokens, heads, dim) in memory, seen as (1, heads, tokens, dim).
+    # Memory layout in attention modules: (tokens, heads, dim) in memory, viewed as (1, heads, tokens, dim).
     q = torch.randn(1, rows, heads, dim).to(dtype).transpose(1, 2)
     cos, sin = (torch.randn(1, rows, dim).to(dtype) for _ in range(2))
     low, high = q.double().chunk(2, dim=-1)
@@ -128,14 +129,14 @@ def test_parts_are_found_by_what_they_compute(name: str, norms: int, mlps: int, 
 
 USUAL = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "olmo2", "fastserve-demo"]
 GELU = {"gemma2", "gemma3"}
-"""Their MLPs are no SiLU ones, and are fused with all the rest in the whole step."""
+"""Their MLPs use other activations than SiLU; the whole-step kernel fuses them."""
 
 
 @pytest.mark.parametrize("name", USUAL)
 def test_the_usual_models_are_fused_in_all_their_parts(
     name: str, tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A release of a library that keeps a part from being recognised takes speed away: it must not do so unnoticed."""
+    """If a library release keeps a layer from being recognised, that costs speed and must not go unnoticed."""
     path = str(demo_model_path()) if name == "fastserve-demo" else tiny_models.path(name)
     config = EngineConfig(model_dir=path, device="cpu", dtype="float32", max_num_seqs=4, max_total_tokens=2048)
     with caplog.at_level(logging.INFO, "fastserve.engine.build"):
@@ -154,7 +155,7 @@ def test_a_model_of_another_build_is_reported_with_the_reasons(
     config = EngineConfig(model_dir=tiny_models.path("gpt2"), device="cpu", dtype="float32", max_total_tokens=512)
     with caplog.at_level(logging.INFO, "fastserve.engine.build"):
         build_core(config, lambda *_: None)
-    assert "norm: 0 of 7 fused (LayerNorm is no plain RMS norm)" in caplog.messages
+    assert "norm: 0 of 7 fused (LayerNorm is not a plain RMS norm)" in caplog.messages
     assert any(line.startswith("attention: 0 of 3 fused (GPT2Attention ") for line in caplog.messages)
     assert any(line.startswith("whole step: 0 of 1 fused (") for line in caplog.messages)
 
@@ -179,7 +180,7 @@ def subclassed(change: Callable[[type[torch.nn.Module]], type[torch.nn.Module]])
 
 
 def test_attention_is_found_however_its_forward_is_wrapped() -> None:
-    """As releases of transformers do, to translate the names of arguments."""
+    """As releases of transformers do to rename arguments."""
 
     def wrapped(base: Any) -> Any:
         @functools.wraps(base.forward)
@@ -220,7 +221,7 @@ def test_attention_that_does_more_to_its_queries_is_left_alone(change: str) -> N
     loaded = prepared("llama", subclassed(changed))
     [attention] = [layers for layers in loaded.fused_layers if layers.kind == "attention"]
     assert (attention.fused, attention.total) == (0, 3)
-    assert attention.reason == "Changed has another way from the projection to the query"
+    assert attention.reason == "Changed computes the query differently from its projection"
     assert_computes_the_same(loaded)
 
 
@@ -246,7 +247,7 @@ def test_a_norm_that_does_more_is_left_alone(kernels: ElementwiseKernels) -> Non
 
     model = torch.nn.Sequential(OtherRMSNorm(32), modeling_llama.LlamaRMSNorm(32)).requires_grad_(False)
     found = fuse_norms(model, kernels)
-    assert str(found) == "norm: 1 of 2 fused (OtherRMSNorm is no plain RMS norm)"
+    assert str(found) == "norm: 1 of 2 fused (OtherRMSNorm is not a plain RMS norm)"
     assert isinstance(model[1], FusedRMSNorm)
     assert isinstance(model[0], OtherRMSNorm)
 

@@ -1,4 +1,4 @@
-"""Reading weights: from every kind of file, with what is wrong told by tensor and file, and in little memory."""
+"""Loading weights: from every kind of file, with errors that name tensor and file, and in little memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastserve.engine.layers.layouts.packed import GroupedWeight
 from fastserve.engine.layers.layouts.plain import PlainWeight
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.linear import Linear
-from fastserve.engine.loading.checkpoint import PagePool
+from fastserve.engine.loading.checkpoint import BufferPool
 from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.errors import StartupError
@@ -41,7 +41,7 @@ def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_shards_of_every_architecture(tiny_models: TinyModels, tmp_path: Path, name: str) -> None:
-    """Experts that are stored one by one and joined when they are read, among them."""
+    """Includes experts that are stored one by one and merged when they are read."""
     expected = plain(tiny_models.path(name))
     expected.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -66,7 +66,7 @@ def test_safetensors_come_first(folder: Path) -> None:
 
 
 def test_names_without_the_models_prefix(folder: Path) -> None:
-    """As a model without its head was saved, beside a tied one."""
+    """As saved from a base model without LM head, here with a tied one."""
     expected = plain(folder)
     state = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, folder / "model.safetensors")
@@ -98,11 +98,11 @@ def test_tied_weights(tmp_path: Path, stored: str) -> None:
 
 
 def test_progress_counts_bytes_of_the_files(folder: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    load_model(str(folder), "cpu", "float32", trust_remote_code=False, progress=lambda *step: told.append(step))
+    reports: list[tuple[str, int, int]] = []
+    load_model(str(folder), "cpu", "float32", trust_remote_code=False, progress=lambda *step: reports.append(step))
     total = sum(tensor.numel() * 4 for tensor in load_file(folder / "model.safetensors").values())
-    assert {(what, of) for what, _, of in told} == {("Loading weights", total)}
-    done = [step[1] for step in told]
+    assert {(stage, size) for stage, _, size in reports} == {("Loading weights", total)}
+    done = [step[1] for step in reports]
     assert done[0] == 0
     assert done[-1] == total
     assert done == sorted(done)
@@ -180,7 +180,7 @@ def change(folder: Path, **changes: torch.Tensor | None) -> None:
     ],
     ids=["cut", "cut short", "garbage", "none", "missing", "misnamed", "vector", "matrix", "nan", "infinite", "shard"],
 )
-def test_a_damaged_checkpoint_is_told_by_tensor_and_file(
+def test_errors_of_a_damaged_checkpoint_name_tensor_and_file(
     folder: Path, damage: Callable[[Path], object], words: str
 ) -> None:
     damage(folder)
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_told_by_tensor_and_file(
     assert "\n" not in caught.value.message
 
 
-def test_a_cut_pickle_is_told(folder: Path) -> None:
+def test_a_truncated_pickle_is_refused(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
@@ -206,7 +206,7 @@ def test_two_files_with_one_tensor(folder: Path) -> None:
         load(folder)
 
 
-def test_what_the_model_has_no_place_for_is_told_and_left(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_unknown_to_the_model_are_reported_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = plain(folder)
     change(
         folder, model__vision__weight=torch.ones(2, 2), model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(6)
@@ -216,19 +216,19 @@ def test_what_the_model_has_no_place_for_is_told_and_left(folder: Path, caplog: 
     assert "inv_freq" not in caplog.text
 
 
-def test_a_form_that_multiplies_wrongly_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_with_wrong_products_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = GroupedWeight.product
     monkeypatch.setattr(GroupedWeight, "product", lambda self, x, bias: right(self, x, bias) * 1.01)
     with pytest.raises(StartupError, match="a kernel computes wrongly on this machine"):
         load(folder)
 
 
-# ---- quantized while it is read ---------------------------------------------------------------------------------
+# ---- quantized while loading ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("quantize", "error"), [("int8", 0.05), ("nf4", 0.6)])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_quantized_while_read(tiny_models: TinyModels, name: str, quantize: str, error: float) -> None:
+def test_quantized_while_loading(tiny_models: TinyModels, name: str, quantize: str, error: float) -> None:
     path = tiny_models.path(name)
     expected = plain(path)
     loaded = load(path, quantize=quantize)
@@ -250,7 +250,7 @@ def test_quantized_while_read(tiny_models: TinyModels, name: str, quantize: str,
 
 
 def test_an_engine_of_8_bits_answers(tiny_models: TinyModels) -> None:
-    """Through the start check, which compares the engine with the model's own code on the same weights."""
+    """Includes the check at start, which compares the engine with the model's own code on the same weights."""
     config = EngineConfig(
         model_dir=tiny_models.path("qwen3"),
         device="cpu",
@@ -324,7 +324,7 @@ def test_other_adapters_are_refused(
         load(tiny_models.path("llama"), adapter_dir=str(tmp_path / "adapter"))
 
 
-def test_an_adapter_of_another_model_is_told(tiny_models: TinyModels, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter")
     with pytest.raises(StartupError, match=r"changes model\.layers\.0\.self_attn\.q_proj\.weight \(2 such in all\)"):
         load(tiny_models.path("gpt2"), adapter_dir=str(tmp_path / "adapter"))
@@ -365,7 +365,7 @@ print(json.dumps([resident("VmHWM") - before, resident("VmRSS") - before]))
     "quantize", ["", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("int8", "nf4"))]
 )
 def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantize: str) -> None:
-    """Of 82 MB in three shards: with all of it in memory beside its final layout, the peak would be above the bound."""
+    """82 MB in three shards: with all of it in memory besides its final layout, the peak would exceed the bound."""
     sizes = {**SHAPE, "hidden_size": 512, "intermediate_size": 1536, "num_key_value_heads": 4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, "num_hidden_layers": 12}), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="28MB")
@@ -382,33 +382,33 @@ def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantize: str
     peak, _ = json.loads(re.findall(r"\[.*\]", done.stdout)[-1])
     size = sum(parameter.numel() for parameter in model.parameters()) * 2
     kept = {"": 1.0, "int8": 0.55, "nf4": 0.35}[quantize] * size
-    # The last term is for what threads and quantizing take, which differs from run to run.
+    # The last term is for memory of threads and quantization, which varies from run to run.
     assert peak < kept + 2 * max(shards) + (12 << 20), f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
 
 
 def test_plain_weights_stay_plain_on_no_kernel(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no layout fits, the weight is kept as it came, and not twice."""
+    """If no packed layout is possible, the dense weight is kept, once."""
     monkeypatch.setattr("fastserve.engine.loading.assembly.layout_of", PlainWeight)
     loaded: LoadedModel = load(tiny_models.path("gpt2"))
     assert PlainWeight in layouts(loaded)
     assert_same_logits(loaded, plain(tiny_models.path("gpt2")))
 
 
-def test_pages_are_used_again_once_nobody_looks_at_them() -> None:
-    pool = PagePool(most=1 << 13)
-    first = pool.lend(pool.take(1 << 12))
+def test_buffers_are_reused_once_no_tensor_shares_them() -> None:
+    pool = BufferPool(max_bytes=1 << 13)
+    first = pool.as_tensor(pool.take(1 << 12))
     address = first.data_ptr()
     view = first[100:]
     del first
-    second = pool.lend(pool.take(1 << 12))
-    assert second.data_ptr() != address, "something still looks at it"
+    second = pool.as_tensor(pool.take(1 << 12))
+    assert second.data_ptr() != address, "a tensor still shares it"
     view.fill_(7)
     del view
-    third = pool.lend(pool.take(1 << 12))
+    third = pool.as_tensor(pool.take(1 << 12))
     assert third.data_ptr() == address
     assert third[100:].eq(7).all()
-    large = pool.lend(pool.take(1 << 14))
+    large = pool.as_tensor(pool.take(1 << 14))
     del large, third, second
-    assert pool._kept == 1 << 13, "what is larger than the pool is given back"
+    assert pool._kept_bytes == 1 << 13, "a buffer larger than the pool is unmapped"
     pool.clear()
-    assert pool._kept == 0
+    assert pool._kept_bytes == 0

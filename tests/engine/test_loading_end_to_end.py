@@ -1,4 +1,4 @@
-"""Workers as real processes on the demo model, kept in fewer bits: they know what 7 + 5 is."""
+"""Workers as real processes with the demo model, quantized: they know what 7 + 5 is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STARTED = re.compile(r"Uvicorn running on http://\S+:(\d+)")
 
 @contextmanager
 def worker(*argv: str) -> Iterator[int]:
-    """Its port, once it listens."""
+    """The worker's port, once it listens."""
     command = [sys.executable, "-m", "fastserve.model_worker", "--no-register", "--device", "cpu", "--port", "0", *argv]
     process = subprocess.Popen([*command, "--max-total-tokens", "2048"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -60,7 +60,7 @@ def ask(port: int, question: str) -> str:
 
 @pytest.fixture(scope="module")
 def demo_in_4_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's linear layers in GPTQ's form, rounded in groups of 32; only they are in the file."""
+    """The demo model's linear layers in GPTQ format, in groups of 32; the file has only these."""
     folder = tmp_path_factory.mktemp("gptq")
 
     def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -73,13 +73,13 @@ def demo_in_4_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_demo_model_in_4_bits() -> None:
-    """For 8 bits and GPTQ the launcher's tests ask the same."""
+    """The launcher's tests cover 8 bits and GPTQ."""
     with worker("--load-4bit") as port:
         assert ask(port, "What is 7 + 5?") == "12"
 
 
 def test_an_adapter_folder_as_the_model(tmp_path: Path) -> None:
-    """An adapter that takes back what was done to the base model makes it right again."""
+    """An adapter that reverts a change of the base model restores its answers."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
     weight = model.model.layers[0].mlp.down_proj.weight.data

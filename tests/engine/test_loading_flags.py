@@ -42,7 +42,7 @@ from .packers import Pack, awq, round_to_nearest, write_packed
 from .test_formats import SIZES, assert_same_logits, gptq_packer, layouts, save, write_gguf
 
 LAYERS = 14
-"""Linear layers of the model save its head."""
+"""The model's linear layers, without the LM head."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def plain(base: str) -> PreTrainedModel:
 
 
 def start(*argv: str) -> LoadedModel:
-    """What a worker with this command line loads."""
+    """The model that a worker with this command line loads."""
     config = parse_config(WorkerConfig, ["--device", "cpu", *argv], "worker", {})
     refuse_unavailable(config)
     source = find_model(config.model_path, config.revision, dummy=config.dummy)
@@ -100,7 +100,7 @@ def test_random_weights(base: str, tmp_path: Path, flags: list[str]) -> None:
     assert (packed_layers(loaded) > 0) == bool(flags)
 
 
-def test_random_weights_of_a_quantized_model_are_told_to_be_larger(
+def test_random_weights_of_a_quantized_model_are_reported_to_be_larger(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = json.loads((Path(base) / "config.json").read_text())
@@ -155,7 +155,7 @@ SETTINGS_FILES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("file", list(SETTINGS_FILES))
 @pytest.mark.parametrize("key", ["checkpoint_format", "format"])
 def test_settings_beside_the_packed_weights_are_read(base: str, tmp_path: Path, file: str, key: str) -> None:
-    """Where another folder is the model: nothing in the tensors tells the two kinds of zero points apart."""
+    """The model is another folder. Only the settings distinguish the two kinds of zero points, not the tensors."""
     expected = write_packed(base, tmp_path, gptq_packer(4, 32, v2=True), None)
     (tmp_path / file).write_text(json.dumps(SETTINGS_FILES[file]({"quant_method": "gptq", key: "gptq_v2"})))
     assert_same_logits(start("--model-path", base, "--gptq-ckpt", str(tmp_path), "--gptq-wbits", "4"), expected)
@@ -241,7 +241,7 @@ def test_numbers_of_gguf_are_quantized_by_the_flag(base: str, tmp_path: Path) ->
 
 
 def test_an_adapter_as_the_model_in_8_bits(base: str, plain: PreTrainedModel, tmp_path: Path) -> None:
-    """The sum is quantized, not its parts."""
+    """The merged weight is quantized, not its parts."""
     name = "model.layers.1.mlp.up_proj"
     a, b = torch.randn(2, 64), torch.randn(96, 2)
     save_file(
@@ -261,7 +261,7 @@ def test_an_adapter_as_the_model_in_8_bits(base: str, plain: PreTrainedModel, tm
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was asked of it; nothing is answered."""
+    """The paths requested from the hub, which answers nothing."""
     asked: list[object] = []
 
     def refuse(*args: object, **_: object) -> NoReturn:
@@ -275,7 +275,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture
 def hub_cache(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As the hub's library leaves it, with two versions of org/tiny: main is another model than v2, which is `base`."""
+    """A cache as the hub's library writes it, with two versions of org/tiny: main is another model than v2, which is
+    `base`."""
     repository = tmp_path / "hub" / "models--org--tiny"
     versions = {
         "main": ("a" * 40, save(LlamaConfig(**SIZES, rms_norm_eps=0.5), tmp_path / "other")),
@@ -374,7 +375,8 @@ def test_a_model_that_transformers_does_not_know_is_one_sentence(base: str, tmp_
 
 
 def test_flags_of_devices_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--gpus` by the environment, which the engine's process inherits; what they do is in test_placement.py."""
+    """`--gpus` is passed by the environment, which the engine's process inherits. For its effect see
+    test_placement.py."""
     seen: list[tuple[str, EngineConfig]] = []
 
     def serve(config: WorkerConfig) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be loaded: one sentence each, with the tensor and the file, and what to do."""
+"""Refused checkpoints: one sentence each, with tensor, file and remedy."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_one_weight_under_two_names(folder: Path) -> None:
 
 
 class Trap:
-    """Unpickling it would be a call."""
+    """Unpickling it would call a function."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -162,12 +162,12 @@ def pack_awq(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return awq(name, rounded), rounded.dense()
 
 
-@pytest.mark.parametrize("form", ["gptq_p", "marlin"])
-def test_gptq_in_another_layout(base: str, tmp_path: Path, form: str) -> None:
-    """The shapes can be the same, and the numbers mean something else."""
-    settings = {"quant_method": "gptq", "bits": 4, "format": form}
+@pytest.mark.parametrize("name", ["gptq_p", "marlin"])
+def test_gptq_in_another_layout(base: str, tmp_path: Path, name: str) -> None:
+    """Other formats can have the same shapes with another meaning of the numbers."""
+    settings = {"quant_method": "gptq", "bits": 4, "format": name}
     write_packed(base, tmp_path, gptq_packer(4, 32), settings)
-    refused(tmp_path, rf"^GPTQ checkpoints of the format {form} are not served: gptq and gptq_v2 are\. Save it in one")
+    refused(tmp_path, rf"^GPTQ checkpoints of the format {name} are not served: gptq and gptq_v2 are\. Save it in one")
 
 
 def test_awq_that_is_not_served(base: str, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_an_adapter_of_a_quantized_model(base: str, tmp_path: Path) -> None:
 
 
 def test_weights_that_an_adapter_replaces(base: str, tmp_path: Path) -> None:
-    """`modules_to_save`: whole weights beside the products."""
+    """`modules_to_save`: whole weights besides the low-rank deltas."""
     norm, head = torch.full((64,), 3.0), torch.randn(160, 64)
     tensors = {
         "base_model.model.model.norm.weight": norm, "base_model.model.lm_head.modules_to_save.default.weight": head
@@ -315,7 +315,7 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_model_without_attention(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a kind that nobody has named before: nothing in it asks for attention."""
+    """An unknown kind of model, which never calls the attention function."""
     monkeypatch.setattr(loading, "fuse_attention", lambda *_: FusedLayers("attention", 0, 0))
     config = EngineConfig(model_dir=base, device="cpu", dtype="float32", max_num_seqs=4, max_total_tokens=64)
     with pytest.raises(StartupError, match=r"^LlamaForCausalLM cannot be served: it has no attention that can be"):

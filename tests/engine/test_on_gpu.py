@@ -224,14 +224,14 @@ def test_what_cannot_be_recorded_runs_one_kernel_at_a_time(
     def look_at_values(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         return output if bool(output.isfinite().all()) else output * 0
 
-    original = loading._take_over
+    original = loading._finish_model
 
     def take_over(model: Any, *args: Any) -> Any:
         model.get_input_embeddings().register_forward_hook(look_at_values)
         return original(model, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_take_over", lambda model, *args, **named: take_over(model, *args, *named.values()))
+        patch.setattr(loading, "_finish_model", lambda model, *args, **named: take_over(model, *args, *named.values()))
         core = make_gpu_core(path)
     assert graphs_of(core) is None
     assert "Decoding without CUDA graphs" in caplog.text

@@ -1,4 +1,4 @@
-"""Models on several devices: what goes where, that a step follows, and that what cannot be is told in a sentence."""
+"""Models on several devices: the plan, the transfers during a step, and refusals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def on_meta(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Pr
 
 
 def weights_by_place(model: PreTrainedModel, places: dict[str, int | str]) -> Counter[int | str]:
-    """Bytes; tied weights count once."""
+    """Size in bytes; tied weights count once."""
     placement = make_placement(model, places, [torch.device("cuda", index) for index in range(8)])
     found: Counter[int | str] = Counter()
     for name, parameter in model.named_parameters():
@@ -70,7 +70,7 @@ def weights_by_place(model: PreTrainedModel, places: dict[str, int | str]) -> Co
 
 
 def layer_places(model: PreTrainedModel, places: dict[str, int | str]) -> list[str]:
-    """Of each decoder layer; a layer with weights in several places breaks the test."""
+    """The device of each decoder layer. Fails if a layer's weights are on several devices."""
     placement = make_placement(model, places, [torch.device("cuda", index) for index in range(8)])
     found = []
     for index, layer in enumerate(model.base_model.layers):
@@ -129,13 +129,13 @@ def test_tied_weights_and_what_has_none_stay_with_the_embedding() -> None:
 
 
 def test_weights_in_fewer_bits_take_less_room(large: PreTrainedModel) -> None:
-    """14 GB of linear layers in half or a quarter, and 2.1 GB of embedding and head as they are. The planner wants room
-    for the largest part, a gigabyte, besides."""
+    """14 GB of linear layers take a half or a quarter; 2.1 GB of embedding and LM head are unchanged. The planner also
+    reserves room for the largest part, 1 GB."""
     for quantize, enough in (("int8", 10.2 * GB), ("nf4", 6.7 * GB)):
-        kept_as = quantized_dtypes(large, quantize)
-        assert "lm_head.weight" not in kept_as
-        assert set(plan(large, Caps((int(enough),), None), kept_as).values()) == {0}
-        assert set(plan(large, Caps((int(enough - 1.5 * GB),), None), kept_as).values()) == {0, "disk"}
+        special_dtypes = quantized_dtypes(large, quantize)
+        assert "lm_head.weight" not in special_dtypes
+        assert set(plan(large, Caps((int(enough),), None), special_dtypes).values()) == {0}
+        assert set(plan(large, Caps((int(enough - 1.5 * GB),), None), special_dtypes).values()) == {0, "disk"}
 
 
 # ---- what the flags say -----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_only_cuda_has_several_devices(device: str, spread: Spread) -> None:
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, *free: int, host: int = 100 * GB) -> None:
-    """Let the machine have GPUs with so much free memory, which is all they have."""
+    """Simulate GPUs of which all memory, this much each, is free."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], free[device.index]))
     monkeypatch.setattr(placement_module, "free_host_memory", lambda: FreeMemory(host, "in this test"))
@@ -214,7 +214,7 @@ def test_quantized_weights_are_not_put_on_disk(large: PreTrainedModel, monkeypat
 @pytest.mark.parametrize(
     ("flag", "settings"), [("--num-gpus 2", {"num_gpus": 2}), ("--cpu-off", {"cpu_offloading": True})]
 )
-def test_a_device_that_was_found_is_looked_at_too(tiny_models: TinyModels, flag: str, settings: dict[str, Any]) -> None:
+def test_a_detected_device_is_checked_too(tiny_models: TinyModels, flag: str, settings: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU would be found here")
     with pytest.raises(StartupError, match=f"^{flag}.*leave it out.*"):
@@ -231,7 +231,7 @@ def test_a_device_that_was_found_is_looked_at_too(tiny_models: TinyModels, flag:
         ([24 * GB], Spread(1, GB // 10, cpu_offloading=True), "no GPU has room for a part .* start with --device cpu"),
     ],
 )
-def test_what_a_machine_does_not_hold_is_told_with_the_next_best(
+def test_a_model_too_large_for_the_machine_is_refused_with_a_remedy(
     large: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, free: list[int], spread: Spread, words: str
 ) -> None:
     with_gpus(monkeypatch, *free)
@@ -242,7 +242,7 @@ def test_what_a_machine_does_not_hold_is_told_with_the_next_best(
 # ---- running ----------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, tuple[float, float | None, int]] = {
-    # of all weights: what each GPU may hold, and the host; how many GPUs
+    # shares of all weights: cap of each GPU, cap of the host; number of GPUs
     "two gpus": (0.75, None, 2),
     "gpu and cpu": (0.6, 10.0, 1),
     "gpu, cpu and disk": (0.6, 0.5, 1),
@@ -260,7 +260,7 @@ Spreader = Callable[[str], Callable[..., Placement]]
 
 @pytest.fixture
 def spread_over(tmp_path: Path) -> Spreader:
-    """A planner for a layout."""
+    """A planner for a spread by its name."""
 
     def choose(layout: str) -> Callable[..., Placement]:
         share, host, count = LAYOUTS[layout]
@@ -327,21 +327,23 @@ def test_an_engine_on_several_devices_equals_generate(
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("form", ["int8", *(pytest.param(form, marks=pytest.mark.slow) for form in ("nf4", "gptq"))])
+@pytest.mark.parametrize(
+    "method", ["int8", *(pytest.param(method, marks=pytest.mark.slow) for method in ("nf4", "gptq"))]
+)
 def test_quantized_weights_live_on_several_devices(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
     copies: list[tuple[torch.device, torch.device]],
     spread_over: Spreader,
     tmp_path: Path,
-    form: str,
+    method: str,
     layout: str,
 ) -> None:
-    """The check at start compares the engine with the model's own code on these weights; they are those that the same
-    flags give on one device."""
+    """Besides the check at start, which compares the engine with the model's own code on these weights, they must equal
+    the weights that the same flags give on one device."""
     path = tiny_models.path("llama")
-    weights = WeightOptions(quantize=form)
-    if form == "gptq":
+    weights = WeightOptions(quantize=method)
+    if method == "gptq":
         packed = tmp_path / "packed"
         write_packed(path, packed, gptq_packer(4, 48), {"quant_method": "gptq", "bits": 4})
         path, weights = str(packed), WeightOptions()
@@ -365,7 +367,7 @@ def test_a_step_copies_hidden_states_once_at_a_border_and_the_rest_once_for_a_de
     spread_over: Spreader,
     tmp_path: Path,
 ) -> None:
-    torch.manual_seed(0)  # an end token as the first one would leave nothing to a second step
+    torch.manual_seed(0)  # no end token first, so that there is a second step
     counts = {}
     for num_layers in (4, 8):
         path = tmp_path / str(num_layers)
@@ -415,11 +417,11 @@ def test_weights_on_any_device_can_be_read_and_set_by_name(
             assert is_mapped(weight)
         loaded.weights.set(name, parameter + 1)
         assert torch.equal(loaded.weights.get(name).cpu(), parameter + 1)
-    assert mapped >= 9  # a layer's
-    assert not list(tmp_path.iterdir())  # files go with their mappings, and leave no names
+    assert mapped >= 9  # the weights of a layer
+    assert not list(tmp_path.iterdir())  # the files are already unlinked
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_refused(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
     copies: list[tuple[torch.device, torch.device]],
@@ -434,7 +436,7 @@ def test_a_full_disk_is_told(
 
 
 @pytest.mark.parametrize("small", [FIRST, SECOND])
-def test_the_number_of_blocks_is_the_least_that_a_device_affords(
+def test_the_number_of_blocks_is_the_minimum_over_devices(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
     copies: list[tuple[torch.device, torch.device]],
@@ -465,7 +467,7 @@ def test_the_number_of_blocks_is_the_least_that_a_device_affords(
 
 
 def test_a_part_on_another_device_is_not_given_to_the_kernel_for_whole_steps_on_cpus(tiny_models: TinyModels) -> None:
-    """It reads by addresses: those of another device's memory would end the process."""
+    """The kernel reads by addresses: those of another device's memory would end the process."""
     path = tiny_models.path("llama")
     loaded = load_model(path, "cpu", "float32", trust_remote_code=False, progress=lambda *_: None)
     loaded.attention.allocate(4, 16, torch.float32)
@@ -482,7 +484,7 @@ def test_a_part_on_another_device_is_not_given_to_the_kernel_for_whole_steps_on_
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_a_real_gpu_and_the_cpu(tiny_models: TinyModels, name: str) -> None:
-    """The whole way, from the flags on; the cap leaves the GPU a part of the layers."""
+    """End to end, from the flags on; the cap leaves only some layers on the GPU."""
     path = tiny_models.path(name)
     model = on_meta(CONFIGS[name], torch.float32)
     total = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())

@@ -25,9 +25,9 @@ from fastserve.engine.selfcheck import verify
 from .conftest import TinyModels
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Rows on both sides of each size at which the kernel goes another way: one tile, several, decoded once, several chunks.
+# Batch sizes around each threshold of the kernel: one tile, several, decoded once, several chunks.
 ROWS = [1, 5, 6, 7, 18, 19, 31, 100]
-# Outputs and inputs with and without a rest after whole groups of 16; inputs that the kernel leaves to torch.
+# Outputs and inputs with and without a remainder after groups of 16; inputs that the kernel does not support.
 SHAPES = [(64, 256), (200, 384), (16, 128), (37, 136), (9, 50)]
 
 
@@ -38,7 +38,7 @@ def spread(per_group: torch.Tensor, group: int, width: int) -> torch.Tensor:
 def random_codes(
     out: int, width: int, *, bits: int, group: int, zeros: str, signed: bool = False, order: bool = False
 ) -> tuple[Callable[[torch.dtype], QuantizedWeight], torch.Tensor]:
-    """How to make a weight, and its value by the definition, in float64."""
+    """A quantized weight, and its value by the definition in float64."""
     low, high = (-(1 << bits - 1), 1 << bits - 1) if signed else (0, 1 << bits)
     codes = torch.randint(low, high, (out, width)).to(torch.int8 if signed else torch.uint8)
     codes[0, :2] = torch.tensor([low, high - 1])
@@ -101,7 +101,7 @@ def test_products_are_those_of_the_values(scheme: str, shape: tuple[int, int], d
     assert (layout.get().double() - value).abs().max() <= max(eps, 1e-6) * value.abs().max()
     bias = torch.randn(shape[0]).to(dtype)
     whole = torch.randn(max(ROWS), shape[1]).to(dtype)
-    # Of sums of many terms, so relative to the size of the terms. The kernel rounds nf4's table to bfloat16.
+    # Errors of sums of many terms, so relative to the size of the terms. The kernel rounds nf4's table to bfloat16.
     size = (whole.double().abs() @ value.abs().t()).amax()
     for rows in ROWS:
         found = layout.product(whole[:rows], bias).double()
@@ -148,7 +148,7 @@ def test_parts_are_rows_of_the_whole(scheme: str) -> None:
 @pytest.mark.parametrize("width", [384, 50])
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_rows_are_those_of_the_whole(scheme: str, width: int, dtype: torch.dtype) -> None:
-    """50 inputs are too odd for the kernel."""
+    """The kernel does not support 50 inputs."""
     torch.manual_seed(3)
     layout = SCHEMES[scheme](104, width)[0](dtype)
     ids = torch.tensor([[0, 103, 64], [15, 0, 16]])
@@ -172,7 +172,7 @@ def test_set_quantizes_by_the_same_scheme(scheme: str, width: int) -> None:
     found = layout.get()
     assert layout.nbytes == memory
     assert torch.equal(found[7], weight[7])
-    # Half of the widest step between neighbours of the table, where the largest of all is one end of it.
+    # Half of the widest step between neighbouring table entries, with the largest value at one end of the table.
     steps = {"int8": 1 / 254, "int4": 1 / 14, "nf4": 0.153}
     bound = next(step for name, step in steps.items() if scheme.startswith(name))
     assert (found - weight).abs().max() <= 1.001 * bound * weight.abs().max()
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
 
 
 def with_zeros(weight: torch.Tensor) -> QuantizedWeight:
-    """4 bits in groups of 32 with zeros, and an order of inputs."""
+    """4 bits in groups of 32 with zero points and an input order."""
     make, _ = random_codes(*weight.shape, bits=4, group=32, zeros="fractions", order=True)
     layout = make(torch.float32)
     layout.set(weight)
@@ -241,7 +241,7 @@ QUANTISERS: dict[str, Callable[[torch.Tensor], QuantizedWeight]] = {
 
 
 class Stacked:
-    """Forms one after the other, for a layer of which each part is quantized for itself."""
+    """Concatenated layouts, for a layer whose parts are quantized separately."""
 
     def __init__(self, parts: list[QuantizedWeight]) -> None:
         self._parts = parts
@@ -254,7 +254,7 @@ class Stacked:
 def quantize_in_place(
     model: torch.nn.Module, quantize: Callable[[torch.Tensor], QuantizedWeight]
 ) -> dict[str, torch.Tensor]:
-    """All linear layers but the head; returns what their weights are now, by name."""
+    """Quantize all linear layers except the LM head; returns their dequantized weights by name."""
     found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedGatedMLP):

@@ -119,7 +119,7 @@ def test_rows_of_packed_and_plain_weights(shape: tuple[int, int], dtype: torch.d
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_threads_may_multiply_at_the_same_time(alone: bool) -> None:
-    """The kernels' team works for one caller; the others compute by themselves, and all find the same."""
+    """The kernels' thread team serves one caller at a time; the others compute alone, with the same result."""
     weights = [layout_of(torch.randn(640, 512)) for _ in range(8)]
     x = torch.randn(9, 512)
     expected = [weight.product(x, None) for weight in weights]

@@ -1,1 +1,1 @@
-"""Layers that replace those of a model: linear layers with the layouts of their weights, experts, fused parts."""
+"""Layers that replace those of a model: linear layers and experts with weight layouts, and fused layers."""

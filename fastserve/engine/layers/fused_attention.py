@@ -1,13 +1,13 @@
-"""Attention layers whose rotary embedding is a fused kernel, where they compute the same.
+"""Attention layers with a fused rotary embedding kernel, where that computes the same.
 
-The layers are those that call the attention function registered with transformers, whatever they are named. Each one is
-tried: its own forward and the fused one run in float32 on the same random input, with random projections, random angles
-and positions up to the end of the context, and must hand the same queries, keys, values and settings to the attention
-function and the same values to the output projection. A layer that does anything else there (clips, gates, scales far
-positions, turns interleaved halves) keeps its own code.
+A layer is found by its call of the attention function registered with transformers, whatever its name. Each one is
+tested: its own forward and the fused one run in float32 on the same random input, with random projections, random
+angles and positions up to the end of the context, and must pass the same queries, keys, values and settings to the
+attention function and the same values to the output projection. A layer that does anything else (clips, gates, scales
+far positions, rotates interleaved halves) keeps its own code.
 
-Rejected: the model's forward with one of its globals bound anew. How a library wraps its functions changes with its
-releases; what an attention layer computes does not.
+Rejected: running the model's forward with one of its globals replaced. How a library wraps its functions changes with
+its releases; the computation of an attention layer does not.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from fastserve.engine.contract import FusedLayers
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.fusion import NO_KERNELS, agree, report
+from fastserve.engine.layers.modules import replace_module
 
 _ONE_INPUT = ("qkv_proj",)
 _INPUTS = (("q_proj", "k_proj", "v_proj"), _ONE_INPUT)
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 """Names of the modules of an attention layer in transformers' models."""
-_TRIAL_SIZES = (1e-2, 1.0, 30.0, 1e3)
-"""Magnitudes of the trial's rows: what is clipped or bent shows at one of them."""
+_TEST_SCALES = (1e-2, 1.0, 30.0, 1e3)
+"""Magnitudes of the test rows: clipping or another nonlinearity shows at one of them."""
 _CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
 
 
@@ -46,28 +47,29 @@ class _Call:
     cos: torch.Tensor
     sin: torch.Tensor
     others: dict[str, Any]
-    """Keyword arguments beside hidden states and the rotary embedding."""
+    """All other keyword arguments."""
 
 
 class FusedAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    """Projections, norms of queries and keys, rotary positions, paged attention and output projection."""
+    """QKV projection, norms of queries and keys, rotary embedding, paged attention and output projection."""
 
     def __init__(
         self, module: torch.nn.Module, call: AttentionCall, attention: PagedAttention, kernels: ElementwiseOps
     ) -> None:
-        """`call`: what `module` asks of the attention function. Raises _DifferentError for one with other modules."""
+        """`call`: a call of the attention function by `module`. Raises _DifferentError if `module` has other
+        submodules."""
         super().__init__()
         children = dict(module.named_children())
         inputs = next((names for names in _INPUTS if children.keys() >= set(names)), None)
         output = next((name for name in _OUTPUTS if name in children), None)
         if inputs is None or output is None:
-            raise _DifferentError(f"has the parts {', '.join(children)}")
+            raise _DifferentError(f"has other submodules ({', '.join(children)})")
         norms = next((names for names in _NORMS if children.keys() >= set(names)), None)
         known = {*inputs, output, *(norms or ())}
         own = [name for name, _ in module.named_parameters(recurse=False)]
         unknown = own + [name for name, child in children.items() if name not in known and any(child.parameters())]
         if unknown:
-            raise _DifferentError(f"has {', '.join(unknown)} besides")
+            raise _DifferentError(f"has unknown parameters ({', '.join(unknown)})")
         for name in known:
             self.add_module(name, children[name])
         self.layer_idx = module.layer_idx
@@ -81,7 +83,7 @@ class FusedAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
 
     @property
     def inputs(self) -> list[torch.nn.Module]:
-        """Projections of queries, keys and values, or the one of all three."""
+        """The projections of queries, keys and values, or a single one for all three."""
         return [self._modules[name] for name in self._input_names]
 
     @property
@@ -116,12 +118,12 @@ class FusedAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
         self, x: torch.Tensor, norm: torch.nn.Module | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """(1, tokens, heads * dim) -> (1, heads, tokens, dim)"""
-        # A norm is of each head, or of all heads together.
-        of_all = norm is not None and norm.weight.shape[0] == x.shape[-1]
-        if norm is not None and of_all:
+        # A norm applies to each head, or to all heads together.
+        all_heads = norm is not None and norm.weight.shape[0] == x.shape[-1]
+        if norm is not None and all_heads:
             x = norm(x)
         x = x.unflatten(-1, (-1, self._dim))
-        if norm is not None and not of_all:
+        if norm is not None and not all_heads:
             x = norm(x)
         x = x.transpose(1, 2)
         size = cos.shape[-1]
@@ -137,8 +139,8 @@ def fuse_attention(
     context_length: int,
     device: torch.device,
 ) -> FusedLayers:
-    """Replace the attention layers of `model`, whose attention function is `attention`, by fused ones. `device`: where
-    token ids come from."""
+    """Replace the attention layers of `model`, which call `attention`, by fused ones. `device`: the device of the token
+    ids."""
     layers, calls = _observe(model, attention, device)
     if kernels is None:
         return report("attention", [NO_KERNELS] * len(layers))
@@ -148,9 +150,8 @@ def fuse_attention(
         try:
             call = _read_call(*calls[module], asked)
             with device_of(call.hidden_states.device).current():
-                _try(module, call, asked, attention, kernels, context_length)
-            parent, _, child = paths[module].rpartition(".")
-            setattr(model.get_submodule(parent), child, FusedAttention(module, asked, attention, kernels))
+                _require_same(module, call, asked, attention, kernels, context_length)
+            replace_module(model, paths[module], FusedAttention(module, asked, attention, kernels))
             reasons.append(None)
         except _DifferentError as error:
             reasons.append(f"{type(module).__name__} {error}")
@@ -160,7 +161,7 @@ def fuse_attention(
 def _observe(
     model: torch.nn.Module, attention: PagedAttention, device: torch.device
 ) -> tuple[dict[torch.nn.Module, AttentionCall], dict[torch.nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Run one token: what each attention layer asks of the attention function, and how each module is called."""
+    """Run one token: the call of the attention function by each attention layer, and the arguments of each module."""
     calls: dict[torch.nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -188,7 +189,7 @@ def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any], asked: AttentionCa
     if not isinstance(embeddings, tuple) or len(embeddings) != 2:
         raise _DifferentError("takes no rotary embedding (cosines and sines)")
     cos, sin = embeddings
-    if not all(isinstance(wave, torch.Tensor) and wave.dim() == 3 for wave in (cos, sin)) or cos.shape != sin.shape:
+    if not all(isinstance(table, torch.Tensor) and table.dim() == 3 for table in (cos, sin)) or cos.shape != sin.shape:
         raise _DifferentError("takes a rotary embedding of another shape")
     if not cos.dtype == sin.dtype == asked.query.dtype == asked.key.dtype == hidden_states.dtype:
         raise _DifferentError(f"takes cosines and sines in {str(cos.dtype).removeprefix('torch.')}")
@@ -199,8 +200,8 @@ def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any], asked: AttentionCa
     return _Call(hidden_states, cos, sin, others)
 
 
-class _Fixed(torch.nn.Module):  # type: ignore[misc]
-    """Stands in for a projection: gives what it was made with, and keeps what it was called with."""
+class _FixedOutput(torch.nn.Module):  # type: ignore[misc]
+    """Stands in for a projection: returns a fixed output and keeps its input."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class _Fixed(torch.nn.Module):  # type: ignore[misc]
         return self._output
 
 
-def _try(
+def _require_same(
     module: torch.nn.Module,
     call: _Call,
     asked: AttentionCall,
@@ -221,13 +222,13 @@ def _try(
     context_length: int,
 ) -> None:
     """Raise _DifferentError unless the fused layer computes what `module` does."""
-    fused = FusedAttention(module, asked, attention, kernels)  # of the right modules, before they are replaced
+    fused = FusedAttention(module, asked, attention, kernels)  # while it has its own projections
     generator = torch.Generator().manual_seed(0)
     device = call.hidden_states.device
-    count = len(_TRIAL_SIZES)
+    count = len(_TEST_SCALES)
 
     def random(size: int) -> torch.Tensor:
-        rows = torch.randn(1, count, size, generator=generator) * torch.tensor(_TRIAL_SIZES).unsqueeze(1)
+        rows = torch.randn(1, count, size, generator=generator) * torch.tensor(_TEST_SCALES).unsqueeze(1)
         return rows.to(device)
 
     trial = copy.copy(module)
@@ -235,14 +236,14 @@ def _try(
     names = {child: name for name, child in module.named_children()}
     hidden_size = call.hidden_states.shape[-1]
     sizes = fused.split if len(fused.inputs) == 3 else [sum(fused.split)]
-    inputs = [_Fixed(random(size)) for size in sizes]
-    output = _Fixed(random(hidden_size))
+    inputs = [_FixedOutput(random(size)) for size in sizes]
+    output = _FixedOutput(random(hidden_size))
     for projection, stand_in in zip((*fused.inputs, fused.output), (*inputs, output), strict=True):
         trial._modules[names[projection]] = stand_in
     angles = torch.randn(1, count, call.cos.shape[-1] // 2, generator=generator).to(device)
-    cos, sin = (torch.cat([wave, wave], dim=-1) for wave in (angles.cos(), angles.sin()))
+    cos, sin = (torch.cat([half, half], dim=-1) for half in (angles.cos(), angles.sin()))
     positions = torch.linspace(0, context_length - 1, count, device=device).long().unsqueeze(0)
-    others = {name: _stretched(value, positions) for name, value in call.others.items()}
+    others = {name: _at_positions(value, positions) for name, value in call.others.items()}
     named = {**others, "hidden_states": random(hidden_size), "position_embeddings": (cos, sin)}
 
     def run(layer: torch.nn.Module) -> tuple[AttentionCall, torch.Tensor, Any]:
@@ -257,21 +258,21 @@ def _try(
     try:
         theirs, their_heads, their_result = run(trial)
     except _CAUSES as error:
-        raise _DifferentError(f"fails on trial input ({error})") from error
+        raise _DifferentError(f"fails on test input ({error})") from error
     ours, our_heads, _ = run(FusedAttention(trial, asked, attention, kernels))
     if not isinstance(their_result, tuple) or len(their_result) != 2 or their_result[0] is not output._output:
-        raise _DifferentError("changes what the output projection gives")
+        raise _DifferentError("changes the result of the output projection")
     if theirs.settings != ours.settings or theirs.has_sinks:
-        raise _DifferentError("asks for another attention at other positions")
+        raise _DifferentError("calls attention with other settings at other positions")
     for name in ("query", "key", "value"):
         if not agree(getattr(theirs, name), getattr(ours, name)):
-            raise _DifferentError(f"has another way from the projection to the {name}")
+            raise _DifferentError(f"computes the {name} differently from its projection")
     if not agree(their_heads, our_heads):
-        raise _DifferentError("changes what attention gives before it is projected")
+        raise _DifferentError("changes the attention output before its projection")
 
 
-def _stretched(value: Any, positions: torch.Tensor) -> Any:
-    """Positions of the trial for those of one token."""
+def _at_positions(value: Any, positions: torch.Tensor) -> Any:
+    """Replace the position of the one token by the test positions."""
     if isinstance(value, torch.Tensor) and value.shape == (1, 1):
         return positions.to(value.dtype)
     if isinstance(value, torch.Tensor) and value.shape == (1,):

@@ -1,14 +1,15 @@
-"""Replaces hot parts of a model by fused ones, where they compute the same.
+"""Replaces hot modules of a model by fused ones that compute the same.
 
-Nothing here knows architectures. A part is found by its shape (a norm with a weight and an epsilon, a gated MLP), tried
-in float32 on random input beside the fused one, and replaced only when both agree to rounding. So a model that does
-something of its own keeps its own code, and the report (`FusedLayers`) says why. Attention: see fused_attention.py.
+Nothing here knows architectures. A module is found by its structure (a norm with a weight and an epsilon, a gated MLP),
+compared with the fused one in float32 on random input, and replaced only when both agree up to rounding. A model that
+computes something else keeps its own code, and the report (`FusedLayers`) says why. Attention: see fused_attention.py.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,30 +17,33 @@ from fastserve.engine.contract import FusedLayers
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear
+from fastserve.engine.layers.modules import replace_module, set_untracked
 
 _TOLERANCE = 1e-5
-"""Of trials in float32, relative to the largest entry."""
+"""Allowed error in float32, relative to the largest entry of a row."""
 NO_KERNELS = "there are no kernels for this device"
 
 
 class FusedRMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
+    _original: Any
+
     def __init__(self, norm: torch.nn.Module, eps: float, offset: float, kernels: ElementwiseOps) -> None:
         super().__init__()
         self.weight = norm.weight
         self.eps = eps
         self.offset = offset
         self._kernels = kernels
-        self._own = (norm,)  # in a tuple, so that it is no child, whose weight would have a second name
+        set_untracked(self, "_original", norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.weight.dtype:
-            out: torch.Tensor = self._own[0](x)
+            out: torch.Tensor = self._original(x)
             return out
         return self._kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class FusedGatedMLP(torch.nn.Module):  # type: ignore[misc]
-    """down(silu(gate(x)) * up(x)), with gate and up as one product."""
+    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
     def __init__(
         self, gate_up: Linear, parts: Sequence[WeightLayout], down: torch.nn.Module, kernels: ElementwiseOps
@@ -74,21 +78,21 @@ def fuse_norms(model: torch.nn.Module, kernels: ElementwiseOps | None) -> FusedL
             offsets[type(module)] = _norm_offset(module, eps, kernels)
         offset = offsets[type(module)]
         if offset is None:
-            reasons.append(f"{type(module).__name__} is no plain RMS norm")
+            reasons.append(f"{type(module).__name__} is not a plain RMS norm")
             continue
-        _replace(model, path, FusedRMSNorm(module, eps, offset, kernels))
+        replace_module(model, path, FusedRMSNorm(module, eps, offset, kernels))
         reasons.append(None)
     return report("norm", reasons)
 
 
 def _norm_offset(module: torch.nn.Module, eps: float, kernels: ElementwiseOps) -> float | None:
-    """What the norm adds to its weight (1 in Gemma), or None when it is no plain RMS norm."""
+    """Constant that the norm adds to its weight (1 in Gemma, else 0), or None if it is not a plain RMS norm."""
     norm = copy.deepcopy(module).float()
     with torch.no_grad():
         norm.weight.add_(torch.rand_like(norm.weight))
         if getattr(norm, "bias", None) is not None:
             norm.bias.add_(torch.rand_like(norm.bias))
-    # Rows of very different sizes, with means far from 0: a norm that subtracts the mean is found out.
+    # Rows of very different magnitudes, with means far from 0, so that a norm that subtracts the mean differs.
     sizes = torch.tensor([[1e-2], [1.0], [30.0], [1e3]], device=norm.weight.device)
     x = (torch.randn(4, norm.weight.shape[0], device=norm.weight.device) + 2.0) * sizes
     expected = norm(x)
@@ -99,8 +103,8 @@ def _norm_offset(module: torch.nn.Module, eps: float, kernels: ElementwiseOps) -
 def find_gated_mlps(
     model: torch.nn.Module, kernels: ElementwiseOps | None, device_of: Callable[[str], torch.device]
 ) -> dict[str, str | None]:
-    """Paths of gated MLPs: None for those that compute down_proj(silu(gate_proj(x)) * up_proj(x)), and for others the
-    reason why they cannot be fused. Their weights may be on the meta device; `device_of` says where they will be."""
+    """For the path of each gated MLP: None if it computes down_proj(silu(gate_proj(x)) * up_proj(x)), else the reason
+    why it cannot be fused. Weights may be on the meta device; `device_of` gives their later device by name."""
     found: dict[str, str | None] = {}
     same: dict[tuple[type[torch.nn.Module], type[torch.nn.Module], torch.device], bool] = {}
     for path, module in model.named_modules():
@@ -111,7 +115,7 @@ def find_gated_mlps(
             found[path] = NO_KERNELS
             continue
         if not _is_gated_mlp(children):
-            found[path] = f"{type(module).__name__} has other parts"
+            found[path] = f"{type(module).__name__} has other submodules"
             continue
         device = device_of(f"{path}.gate_proj.weight")
         kind = (type(module), type(module.act_fn), device)
@@ -124,13 +128,13 @@ def find_gated_mlps(
 def place_gated_mlp(
     model: torch.nn.Module, path: str, whole: WeightLayout, parts: list[WeightLayout], kernels: ElementwiseOps
 ) -> None:
-    """Replace a gated MLP by a fused one, given the layout of gate and up together, and of each of them."""
+    """Replace a gated MLP by a fused one. `whole`: layout of gate and up together; `parts`: the layout of each."""
     down = model.get_submodule(f"{path}.down_proj")
-    _replace(model, path, FusedGatedMLP(Linear(whole, None), parts, down, kernels))
+    replace_module(model, path, FusedGatedMLP(Linear(whole, None), parts, down, kernels))
 
 
 def _is_plain_gated_mlp(module: torch.nn.Module, kernels: ElementwiseOps, device: torch.device) -> bool:
-    """Tried with small weights in the places of its own."""
+    """Compare with the fused MLP, with small random weights instead of the module's own."""
     width, inner = 16, 32
     trial = copy.copy(module)
     trial._modules = dict(module._modules)
@@ -146,7 +150,7 @@ def _is_plain_gated_mlp(module: torch.nn.Module, kernels: ElementwiseOps, device
         try:
             return agree(trial(x), fused)
         except (RuntimeError, AttributeError, TypeError, ValueError):
-            return False  # it looks at its sizes: it does more than this
+            return False  # it depends on its sizes, so it computes more than this
 
 
 def _is_gated_mlp(children: dict[str, torch.nn.Module]) -> bool:
@@ -159,16 +163,16 @@ def _is_gated_mlp(children: dict[str, torch.nn.Module]) -> bool:
 
 
 def agree(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    """Whether a trial in float32 found the same up to rounding."""
+    """Whether two float32 results are equal up to rounding."""
     if expected.shape != found.shape:
         return False
-    # Row by row: a large row must not hide what is wrong in a small one.
+    # Row by row: a large row must not hide errors in a small one.
     scale = expected.abs().amax(dim=-1, keepdim=True).clamp_min(1e-20)
     return bool(((expected - found).abs() <= _TOLERANCE * scale).all())
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
-    """By its class's name, so that one whose other marks were renamed is missed in the report and not in silence."""
+    """Judged by the class name, so that a norm with unknown attribute names is reported as not fused."""
     weight = getattr(module, "weight", None)
     return (
         "norm" in type(module).__name__.lower()
@@ -179,11 +183,6 @@ def _is_norm(module: torch.nn.Module) -> bool:
 
 
 def report(kind: str, reasons: Sequence[str | None]) -> FusedLayers:
-    """`reasons`: for each layer of the kind why it is not fused, or None when it is."""
+    """`reasons`: for each layer of this kind, why it is not fused; None if it is."""
     others = [reason for reason in reasons if reason is not None]
     return FusedLayers(kind, len(reasons) - len(others), len(reasons), "; ".join(dict.fromkeys(others)))
-
-
-def _replace(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

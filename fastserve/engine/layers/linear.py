@@ -1,7 +1,7 @@
-"""Linear layers, and embeddings that share their weight.
+"""Linear layers, and embeddings tied to them.
 
-On a CPU, products are two to three times as fast with a weight in an order of its own (see docs/performance.md). The
-plain weight is dropped, not kept beside it.
+On a CPU, products with a packed weight are two to three times as fast (see docs/performance.md). The plain weight is
+not kept.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from fastserve.engine.layers.layouts.layout import EmbeddingLayout, WeightLayout
 
 
 class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
-    """y = x W^T + b, and what adapters add to it."""
+    """y = x W^T + b, plus the output of LoRA adapters."""
 
     def __init__(self, weight: WeightLayout, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.layout = weight
         self.bias = bias
         self.delta: Callable[[torch.Tensor], torch.Tensor] | None = None
-        """For `x` (..., in) of a packed batch, what the adapters of its sequences add: (..., out)."""
+        """Output of the batch's adapters, added to the layer's own: `x` (..., in) -> (..., out)."""
 
     @property
     def weight(self) -> torch.Tensor:
-        """A plain tensor (out, in), for model code that looks at it; made anew when the weight is packed."""
+        """A plain tensor (out, in), for model code that reads it. A packed weight is unpacked on each call."""
         return self.layout.get()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,17 +34,18 @@ class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by
 
 
 class TiedEmbedding(torch.nn.Module):  # type: ignore[misc]
-    """An embedding whose rows are the weights of a linear layer, which are kept once."""
+    """An embedding that shares the weight of a linear layer."""
 
-    def __init__(self, layout: EmbeddingLayout, like: torch.nn.Embedding) -> None:
+    def __init__(self, layout: EmbeddingLayout, original: torch.nn.Embedding) -> None:
         super().__init__()
         self.layout = layout
-        self.embedding_dim = like.embedding_dim
-        self.scalar_embed_scale = embedding_scale(like)
+        self.embedding_dim = original.embedding_dim
+        self.scalar_embed_scale = embedding_scale(original)
 
     @property
     def weight(self) -> torch.Tensor:
-        """A plain tensor (vocabulary, hidden), for model code that looks at it; made anew when the weight is packed."""
+        """A plain tensor (vocabulary, hidden), for model code that reads it. A packed weight is unpacked on each
+        call."""
         return self.layout.get()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -54,10 +55,10 @@ class TiedEmbedding(torch.nn.Module):  # type: ignore[misc]
 
 
 def embedding_scale(embedding: torch.nn.Module) -> float:
-    """What an embedding's rows are multiplied with: 1, but in Gemma's models."""
+    """Factor applied to the embedding's rows: 1 except in Gemma's models."""
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
 
 def can_be_tied(module: torch.nn.Module) -> bool:
-    """Whether a TiedEmbedding can take its place: other subclasses may compute something else."""
+    """Whether a TiedEmbedding can replace the module. Unknown subclasses of Embedding may compute something else."""
     return type(module) is torch.nn.Embedding or hasattr(module, "scalar_embed_scale")

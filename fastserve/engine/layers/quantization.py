@@ -14,7 +14,7 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""NormalFloat of 4 bits (Dettmers et al., QLoRA, 2023, appendix E)."""
+"""4-bit NormalFloat (Dettmers et al., QLoRA, 2023, appendix E)."""
 
 
 def from_codes(
@@ -28,13 +28,13 @@ def from_codes(
     input_order: torch.Tensor | None = None,
     group: int | None = None,
 ) -> QuantizedWeight:
-    """A weight of a checkpoint: value = (code - zero) * scale, or table[code] * scale.
+    """Layout of a quantized weight: value = (code - zero) * scale, or table[code] * scale.
 
-    `codes` (out, in), uint8 or int8; `scales`, `zeros` (out, groups); zeros need not be whole numbers. `bits`, 8 or 4,
-    is how codes are kept: those of 2 or 3 bits fit in 4. `group` is how many inputs share a scale, by default
-    in / groups; the last group may be shorter. `dtype` is what is computed in. With `input_order` (in,), column j of
-    `codes` belongs to input `input_order[j]` (GPTQ's order of activations). Raises ValueError for shapes and codes that
-    do not fit."""
+    `codes` (out, in), uint8 or int8; `scales`, `zeros` (out, groups); zeros need not be integers. `bits`, 8 or 4: the
+    storage width; codes of 2 or 3 bits are stored in 4. `group`: number of inputs that share a scale, by default
+    in / groups; the last group may be shorter. `dtype`: the compute dtype. With `input_order` (in,), column j of
+    `codes` belongs to input `input_order[j]` (GPTQ's activation order). Raises ValueError for shapes and codes that do
+    not fit."""
     out, width = codes.shape
     group = group or -(-width // scales.shape[1])
     expected = (out, -(-width // group))
@@ -57,12 +57,12 @@ def from_codes(
 
 
 def quantize_int8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
-    """`weight` (out, in) in 8 bits, symmetrically, with a scale for each output."""
+    """Quantize `weight` (out, in) to 8 bits, symmetrically, with a scale for each output."""
     return _quantized(weight, Scheme(8, _WHOLE, weight.shape[1], has_offsets=False), dtype)
 
 
 def quantize_nf4(weight: torch.Tensor, dtype: torch.dtype, group: int = 64) -> QuantizedWeight:
-    """`weight` (out, in) in 4 bits of NormalFloat, with a scale for each `group` inputs of an output."""
+    """Quantize `weight` (out, in) to 4-bit NormalFloat, with a scale for each `group` inputs of an output."""
     return _quantized(weight, Scheme(4, NF4, group, has_offsets=False), dtype)
 
 
@@ -71,7 +71,7 @@ def _quantized(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Quan
 
 
 def _signed(magnitudes: Sequence[float]) -> tuple[float, ...]:
-    """A table of 8 bits: a bit of sign, and 7 bits that choose one of 128 magnitudes."""
+    """A table of 256 values: a sign bit, and 7 bits that index one of 128 magnitudes."""
     return (*magnitudes, *(-value for value in magnitudes))
 
 
@@ -84,8 +84,8 @@ _HALVES = _signed([value + 0.5 for value in range(128)])
 def _whole_numbers(
     codes: torch.Tensor, zeros: torch.Tensor | None, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, Sequence[float]]:
-    """Codes whose value is code - zero -> codes, zeros and the table that they are codes of. A zero that all groups
-    share goes into the table where that leaves values of both signs, and products need not care for it."""
+    """Codes with value code - zero -> codes, zeros and their table. A zero point shared by all groups moves into the
+    table if that leaves values of both signs; products then need no zero points."""
     lowest, highest = (int(edge) for edge in codes.aminmax())
     shift = (1 << bits - 1) if lowest < 0 else 0  # signed codes
     if lowest + shift < 0 or highest + shift >= 1 << bits:

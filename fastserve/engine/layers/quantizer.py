@@ -1,4 +1,4 @@
-"""How weights are quantized while they are read (--load-8bit, --load-4bit)."""
+"""Quantization of weights while they are loaded (--load-8bit, --load-4bit)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _OURS: dict[str, Quantize] = {"int8": quantize_int8, "nf4": quantize_nf4}
 def find_quantizer(name: str) -> Quantize:
     """`name`: int8 or nf4.
 
-    Weights of 4 bits by bitsandbytes where it is faster and has a wheel (on CUDA). On CPUs, and in 8 bits anywhere,
-    products with our own layouts are faster; and bitsandbytes' products of 8 bits wait for the device, so that steps
-    cannot be recorded.
+    4-bit weights use bitsandbytes where it is faster and has a wheel (on CUDA). On CPUs, and with 8 bits on any device,
+    products with our own layouts are faster; besides, bitsandbytes' 8-bit products synchronize with the device, so
+    steps could not be captured in CUDA graphs.
     """
 
     def quantize(weight: torch.Tensor, dtype: torch.dtype) -> WeightLayout:

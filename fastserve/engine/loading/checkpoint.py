@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint's files: which there are, and reading one of them.
+"""Lists the tensors in a checkpoint's files, and reads them one by one.
 
-Nothing is read before it is asked for. A tensor is read into memory of its own, not mapped: what is in memory is then
-what is being worked on, and a disk that fails is an error, not a signal that ends the process.
+Tensors are read only on request. Each is read into a buffer, not memory-mapped: memory then holds
+only the tensors in use, and a failing disk raises an error instead of a signal that ends the process.
 """
 
 from __future__ import annotations
@@ -30,56 +30,56 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _HEADER_LIMIT = 100_000_000
-"""Bytes of a safetensors header; the format allows no more."""
+"""Maximum size of a safetensors header in bytes, by the format."""
 _OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
-"""What files are called that are no checkpoint of the model, or a second one in the maker's own names."""
+"""File name prefixes of tensors that are not the model's weights, or are a second copy under other names."""
 
 _CODE = re.compile(r"\bGLOBAL ([\w.]+)")
-"""How torch names what a pickle calls."""
+"""The function that a pickle calls, in torch's error message."""
 
 
-class PagePool:
-    """Memory that tensors are read into. It is not from the C library's heap, of which much would stay with the threads
-    that read. It is used again for the next tensor of the same size: getting new pages and giving them back takes
-    longer than reading into them."""
+class BufferPool:
+    """Read buffers for tensors. They are mapped, not allocated on the C library's heap, which would keep much of the
+    memory for the reading threads. They are reused for tensors of the same size: mapping and unmapping takes longer
+    than reading."""
 
-    def __init__(self, most: int) -> None:
-        """`most`: bytes that are lent or wait for their next use; when more is lent, none wait."""
-        self._most = most
-        self._lent = self._kept = 0
+    def __init__(self, max_bytes: int) -> None:
+        """`max_bytes`: bytes in use and kept for reuse; when more are in use, none are kept."""
+        self._max_bytes = max_bytes
+        self._used_bytes = self._kept_bytes = 0
         self._free: dict[int, list[Bytes]] = defaultdict(list)
         self._lock = threading.Lock()
 
     def take(self, size: int) -> Bytes:
         with self._lock:
-            self._lent += size
+            self._used_bytes += size
             if self._free[size]:
-                self._kept -= size
+                self._kept_bytes -= size
                 return self._free[size].pop()
         return map_bytes(size)
 
-    def lend(self, pages: Bytes) -> torch.Tensor:
-        """They come back when the last tensor that looks at them is gone."""
-        view = pages[:]
-        weakref.finalize(view, self._take_back, pages).atexit = False
+    def as_tensor(self, buffer: Bytes) -> torch.Tensor:
+        """The buffer as a tensor. It returns to the pool when the last tensor that shares its memory is deleted."""
+        view = buffer[:]
+        weakref.finalize(view, self._release, buffer).atexit = False
         return torch.from_numpy(view)
 
     def clear(self) -> None:
-        """Give the system back what nothing is in."""
+        """Unmap all buffers that are not in use."""
         with self._lock:
             self._free.clear()
-            self._kept = 0
+            self._kept_bytes = 0
 
-    def _take_back(self, pages: Bytes) -> None:
+    def _release(self, buffer: Bytes) -> None:
         with self._lock:
-            self._lent -= len(pages)
-            if self._lent + self._kept + len(pages) <= self._most:
-                self._kept += len(pages)
-                self._free[len(pages)].append(pages)
+            self._used_bytes -= len(buffer)
+            if self._used_bytes + self._kept_bytes + len(buffer) <= self._max_bytes:
+                self._kept_bytes += len(buffer)
+                self._free[len(buffer)].append(buffer)
 
 
-page_pool = PagePool(most=32 << 20)
-"""Cleared once a model is loaded."""
+buffer_pool = BufferPool(max_bytes=32 << 20)
+"""Cleared after a model is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ Tensors = Mapping[str, StoredTensor]
 
 
 def open_folder(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model's folder, safetensors first. Raises StartupError when there are none, when a shard is
-    missing, or when a file is broken or cut off."""
+    """All tensors of a model's folder by name; safetensors files are preferred. Raises StartupError when there are
+    none, when a shard is missing, or when a file is broken or cut off."""
     for suffix in (".safetensors", ".bin", ".pt"):
         files = _files(folder, suffix)
         if files:
@@ -110,7 +110,7 @@ def open_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Of several files, of which none may repeat another's names."""
+    """All tensors of several files by name. Raises StartupError for a name that occurs twice."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in open_file(file).items():
@@ -121,7 +121,7 @@ def open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def open_file(file: Path) -> dict[str, StoredTensor]:
-    """Raises StartupError when the file is missing, broken or cut off."""
+    """All tensors of a file by name. Raises StartupError when the file is missing, broken or cut off."""
     if not file.is_file():
         raise StartupError(f"{file}: there is no such file.")
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickled(file)
@@ -132,7 +132,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     single = next((path for path in whole if path.is_file()), None)
     if single is not None:
         return [single]
-    # A second index is that of a variant, such as model.fp16.safetensors.index.json.
+    # Further indices belong to variants, such as model.fp16.safetensors.index.json.
     indices = sorted(folder.glob(f"*{suffix}.index.json"), key=lambda path: (len(path.name), path.name))
     if indices:
         return _indexed(indices[0])
@@ -201,33 +201,33 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
 def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    pages = page_pool.take(size)
+    buffer = buffer_pool.take(size)
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(offset)
             done = 0
             while done < size:
-                count = stream.readinto(pages[done:].data)
+                count = stream.readinto(buffer[done:].data)
                 if not count:
                     raise OSError(f"it ends {size - done} bytes too early")
                 done += count
     except OSError as error:
         raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
-    return page_pool.lend(pages)
+    return buffer_pool.as_tensor(buffer)
 
 
 # ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------
 
 
 def _open_pickled(file: Path) -> dict[str, StoredTensor]:
-    """Without running what a pickle could say."""
+    """Reads tensors only: no code of the pickle is run."""
     try:
         state = _unpickle(file)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
         code = _CODE.search(str(error))
         if code is not None:
             raise StartupError(
-                f"{file} is refused: beside tensors it asks for code to be run ({code[1]}), and weights are read "
+                f"{file} is refused: besides tensors it contains a call of code ({code[1]}), and weights are read "
                 "without running any. Use the model's safetensors, or convert the file where you trust it."
             ) from error
         raise StartupError(
@@ -253,7 +253,7 @@ def _held(file: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
     num_bytes = tensor.numel() * tensor.itemsize
 
     def read() -> torch.Tensor:
-        # A copy: the file is mapped, and what is made of this tensor may be changed in place.
+        # A copy, since the file is mapped and the tensor may be changed in place.
         return tensor.clone(memory_format=torch.contiguous_format)
 
     return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, num_bytes, read)

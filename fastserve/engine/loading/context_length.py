@@ -1,4 +1,4 @@
-"""How long a sequence may be: what a model states, and what its rotary embedding means in a packed batch."""
+"""The context length: as the model states it, limited by its rotary embedding where batches are packed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _UNSTATED = 2048
 def context_length(config: PretrainedConfig) -> int:
     """The longest sequence in tokens, prompt and answer together, of a model with this (text) config.
 
-    Scaling by linear, llama3 or yarn is a constant of the model. Beyond a length of theirs, `dynamic` (NTK) and
-    `longrope` take the frequencies of the longest sequence in the batch for all of it: there a long request would
-    change the answers of the short ones beside it, and keys in the cache would not fit newer ones. So the context ends
-    there, which for `dynamic` is the length stated.
+    RoPE scaling by linear, llama3 or yarn is constant. `dynamic` (NTK) and `longrope`, beyond their original length,
+    use the frequencies of the longest sequence for the whole batch: a long request would change the answers of short
+    ones in the same batch, and keys in the KV cache would not match newer ones. So the context ends at that length,
+    which for `dynamic` is the stated length.
     """
     stated = next((value for name in _FIELDS if isinstance(value := getattr(config, name, None), int) and value > 0), 0)
     if stated == 0:
@@ -33,13 +33,13 @@ def context_length(config: PretrainedConfig) -> int:
             logger.warning("Context of %d tokens instead of %d: LongRoPE's long form is not served.", original, stated)
             return original
         if kind == "yarn" and original == stated:
-            # Settings that were given YaRN by hand, as model cards advise: the length stated is still the trained one.
+            # YaRN was added to config.json by hand, as model cards advise: the stated length is still the trained one.
             return int(original * (rope.get("factor") or 1.0))
     return stated
 
 
 def _ropes(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """The model's rope parameters; those of each kind of layer, where they differ."""
+    """The model's RoPE parameters; those of each kind of layer, if they differ."""
     whole = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     yield whole
     yield from (part for part in whole.values() if isinstance(part, dict))

@@ -1,8 +1,8 @@
-"""Which weights of a checkpoint become which of a model.
+"""Maps the weights of a checkpoint to those of a model.
 
-Checkpoints have other names than the model (a prefix more or less, older names), and other shapes (one tensor for each
-expert, where the model has one for all). transformers keeps the rules for its architectures; they are applied here to
-weights as they are read, so that no more than what one rule joins is in memory twice.
+Checkpoints may use other names than the model (another prefix, older names) and other shapes (one tensor for each
+expert, where the model has one for all). transformers has conversion rules for its architectures; they are applied here
+while weights are read, so that only the inputs of one rule are in memory twice.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers.core_model_loading import (
 )
 
 from fastserve.engine.loading.formats.source import (
-    Delivered,
     QuantizedExperts,
     QuantizedTensor,
     Source,
     Value,
+    WeightValue,
     join_outputs,
 )
 from fastserve.errors import StartupError
@@ -36,29 +36,29 @@ from fastserve.errors import StartupError
 
 @dataclass(slots=True)
 class WeightLoad:
-    """What is read together."""
+    """The sources of one weight of the model, or of those that one rule makes together."""
 
     target: str
-    """The model's weight, or the first of those that a rule makes."""
+    """Name of the model's weight, or of the first that the rule makes."""
     sources: list[Source] = field(default_factory=list)
     rule: Any = None
-    """transformers' WeightConverter; None: the one source is the weight."""
+    """transformers' WeightConverter; None if the single source is the weight."""
     patterns: list[str] = field(default_factory=list)
-    """Which of the rule's inputs each source is."""
+    """For each source, the pattern of the rule that it matched."""
 
     @property
     def num_bytes(self) -> int:
         return sum(source.num_bytes for source in self.sources)
 
     @property
-    def place(self) -> str:
-        return ", ".join(dict.fromkeys(source.place for source in self.sources))
+    def location(self) -> str:
+        return ", ".join(dict.fromkeys(source.location for source in self.sources))
 
     def load(self) -> list[Value]:
         """Read all sources. Raises StartupError that names tensor and file."""
         return [source.load() for source in self.sources]
 
-    def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, Delivered]:
+    def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, WeightValue]:
         """The model's weights by name."""
         if self.rule is None:
             return {self.target: values[0]}
@@ -68,27 +68,29 @@ class WeightLoad:
             return {self.target: experts}
         for source, pattern, value in zip(self.sources, self.patterns, values, strict=True):
             tensor = value if isinstance(value, torch.Tensor) else value.dense(dtype)
-            self.rule.add_tensor(self.target, source.name, pattern, _given(tensor.to(dtype)))
+            self.rule.add_tensor(self.target, source.name, pattern, _constant(tensor.to(dtype)))
         values.clear()
         try:
             made: dict[str, Any] = self.rule.convert(self.target, model=model, config=model.config)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             names = f"{self.sources[0].name} to {self.sources[-1].name}"
-            raise StartupError(f"{self.place}: {names} cannot be joined to {self.target}: {error}.") from error
+            raise StartupError(f"{self.location}: {names} cannot be joined to {self.target}: {error}.") from error
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
     def _require_like_shapes(self, values: list[Value]) -> None:
-        """What stands for the same part of several experts has one shape."""
+        """Require one shape for all sources that match the same pattern."""
         first: dict[str, tuple[str, tuple[int, ...]]] = {}
         for source, pattern, value in zip(self.sources, self.patterns, values, strict=True):
             shape = tuple(value.shape)
             name, expected = first.setdefault(pattern, (source.name, shape))
             if shape != expected:
-                raise StartupError(f"{source.place}: {source.name} has the shape {shape}, and {name} has {expected}.")
+                raise StartupError(
+                    f"{source.location}: {source.name} has the shape {shape}, and {name} has {expected}."
+                )
 
     def _join_codes(self, values: list[Value]) -> QuantizedExperts | None:
-        """Experts that are quantized one by one stay so, where the rule puts them beside each other and, of an expert,
-        outputs below outputs; None where it does something else."""
+        """Keep experts quantized if the rule only stacks them and concatenates each expert's outputs; None if the rule
+        does something else."""
         steps = [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
         if steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
             return None
@@ -105,7 +107,7 @@ class WeightLoad:
 
 
 def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[WeightLoad], list[Source]]:
-    """Deliveries in the order of the files, and the sources that the model has no place for."""
+    """The weight loads in the order of the files, and the sources that match no weight of the model."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -122,27 +124,32 @@ def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Weigh
             unexpected.append(source)
             continue
         if target in found and pattern is None:
-            raise StartupError(f"{source.place}: {source.name} and {found[target].sources[0].name} are both {target}.")
-        delivery = found.setdefault(target, WeightLoad(target))
-        delivery.sources.append(source)
+            raise StartupError(
+                f"{source.location}: {source.name} and {found[target].sources[0].name} are both {target}."
+            )
+        weight_load = found.setdefault(target, WeightLoad(target))
+        weight_load.sources.append(source)
         if pattern is not None:
-            delivery.rule = delivery.rule or copy.deepcopy(by_pattern[pattern])
-            delivery.patterns.append(pattern)
-    for delivery in found.values():
-        _sort_like_numbers(delivery)
+            weight_load.rule = weight_load.rule or copy.deepcopy(by_pattern[pattern])
+            weight_load.patterns.append(pattern)
+    for weight_load in found.values():
+        _sort_like_numbers(weight_load)
     return list(found.values()), unexpected
 
 
-def _sort_like_numbers(delivery: WeightLoad) -> None:
-    """Experts are joined in the order in which they come: 2 before 10, as the names say, not the files."""
-    if delivery.rule is not None:
-        pairs = sorted(zip(delivery.sources, delivery.patterns, strict=True), key=lambda pair: _natural(pair[0].name))
-        delivery.sources, delivery.patterns = [list(column) for column in zip(*pairs, strict=True)]
+def _sort_like_numbers(weight_load: WeightLoad) -> None:
+    """Order the sources of a rule by the numbers in their names (expert 2 before 10), as the rule stacks them in
+    order."""
+    if weight_load.rule is not None:
+        pairs = sorted(
+            zip(weight_load.sources, weight_load.patterns, strict=True), key=lambda pair: _natural(pair[0].name)
+        )
+        weight_load.sources, weight_load.patterns = [list(column) for column in zip(*pairs, strict=True)]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
-def _given(tensor: torch.Tensor) -> Any:
+def _constant(tensor: torch.Tensor) -> Any:
     return lambda: tensor

@@ -1,4 +1,4 @@
-"""From a folder to a model that is ready to run: what it is, whether it can be served, and the order of the steps."""
+"""Loads a model from its folder until it is ready to run, or refuses one that cannot be served."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fastserve.errors import StartupError
 logger = logging.getLogger(__name__)
 
 _STATEFUL_LAYERS = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
-"""`layer_types` of hybrid models that are no attention."""
+"""`layer_types` of hybrid models other than attention."""
 FindPlaces = Callable[[PreTrainedModel, torch.device], Placement | None]
 
 
@@ -46,17 +46,17 @@ class LoadedModel:
     weights: WeightTable
     reference: Reference
     device: torch.device
-    """Where token ids come from and logits go to."""
+    """Device of token ids and logits."""
     dtype: torch.dtype
     context_length: int
     eos_token_ids: tuple[int, ...]
     placement: Placement | None = None
-    """Of a model on several devices."""
+    """None for a model on a single device."""
     fused_layers: tuple[FusedLayers, ...] = ()
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All that a step is computed on, `device` first."""
+        """All devices of the model, `device` first."""
         return (self.device,) if self.placement is None else self.placement.devices
 
 
@@ -70,8 +70,8 @@ def load_model(
     find_places: FindPlaces = lambda model, device: None,
     options: WeightOptions = WeightOptions(),  # noqa: B008  # frozen
 ) -> LoadedModel:
-    """Load the weights of a decoder-only model. `find_places` says where its parts go, None: all of it to the device.
-    Raises StartupError with the reason when that is not possible."""
+    """Load a decoder-only model. `find_places` returns the placement of its parts, or None to load all of it onto the
+    device. Raises StartupError with the reason when the model cannot be served."""
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
@@ -82,26 +82,26 @@ def load_model(
     attention = PagedAttention(attention_backend)
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     read_generation_config(model, folder)
-    deliveries, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     placement = find_places(model, device)
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantize)
-    stream_weights(model, deliveries, unexpected, assembly, progress)
-    return _take_over(model, assembly, attention, dtype, device, kernels, placement, reference=None)
+    stream_weights(model, weight_loads, unexpected, assembly, progress)
+    return _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
 
 
 def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype) -> LoadedModel:
-    """Take over a model that has its weights, and `attention` as its own: note what it computes as it is, then replace
-    what we do faster."""
+    """Prepare a model that already has its weights and uses `attention`: compute its reference logits, then replace its
+    layers by faster ones."""
     model = model.eval().requires_grad_(False)
     device = model.device
     reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
     kernels = elementwise_ops((device,), dtype)
-    return _take_over(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
+    return _finish_model(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
 
 
-def _take_over(
+def _finish_model(
     model: PreTrainedModel,
     assembly: Assembly,
     attention: PagedAttention,
@@ -111,7 +111,7 @@ def _take_over(
     placement: Placement | None,
     reference: Reference | None,
 ) -> LoadedModel:
-    """Of a model whose linear layers are ours: take down the reference, if there is none yet, and replace the rest."""
+    """With the weights loaded, compute the reference if there is none, and replace norms, MLPs and attention."""
     weights = assembly.finish()
     longest = context_length(model.config.get_text_config(decoder=True))
     if placement is not None:
@@ -127,7 +127,7 @@ def _take_over(
             fuse_attention(model, attention, kernels, longest, device),
         )
     if placement is not None:
-        placement.connect(model)  # also what stands in the places of others now
+        placement.connect(model)  # again, for the layers that were replaced
     return LoadedModel(
         model=model,
         attention=attention,
@@ -144,7 +144,7 @@ def _take_over(
 
 @contextlib.contextmanager
 def failing_in_a_sentence(name: str) -> Iterator[None]:
-    """Model code that fails when it is first run ends the start with a sentence; the log has the rest."""
+    """Turn an exception of model code into a StartupError with one sentence; the log has the traceback."""
     try:
         yield
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
@@ -167,7 +167,7 @@ def _make_skeleton(
     try:
         model = build_skeleton(config, dtype, attention, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-        if isinstance(error, KeyError) and error.args == (attention,):  # looked up in the model's own table
+        if isinstance(error, KeyError) and error.args == (attention,):  # looked up in its own table
             raise _own_attention(config.model_type) from error
         raise _cannot_be_read("model", model_dir, error) from error
     if not getattr(model, "_supports_attention_backend", False):
@@ -197,15 +197,15 @@ def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
         raise _cannot_be_read("configuration", model_dir, error) from error
 
 
-def _cannot_be_read(what: str, model_dir: str, error: Exception) -> StartupError:
-    """transformers gives advice about its own arguments, in many lines."""
+def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError:
+    # transformers' messages have many lines, with advice about its own arguments.
     if "trust_remote_code" in str(error):
         return StartupError(
             f"The model in {model_dir} comes with Python code of its own, which is not run unasked: read it, and start "
             "with --trust-remote-code if you trust it."
         )
     cause = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-    return StartupError(f"The {what} in {model_dir} cannot be loaded: {cause}.")
+    return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
 
 
 def _choose_dtype(name: str | None, config: PretrainedConfig, device: Device) -> torch.dtype:

@@ -1,13 +1,13 @@
-"""Which device each part of a model lives on, and how a step goes from one to the next.
+"""Placement of a model's parts on devices, and transfers between them during a step.
 
-accelerate's planner decides from the sizes of the parts: decoder layers stay whole, tied weights together, several GPUs
-are filled evenly as far as their caps allow and one after another where these bind, and what is left goes to the host's
-memory and then to files. Everything is computed where it lives: the hidden states of a step, which are small, travel,
-and weights and KV pages, which are large, never do. So a part on the CPU is computed by the CPU, and a part on disk is
-weights mapped from a file, whose pages the system reads when they are wanted and drops when memory is.
+accelerate's planner decides from the sizes of the parts. Decoder layers are never split, and tied weights stay
+together. Several GPUs are filled evenly, or one after another where their caps bind; the rest goes to host memory, then
+to disk. Each part is computed on its own device: hidden states, which are small, are transferred; weights and the KV
+cache, which are large, never are. A part in host memory is computed by the CPU. A part on disk has memory-mapped
+weights, computed by the CPU too; the system reads their pages when needed and drops them when memory is short.
 
-Splitting the layers themselves (tensor parallelism) would be another plan beside this one: more processes, each of
-which has its share of every weight, and no hops.
+Splitting the layers themselves (tensor parallelism) would be another kind of plan: more processes, each with a
+shard of every weight, and no transfers of this kind.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ from fastserve.errors import StartupError
 logger = logging.getLogger(__name__)
 
 _WEIGHTS_SHARE = 0.85
-"""Of the memory that may be taken of a device; the rest is for its KV pages and the largest step."""
-
+"""Share of a device's usable memory for weights; the rest is for the KV cache and the activations of a step."""
 
 Dtypes = Mapping[str, Any]
-"""torch's, or accelerate's own for fewer than 8 bits (CustomDtype), by the name of the weight."""
+"""By weight name: torch dtypes, or accelerate's own for less than 8 bits (CustomDtype)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +49,26 @@ class Caps:
 
     gpus: tuple[int, ...]
     host: int | None
-    """None: nothing may leave the GPUs. What does not fit the host either goes to disk."""
+    """None: no offloading. Otherwise, what exceeds this goes to disk."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DevicePlace:
     device: torch.device
-    """Where it is computed."""
+    """The device that computes the part."""
     on_disk: bool = False
-    """Its weights are mapped from a file; the device is the CPU."""
+    """Whether weights are memory-mapped from a file; the device is the CPU then."""
 
     def __str__(self) -> str:
         return "disk" if self.on_disk else str(self.device)
 
 
 class Placement:
-    """The place of each part of one model. `put` brings weights there, `connect` lets a step follow them."""
+    """The devices of one model's parts. `put` loads weights onto them; `connect` adds the transfers between them."""
 
-    def __init__(self, places: Mapping[str, Place], main: torch.device, folder: Path | None = None) -> None:
-        """`places` by the path of a module or a parameter, and all below it. `main`: where token ids come from and
-        logits go to. `folder`: for what is on disk."""
+    def __init__(self, places: Mapping[str, DevicePlace], main: torch.device, folder: Path | None = None) -> None:
+        """`places`: by the path of a module (with all of its submodules) or parameter. `main`: device of token ids and
+        logits. `folder`: for weights on disk."""
         self._places = dict(places)
         self.main = main
         self._folder = folder
@@ -77,54 +76,54 @@ class Placement:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All that compute, `main` first."""
+        """All devices that compute, `main` first."""
         return tuple(dict.fromkeys([self.main, *(place.device for place in self._places.values())]))
 
-    def place_of(self, name: str) -> Place:
-        """Of a module, parameter or buffer."""
+    def place_of(self, name: str) -> DevicePlace:
+        """The place of a module, parameter or buffer, by its path."""
         path = name
         while path not in self._places:
             if not path:
-                return Place(self.main)
+                return DevicePlace(self.main)
             path = path.rpartition(".")[0]
         return self._places[path]
 
     def device_of(self, name: str) -> torch.device:
-        """Where the weight `name` is to be loaded to."""
+        """The device that the weight `name` is loaded onto."""
         return self.place_of(name).device
 
     def put(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The same values where they belong. Raises StartupError when the disk has no room for them."""
+        """Copy a weight to its place, if it is not there. Raises StartupError when the disk is full."""
         place = self.place_of(name)
         return self._map(tensor) if place.on_disk else tensor.to(place.device)
 
     def connect(self, model: torch.nn.Module) -> None:
-        """Have each part take its inputs to its device when it is called, and the whole model give its logits on
-        `main`. To be called again when parts were replaced."""
+        """Add hooks that move the inputs of each part to its device, and the logits to `main`. To be called again after
+        parts were replaced."""
         for handle in self._handles:
             handle.remove()
         caches: dict[torch.device, _TransferCache] = {device: _TransferCache(device) for device in self.devices}
         self._handles = [
-            module.register_forward_pre_hook(_Hop(caches[place.device]), with_kwargs=True)
+            module.register_forward_pre_hook(_MoveInputs(caches[place.device]), with_kwargs=True)
             for path, place in self._places.items()
-            for module in _called(_find(model, path))
+            for module in _called_modules(_find(model, path))
         ]
 
-        def come_home(_: torch.nn.Module, __: Any, output: Any) -> Any:
+        def return_logits(_: torch.nn.Module, __: Any, output: Any) -> Any:
             for cache in caches.values():
-                cache.empty()
+                cache.clear()
             device_of(self.main).make_current()
             output.logits = output.logits.to(self.main)
             return output
 
-        self._handles.append(model.register_forward_hook(come_home))
+        self._handles.append(model.register_forward_hook(return_logits))
 
     def _map(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._folder is None:
             raise RuntimeError("this placement has no folder for what is on disk")
         count = tensor.numel()
-        # The name goes at once and the room with the last mapping of it, so nothing is left behind by a process that is
-        # killed. (Windows keeps a file that is mapped: there it stays until the folder is emptied.)
+        # The file is unlinked at once and its space freed with its last mapping, so a killed process leaves nothing
+        # behind. (Windows keeps a mapped file: there it stays until the folder is emptied.)
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as scratch:
             file = Path(scratch) / "weight"
             try:
@@ -146,11 +145,11 @@ class Placement:
 def find_placement(
     model: PreTrainedModel, device: torch.device, spread: Spread, utilization: float, quantize: str | None = None
 ) -> Placement | None:
-    """Where the parts of `model`, whose weights may be on the meta device, are to live on this machine; None when all
-    of it is to live on `device`. `utilization`: share of each device's memory that may be taken. `quantize`: int8 or
-    nf4, when linear layers are kept so.
+    """Plan the placement of `model`, whose weights may be on the meta device; None to load all of it onto `device`.
+    `utilization`: share of each device's memory that may be used. `quantize`: int8 or nf4, if linear layers are
+    quantized.
 
-    Raises StartupError when the machine does not have the devices, or these do not hold the model.
+    Raises StartupError when the machine lacks the devices, or these cannot hold the model.
     """
     refuse_spread(device.type, spread)
     if not spread.is_multi_device:
@@ -163,31 +162,31 @@ def find_placement(
             f"{'' if spread.cpu_offloading else ', or add --cpu-offloading where the model does not fit'}."
         )
     caps = _find_caps(device, spread, utilization)
-    kept_as = None if quantize is None else quantized_dtypes(model, quantize)
-    places = plan(model, caps, kept_as)
-    _require_fit(model, places, caps, spread, kept_as)
+    special_dtypes = None if quantize is None else quantized_dtypes(model, quantize)
+    places = plan(model, caps, special_dtypes)
+    _require_fit(model, places, caps, spread, special_dtypes)
     gpus = [torch.device(device.type, index) for index in range(spread.num_gpus)]
     placement = make_placement(model, places, gpus, _offload_folder() if "disk" in places.values() else None)
-    logger.info("Weights: %s", _summary(model, placement, kept_as))
+    logger.info("Weights: %s", _summary(model, placement, special_dtypes))
     return placement
 
 
-def plan(model: PreTrainedModel, caps: Caps, kept_as: Dtypes | None = None) -> dict[str, int | str]:
-    """Number of the GPU, "cpu" or "disk" for each part of the model, by its path."""
+def plan(model: PreTrainedModel, caps: Caps, special_dtypes: Dtypes | None = None) -> dict[str, int | str]:
+    """For the path of each part of the model: the index of a GPU, "cpu" or "disk"."""
     whole = _unsplittable(model)
     memory: dict[int | str, int] = dict(enumerate(caps.gpus))
     if caps.host is not None:
         memory["cpu"] = caps.host
-    balanced = get_balanced_memory(model, dict(memory), whole, special_dtypes=kept_as)
-    # The planner leaves room for one more layer on the first GPU, to which it would bring those from the host. We bring
-    # none there, so this only must not make its share smaller than the others'.
-    _, largest = _sizes(model, kept_as)
+    balanced = get_balanced_memory(model, dict(memory), whole, special_dtypes=special_dtypes)
+    # The planner reserves room on the first GPU for a layer moved there from the host. We move none, so that room is
+    # added back.
+    _, largest = _sizes(model, special_dtypes)
     balanced[0] = min(memory[0], int(balanced[0]) + largest)
     places: dict[str, int | str] = infer_auto_device_map(
         model,
         balanced,
         whole,
-        special_dtypes=kept_as,
+        special_dtypes=special_dtypes,
         clean_result=False,
         offload_buffers=True,
         fallback_allocation=True,
@@ -196,8 +195,8 @@ def plan(model: PreTrainedModel, caps: Caps, kept_as: Dtypes | None = None) -> d
 
 
 def quantized_dtypes(model: PreTrainedModel, quantize: str) -> dict[str, Any]:
-    """What weights of linear layers, save the head's, take when they are quantized (int8 or nf4); their scales, a few
-    percent, are left to the share for the cache."""
+    """Storage dtypes of linear weights, except the LM head, when they are quantized (int8 or nf4). Scales, a few
+    percent more, are not counted."""
     head = model.get_output_embeddings()
     dtype = {"int8": torch.int8, "nf4": CustomDtype.INT4}[quantize]
     return {
@@ -213,19 +212,19 @@ def make_placement(
     gpus: list[torch.device],
     folder: Path | None = None,
 ) -> Placement:
-    """The placement that a plan stands for, with `gpus` by their numbers."""
+    """The placement for a plan. `gpus`: devices by their index in the plan."""
     cpu = torch.device("cpu")
     named = {
-        path: Place(gpus[place]) if isinstance(place, int) else Place(cpu, on_disk=place == "disk")
+        path: DevicePlace(gpus[place]) if isinstance(place, int) else DevicePlace(cpu, on_disk=place == "disk")
         for path, place in places.items()
     }
     main = next((place.device for place in named.values() if place.device != cpu), cpu)
-    # Parts without weights (rotary positions) compute once for all layers, from what the embedding gives.
+    # Parts without weights (the rotary embedding) run once for all layers, on the output of the token embedding.
     start = Placement(named, main).place_of(_name_of(model, model.get_input_embeddings()))
     for path in named:
         part = _find(model, path)
         if isinstance(part, torch.nn.Module) and next(part.parameters(), None) is None:
-            named[path] = Place(start.device)
+            named[path] = DevicePlace(start.device)
     return Placement(named, main, folder)
 
 
@@ -240,11 +239,11 @@ def _find_caps(device: torch.device, spread: Spread, utilization: float) -> Caps
 
 
 def _require_fit(
-    model: PreTrainedModel, places: Mapping[str, int | str], caps: Caps, spread: Spread, kept_as: Dtypes | None
+    model: PreTrainedModel, places: Mapping[str, int | str], caps: Caps, spread: Spread, special_dtypes: Dtypes | None
 ) -> None:
     on_gpus = any(isinstance(place, int) for place in places.values())
     spills = any(isinstance(place, str) for place in places.values())
-    if kept_as is not None and "disk" in places.values() and spread.cpu_offloading:
+    if special_dtypes is not None and "disk" in places.values() and spread.cpu_offloading:
         raise StartupError(
             "--cpu-offloading: the GPUs and the machine's memory do not hold the model, and weights that are quantized "
             "while they are read (--load-8bit, --load-4bit) are not kept on disk: leave that flag out, or take fewer "
@@ -252,7 +251,7 @@ def _require_fit(
         )
     if on_gpus and (spread.cpu_offloading or not spills):
         return
-    total, largest = _sizes(model, kept_as)
+    total, largest = _sizes(model, special_dtypes)
     hold = ", ".join(_gigabytes(cap) for cap in caps.gpus)
     limit = "their free memory" if spread.max_gpu_memory is None else "--max-gpu-memory and their free memory"
     if not on_gpus:
@@ -266,15 +265,15 @@ def _require_fit(
     )
 
 
-def _sizes(model: PreTrainedModel, kept_as: Dtypes | None) -> tuple[int, int]:
-    """Bytes of all weights, and of the largest part that stays whole."""
-    sizes = compute_module_sizes(model, special_dtypes=kept_as)
+def _sizes(model: PreTrainedModel, special_dtypes: Dtypes | None) -> tuple[int, int]:
+    """Bytes of all weights, and of the largest part that is not split."""
+    sizes = compute_module_sizes(model, special_dtypes=special_dtypes)
     largest, _ = get_max_layer_size(list(model.named_children()), sizes, _unsplittable(model))
     return int(sizes[""]), int(largest)
 
 
 def _unsplittable(model: PreTrainedModel) -> list[str]:
-    """Classes of modules that stay whole: what the model names, and its decoder layers in any case."""
+    """Class names of modules that are not split: those that the model lists, and always its decoder layers."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     longest: Any = max(lists, key=len, default=())
     return sorted({*(getattr(model, "_no_split_modules", None) or ()), *(type(layer).__name__ for layer in longest)})
@@ -293,8 +292,8 @@ def _offload_folder() -> Path:
 
 
 def _reserve(file: Path, num_bytes: int) -> None:
-    """Raises OSError when the disk has no room. A mapping over room that is not there would end the process by a signal
-    when it is written."""
+    """Allocate the file's space. Raises OSError when the disk is full: writing to a mapping without space would end the
+    process by a signal."""
     with file.open("wb") as stream:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(stream.fileno(), 0, num_bytes)
@@ -304,8 +303,8 @@ def _reserve(file: Path, num_bytes: int) -> None:
             stream.truncate(num_bytes)
 
 
-def _summary(model: PreTrainedModel, placement: Placement, kept_as: Dtypes | None) -> str:
-    by_name = compute_module_sizes(model, special_dtypes=kept_as)
+def _summary(model: PreTrainedModel, placement: Placement, special_dtypes: Dtypes | None) -> str:
+    by_name = compute_module_sizes(model, special_dtypes=special_dtypes)
     sizes: dict[str, int] = {}
     for name, _ in model.named_parameters():
         place = str(placement.place_of(name))
@@ -317,30 +316,30 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-# ---- the way of a step ------------------------------------------------------------------------------------------
+# ---- transfers during a step ------------------------------------------------------------------------------------
 
 
 class _TransferCache:
-    """What a step has brought to a device beside the hidden states. All layers ask for the same (cosines and sines of
-    the positions), so it is sent once a step."""
+    """Inputs copied to a device during a step, except hidden states. All layers of the device take the same ones
+    (cosines and sines of the positions), so they are copied once a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._brought: dict[int, tuple[Any, Any]] = {}
-        """by id, with the original, which keeps the id its own"""
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        """(original, copy) by the original's id, which stays unique while the original is kept here."""
 
-    def bring(self, value: Any) -> Any:
-        found = self._brought.get(id(value))
+    def copy(self, value: Any) -> Any:
+        found = self._copies.get(id(value))
         if found is None:
-            found = self._brought[id(value)] = (value, _moved(value, self.device))
+            found = self._copies[id(value)] = (value, _moved(value, self.device))
         return found[1]
 
-    def empty(self) -> None:
-        self._brought.clear()
+    def clear(self) -> None:
+        self._copies.clear()
 
 
-class _Hop:
-    """Runs before a part of the model: its inputs, and the kernels that it launches, go to its device."""
+class _MoveInputs:
+    """Hook before a part of the model: moves its inputs to its device and makes that the current device."""
 
     def __init__(self, cache: _TransferCache) -> None:
         self._cache = cache
@@ -349,11 +348,11 @@ class _Hop:
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         device = self._cache.device
-        # Kernels are launched on the current device, wherever the tensors are.
+        # Kernels are launched on the current device, not on that of the tensors.
         device_of(device).make_current()
-        # Hidden states are other ones in each layer, though they may be the same tensor, changed in place.
+        # Hidden states are not cached: each layer has new ones, though perhaps in the same tensor, changed in place.
         named = {
-            name: _moved(value, device) if name == "hidden_states" else self._cache.bring(value)
+            name: _moved(value, device) if name == "hidden_states" else self._cache.copy(value)
             for name, value in kwargs.items()
         }
         return _moved(args, device), named
@@ -378,19 +377,19 @@ def _find(model: torch.nn.Module, path: str) -> torch.nn.Module | torch.Tensor:
     return found
 
 
-def _called(part: torch.nn.Module | torch.Tensor) -> Iterator[torch.nn.Module]:
-    """The modules of a part that model code calls: a list of layers is none, its layers are."""
+def _called_modules(part: torch.nn.Module | torch.Tensor) -> Iterator[torch.nn.Module]:
+    """The modules of a part that model code calls: not a ModuleList, but its layers."""
     if not isinstance(part, torch.nn.Module):
         return
     if type(part).forward is not torch.nn.Module.forward:
         yield part
         return
     for child in part.children():
-        yield from _called(child)
+        yield from _called_modules(child)
 
 
 def _owners(model: torch.nn.Module) -> list[tuple[str, list[tuple[torch.nn.Module, str]]]]:
-    """Each parameter and buffer by its first name, with all modules that have it and what they call it."""
+    """The first name of each parameter and buffer, with all modules that hold it and their names for it."""
     found: dict[int, tuple[str, list[tuple[torch.nn.Module, str]]]] = {}
     for path, module in model.named_modules():
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -1,4 +1,4 @@
-"""A model without weights: modules, buffers and shapes, for weights that arrive one by one."""
+"""Builds a model without weights: modules, buffers and shapes, to be filled weight by weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastserve.errors import StartupError
 def build_skeleton(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model of `config` with its parameters on the meta device, each in the dtype that it is to have.
+    """The model of `config` with its parameters on the meta device, each in its final dtype.
 
-    Buffers are on the CPU and hold what the model's own code puts there: those that no checkpoint has (frequencies of
-    rotary positions) are right from the start.
+    Buffers are on the CPU, with the values that the model's own code gives them: those that no checkpoint has (RoPE
+    frequencies) need no loading.
     """
     if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # how the checkpoint is packed is our matter (formats/)
+        del config.quantization_config  # quantized checkpoints are read by formats/
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
@@ -33,7 +33,7 @@ def build_skeleton(
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """What the model's class says must not be rounded (norms of T5's kind, routers)."""
+    """Keep the parameters in float32 that the model's class lists as such (some norms, routers)."""
     patterns = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
     if dtype is torch.float16:
         patterns += getattr(model, "_keep_in_fp32_modules", None) or []
@@ -46,7 +46,8 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Give the model the defaults of its generation_config.json, where there is one. Raises StartupError."""
+    """Set the model's generation defaults from its generation_config.json, if any. Raises StartupError if
+    unreadable."""
     if not (folder / "generation_config.json").is_file():
         return
     try:

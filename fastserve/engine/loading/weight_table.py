@@ -1,7 +1,6 @@
-"""All weights of a model by their Hugging Face names, however each is stored.
+"""Access to all weights of a model by their Hugging Face names, whatever their layout.
 
-Whatever changes weights (live updates) reads and writes through this table, and knows nothing of packing, ties or
-transposed layers.
+Live weight updates read and write through this table, independent of packing, ties and transposed layers.
 """
 
 from __future__ import annotations
@@ -13,29 +12,29 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one copy of a weight lives."""
+class WeightSlot:
+    """Read and write access to one stored copy of a weight, in the checkpoint's shape."""
 
     get: Callable[[], torch.Tensor]
     set: Callable[[torch.Tensor], object]
 
 
 class WeightTable:
-    """Made by `assembly.Assembly`, which gives the weights their places."""
+    """Created by `assembly.Assembly`."""
 
-    def __init__(self, places: dict[str, list[Place]], shapes: Mapping[str, torch.Size]) -> None:
-        """`places` of each name: its own and those of the weights tied to it, in the same order for all of them. Some
-        may be one and the same."""
-        self._places = {name: list(dict.fromkeys(found)) for name, found in places.items()}
+    def __init__(self, slots: dict[str, list[WeightSlot]], shapes: Mapping[str, torch.Size]) -> None:
+        """`slots`: for each name, its own slot and those of the weights tied to it, in the same order for each of these
+        names. Duplicates are allowed."""
+        self._slots = {name: list(dict.fromkeys(found)) for name, found in slots.items()}
         self._shapes = shapes
 
     def names(self) -> list[str]:
-        return list(self._places)
+        return list(self._slots)
 
     @property
     def num_parameters(self) -> int:
-        """Tied weights count once."""
-        first_of = {id(places[0]): name for name, places in reversed(self._places.items())}
+        """Number of parameters; tied weights count once."""
+        first_of = {id(slots[0]): name for name, slots in reversed(self._slots.items())}
         return sum(self._shapes[name].numel() for name in first_of.values())
 
     def get(self, name: str) -> torch.Tensor:
@@ -43,16 +42,16 @@ class WeightTable:
         return self._find(name)[0].get()
 
     def set(self, name: str, tensor: torch.Tensor) -> None:
-        """Replace a weight, in all places where it is used. Raises KeyError, or ValueError for another shape."""
-        places = self._find(name)
+        """Overwrite a weight and those tied to it. Raises KeyError, or ValueError for another shape."""
+        slots = self._find(name)
         if tensor.shape != self._shapes[name]:
             raise ValueError(f"{name} has the shape {tuple(self._shapes[name])}, not {tuple(tensor.shape)}")
         with torch.no_grad():
-            for place in places:
-                place.set(tensor)
+            for slot in slots:
+                slot.set(tensor)
 
-    def _find(self, name: str) -> list[Place]:
+    def _find(self, name: str) -> list[WeightSlot]:
         try:
-            return self._places[name]
+            return self._slots[name]
         except KeyError:
             raise KeyError(f"the model has no weight {name!r}") from None

@@ -1,1 +1,1 @@
-"""Weight layouts of linear layers: one file for each way to keep a weight."""
+"""Weight layouts of linear layers, one file for each."""

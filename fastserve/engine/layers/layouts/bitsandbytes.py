@@ -1,4 +1,4 @@
-"""Weights of 4 bits (nf4) as bitsandbytes keeps and multiplies them on CUDA (Dettmers et al., QLoRA, 2023)."""
+"""4-bit weights (nf4) stored and multiplied by bitsandbytes, on CUDA (Dettmers et al., QLoRA, 2023)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BitsAndBytesWeight:
         out, width = weight.shape
         with torch.device("meta"):
             layer = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=self._dtype, quant_type="nf4")
-        # bitsandbytes quantizes when a weight comes to the GPU.
+        # bitsandbytes quantizes a weight when it is moved to the GPU.
         source = weight.to("cpu", self._dtype)
         layer.weight = bnb.nn.Params4bit(source, requires_grad=False, quant_type="nf4").to(weight.device)
         self._layer = layer.eval()

@@ -1,4 +1,4 @@
-"""The fastest layout that a dense weight can have."""
+"""Choice of the fastest layout for a dense weight."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from fastserve.engine.layers.layouts.plain import PlainWeight
 
 
 def is_mapped(weight: torch.Tensor) -> bool:
-    """Whether it lies in a file: then its order is not changed, since that would bring it into memory."""
+    """Whether the weight is memory-mapped from a file. Such a weight is not packed, since that would load it into
+    memory."""
     return weight.device.type == "cpu" and weight.untyped_storage().filename is not None
 
 
 def layout_of(weight: torch.Tensor) -> WeightLayout:
-    """The fastest layout that this weight can have."""
+    """The fastest layout for this weight."""
     if is_mapped(weight) or not device_of(weight.device).packs_weights:
         return PlainWeight(weight)
-    orders = (OneDnnWeight, GroupedWeight) if _has_matrix_unit(weight.dtype) else (GroupedWeight, OneDnnWeight)
-    return orders[0].of(weight) or orders[1].of(weight) or PlainWeight(weight)
+    layouts = (OneDnnWeight, GroupedWeight) if _has_matrix_unit(weight.dtype) else (GroupedWeight, OneDnnWeight)
+    return layouts[0].of(weight) or layouts[1].of(weight) or PlainWeight(weight)
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def _has_matrix_unit(dtype: torch.dtype) -> bool:
 
 
 def joint_layout(weights: Sequence[torch.Tensor]) -> tuple[WeightLayout, list[WeightLayout]]:
-    """One weight for layers that take the same input, and each layer's own as a part of it."""
+    """One layout for the weights of layers with the same input, and each layer's part of it."""
     whole: WeightLayout | None = None
     packs = device_of(weights[0].device).packs_weights and not any(is_mapped(weight) for weight in weights)
     if packs and not _has_matrix_unit(weights[0].dtype):

@@ -1,6 +1,6 @@
-"""How a weight of a linear layer is kept: the contract of all weight layouts.
+"""The interface of weight layouts: how the weight of a linear layer is stored and multiplied with.
 
-A new layout (another quantization, cut over ranks) is one more file with a class that has these methods.
+A new layout (another quantization, sharding over ranks) is one more file with a class that has these methods.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastserve.engine.kernels.packed_linear import WeightStruct
 
 
 class WeightLayout(Protocol):
-    """How a weight of shape (out, in) is kept."""
+    """A stored weight of shape (out, in)."""
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` (..., in) -> (..., out)"""
@@ -26,30 +26,30 @@ class WeightLayout(Protocol):
         ...
 
     def set(self, weight: torch.Tensor) -> None:
-        """Replace it by `weight` (out, in)."""
+        """Overwrite it with `weight` (out, in)."""
         ...
 
     def part(self, rows: slice) -> WeightLayout:
-        """Some outputs of it, as a layout that shares its memory."""
+        """The layout of some of its rows (outputs), sharing its memory."""
         ...
 
     def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
-        """What kernels for CPUs are told of it, None where they cannot multiply with it. It points to memory that stays
-        in its place as long as this object and `bias` live, also when the weight is set."""
+        """C struct describing this weight for CPU kernels, or None if unsupported. Its pointers are valid as long as
+        this object and `bias` live, also after `set`."""
         ...
 
 
 @runtime_checkable
 class EmbeddingLayout(WeightLayout, Protocol):
-    """A layout that an embedding tied to the layer can share."""
+    """A layout that a tied embedding can share."""
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """`ids` (...) of outputs -> their weights (..., in)"""
+        """Rows of the weight: `ids` (...) -> (..., in)"""
         ...
 
 
 class RowsOfWeight:
-    """Some rows of a weight that can only be taken apart as a whole."""
+    """Some rows of a weight whose layout cannot be sliced: it is unpacked for each use."""
 
     def __init__(self, whole: WeightLayout, rows: slice) -> None:
         self._whole = whole
@@ -74,4 +74,4 @@ class RowsOfWeight:
 
 
 Quantize = Callable[[torch.Tensor, torch.dtype], WeightLayout]
-"""From a weight (out, in) to its quantized layout, for products in a dtype."""
+"""(weight (out, in), compute dtype) -> quantized layout"""

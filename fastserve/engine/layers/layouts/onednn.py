@@ -1,4 +1,4 @@
-"""A weight in the order of oneDNN."""
+"""A weight packed by oneDNN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
 
 
 class OneDnnWeight:
-    """Reordered for oneDNN: for CPUs without a compiler, and for those with matrix units (AMX), which it knows."""
+    """Packed by oneDNN, for CPUs with matrix units (AMX), and where there is no compiler for our own kernel."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._dtype = weight.dtype

@@ -1,4 +1,4 @@
-"""A weight in the order of our kernel for CPUs."""
+"""A weight packed for our CPU kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
 
 
 class GroupedWeight:
-    """In groups of 16 outputs, for our own kernel (CPU with a compiler)."""
+    """Packed in groups of 16 outputs, for our own kernel (CPU with a compiler)."""
 
     def __init__(self, packed: torch.Tensor, out: int, width: int, kernel: PackedLinearKernel) -> None:
         self._packed = packed
@@ -21,7 +21,7 @@ class GroupedWeight:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> GroupedWeight | None:
-        """None where the kernel cannot multiply with it."""
+        """None if the kernel does not support the weight."""
         kernel = PackedLinearKernel.load(weight.dtype)
         if kernel is None or not kernel.supports(weight):
             return None
@@ -30,7 +30,8 @@ class GroupedWeight:
 
     @classmethod
     def joint(cls, weights: Sequence[torch.Tensor]) -> GroupedWeight | None:
-        """One above the other, without a copy that has them so in plain order."""
+        """The weights concatenated along their outputs, packed without a plain concatenated copy. None if
+        unsupported."""
         first = weights[0]
         kernel = PackedLinearKernel.load(first.dtype)
         if kernel is None or not kernel.supports(first) or any(weight.shape[0] % LANES for weight in weights):
@@ -67,6 +68,6 @@ class GroupedWeight:
 
 
 def split_rows(whole: WeightLayout, weights: Sequence[torch.Tensor]) -> list[WeightLayout]:
-    """The parts of a layout that several weights, one above the other, make up."""
+    """Split the layout of concatenated weights into the part of each of them."""
     ends = itertools.accumulate(weight.shape[0] for weight in weights)
     return [whole.part(slice(begin, end)) for begin, end in itertools.pairwise([0, *ends])]

@@ -1,4 +1,4 @@
-"""A weight as the checkpoint has it."""
+"""A dense, unpacked weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastserve.engine.layers.layouts.layout import WeightLayout
 
 
 class PlainWeight:
-    """As the checkpoint has it."""
+    """The dense tensor (out, in)."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight

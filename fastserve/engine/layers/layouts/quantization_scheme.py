@@ -1,9 +1,8 @@
-"""Schemes of weights of 8 or 4 bits, and how values become codes.
+"""Schemes of 8-bit and 4-bit weights, and quantization by them.
 
-Every scheme here is one rule: value = table[code] * scale - offset, with a scale (and where a scheme is asymmetric, an
-offset) for each output and group of inputs. The table is what makes a scheme: whole numbers (int8, GPTQ, AWQ), or the
-quantiles of a normal distribution (nf4). Products with tables of whole numbers are as exact as the activations are;
-none of these layouts quantizes activations.
+In every scheme, value = table[code] * scale - offset, with a scale (and an offset, if the scheme is asymmetric) for
+each output and group of inputs. Schemes differ in their table: integers (int8, GPTQ, AWQ), or the quantiles of a normal
+distribution (nf4). Products with integer tables are as exact as the activations; no layout here quantizes activations.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import torch
 from fastserve.engine.kernels.packed_linear import UNIT
 
 QuantizedParts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""codes (out, in) uint8, a byte each; scales and offsets (out, groups) float32"""
+"""codes (out, in) uint8, one code a byte; scales and offsets (out, groups) float32"""
 _QUANTIZED_ENTRIES = 1 << 18
-"""How many entries are quantized at once: they stay in the caches of a CPU for all passes over them."""
+"""Entries quantized at once, few enough to stay in the CPU's caches during all passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +27,15 @@ class Scheme:
     bits: int
     """8 or 4"""
     table: tuple[float, ...]
-    """What a code stands for: 16 entries, or 256 of which the second half is the first with its sign turned."""
+    """Value of each code: 16 entries, or 256 whose second half is the first half negated."""
     group: int
     """Neighbouring inputs that share a scale; the last group of an output may be shorter."""
     has_offsets: bool
 
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedParts:
-    """Each value becomes the nearest of the table's, scaled so that the largest of a group (with offsets: both the
-    smallest and the largest) is at the table's end."""
+    """Round each value to the nearest of the table. Scales map a group's largest magnitude (with offsets: its smallest
+    and its largest value) to the ends of the table."""
     order, table = _sorted_table(scheme.table, weight.device)
     found = [
         _quantize_rows(weight[rows].float(), scheme, order, table)
@@ -49,7 +48,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedParts:
 def _quantize_rows(weight: torch.Tensor, scheme: Scheme, order: torch.Tensor, table: torch.Tensor) -> QuantizedParts:
     out, width = weight.shape
     groups = -(-width // scheme.group)
-    # A last group that is short is filled up with what it has.
+    # A shorter last group is padded with its last column.
     filled = torch.cat((weight, weight[:, -1:].expand(-1, groups * scheme.group - width)), dim=1)
     values = filled.view(out, groups, scheme.group)
     low, high = float(table[0]), float(table[-1])
@@ -67,11 +66,11 @@ def _quantize_rows(weight: torch.Tensor, scheme: Scheme, order: torch.Tensor, ta
 
 
 def _nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """For each value, where in the sorted table the nearest one is."""
+    """For each value, the index of the nearest entry of the sorted table."""
     step = table[1] - table[0]
     if (table.diff() == step).all():
         return ((values - table[0]) / step).round_().clamp_(0, len(table) - 1)
-    # A pass for each entry is faster than a search for each value, where vectors are long.
+    # Vectorized, one pass for each entry is faster than a search for each value.
     found = torch.zeros_like(values, dtype=torch.uint8)
     for middle in ((table[1:] + table[:-1]) / 2).tolist():
         found += values > middle
@@ -79,7 +78,7 @@ def _nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _sorted_table(table: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes by rising value, these values): finite ones, each once."""
+    """The table's distinct finite values in ascending order, and their codes: (codes, values)."""
     first = {value: code for code, value in reversed(list(enumerate(table))) if math.isfinite(value)}
     values = sorted(first)
     codes = torch.tensor([first[value] for value in values], dtype=torch.uint8, device=device)
@@ -87,6 +86,6 @@ def _sorted_table(table: tuple[float, ...], device: torch.device) -> tuple[torch
 
 
 def row_slices(shape: Sequence[int], entries: int) -> Iterator[slice]:
-    """Rows of about so many entries, beginning with a unit."""
+    """Slices of rows with about `entries` entries each, beginning at multiples of UNIT."""
     step = max(UNIT, entries // shape[1] // UNIT * UNIT)
     yield from (slice(at, min(at + step, shape[0])) for at in range(0, shape[0], step))

@@ -1,4 +1,4 @@
-"""A weight of 8 or 4 bits."""
+"""An 8-bit or 4-bit weight."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastserve.engine.layers.layouts.quantization_scheme import QuantizedParts, 
 from fastserve.engine.layers.layouts.quantized_storage import PackedStorage, PlainStorage
 
 _DEQUANTIZED_ENTRIES = 1 << 22
-"""How many entries of a weight torch dequantizes at once."""
+"""Entries of a weight that torch dequantizes at once."""
 
 
 class QuantizedWeight:
-    """A weight (out, in), as a layout of the linear layer. Made by the functions below."""
+    """Layout of a quantized weight (out, in). Created by the functions of layers/quantization.py."""
 
     def __init__(
         self, scheme: Scheme, parts: QuantizedParts, dtype: torch.dtype, input_order: torch.Tensor | None = None
@@ -55,13 +55,13 @@ class QuantizedWeight:
         kernel, rows = self._matmul, x.numel() // x.shape[-1]
         if kernel is None or isinstance(self._store, PackedStorage) or rows > kernel.max_rows or x.dtype != self._dtype:
             return None
-        weight = self._store.stored(self._scheme, self._table, self._order)
+        weight = self._store.as_matrix(self._scheme, self._table, self._order)
         if not kernel.supports(weight):
             return None
         return kernel.product(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
     def get(self) -> torch.Tensor:
-        """Dequantized, in the compute dtype."""
+        """The dequantized weight (out, in) in the compute dtype."""
         weight = torch.empty(self._store.shape, dtype=self._dtype, device=self._store.device)
         columns = slice(None) if self._order is None else self._order
         for rows in row_slices(self._store.shape, _DEQUANTIZED_ENTRIES):
@@ -69,7 +69,7 @@ class QuantizedWeight:
         return weight
 
     def set(self, weight: torch.Tensor) -> None:
-        """Quantized anew, by the same scheme with scales of its own."""
+        """Quantize `weight` (out, in) by the same scheme, with new scales."""
         ordered = (
             weight.to(self._store.device) if self._order is None else weight.to(self._store.device)[:, self._order]
         )
@@ -100,7 +100,7 @@ class QuantizedWeight:
         return self._store.struct(bias, self._scheme.group, self._table, self._order)
 
     def _values(self, parts: QuantizedParts) -> torch.Tensor:
-        """In the order of the columns of codes."""
+        """Dequantized values, their columns in the order of the codes."""
         codes, scales, offsets = parts
         width, group = codes.shape[1], self._scheme.group
         values = self._table[codes.int()]

@@ -1,4 +1,4 @@
-"""Where the codes and scales of a quantized weight lie: in their own order, or in that of our kernel for CPUs."""
+"""Storage of the codes and scales of a quantized weight: in plain order, or packed for our CPU kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastserve.engine.layers.layouts.quantization_scheme import QuantizedParts, 
 
 
 class PlainStorage:
-    """Codes in their own order, for torch operations on any device; those of 4 bits in pairs."""
+    """Codes in plain order, for torch operations on any device; 4-bit codes two in a byte."""
 
     def __init__(self, bits: int, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None) -> None:
         self._bits = bits
@@ -53,17 +53,17 @@ class PlainStorage:
         part._offsets = None if self._offsets is None else self._offsets[rows]
         return part
 
-    def stored(self, scheme: Scheme, table: torch.Tensor, order: torch.Tensor | None) -> QuantizedMatrix:
+    def as_matrix(self, scheme: Scheme, table: torch.Tensor, order: torch.Tensor | None) -> QuantizedMatrix:
         positive = scheme.table[: 1 << scheme.bits - (scheme.bits == 8)]
-        counts = all(after - before == 1.0 for before, after in itertools.pairwise(positive))
+        is_integer = all(after - before == 1.0 for before, after in itertools.pairwise(positive))
         return QuantizedMatrix(
-            self._codes, self._scales, self._offsets, table, positive[0], counts, order, self._width, scheme.bits,
+            self._codes, self._scales, self._offsets, table, positive[0], is_integer, order, self._width, scheme.bits,
             scheme.group,
         )  # fmt: skip
 
 
 class PackedStorage:
-    """In the order of our kernel for CPUs: units of 64 outputs, scales and offsets (out / 64, groups, 64)."""
+    """Packed for our CPU kernel: units of 64 outputs, scales and offsets (out / 64, groups, 64)."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class PackedStorage:
 
     @classmethod
     def of(cls, scheme: Scheme, parts: QuantizedParts, dtype: torch.dtype) -> PackedStorage | None:
-        """None where the kernel cannot multiply with it."""
+        """None if the kernel does not support the weight."""
         codes = parts[0]
         step = 32 // scheme.bits
         if not device_of(codes.device).packs_weights or codes.shape[1] % step or scheme.group % step:
@@ -132,13 +132,13 @@ class PackedStorage:
 
 
 def _in_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """(out, in) of 4 bits -> (out, in / 2), two in a byte."""
+    """4-bit codes (out, in) -> (out, in / 2), two in a byte"""
     codes = F.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def _by_units(scales: torch.Tensor) -> torch.Tensor:
-    """(out, groups) -> (out / 64, groups, 64), filled up with zeros"""
+    """(out, groups) -> (out / 64, groups, 64), padded with zeros"""
     filled = F.pad(scales.float(), (0, 0, 0, -scales.shape[0] % UNIT))
     return filled.view(-1, UNIT, scales.shape[1]).transpose(1, 2).contiguous()
 

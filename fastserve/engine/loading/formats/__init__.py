@@ -1,2 +1,2 @@
-"""Formats of checkpoints. A quantized one is a file here, named as `quant_method` in config.json names it (`-` as `_`),
-with `sources(tensors, settings, stated)`: the weights that the stored tensors make up."""
+"""Checkpoint formats. Each quantization method is one file, named like `quant_method` in config.json (`-` as `_`), with
+a function `sources(tensors, settings, stated)` that returns the weights stored in the tensors."""

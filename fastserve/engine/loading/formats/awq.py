@@ -1,6 +1,6 @@
 """AWQ (Lin et al., 2023), as AutoAWQ and transformers write it (version "gemm").
 
-For a layer of (out, in): `qweight` (in, out / 8) int32 and `qzeros` (groups, out / 8) int32, packed along the outputs
+A layer (out, in) has: `qweight` (in, out / 8) int32 and `qzeros` (groups, out / 8) int32, packed along the outputs
 with the eight of a word interleaved; `scales` (groups, out).
 """
 
@@ -22,12 +22,12 @@ from fastserve.engine.settings import PackedCheckpoint
 from fastserve.errors import StartupError
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which output of eight lies in the first, second, ... four bits of a word."""
+"""The output, of eight, that the first, second, ... four bits of a word hold."""
 
 
 def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
-    """`settings`: bits (w_bit) and version. Raises StartupError for what is not served, and when the shapes contradict
-    what flags have `stated`."""
+    """`settings` uses bits (w_bit) and version; `stated`: the flags. Raises StartupError for unsupported settings, and
+    when the shapes contradict the flags."""
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
         raise StartupError(
@@ -76,6 +76,6 @@ def _make(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """(rows, out / 8) int32 -> (rows, out) uint8"""
     found = torch.empty(*words.shape, 8, dtype=torch.uint8)
-    for place, output in enumerate(ORDER):
-        found[..., output] = (words >> (4 * place)) & 15
+    for index, output in enumerate(ORDER):
+        found[..., output] = (words >> (4 * index)) & 15
     return found.flatten(1)

@@ -1,12 +1,12 @@
-"""compressed-tensors, as llm-compressor writes it: whole numbers of 8 and 4 bits, and 8-bit floats.
+"""compressed-tensors, as llm-compressor writes it: integers of 8, 4 and 2 bits, and 8-bit floats.
 
 - "int-quantized": `weight` int8 (out, in), `weight_scale` (out, groups)
-- "pack-quantized": `weight_packed` (out, in * bits / 32) int32, packed along the inputs, codes shifted by half their
-  range to be unsigned; `weight_scale` (out, groups), `weight_shape` (2,), and where it is asymmetric
-  `weight_zero_point` (out * bits / 32, groups) int32; `weight_g_idx` (in,) with an order of activations
+- "pack-quantized": `weight_packed` (out, in * bits / 32) int32, packed along the inputs, codes made
+  unsigned by adding half their range; `weight_scale` (out, groups), `weight_shape` (2,); if asymmetric,
+  `weight_zero_point` (out * bits / 32, groups) int32; with activation order, `weight_g_idx` (in,)
 - "float-quantized": `weight` float8 (out, in), `weight_scale` (out, 1), (1,) or by blocks: dequantized when loaded
 
-How activations were meant to be rounded is left aside: here they are not.
+Settings for quantized activations are ignored: activations are never quantized here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale"
 
 
 def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
-    """Raises StartupError for forms that are not served (sparse ones, 4-bit floats)."""
+    """Raises StartupError for formats that are not served (sparse ones, 4-bit floats)."""
     name = settings.get("format", "dense")
     if name not in _KNOWN:
         raise StartupError(
@@ -96,7 +96,7 @@ def _packed_maker(bits: int, parts: dict[str, StoredTensor]) -> Any:
         weight_zero_point: torch.Tensor | None = None,
         weight_g_idx: torch.Tensor | None = None,
     ) -> QuantizedTensor:
-        # What is left of the last word is padding, which the number of groups does not count.
+        # The rest of the last word is padding, which belongs to no group.
         codes = unpack_bits(weight_packed.t(), bits).t()[:, : _width(parts, weight_packed.shape[1] * 32 // bits)]
         out, width = codes.shape
         groups = weight_scale.shape[1]
@@ -134,7 +134,7 @@ def _float_maker(block: tuple[int, int] | None) -> Any:
     def make(
         weight: torch.Tensor, weight_scale: torch.Tensor, weight_zero_point: torch.Tensor | None = None
     ) -> torch.Tensor:
-        del weight_zero_point  # zeros, in floats
+        del weight_zero_point  # always zero for floats
         values = weight.float()
         if block is not None:
             return spread(values, weight_scale.float(), block)

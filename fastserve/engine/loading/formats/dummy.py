@@ -1,5 +1,4 @@
-"""Random weights, for planning capacity and for tests: right in shape and size, made in no time, the same at each
-start."""
+"""Random weights for capacity planning and tests: with the right shapes, made quickly, the same at each start."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from transformers import PreTrainedModel
 from fastserve.engine.loading.formats.source import Source
 
 _BLOCK = 999_983
-"""Numbers that are drawn; larger weights repeat them. A prime, so that no two rows are alike."""
+"""Random numbers generated for a weight; a larger weight repeats them. A prime, so that no two rows are equal."""
 
 
 def dummy_sources(model: PreTrainedModel) -> list[Source]:
-    """One for each parameter, which may be on the meta device."""
+    """A source of random values for each parameter. Parameters may be on the meta device."""
     spread = float(getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02)
     return [_source(name, parameter, spread) for name, parameter in model.named_parameters()]
 

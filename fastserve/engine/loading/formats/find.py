@@ -1,4 +1,4 @@
-"""Finds out in which format a model's weights are stored, and what its weights are then."""
+"""Detects the format of a model's checkpoint and lists its weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 _NO_METHODS = ("dummy", "find", "gguf", "lora", "source")
 _SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
-"""Where AutoGPTQ and AutoAWQ wrote what stands in config.json today."""
+"""Files in which AutoGPTQ and AutoAWQ wrote the settings that are in config.json today."""
 
 
 def methods() -> list[str]:
-    """Of quantized checkpoints: those that have a file here."""
+    """Names of the supported quantization methods."""
     names = (item.name for item in pkgutil.iter_modules(formats.__path__))
     return sorted(name.replace("_", "-") for name in names if name not in _NO_METHODS)
 
@@ -35,9 +35,9 @@ def methods() -> list[str]:
 def find_sources(
     model: PreTrainedModel, folder: Path, settings: Settings | None, options: WeightOptions
 ) -> list[Source]:
-    """All weights that are stored for `model`. `settings`: the `quantization_config` of its config.json.
+    """All weights stored for `model`. `settings`: the `quantization_config` of its config.json.
 
-    Raises StartupError with the reason when they cannot be read, or when flags contradict what is stored.
+    Raises StartupError with the reason when they cannot be read, or when flags contradict the checkpoint.
     """
     found = _stored(model, folder, settings, options)
     return found if options.adapter_dir is None else merged(found, model, Path(options.adapter_dir))
@@ -81,20 +81,20 @@ def _flag(packed: PackedCheckpoint) -> str:
 
 
 def _settings_of(packed: PackedCheckpoint | None, folder: Path, own: Settings | None) -> Settings | None:
-    """Those beside the packed weights, which may be in another folder than the model, whose settings are `own`. Raises
-    StartupError when they are of another method than the flags."""
+    """Quantization settings from the folder of the packed weights, which may differ from the model's folder; `own`: the
+    model's settings. Raises StartupError when the settings and the flags name different methods."""
     if packed is None:
         return own or _settings_beside(folder)
-    beside = _settings_beside(folder if packed.path is None else Path(packed.path).expanduser())
-    if beside is None:
+    found = _settings_beside(folder if packed.path is None else Path(packed.path).expanduser())
+    if found is None:
         return own if own is not None and _method(own) == packed.method else None
-    if _method(beside) != packed.method:
+    if _method(found) != packed.method:
         remedy = f"leave the {packed.method} flags out"
         raise StartupError(
-            f"{_flag(packed)}: the settings beside these weights say that they are quantized by {_method(beside)}; "
+            f"{_flag(packed)}: the settings beside these weights say that they are quantized by {_method(found)}; "
             f"{remedy if packed.path is None else remedy + ' and give that folder as the model'}."
         )
-    return beside
+    return found
 
 
 def _method(settings: Settings) -> str:
@@ -125,7 +125,7 @@ def _gguf_file(folder: Path, options: WeightOptions) -> Path | None:
 
 
 def _packed_tensors(folder: Path, packed: PackedCheckpoint) -> Tensors:
-    """Those of the packed file, and of the base model beside it what that does not have."""
+    """Tensors of the packed file, and those of the base model that it does not replace."""
     path = folder if packed.path is None else Path(packed.path).expanduser()
     if not path.exists():
         raise StartupError(f"--{packed.method}-ckpt {packed.path}: there is no such file or folder.")
@@ -138,7 +138,7 @@ def _packed_tensors(folder: Path, packed: PackedCheckpoint) -> Tensors:
 
 
 def _settings_beside(path: Path) -> dict[str, Any] | None:
-    """How the weights in a folder, or a file of it, are quantized; None when nothing there says so."""
+    """Quantization settings stored in a folder, or in that of a file; None if there are none."""
     folder = path if path.is_dir() else path.parent
     config = _read_settings(folder / "config.json").get("quantization_config")
     if isinstance(config, dict):

@@ -1,7 +1,7 @@
-"""Weights of 8-bit floats with scales for blocks of 128 by 128 (DeepSeek's form, also Qwen's): dequantized when loaded.
+"""8-bit floats with scales for blocks of 128 x 128 (format of DeepSeek and Qwen): dequantized when loaded.
 
-For a layer of (out, in): `weight` float8 (out, in) and `weight_scale_inv` (out / 128, in / 128), which is multiplied
-with.
+A layer (out, in) has `weight` float8 (out, in) and `weight_scale_inv` (out / 128, in / 128), which despite its name is
+a factor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> l
 
 
 def spread(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """`weight` (out, in) with each block of it times its `scale` (blocks, blocks)."""
+    """Multiply each block of `weight` (out, in), in place, by its `scale` (row blocks, column blocks)."""
     rows, columns = block
     for at in range(scale.shape[0]):
         part = slice(at * rows, (at + 1) * rows)

@@ -1,7 +1,7 @@
-"""GGUF files (llama.cpp), read with the package `gguf`, which knows their names and blocks.
+"""GGUF files (llama.cpp), read with the package `gguf`, which knows their tensor names and block formats.
 
-Q8_0 and Q4_0 stay as they are (groups of 32 inputs with one scale); all other types are dequantized when they are
-loaded. Settings and tokenizer come from config.json and tokenizer.json beside the file.
+Q8_0 and Q4_0 stay quantized (groups of 32 inputs with one scale); all other types are dequantized when loaded. Settings
+and tokenizer come from config.json and tokenizer.json in the same folder.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from fastserve.errors import StartupError
 
 _GROUP = 32
 _NATIVE = {"Q8_0": 8, "Q4_0": 4}
-"""Types that stay as they are, and their bits."""
+"""Types that stay quantized, with their bits."""
 _ARCHITECTURES = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"}
 _GEMMAS = {"gemma", "gemma2", "gemma3"}
-"""Whose norms are stored with the 1 that the model adds."""
+"""Architectures whose stored norm weights include the 1 that the model adds."""
 
 
 def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
-    """Raises StartupError when the package is missing, the file is broken, or its architecture is not served."""
+    """All weights of `model` in `file`. Raises StartupError when the package is missing, the file is broken, or its
+    architecture is not served."""
     try:
         import gguf
     except ImportError as error:
@@ -60,7 +61,7 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
         stem, _, leaf = name.rpartition(".")
         tensor = tensors.get(f"{names.get_name(stem)}.{leaf}")
         if tensor is None:
-            continue  # tied, or missing: the loader tells
+            continue  # tied, or missing, which the loader reports
         change = _change(kind, name, config)
         stored = _stored(file, tensor, tuple(parameter.shape))
         found.append(source_of(name, [stored], _maker(tensor, change)))
@@ -72,7 +73,7 @@ def _open(file: Path) -> Any:
     import gguf
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        # The library maps tensors without a look at the file's length. It calls this with what describes them.
+        # The library maps tensors without checking the file's length. It calls this with their descriptions.
         def _build_tensors(self, start: int, fields: list[Any]) -> None:
             for field in fields:
                 *_, dims, kind, offset = field.parts
@@ -90,7 +91,7 @@ def _open(file: Path) -> Any:
 
 def _stored(file: Path, tensor: Any, shape: tuple[int, ...]) -> StoredTensor:
     num_bytes = int(tensor.n_bytes)
-    # The file is mapped: what is read of it is copied, since it may be changed in place.
+    # A copy, since the file is mapped and the tensor may be changed in place.
     return StoredTensor(
         tensor.name, file, shape, torch.uint8, num_bytes, lambda: torch.from_numpy(np.array(tensor.data))
     )
@@ -100,7 +101,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _maker(tensor: Any, change: Change) -> Callable[[torch.Tensor], Value]:
-    """Of the tensor's data: rows of blocks, or of plain numbers."""
+    """Converts the tensor's data (rows of blocks or of plain numbers) to a weight."""
     kind = tensor.tensor_type.name
     is_matrix = len(tensor.shape) == 2
 
@@ -115,8 +116,8 @@ def _maker(tensor: Any, change: Change) -> Callable[[torch.Tensor], Value]:
 
 
 def _codes(data: torch.Tensor, kind: str, change: Change) -> QuantizedTensor:
-    """Blocks of a scale in float16 and 32 codes: signed bytes (Q8_0), or halves of bytes less 8, of which the lower
-    ones come first (Q4_0)."""
+    """Blocks of a float16 scale and 32 codes: signed bytes (Q8_0), or 4-bit codes with zero point 8, all low halves
+    before all high halves (Q4_0)."""
     rows = data.shape[0]
     size = 2 + (_GROUP if kind == "Q8_0" else _GROUP // 2)
     blocks = data.view(torch.uint8).reshape(rows, -1, size)
@@ -132,7 +133,7 @@ def _codes(data: torch.Tensor, kind: str, change: Change) -> QuantizedTensor:
 
 
 def _change(kind: str, name: str, config: Any) -> Change:
-    """From how llama.cpp keeps the weight to how transformers does."""
+    """Conversion of a weight from llama.cpp's convention to that of transformers."""
     if kind == "llama" and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         return lambda rows: _unpaired(rows, heads)
@@ -142,6 +143,7 @@ def _change(kind: str, name: str, config: Any) -> Change:
 
 
 def _unpaired(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a head that turn together are neighbours in llama.cpp, and half a head apart in transformers."""
+    """Reorder the rows of each head for RoPE: rotated pairs are adjacent in llama.cpp, and half a head apart in
+    transformers."""
     paired = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return paired.transpose(1, 2).reshape(rows.shape)

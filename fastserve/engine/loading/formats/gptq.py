@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al., 2022), as AutoGPTQ, GPTQModel and transformers write it; also bare files of older tools.
 
-For a layer of (out, in): `qweight` (in * bits / 32, out) int32, packed along the inputs; `qzeros` (groups, out * bits /
+A layer (out, in) has: `qweight` (in * bits / 32, out) int32, packed along the inputs; `qzeros` (groups, out * bits /
 32) int32, packed along the outputs; `scales` (groups, out); `g_idx` (in,) int32, the group of each input. In format
-"gptq" zero points are stored less 1, in "gptq_v2" as they are.
+"gptq" zero points are stored minus 1, in "gptq_v2" unchanged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ZERO_SHIFTS = {"gptq": 1, "gptq_v2": 0}
 
 
 def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
-    """Of `settings` only the format is needed: all else is in the shapes. Raises StartupError for formats that are not
-    served, and when the shapes contradict what flags have `stated`."""
+    """`settings` is used for the format only; all else follows from the shapes. `stated`: the flags. Raises
+    StartupError for unsupported formats, and when the shapes contradict the flags."""
     layers, rest = layers_of(tensors, "qweight", ("qzeros", "scales", "g_idx"))
     if not layers:
         raise StartupError(
@@ -50,7 +50,7 @@ def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> l
 
 
 def _zero_shift(settings: Settings) -> int:
-    """What is added to stored zero points. Newer tools write `format` for what was `checkpoint_format`."""
+    """Number to add to stored zero points. Newer tools write `format` instead of `checkpoint_format`."""
     name = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
     if name not in _ZERO_SHIFTS:
         raise StartupError(
@@ -61,7 +61,8 @@ def _zero_shift(settings: Settings) -> int:
 
 
 def _bits(layer: str, parts: dict[str, StoredTensor], stated: PackedCheckpoint) -> int:
-    """From the shapes, which cannot be wrong: qzeros (groups, out * bits / 32) beside scales (groups, out)."""
+    """Bits of a code, from the shapes, which cannot be wrong: qzeros (groups, out * bits / 32) and scales (groups,
+    out)."""
     groups, out = parts["scales"].shape
     bits, rest = divmod(parts["qzeros"].shape[1] * 32, out)
     file = parts["qweight"].file

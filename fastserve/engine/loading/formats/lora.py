@@ -1,5 +1,5 @@
-"""A LoRA adapter as PEFT writes it, added to the weights of its base model while they are read (Hu et al., 2021):
-W + scale * B A. Needs no PEFT."""
+"""LoRA adapters as PEFT writes them, merged into the weights of the base model while these are read (Hu et al., 2021):
+W + scale * B A. Does not need PEFT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WHOLE = re.compile(r"(?P<layer>.+?)(?:\.modules_to_save(?:\.default)?)?\.(?P<le
 
 
 @dataclass(frozen=True, slots=True)
-class _Delta:
+class _LoraDelta:
     a: StoredTensor
     """(rank, in)"""
     b: StoredTensor
@@ -36,20 +36,20 @@ class _Delta:
     def shape(self) -> tuple[int, int]:
         return self.b.shape[0], self.a.shape[1]
 
-    def of(self) -> torch.Tensor:
+    def dense(self) -> torch.Tensor:
         """(out, in)"""
         return (self.b.read().float() @ self.a.read().float()) * self.scale
 
 
 def merged(sources: Iterable[Source], model: PreTrainedModel, folder: Path) -> list[Source]:
-    """`sources` with the adapter's part in them. Raises StartupError for adapters of other kinds."""
+    """`sources` with the adapter merged into them. Raises StartupError for adapters other than LoRA."""
     settings = _read_settings(folder)
     deltas, replaced = _read_adapter(folder, settings)
     transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
     prefix = f"{model.base_model_prefix}."
     found = []
     for source in sources:
-        # A checkpoint may leave out the prefix that an adapter, made from the model, has.
+        # The checkpoint's names may lack the model's prefix, which the adapter's names have.
         names = {source.name, prefix + source.name}
         key = next((name for name in names if name in deltas), None)
         whole = next((name for name in names if name in replaced), None)
@@ -66,13 +66,13 @@ def merged(sources: Iterable[Source], model: PreTrainedModel, folder: Path) -> l
     return found
 
 
-def _with_delta(source: Source, delta: _Delta, *, transposed: bool) -> Source:
+def _with_delta(source: Source, delta: _LoraDelta, *, transposed: bool) -> Source:
     def make(*stored: torch.Tensor) -> Value:
         weight = source.make(*stored)
         if isinstance(weight, QuantizedTensor):
             raise StartupError(
-                f"{source.place}: an adapter cannot be added to {source.name}, which is quantized; use the unquantized "
-                "base model, with --load-8bit or --load-4bit where memory is short."
+                f"{source.location}: an adapter cannot be added to {source.name}, which is quantized; use the "
+                "unquantized base model, with --load-8bit or --load-4bit where memory is short."
             )
         shape = tuple(weight.t().shape) if transposed else tuple(weight.shape)
         if shape != delta.shape:
@@ -80,7 +80,7 @@ def _with_delta(source: Source, delta: _Delta, *, transposed: bool) -> Source:
                 f"{delta.a.file}: {delta.a.name} and {delta.b.name} change a weight of shape {delta.shape}, and "
                 f"{source.name} of the base model has the shape {shape}: the adapter is of another model."
             )
-        change = delta.of()
+        change = delta.dense()
         return (weight.float() + (change.t() if transposed else change)).to(weight.dtype)
 
     return Source(source.name, source.stored, make, source.num_bytes)
@@ -103,8 +103,8 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
     return settings
 
 
-def _read_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, _Delta], dict[str, StoredTensor]]:
-    """Changes by the base model's names, and weights that are replaced as a whole."""
+def _read_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, _LoraDelta], dict[str, StoredTensor]]:
+    """Low-rank deltas, and weights that the adapter replaces entirely, by the base model's names."""
     tensors = _adapter_tensors(folder)
     pairs: dict[str, dict[str, StoredTensor]] = {}
     replaced = {}
@@ -125,7 +125,7 @@ def _read_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, 
         if parts.keys() != {"A", "B"}:
             file = next(iter(parts.values())).file
             raise StartupError(f"{file}: {layer} has only one of lora_A and lora_B. Save the adapter again.")
-        deltas[f"{layer}.weight"] = _Delta(parts["A"], parts["B"], _scale(layer, parts["A"].shape[0], settings))
+        deltas[f"{layer}.weight"] = _LoraDelta(parts["A"], parts["B"], _scale(layer, parts["A"].shape[0], settings))
     return deltas, replaced
 
 

@@ -1,4 +1,5 @@
-"""What formats of checkpoints hand to the loader: one source for each weight, however many tensors it is stored in."""
+"""The weights of a checkpoint, as its format gives them to the loader: one source each, made from one or more
+tensors."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from fastserve.engine.loading.checkpoint import StoredTensor, Tensors
 from fastserve.errors import StartupError
 
 Settings = Mapping[str, Any]
-"""Of a quantized checkpoint, as `quantization_config` in config.json has them."""
+"""`quantization_config` in the config.json of a quantized checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A quantized weight (out, in): value = (code - zero) * scale, whose column j belongs to input `input_order[j]`."""
+    """A quantized weight (out, in): value = (code - zero) * scale. Column j belongs to input `input_order[j]`."""
 
     codes: torch.Tensor
     """(out, in), uint8 or int8"""
@@ -29,10 +30,11 @@ class QuantizedTensor:
     zeros: torch.Tensor | None
     """(out, groups)"""
     bits: int
-    """8 or 4: how codes are to be kept"""
+    """Storage width of codes in the engine: 8 or 4"""
     group: int
-    """Neighbouring columns that share a scale."""
+    """Number of adjacent columns that share a scale."""
     input_order: torch.Tensor | None = None
+    """(in,)"""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +52,7 @@ class QuantizedTensor:
         )
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
-        """Some rows of the weight (out, in), by the definition."""
+        """The dequantized weight (out, in), or some of its rows."""
         values = self.codes[rows].float()
         width = values.shape[1]
         if self.zeros is not None:
@@ -78,8 +80,7 @@ class QuantizedExperts:
 
 
 def join_outputs(parts: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
-    """Weights of the same inputs as one, with the outputs of the first first; None where they are quantized in
-    different ways."""
+    """Concatenate weights with the same inputs along their outputs; None if their quantization differs."""
     first = parts[0]
     for other in parts[1:]:
         orders = (first.input_order, other.input_order)
@@ -99,8 +100,8 @@ def join_outputs(parts: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
 
 
 Value: TypeAlias = torch.Tensor | QuantizedTensor
-Delivered: TypeAlias = Value | QuantizedExperts
-"""What becomes a weight of the model."""
+WeightValue: TypeAlias = Value | QuantizedExperts
+"""Value of one weight of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +109,24 @@ class Source:
     """A weight of a checkpoint."""
 
     name: str
-    """What the weight is called in a checkpoint that is not quantized."""
+    """Name of the weight in an unquantized checkpoint."""
     stored: tuple[StoredTensor, ...]
     make: Callable[..., Value]
-    """Of the stored tensors, in their order."""
+    """Makes the weight from the `stored` tensors, in their order."""
     num_bytes: int
 
     def load(self) -> Value:
-        """Raises StartupError that names tensor and file."""
+        """Read the weight. Raises StartupError that names tensor and file."""
         try:
             return self.make(*(tensor.read() for tensor in self.stored))
         except (ValueError, RuntimeError, IndexError) as error:
             raise StartupError(
-                f"{self.place}: what is stored for {self.name} does not fit together: {error}"
+                f"{self.location}: what is stored for {self.name} does not fit together: {error}"
             ) from error
 
     @property
-    def place(self) -> str:
-        """The files it is in."""
+    def location(self) -> str:
+        """The weight's files, for messages."""
         return ", ".join(dict.fromkeys(str(tensor.file) for tensor in self.stored)) or "random weights"
 
 
@@ -139,7 +140,7 @@ def plain_source(tensor: StoredTensor) -> Source:
 
 
 def layers_of(tensors: Tensors, mark: str, parts: Iterable[str]) -> tuple[dict[str, dict[str, StoredTensor]], Tensors]:
-    """The layers whose weight is stored in `parts`, one of which is `mark`; and all other tensors."""
+    """The tensors `mark` and `parts` of each layer that has a `mark`, by layer and part; and all other tensors."""
     layers: dict[str, dict[str, StoredTensor]] = {}
     rest = dict(tensors)
     for name in tensors:
@@ -159,8 +160,8 @@ def require_parts(layer: str, found: Mapping[str, StoredTensor], needed: Iterabl
 
 
 def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Words (rows, columns) of 32 bits -> the unsigned numbers of `bits` that each column holds as a stream that begins
-    with the lowest bit of the first row: (rows * 32 / bits, columns), uint8. A number may lie across two words."""
+    """32-bit words (rows, columns) -> unsigned `bits`-bit numbers (rows * 32 / bits, columns), uint8. Each column is a
+    bit stream, beginning with the lowest bit of the first row; a number may span two words."""
     period = math.lcm(bits, 32) // 32
     count = period * 32 // bits
     rows, columns = words.shape
@@ -172,15 +173,15 @@ def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
         word, shift = divmod(index * bits, 32)
         value = groups[:, word] >> shift
         if shift + bits > 32:
-            # The sign fills what a shift to the right leaves empty: only the bits that this word has are kept.
+            # A right shift fills with the sign bit: keep only the bits that come from this word.
             value = (value & ((1 << (32 - shift)) - 1)) | (groups[:, word + 1] << (32 - shift))
         found[:, index] = value & ((1 << bits) - 1)
     return found.view(rows * 32 // bits, columns)
 
 
 def input_order_of(g_idx: torch.Tensor, group: int, groups: int) -> torch.Tensor | None:
-    """For the group of each input, the order of inputs in which a group's are neighbours; None when they are already.
-    Raises ValueError when groups are not of one size."""
+    """`g_idx` (in,): group of each input -> the order of inputs that makes each group contiguous; None if it is
+    already. Raises ValueError when groups differ in size."""
     contiguous = torch.arange(len(g_idx)) // group
     if torch.equal(g_idx, contiguous):
         return None
