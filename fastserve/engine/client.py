@@ -216,7 +216,7 @@ class EngineProcess:
             self._silent_checks += 1
         silence = f"{self._timeout_s:g} s (--engine-timeout-s)"
         if self._max_silence_s > self._timeout_s:
-            silence = f"{self._max_silence_s:g} s, longer than what it was asked to do may take,"
+            silence = f"{self._max_silence_s:g} s, more than the announced operation may take,"
         self._end(process, f"The engine hung: it gave no sign of life for {silence} and was killed.")
 
     def _end(self, process: asyncio.subprocess.Process, reason: str) -> None:

@@ -139,7 +139,7 @@ def _require_memory(memory: _DeviceMemory, total_tokens: int) -> None:
         raise StartupError(
             f"--max-total-tokens {total_tokens} takes {_megabytes(total_tokens * memory.per_token)} for the KV cache, "
             f"and the largest step takes {_megabytes(memory.others)}; {_megabytes(memory.free.num_bytes)} are free "
-            f"{memory.free.where}. Lower it, or leave it away to have it found."
+            f"{memory.free.where}. Lower it, or leave it out to have it chosen."
         )
 
 

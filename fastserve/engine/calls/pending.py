@@ -39,7 +39,7 @@ class PendingCalls:
                 raw = await reply
         except TimeoutError as error:
             raise EngineTimeoutError(
-                f"The engine has not done {name} within {timeout_s:g} s; it still does it, and nobody waits any more."
+                f"The engine has not finished {name} within {timeout_s:g} s; it goes on, but the reply will be dropped."
             ) from error
         finally:
             del self._replies[call_id]

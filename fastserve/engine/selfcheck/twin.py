@@ -35,14 +35,14 @@ def twin_differs(config: PretrainedConfig, way: str) -> str | None:
         ways = runner.forward_passes
         found = next((found for found in ways.ways if found.name == way), None)
         if found is None:
-            return f"in a small one of it: {ways.refusals[way]}"
+            return f"its small twin: {ways.refusals[way]}"
         error = difference(
             loaded.reference, runner, found, block_size=_BLOCK_SIZE, num_blocks=8, max_num_seqs=4, max_model_len=_LENGTH
         )
     except _CAUSES as cause:
-        return f"no small one of it can be made: {cause}"
+        return f"no small twin of it can be made: {cause}"
     if error is None or not error < _TOLERANCE:
-        return "a small one of it computes something else"
+        return "its small twin computes something else"
     return None
 
 
