@@ -78,18 +78,18 @@ def _run(
     func: Any, args: Any, kwargs: Mapping[str, Any], copies: list[tuple[torch.device, torch.device]] | None
 ) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    wanted = kwargs.get("device")
+    target = kwargs.get("device")
     if func in _COPIES:
-        device = (wanted or args[0].device) if func is _COPIES[0] else args[0].device
+        device = (target or args[0].device) if func is _COPIES[0] else args[0].device
         source = args[-1].device if func is _COPIES[1] else args[0].device
         if copies is not None and source != device:
             copies.append((source, device))
     else:
-        device = _common_device(func, tensors) or wanted
+        device = _common_device(func, tensors) or target
     plain_args, plain_kwargs = tree_map(
         lambda leaf: leaf.inner if isinstance(leaf, DeviceTensor) else leaf, (args, dict(kwargs))
     )
-    if wanted is not None:
+    if target is not None:
         plain_kwargs["device"] = CPU
     if func is _aten.histc.default:  # which CPUs have for floats only
         plain_args = (plain_args[0].float(), *plain_args[1:])

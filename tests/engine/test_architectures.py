@@ -45,22 +45,24 @@ def start(path: str, **settings: Any) -> EngineCore:
 
 
 def run(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[TokenLogprob]]:
-    """What each request is told about each of its tokens."""
-    told: dict[str, list[TokenLogprob]] = {request.request_id: [] for request in requests}
+    """Logprobs of the tokens of each request."""
+    logprobs: dict[str, list[TokenLogprob]] = {request.request_id: [] for request in requests}
     for request in requests:
         assert core.add(request) is None
     while core.has_work:
         for output in core.step():
             assert output.logprobs is not None
-            told[output.request_id] += output.logprobs
+            logprobs[output.request_id] += output.logprobs
         core.scheduler.check()
-    return told
+    return logprobs
 
 
-def assert_equals_own_forward(path: str, requests: list[EngineRequest], told: dict[str, list[TokenLogprob]]) -> None:
+def assert_equals_own_forward(
+    path: str, requests: list[EngineRequest], logprobs: dict[str, list[TokenLogprob]]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     for request in requests:
-        answer = told[request.request_id]
+        answer = logprobs[request.request_id]
         assert len(answer) == request.params.max_tokens
         whole = torch.tensor([request.prompt_ids + [token.token_id for token in answer]])
         with torch.inference_mode():
@@ -116,11 +118,11 @@ def test_scaled_rope_equals_the_models_own(name: str, context: int, tmp_path: Pa
     core = start(path, max_num_batched_tokens=64, max_total_tokens=1024)
     assert core.info.max_model_len == context
     requests = requests_for(random.Random(5), context - 24)
-    told = run(core, requests)
-    assert_equals_own_forward(path, requests, told)
+    logprobs = run(core, requests)
+    assert_equals_own_forward(path, requests, logprobs)
     if name != "dynamic":  # which is plain up to the length it was trained for
         with pytest.raises(AssertionError):
-            assert_equals_own_forward(plain, requests, told)
+            assert_equals_own_forward(plain, requests, logprobs)
 
 
 def test_queries_that_are_scaled_at_far_positions_equal_the_models_own(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def test_alone_and_in_company(tiny_models: TinyModels, name: str) -> None:
     prompts = [shared + random_prompt(rng, 160) for _ in range(4)] + [random_prompt(rng, 160), [7, 8]]
     for core in (make_core(path), small):
         for index, prompt in enumerate(prompts):
-            for kind, wanted in (("scored", 2), ("plain", None)):
-                params = SamplingParams(12, temperature=0.0, prompt_logprobs=wanted)
+            for kind, num_logprobs in (("scored", 2), ("plain", None)):
+                params = SamplingParams(12, temperature=0.0, prompt_logprobs=num_logprobs)
                 core.add(EngineRequest(f"{kind}{index}", prompt, params))
         found = collect(core)
         for index, prompt in enumerate(prompts):

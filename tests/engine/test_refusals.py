@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         RecurrentGemmaConfig(**SMALL, lru_width=48, attention_window_size=16),
         r"(its layers \(linear_attention\) keep|its code in transformers does not let)",
     ),
-    # Attention that looks ahead: nothing in the settings tells, the logits do.
+    # Attention that looks ahead: only the logits show it, not the settings.
     "bert": (BertConfig(**SMALL, intermediate_size=96), "logits differ"),
     "contradictory": (DeepseekV3Config(**{**MLA, "num_key_value_heads": 2}, q_lora_rank=16), "its own code fails"),
 }  # fmt: skip

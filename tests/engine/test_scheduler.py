@@ -331,10 +331,10 @@ def test_decoding_comes_before_prefill() -> None:
 
 def test_preemption_takes_the_last_in_order_and_loses_nothing() -> None:
     scheduler, memory = make_scheduler(), Memory()
-    wanted = [EngineRequest(f"r{index}", [index] * 9, SamplingParams(30)) for index in range(3)]
-    for request in wanted:
+    requests = [EngineRequest(f"r{index}", [index] * 9, SamplingParams(30)) for index in range(3)]
+    for request in requests:
         scheduler.add(request)
-    answers: dict[str, list[int]] = {request.request_id: [] for request in wanted}
+    answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
     order: list[str] = []
     while scheduler.has_work:
         plan = scheduler.schedule()
@@ -344,7 +344,7 @@ def test_preemption_takes_the_last_in_order_and_loses_nothing() -> None:
                 order.append(output.request_id)
     assert scheduler.preemptions > 0
     assert order == ["r0", "r1", "r2"]
-    assert answers == {request.request_id: alone(request) for request in wanted}
+    assert answers == {request.request_id: alone(request) for request in requests}
 
 
 def test_priority_goes_before_arrival() -> None:
@@ -568,8 +568,8 @@ def test_priority_is_a_head_start_and_no_more(low: int, high: int) -> None:
 def test_scored_prompts_take_no_cached_blocks_and_leave_theirs() -> None:
     scheduler, memory = make_scheduler(), Memory()
     prompt = [1, 2, 0, 1, 2, 1, 0, 0, 1, 2]
-    for request_id, wanted in (("plain", None), ("scored", 1), ("again", None)):
-        params = SamplingParams(2, prompt_logprobs=wanted)
+    for request_id, num_logprobs in (("plain", None), ("scored", 1), ("again", None)):
+        params = SamplingParams(2, prompt_logprobs=num_logprobs)
         scheduler.add(EngineRequest(request_id, prompt, params))
         outputs = [output for outputs in finish(scheduler, memory) for output in outputs]
         assert outputs[0].num_cached_tokens == (8 if request_id == "again" else 0)

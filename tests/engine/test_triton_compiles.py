@@ -1,4 +1,4 @@
-"""What the interpreter lets pass, the compiler may refuse: kernels compile for an H100, and use what makes it fast."""
+"""The compiler may refuse what the interpreter accepts: kernels compile for an H100, with its fast instructions."""
 
 from __future__ import annotations
 
