@@ -53,10 +53,11 @@ def worker(start: Start, controller: str) -> str:
 
 @pytest.fixture(scope="session")
 def fastchat(pytestconfig: pytest.Config) -> FastChat:
-    if pytestconfig.cache is None:
+    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)  # absent with `-p no:cacheprovider`
+    if cache is None:
         pytest.skip("no folder for FastChat's environment: pytest's cache is switched off")
     try:
-        return find_or_make(os.environ, pytestconfig.cache.mkdir("fastchat"))
+        return find_or_make(os.environ, cache.mkdir("fastchat"))
     except CannotMakeError as error:
         pytest.skip(f"no environment for FastChat: {error}")
 
