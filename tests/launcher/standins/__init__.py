@@ -1,1 +1,1 @@
-"""Services in place of the real ones: same command line, same log line, same health route, and up at once."""
+"""Stand-ins for the services: same command line, log line and health route, but they start at once."""

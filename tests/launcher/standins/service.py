@@ -1,9 +1,8 @@
-"""What the three stand-ins share. The file `mood` in the model's folder, or the variable STANDIN_MOOD of the form
-KIND=MOOD, makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine` (starts a
-process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a controller
-that no worker reaches), `drain` (takes half a second to end after SIGTERM), `chatty`
-(logs without end), `unready` (answers `/ready` with 503 for the first two seconds), `loading` (answers
-while it loads for two seconds)."""
+"""Common code of the three stand-ins. The file `mood` in the model's folder, or the variable STANDIN_MOOD
+(`KIND=MOOD`), makes one misbehave: `die`, `killed`, `mute` (never serves), `stubborn` (ignores SIGTERM), `engine`
+(starts a process of its own, which ignores SIGTERM), `late` (dies half a second after it began to serve), `lonely` (a
+controller that no worker reaches), `drain` (takes half a second to end after SIGTERM), `chatty` (logs without end),
+`unready` (answers `/ready` with 503 for the first two seconds), `loading` (answers while it loads for two seconds)."""
 
 import contextlib
 import json
