@@ -235,7 +235,7 @@ def test_attention_that_does_more_to_its_output_is_left_alone() -> None:
 
     loaded = prepared("llama", subclassed(changed))
     assert counts(loaded)["attention"] == (0, 3)
-    assert loaded.fused_layers[2].reason == "Changed changes what the output projection gives"
+    assert loaded.fused_layers[2].reason == "Changed changes the result of the output projection"
     assert_computes_the_same(loaded)
 
 
