@@ -131,10 +131,10 @@ def test_code_in_a_pickle_is_named_and_not_run(folder: Path, suffix: str) -> Non
     (folder / "model.safetensors").unlink()
     torch.save({**state, "extra": Trap(folder / "sprung")}, folder / f"pytorch_model.{suffix}")
     refused(
-        folder, rf"pytorch_model\.{suffix} is refused: .* code to be run \(\S*exec\), .* Use the model's safetensors"
+        folder, rf"pytorch_model\.{suffix} is refused: .* a call of code \(\S*exec\), .* Use the model's safetensors"
     )
     flags = PackedCheckpoint("gptq", str(folder / f"pytorch_model.{suffix}"))
-    refused(folder, r"is refused: .* code to be run", packed=flags)
+    refused(folder, r"is refused: .* a call of code", packed=flags)
     assert not (folder / "sprung").exists()
 
 
