@@ -61,7 +61,7 @@ def verify(
                 f"{name} cannot be served: the engine's logits differ from those of the model's own code by "
                 f"{error:.3g} standard deviations. The model does something that the engine does not know."
             )
-        logger.warning("%s computes something that its forward pass %s does not: others are used.", name, way.name)
+        logger.warning("%s computes something that its forward pass by %s does not: others are used.", name, way.name)
         ways.drop(way, "its logits differ from the model's")
 
 
