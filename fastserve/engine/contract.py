@@ -52,6 +52,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """At least one token; with params.max_tokens it fits EngineInfo.max_model_len."""
     params: SamplingParams
     choice: int = 0
+    """Index among all choices of the client's request. Each of a list of equal prompts has noise of its own."""
     emitted_ids: list[int] = []
     """Tokens of the answer that another engine has already emitted; they are not emitted again."""
     priority: int = 0

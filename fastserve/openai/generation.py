@@ -70,6 +70,11 @@ class GenerationRequest(BaseModel):
     stop: tuple[str, ...] | None = None
     include_stop_str_in_output: Flag | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    add_special_tokens: Flag | None = None
+    """Whether the tokenizer adds its special tokens (BOS) to the text of the prompt. Default: on for completions, off
+    for chats, whose template writes them."""
+    skip_special_tokens: Flag | None = None
+    """Whether special tokens have no text in the answer. Default: on."""
     min_tokens: Integer | None = Field(None, ge=0, le=MAX_COUNT)
     ignore_eos: Flag | None = None
     prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -55,13 +55,13 @@ _WITHOUT_EFFECT = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "parallel_tool_calls",
+        "spaces_between_special_tokens",  # nor has it one in transformers' fast tokenizers
     }
 )
 
 _TEXT_FORMAT = {"type": "text"}
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "add_special_tokens": (),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
@@ -85,8 +85,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "response_format": (_TEXT_FORMAT,),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none",),

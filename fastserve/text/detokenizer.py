@@ -14,6 +14,7 @@ bytes become U+FFFD, not the whole run, since the text before them has already b
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -143,10 +144,11 @@ class PieceTable:
 
 
 class PieceDetokenizer:
-    def __init__(self, table: PieceTable) -> None:
+    def __init__(self, table: PieceTable, prompt_ids: Sequence[int] = ()) -> None:
+        """`prompt_ids`: tokens that the text continues."""
         self._table = table
-        self._started = False
-        self._strip_left = table.rule.strip_left
+        self._started = any(table.inner(token_id) is not None for token_id in prompt_ids)
+        self._strip_left = 0 if self._started else table.rule.strip_left
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -174,16 +176,19 @@ class PieceDetokenizer:
 class WindowDetokenizer:
     """For any decoder: decodes the new tokens with and without a few preceding ones; the difference is the new text."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], special_ids: frozenset[int]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], hidden_ids: frozenset[int], prompt_ids: Sequence[int] = ()
+    ) -> None:
+        """`hidden_ids`: tokens without text. `prompt_ids`: tokens that the text continues."""
         self._decode = decode
-        self._special_ids = special_ids
-        self._context: list[int] = []
+        self._hidden_ids = hidden_ids
+        self._context = _last_visible(prompt_ids, hidden_ids)
         self._held: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
         text = ""
         for token_id in token_ids:
-            if token_id not in self._special_ids:
+            if token_id not in self._hidden_ids:
                 self._held.append(token_id)
                 text += self._take(force=len(self._held) > _MAX_HELD_TOKENS)
         return text
@@ -199,3 +204,9 @@ class WindowDetokenizer:
         self._context = (self._context + self._held)[-_WINDOW_TOKENS:]
         self._held = []
         return after[len(before) :]
+
+
+def _last_visible(token_ids: Sequence[int], hidden_ids: frozenset[int]) -> list[int]:
+    """The last tokens that are not hidden, as many as a window takes as context."""
+    visible = (token_id for token_id in reversed(token_ids) if token_id not in hidden_ids)
+    return list(itertools.islice(visible, _WINDOW_TOKENS))[::-1]

@@ -39,7 +39,9 @@ class FastTokenizer:
         self._bos_text: str | None = self._tokenizer.id_to_token(first[0]) if first else None
         decoder = self._tokenizer.decoder
         rule = None if decoder is None else rule_of_decoder(json.loads(decoder.__getstate__()))
-        self._table = None if rule is None else PieceTable(rule, self._tokenizer.id_to_token, self._special_ids)
+        token_of_id = self._tokenizer.id_to_token
+        self._table = None if rule is None else PieceTable(rule, token_of_id, self._special_ids)
+        self._table_with_special = None if rule is None else PieceTable(rule, token_of_id, frozenset())
         self._max_token_chars = max_token_chars(self._tokenizer)
 
     def _id_of(self, text: str | None) -> int | None:
@@ -85,7 +87,13 @@ class FastTokenizer:
             return self._table.inner(token_id) or b""
         return self.decode([token_id]).encode()
 
-    def detokenizer(self) -> Detokenizer:
-        if self._table is not None:
-            return PieceDetokenizer(self._table)
-        return WindowDetokenizer(self.decode, self._special_ids)
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        table = self._table if skip_special_tokens else self._table_with_special
+        if table is not None:
+            return PieceDetokenizer(table, prompt_ids)
+        if skip_special_tokens:
+            return WindowDetokenizer(self.decode, self._special_ids, prompt_ids)
+        return WindowDetokenizer(self._decode_with_special, frozenset(), prompt_ids)
+
+    def _decode_with_special(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))

@@ -60,5 +60,10 @@ class SlowTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return str(self._tokenizer.decode([token_id])).encode()
 
-    def detokenizer(self) -> Detokenizer:
-        return WindowDetokenizer(self.decode, self._special_ids)
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        if skip_special_tokens:
+            return WindowDetokenizer(self.decode, self._special_ids, prompt_ids)
+        return WindowDetokenizer(self._decode_with_special, frozenset(), prompt_ids)
+
+    def _decode_with_special(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))

@@ -27,6 +27,10 @@ class OutputOptions:
 
     stops: tuple[str, ...] = ()
     """Stop strings."""
+    skip_special_tokens: bool = True
+    """Whether special tokens have no text in the answer."""
+    continues_prompt: bool = False
+    """Whether the answer is the continuation of the prompt's text; else it is a text of its own (a chat's message)."""
     include_stop: bool = False
     """Whether the answer contains the stop string."""
     interval: int = 1
@@ -70,10 +74,19 @@ def decode_token(
 
 
 class Choice:
-    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams, options: OutputOptions) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        options: OutputOptions,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
         self._index = index
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.detokenizer()
+        context = prompt_ids if options.continues_prompt else ()
+        self._detokenizer = tokenizer.detokenizer(context, skip_special_tokens=options.skip_special_tokens)
+        self._hidden_ids = tokenizer.special_ids if options.skip_special_tokens else frozenset()
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._parser = options.parser()
         self._stop_token_ids = frozenset(params.stop_token_ids)
@@ -110,15 +123,19 @@ class Choice:
         if ends_by_token:
             self._count(1, logprobs[-1:])
         if output.finish_reason is not None:
-            return self._finish(output.finish_reason, logprobs[-1:] if ends_by_token else ())
+            return self._finish(output.finish_reason, ids[-1:] if ends_by_token else (), logprobs[-1:])
         num_new = self._num_tokens - self._num_tokens_at_delta
         return self._delta(None) if not self._num_tokens_at_delta or num_new >= self._options.interval else None
 
-    def _finish(self, finish_reason: str, stop_token: Sequence[TokenLogprob]) -> ChoiceDelta:
-        """Flush the text held back, after the engine's last output. `stop_token`: logprob of the stop token, if any."""
+    def _finish(self, finish_reason: str, stop_token: Sequence[int], logprobs: Sequence[TokenLogprob]) -> ChoiceDelta:
+        """Flush the text held back, after the engine's last output. `stop_token`: the stop token, if there is one;
+        `logprobs`: that of the last token.
+        """
         self._take_text(self._detokenizer.finish())
-        if self._options.stop_token_logprob:
-            self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in stop_token]
+        if stop_token and self._options.stop_token_logprob:
+            self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
+        for token_id in stop_token:
+            self._take_hidden(token_id)
         if self._stops.stopped is not None:
             finish_reason = "stop"
         self._pass(self._stops.finish())
@@ -139,6 +156,8 @@ class Choice:
         if self._options.logprobs:
             self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
         self._take_text(self._detokenizer.push(ids))
+        if self._options.stops and ids[0] in self._hidden_ids:  # with stop strings, ids is one token
+            self._take_hidden(ids[0])
 
     def _count(self, num_tokens: int, logprobs: Sequence[TokenLogprob]) -> None:
         self._num_tokens += num_tokens
@@ -147,8 +166,17 @@ class Choice:
 
     def _take_text(self, text: str) -> None:
         self._num_decoded_chars += len(text)
-        # Stop strings do not count before min_tokens.
-        self._pass(text if self._num_tokens < self._min_tokens else self._stops.push(text))
+        self._pass(self._stops.push(text, may_stop=self._may_stop))
+
+    def _take_hidden(self, token_id: int) -> None:
+        """Process a token that has no text in the answer, but may be part of a stop string."""
+        name = self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        self._pass(self._stops.push(name, hidden=True, may_stop=self._may_stop))
+
+    @property
+    def _may_stop(self) -> bool:
+        """Whether a stop string that ends in the last token counts. It may begin before min_tokens."""
+        return self._num_tokens >= self._min_tokens
 
     def _pass(self, text: str) -> None:
         self._num_passed_chars += len(text)

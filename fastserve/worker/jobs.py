@@ -128,24 +128,30 @@ class JobMaker:
             )
         self._check_size(1, request)
         # Templates write the special tokens themselves.
-        ids = self.encoder.encode(self._render(self._template, request), "messages", add_special_tokens=False)
+        add_special_tokens = bool(request.add_special_tokens)
+        text = self._render(self._template, request)
+        ids = self.encoder.encode(text, "messages", add_special_tokens=add_special_tokens)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         max_tokens = self.encoder.max_output_tokens(len(ids), "messages")
         if request.token_limit is not None:
             max_tokens = min(request.token_limit, max_tokens)
         self._check_prompt_logprobs(len(ids), request.prompt_logprobs)
         params = self._params(request, max_tokens, self._pick_seed(caller), logprobs, request.prompt_logprobs)
-        return self._job(request, caller, [Prompt(None, ids, params)], logprobs, echo=False)
+        return self._job(request, caller, [Prompt(None, ids, params)], logprobs, echo=False, continues_prompt=False)
 
     def completion(self, body: bytes, caller: Caller) -> Job:
         """Make a job from the body of a completion request."""
-        return self._completion(parse_request(CompletionRequest, body, self.settings.bounds), caller)
+        request = parse_request(CompletionRequest, body, self.settings.bounds)
+        return self._completion(request, caller, continues_prompt=True)
 
     def completion_from_fields(self, fields: Mapping[str, Any], caller: Caller) -> Job:
-        """Make a job from the fields of a completion request."""
-        return self._completion(check_request(CompletionRequest, fields, self.settings.bounds), caller)
+        """Make a job from the fields of a completion request. Its answer is a text of its own, unless it begins with
+        the prompt.
+        """
+        request = check_request(CompletionRequest, fields, self.settings.bounds)
+        return self._completion(request, caller, continues_prompt=bool(request.echo))
 
-    def _completion(self, request: CompletionRequest, caller: Caller) -> Job:
+    def _completion(self, request: CompletionRequest, caller: Caller, *, continues_prompt: bool) -> Job:
         self._check(request, caller)
         seed = self._pick_seed(caller)
         inputs = request.prompts(self.settings.bounds)
@@ -153,17 +159,18 @@ class JobMaker:
         token_limit = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
         prompts, num_tokens = [], 0
         for prompt in inputs:
-            ids = self._token_ids(prompt)
+            ids = self._token_ids(prompt, add_special_tokens=request.add_special_tokens is not False)
             num_tokens += len(ids)
             self._check_prompt_logprobs(num_tokens, request.num_prompt_logprobs)
             max_tokens = min(token_limit, self.encoder.max_output_tokens(len(ids), "prompt"))
             params = self._params(request, max_tokens, seed, request.logprobs, request.num_prompt_logprobs)
             prompts.append(Prompt(prompt if request.echo and isinstance(prompt, str) else None, ids, params))
-        return self._job(request, caller, prompts, request.logprobs, echo=bool(request.echo))
+        echo = bool(request.echo)
+        return self._job(request, caller, prompts, request.logprobs, echo=echo, continues_prompt=continues_prompt)
 
-    def _token_ids(self, prompt: str | list[int]) -> list[int]:
+    def _token_ids(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self.encoder.encode(prompt, "prompt", add_special_tokens=True)
+            return self.encoder.encode(prompt, "prompt", add_special_tokens=add_special_tokens)
         self.encoder.check_token_ids(prompt, "prompt")
         return prompt
 
@@ -261,11 +268,20 @@ class JobMaker:
         )
 
     def _job(
-        self, request: GenerationRequest, caller: Caller, prompts: list[Prompt], logprobs: int | None, *, echo: bool
+        self,
+        request: GenerationRequest,
+        caller: Caller,
+        prompts: list[Prompt],
+        logprobs: int | None,
+        *,
+        echo: bool,
+        continues_prompt: bool,
     ) -> Job:
         self._report_unknown(request.unknown)
         output = OutputOptions(
             stops=request.stop or (),
+            skip_special_tokens=request.skip_special_tokens is not False,
+            continues_prompt=continues_prompt,
             include_stop=bool(request.include_stop_str_in_output),
             interval=self.settings.stream_interval if request.stream else _NO_INTERVAL,
             logprobs=logprobs is not None,

@@ -82,10 +82,8 @@ class GenerationService:
     async def _run_choice(
         self, job: Job, prompt: Prompt, request_id: str, index: int, box: Mailbox[ChoiceDelta]
     ) -> None:
-        choice = Choice(index, self._tokenizer, prompt.params, job.output)
-        request = EngineRequest(
-            request_id, prompt.token_ids, prompt.params, choice=index % job.num_runs, priority=job.priority
-        )
+        choice = Choice(index, self._tokenizer, prompt.params, job.output, prompt.token_ids)
+        request = EngineRequest(request_id, prompt.token_ids, prompt.params, choice=index, priority=job.priority)
         with self._keeper.engine.generate(request) as stream:
             listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived_s)
             stream.listen(listener.on_output)

@@ -79,3 +79,37 @@ def test_the_longest_stop_strings_cost_each_character_a_bounded_amount_of_work()
     sent = "".join(window.push("a") for _ in range(5_000))
     assert len(sent) == 5_000 - 1000
     assert len(window.finish()) == 1000
+
+
+def first_stop_with_hidden(segments: list[tuple[str, bool]], stops: list[str], include: bool) -> tuple[str, str | None]:
+    """Reference implementation: try ever longer prefixes, with and without the hidden text."""
+    visible, full, visible_at = "", "", [0]
+    for text, hidden in segments:
+        for char in text:
+            full += char
+            visible += "" if hidden else char
+            visible_at.append(len(visible))
+            ending = [s for s in stops if full.endswith(s) or (not hidden and visible.endswith(s))]
+            if ending:
+                stop = max(ending, key=len)
+                start = visible_at[len(full) - len(stop)] if full.endswith(stop) else len(visible) - len(stop)
+                return visible[:start] + (stop if include else ""), stop
+    return visible, None
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.tuples(st.text(alphabet="ab<", min_size=1, max_size=4), st.booleans()), max_size=8),
+    st.lists(st.text(alphabet="ab<", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
+)
+def test_hidden_text_is_searched_but_not_sent(
+    segments: list[tuple[str, bool]], stops: list[str], include: bool
+) -> None:
+    window = StopStrings(stops, include=include)
+    expected, stop = first_stop_with_hidden(segments, stops, include)
+    out = ""
+    for text, hidden in segments:
+        out += window.push(text, hidden=hidden)
+        assert expected.startswith(out), "nothing may be sent that has to be taken back"
+    assert (out + window.finish(), window.stopped) == (expected, stop)
