@@ -93,6 +93,10 @@ class EngineCore:
         return self._in_flight is not None or (self.scheduler.has_work and not self.pausing.is_paused)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
+        """Queue a request. If it cannot run, or is finished already, return its last output at once."""
+        problem = _unknown_token(request, self.info.vocab_size)
+        if problem is not None:
+            return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
         return self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
@@ -175,3 +179,18 @@ class EngineCore:
             step_tokens=self._step_tokens.copy(),
             step_sequences=self._step_sequences.copy(),
         )
+
+
+def _unknown_token(request: EngineRequest, vocab_size: int) -> str | None:
+    """Why a request with a token id outside of the vocabulary cannot run: it would index beyond the model's tensors."""
+    params = request.params
+    for field, ids in (
+        ("prompt_ids", request.prompt_ids),
+        ("emitted_ids", request.emitted_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias),
+    ):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+            return f"{field}: token id {wrong} is not in the vocabulary, whose ids run from 0 to {vocab_size - 1}"
+    return None

@@ -173,14 +173,42 @@ class PieceDetokenizer:
         return text
 
 
+def is_incomplete(text: str) -> bool:
+    """Whether a text may end inside a UTF-8 sequence."""
+    return text.endswith(REPLACEMENT_CHARACTER)
+
+
+_CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+_BEGINNINGS = tuple({text[:end] for text in _CLEANED_UP for end in range(1, len(text))})
+
+
+def clean_up_spaces(text: str) -> str:
+    """Remove the spaces before punctuation and contractions (transformers' `clean_up_tokenization_spaces`)."""
+    for found in _CLEANED_UP:
+        text = text.replace(found, found.strip(" "))
+    return text
+
+
+def may_be_cleaned_up(text: str) -> bool:
+    """Whether a text ends in what may become part of a string that is cleaned up."""
+    return is_incomplete(text) or text.endswith(_BEGINNINGS)
+
+
 class WindowDetokenizer:
     """For any decoder: decodes the new tokens with and without a few preceding ones; the difference is the new text."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], hidden_ids: frozenset[int], prompt_ids: Sequence[int] = ()
+        self,
+        decode: Callable[[Sequence[int]], str],
+        hidden_ids: frozenset[int],
+        prompt_ids: Sequence[int] = (),
+        is_undecided: Callable[[str], bool] = is_incomplete,
     ) -> None:
-        """`hidden_ids`: tokens without text. `prompt_ids`: tokens that the text continues."""
+        """`hidden_ids`: tokens without text. `prompt_ids`: tokens that the text continues. `is_undecided`: whether
+        further tokens may change the end of a text.
+        """
         self._decode = decode
+        self._is_undecided = is_undecided
         self._hidden_ids = hidden_ids
         self._context = _last_visible(prompt_ids, hidden_ids)
         self._held: list[int] = []
@@ -199,7 +227,7 @@ class WindowDetokenizer:
     def _take(self, *, force: bool) -> str:
         before = self._decode(self._context)
         after = self._decode(self._context + self._held)
-        if after.endswith(REPLACEMENT_CHARACTER) and not force:
+        if self._is_undecided(after) and not force:
             return ""
         self._context = (self._context + self._held)[-_WINDOW_TOKENS:]
         self._held = []

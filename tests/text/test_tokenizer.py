@@ -31,12 +31,10 @@ def test_special_tokens_and_end_tokens(save: tiny.Save) -> None:
     assert tokenizer.vocab_size == 1 + max(tiny.sentencepiece().get_vocab().values())
 
 
-def test_a_bos_required_by_the_configuration_is_added(save: tiny.Save) -> None:
-    folder = save(tiny.byte_level(), tokenizer_config={"bos_token": "<s>", "add_bos_token": True})
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.encode("hi", add_special_tokens=True) == [0, *tokenizer.encode("hi", add_special_tokens=False)]
-    assert tokenizer.bos_text == "<s>"
-    assert load_tokenizer(save(tiny.byte_level(), tokenizer_config={})).bos_text is None
+def test_bos_is_the_token_that_the_post_processor_puts_first(save: tiny.Save) -> None:
+    assert load_tokenizer(save(tiny.sentencepiece())).bos_text == "<s>"
+    config = {"bos_token": "<s>", "add_bos_token": True}
+    assert load_tokenizer(save(tiny.byte_level(), tokenizer_config=config)).bos_text is None, "as in transformers"
 
 
 def test_padding_and_truncation_of_the_file_are_off(save: tiny.Save) -> None:

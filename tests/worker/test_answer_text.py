@@ -159,7 +159,7 @@ async def test_special_tokens_are_shown_where_the_request_wants_them(
 ) -> None:
     folder = make_folder(tmp_path, BUILDERS[name])
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text = raw.encode("the fox", add_special_tokens=False).ids
+    text: list[int] = raw.encode("the fox", add_special_tokens=False).ids
     ids = [*text, raw.token_to_id(IM_END), raw.token_to_id("<|im_start|>"), *text]
     messages = [{"role": "user", "content": "the"}]
     async with run_worker(saying(ids), folder=folder) as worker:

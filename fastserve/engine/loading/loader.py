@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fastserve.engine.attention.paged import PagedAttention, attention_implementation
@@ -192,8 +193,11 @@ def _own_attention(name: str) -> StartupError:
 
 def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        stated, _ = PretrainedConfig.get_config_dict(model_dir, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            model_dir, trust_remote_code=trust_remote_code, local_files_only=True, **_readable_dtype(stated)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise _cannot_be_read("configuration", model_dir, error) from error
 
 
@@ -204,8 +208,21 @@ def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError
             f"The model in {model_dir} comes with Python code of its own, which is not run unasked: read it, and start "
             "with --trust-remote-code if you trust it."
         )
-    cause = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    lines = str(error).strip().split("\n")
+    cause = " ".join(map(str.strip, lines if isinstance(error, StrictDataclassError) else lines[:1])).rstrip(".")
+    cause = cause or type(error).__name__
     return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
+
+
+def _readable_dtype(stated: Mapping[str, Any]) -> dict[str, torch.dtype | None]:
+    """Arguments for AutoConfig where config.json states a dtype in words that it cannot read ("auto",
+    "torch.bfloat16"): the dtype that is meant, or None for the default.
+    """
+    names = [stated[key] for key in ("dtype", "torch_dtype") if isinstance(stated.get(key), str)]
+    if all(isinstance(getattr(torch, name, None), torch.dtype) for name in names):
+        return {}
+    found = getattr(torch, names[0].removeprefix("torch."), None)
+    return {"dtype": found if isinstance(found, torch.dtype) else None, "torch_dtype": None}
 
 
 def _choose_dtype(name: str | None, config: PretrainedConfig, device: Device) -> torch.dtype:
@@ -238,4 +255,5 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
         found = model.config.get_text_config(decoder=True).eos_token_id
     if found is None:
         return ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    ids = found if isinstance(found, list | tuple) else (found,)
+    return tuple(token_id for token_id in ids if isinstance(token_id, int) and token_id >= 0)

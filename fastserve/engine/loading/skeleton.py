@@ -23,6 +23,8 @@ def build_skeleton(
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # quantized checkpoints are read by formats/
+    _drop_impossible_padding(config)
+    config.return_dict = True  # outputs are read by name
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
@@ -30,6 +32,14 @@ def build_skeleton(
     model.tie_weights()
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _drop_impossible_padding(config: PretrainedConfig) -> None:
+    """Embeddings refuse a padding token that is not in the vocabulary. Nothing is padded here, so none is needed."""
+    text_config = config.get_text_config(decoder=True)
+    pad, vocab_size = getattr(text_config, "pad_token_id", None), getattr(text_config, "vocab_size", None)
+    if not isinstance(pad, int) or not isinstance(vocab_size, int) or not -vocab_size <= pad < vocab_size:
+        text_config.pad_token_id = None
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,0 +1,114 @@
+"""Odd but legal files and ids: a model starts and answers as its own code does, or is refused with one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastserve.engine.build import build_core
+from fastserve.engine.contract import EngineRequest, SamplingParams
+from fastserve.engine.loading.loader import load_model
+from fastserve.engine.settings import EngineConfig
+from fastserve.errors import StartupError
+
+from .conftest import TinyModels, plain
+from .test_formats import assert_same_logits, load
+
+ODD: list[dict[str, Any]] = [
+    {"pad_token_id": 10**6},
+    {"pad_token_id": -1},
+    {"pad_token_id": -(10**6)},
+    {"bos_token_id": 10**6},
+    {"eos_token_id": [2, 10**6]},
+    {"dtype": "auto"},
+    {"torch_dtype": "auto", "dtype": None},
+    {"dtype": "torch.float32"},
+    {"dtype": "nonsense"},
+    {"architectures": None},
+    {"rope_scaling": None},
+    {"use_cache": False},
+    {"return_dict": False},
+    {"output_attentions": True},
+    {"output_hidden_states": True},
+    {"attention_dropout": 0.5},
+    {"_attn_implementation": "flash_attention_2"},
+    {"quantization_config": None},
+    {"sliding_window": None},
+    {"transformers_version": "99.0"},
+    {"temperature": 0.5, "do_sample": True, "max_length": 7},
+    {"unknown": {"field": [1]}},
+]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"pad_token_id": [0]}, "pad_token_id"),
+    ({"eos_token_id": "2"}, "eos_token_id"),
+    ({"max_position_embeddings": None}, "max_position_embeddings"),
+    ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    ({"tie_word_embeddings": None}, "tie_word_embeddings"),
+    ({"num_attention_heads": 0}, "zero"),
+    ({"hidden_act": "nonsense"}, "nonsense"),
+    ({"model_type": "nonsense"}, "nonsense"),
+    ({"vocab_size": 10**6}, "weight has the shape"),
+    ({"rope_scaling": {"type": "nonsense", "factor": 2.0}, "rope_parameters": None}, "nonsense"),
+]
+
+
+@pytest.fixture
+def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_models.path("llama"), tmp_path / "model"))
+
+
+def change(folder: Path, fields: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize("fields", ODD, ids=str)
+def test_odd_but_legal_configurations_are_served_rightly(folder: Path, fields: dict[str, Any]) -> None:
+    expected = plain(folder)
+    change(folder, fields)
+    assert_same_logits(load(folder), expected)
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED, ids=str)
+def test_impossible_configurations_are_refused_in_a_sentence(folder: Path, fields: dict[str, Any], words: str) -> None:
+    change(folder, fields)
+    with pytest.raises(StartupError, match=words) as refusal:
+        load(folder)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_the_dtype_of_a_configuration_is_read_in_both_forms(folder: Path, name: str) -> None:
+    change(folder, {"dtype": name})
+    loaded = load_model(str(folder), "cpu", None, trust_remote_code=False, progress=lambda *_: None)
+    assert loaded.dtype is torch.bfloat16
+
+
+def test_a_token_id_beyond_the_vocabulary_ends_its_own_request_alone(tiny_models: TinyModels) -> None:
+    core = build_core(EngineConfig(model_dir=tiny_models.path("llama"), device="cpu"), lambda _: None)
+    beyond = core.info.vocab_size
+    good = SamplingParams(max_tokens=4, temperature=0.0)
+    wrong = {
+        "prompt": EngineRequest("prompt", [3, beyond], good),
+        "negative": EngineRequest("negative", [-1, 3], good),
+        "emitted": EngineRequest("emitted", [3], good, emitted_ids=[beyond]),
+        "stop": EngineRequest("stop", [3], SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(beyond,))),
+        "bias": EngineRequest("bias", [3], SamplingParams(max_tokens=4, logit_bias={beyond: 1.0})),
+    }
+    assert core.add(EngineRequest("good", [3, beyond - 1], good)) is None
+    for name, request in wrong.items():
+        refused = core.add(request)
+        assert refused is not None
+        assert (refused.request_id, refused.finish_reason) == (name, "error")
+        assert str(-1 if name == "negative" else beyond) in str(refused.error)
+    found: list[int] = []
+    while core.has_work:
+        for output in core.step():
+            assert output.request_id == "good"
+            found += output.token_ids
+    assert len(found) == 4
