@@ -19,13 +19,20 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's tokenizer_config.json, with the special tokens of older folders. Raises StartupError."""
+    config = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    return config | read_json(folder / "special_tokens_map.json")
+
+
 def add_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> None:
-    """`config`: the folder's tokenizer_config.json."""
+    """`config`: see `read_config`."""
     added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
         added = {int(token_id): _token(value) for token_id, value in config["added_tokens_decoder"].items()}
     else:
-        config = config | read_json(folder / "special_tokens_map.json")
         special = {text for value in _named(config) if (text := token_text(value)) is not None}
         special |= {text for value in _extra(config) if (text := token_text(value)) is not None}
         for text, token_id in read_json(folder / "added_tokens.json").items():

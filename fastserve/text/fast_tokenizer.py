@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from fastserve.errors import StartupError
-from fastserve.text.added_tokens import add_tokens
+from fastserve.text.added_tokens import add_tokens, read_config
 from fastserve.text.detokenizer import (
     Detokenizer,
     PieceDetokenizer,
@@ -38,9 +38,15 @@ class FastTokenizer:
             raise StartupError(f"{folder / 'tokenizer.json'} cannot be read: {error}.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_config(folder)
         self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
-        add_tokens(self._tokenizer, folder, config)
+        try:
+            add_tokens(self._tokenizer, folder, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StartupError(
+                f"The added tokens in {folder} (tokenizer_config.json, added_tokens.json, special_tokens_map.json) "
+                f"cannot be read: {error!r}."
+            ) from error
         if _is_built_by_llama(self._tokenizer, folder, config):
             _build_like_llama(self._tokenizer, config)
         added = self._tokenizer.get_added_tokens_decoder()

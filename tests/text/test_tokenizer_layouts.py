@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
+from fastserve.errors import StartupError
 from fastserve.text.load_tokenizer import load_tokenizer
 from tests.text import tiny_tokenizers as tiny
 
@@ -234,3 +235,19 @@ def differences(folder: Path) -> list[str]:
 def test_a_folders_tokenizer_is_what_auto_tokenizer_makes_of_it(layout: str, tmp_path: Path) -> None:
     write(tmp_path, LAYOUTS[layout]())
     assert differences(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"added_tokens_decoder": []}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<new>")}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"400": {"special": True}}}},
+        {"added_tokens.json": {"<new>": "x"}},
+        {"special_tokens_map.json": "[]"},
+    ],
+)
+def test_added_tokens_that_cannot_be_read_are_a_sentence(tmp_path: Path, files: Files) -> None:
+    write(tmp_path, {"tokenizer.json": tiny.byte_level(), **files})
+    with pytest.raises(StartupError, match="added tokens|special_tokens_map"):
+        load_tokenizer(tmp_path)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+import tokenizers
 
 from fastserve.engine.contract import EngineInfo, EngineRequest, RequestOutput, SamplingParams
 from fastserve.engine.fake import Script, noise
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.parts import plain_text
+from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import Choice, OutputOptions
 from tests.text import tiny_tokenizers as tiny
 from tests.worker.conftest import MODEL, Running, RunWorker
@@ -21,7 +22,7 @@ from tests.worker.conftest import MODEL, Running, RunWorker
 TEXTS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}<|im_start|>"
-BUILDERS: dict[str, Callable[[], Tokenizer]] = {
+BUILDERS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte_level": tiny.byte_level,
     "metaspace": tiny.metaspace,
     "sentencepiece": tiny.sentencepiece,
@@ -29,7 +30,7 @@ BUILDERS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-def make_folder(path: Path, builder: Callable[[], Tokenizer]) -> Path:
+def make_folder(path: Path, builder: Callable[[], tokenizers.Tokenizer]) -> Path:
     tokenizer = builder()
     tokenizer.save(str(path / "tokenizer.json"))
     end = tokenizer.token_to_id("</s>")
@@ -46,6 +47,11 @@ def saying(ids: Iterable[int]) -> Script:
         return answer
 
     return script
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of special tokens by their names."""
+    return {tokenizer.token_bytes(token_id).decode(): token_id for token_id in tokenizer.special_ids}
 
 
 async def answers(worker: Running, path: str, **body: Any) -> tuple[str, str]:
@@ -117,8 +123,8 @@ async def test_a_stop_string_may_contain_special_tokens(
     folder = make_folder(tmp_path, BUILDERS[name])
     tokenizer = load_tokenizer(folder)
     text = tokenizer.encode("the fox", add_special_tokens=False)
-    ids = {tokenizer.token_bytes(token_id).decode(): token_id for token_id in tokenizer.special_ids}
-    answer = [*text, ids[IM_END], ids["<|im_start|>"], *text]
+    special = special_ids(tokenizer)
+    answer = [*text, special[IM_END], special["<|im_start|>"], *text]
     async with run_worker(saying(answer), folder=folder) as worker:
         found = await answers(
             worker, CHAT, messages=[{"role": "user", "content": "the"}], stop=stop, include_stop_str_in_output=include
@@ -158,9 +164,10 @@ async def test_special_tokens_are_shown_where_the_request_wants_them(
     run_worker: RunWorker, tmp_path: Path, name: str
 ) -> None:
     folder = make_folder(tmp_path, BUILDERS[name])
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     text: list[int] = raw.encode("the fox", add_special_tokens=False).ids
-    ids = [*text, raw.token_to_id(IM_END), raw.token_to_id("<|im_start|>"), *text]
+    special = special_ids(load_tokenizer(folder))
+    ids = [*text, special[IM_END], special["<|im_start|>"], *text]
     messages = [{"role": "user", "content": "the"}]
     async with run_worker(saying(ids), folder=folder) as worker:
         hidden = (await answers(worker, CHAT, messages=messages))[0]
