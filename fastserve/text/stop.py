@@ -71,7 +71,8 @@ class StopStrings:
     def _release(self, num_kept: int) -> str:
         """Remove all but the last `num_kept` visible characters, and return them."""
         num_released = sum(len(text) for text, hidden in self._held if not hidden) - num_kept
-        released, kept = "", []
+        released = ""
+        kept: list[tuple[str, bool]] = []
         for text, hidden in self._held:
             if hidden:
                 kept += [(text, hidden)] if kept else []  # at the beginning it does not matter any more

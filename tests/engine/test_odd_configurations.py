@@ -90,7 +90,7 @@ def test_the_dtype_of_a_configuration_is_read_in_both_forms(folder: Path, name: 
 
 
 def test_a_token_id_beyond_the_vocabulary_ends_its_own_request_alone(tiny_models: TinyModels) -> None:
-    core = build_core(EngineConfig(model_dir=tiny_models.path("llama"), device="cpu"), lambda _: None)
+    core = build_core(EngineConfig(model_dir=tiny_models.path("llama"), device="cpu"), lambda *_: None)
     beyond = core.info.vocab_size
     good = SamplingParams(max_tokens=4, temperature=0.0)
     wrong = {

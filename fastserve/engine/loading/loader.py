@@ -222,7 +222,8 @@ def _readable_dtype(stated: Mapping[str, Any]) -> dict[str, torch.dtype | None]:
     if all(isinstance(getattr(torch, name, None), torch.dtype) for name in names):
         return {}
     found = getattr(torch, names[0].removeprefix("torch."), None)
-    return {"dtype": found if isinstance(found, torch.dtype) else None, "torch_dtype": None}
+    dtype = found if isinstance(found, torch.dtype) else None
+    return {"dtype": dtype, "torch_dtype": dtype}
 
 
 def _choose_dtype(name: str | None, config: PretrainedConfig, device: Device) -> torch.dtype:
