@@ -29,6 +29,9 @@ from fastserve.text.detokenizer import (
 from fastserve.text.model_files import configured_eos_ids, read_json, token_text
 from fastserve.text.prompt_length import max_token_chars
 
+_LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+"""Special tokens of LlamaTokenizer where a folder names none."""
+
 
 class FastTokenizer:
     def __init__(self, folder: Path) -> None:
@@ -40,6 +43,9 @@ class FastTokenizer:
         self._tokenizer.no_truncation()
         config = read_config(folder)
         self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+        built_by_llama = _is_built_by_llama(self._tokenizer, folder, config)
+        if built_by_llama:
+            config = _LLAMA_TOKENS | config
         try:
             add_tokens(self._tokenizer, folder, config)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -47,7 +53,7 @@ class FastTokenizer:
                 f"The added tokens in {folder} (tokenizer_config.json, added_tokens.json, special_tokens_map.json) "
                 f"cannot be read: {error!r}."
             ) from error
-        if _is_built_by_llama(self._tokenizer, folder, config):
+        if built_by_llama:
             _build_like_llama(self._tokenizer, config)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)

@@ -16,7 +16,7 @@ from tests.worker.conftest import MODEL, RunWorker
 
 def by_choice(answers: Sequence[Sequence[int]]) -> Script:
     def script(request: EngineRequest, info: EngineInfo) -> Sequence[int]:
-        return answers[request.choice]
+        return answers[request.choice % len(answers)]
 
     return script
 
