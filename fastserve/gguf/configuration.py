@@ -1,7 +1,7 @@
 """config.json and generation_config.json of a GGUF file, from its metadata.
 
-What llama.cpp's code fixes for an architecture (activations, the pattern of windows, scales of the largest models) is in
-no file: it stands here.
+llama.cpp's code fixes some properties of an architecture (activations, the pattern of windows, scales of the largest
+models), which no file states. They are constants here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Config = dict[str, Any]
 _F32 = 0
 _BF16 = 30
 _GEMMA3_PATTERN = 6
-"""Each sixth layer of Gemma 3 sees the whole context."""
+"""Every sixth layer of Gemma 3 attends to the whole context."""
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
 
 
 def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
-    """Raises StartupError when the architecture is not served, or the file says something that its model has not."""
+    """config.json. Raises StartupError when the metadata is incomplete, or describes a model that is not served."""
     if file.architecture not in ARCHITECTURES:
         raise refuse_architecture(file)
     keys = _Keys(file)
@@ -33,6 +33,7 @@ def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
 
 
 def make_generation_config(file: Gguf, vocabulary: Vocabulary) -> Config:
+    """generation_config.json: end tokens, and the publisher's sampling parameters if the file has any."""
     config: Config = {"eos_token_id": list(vocabulary.end_ids)}
     if vocabulary.bos_id is not None:
         config["bos_token_id"] = vocabulary.bos_id
@@ -55,13 +56,13 @@ def refuse_architecture(file: Gguf) -> StartupError:
 
 
 class _Keys:
-    """Metadata of the architecture, and the tensors."""
+    """The metadata keys of the file's architecture, and its tensors."""
 
     def __init__(self, file: Gguf) -> None:
         self.file = file
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A list of equal values, one for each layer, counts as one value."""
+        """A value. A list of equal values, one for each layer, counts as one; raises StartupError for other lists."""
         value = self.file.metadata.get(f"{self.file.architecture}.{key}", default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
@@ -95,7 +96,7 @@ class _Keys:
         return int(self.require("attention.head_count"))
 
     def numbers(self, tensor: str) -> list[float]:
-        """A small tensor of constants, in float32."""
+        """The values of a small float32 tensor."""
         found = self.file.tensors[tensor]
         if found.type_id != _F32:
             raise StartupError(f"{found.file}: the tensor {tensor} is not in float32.")
@@ -104,7 +105,7 @@ class _Keys:
 
 
 def _rounded(value: Any) -> Any:
-    """A float32 as it was written before it was one: 1e-5, not 9.99999974e-06."""
+    """A float32 in its shortest form: 1e-5, not 9.99999974e-06."""
     if not isinstance(value, float):
         return value
     short = float(f"{value:.7g}")
@@ -136,7 +137,7 @@ def _common(keys: _Keys, vocabulary: Vocabulary) -> Config:
         "bos_token_id": vocabulary.bos_id,
         "eos_token_id": list(vocabulary.end_ids),
         "pad_token_id": vocabulary.pad_id,
-        # What it was trained in, as far as a quantized file can tell.
+        # The training dtype, as far as a quantized file shows it.
         "dtype": "float32" if types == {_F32} else "bfloat16",
         "rope_parameters": _rope(keys),
     }
@@ -190,10 +191,10 @@ def _longrope(keys: _Keys, original: int) -> Config:
 
 
 def _llama3(divisors: list[float], theta: float) -> Config:
-    """Llama 3's scaling, of which a file has the divisor of each frequency.
+    """Parameters of Llama 3's RoPE scaling, from the divisor of each frequency.
 
-    Between the two ends, 1 and `factor`, 1/divisor is linear in the frequency. That gives high_freq_factor and the
-    original length for a low_freq_factor of 1; other triples mean the same.
+    Between its ends, 1 and 1/factor, 1/divisor is linear in the frequency. Slope and offset give high_freq_factor and
+    the original length for a low_freq_factor of 1; other triples are equivalent.
     """
     values = np.array(divisors)
     frequencies = theta ** (-np.arange(len(values)) / len(values))
@@ -206,7 +207,7 @@ def _llama3(divisors: list[float], theta: float) -> Config:
         high = float(1 - 1 / offset)
         original = float(slope * (high - 1))
     else:
-        # A step, without anything between its ends.
+        # No frequency lies between the ends: the values of all published models.
         high, original = 4.0, 8192.0
     rope |= {"high_freq_factor": round(high, 2), "original_max_position_embeddings": round(original)}
     found = _llama3_divisors(rope, frequencies)
@@ -291,7 +292,7 @@ def _gemma3(keys: _Keys) -> Config:
 
 
 def _query_scale(keys: _Keys, layers_of_27b: int) -> float:
-    """Queries are divided by its root: the head's size, but for the models of 27 billion weights."""
+    """query_pre_attn_scalar: the head's size, except in the models of 27 billion parameters."""
     if keys.require("block_count") == layers_of_27b:
         return float(keys.require("embedding_length") / keys.heads)
     return float(keys.head_dim)
@@ -347,4 +348,4 @@ ARCHITECTURES: dict[str, Callable[[_Keys], Config]] = {
     "smollm3": _smollm3,
     "granite": _granite,
 }
-"""Architectures that are served from GGUF files, and what config.json says of each beyond what all have."""
+"""Architectures that are served from GGUF files, each with the keys of config.json that not all of them share."""

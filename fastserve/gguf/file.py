@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata, and where each tensor lies. No tensor is read here.
+"""The header of a GGUF file: its metadata, and where its tensors are. Reads no tensor.
 
-The package `gguf` has a reader too, which makes several objects for each entry of a vocabulary: this one takes a
-twentieth of its time, and the vocabulary is read at each start.
+The reader of the package `gguf` creates several objects for each vocabulary entry and takes twenty times as long; every
+start of a worker reads the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class GgufTensor:
     shape: tuple[int, ...]
     """Rows first, as torch has it."""
     type_id: int
-    """Of ggml's types."""
+    """Number of the type in ggml."""
     file: Path
     offset: int
-    """In bytes from the start of `file`."""
+    """Bytes from the start of `file`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """The header of the model that `path` is, or is a part of. Raises StartupError when it is broken, cut off, or a
-    part is missing."""
+    """Read the header of a model, of which `path` is the file or any part. Raises StartupError when it is broken or cut
+    off, or a part is missing."""
     parts = part_files(path)
     headers = [_read_header(part) for part in parts]
     metadata = headers[0][0]
@@ -74,7 +74,7 @@ def read_gguf(path: Path) -> Gguf:
 
 
 def part_files(path: Path) -> list[Path]:
-    """All parts of the model of which `path` is one, by their names. Raises StartupError for one that is missing."""
+    """The files of all parts of a model, of which `path` is one. Raises StartupError if one is missing."""
     match = _PART.fullmatch(path.name)
     if match is None:
         return [path]
@@ -87,7 +87,8 @@ def part_files(path: Path) -> list[Path]:
 
 
 def find_gguf(folder: Path) -> Path | None:
-    """The one model of a folder: its file, or its first part. Raises StartupError when there are several."""
+    """The only GGUF model in a folder (the first part of a split one), or None. Raises StartupError if there are
+    several."""
     files = [file for file in sorted(folder.glob("*.gguf")) if not file.name.startswith("mmproj")]
     if not files:
         return None
@@ -118,7 +119,7 @@ class _Header:
         self._position = 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-        """Raises ValueError or struct.error when it makes no sense."""
+        """Raises ValueError or struct.error when the header is malformed."""
         if self._bytes(4) != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self._number("I")
@@ -159,7 +160,6 @@ class _Header:
         return list(self._numbers(_scalar(of), count))
 
     def _string(self) -> str:
-        # Vocabularies of byte pairs hold text alone, yet a broken one should not end the start.
         return self._bytes(self._number("Q")).decode("utf-8", errors="replace")
 
     def _number(self, code: str) -> Any:
@@ -178,7 +178,7 @@ class _Header:
         return found
 
     def _checked(self, count: int, size: int) -> int:
-        """`count`, if so many items of `size` bytes can still follow: a broken length must not ask for memory."""
+        """`count`, if that many items of `size` bytes can follow: a malformed length must not allocate memory."""
         if count * size > len(self._data) - self._position:
             raise ValueError(f"it ends after {len(self._data)} bytes, inside its header")
         return count

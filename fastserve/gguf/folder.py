@@ -1,6 +1,6 @@
-"""A model folder made of a GGUF file: config.json, tokenizer and chat templates, as Hugging Face's models have them.
+"""Makes a model folder from a GGUF file: config.json, tokenizer and chat templates in Hugging Face's layout.
 
-With it, everything that reads a model's folder reads a GGUF file. The weights stay in the file.
+So all code that reads model folders also reads GGUF files. The weights stay in the file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fastserve.gguf.tokens import read_vocabulary
 
 _NAME = re.compile(r"[\w-]{1,64}")
 
+
 def model_folder(path: Path, cache: Path) -> Path:
-    """The folder of the GGUF file (or part) `path`, which is made below `cache` unless it is there already. One that
-    was made of an earlier file at the same place is removed.
+    """The model folder of the GGUF file (or part) `path`, created below `cache` if needed. Removes the folder of an
+    earlier file with the same path.
 
     Raises StartupError when the file cannot be served, and OSError when nothing can be written to `cache`.
     """
@@ -36,7 +37,7 @@ def model_folder(path: Path, cache: Path) -> Path:
         try:
             scratch.rename(folder)
         except OSError:
-            # Another worker was faster, and has made the same.
+            # Another worker has created it in the meantime.
             if not (folder / "config.json").is_file():
                 raise
     finally:
@@ -48,7 +49,7 @@ def model_folder(path: Path, cache: Path) -> Path:
 
 
 def _identity(parts: list[Path]) -> str:
-    """Changes with the files, and with the code that reads them."""
+    """A key that changes with the files and with the code of this package."""
     digest = hashlib.sha256()
     for part in parts:
         found = part.stat()
@@ -75,6 +76,6 @@ def _write(file: Gguf, folder: Path) -> None:
         more = folder / "additional_chat_templates"
         more.mkdir()
         for name, source in templates.items():
-            # The name comes from the file, and must not lead anywhere else.
+            # The name comes from the file and must not be a path.
             if _NAME.fullmatch(name):
                 (more / f"{name}.jinja").write_text(source, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""How byte-level tokenizers cut a text before they merge bytes, by the name in `tokenizer.ggml.pre`.
+"""How byte-level tokenizers split a text before BPE, by the name in `tokenizer.ggml.pre`.
 
-The patterns are those with which the models were trained. Several of them act one after the other, each on the pieces
-that the one before it has left.
+The patterns are those that the models were trained with. Several patterns are applied in order, each to the pieces that
+the one before it has left.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
-"""A word may begin with one character that is no letter."""
+"""A word may begin with one character that is neither a letter nor a digit."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def _words(digits: str, letters: str = r"\p{L}") -> str:
-    """Llama 3's pattern, and that of its kin."""
+    """Llama 3's pattern and its variants."""
     inside = letters if letters == r"\p{L}" else rf"[{letters}]"
-    return (
-        rf"{_CONTRACTIONS}|{_BEFORE}{inside}+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{_SPACES}"
-    )
+    return rf"{_CONTRACTIONS}|{_BEFORE}{inside}+|{digits}| ?[^\s{letters}\p{{N}}]+[\r\n]*|{_SPACES}"
 
 
 def _cased(digits: str, suffix: str = "") -> str:
-    """Words are cut where a capital follows a small letter."""
+    """The pattern that also splits words where an upper-case letter follows a lower-case one."""
     return (
         rf"{_BEFORE}{_UPPER}*{_LOWER}+{suffix}|{_BEFORE}{_UPPER}+{_LOWER}*{suffix}|{digits}"
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -37,9 +35,9 @@ def _cased(digits: str, suffix: str = "") -> str:
 class PreTokenizer:
     patterns: tuple[str, ...]
     whole_words: bool = False
-    """A piece that is a token is that token, whatever the merges make of it."""
+    """A piece that is in the vocabulary becomes that token, without merges."""
     adds_bos: bool = False
-    """Unless the metadata says otherwise."""
+    """Whether BOS is added when the metadata does not say so."""
 
 
 _ONE_DIGIT, _THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"

@@ -1,4 +1,4 @@
-"""tokenizer.json and tokenizer_config.json of a GGUF file, from its metadata. Its tokens are those of llama.cpp."""
+"""tokenizer.json and tokenizer_config.json of a GGUF file, from its metadata: the tokens of llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastserve.gguf.tokens import PREFIX, TokenType, Vocabulary
 logger = logging.getLogger(__name__)
 
 _SPACE = "\u2581"
-"""How sentencepiece writes a space."""
+"""A space in sentencepiece's vocabularies."""
 _WHOLE = "tokenizer.huggingface.json"
 _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 
@@ -55,7 +55,7 @@ def make_tokenizer_config(file: Gguf, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def chat_templates(file: Gguf) -> dict[str, str]:
-    """By name; the main one is called default."""
+    """Chat templates by name; the main one is "default"."""
     prefix = "tokenizer.chat_template"
     found = {"default": file.metadata.get(prefix)}
     for name in file.metadata.get("tokenizer.chat_templates", []):
@@ -83,7 +83,7 @@ def _byte_level(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
             ignore_merges=pre_tokenizer.whole_words,
         )
     )
-    # ByteLevel comes last and cuts nothing: the patterns see characters, not bytes.
+    # ByteLevel comes last and splits nothing, so that the patterns see characters, not bytes.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre_tokenizer.patterns),
@@ -97,7 +97,7 @@ def _byte_level(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """A space inside a token is written as another character, so the first one after the start divides."""
+    """The two parts of a merge. Spaces inside tokens are encoded, so the first space after the start separates."""
     index = merge.find(" ", 1)
     return merge[:index], merge[index + 1 :]
 
@@ -118,7 +118,7 @@ def _sentencepiece(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
     to_pieces: list[Any] = [normalizers.Replace(" ", _SPACE)]
     to_text: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
-        # Before the text, and before what follows a special token.
+        # At the start of the text, and after each special token.
         to_pieces.insert(0, normalizers.Prepend(_SPACE))
         to_text.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(to_pieces)
@@ -129,7 +129,7 @@ def _sentencepiece(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """sentencepiece joins the two neighbours that make the piece of highest score, so merges are sorted by that."""
+    """Merges in the order of sentencepiece, which joins the pair that makes the piece of the highest score first."""
     if not vocabulary.scores:
         raise StartupError(f"The vocabulary has no {PREFIX}scores, without which its tokens cannot be found.")
     normal = {text for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True) if kind == TokenType.NORMAL}
@@ -147,7 +147,7 @@ def _merges_by_score(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[
 
 
 def _wordpiece(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
-    """llama.cpp marks how words begin, Hugging Face how they go on."""
+    """llama.cpp marks tokens that begin a word, Hugging Face those that continue one (##)."""
     ids = {}
     for token_id, text in enumerate(vocabulary.texts):
         if vocabulary.types[token_id] == TokenType.NORMAL:
@@ -173,20 +173,20 @@ def _ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def _add_tokens(tokenizer: Tokenizer, file: Gguf, vocabulary: Vocabulary) -> None:
-    """Special tokens, and those that are found in a text before anything else is done with it."""
+    """Add special and user-defined tokens, which are split off before pre-tokenization."""
     is_phi3 = _PHI3_NAME.search(str(file.metadata.get("general.name", ""))) is not None
     found = []
     for token_id, kind in enumerate(vocabulary.types):
         special, text = vocabulary.is_special(token_id), vocabulary.texts[token_id]
         if special or kind == TokenType.USER_DEFINED:
-            # The format has no place for it: Phi-3's special tokens take the spaces that follow them.
+            # No key states it, but Phi-3's special tokens include the spaces after them.
             takes_spaces = is_phi3 and special and text not in ("<unk>", "<s>", "<|endoftext|>")
             found.append(AddedToken(text, special=special, normalized=False, rstrip=takes_spaces))
     tokenizer.add_tokens(found)
 
 
 def _add_ends(tokenizer: Tokenizer, file: Gguf, vocabulary: Vocabulary, *, bos: bool, eos: bool = False) -> None:
-    """The tokens before and after a text. `bos`, `eos`: what holds when the metadata does not say it."""
+    """Set the tokens that encoding adds before and after a text. `bos`, `eos`: defaults for missing keys."""
     before = vocabulary.bos_id if file.metadata.get(f"{PREFIX}add_bos_token", bos) else None
     last = vocabulary.separator_id if vocabulary.kind == "bert" else vocabulary.eos_id
     after = last if file.metadata.get(f"{PREFIX}add_eos_token", eos) else None

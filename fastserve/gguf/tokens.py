@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file: its tokens, which of them are special, and what ends an answer."""
+"""The vocabulary of a GGUF file: tokens, special tokens, and end tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _END_TEXTS = {
     "<EOT>", "[EOT]", "[EOS]", "</s>", "<eos>", "<|end_of_text|>", "<turn|>", "<|tool_response>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 }  # fmt: skip
-"""Tokens that end an answer in every model that has them, beside those that the metadata names."""
+"""Tokens that end an answer in every model that has them, besides those that the metadata names."""
 _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "bert": {"bos": 101, "seperator": 102, "unknown": 100}}
-"""What is meant when a key is missing. The names are those of the format."""
+"""Ids for missing keys, by kind of tokenizer. The spelling is the format's."""
 
 
 class TokenType(IntEnum):
@@ -33,9 +33,9 @@ class TokenType(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     kind: str
-    """Of tokenizer: gpt2, llama, bert, ..."""
+    """Kind of tokenizer: gpt2, llama, bert, ..."""
     texts: tuple[str, ...]
-    """By id; no two are equal."""
+    """By token id, without duplicates."""
     types: tuple[int, ...]
     scores: tuple[float, ...]
     """Empty where the kind has none."""
@@ -45,10 +45,10 @@ class Vocabulary:
     pad_id: int | None
     separator_id: int | None
     end_ids: tuple[int, ...]
-    """All that end an answer, the model's own first."""
+    """All tokens that end an answer, the model's EOS first."""
 
     def is_special(self, token_id: int) -> bool:
-        """Whether it steers the model and writes nothing."""
+        """Whether the token writes no text into an answer."""
         return self.types[token_id] in (TokenType.CONTROL, TokenType.UNKNOWN) or token_id in self.end_ids
 
     def text(self, token_id: int | None) -> str | None:
@@ -68,7 +68,7 @@ def read_vocabulary(file: Gguf) -> Vocabulary:
 
     def token_id(key: str) -> int | None:
         found = file.metadata.get(f"{PREFIX}{key}_token_id", _DEFAULT_IDS.get(kind, {}).get(key))
-        # llama.cpp passes over ids that the vocabulary has not, too.
+        # As llama.cpp does, ids beyond the vocabulary are ignored.
         return found if isinstance(found, int) and 0 <= found < len(texts) else None
 
     named = [token_id(key) for key in _END_KEYS]
@@ -99,9 +99,6 @@ def _per_token(file: Gguf, key: str, count: int) -> list[Any]:
 
 
 def _unique(texts: list[str]) -> list[str]:
-    """Of tokens with the same text the last one is what the text means; the others get a name that no text has."""
+    """Rename empty texts and all but the last of equal ones: a text means the last token that has it."""
     last = {text: index for index, text in enumerate(texts)}
-    return [
-        text if text and last[text] == index else f"[UNUSED_{index}_{text}]"
-        for index, text in enumerate(texts)
-    ]
+    return [text if text and last[text] == index else f"[UNUSED_{index}_{text}]" for index, text in enumerate(texts)]

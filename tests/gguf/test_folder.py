@@ -123,7 +123,9 @@ def test_the_publishers_sampling_is_the_default(tmp_path: Path) -> None:
         writer.add_int32("general.sampling.top_k", 20)
         writer.add_float32("general.sampling.top_p", 0.95)
 
-    config = read_json(model_folder(write_header(tmp_path / "model.gguf", "llama", add), tmp_path) / "generation_config.json")
+    config = read_json(
+        model_folder(write_header(tmp_path / "model.gguf", "llama", add), tmp_path) / "generation_config.json"
+    )
     assert (config["temperature"], config["top_k"], config["top_p"]) == (0.6, 20, 0.95)
 
 

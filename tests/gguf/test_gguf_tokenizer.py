@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def joined_by_score(text: str, scores: dict[str, float]) -> list[str]:
     while True:
         found = [
             (-scores[left + right], index)
-            for index, (left, right) in enumerate(zip(parts, parts[1:], strict=False))
+            for index, (left, right) in enumerate(pairwise(parts))
             if left + right in scores
         ]
         if not found:
@@ -245,10 +246,11 @@ def test_all_tokens_that_end_an_answer_are_found_once(tmp_path: Path) -> None:
 
 
 def test_a_whole_tokenizer_in_the_metadata_is_used(byte_level: Tokenizer, tmp_path: Path) -> None:
-    file = write_header(tmp_path / "model.gguf", "llama", lambda writer: (
-        add_tokens(writer, "gpt2", by_id(byte_level.get_vocab())),
-        writer.add_string("tokenizer.huggingface.json", byte_level.to_str()),
-    ) and None)  # fmt: skip
+    def add(writer: Any) -> None:
+        add_tokens(writer, "gpt2", by_id(byte_level.get_vocab()))
+        writer.add_string("tokenizer.huggingface.json", byte_level.to_str())
+
+    file = write_header(tmp_path / "model.gguf", "llama", add)
     assert json.loads(made(read_gguf(file)).to_str()) == json.loads(byte_level.to_str())
 
 
@@ -278,8 +280,6 @@ def test_chat_templates_and_named_tokens(tmp_path: Path) -> None:
 def test_tokenizers_that_would_be_wrong_are_refused(
     tmp_path: Path, kind: str, keys: dict[str, Any], message: str
 ) -> None:
-    file = write_header(
-        tmp_path / "model.gguf", "llama", lambda writer: add_tokens(writer, kind, ["a", "b"], **keys)
-    )
+    file = write_header(tmp_path / "model.gguf", "llama", lambda writer: add_tokens(writer, kind, ["a", "b"], **keys))
     with pytest.raises(StartupError, match=message):
         made(read_gguf(file))
