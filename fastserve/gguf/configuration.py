@@ -29,7 +29,10 @@ def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
     if file.architecture not in ARCHITECTURES:
         raise refuse_architecture(file)
     keys = _Keys(file)
-    return {**_common(keys, vocabulary), **ARCHITECTURES[file.architecture](keys)}
+    try:
+        return {**_common(keys, vocabulary), **ARCHITECTURES[file.architecture](keys)}
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise StartupError(f"{file.file}: its metadata does not fit together: {error}. Download it again.") from error
 
 
 def make_generation_config(file: Gguf, vocabulary: Vocabulary) -> Config:
@@ -101,6 +104,8 @@ class _Keys:
         if found.type_id != _F32:
             raise StartupError(f"{found.file}: the tensor {tensor} is not in float32.")
         values = np.fromfile(found.file, np.dtype("<f4"), count=int(np.prod(found.shape)), offset=found.offset)
+        if len(values) != int(np.prod(found.shape)):
+            raise StartupError(f"{found.file} is cut off in the tensor {tensor}. Download it again.")
         return [_rounded(value) for value in values.tolist()]
 
 
@@ -201,14 +206,17 @@ def _llama3(divisors: list[float], theta: float) -> Config:
     factor = float(values.max())
     between = (values > 1) & (values < factor)
     rope: Config = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
-    if between.sum() >= 2:
-        smooth = (1 / values[between] - 1 / factor) / (1 - 1 / factor)
-        slope, offset = np.polyfit(frequencies[between] / (2 * np.pi), smooth, 1)
+    smooth = (1 / values[between] - 1 / factor) / (1 - 1 / factor)
+    turns = frequencies / (2 * np.pi)
+    if len(smooth) >= 2:
+        slope, offset = np.polyfit(turns[between], smooth, 1)
         high = float(1 - 1 / offset)
         original = float(slope * (high - 1))
     else:
-        # No frequency lies between the ends: the values of all published models.
-        high, original = 4.0, 8192.0
+        # Too few frequencies for both: high_freq_factor is that of all published models.
+        high = 4.0
+        lowest = turns[values <= 1].min(initial=1.0)
+        original = float((smooth[0] * (high - 1) + 1) / turns[between][0] if len(smooth) else high / lowest)
     rope |= {"high_freq_factor": round(high, 2), "original_max_position_embeddings": round(original)}
     found = _llama3_divisors(rope, frequencies)
     if not np.allclose(found, values, rtol=1e-3):

@@ -60,7 +60,8 @@ def describe(writer: gguf.GGUFWriter, config: Any) -> None:
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    add_tokens(writer, "gpt2", [f"t{index}" for index in range(config.vocab_size)], merges=[], pre="gpt-2")
+    tokens = ["a", "b", "ab", *(f"t{index}" for index in range(config.vocab_size - 3))]
+    add_tokens(writer, "gpt2", tokens, merges=["a b"], pre="gpt-2")
     add_own(writer, config, rope)
 
 
@@ -96,7 +97,7 @@ def add_own(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
 
 
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -111,6 +112,7 @@ MODELS = {
         **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-5
     ),
     "llama 3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "llama 3.1 with a larger base": LlamaConfig(**SIZES, rope_parameters={**LLAMA3, "rope_theta": 5e5}),
     "llama with YaRN": LlamaConfig(**SIZES, rope_parameters=YARN),
     "qwen2": Qwen2Config(**SIZES, rms_norm_eps=1e-6),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -88,7 +89,7 @@ def write_parts(folder: Path, count: int = 3, stem: str = "model") -> list[Path]
         writer.add_tensor(f"tensor{number}", np.full(3, number, dtype=np.float32))
 
     return [
-        write_header(folder / f"{stem}-{number + 1:05}-of-{count:05}.gguf", "llama", lambda w, n=number: add(n, w))  # type: ignore[misc]
+        write_header(folder / f"{stem}-{number + 1:05}-of-{count:05}.gguf", "llama", partial(add, number))
         for number in range(count)
     ]
 

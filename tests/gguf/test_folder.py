@@ -32,9 +32,9 @@ def add_model(writer: gguf.GGUFWriter, **keys: Any) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_chat_template([{"name": "default", "template": "hello"}, {"name": "../../out", "template": "x"}])
     add_tokens(
-        writer, "gpt2", ["a", "b", "<end>"], [NORMAL, NORMAL, CONTROL], merges=[], pre="gpt-2", eos_token_id=2, **keys
+        writer, "gpt2", ["a", "b", "<end>", "ab"], [NORMAL, NORMAL, CONTROL, NORMAL], merges=["a b"], pre="gpt-2", eos_token_id=2, **keys
     )
-    writer.add_tensor("token_embd.weight", np.zeros((3, 8), dtype=np.float32))
+    writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_everything_that_reads_a_model_folder_reads_it(file: Path, tmp_path: Pat
     assert (config["model_type"], config["rms_norm_eps"], config["intermediate_size"]) == ("llama", 1e-5, 12)
     assert config["eos_token_id"] == [2]
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.encode("ab<end>", add_special_tokens=True) == [0, 1, 2]
+    assert tokenizer.encode("ab<end>", add_special_tokens=True) == [3, 2]
     assert (tokenizer.eos_token_ids, tokenizer.bos_text) == ((2,), None)
     template = load_chat_template(folder)
     assert template is not None
@@ -93,6 +93,7 @@ def drop(key: str) -> Callable[[gguf.GGUFWriter], None]:
 def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
     def add(writer: gguf.GGUFWriter) -> None:
         add_model(writer)
+        writer.kv_data[0].pop(key, None)
         writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
 
     return add
@@ -104,6 +105,8 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         (drop("llama.context_length"), r"does not say llama\.context_length: it is no whole model"),
         (drop("tokenizer.ggml.tokens"), "holds no vocabulary"),
         (put("llama.expert_count", 8), "a mixture of experts, which is not served from GGUF files"),
+        (put("llama.embedding_length", "eight"), "its metadata does not fit together: .* Download it again"),
+        (put("llama.attention.head_count", 0), "its metadata does not fit together: .* Download it again"),
         (put("llama.rope.scaling.type", "sideways"), r"rope\.scaling\.type 'sideways' is not served"),
         (put("llama.rope.dimension_count", 2), "rotary positions of 2 of 4 are not served"),
         (put("llama.attention.value_length", 2), "keys and values of different lengths are not served"),
