@@ -299,11 +299,11 @@ def _gemma3(keys: _Keys) -> Config:
     }
 
 
-def _query_scale(keys: _Keys, layers_of_27b: int) -> float:
+def _query_scale(keys: _Keys, layers_of_27b: int) -> int:
     """query_pre_attn_scalar: the head's size, except in the models of 27 billion parameters."""
     if keys.require("block_count") == layers_of_27b:
-        return float(keys.require("embedding_length") / keys.heads)
-    return float(keys.head_dim)
+        return int(keys.require("embedding_length")) // keys.heads
+    return keys.head_dim
 
 
 def _phi3(keys: _Keys) -> Config:
