@@ -104,7 +104,7 @@ def test_parts_are_one_model_whichever_is_named(tmp_path: Path) -> None:
     (tmp_path / "mmproj-model.gguf").write_bytes(b"")  # eyes, which a language model goes without
     assert find_gguf(tmp_path) == parts[0]
     write_parts(tmp_path, stem="other")
-    with pytest.raises(StartupError, match=r"holds 7 GGUF files|holds 6 GGUF files"):
+    with pytest.raises(StartupError, match="holds 6 GGUF files"):
         find_gguf(tmp_path)
 
 

