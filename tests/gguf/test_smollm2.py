@@ -103,6 +103,7 @@ async def served(folder: Path) -> list[str]:
         await worker.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_answers_of_a_real_model_are_those_of_transformers(tmp_path: Path) -> None:
     file = smollm2_file()
