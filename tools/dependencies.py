@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = ("dev", "gguf", "slow-tokenizers")
+EXTRAS = ("dev", "slow-tokenizers")
 _HEADER = """\
 # Versions that the project is tested with: pip install -c constraints.txt .
 # Written by: python tools/dependencies.py pin

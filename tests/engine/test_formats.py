@@ -363,22 +363,33 @@ def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp
 # ---- GGUF -------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(source: str, folder: Path, kind: str, quantization: str) -> PreTrainedModel:
-    """Write a GGUF file with the package's own writer; returns the model stored in it."""
+Describe = Callable[[gguf.GGUFWriter, Any], None]
+PERMUTED = {"llama", "smollm3", "granite"}
+
+
+def write_gguf(
+    source: str, folder: Path, kind: str, quantization: str, describe: Describe | None = None
+) -> PreTrainedModel:
+    """Write a GGUF file with the package's own writer; returns the model stored in it. Its configuration is in the same
+    folder, or in the metadata that `describe` adds."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     folder.mkdir(exist_ok=True)
-    model.config.save_pretrained(folder)
+    if describe is None:
+        model.config.save_pretrained(folder)
+        (folder / "tokenizer_config.json").write_text("{}")
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(folder / "model.gguf", kind)
+    if describe is not None:
+        describe(writer, model.config)
     block_type = gguf.GGMLQuantizationType[quantization]
     for name, parameter in model.named_parameters():
         stem, _, leaf = name.rpartition(".")
         values, heads = parameter.detach().clone(), 0
-        if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+        if kind in PERMUTED and ("q_proj" in name or "k_proj" in name):
             heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
             # RoPE: rotated pairs of rows become adjacent.
-            values = values.reshape(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
+            values = values.reshape(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
         if values.dim() == 1:
             # llama.cpp multiplies by the stored weight, Gemma's own code by the weight + 1.
             stored = values + 1 if kind.startswith("gemma") and "norm" in name else values
@@ -415,7 +426,7 @@ def test_gguf_that_is_not_served(base: str, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05\x00\x00\x00\x00\x00\x00\x00bloom"))
-    with pytest.raises(StartupError, match=r"architecture bloom; of GGUF files gemma, .* are served"):
+    with pytest.raises(StartupError, match=r"architecture 'bloom'; of GGUF files gemma, .* are served"):
         load(tmp_path)
 
 

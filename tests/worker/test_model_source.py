@@ -124,10 +124,10 @@ def test_a_cache_without_weights_is_not_a_model(tmp_path: Path, monkeypatch: pyt
 def test_a_gguf_file_needs_its_configuration_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "model-q4.gguf"
     file.write_bytes(b"")
-    with pytest.raises(StartupError, match=r"a GGUF file needs config\.json and the tokenizer of its model beside it"):
-        find_model(str(file), "main")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert find_model(str(file), "main") == ModelSource(tmp_path, gguf_file=file)
+    assert find_model(str(tmp_path), "main") == ModelSource(tmp_path)
 
 
 def test_an_adapter_leads_to_its_base_model(tmp_path: Path) -> None:

@@ -193,12 +193,13 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
         )
 
     def read() -> torch.Tensor:
-        return _read_bytes(file, name, data + first, last - first).view(dtype).view(shape)
+        return read_bytes(file, name, data + first, last - first).view(dtype).view(shape)
 
     return StoredTensor(name, file, shape, dtype, last - first, read)
 
 
-def _read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
+def read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
+    """`size` bytes of the tensor `name`. Raises StartupError that names tensor and file."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
     buffer = buffer_pool.take(size)

@@ -18,6 +18,7 @@ from fastserve.engine.loading.formats.lora import merged
 from fastserve.engine.loading.formats.source import Settings, Source, plain_source
 from fastserve.engine.settings import PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
+from fastserve.gguf.file import find_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,9 @@ def _by_method(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -
 def _gguf_file(folder: Path, options: WeightOptions) -> Path | None:
     if options.gguf_file is not None:
         return Path(options.gguf_file)
-    files = sorted(folder.glob("*.gguf"))
-    if not files or options.packed is not None or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+    if options.packed is not None or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
         return None
-    if len(files) > 1:
-        raise StartupError(f"{folder} holds {len(files)} GGUF files: name one, such as --model-path {files[0]}.")
-    return files[0]
+    return find_gguf(folder)
 
 
 def _packed_tensors(folder: Path, packed: PackedCheckpoint) -> Tensors:

@@ -1,116 +1,115 @@
-"""GGUF files (llama.cpp), read with the package `gguf`, which knows their tensor names and block formats.
+"""Weights of GGUF files (llama.cpp). The package `gguf` knows tensor names and block formats.
 
-Q8_0 and Q4_0 stay quantized (groups of 32 inputs with one scale); all other types are dequantized when loaded. Settings
-and tokenizer come from config.json and tokenizer.json in the same folder.
+Q8_0 and Q4_0 stay quantized (groups of 32 inputs with one scale); all other types are dequantized when loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fastserve.engine.loading.checkpoint import StoredTensor
+from fastserve.engine.loading.checkpoint import StoredTensor, read_bytes
 from fastserve.engine.loading.formats.source import QuantizedTensor, Source, Value, source_of
 from fastserve.errors import StartupError
+from fastserve.gguf.configuration import ARCHITECTURES, refuse_architecture
+from fastserve.gguf.file import GgufTensor, read_gguf
 
 _GROUP = 32
 _NATIVE = {"Q8_0": 8, "Q4_0": 4}
 """Types that stay quantized, with their bits."""
-_ARCHITECTURES = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"}
+_PERMUTED = {"llama", "smollm3", "granite"}
+"""Architectures whose query and key rows are stored in the order of llama.cpp's rotary positions."""
 _GEMMAS = {"gemma", "gemma2", "gemma3"}
 """Architectures whose stored norm weights include the 1 that the model adds."""
+_CONSTANTS = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|.*(attn_rot_embd|inv_freq)(\.weight)?")
+"""Tensors that are part of the configuration, or follow from it."""
 
 
 def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
-    """All weights of `model` in `file`. Raises StartupError when the package is missing, the file is broken, or its
-    architecture is not served."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise StartupError(
-            f"{file} needs the package gguf to be read: pip install 'fastserve[gguf]', or use the model's safetensors."
-        ) from error
-    try:
-        reader = _open(file)
-        kind = str(reader.fields["general.architecture"].contents())
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise StartupError(
-            f"{file} cannot be read as a GGUF file: it is broken or cut off ({error}). Download it again."
-        ) from error
-    if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
-        raise StartupError(
-            f"{file} is one of several parts of a model, which are not served: join them with llama.cpp's "
-            "llama-gguf-split --merge."
-        )
-    if kind not in _ARCHITECTURES:
-        raise StartupError(
-            f"{file} holds a model of the architecture {kind}; of GGUF files {', '.join(sorted(_ARCHITECTURES))} are "
-            "served. Use the model's safetensors."
-        )
+    """All weights of `model` in `file`. Raises StartupError when the file is broken, its architecture is not served, or
+    the model has no place for one of its tensors."""
+    header = read_gguf(file)
+    kind = header.architecture
+    if kind not in ARCHITECTURES:
+        raise refuse_architecture(header)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     config = model.config.get_text_config(decoder=True)
     names = gguf.get_tensor_name_map(numbers[kind], config.num_hidden_layers)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    found = []
+    found, placed = [], set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         stem, _, leaf = name.rpartition(".")
-        tensor = tensors.get(f"{names.get_name(stem)}.{leaf}")
+        tensor = header.tensors.get(f"{names.get_name(stem)}.{leaf}")
         if tensor is None:
             continue  # tied, or missing, which the loader reports
-        change = _change(kind, name, config)
-        stored = _stored(file, tensor, tuple(parameter.shape))
-        found.append(source_of(name, [stored], _maker(tensor, change)))
+        placed.add(tensor.name)
+        stored = _stored(tensor, tuple(parameter.shape))
+        found.append(source_of(name, [stored], _maker(tensor, _change(kind, name, config))))
+    _refuse_unplaced(file, header.tensors.keys() - placed)
     return found
 
 
-def _open(file: Path) -> Any:
-    """A GGUFReader. Raises StartupError that names the tensor in which the file is cut off."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        # The library maps tensors without checking the file's length. It calls this with their descriptions.
-        def _build_tensors(self, start: int, fields: list[Any]) -> None:
-            for field in fields:
-                *_, dims, kind, offset = field.parts
-                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
-                end = int(start + offset[0]) + int(np.prod(dims)) // block * size
-                if end > len(self.data):
-                    raise StartupError(
-                        f"{file} is cut off in the tensor {field.name}: it ends after {len(self.data)} of at least "
-                        f"{end} bytes. Download it again."
-                    )
-            super()._build_tensors(start, fields)
-
-    return Reader(file)
+def _refuse_unplaced(file: Path, names: Iterable[str]) -> None:
+    """A weight that is left out, such as a bias, would change every answer."""
+    unplaced = sorted(name for name in names if not _CONSTANTS.fullmatch(name))
+    if unplaced:
+        raise StartupError(
+            f"{file} holds the tensor {unplaced[0]}, for which the model of its configuration has no place "
+            f"({len(unplaced)} such tensors). Use the model's safetensors."
+        )
 
 
-def _stored(file: Path, tensor: Any, shape: tuple[int, ...]) -> StoredTensor:
-    num_bytes = int(tensor.n_bytes)
-    # A copy, since the file is mapped and the tensor may be changed in place.
-    return StoredTensor(
-        tensor.name, file, shape, torch.uint8, num_bytes, lambda: torch.from_numpy(np.array(tensor.data))
-    )
+def _stored(tensor: GgufTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """Raises StartupError when the file is cut off before the tensor's end."""
+    rows = tensor.shape[:-1]
+    block, size = _type_size(tensor)
+    row_bytes, rest = divmod(tensor.shape[-1], block)
+    if rest:
+        raise StartupError(f"{tensor.file}: rows of the tensor {tensor.name} are no whole blocks of {block} numbers.")
+    num_bytes = int(np.prod(rows, dtype=np.int64)) * row_bytes * size
+    length, end = tensor.file.stat().st_size, tensor.offset + num_bytes
+    if end > length:
+        raise StartupError(
+            f"{tensor.file} is cut off in the tensor {tensor.name}: it ends after {length} of at least {end} bytes. "
+            "Download it again."
+        )
+
+    def read() -> torch.Tensor:
+        return read_bytes(tensor.file, tensor.name, tensor.offset, num_bytes).view(*rows, row_bytes * size)
+
+    return StoredTensor(tensor.name, tensor.file, shape, torch.uint8, num_bytes, read)
+
+
+def _type_size(tensor: GgufTensor) -> tuple[int, int]:
+    """Numbers and bytes of a block."""
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_id)]
+    except (ValueError, KeyError) as error:
+        raise StartupError(
+            f"{tensor.file}: the tensor {tensor.name} is of ggml's type {tensor.type_id}, which is not known here. "
+            "Use a file of another quantization."
+        ) from error
+    return int(block), int(size)
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _maker(tensor: Any, change: Change) -> Callable[[torch.Tensor], Value]:
-    """Converts the tensor's data (rows of blocks or of plain numbers) to a weight."""
-    kind = tensor.tensor_type.name
+def _maker(tensor: GgufTensor, change: Change) -> Callable[[torch.Tensor], Value]:
+    """Converts the tensor's data (rows of blocks or of plain numbers, as bytes) to a weight."""
+    kind = gguf.GGMLQuantizationType(tensor.type_id)
     is_matrix = len(tensor.shape) == 2
 
     def make(data: torch.Tensor) -> Value:
-        if kind in _NATIVE and is_matrix:
-            return _codes(data, kind, change)
-        import gguf
-
-        return change(torch.from_numpy(gguf.quants.dequantize(data.numpy(), tensor.tensor_type)))
+        if kind.name in _NATIVE and is_matrix:
+            return _codes(data, kind.name, change)
+        return change(torch.from_numpy(gguf.quants.dequantize(data.numpy(), kind)))
 
     return make
 
@@ -134,7 +133,7 @@ def _codes(data: torch.Tensor, kind: str, change: Change) -> QuantizedTensor:
 
 def _change(kind: str, name: str, config: Any) -> Change:
     """Conversion of a weight from llama.cpp's convention to that of transformers."""
-    if kind == "llama" and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
+    if kind in _PERMUTED and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         return lambda rows: _unpaired(rows, heads)
     if kind in _GEMMAS and "norm" in name:

@@ -1,0 +1,359 @@
+"""config.json and generation_config.json of a GGUF file, from its metadata.
+
+llama.cpp's code fixes some properties of an architecture (activations, the pattern of windows, scales of the largest
+models), which no file states. They are constants here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastserve.errors import StartupError
+from fastserve.gguf.file import Gguf
+from fastserve.gguf.tokens import Vocabulary
+
+Config = dict[str, Any]
+_F32 = 0
+_BF16 = 30
+_GEMMA3_PATTERN = 6
+"""Every sixth layer of Gemma 3 attends to the whole context."""
+_GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
+
+
+def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
+    """config.json. Raises StartupError when the metadata is incomplete, or describes a model that is not served."""
+    if file.architecture not in ARCHITECTURES:
+        raise refuse_architecture(file)
+    keys = _Keys(file)
+    try:
+        return {**_common(keys, vocabulary), **ARCHITECTURES[file.architecture](keys)}
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise StartupError(f"{file.file}: its metadata does not fit together: {error}. Download it again.") from error
+
+
+def make_generation_config(file: Gguf, vocabulary: Vocabulary) -> Config:
+    """generation_config.json: end tokens, and the publisher's sampling parameters if the file has any."""
+    config: Config = {"eos_token_id": list(vocabulary.end_ids)}
+    if vocabulary.bos_id is not None:
+        config["bos_token_id"] = vocabulary.bos_id
+    recommended = {
+        name: file.metadata[f"general.sampling.{key}"]
+        for key, name in (("temp", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"), ("min_p", "min_p"))
+        if f"general.sampling.{key}" in file.metadata
+    }
+    if recommended:
+        config |= {"do_sample": True, **{name: _rounded(value) for name, value in recommended.items()}}
+    return config
+
+
+def refuse_architecture(file: Gguf) -> StartupError:
+    """The error for an architecture that is not served."""
+    return StartupError(
+        f"{file.file} holds a model of the architecture {file.architecture[:80]!r}; of GGUF files "
+        f"{', '.join(sorted(ARCHITECTURES))} are served. Use the model's safetensors."
+    )
+
+
+class _Keys:
+    """The metadata keys of the file's architecture, and its tensors."""
+
+    def __init__(self, file: Gguf) -> None:
+        self.file = file
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value. A list of equal values, one for each layer, counts as one; raises StartupError for other lists."""
+        value = self.file.metadata.get(f"{self.file.architecture}.{key}", default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if isinstance(value, list):
+            raise StartupError(
+                f"{self.file.file}: {self.file.architecture}.{key} differs between layers, which is not served."
+            )
+        return _rounded(value) if isinstance(value, float) else value
+
+    def require(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise StartupError(
+                f"{self.file.file} does not say {self.file.architecture}.{key}: it is no whole model. Download it "
+                "again, or put the model's config.json and tokenizer beside it."
+            )
+        return value
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.file.tensors
+
+    @property
+    def head_dim(self) -> int:
+        size = int(self.get("attention.key_length", self.require("embedding_length") // self.heads))
+        if self.get("attention.value_length", size) != size:
+            raise StartupError(f"{self.file.file}: keys and values of different lengths are not served.")
+        return size
+
+    @property
+    def heads(self) -> int:
+        return int(self.require("attention.head_count"))
+
+    def numbers(self, tensor: str) -> list[float]:
+        """The values of a small float32 tensor."""
+        found = self.file.tensors[tensor]
+        if found.type_id != _F32:
+            raise StartupError(f"{found.file}: the tensor {tensor} is not in float32.")
+        values = np.fromfile(found.file, np.dtype("<f4"), count=int(np.prod(found.shape)), offset=found.offset)
+        if len(values) != int(np.prod(found.shape)):
+            raise StartupError(f"{found.file} is cut off in the tensor {tensor}. Download it again.")
+        return [_rounded(value) for value in values.tolist()]
+
+
+def _rounded(value: Any) -> Any:
+    """A float32 in its shortest form: 1e-5, not 9.99999974e-06."""
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.7g}")
+    try:
+        return short if struct.pack("f", short) == struct.pack("f", value) else value
+    except OverflowError:
+        return value
+
+
+def _common(keys: _Keys, vocabulary: Vocabulary) -> Config:
+    if keys.get("expert_count"):
+        raise StartupError(
+            f"{keys.file.file} holds a mixture of experts, which is not served from GGUF files. Use the model's "
+            "safetensors."
+        )
+    if not keys.has("token_embd.weight"):
+        raise StartupError(f"{keys.file.file} has no tensor token_embd.weight: it is no whole model.")
+    types = {tensor.type_id for tensor in keys.file.tensors.values()}
+    return {
+        "vocab_size": keys.file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": keys.require("embedding_length"),
+        "intermediate_size": keys.require("feed_forward_length"),
+        "num_hidden_layers": keys.require("block_count"),
+        "num_attention_heads": keys.heads,
+        "num_key_value_heads": keys.get("attention.head_count_kv", keys.heads),
+        "rms_norm_eps": keys.require("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": keys.require("context_length"),
+        "tie_word_embeddings": not keys.has("output.weight"),
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": list(vocabulary.end_ids),
+        "pad_token_id": vocabulary.pad_id,
+        # The training dtype, as far as a quantized file shows it.
+        "dtype": "float32" if types == {_F32} else "bfloat16",
+        "rope_parameters": _rope(keys),
+    }
+
+
+def _rope(keys: _Keys) -> Config:
+    rope: Config = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
+    kind, factor = keys.get("rope.scaling.type", "none"), keys.get("rope.scaling.factor", 1.0)
+    original = keys.get("rope.scaling.original_context_length", keys.require("context_length"))
+    rotated = keys.get("rope.dimension_count", keys.head_dim)
+    if rotated != keys.head_dim:
+        rope["partial_rotary_factor"] = rotated / keys.head_dim
+        if keys.file.architecture != "phi3":
+            raise StartupError(f"{keys.file.file}: rotary positions of {rotated} of {keys.head_dim} are not served.")
+    if keys.has("rope_factors_long.weight"):
+        return rope | _longrope(keys, original)
+    if keys.has("rope_freqs.weight"):
+        return rope | _llama3(keys.numbers("rope_freqs.weight"), rope["rope_theta"])
+    match kind:
+        case "none":
+            return rope
+        case "linear":
+            return rope | {"rope_type": "linear", "factor": factor}
+        case "yarn":
+            return rope | _yarn(keys, factor, original)
+    raise StartupError(f"{keys.file.file}: rope.scaling.type {str(kind)[:80]!r} is not served.")
+
+
+def _yarn(keys: _Keys, factor: float, original: int) -> Config:
+    rope: Config = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    own = keys.get("rope.scaling.attn_factor", 1.0)
+    if own != 1.0:
+        rope["attention_factor"] = own * (0.1 * float(np.log(factor)) + 1)
+    for name in ("beta_fast", "beta_slow"):
+        value = keys.get(f"rope.scaling.yarn_{name}")
+        if value is not None:
+            rope[name] = value
+    return rope
+
+
+def _longrope(keys: _Keys, original: int) -> Config:
+    rope: Config = {
+        "rope_type": "longrope",
+        "long_factor": keys.numbers("rope_factors_long.weight"),
+        "short_factor": keys.numbers("rope_factors_short.weight"),
+        "original_max_position_embeddings": original,
+        "factor": keys.require("context_length") / original,
+    }
+    attention_factor = keys.get("rope.scaling.attn_factor")
+    return rope if attention_factor is None else rope | {"attention_factor": attention_factor}
+
+
+def _llama3(divisors: list[float], theta: float) -> Config:
+    """Parameters of Llama 3's RoPE scaling, from the divisor of each frequency.
+
+    Between its ends, 1 and 1/factor, 1/divisor is linear in the frequency. Slope and offset give high_freq_factor and
+    the original length for a low_freq_factor of 1; other triples are equivalent.
+    """
+    values = np.array(divisors)
+    frequencies = theta ** (-np.arange(len(values)) / len(values))
+    factor = float(values.max())
+    between = (values > 1) & (values < factor)
+    rope: Config = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
+    smooth = (1 / values[between] - 1 / factor) / (1 - 1 / factor)
+    turns = frequencies / (2 * np.pi)
+    if len(smooth) >= 2:
+        slope, offset = np.polyfit(turns[between], smooth, 1)
+        high = float(1 - 1 / offset)
+        original = float(slope * (high - 1))
+    else:
+        # Too few frequencies for both: high_freq_factor is that of all published models.
+        high = 4.0
+        lowest = turns[values <= 1].min(initial=1.0)
+        original = float((smooth[0] * (high - 1) + 1) / turns[between][0] if len(smooth) else high / lowest)
+    rope |= {"high_freq_factor": round(high, 2), "original_max_position_embeddings": round(original)}
+    found = _llama3_divisors(rope, frequencies)
+    if not np.allclose(found, values, rtol=1e-3):
+        raise StartupError("rope_freqs.weight holds a scaling of positions that is not Llama 3's, and is not served.")
+    return rope
+
+
+def _llama3_divisors(rope: Config, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    divisors: np.ndarray[Any, Any] = 1 / ((1 - smooth) / factor + smooth)
+    return divisors
+
+
+def _llama(keys: _Keys) -> Config:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "attention_bias": keys.has("blk.0.attn_q.bias"),
+        "mlp_bias": keys.has("blk.0.ffn_up.bias"),
+    }
+
+
+def _qwen2(keys: _Keys) -> Config:
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
+
+
+def _qwen3(keys: _Keys) -> Config:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+    }
+
+
+def _gemma(keys: _Keys) -> Config:
+    return {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": keys.head_dim,
+    }
+
+
+def _gemma2(keys: _Keys) -> Config:
+    return {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": keys.head_dim,
+        "query_pre_attn_scalar": _query_scale(keys, _GEMMA2_27B_LAYERS),
+        "sliding_window": keys.get("attention.sliding_window", 4096),
+        "attn_logit_softcapping": keys.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.get("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(keys: _Keys) -> Config:
+    whole = _rope(keys)
+    local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
+    pattern = keys.file.metadata.get("gemma3.attention.sliding_window_pattern", _GEMMA3_PATTERN)
+    if not isinstance(pattern, list):
+        pattern = [(layer + 1) % pattern != 0 for layer in range(keys.require("block_count"))]
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": keys.head_dim,
+        "query_pre_attn_scalar": _query_scale(keys, _GEMMA3_27B_LAYERS),
+        "sliding_window": keys.get("attention.sliding_window", 1024),
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "rope_parameters": {"full_attention": whole, "sliding_attention": local},
+        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+    }
+
+
+def _query_scale(keys: _Keys, layers_of_27b: int) -> int:
+    """query_pre_attn_scalar: the head's size, except in the models of 27 billion parameters."""
+    if keys.require("block_count") == layers_of_27b:
+        return int(keys.require("embedding_length")) // keys.heads
+    return keys.head_dim
+
+
+def _phi3(keys: _Keys) -> Config:
+    original = keys.get("rope.scaling.original_context_length", keys.require("context_length"))
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "original_max_position_embeddings": original,
+        "sliding_window": keys.get("attention.sliding_window") or None,
+        "partial_rotary_factor": _rope(keys).get("partial_rotary_factor", 1.0),
+    }
+
+
+def _smollm3(keys: _Keys) -> Config:
+    return {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "no_rope_layer_interval": 4,
+        "attention_bias": keys.has("blk.0.attn_q.bias"),
+        "use_sliding_window": False,
+    }
+
+
+def _granite(keys: _Keys) -> Config:
+    return {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "attention_bias": keys.has("blk.0.attn_q.bias"),
+        "mlp_bias": keys.has("blk.0.ffn_up.bias"),
+        "embedding_multiplier": keys.get("embedding_scale", 1.0),
+        "residual_multiplier": keys.get("residual_scale", 1.0),
+        "attention_multiplier": keys.get("attention.scale", keys.head_dim**-0.5),
+        "logits_scaling": keys.get("logit_scale", 1.0),
+    }
+
+
+ARCHITECTURES: dict[str, Callable[[_Keys], Config]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "smollm3": _smollm3,
+    "granite": _granite,
+}
+"""Architectures that are served from GGUF files, each with the keys of config.json that not all of them share."""

@@ -1,0 +1,119 @@
+"""A real model, from its GGUF file to answers: a worker process gives those of transformers in float32."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import aiohttp
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastserve.gguf.file import read_gguf
+from fastserve.gguf.tokenizer import make_tokenizer
+from fastserve.gguf.tokens import read_vocabulary
+from tests.keys import CLUSTER
+from tests.processes import free_ports
+
+from .writing import smollm2_file
+
+QUESTIONS = ["What is the capital of France?", "Name three colors.", "Write 12 + 30 = ? and the result."]
+MAX_TOKENS = 12
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def reference(file: Path) -> LlamaForCausalLM:
+    """The model by transformers alone. Its configuration is written out here, not read from the metadata."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
+    state = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        weight = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        stem = tensor.name.removesuffix(".weight")
+        if stem.startswith("blk."):
+            _, layer, kind = stem.split(".")
+            if kind in ("attn_q", "attn_k"):
+                weight = weight.reshape(-1, 32, 2, 576).transpose(1, 2).reshape(weight.shape)
+            state[f"model.layers.{layer}.{NAMES[kind]}.weight"] = weight
+        else:
+            state[{"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[stem] + ".weight"] = weight
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    # Buffers that no checkpoint has.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+async def ask(address: str, question: str) -> str:
+    body = {
+        "model": "smollm2", "messages": [{"role": "user", "content": question}], "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+    }  # fmt: skip
+    async with (
+        aiohttp.ClientSession(headers=CLUSTER) as http,
+        http.post(f"{address}/v1/chat/completions", json=body) as answer,
+    ):
+        content = await answer.json()
+    assert answer.status == 200, content
+    return str(content["choices"][0]["message"]["content"])
+
+
+async def served(folder: Path) -> list[str]:
+    port = free_ports(1)[0]
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fastserve.model_worker", "--model-path", "smollm2", "--no-register", "--device", "cpu",
+        "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-total-tokens", "2048",
+        stderr=(folder / "log").open("wb"),
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        async with asyncio.timeout(120), aiohttp.ClientSession(headers=CLUSTER) as http:
+            while True:
+                assert worker.returncode is None, (folder / "log").read_text()
+                try:
+                    async with http.get(f"{address}/ready") as answer:
+                        if answer.status == 200:
+                            break
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(0.1)
+            return [await ask(address, question) for question in QUESTIONS]
+    finally:
+        if worker.returncode is None:
+            worker.terminate()
+        await worker.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_answers_of_a_real_model_are_those_of_transformers(tmp_path: Path) -> None:
+    file = smollm2_file()
+    answers = await served(tmp_path)
+    header = read_gguf(file)
+    tokenizer, model = make_tokenizer(header, read_vocabulary(header)), reference(file)
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        prompt, generated = tokenizer.encode(PROMPT.format(question)).ids, tokenizer.encode(answer).ids
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + generated]), use_cache=False).logits[0]
+        # Each token of a greedy answer is the best one after those before it.
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == generated
+    assert "Paris" in answers[0], json.dumps(answers)
