@@ -14,7 +14,6 @@ from fastserve.demo import MODEL_NAME, demo_model_path
 from fastserve.engine.cache_folder import FOLDERS, make_private
 from fastserve.errors import StartupError
 from fastserve.gguf.file import find_gguf
-from fastserve.gguf.folder import model_folder
 from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -99,6 +98,9 @@ def _from_gguf(file: Path, model_path: str) -> ModelSource:
     """The file with config.json and tokenizer in the same folder, or else with those made from its metadata."""
     if _has_settings(file.parent):
         return ModelSource(file.parent, gguf_file=file)
+    # Imports numpy, which a worker of a model folder does not need.
+    from fastserve.gguf.folder import model_folder
+
     troubles = []
     for find_folder in FOLDERS:
         try:

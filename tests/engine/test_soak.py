@@ -230,7 +230,7 @@ async def test_soak(worker: Service) -> None:
         report += f"; {name} MB: {[round(size / 1e6, 1) for size in sizes]}"
         assert sizes[2] < MAX_GROWTH * sizes[1], report
     print(report)
-    assert usage > 0.7, report
+    assert usage > 0.5, report
     assert preemptions > 0, report
     assert after["fastserve_engine_prefix_cache_hits_total"] > 0
     assert speed(last) >= MIN_SPEED * speed(first), report

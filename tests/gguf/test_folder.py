@@ -13,11 +13,11 @@ import pytest
 
 from fastserve.demo import demo_model_path
 from fastserve.errors import StartupError
+from fastserve.gguf import folder as folder_module
 from fastserve.gguf.folder import model_folder
 from fastserve.text.chat_template import load_chat_template
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.model_files import read_json
-from fastserve.worker import model_source
 from fastserve.worker.model_source import ModelSource, find_model
 
 from .writing import CONTROL, NORMAL, add_tokens, smollm2_file, write_header
@@ -165,7 +165,7 @@ def test_a_cache_that_cannot_be_used_is_a_sentence(file: Path, monkeypatch: pyte
     def full(*_: object) -> Path:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(model_source, "model_folder", full)
+    monkeypatch.setattr(folder_module, "model_folder", full)
     with pytest.raises(StartupError, match=r"is written to a cache, and none can be used: No space.*XDG_CACHE_HOME"):
         find_model(str(file), "main")
 
