@@ -59,7 +59,7 @@ def read_gguf(path: Path) -> Gguf:
     parts = part_files(path)
     headers = [_read_header(part) for part in parts]
     metadata = headers[0][0]
-    count = metadata.get("split.count", 1)
+    count = _split_number(parts[0], metadata, "split.count", 1)
     if count > 1 and count != len(parts):
         raise StartupError(
             f"{path} is one of {count} parts of a model, and its name does not say which: name the parts "
@@ -67,10 +67,18 @@ def read_gguf(path: Path) -> Gguf:
         )
     tensors: dict[str, GgufTensor] = {}
     for part, (own, found) in zip(parts, headers, strict=True):
-        if own.get("split.count", 1) != count or own.get("split.no", 0) != parts.index(part):
+        same_count = _split_number(part, own, "split.count", 1) == count
+        if not same_count or _split_number(part, own, "split.no", 0) != parts.index(part):
             raise StartupError(f"{part} is no part of the same model as {parts[0]}: download all parts again.")
         tensors |= found
     return Gguf(parts[0], tuple(parts), metadata, tensors)
+
+
+def _split_number(file: Path, metadata: Mapping[str, Any], key: str, default: int) -> int:
+    value = metadata.get(key, default)
+    if not isinstance(value, int):
+        raise StartupError(f"{file}: {key} is {str(value)[:80]!r}, and must be a whole number. Download it again.")
+    return value
 
 
 def part_files(path: Path) -> list[Path]:

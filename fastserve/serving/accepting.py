@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 
 from fastserve.observability.logging import Throttle
 from fastserve.serving.connection import ConnectionTable, client_address
-from fastserve.serving.shortage import SHORTAGES
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +24,8 @@ MAX_PER_PASS = 16
 """Connections accepted, or polled, in one iteration of the event loop: about half a millisecond."""
 SWEEP_INTERVAL_S = 0.5
 MAX_CLOSED_PER_PASS = 256
-SHORTAGE_PAUSE_S = 1.0
-SHORTAGE_LOG_INTERVAL_S = 5.0
+PAUSE_S = 1.0
+PAUSE_LOG_INTERVAL_S = 5.0
 
 
 class Listener(Protocol):
@@ -72,7 +71,7 @@ class _Acceptor:
         self._silent: dict[int, _Silent] = {}
         """Silent connections by file descriptor, oldest first."""
         self._connecting: set[asyncio.Task[None]] = set()
-        self._shortage_log = Throttle(SHORTAGE_LOG_INTERVAL_S, loop.time)
+        self._pause_log = Throttle(PAUSE_LOG_INTERVAL_S, loop.time)
         self._epoll = select.epoll()
         listener.setblocking(False)
         listener.listen(BACKLOG)
@@ -143,15 +142,12 @@ class _Acceptor:
             sock.close()
 
     def _pause(self, error: OSError) -> None:
-        """Stop accepting for a moment; pending connections wait in the kernel."""
-        if error.errno not in SHORTAGES:
-            raise error
-        if self._shortage_log.passes():
+        """Stop accepting for a moment; pending connections wait in the kernel. For any error: a shortage passes, and so
+        do errors of the network, which Linux reports for connections that wait to be accepted."""
+        if self._pause_log.passes():
             logger.warning("no connection can be accepted now (%s); new ones wait", error.strerror)
         self._loop.remove_reader(self._listener.fileno())
-        self._resume = self._loop.call_later(
-            SHORTAGE_PAUSE_S, self._loop.add_reader, self._listener.fileno(), self._accept
-        )
+        self._resume = self._loop.call_later(PAUSE_S, self._loop.add_reader, self._listener.fileno(), self._accept)
 
     def _sweep(self) -> None:
         """Close silent connections whose deadline has passed."""

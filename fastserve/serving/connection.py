@@ -44,7 +44,7 @@ LINGER_S = 2.0
 """Seconds for which the rest of a request is read and dropped after its answer. A connection closed with unread bytes
 is reset, and the client would lose the answer."""
 MAX_DROPPED_BYTES_PER_S = 32 * 2**20
-"""Of all connections together, so that fast senders cannot keep the event loop busy with reading."""
+"""Rate limit for dropped bytes, shared by all connections: fast senders must not keep the event loop busy reading."""
 _DROPPED_BURST_BYTES = 2 * 2**20
 FULL_LOG_INTERVAL_S = 5.0
 MAX_PIPELINED = 16

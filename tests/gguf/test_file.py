@@ -119,3 +119,18 @@ def test_a_missing_or_foreign_part_is_named(tmp_path: Path) -> None:
     parts[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(StartupError, match="its name does not say which"):
         read_gguf(tmp_path / "renamed.gguf")
+
+
+@pytest.mark.parametrize("key", ["split.count", "split.no"])
+@pytest.mark.parametrize("value", ["many", 1.5, [1, 2]])
+def test_a_number_of_parts_of_another_type_is_a_sentence(tmp_path: Path, key: str, value: object) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_array(key, value)
+
+    with pytest.raises(StartupError, match=rf"{key} is .* and must be a whole number"):
+        read_gguf(write_header(tmp_path / "odd.gguf", "llama", add))

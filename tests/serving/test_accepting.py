@@ -139,27 +139,33 @@ def test_silent_connections_count_and_those_without_room_are_answered() -> None:
     on_each_loop(run)
 
 
-class ShortOnce(socket.socket):
-    num_shortages = 0
+class FailsOnce(socket.socket):
+    code = 0
+    num_failures = 0
 
     def accept(self) -> Any:
-        if not self.num_shortages:
-            self.num_shortages = 1
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if not self.num_failures:
+            self.num_failures = 1
+            raise OSError(self.code, os.strerror(self.code))
         return super().accept()
 
 
-def test_a_shortage_of_files_only_delays(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastserve.serving.accepting.SHORTAGE_PAUSE_S", 0.05)
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENETDOWN, errno.EPROTO, errno.EPERM], ids=errno.errorcode.get)
+def test_a_failed_accept_only_delays(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A shortage of files passes, and so does what the network or a firewall did to one connection."""
+    monkeypatch.setattr("fastserve.serving.accepting.PAUSE_S", 0.05)
 
     async def run() -> None:
         sock = socket.create_server(("127.0.0.1", 0))
-        listener = ShortOnce(fileno=sock.detach())
+        listener = FailsOnce(fileno=sock.detach())
+        listener.code = code
         async with accepting(listener) as (port, made, _):
             with clients(port, 1) as [client]:
                 client.sendall(b"patient")
                 assert await asyncio.to_thread(client.recv, 10) == b"patient"
-        assert (listener.num_shortages, len(made)) == (1, 1)
+        assert (listener.num_failures, len(made)) == (1, 1)
 
     on_each_loop(run)
     assert "no connection can be accepted now" in caplog.text
