@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
@@ -23,6 +24,12 @@ if not Path("/dev/nvidiactl").exists():
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+# The same examples in each run: a change is not held up by what it has nothing to do with. New ones are tried with
+# `--hypothesis-profile explore`.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 COMPAT_MODULES = {
     *("test_architectures", "test_bitsandbytes", "test_engine_equality", "test_experts", "test_formats", "test_fusion"),

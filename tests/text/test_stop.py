@@ -92,7 +92,8 @@ def first_stop_with_hidden(segments: list[tuple[str, bool]], stops: list[str], i
             ending = [s for s in stops if full.endswith(s) or (not hidden and visible.endswith(s))]
             if ending:
                 stop = max(ending, key=len)
-                start = visible_at[len(full) - len(stop)] if full.endswith(stop) else len(visible) - len(stop)
+                is_seen = not hidden and visible.endswith(stop)  # as clients see it goes before as the model wrote it
+                start = len(visible) - len(stop) if is_seen else visible_at[len(full) - len(stop)]
                 return visible[:start] + (stop if include else ""), stop
     return visible, None
 

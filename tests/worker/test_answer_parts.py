@@ -133,7 +133,7 @@ def whole_messages(body: bytes) -> dict[int, dict[str, Any]]:
 
 def expected_message(text: str) -> dict[str, str]:
     """Reference implementation of the markers."""
-    pieces = re.split(f"{OPEN}(.*?)(?:{CLOSE}|$)", text, flags=re.DOTALL)
+    pieces = re.split(f"{OPEN}(.*?)(?:{CLOSE}|\\Z)", text, flags=re.DOTALL)
     reasoning = "".join(pieces[1::2])
     message = {"role": "assistant", "content": "".join(pieces[::2])}
     return message | {"reasoning_content": reasoning} if reasoning else message
