@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config, os.environ, Console(sys.stdout))
     except StartupError as error:
         Console(sys.stderr).say(error.message)
-        sys.exit(1)
+        sys.exit(error.exit_code)
 
 
 def run(config: RayConfig, environ: Mapping[str, str], console: Console) -> None:
