@@ -8,7 +8,7 @@ while weights are read, so that only the inputs of one rule are in memory twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class WeightLoad:
     """transformers' WeightConverter; None if the single source is the weight."""
     patterns: list[str] = field(default_factory=list)
     """For each source, the pattern of the rule that it matched."""
+    change: Callable[[str, WeightValue], WeightValue] | None = None
+    """Changes each weight (by its name) after it is made, as an adapter does."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,6 +62,10 @@ class WeightLoad:
 
     def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, WeightValue]:
         """The model's weights by name."""
+        made = self._make(values, model, dtype)
+        return made if self.change is None else {name: self.change(name, value) for name, value in made.items()}
+
+    def _make(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, WeightValue]:
         if self.rule is None:
             return {self.target: values[0]}
         self._require_like_shapes(values)

@@ -25,6 +25,7 @@ from fastserve.engine.loading.assembly import Assembly, OneDevice, install
 from fastserve.engine.loading.context_length import context_length
 from fastserve.engine.loading.conversion import match
 from fastserve.engine.loading.formats.find import find_sources
+from fastserve.engine.loading.lora.merge import merge_adapter
 from fastserve.engine.loading.placement import Placement
 from fastserve.engine.loading.reference import Reference, own_logits
 from fastserve.engine.loading.skeleton import build_skeleton, read_generation_config
@@ -84,6 +85,8 @@ def load_model(
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    if options.adapter_dir is not None:
+        weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
     placement = find_places(model, device)
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from fastserve.engine.loading import formats
 from fastserve.engine.loading.checkpoint import Tensors, open_file, open_folder
 from fastserve.engine.loading.formats.dummy import dummy_sources
-from fastserve.engine.loading.formats.lora import merged
 from fastserve.engine.loading.formats.source import Settings, Source, plain_source
 from fastserve.engine.settings import PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
@@ -22,7 +21,7 @@ from fastserve.gguf.file import find_gguf
 
 logger = logging.getLogger(__name__)
 
-_NO_METHODS = ("dummy", "find", "gguf", "lora", "source")
+_NO_METHODS = ("dummy", "find", "gguf", "source")
 _SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
 """Files in which AutoGPTQ and AutoAWQ wrote the settings that are in config.json today."""
 
@@ -40,11 +39,6 @@ def find_sources(
 
     Raises StartupError with the reason when they cannot be read, or when flags contradict the checkpoint.
     """
-    found = _stored(model, folder, settings, options)
-    return found if options.adapter_dir is None else merged(found, model, Path(options.adapter_dir))
-
-
-def _stored(model: PreTrainedModel, folder: Path, settings: Settings | None, options: WeightOptions) -> list[Source]:
     if options.dummy:
         if settings is not None:
             logger.warning(
