@@ -257,7 +257,7 @@ def test_adapters_that_cannot_be_merged(base: str, tmp_path: Path, tensors: dict
 def test_an_adapter_of_a_quantized_model(base: str, tmp_path: Path) -> None:
     write_packed(base, tmp_path / "packed", gptq_packer(4, 32), {"quant_method": "gptq", "bits": 4})
     tensors = {f"{UP}.lora_A.weight": torch.ones(2, 64), f"{UP}.lora_B.weight": torch.ones(96, 2)}
-    words = r"an adapter cannot be added to \S+up_proj\.weight, which is quantized; use .* --load-8bit or --load-4bit"
+    words = r"adapter cannot be added to \S+up_proj\.weight, which is quantized; use .* --load-8bit or --load-4bit"
     refused(tmp_path / "packed", words, adapter_dir=adapter(tmp_path / "adapter", tensors))
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.loading.checkpoint import StoredTensor
@@ -23,6 +22,7 @@ from fastserve.engine.loading.conversion import WeightLoad
 from fastserve.engine.loading.formats.source import Source, Value, WeightValue, source_of
 from fastserve.engine.loading.lora.changed_bases import WithoutMinor, WithoutOrthonormal, WithoutPrincipal
 from fastserve.engine.loading.lora.low_rank import LowRank, LowRankBias, LowRankExperts
+from fastserve.engine.loading.lora.names import Names, is_below, tied_groups
 from fastserve.engine.loading.lora.parts import AdapterParts, LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import MERGE_IT, AdapterSettings, read_settings
 from fastserve.engine.loading.lora.whole import Rows, Whole
@@ -43,6 +43,7 @@ class Step(Protocol):
 class WeightChange:
     """All changes of one weight, in the order in which PEFT makes them."""
 
+    folder: Path
     whole: Whole | None = None
     bases: list[Step] = field(default_factory=list)
     """Changes from before the training; those of a weight that the adapter replaces are in the replacement."""
@@ -56,8 +57,8 @@ class WeightChange:
         steps = [*([] if self.whole else self.bases), *self.merged]
         if not isinstance(weight, torch.Tensor):
             raise StartupError(
-                f"An adapter cannot be added to {name}, which is quantized; use the unquantized base model, with "
-                "--load-8bit or --load-4bit where memory is short."
+                f"The adapter in {self.folder} cannot be added to {name}, which is quantized; use the unquantized base "
+                "model, with --load-8bit or --load-4bit where memory is short."
             )
         if not steps:
             return weight
@@ -94,9 +95,9 @@ class _Plan:
         self._loads = list(weight_loads)
         self._folder = folder
         self._settings = settings
-        self._names = _Names(model)
+        self._names = Names(model)
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._groups = _tied_groups(model)
+        self._groups = tied_groups(model)
         self._changes: dict[str, WeightChange] = {}
         """By the first name of each group of tied weights."""
         self._unmatched: list[str] = []
@@ -122,7 +123,7 @@ class _Plan:
                     self._loads.append(WeightLoad(name, [source_of(name, [stored], lambda value: value)]))
             if base is not None and left and not loads.keys() & set(left):
                 self._loads.append(WeightLoad(left[0], base.sources, base.rule, base.patterns))
-        self._groups = _tied_groups(self._model)
+        self._groups = tied_groups(self._model)
 
     def _set_apart(self, name: str) -> None:
         path, _, leaf = name.rpartition(".")
@@ -135,12 +136,12 @@ class _Plan:
         logger.info("%s is no longer tied: the adapter has a weight of its own for it.", name)
 
     def _is_saved(self, name: str) -> bool:
-        return any(_is_below(name, saved) for saved in self._settings.modules_to_save or ())
+        return any(is_below(name, saved) for saved in self._settings.modules_to_save or ())
 
     def _require_saved(self, found: set[str]) -> None:
         """Require all weights of `modules_to_save` to be in the file."""
         for saved in self._settings.modules_to_save or ():
-            needed = [name for name in self._names.state if _is_below(name, saved)]
+            needed = [name for name in self._names.state if is_below(name, saved)]
             missing = [name for name in needed if name not in found]
             if missing:
                 raise StartupError(
@@ -163,6 +164,11 @@ class _Plan:
             self._change(name).whole = Whole(stored)
 
     def replace_rows(self, parts: AdapterParts) -> None:
+        if self._settings.trainable_token_indices and not parts.rows:
+            raise StartupError(
+                f"The adapter in {self._folder} has no rows of the tokens that its trainable_token_indices names. Save "
+                "the adapter again."
+            )
         for path, stored in parts.rows.items():
             name = self._names.find(f"{path}.weight")
             if name is None:
@@ -184,12 +190,12 @@ class _Plan:
     # ---- low-rank changes ---------------------------------------------------------------------------------------
 
     def add_low_rank(self, parts: AdapterParts) -> None:
-        places = {name: place for place, name in enumerate(self._names.state)}
         # In the model's order, as PEFT does: several changes of tied weights are not always commutative.
-        for low_rank in sorted(
-            parts.low_rank, key=lambda one: places.get(self._names.find(f"{one.path}.weight") or "", -1)
-        ):
+        for low_rank in sorted(parts.low_rank, key=lambda one: self._place(f"{one.path}.weight")):
             self._add(low_rank)
+
+    def _place(self, own_name: str) -> int:
+        return self._names.places.get(self._names.find(own_name) or "", -1)
 
     def _add(self, parts: LowRankParts) -> None:
         parameters = self._targeted_parameters(parts.path)
@@ -198,6 +204,7 @@ class _Plan:
             return
         name = self._names.find(f"{parts.path}.weight") if parts.nesting == 0 else None
         if name is not None:
+            self._report_tied(name)
             self._require_targeted(parts, name)
             self._add_to_module(parts, name)
         elif parts.nesting == 0 and self._add_to_expert(parts):
@@ -217,7 +224,7 @@ class _Plan:
             for key in (name, f"{own_path}.{name.rpartition('.')[2]}")
             if any(key == target or key.endswith(f".{target}") for target in targets)
         }
-        return [name for name in self._names.state if name in matched]
+        return sorted(matched, key=self._names.places.__getitem__)
 
     def _add_to_parameter(self, parts: LowRankParts, name: str) -> None:
         shape = self._names.state[name].shape
@@ -253,7 +260,6 @@ class _Plan:
         change = self._change(name)
         change.bases += self._base_changes(parts, rank, scale)
         change.merged.append(self._low_rank(parts, scale, is_transposed=is_transposed))
-        self._report_tied(name)
         bias = parts.get("lora_B.bias")
         if bias is not None:
             bias_name = f"{path}.bias"
@@ -313,8 +319,7 @@ class _Plan:
 
     def _require_targeted(self, parts: LowRankParts, name: str | None) -> None:
         paths = [parts.path] if name is None else [parts.path, name.removesuffix(".weight")]
-        is_tied = name is not None and self._settings.ensure_weight_tying and len(self._groups.get(name, ())) > 1
-        if is_tied or any(self._settings.targets(path) for path in paths):
+        if any(self._settings.targets(path) for path in paths):
             return
         raise StartupError(
             f"{parts.a.file} has {parts.a.name}, and by its adapter_config.json the adapter is not for {parts.path} "
@@ -322,36 +327,53 @@ class _Plan:
         )
 
     def _report_tied(self, name: str) -> None:
+        """PEFT merges into the shared tensor, so the other one changes too. Raises StartupError where it does so twice.
+        """
         group = self._groups.get(name, [name])
-        if len(group) > 1:
-            logger.warning(
-                "The adapter in %s changes %s, which is tied: %s changes with it, as when PEFT merges it.",
-                self._folder, name, " and ".join(other for other in group if other != name),
-            )  # fmt: skip
+        if len(group) == 1:
+            return
+        others = " and ".join(other for other in group if other != name)
+        if self._settings.ensure_weight_tying:
+            raise StartupError(
+                f"The adapter in {self._folder} changes {name}, which is tied to {others}, with ensure_weight_tying: "
+                "PEFT's merge_and_unload adds this change twice, which is not what was trained. Train it with "
+                "modules_to_save for these weights, or without ensure_weight_tying."
+            )
+        logger.warning(
+            "The adapter in %s changes %s, which is tied: %s changes with it, as when PEFT merges it. If only one was "
+            "to change, untie the base model (tie_word_embeddings) first.", self._folder, name, others,
+        )  # fmt: skip
 
     # ---- single experts -----------------------------------------------------------------------------------------
 
     def _add_to_expert(self, parts: LowRankParts) -> bool:
         """Add the change of a linear layer that the checkpoint has, but that is part of a joint weight in the model.
         False if there is none."""
-        own_name = f"{parts.path}.weight"
-        for load in self._loads:
-            if load.rule is None:
-                continue
-            for index, source in enumerate(load.sources):
-                if self._names.are_the_same(source.name, own_name):
-                    rank = self._rank(parts, (parts.path,))
-                    scale = self._settings.scale_of((parts.path,), rank)
-                    bases = self._base_changes(parts, rank, scale)
-                    change = WeightChange(None, bases, [self._low_rank(parts, scale, is_transposed=False)])
-                    load.sources[index] = _changed_source(source, change)
-                    return True
-        return False
+        place = self._sources.get(self._names.in_checkpoint(f"{parts.path}.weight"))
+        if place is None:
+            return False
+        load, index = place
+        rank = self._rank(parts, (parts.path,))
+        scale = self._settings.scale_of((parts.path,), rank)
+        change = WeightChange(self._folder, None, self._base_changes(parts, rank, scale))
+        change.merged.append(self._low_rank(parts, scale, is_transposed=False))
+        load.sources[index] = _changed_source(load.sources[index], change)
+        return True
+
+    @cached_property
+    def _sources(self) -> dict[str, tuple[WeightLoad, int]]:
+        """The sources that are joined to weights of the model, and their places."""
+        return {
+            self._names.in_checkpoint(source.name): (load, index)
+            for load in self._loads
+            if load.rule is not None
+            for index, source in enumerate(load.sources)
+        }
 
     # ---- result -------------------------------------------------------------------------------------------------
 
     def _change(self, name: str) -> WeightChange:
-        return self._changes.setdefault(self._groups.get(name, [name])[0], WeightChange())
+        return self._changes.setdefault(self._groups.get(name, [name])[0], WeightChange(self._folder))
 
     def finish(self) -> list[WeightLoad]:
         """Raises StartupError if a part of the adapter has no place in the model."""
@@ -369,51 +391,11 @@ class _Plan:
         return [replace(load, change=change_weight) for load in self._loads]
 
 
-class _Names:
-    """Finds weights of the model by the names that an adapter has for them: those of the model, or older ones."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        rules = get_model_conversion_mapping(model)
-        self.state = model.state_dict()
-        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self._prefix = model.base_model_prefix
-
-    def find(self, name: str) -> str | None:
-        """The model's name of a weight, None if it has none of its own."""
-        if name in self.state:
-            return name
-        found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        return found if found in self.state and pattern is None else None
-
-    def are_the_same(self, name: str, other: str) -> bool:
-        """Whether both are names of one weight of the checkpoint."""
-        return name == other or self._plain(name) == self._plain(other)
-
-    def _plain(self, name: str) -> str:
-        renamed: str = rename_source_key(name, self._renamings, [], self._prefix, self.state)[0]
-        return renamed.removeprefix(f"{self._prefix}.")
-
-
 def _changed_source(source: Source, change: WeightChange) -> Source:
     def make(*stored: torch.Tensor) -> Value:
         return change.apply(source.name, source.make(*stored), torch.float32)
 
     return Source(source.name, source.stored, make, source.num_bytes)
-
-
-def _is_below(name: str, module: str) -> bool:
-    """Whether a weight is in a module of `modules_to_save`, which PEFT finds by the ends of names."""
-    parts = name.split(".")
-    return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))
-
-
-def _tied_groups(model: PreTrainedModel) -> dict[str, list[str]]:
-    """For each parameter, all names of it, in the model's order."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name: group for group in groups.values() for name in group}
 
 
 def _are_equal(loads: list[WeightLoad]) -> bool:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -72,7 +72,7 @@ class AdapterSettings(msgspec.Struct, frozen=True):
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    bias: str = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True
     target_modules: _Names = None
