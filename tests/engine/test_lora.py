@@ -297,6 +297,6 @@ def test_combinations_equal_what_peft_merges(adapters: Adapters, base: str, lora
         try:
             loaded = load(path, adapter_dir=str(folder))
         except StartupError as error:
-            assert "ensure_weight_tying" in str(error)
+            assert lora["ensure_weight_tying"] or lora["trainable_token_indices"], error
             return
         assert_merged(loaded, expected, path)

@@ -63,7 +63,7 @@ def usual(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"target_modules": ["q_proj"]}, r"has \S+v_proj\S+, and by its .* is not for \S+v_proj \(target_modules, "),
         ({"exclude_modules": r".*\.0\..*"}, r"the adapter is not for model\.layers\.0\.\S+ \(target_modules, exclude_"),
         ({"layers_to_transform": [0, 1]}, r"the adapter is not for model\.layers\.2\.\S+ .*layers_to_transform"),
-        ({"modules_to_save": ["norm", "embed_tokens"]}, "lacks model.embed_tokens.weight .* modules_to_save"),
+        ({"modules_to_save": ["norm", "embed_tokens"]}, r"has modules_to_save \(embed_tokens\) and trainable_token"),
         ({"trainable_token_indices": [1, 160]}, r"has the token 160, and model\.embed_tokens\.weight .* has 160 rows"),
         ({"trainable_token_indices": [1, -1]}, "has the token -1, and"),
         ({"trainable_token_indices": [1]}, r"has the shape \(2, 48\), and 1 rows of model\.embed_tokens\.weight have"),
@@ -123,6 +123,16 @@ def test_tensors_without_a_place_are_refused_by_name(
     folder = tmp_path / "adapter"
     shutil.copytree(usual, folder)
     edit_tensors(folder, change)
+    assert_refused(adapters.base("tied"), folder, words)
+
+
+def test_a_change_that_peft_loses_is_refused(adapters: Adapters, tmp_path: Path) -> None:
+    """On a tied model; PEFT cannot make such an adapter of others."""
+    lora = {"target_modules": ["lm_head"], "trainable_token_indices": [3, 9]}
+    folder = adapters.make(adapters.base("tied"), tmp_path / "adapter", lora)
+    words = (
+        r"rows for some tokens of model\.embed_tokens\.weight \(trainable_token_indices\) and a low-rank change of it"
+    )
     assert_refused(adapters.base("tied"), folder, words)
 
 

@@ -108,7 +108,7 @@ class _Plan:
         """Untie the weights that the adapter replaces one by one, and those that differ in the checkpoint."""
         names = {self._names.find(name) or name: name for name in parts.whole}
         saved = {name for name, own in names.items() if own in parts.saved or self._is_saved(name)}
-        self._require_saved(set(names))
+        self._require_saved(set(names), parts)
         alone = set() if self._settings.ensure_weight_tying else saved
         for group in {id(group): group for group in self._groups.values() if len(group) > 1}.values():
             loads = {load.target: load for load in self._loads if load.target in group}
@@ -138,11 +138,18 @@ class _Plan:
     def _is_saved(self, name: str) -> bool:
         return any(is_below(name, saved) for saved in self._settings.modules_to_save or ())
 
-    def _require_saved(self, found: set[str]) -> None:
+    def _require_saved(self, found: set[str], parts: AdapterParts) -> None:
         """Require all weights of `modules_to_save` to be in the file."""
+        with_rows = {
+            other for path in parts.rows for other in self._groups.get(self._names.find(f"{path}.weight") or "", ())
+        }
         for saved in self._settings.modules_to_save or ():
-            needed = [name for name in self._names.state if is_below(name, saved)]
-            missing = [name for name in needed if name not in found]
+            missing = [name for name in self._names.state if is_below(name, saved) and name not in found]
+            if with_rows.intersection(missing):
+                raise StartupError(
+                    f"The adapter in {self._folder} has modules_to_save ({saved}) and trainable_token_indices for the "
+                    f"same weight, {missing[0]}. Train it with one of the two."
+                )
             if missing:
                 raise StartupError(
                     f"The adapter in {self._folder} lacks {missing[0]} ({len(missing)} such in all), which its "
@@ -174,6 +181,12 @@ class _Plan:
             if name is None:
                 self._unmatched.append(path)
                 continue
+            if any(not isinstance(step, Rows) for step in self._change(name).merged):
+                raise StartupError(
+                    f"The adapter in {self._folder} has rows for some tokens of {name} (trainable_token_indices) and a "
+                    "low-rank change of it, or of the weight that it is tied to: PEFT's merge_and_unload loses the "
+                    "latter. Train it with one of the two."
+                )
             self._change(name).merged.append(Rows(stored, self._token_indices(path, stored)))
 
     def _token_indices(self, path: str, stored: StoredTensor) -> tuple[int, ...]:
@@ -327,8 +340,7 @@ class _Plan:
         )
 
     def _report_tied(self, name: str) -> None:
-        """PEFT merges into the shared tensor, so the other one changes too. Raises StartupError where it does so twice.
-        """
+        """PEFT merges into the shared tensor: the other one changes too. Raises StartupError where it does so twice."""
         group = self._groups.get(name, [name])
         if len(group) == 1:
             return
