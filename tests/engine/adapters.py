@@ -103,7 +103,7 @@ def edit(folder: Path, **fields: Any) -> None:
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     file = folder / "adapter_model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file)
+    save_file({name: tensor.clone() for name, tensor in change(load_file(file)).items()}, file)
 
 
 def write(folder: Path, layers: dict[str, tuple[int, int]], **settings: Any) -> Path:

@@ -111,7 +111,17 @@ KINDS: dict[str, tuple[str, Lora]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+SLOW = (
+    "all linear layers", "one layer by its list", "gaussian", "orthogonal", "EVA", "VeLoRA", "PiSSA of Conv1D",
+    "DoRA of an embedding", "DoRA, PiSSA", "biases of changed layers", "a bias of B, and biases", "an embedding",
+    "a tied head", "a saved head, tied", "rows of embedding and head", "a parameter", "one weight of experts",
+)  # fmt: skip
+"""Kinds whose code others run too."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS]
+)
 def test_every_kind_equals_what_peft_merges(adapters: Adapters, tmp_path: Path, kind: str) -> None:
     name, lora = KINDS[kind]
     base = adapters.base(name)
@@ -202,7 +212,9 @@ def test_layouts_of_old_releases(adapters: Adapters, tmp_path: Path) -> None:
     assert_merged(load(base, adapter_dir=str(folder)), expected, base)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+@pytest.mark.parametrize(
+    "init", ["pissa_niter_4", *(pytest.param(i, marks=pytest.mark.slow) for i in ("pissa", "olora"))]
+)
 def test_adapters_that_were_converted_to_plain_ones(adapters: Adapters, tmp_path: Path, init: str) -> None:
     """PEFT's remedy for adapters that change their base model, which messages about some kinds recommend."""
     base = adapters.base("llama")

@@ -56,6 +56,7 @@ def usual(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"alpha_pattern": {"q_proj": "2"}}, r'alpha_pattern is {"q_proj": "2"} \(Expected `float`'),
         ({"alpha_pattern": {"q_(proj": 2}}, r'alpha_pattern has "q_\(proj", which is no regular expression'),
         ({"target_modules": "*_proj"}, r'target_modules has "\*_proj", which is no regular expression'),
+        ({"modules_to_save": ["norm", "(x"]}, r'modules_to_save has "\(x", which is no regular expression'),
         ({"bias": "some"}, "bias is \"some\" .*Invalid enum value"),
         ({"use_dora": False}, "has a lora_magnitude_vector for .*, and use_dora of .* says otherwise"),
         ({"lora_bias": True}, "has no lora_B.bias for .*, and lora_bias of its adapter_config.json says otherwise"),
@@ -115,6 +116,11 @@ TensorsChange = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
             r"lacks model\.layers\.0\.input_layernorm\.weight \(7 such in all\), which its modules_to_save \(norm\)",
         ),
         (lambda t: {n: x for n, x in t.items() if "tokens" not in n}, "has no rows of the tokens"),
+        (lambda t: {}, r"adapter_model\.safetensors holds no part of an adapter"),
+        (
+            lambda t: t | {n.replace(".model.model.", ".model."): x for n, x in t.items() if "0.self_attn.q_proj" in n},
+            r"q_proj\.lora_A\.weight and \S+q_proj\.lora_A\.weight both change model\.layers\.0\.self_attn\.q_proj",
+        ),
     ],
 )  # fmt: skip
 def test_tensors_without_a_place_are_refused_by_name(

@@ -101,6 +101,8 @@ class _Plan:
         self._changes: dict[str, WeightChange] = {}
         """By the first name of each group of tied weights."""
         self._unmatched: list[str] = []
+        self._low_rank_of: dict[str, LowRankParts] = {}
+        """By the model's name of the changed weight."""
 
     # ---- whole weights ------------------------------------------------------------------------------------------
 
@@ -110,7 +112,10 @@ class _Plan:
         saved = {name for name, own in names.items() if own in parts.saved or self._is_saved(name)}
         self._require_saved(set(names), parts)
         alone = set() if self._settings.ensure_weight_tying else saved
+        changed = {*names, *(self._names.find(f"{path}.weight") for path in (*parts.rows, *parts.paths))}
         for group in {id(group): group for group in self._groups.values() if len(group) > 1}.values():
+            if not changed.intersection(group):
+                continue
             loads = {load.target: load for load in self._loads if load.target in group}
             if len(loads) > 1 and not _are_equal(list(loads.values())):
                 alone |= set(group)
@@ -133,7 +138,7 @@ class _Plan:
         parameters[leaf] = torch.nn.Parameter(torch.empty_like(old), requires_grad=False)
         for config in (self._model.config, self._model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
-        logger.info("%s is no longer tied: the adapter has a weight of its own for it.", name)
+        logger.info("%s is not tied to other weights: it has a value of its own.", name)
 
     def _is_saved(self, name: str) -> bool:
         return any(is_below(name, saved) for saved in self._settings.modules_to_save or ())
@@ -239,7 +244,15 @@ class _Plan:
         }
         return sorted(matched, key=self._names.places.__getitem__)
 
+    def _require_first(self, parts: LowRankParts, name: str) -> None:
+        other = self._low_rank_of.setdefault(name, parts)
+        if other is not parts:
+            raise StartupError(
+                f"{parts.a.file}: {other.a.name} and {parts.a.name} both change {name}. Save the adapter again."
+            )
+
     def _add_to_parameter(self, parts: LowRankParts, name: str) -> None:
+        self._require_first(parts, name)
         shape = self._names.state[name].shape
         self._require_plain(parts, name)
         experts = shape[0] if len(shape) == 3 else 1
@@ -266,6 +279,7 @@ class _Plan:
             )
 
     def _add_to_module(self, parts: LowRankParts, name: str) -> None:
+        self._require_first(parts, name)
         path = name.removesuffix(".weight")
         rank = self._rank(parts, (parts.path, path))
         scale = self._settings.scale_of((parts.path, path), rank)

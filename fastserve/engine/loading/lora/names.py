@@ -18,13 +18,16 @@ class Names:
         self._prefix = model.base_model_prefix
         self.places = {name: place for place, name in enumerate(self.state)}
         """Of each weight in the model's order."""
+        self._found: dict[str, str | None] = {}
 
     def find(self, name: str) -> str | None:
         """The model's name of a weight, None if it has none of its own."""
         if name in self.state:
             return name
-        found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        return found if found in self.state and pattern is None else None
+        if name not in self._found:
+            found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
+            self._found[name] = found if found in self.state and pattern is None else None
+        return self._found[name]
 
     def in_checkpoint(self, name: str) -> str:
         """A single name for all spellings of a weight that is only a part of one of the model's."""

@@ -58,12 +58,18 @@ class AdapterParts:
     rows: dict[str, StoredTensor]
     """Rows of embeddings that are replaced, by module."""
 
+    @property
+    def paths(self) -> list[str]:
+        """The modules with low-rank changes."""
+        return [parts.path for parts in self.low_rank]
+
 
 def read_parts(folder: Path) -> AdapterParts:
     """Raises StartupError that names file and tensor for one that is no part of a LoRA adapter."""
     low_rank: dict[tuple[str, int], LowRankParts] = {}
     found = AdapterParts([], {}, set(), {})
-    for full_name, tensor in open_file(_find_file(folder)).items():
+    file = _find_file(folder)
+    for full_name, tensor in open_file(file).items():
         name = _ADAPTER_NAME.sub(r"\1", full_name.removeprefix(_PREFIX)).replace("vector.weight", "vector")
         if (match := _LOW_RANK.fullmatch(name)) is not None:
             key = (match["path"], match["nesting"].count("base_layer"))
@@ -82,6 +88,8 @@ def read_parts(folder: Path) -> AdapterParts:
                 f"{tensor.file}: {full_name} is no part of a LoRA adapter that can be merged here. {MERGE_IT}"
             )
     found.low_rank = list(low_rank.values())
+    if not (found.low_rank or found.whole or found.rows):
+        raise StartupError(f"{file} holds no part of an adapter. Save the adapter again.")
     for parts in found.low_rank:
         _require_both(parts)
     return found

@@ -150,7 +150,14 @@ def read_settings(file: Path) -> AdapterSettings:
     settings = _converted(file, fields)
     _require_known_init(file, settings)
     _require_one_variant(file, fields)
-    for field in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+    for field in (
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "modules_to_save",
+    ):
         _require_patterns(file, field, getattr(settings, field))
     if not math.isfinite(settings.lora_alpha):
         raise StartupError(f"{file}: lora_alpha is {settings.lora_alpha}: give a finite number.")
