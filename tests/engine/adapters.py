@@ -65,7 +65,7 @@ class Adapters:
 
     def save_again(self, base: str, folder: Path, target: Path) -> None:
         model = _quietly(lambda: peft.PeftModel.from_pretrained(plain(base), str(folder)))
-        _quietly(lambda: model.save_pretrained(str(target)))
+        _quietly(lambda: model.save_pretrained(str(target), save_embedding_layers=False))  # else it asks the hub
 
     def merged(self, base: str, folder: Path) -> PreTrainedModel:
         """PEFT's result for a saved adapter."""
