@@ -52,6 +52,7 @@ class LayerShape:
     softcap: float | None = None
     window: int | None = None
     has_sinks: bool = False
+    chunk: int | None = None
 
     def without_window(self) -> LayerShape:
         """For comparing layers of one model, which may differ in the window only."""
@@ -68,3 +69,5 @@ class AttentionParams:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """(heads,) attention sinks: logits in the softmax that belong to no token (GPT-OSS)"""
+    chunk: int | None = None
+    """Size of the chunks that a sequence is cut into: no token attends to those before its own chunk (Llama 4)."""

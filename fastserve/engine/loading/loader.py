@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from fastserve.engine.attention.packed_positions import give_positions
 from fastserve.engine.attention.paged import PagedAttention, attention_implementation
 from fastserve.engine.contract import FusedLayers
 from fastserve.engine.devices.device import Device
@@ -82,6 +83,7 @@ def load_model(
     packed_settings = _packed_settings(config)
     attention = PagedAttention(attention_backend)
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
+    give_positions(model)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     placement = find_places(model, device)
@@ -96,6 +98,7 @@ def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtyp
     """Prepare a model that already has its weights and uses `attention`: compute its reference logits, then replace its
     layers by faster ones."""
     model = model.eval().requires_grad_(False)
+    give_positions(model)
     device = model.device
     reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
     kernels = elementwise_ops((device,), dtype)
@@ -243,7 +246,7 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
             f"{kind} cannot be served: its layers ({', '.join(sorted(stateful))}) keep a state that the paged KV cache "
             "does not hold."
         )
-    for field in ("attention_chunk_size", "mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
+    for field in ("mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
         if getattr(text_config, field, None) is not None:
             raise StartupError(
                 f"{kind} cannot be served: its layers keep a state ({field}) that the paged KV cache does not hold."

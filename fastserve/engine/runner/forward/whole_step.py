@@ -99,8 +99,8 @@ class WholeStepForward:
         shape = shapes[0]
         if shape is None or any(other is None or other.without_window() != shape.without_window() for other in shapes):
             raise UnsupportedError("its layers have attention of different shapes")
-        if shape.key_dim != shape.value_dim or shape.has_sinks:
-            raise UnsupportedError("its values have another size than its keys, or it has attention sinks")
+        if shape.key_dim != shape.value_dim or shape.has_sinks or shape.chunk is not None:
+            raise UnsupportedError("its values have another size than its keys, or it has attention sinks or chunks")
         config = model.config.get_text_config(decoder=True)
         structs = (LayerStruct * len(layers))()
         self._alive.append(structs)

@@ -1,0 +1,243 @@
+"""What depends on positions: windows and chunks by a mask alone, scales by position, layers without rotary embedding,
+sinks beside windows, and rotary embeddings that change with the length.
+
+Each model runs through the real core beyond each boundary of its configuration, with chunked prefill, prefix hits and
+drafts; its logits must be those of the model's own eager forward.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Exaone4Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    Ministral3Config,
+    PhimoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    SmolLM3Config,
+)
+
+from fastserve.engine.attention.masks import CausalMask, find_mask
+from fastserve.engine.build import build_core
+from fastserve.engine.contract import EngineRequest, SamplingParams, TokenLogprob
+from fastserve.engine.core import EngineCore
+from fastserve.engine.settings import EngineConfig
+from fastserve.engine.speculation.draft_budget import DraftBudget
+from fastserve.engine.speculation.speculator import Speculator
+from fastserve.errors import StartupError
+
+from .conftest import SHAPE
+
+VOCABULARY: int = SHAPE["vocab_size"]
+BOUNDARY = 8
+"""Windows, chunks and original lengths."""
+MAX_TOKENS = 12
+MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FOUR_LAYERS = {**SHAPE, "num_hidden_layers": 4, "head_dim": 12}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+SCALED = {
+    "rope_type": "yarn", "type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "llama_4_scaling_beta": 0.5,
+    "original_max_position_embeddings": BOUNDARY,
+}  # fmt: skip
+CONFIGS: dict[str, PretrainedConfig] = {
+    "chunks, NoPE layers scaled by position, experts": Llama4TextConfig(
+        **FOUR_LAYERS, num_local_experts=2, num_experts_per_tok=2, intermediate_size_mlp=96,
+        no_rope_layers=[1, 0, 1, 0], attention_chunk_size=BOUNDARY, floor_scale=BOUNDARY, attn_scale=0.5,
+    ),
+    "window by the mask of all layers": PhimoeConfig(**SHAPE, **MOE, sliding_window=BOUNDARY),
+    "window by the mask of some layers": Qwen2MoeConfig(
+        **FOUR_LAYERS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, use_sliding_window=True, sliding_window=BOUNDARY, layer_types=ALTERNATING,
+    ),
+    "all queries scaled by position": Ministral3Config(**SHAPE, head_dim=12, rope_parameters=SCALED),
+    "NoPE layers": SmolLM3Config(**FOUR_LAYERS, no_rope_layers=[1, 0, 1, 1]),
+    "NoPE layers with windows": SmolLM3Config(
+        **FOUR_LAYERS, no_rope_layers=[1, 0, 1, 1], use_sliding_window=True, sliding_window=BOUNDARY
+    ),
+    "rotary embedding on window layers only": Cohere2Config(
+        **FOUR_LAYERS, sliding_window=BOUNDARY, layer_types=ALTERNATING
+    ),
+    "rotary embedding on window layers only, norms after": Exaone4Config(
+        **FOUR_LAYERS, sliding_window=BOUNDARY, layer_types=ALTERNATING
+    ),
+    "sinks beside windows": GptOssConfig(**FOUR_LAYERS, **MOE, sliding_window=BOUNDARY, layer_types=ALTERNATING),
+}  # fmt: skip
+
+
+class KnownAnswers:
+    """Drafts what an earlier run has answered, with a wrong token now and then."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self._sequences = [list(sequence) for sequence in sequences]
+        self._rng = random.Random(0)
+
+    def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        length = len(token_ids)
+        known = next((known for known in self._sequences if known[:length] == list(token_ids)), [])
+        drafts = known[length : length + max_drafts]
+        return [token if self._rng.random() < 0.8 else (token + 1) % VOCABULARY for token in drafts]
+
+    def forget(self, seq_id: int) -> None:
+        pass
+
+
+def save(config: PretrainedConfig, folder: Path) -> str:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Those initialised to zeros or ones must matter too.
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def start(path: str, dtype: str = "float32", **settings: Any) -> EngineCore:
+    sizes: dict[str, Any] = {"max_num_batched_tokens": 23, "max_total_tokens": 512, "max_num_seqs": 6, **settings}
+    return build_core(EngineConfig(model_dir=path, device="cpu", dtype=dtype, **sizes), lambda *_: None)
+
+
+def requests_for(lengths: Sequence[int]) -> list[EngineRequest]:
+    """Prompts that begin alike. All logits are asked for, as logprobs."""
+    rng = random.Random(5)
+    shared = [rng.randrange(2, VOCABULARY) for _ in range(max(lengths))]
+    params = SamplingParams(MAX_TOKENS, temperature=0.0, logprobs=VOCABULARY)
+    return [
+        EngineRequest(f"r{index}", [*shared[: length - 2], index + 2, index + 9][-length:], params)
+        for index, length in enumerate(lengths)
+    ]
+
+
+def run(core: EngineCore, requests: Sequence[EngineRequest]) -> dict[str, list[TokenLogprob]]:
+    """Logprobs of each request's tokens."""
+    found: dict[str, list[TokenLogprob]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert core.add(request) is None
+    while core.has_work:
+        for output in core.step():
+            assert output.error is None
+            found[output.request_id] += output.logprobs or []
+        core.scheduler.check()
+    return found
+
+
+def run_in_all_ways(core: EngineCore, requests: Sequence[EngineRequest]) -> list[dict[str, list[TokenLogprob]]]:
+    """Without drafts, with prefix hits, and with drafts."""
+    core._speculator = core.scheduler._drafting = None
+    found = [run(core, requests), run(core, requests)]
+    assert core.scheduler.cached_tokens > 0
+    known = [request.prompt_ids + [token.token_id for token in found[0][request.request_id]] for request in requests]
+    core._speculator = core.scheduler._drafting = Speculator(KnownAnswers(known), DraftBudget(lambda _: 1.0), 5)
+    found.append(run(core, requests))
+    assert core.stats.accepted_tokens > 0
+    return found
+
+
+class Own:
+    """The model's own eager forward, in each dtype."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._models: dict[torch.dtype, PreTrainedModel] = {}
+
+    def logprobs(self, token_ids: list[int], dtype: torch.dtype, switch: int | None = None) -> torch.Tensor:
+        """(tokens, vocabulary) after each prefix, computed as a sequence of its own length: `switch` is the length
+        beyond which all positions have other rotary frequencies."""
+        if dtype not in self._models:
+            load = AutoModelForCausalLM.from_pretrained
+            self._models[dtype] = load(self._path, dtype=dtype, attn_implementation="eager").eval()
+
+        def forward(ids: list[int]) -> torch.Tensor:
+            with torch.inference_mode():
+                logits = self._models[dtype](input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            return logits.float().log_softmax(dim=-1)
+
+        whole = forward(token_ids)
+        if switch is None or len(token_ids) <= switch:
+            return whole
+        return torch.cat([forward(token_ids[:switch]), whole[switch:]])
+
+
+def distance(
+    own: Own,
+    requests: Sequence[EngineRequest],
+    found: dict[str, list[TokenLogprob]],
+    dtype: torch.dtype,
+    switch: int | None = None,
+) -> tuple[float, float]:
+    """Largest difference of a logprob from the model's own, and of the model's own in `dtype` from float32."""
+    worst = noise = 0.0
+    for request in requests:
+        answer = found[request.request_id]
+        assert len(answer) == MAX_TOKENS
+        first = len(request.prompt_ids) - 1
+        token_ids = request.prompt_ids + [token.token_id for token in answer]
+        expected, exact = (own.logprobs(token_ids, kind, switch) for kind in (dtype, torch.float32))
+        engine = torch.full((MAX_TOKENS, VOCABULARY), math.nan)
+        for row, token in enumerate(answer):
+            for token_id, logprob in token.top:
+                engine[row, token_id] = logprob
+            assert token.logprob == max(logprob for _, logprob in token.top)
+        difference = (engine - expected[first : first + MAX_TOKENS]).abs().max()
+        worst = max(worst, float(difference))
+        noise = max(noise, float((expected - exact)[first : first + MAX_TOKENS].abs().max()))
+    assert not math.isnan(worst)
+    return worst, noise
+
+
+LENGTHS = (1, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 2 * BOUNDARY, 40)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_what_depends_on_positions_equals_the_models_own(name: str, tmp_path: Path) -> None:
+    path = save(CONFIGS[name], tmp_path)
+    own = Own(path)
+    requests = requests_for(LENGTHS)
+    for dtype in (torch.float32, torch.bfloat16):
+        for found in run_in_all_ways(start(path, str(dtype).removeprefix("torch.")), requests):
+            worst, noise = distance(own, requests, found, dtype)
+            assert worst < (2e-3 if dtype is torch.float32 else 2 * noise), (dtype, worst, noise)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 4096])
+def test_masks_are_read_from_the_rule_that_makes_them(size: int) -> None:
+    def in_window(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (key > query - size)
+
+    def in_chunk(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (key // size == query // size)
+
+    def causal(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key <= query
+
+    def with_first_tokens(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return in_window(batch, head, query, key) | ((key < 4) & (key <= query))
+
+    def in_both_directions(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query >= 0
+
+    assert find_mask(in_window, size) == CausalMask(window=size)
+    assert find_mask(in_chunk, size) == (CausalMask(chunk=size) if size > 1 else CausalMask(window=1))
+    assert find_mask(causal, None) == find_mask(causal, size) == CausalMask()
+    assert find_mask(with_first_tokens, size) is None
+    assert find_mask(in_both_directions, None) is None
+    assert find_mask(in_window, None) is None
+
+
+def test_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
+    path = save(LlamaConfig(**SHAPE, is_causal=False), tmp_path)
+    with pytest.raises(StartupError, match=r"LlamaForCausalLM cannot be served: the mask .* is neither causal nor"):
+        start(path)
