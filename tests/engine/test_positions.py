@@ -23,6 +23,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     Ministral3Config,
+    Phi3Config,
     PhimoeConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -198,6 +199,19 @@ def distance(
     return worst, noise
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.3, 1.0, 2.0, 1.7, 1.1, 1.2],
+    "long_factor": [4.0, 1.0, 7.0, 3.0, 2.0, 9.0], "original_max_position_embeddings": 2 * BOUNDARY,
+}  # fmt: skip
+SWITCHING: dict[str, PretrainedConfig] = {
+    "phi3": Phi3Config(**SHAPE, rope_parameters=LONGROPE, original_max_position_embeddings=2 * BOUNDARY),
+    "phimoe": PhimoeConfig(
+        **SHAPE, num_local_experts=2, num_experts_per_tok=2,
+        rope_parameters={**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4},
+        original_max_position_embeddings=2 * BOUNDARY,
+    ),
+    "llama": LlamaConfig(**SHAPE, rope_parameters={**LONGROPE, "factor": 16.0}),
+}  # fmt: skip
 LENGTHS = (1, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 2 * BOUNDARY, 40)
 
 
@@ -241,3 +255,19 @@ def test_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
     path = save(LlamaConfig(**SHAPE, is_causal=False), tmp_path)
     with pytest.raises(StartupError, match=r"LlamaForCausalLM cannot be served: the mask .* is neither causal nor"):
         start(path)
+
+
+@pytest.mark.parametrize("name", list(SWITCHING))
+def test_rope_that_switches_with_the_length_equals_the_models_own_at_each_length(name: str, tmp_path: Path) -> None:
+    """Sequences that stay short, cross the length and begin beyond it, in the same batches and with common prefixes."""
+    path = save(SWITCHING[name], tmp_path)
+    own = Own(path)
+    requests = requests_for((1, 4, 2 * BOUNDARY - MAX_TOKENS, 15, 16, 17, 40))
+    # Rounding changes which experts a token goes to.
+    for dtype in (torch.float32,) if name == "phimoe" else (torch.float32, torch.bfloat16):
+        core = start(path, str(dtype).removeprefix("torch."))
+        assert core.info.max_model_len == SHAPE["max_position_embeddings"]
+        for found in run_in_all_ways(core, requests):
+            worst, noise = distance(own, requests, found, dtype, switch=2 * BOUNDARY)
+            assert worst < (2e-3 if dtype is torch.float32 else 2 * noise), (dtype, worst, noise)
+        assert core.scheduler.preemptions == 0

@@ -183,14 +183,3 @@ def test_a_model_that_fails_when_tried_is_a_sentence(tiny_models: TinyModels, mo
     monkeypatch.setattr(PagedAttention, "__call__", fail)
     with pytest.raises(StartupError, match=r"LlamaForCausalLM cannot be served: its code failed .*no such thing"):
         start(tiny_models.path("llama"))
-
-
-def test_longrope_ends_where_its_short_form_does(tmp_path: Path) -> None:
-    """Beyond that, a long request would change the answers of the short ones beside it."""
-    rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    config = Phi3Config(**{**SHAPE, "max_position_embeddings": 256}, rope_parameters=rope)
-    config.original_max_position_embeddings = 64
-    assert start(save(config, tmp_path)).info.max_model_len == 64

@@ -32,6 +32,8 @@ class AttentionMetadata:
     """(tokens,) block id for each new token's key and value"""
     token_offset: IntArray
     """(tokens,) and the offset in this block"""
+    is_long: npt.NDArray[np.bool_] | None = None
+    """(tokens,) whether each token's sequence has the rotary frequencies of long ones; None: none has"""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Arrays that a backend derives from the metadata in the first layer and reuses in the others."""
 

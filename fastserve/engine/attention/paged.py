@@ -147,6 +147,17 @@ class PagedAttention:
         finally:
             self._step = None
 
+    def is_long(self, device: torch.device) -> torch.Tensor | None:
+        """(tokens,) whether each token's sequence has the rotary frequencies of long ones; None when none has, or
+        outside of a step."""
+        step = self._step
+        if step is None or isinstance(step, DeviceStep) or step.is_long is None:
+            return step.is_long if isinstance(step, DeviceStep) else None
+        found: torch.Tensor | None = step.cache.get(("is_long", device))
+        if found is None:
+            found = step.cache["is_long", device] = torch.from_numpy(step.is_long).to(device)
+        return found
+
     def __call__(
         self,
         module: torch.nn.Module,
