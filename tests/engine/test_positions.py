@@ -32,9 +32,12 @@ from transformers import (
 )
 
 from fastserve.engine.attention.masks import CausalMask, find_mask
+from fastserve.engine.attention.paged import PagedAttention
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams, TokenLogprob
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.find import attention_backend
+from fastserve.engine.loading.loader import prepare_positions
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.speculator import Speculator
@@ -271,3 +274,25 @@ def test_rope_that_switches_with_the_length_equals_the_models_own_at_each_length
             worst, noise = distance(own, requests, found, dtype, switch=2 * BOUNDARY)
             assert worst < (2e-3 if dtype is torch.float32 else 2 * noise), (dtype, worst, noise)
         assert core.scheduler.preemptions == 0
+
+
+def test_each_row_of_the_models_own_forward_has_its_own_positions(tmp_path: Path) -> None:
+    """The start check computes sequences at near and far positions in one batch, by the model's own code."""
+    for name in ("phi3", "llama4"):
+        config = SWITCHING[name] if name in SWITCHING else CONFIGS["chunks, NoPE layers scaled by position, experts"]
+        path = save(config, tmp_path / name)
+        attention = PagedAttention(attention_backend)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        prepare_positions(model, attention)
+        ids = torch.arange(2, 14).view(3, 4)
+        positions = torch.tensor([[0], [2 * BOUNDARY - 2], [100]]) + torch.arange(4)
+        with torch.inference_mode():
+            together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            alone = [
+                model(input_ids=ids[row : row + 1], position_ids=positions[row : row + 1], use_cache=False).logits
+                for row in range(3)
+            ]
+            near = model(input_ids=ids, use_cache=False).logits
+        assert (together - torch.cat(alone)).abs().max() < 1e-4
+        assert (together[0] - near[0]).abs().max() < 1e-4
+        assert (together[1:] - near[1:]).abs().amax(dim=(1, 2)).min() > 1e-2

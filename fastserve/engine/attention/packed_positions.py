@@ -31,17 +31,33 @@ class PackedPositions:
 
 
 def give_positions(model: PreTrainedModel) -> None:
-    """Give packed positions to the layers of `model` that scale queries by the length of the cache."""
+    """Give each token's position to the layers of `model` that scale queries by the length of the cache."""
     for layer in model.modules():
         if any(getattr(child, "attn_temperature_tuning", False) for child in layer.children()):
-            layer.register_forward_pre_hook(_with_positions, with_kwargs=True)
+            layer.forward = _WithPositions(layer.forward)
 
 
-def _with_positions(
-    _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    position_ids = kwargs.get("position_ids")
-    # With a batch of several sequences, or a cache of its own, it is the model's own forward pass.
-    if position_ids is None or position_ids.shape[0] != 1 or kwargs.get("cache") is not None:
-        return None
-    return args, kwargs | {"cache": PackedPositions(position_ids)}
+class _WithPositions:
+    """The forward pass of a decoder layer, with a cache that knows positions."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+
+    def __call__(
+        self, hidden_states: torch.Tensor, *, position_ids: torch.Tensor, cache: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """`hidden_states` (sequences, tokens, hidden), `position_ids` (sequences or 1, tokens); the other tensors are
+        of each sequence or of all."""
+        if cache is not None:
+            raise ValueError("a cache of the model's own is not supported")
+        rows = []
+        for row, hidden in enumerate(hidden_states.split(1)):
+            of_row = {name: _row(value, row) for name, value in kwargs.items()}
+            positions = _row(position_ids, row)
+            rows.append(self._forward(hidden, position_ids=positions, cache=PackedPositions(positions), **of_row))
+        return torch.cat(rows)
+
+
+def _row(value: Any, row: int) -> Any:
+    """The part of a tensor that belongs to one sequence."""
+    return value[row : row + 1] if isinstance(value, torch.Tensor) and value.shape[0] > 1 else value

@@ -147,12 +147,19 @@ class PagedAttention:
         finally:
             self._step = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a step is computed, in which all sequences are one row."""
+        return self._step is not None
+
     def is_long(self, device: torch.device) -> torch.Tensor | None:
-        """(tokens,) whether each token's sequence has the rotary frequencies of long ones; None when none has, or
-        outside of a step."""
+        """(tokens,) whether each token's sequence of the step has the rotary frequencies of long ones; None: none
+        has."""
         step = self._step
-        if step is None or isinstance(step, DeviceStep) or step.is_long is None:
-            return step.is_long if isinstance(step, DeviceStep) else None
+        if isinstance(step, DeviceStep):
+            return step.is_long
+        if step is None or step.is_long is None:
+            return None
         found: torch.Tensor | None = step.cache.get(("is_long", device))
         if found is None:
             found = step.cache["is_long", device] = torch.from_numpy(step.is_long).to(device)

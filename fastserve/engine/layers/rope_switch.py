@@ -1,8 +1,9 @@
 """Rotary embeddings whose frequencies depend on the length of the sequence (LongRoPE), in packed batches.
 
 transformers takes the frequencies of the longest sequence of a batch for all of it. Here each sequence has those of its
-own length: the model's module is computed twice, with positions by which it chooses the ones and the others, and each
-token takes its row. So nothing of a module is known but that it switches beyond a length.
+own length, in a packed batch as in the model's own forward pass: the model's module is computed twice, with positions
+by which it chooses the ones and the others, and each token takes its row. So nothing of a module is known but that it
+switches beyond a length.
 """
 
 from __future__ import annotations
@@ -29,10 +30,7 @@ class SwitchedRotary(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What `inner` returns for `position_ids` (..., tokens): tensors (..., tokens, dim)."""
-        is_long = self._attention.is_long(position_ids.device)
-        if is_long is None:
-            return self.inner(x, position_ids, *args, **kwargs)
-        is_long = is_long.bool()
+        is_long = self._is_long(position_ids)
         beyond = position_ids.new_full((*position_ids.shape[:-1], 1), self._length)
         short = self.inner(x, position_ids.masked_fill(is_long, 0), *args, **kwargs)
         long = self.inner(x, torch.cat([position_ids, beyond], dim=-1), *args, **kwargs)
@@ -40,6 +38,14 @@ class SwitchedRotary(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
         if isinstance(short, torch.Tensor):
             return torch.where(which, long[..., :-1, :], short)
         return tuple(torch.where(which, one[..., :-1, :], other) for one, other in zip(long, short, strict=True))
+
+    def _is_long(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """(..., tokens) whether each token's sequence is longer than the switch"""
+        is_far = position_ids >= self._length
+        if not self._attention.is_running:  # each row is a sequence
+            return is_far.any(dim=-1, keepdim=True).expand_as(is_far)
+        is_long = self._attention.is_long(position_ids.device)
+        return is_far if is_long is None else is_far | is_long.bool()
 
 
 def switch_rope_by_sequence(model: PreTrainedModel, attention: PagedAttention, length: int | None) -> None:

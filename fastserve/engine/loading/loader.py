@@ -86,7 +86,7 @@ def load_model(
     packed_settings = _packed_settings(config)
     attention = PagedAttention(attention_backend)
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
-    _prepare_positions(model, attention)
+    prepare_positions(model, attention)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     placement = find_places(model, device)
@@ -101,14 +101,14 @@ def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtyp
     """Prepare a model that already has its weights and uses `attention`: compute its reference logits, then replace its
     layers by faster ones."""
     model = model.eval().requires_grad_(False)
-    _prepare_positions(model, attention)
+    prepare_positions(model, attention)
     device = model.device
     reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
     kernels = elementwise_ops((device,), dtype)
     return _finish_model(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
 
 
-def _prepare_positions(model: PreTrainedModel, attention: PagedAttention) -> None:
+def prepare_positions(model: PreTrainedModel, attention: PagedAttention) -> None:
     """Have the model take each token's position and rotary frequencies from its own sequence of a packed batch."""
     give_positions(model)
     switch_rope_by_sequence(model, attention, rope_switch_length(model.config.get_text_config(decoder=True)))

@@ -182,6 +182,10 @@ class ModelRunner:
         step = PackedStep(input_ids, positions, np.array(logit_rows or [0], dtype=np.int64), metadata)
         return self.forward_passes.logits(step, first)[: len(logit_rows)]
 
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a sequence of this length has the rotary frequencies of long ones."""
+        return self._rope_switch_length is not None and num_tokens > self._rope_switch_length
+
     def forget(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
             self._free_rows.append(self._rows.pop(seq_id).index)
@@ -194,7 +198,7 @@ class ModelRunner:
             index,
             self._sampler.start(sequence.params, sequence.choice, sequence.num_prompt_tokens),
             num_tokens=count,
-            is_long=self._rope_switch_length is not None and count > self._rope_switch_length,
+            is_long=self.is_long(count),
         )
 
     def _inputs(
