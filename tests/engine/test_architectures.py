@@ -31,6 +31,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "longrope": {
         "rope_type": "longrope", "short_factor": [1.3] * 6, "long_factor": [4.0] * 6, "factor": 2.0,

@@ -8,6 +8,7 @@ drafts; its logits must be those of the model's own eager forward.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     Exaone4Config,
+    Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -36,14 +38,17 @@ from fastserve.engine.attention.paged import PagedAttention
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams, TokenLogprob
 from fastserve.engine.core import EngineCore
+from fastserve.engine.devices.cpu import CpuDevice
 from fastserve.engine.devices.find import attention_backend
 from fastserve.engine.loading.loader import prepare_positions
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.speculation.draft_budget import DraftBudget
-from fastserve.engine.speculation.speculator import Speculator
+from fastserve.engine.speculation.speculator import PlaceholderProposer, Speculator
 from fastserve.errors import StartupError
 
 from .conftest import SHAPE
+from .test_decode_graphs import Rerun
+from .triton_interpreter import import_kernels, triton_attention
 
 VOCABULARY: int = SHAPE["vocab_size"]
 BOUNDARY = 8
@@ -67,6 +72,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
         shared_expert_intermediate_size=32, use_sliding_window=True, sliding_window=BOUNDARY, layer_types=ALTERNATING,
     ),
     "all queries scaled by position": Ministral3Config(**SHAPE, head_dim=12, rope_parameters=SCALED),
+    "rotary embedding by layer type": Gemma3TextConfig(
+        **FOUR_LAYERS, query_pre_attn_scalar=12, sliding_window=BOUNDARY, layer_types=ALTERNATING,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "NoPE layers": SmolLM3Config(**FOUR_LAYERS, no_rope_layers=[1, 0, 1, 1]),
     "NoPE layers with windows": SmolLM3Config(
         **FOUR_LAYERS, no_rope_layers=[1, 0, 1, 1], use_sliding_window=True, sliding_window=BOUNDARY
@@ -114,11 +126,11 @@ def start(path: str, dtype: str = "float32", **settings: Any) -> EngineCore:
     return build_core(EngineConfig(model_dir=path, device="cpu", dtype=dtype, **sizes), lambda *_: None)
 
 
-def requests_for(lengths: Sequence[int]) -> list[EngineRequest]:
+def requests_for(lengths: Sequence[int], max_tokens: int = MAX_TOKENS) -> list[EngineRequest]:
     """Prompts that begin alike. All logits are asked for, as logprobs."""
     rng = random.Random(5)
     shared = [rng.randrange(2, VOCABULARY) for _ in range(max(lengths))]
-    params = SamplingParams(MAX_TOKENS, temperature=0.0, logprobs=VOCABULARY)
+    params = SamplingParams(max_tokens, temperature=0.0, logprobs=VOCABULARY)
     return [
         EngineRequest(f"r{index}", [*shared[: length - 2], index + 2, index + 9][-length:], params)
         for index, length in enumerate(lengths)
@@ -138,16 +150,32 @@ def run(core: EngineCore, requests: Sequence[EngineRequest]) -> dict[str, list[T
     return found
 
 
-def run_in_all_ways(core: EngineCore, requests: Sequence[EngineRequest]) -> list[dict[str, list[TokenLogprob]]]:
-    """Without drafts, with prefix hits, and with drafts."""
-    core._speculator = core.scheduler._drafting = None
-    found = [run(core, requests), run(core, requests)]
-    assert core.scheduler.cached_tokens > 0
-    known = [request.prompt_ids + [token.token_id for token in found[0][request.request_id]] for request in requests]
-    core._speculator = core.scheduler._drafting = Speculator(KnownAnswers(known), DraftBudget(lambda _: 1.0), 5)
-    found.append(run(core, requests))
+def run_with_drafts(
+    core: EngineCore, requests: Sequence[EngineRequest], known: dict[str, list[TokenLogprob]]
+) -> dict[str, list[TokenLogprob]]:
+    """With the known answers as drafts, most of which are right."""
+    texts = [request.prompt_ids + [token.token_id for token in known[request.request_id]] for request in requests]
+    core._speculator = core.scheduler._drafting = Speculator(KnownAnswers(texts), DraftBudget(lambda _: 1.0), 5)
+    found = run(core, requests)
     assert core.stats.accepted_tokens > 0
     return found
+
+
+def assert_equals_own_forward(path: str, requests: Sequence[EngineRequest], dtype: str, switch: int | None) -> None:
+    """In float32 without drafts, with prefix hits and with drafts; in bfloat16, if asked for, with drafts."""
+    own = Own(path)
+    core = start(path)
+    core._speculator = core.scheduler._drafting = None
+    answers = [run(core, requests), run(core, requests)]
+    assert core.scheduler.cached_tokens > 0
+    answers.append(run_with_drafts(core, requests, answers[0]))
+    assert core.scheduler.preemptions == 0
+    for found in answers:
+        assert distance(own, requests, found, torch.float32, switch)[0] < 2e-3
+    if dtype == "bfloat16":
+        found = run_with_drafts(start(path, "bfloat16"), requests, answers[0])
+        worst, noise = distance(own, requests, found, torch.bfloat16, switch)
+        assert worst < 2 * noise
 
 
 class Own:
@@ -185,19 +213,19 @@ def distance(
     """Largest difference of a logprob from the model's own, and of the model's own in `dtype` from float32."""
     worst = noise = 0.0
     for request in requests:
-        answer = found[request.request_id]
-        assert len(answer) == MAX_TOKENS
+        answer, count = found[request.request_id], request.params.max_tokens
+        assert len(answer) == count
         first = len(request.prompt_ids) - 1
         token_ids = request.prompt_ids + [token.token_id for token in answer]
         expected, exact = (own.logprobs(token_ids, kind, switch) for kind in (dtype, torch.float32))
-        engine = torch.full((MAX_TOKENS, VOCABULARY), math.nan)
+        engine = torch.full((count, VOCABULARY), math.nan)
         for row, token in enumerate(answer):
             for token_id, logprob in token.top:
                 engine[row, token_id] = logprob
             assert token.logprob == max(logprob for _, logprob in token.top)
-        difference = (engine - expected[first : first + MAX_TOKENS]).abs().max()
+        difference = (engine - expected[first : first + count]).abs().max()
         worst = max(worst, float(difference))
-        noise = max(noise, float((expected - exact)[first : first + MAX_TOKENS].abs().max()))
+        noise = max(noise, float((expected - exact)[first : first + count].abs().max()))
     assert not math.isnan(worst)
     return worst, noise
 
@@ -220,13 +248,7 @@ LENGTHS = (1, BOUNDARY - 1, BOUNDARY, BOUNDARY + 1, 2 * BOUNDARY, 40)
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_what_depends_on_positions_equals_the_models_own(name: str, tmp_path: Path) -> None:
-    path = save(CONFIGS[name], tmp_path)
-    own = Own(path)
-    requests = requests_for(LENGTHS)
-    for dtype in (torch.float32, torch.bfloat16):
-        for found in run_in_all_ways(start(path, str(dtype).removeprefix("torch.")), requests):
-            worst, noise = distance(own, requests, found, dtype)
-            assert worst < (2e-3 if dtype is torch.float32 else 2 * noise), (dtype, worst, noise)
+    assert_equals_own_forward(save(CONFIGS[name], tmp_path), requests_for(LENGTHS), "bfloat16", None)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 4096])
@@ -264,16 +286,50 @@ def test_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
 def test_rope_that_switches_with_the_length_equals_the_models_own_at_each_length(name: str, tmp_path: Path) -> None:
     """Sequences that stay short, cross the length and begin beyond it, in the same batches and with common prefixes."""
     path = save(SWITCHING[name], tmp_path)
-    own = Own(path)
+    assert start(path).info.max_model_len == SHAPE["max_position_embeddings"]
     requests = requests_for((1, 4, 2 * BOUNDARY - MAX_TOKENS, 15, 16, 17, 40))
-    # Rounding changes which experts a token goes to.
-    for dtype in (torch.float32,) if name == "phimoe" else (torch.float32, torch.bfloat16):
-        core = start(path, str(dtype).removeprefix("torch."))
-        assert core.info.max_model_len == SHAPE["max_position_embeddings"]
-        for found in run_in_all_ways(core, requests):
-            worst, noise = distance(own, requests, found, dtype, switch=2 * BOUNDARY)
-            assert worst < (2e-3 if dtype is torch.float32 else 2 * noise), (dtype, worst, noise)
-        assert core.scheduler.preemptions == 0
+    # In bfloat16, rounding changes which experts a token goes to.
+    assert_equals_own_forward(path, requests, "float32" if name == "phimoe" else "bfloat16", 2 * BOUNDARY)
+
+
+def test_a_draft_model_follows_the_switch(tmp_path: Path) -> None:
+    path = save(SWITCHING["phi3"], tmp_path)
+    requests = requests_for((4, 2 * BOUNDARY - 5, 40))
+    core = start(path, speculative_model_dir=path)
+    core._speculator = core.scheduler._drafting = Speculator(PlaceholderProposer(), DraftBudget(lambda _: 1.0), 5)
+    worst, _ = distance(Own(path), requests, run(core, requests), torch.float32, switch=2 * BOUNDARY)
+    assert worst < 2e-3
+    assert core.stats.accepted_tokens > 0.8 * core.stats.draft_tokens > 0
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for a GPU here")
+@pytest.mark.parametrize("name", ["switch", pytest.param("chunks", marks=pytest.mark.slow)])
+def test_recorded_steps_know_positions_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: with the same kernels, interpreted, and a stand-in for its graphs."""
+    kernels: Any = import_kernels("triton_attention")
+    recorder = Rerun()
+    monkeypatch.setattr(CpuDevice, "attention_backend", triton_attention)
+    monkeypatch.setattr(CpuDevice, "graph_recorder", lambda self: recorder)
+    monkeypatch.setattr(kernels, "_MIN_SPLITS", 1)  # with such short contexts most splits would be empty
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 12}
+    if name == "switch":
+        rope = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 2 * BOUNDARY}
+        path = save(Phi3Config(**{**SHAPE, **sizes, "num_hidden_layers": 1}, **rope), tmp_path)
+    else:
+        path = save(
+            Llama4TextConfig(
+                **{**SHAPE, **sizes}, moe_layers=[], intermediate_size_mlp=96, no_rope_layers=[1, 0],
+                attention_chunk_size=BOUNDARY, floor_scale=BOUNDARY, attn_scale=0.5,
+            ),
+            tmp_path,
+        )  # fmt: skip
+    core = start(path, max_num_seqs=2, max_model_len=32, max_total_tokens=64, speculative_method="off")
+    recorder.replays = 0
+    requests = requests_for((2 * BOUNDARY - 2, 3), max_tokens=4)
+    switch = 2 * BOUNDARY if name == "switch" else None
+    worst, _ = distance(Own(path), requests, run(core, requests), torch.float32, switch)
+    assert worst < 2e-3
+    assert recorder.replays > 0
 
 
 def test_each_row_of_the_models_own_forward_has_its_own_positions(tmp_path: Path) -> None:

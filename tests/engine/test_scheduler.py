@@ -395,9 +395,18 @@ def test_a_pool_smaller_than_one_sequence_is_refused() -> None:
         make_scheduler(blocks=9)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(("speculates", "rope_switch_length"), [(False, MAX_LEN), (True, MAX_LEN), (True, 18)])
-def test_ten_thousand_random_steps(speculates: bool, rope_switch_length: int, overlap: bool) -> None:
+@pytest.mark.parametrize(
+    ("speculates", "overlap", "rope_switch_length"),
+    [
+        (False, False, MAX_LEN),
+        (False, True, MAX_LEN),
+        (True, False, MAX_LEN),
+        (True, True, MAX_LEN),
+        (True, True, 18),
+        pytest.param(True, False, 18, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_thousand_random_steps(speculates: bool, overlap: bool, rope_switch_length: int) -> None:
     rng = random.Random(0)
     beginnings = [[rng.randrange(3) for _ in range(16)] for _ in range(4)]
     guesser, device, clock = Guesser(1), Device(rope_switch_length), Clock()

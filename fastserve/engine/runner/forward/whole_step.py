@@ -39,7 +39,7 @@ _NORM_FIELDS = (
     {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"},
 )
 """Names of a layer's norms in known models, and their fields in `LayerStruct`."""
-_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+_STATIC_ROPE = {"default", "linear", "llama3", "proportional", "yarn"}
 """RoPE types whose angles depend on the position alone."""
 
 
