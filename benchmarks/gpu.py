@@ -234,7 +234,10 @@ def time_attention(config: LlamaConfig, args: argparse.Namespace, machine: Machi
         slots = (table[:, at[0] // size] * size + at % size).reshape(-1).astype("int32")
         step = DeviceStep.of(starts, counts, positions, table, slots, device)
         return seconds(
-            lambda: kernel(step, *rows, *kv_cache, scaling=dim**-0.5, window=None, softcap=None, sinks=None), device
+            lambda: kernel(
+                step, *rows, *kv_cache, scaling=dim**-0.5, window=None, chunk=None, softcap=None, sinks=None
+            ),
+            device,
         )
 
     tokens = args.prefill

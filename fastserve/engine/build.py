@@ -57,7 +57,7 @@ def build_core(
     executor: Executor = runner
     draft_model = None
     if draft is not None:
-        draft_model = _make_draft_model(config, draft, sizes, processors, _vocab_size(loaded))
+        draft_model = _make_draft_model(config, draft, sizes, processors, loaded)
         executor = DraftingExecutor(draft_model, runner)
     info = EngineInfo(
         architecture=type(loaded.model).__name__,
@@ -82,6 +82,7 @@ def build_core(
         max_num_seqs=config.max_num_seqs,
         prefix_cache=not config.no_prefix_cache,
         needs_last_token=partial(needs_last_token, processors),
+        rope_switch_length=loaded.rope_switch_length,
         speculator=_make_speculator(config, speed, draft_model),
         overlap=draft is None and _overlaps(loaded),
         weights=loaded.weights,
@@ -174,16 +175,19 @@ def _fused_layers(loaded: LoadedModel, runner: ModelRunner) -> tuple[FusedLayers
 
 
 def _make_draft_model(
-    config: EngineConfig, draft: LoadedModel, sizes: Sizes, processors: Sequence[LogitsProcessor], vocab_size: int
+    config: EngineConfig, draft: LoadedModel, sizes: Sizes, processors: Sequence[LogitsProcessor], loaded: LoadedModel
 ) -> DraftModel:
-    runner = _make_runner(config, draft, sizes, processors, vocab_size)
+    runner = _make_runner(config, draft, sizes, processors, _vocab_size(loaded))
+    # Sequences are computed anew where the model's own rotary frequencies change, not where the draft model's do.
+    switches_alone = draft.rope_switch_length not in (None, loaded.rope_switch_length)
+    longest = draft.rope_switch_length if switches_alone else draft.context_length
     return DraftModel(
         runner,
         _measure(runner, sizes.num_blocks, config),
         num_blocks=sizes.num_blocks,
         block_size=config.block_size,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
-        context_length=min(sizes.max_model_len, draft.context_length),
+        context_length=min(sizes.max_model_len, longest or draft.context_length),
     )
 
 

@@ -54,12 +54,13 @@ class EngineCore:
         max_num_seqs: int,
         prefix_cache: bool,
         needs_last_token: Callable[[SamplingParams], bool],
+        rope_switch_length: int | None = None,
         speculator: Speculator | None = None,
         overlap: bool = False,
         weights: Weights | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`needs_last_token`: see `Scheduler`. `weights`: those of the executor's model."""
+        """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model."""
         self.info = info
         self.weights = weights or NoWeights()
         self._speculator = speculator
@@ -70,6 +71,7 @@ class EngineCore:
             max_model_len=info.max_model_len,
             max_extra_rows=min(MAX_EXTRA_ROWS, max(1, MAX_EXTRA_LOGITS // info.vocab_size)),
             needs_last_token=needs_last_token,
+            rope_switch_length=rope_switch_length,
             drafting=speculator,
             clock=clock,
         )

@@ -3,7 +3,8 @@
 A block holds `block_size` tokens of all layers. A full block whose content is known is registered in the prefix cache
 under the key (parent, tokens): `parent` is the number that the block before it got when it was registered, and numbers
 are never reused. So a lookup compares the token ids of the whole prefix, block by block, and no hash collision can
-return a wrong block. Rejected: keys of chained hashes alone, which can collide.
+return a wrong block. Rejected: keys of chained hashes alone, which can collide. The parent of first blocks is a root,
+one for each way to compute a token (rotary frequencies, for example).
 
 A block with no holder stays registered until it is needed: free blocks are reused in least-recently-used order, those
 without content first. A sequence frees its last block first, so the end of a prefix is evicted before its beginning,
@@ -13,7 +14,7 @@ without which the end cannot be found.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 ROOT = 0
@@ -39,19 +40,21 @@ class BlockPool:
         self._registered: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
         """(parent, tokens) -> (block id, own number)"""
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._root = ROOT
-        """Parent of first blocks. Changes when the cache is cleared: no lookup then finds blocks registered under the
-        old root, including those that running sequences register later."""
+        self._roots: dict[Hashable, int] = {None: ROOT}
+        """Parents of first blocks. They change when the cache is cleared: no lookup then finds blocks registered under
+        an old root, including those that running sequences register later."""
         self._next_number = ROOT + 1
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def match(self, token_ids: Sequence[int], max_tokens: int) -> PrefixMatch:
-        """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Does not hold them yet."""
+    def match(self, token_ids: Sequence[int], max_tokens: int, root: Hashable = None) -> PrefixMatch:
+        """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Does not hold them yet.
+
+        `root`: what keys and values depend on besides the tokens. There must be few, because each is kept."""
         block_ids: list[int] = []
-        parent = self._root
+        parent = self._parent_of_first(root)
         if self._prefix_cache:
             size = self.block_size
             for start in range(0, max_tokens - size + 1, size):
@@ -61,6 +64,13 @@ class BlockPool:
                 block_ids.append(found[0])
                 parent = found[1]
         return PrefixMatch(block_ids, parent)
+
+    def _parent_of_first(self, root: Hashable) -> int:
+        found = self._roots.get(root)
+        if found is None:
+            found = self._roots[root] = self._next_number
+            self._next_number += 1
+        return found
 
     def num_free_after(self, match: PrefixMatch) -> int:
         """Free blocks that would be left once `match` is taken."""
@@ -115,8 +125,7 @@ class BlockPool:
         num_forgotten = len(self._registered)
         self._registered.clear()
         self._key_of.clear()
-        self._root = self._next_number
-        self._next_number += 1
+        self._roots.clear()
         return num_forgotten
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:

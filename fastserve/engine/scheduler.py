@@ -98,11 +98,14 @@ class Scheduler:
         max_model_len: int,
         max_extra_rows: int,
         needs_last_token: Callable[[SamplingParams], bool],
+        rope_switch_length: int | None = None,
         drafting: Drafting | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_extra_rows` bounds the rows of logits for prompt logprobs and drafts in a step, and so its memory.
-        `needs_last_token`: whether a request's next token can be sampled only once the host knows the one before."""
+        `needs_last_token`: whether a request's next token can be sampled only once the host knows the one before.
+        `rope_switch_length`: length in tokens beyond which the model computes all tokens of a sequence with other
+        rotary frequencies; a sequence that grows beyond it is computed anew."""
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ValueError("one sequence of max_model_len tokens must fit the block pool")
         self.pool = pool
@@ -111,6 +114,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_extra_rows = max_extra_rows
         self._needs_last_token = needs_last_token
+        self._rope_switch_length = rope_switch_length
         self._drafting = drafting
         self._clock = clock
         self.running: list[Sequence] = []
@@ -262,12 +266,16 @@ class Scheduler:
         for sequence in self.running:
             if sequence.num_drafts or (sequence.num_pending and sequence.needs_last_token):
                 return False
+            if self._outgrew_rope(sequence):
+                return False
             if not sequence.has_max_tokens:
                 needed += self._blocks_needed(sequence, min(sequence.num_uncomputed, self.max_num_batched_tokens))
         return needed <= self.pool.num_free
 
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan without chunks means that there is nothing to compute."""
+        for sequence in [item for item in self.running if self._outgrew_rope(item)]:
+            self._requeue(sequence)
         step = _Step(self.max_num_batched_tokens, self.max_extra_rows)
         preempted = self._schedule_running(step)
         if not preempted:
@@ -314,7 +322,8 @@ class Scheduler:
                 continue
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
-            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored)
+            is_long = self._is_long(sequence)
+            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored, is_long)
             cached = len(match.block_ids) * self.pool.block_size
             count = self._count(sequence, cached, step)
             needed = self._blocks_for(sequence.num_tokens) - len(match.block_ids)
@@ -323,6 +332,7 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             self.pool.take(match)
+            sequence.is_long = is_long
             sequence.block_ids = list(match.block_ids)
             sequence.num_registered = len(match.block_ids)
             sequence.parent = match.parent
@@ -345,8 +355,11 @@ class Scheduler:
             return
         limits = [
             # A step samples one token more than it accepts drafts.
-            min(sequence.request.params.max_tokens - sequence.num_generated, self.max_model_len - sequence.num_tokens)
-            - 1
+            min(
+                sequence.request.params.max_tokens - sequence.num_generated - 1,
+                self.max_model_len - sequence.num_tokens - 1,
+                self._max_length(sequence) - sequence.num_tokens,
+            )
             for sequence in sequences
         ]
         for seq_id, draft_ids in drafting.draft(sequences, limits, budget).items():
@@ -368,6 +381,20 @@ class Scheduler:
         sequence.num_unscored -= chunk.num_scored
         sequence.num_drafts = len(chunk.draft_ids)
         sequence.num_pending += chunk.sample
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        """Whether its rotary frequencies are those of long sequences."""
+        return self._rope_switch_length is not None and sequence.num_tokens > self._rope_switch_length
+
+    def _outgrew_rope(self, sequence: Sequence) -> bool:
+        """Whether its next token needs other rotary frequencies than those in its KV cache."""
+        return self._is_long(sequence) != sequence.is_long and not sequence.has_max_tokens
+
+    def _max_length(self, sequence: Sequence) -> int:
+        """Maximum length in tokens, drafts included, at which its KV cache is valid."""
+        if self._rope_switch_length is None or sequence.is_long:
+            return self.max_model_len
+        return self._rope_switch_length
 
     def _count(self, sequence: Sequence, computed: int, step: _Step) -> int:
         """Number of tokens to compute next, for a sequence with `computed` computed tokens."""
@@ -406,12 +433,16 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._requeue(sequence)
+        self.preemptions += 1
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Have a running sequence wait, to be computed anew."""
         assert not self._num_in_flight, "the tokens of a step in flight cannot be given to the runner again"
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
         heapq.heappush(self._waiting, (sequence.order, sequence))
-        self.preemptions += 1
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Update the sequences with a step's result and return the outputs. Called in the order of the plans."""

@@ -45,6 +45,8 @@ class Sequence:
     """Leading blocks that are registered in the prefix cache."""
     parent: int = ROOT
     """Number of the last registered block (see kv_cache.py)."""
+    is_long: bool = False
+    """Computed with the rotary frequencies of long sequences (see `Scheduler`)."""
     num_cached: int | None = None
     """Prompt tokens found in the prefix cache when first scheduled; None before."""
     in_runner: bool = False

@@ -62,7 +62,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], **options: int) -> di
 def compile_attention(tiling: attention.Tiling, splits: int, window: int, block_size: int) -> dict[str, int]:
     shape = {"GROUP": 4, "KV_HEADS": 8, "KEY_DIM": 128, "VALUE_DIM": 128, "KEY_PADDED": 128, "VALUE_PADDED": 128}
     constants = shape | {
-        "BLOCK_SIZE": block_size, "WINDOW": window, "HAS_SOFTCAP": bool(window), "HAS_SINKS": bool(window),
+        "BLOCK_SIZE": block_size, "WINDOW": window, "CHUNK": 64 * window, "HAS_SOFTCAP": bool(window),
+        "HAS_SINKS": bool(window),
         "IN_FLOAT32": False, "ROWS": tiling.rows, "TILE": tiling.tile, "SPLITS": splits,
     }  # fmt: skip
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
@@ -88,7 +89,16 @@ def main() -> None:
         "KEY_PADDED": 1024,
         "VALUE_PADDED": 1024,
     }
-    join = {"HEADS": 32, "VALUE_DIM": 128, "VALUE_PADDED": 128, "WINDOW": 0, "TOKENS": 4, "TILE": 64, "SPLITS": 32}
+    join = {
+        "HEADS": 32,
+        "VALUE_DIM": 128,
+        "VALUE_PADDED": 128,
+        "WINDOW": 0,
+        "CHUNK": 0,
+        "TOKENS": 4,
+        "TILE": 64,
+        "SPLITS": 32,
+    }
     rotary = {"HEADS": 32, "DIM": 128, "HEAD_BLOCK": 32, "HALF_BLOCK": 64}
     found = {
         "wide": compile_attention(wide, 1, 0, 16),

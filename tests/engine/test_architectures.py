@@ -31,6 +31,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "longrope": {
         "rope_type": "longrope", "short_factor": [1.3] * 6, "long_factor": [4.0] * 6, "factor": 2.0,
@@ -110,14 +111,15 @@ def save(config: PretrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("name", "context"), [(name, 128 if name == "longrope" else 256) for name in ROPES])
-def test_scaled_rope_equals_the_models_own(name: str, context: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(ROPES))
+def test_scaled_rope_equals_the_models_own(name: str, tmp_path: Path) -> None:
     """Up to the last position of the context, beside short sequences, which must not change with it."""
     path = save(LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 10000.0, **ROPES[name]}), tmp_path)
     plain = save(LlamaConfig(**SHAPE), tmp_path / "plain")
     core = start(path, max_num_batched_tokens=64, max_total_tokens=1024)
-    assert core.info.max_model_len == context
-    requests = requests_for(random.Random(5), context - 24)
+    assert core.info.max_model_len == 256
+    # Sequences that cross LongRoPE's switch of frequencies are in test_positions.py.
+    requests = requests_for(random.Random(5), 128 - 24 if name == "longrope" else 256 - 24)
     logprobs = run(core, requests)
     assert_equals_own_forward(path, requests, logprobs)
     if name != "dynamic":  # which is plain up to the length it was trained for
@@ -135,19 +137,15 @@ def test_queries_that_are_scaled_at_far_positions_equal_the_models_own(tmp_path:
     assert_equals_own_forward(path, requests, run(core, requests))
 
 
-@pytest.mark.parametrize("name", ["dynamic", "longrope"])
-def test_rope_that_follows_the_longest_sequence_ends_where_it_begins_to(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_rope_whose_keys_change_with_each_token_ends_where_it_begins_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """transformers takes the frequencies of the longest sequence of a batch for all of it."""
-    rope = {"rope_theta": 10000.0, **ROPES[name]}
-    path = save(LlamaConfig(**SHAPE, rope_parameters=rope), tmp_path)
-    context = 128 if name == "longrope" else 256
-    with pytest.raises(StartupError, match=f"--max-model-len {context + 1} exceeds .* {context} tokens"):
-        start(path, max_total_tokens=1024, max_model_len=context + 1)
-    assert start(path, max_total_tokens=1024, max_model_len=context).info.max_model_len == context
-    if name == "longrope":
-        assert "Context of 128 tokens instead of 256" in caplog.text
+    """transformers takes the base of the longest sequence so far for new tokens, and leaves older keys as they are."""
+    path = save(LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 10000.0, **ROPES["dynamic"]}), tmp_path)
+    with pytest.raises(StartupError, match=r"--max-model-len 257 exceeds .* 256 tokens"):
+        start(path, max_total_tokens=1024, max_model_len=257)
+    assert start(path, max_total_tokens=1024, max_model_len=256).info.max_model_len == 256
+    assert "Context of 256 tokens: beyond it, dynamic NTK" in caplog.text
 
 
 @pytest.mark.parametrize(("stated", "context"), [(32, 128), (128, 128), (64, 64)])

@@ -39,13 +39,16 @@ def definition(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """One sequence, token by token and head by head, in float64."""
     rows, heads, _ = query.shape
     group = heads // keys.shape[1]
     out = torch.zeros(rows, heads, values.shape[2], dtype=torch.float64)
     for row in range(rows):
-        begin = 0 if window is None else max(0, first + row - window + 1)
+        position = first + row
+        begin = 0 if window is None else max(0, position - window + 1)
+        begin = begin if chunk is None else max(begin, position - position % chunk)
         seen = slice(begin, first + row + 1)
         for head in range(heads):
             scores = (keys[seen, head // group].double() @ query[row, head].double()) * scaling
@@ -64,8 +67,12 @@ def definition(
     ("heads", "kv_heads", "key_dim", "value_dim"), [(4, 2, 16, 16), (7, 1, 64, 64), (3, 3, 24, 40), (14, 2, 64, 64)]
 )
 @pytest.mark.parametrize(
-    ("window", "softcap", "with_sinks"), [(None, None, False), (5, None, False), (None, 20.0, False), (20, None, True)]
-)
+    ("window", "chunk", "softcap", "with_sinks"),
+    [
+        (None, None, None, False), (5, None, None, False), (None, None, 20.0, False), (20, None, None, True),
+        (None, 23, 20.0, True),
+    ],
+)  # fmt: skip
 def test_equals_the_definition(
     use_kernel: bool,
     dtype: torch.dtype,
@@ -74,6 +81,7 @@ def test_equals_the_definition(
     key_dim: int,
     value_dim: int,
     window: int | None,
+    chunk: int | None,
     softcap: float | None,
     with_sinks: bool,
 ) -> None:
@@ -81,7 +89,8 @@ def test_equals_the_definition(
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     attention = PagedAttention(attention_backend if use_kernel else torch_backend)
-    attention.shapes[0], attention.devices[0] = LayerShape(heads, kv_heads, key_dim, value_dim), torch.device("cpu")
+    shape = LayerShape(heads, kv_heads, key_dim, value_dim, window=window, chunk=chunk)
+    attention.shapes[0], attention.devices[0] = shape, torch.device("cpu")
     attention.allocate(40, BLOCK, dtype)
     assert isinstance(attention.backend, CpuAttention if use_kernel else TorchAttention)
     tables = rng.permutation(40).reshape(5, 8).astype(np.int32)
@@ -115,7 +124,6 @@ def test_equals_the_definition(
                 value,
                 None,
                 scaling=scaling,
-                sliding_window=window,
                 softcap=softcap,
                 s_aux=sinks,
             )
@@ -125,7 +133,7 @@ def test_equals_the_definition(
             known_values[index] = torch.cat([known_values[index], value[0, :, part].transpose(0, 1)])
             expected = definition(
                 query[0, :, part].transpose(0, 1), known_keys[index], known_values[index],
-                first, scaling, window, softcap, sinks,
+                first, scaling, window, softcap, sinks, chunk,
             )  # fmt: skip
             assert (out[0, part].double() - expected).abs().max() < TOLERANCE[dtype] * expected.abs().max()
 

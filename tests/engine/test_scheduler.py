@@ -35,8 +35,12 @@ class Memory:
     """Executes plans on an imaginary KV cache: it remembers which token was written into which slot, and samples tokens
     that depend on all tokens before. A wrong block table, a lost chunk or a falsely shared block changes the answer."""
 
-    def __init__(self) -> None:
-        self.slots: dict[int, tuple[int, int]] = {}
+    def __init__(self, rope_switch_length: int = MAX_LEN) -> None:
+        self.rope_switch_length = rope_switch_length
+        self.slots: dict[int, tuple[int, int, bool]] = {}
+        """Position, token, and whether its sequence was longer than the switch when the runner got it."""
+        self.is_long: dict[int, bool] = {}
+        self.num_switched = 0
         self.tokens: dict[int, list[int]] = {}
         self.blocks: dict[int, list[int]] = {}
 
@@ -48,15 +52,24 @@ class Memory:
         for new in plan.new:
             self.tokens[new.seq_id] = list(new.token_ids)
             self.blocks[new.seq_id] = []
+            is_long = len(new.token_ids) > self.rope_switch_length
+            self.num_switched += is_long and not self.is_long.get(new.seq_id, True)
+            self.is_long[new.seq_id] = is_long
         for chunk in plan.chunks:
             tokens, blocks = self.tokens[chunk.seq_id], self.blocks[chunk.seq_id]
             blocks[chunk.num_held_blocks :] = chunk.new_block_ids
             guessed = tokens + chunk.draft_ids
+            is_long = self.is_long[chunk.seq_id]
+            assert is_long or chunk.start + chunk.num_rows <= self.rope_switch_length
             for position in range(chunk.start, chunk.start + chunk.num_rows):
-                self.slots[blocks[position // BLOCK] * BLOCK + position % BLOCK] = (position, guessed[position])
+                self.slots[blocks[position // BLOCK] * BLOCK + position % BLOCK] = (
+                    position,
+                    guessed[position],
+                    is_long,
+                )
             context = range(chunk.start + chunk.num_rows)
             seen = [self.slots[blocks[place // BLOCK] * BLOCK + place % BLOCK] for place in context]
-            assert seen == list(enumerate(guessed))[: len(context)], (
+            assert seen == [(place, guessed[place], is_long) for place in context], (
                 "the KV cache does not hold the sequence's own tokens"
             )
             if chunk.num_scored:
@@ -77,8 +90,8 @@ class Device(Memory):
     """An executor that computes a step when its result is asked for: as late as a device may. It makes sure that what
     is launched before needs nothing that is not known by then."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, rope_switch_length: int = MAX_LEN) -> None:
+        super().__init__(rope_switch_length)
         self.in_flight: list[Computed] = []
         self.plans: list[StepPlan] = []
         self.num_ahead = 0
@@ -198,6 +211,7 @@ def make_core(device: Device, guesser: Guesser | None = None, *, overlap: bool, 
         info, device, SpeedMeter((1, 1.0), (2, 1.1)),
         max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, prefix_cache=True,
         needs_last_token=partial(needs_last_token, LOGITS_PROCESSORS), overlap=overlap, clock=clock,
+        rope_switch_length=device.rope_switch_length,
     )  # fmt: skip
     core._speculator = core.scheduler._drafting = guesser  # type: ignore[assignment]
     return core
@@ -381,12 +395,21 @@ def test_a_pool_smaller_than_one_sequence_is_refused() -> None:
         make_scheduler(blocks=9)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("speculates", [False, True])
-def test_ten_thousand_random_steps(speculates: bool, overlap: bool) -> None:
+@pytest.mark.parametrize(
+    ("speculates", "overlap", "rope_switch_length"),
+    [
+        (False, False, MAX_LEN),
+        (False, True, MAX_LEN),
+        (True, False, MAX_LEN),
+        (True, True, MAX_LEN),
+        (True, True, 18),
+        pytest.param(True, False, 18, marks=pytest.mark.slow),
+    ],
+)
+def test_ten_thousand_random_steps(speculates: bool, overlap: bool, rope_switch_length: int) -> None:
     rng = random.Random(0)
     beginnings = [[rng.randrange(3) for _ in range(16)] for _ in range(4)]
-    guesser, device, clock = Guesser(1), Device(), Clock()
+    guesser, device, clock = Guesser(1), Device(rope_switch_length), Clock()
     core = make_core(device, guesser if speculates else None, overlap=overlap, clock=clock)
     alive: dict[str, EngineRequest] = {}
     answers: dict[str, list[int]] = {}
@@ -428,6 +451,7 @@ def test_ten_thousand_random_steps(speculates: bool, overlap: bool) -> None:
     assert core.scheduler.cached_tokens > 1000
     assert num_stopped > 100
     assert longest < 400, "a request starves"
+    assert (device.num_switched > 500) == (rope_switch_length < MAX_LEN)
     if speculates:
         assert 1000 < guesser.right < guesser.tried
     if overlap:

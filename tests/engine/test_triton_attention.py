@@ -82,7 +82,7 @@ class History:
             self.values[index] = torch.cat([self.values[index], value[0, :, part].transpose(0, 1)])
             expected = definition(
                 query[0, :, part].transpose(0, 1), self.keys[index], self.values[index], first,
-                options["scaling"], options.get("sliding_window"), options.get("softcap"), options.get("s_aux"),
+                options["scaling"], shape.window, options.get("softcap"), options.get("s_aux"), shape.chunk,
             )  # fmt: skip
             found = out[0, part].double().cpu()
             assert (found - expected).abs().max() <= TOLERANCE[self.dtype] * expected.abs().max()
@@ -102,17 +102,19 @@ def triton_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
         (LayerShape(4, 2, 16, 16), torch.float32, 16, {}),
         (LayerShape(8, 2, 64, 64), torch.bfloat16, 16, {}),
         (LayerShape(4, 4, 96, 96), torch.float16, 64, {}),
-        (LayerShape(7, 1, 64, 64), torch.float32, 64, {"sliding_window": 20}),
-        (LayerShape(4, 1, 128, 128), torch.bfloat16, 64, {"sliding_window": 70}),
+        (LayerShape(7, 1, 64, 64, window=20), torch.float32, 64, {}),
+        (LayerShape(4, 1, 128, 128, window=70), torch.bfloat16, 64, {}),
         (LayerShape(2, 1, 256, 256), torch.float16, 16, {"softcap": 20.0}),
-        (LayerShape(3, 3, 24, 40), torch.float32, 4, {"softcap": 5.0, "sliding_window": 7}),
+        (LayerShape(3, 3, 24, 40, window=7), torch.float32, 4, {"softcap": 5.0}),
         (LayerShape(4, 2, 32, 32), torch.float32, 16, {"s_aux": torch.tensor([1.0, -2.0, 8.0, 0.0])}),
         (
-            LayerShape(4, 2, 64, 64),
+            LayerShape(4, 2, 64, 64, window=9),
             torch.bfloat16,
             16,
-            {"s_aux": torch.tensor([1.0, -2.0, 8.0, 0.0]), "sliding_window": 9},
+            {"s_aux": torch.tensor([1.0, -2.0, 8.0, 0.0])},
         ),
+        (LayerShape(4, 2, 32, 32, chunk=7), torch.float32, 16, {}),
+        (LayerShape(4, 2, 32, 32, chunk=64), torch.float32, 16, {"s_aux": torch.tensor([1.0, -2.0, 8.0, 0.0])}),
     ],
 )
 def test_equals_the_definition(

@@ -75,7 +75,8 @@ class CpuAttention:
             raise TypeError("the kernel for CPUs takes no DeviceStep")
         return self._kernel(
             self.kernel_step(step, query.shape[1] // key.shape[1]), query, key, value, *cache,
-            scaling=params.scaling, window=params.window, softcap=params.softcap, sinks=params.sinks,
+            scaling=params.scaling, window=params.window, chunk=params.chunk, softcap=params.softcap,
+            sinks=params.sinks,
         )  # fmt: skip
 
 

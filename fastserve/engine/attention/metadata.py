@@ -32,6 +32,8 @@ class AttentionMetadata:
     """(tokens,) block id for each new token's key and value"""
     token_offset: IntArray
     """(tokens,) and the offset in this block"""
+    is_long: npt.NDArray[np.bool_] | None = None
+    """(tokens,) whether each token's sequence has the rotary frequencies of long ones; None: none has"""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Arrays that a backend derives from the metadata in the first layer and reuses in the others."""
 
@@ -52,6 +54,7 @@ class LayerShape:
     softcap: float | None = None
     window: int | None = None
     has_sinks: bool = False
+    chunk: int | None = None
 
     def without_window(self) -> LayerShape:
         """For comparing layers of one model, which may differ in the window only."""
@@ -68,3 +71,5 @@ class AttentionParams:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """(heads,) attention sinks: logits in the softmax that belong to no token (GPT-OSS)"""
+    chunk: int | None = None
+    """Size of the chunks that a sequence is cut into: no token attends to those before its own chunk (Llama 4)."""

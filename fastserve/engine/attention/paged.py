@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastserve.engine.attention.backend import AttentionBackend, KVCache, StepSize
+from fastserve.engine.attention.masks import CausalMask, MaskLabels, Rule
 from fastserve.engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape
 from fastserve.engine.kernels.device_step import DeviceStep
 
 FindBackend = Callable[[torch.device, Sequence[LayerShape], torch.dtype, int], AttentionBackend]
 """Returns the backend for these layers on a device, in a dtype and with a block size."""
 _NAME = "fastserve_paged"
+_NAME_WITH_MASKS = "fastserve_paged_with_masks"
+"""The same attention for an observed forward pass, in which masks are made."""
 _active: ContextVar[PagedAttention | None] = ContextVar("_active", default=None)
 """The engine whose forward pass runs: several may be in one process, but transformers calls all by one name."""
 
@@ -37,7 +42,7 @@ class AttentionCall:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
-    window: int | None
+    mask: CausalMask
     softcap: float | None
     has_sinks: bool
 
@@ -45,13 +50,13 @@ class AttentionCall:
     def shape(self) -> LayerShape:
         return LayerShape(
             self.query.shape[1], self.key.shape[1], self.key.shape[-1], self.value.shape[-1],
-            self.scaling, self.softcap, self.window, self.has_sinks,
+            self.scaling, self.softcap, self.mask.window, self.has_sinks, self.mask.chunk,
         )  # fmt: skip
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of the call, without sinks."""
-        return {"scaling": self.scaling, "sliding_window": self.window, "softcap": self.softcap}
+        """Keyword arguments of the call, without sinks and mask."""
+        return {"scaling": self.scaling, "softcap": self.softcap}
 
 
 class PagedAttention:
@@ -70,6 +75,7 @@ class PagedAttention:
         self._caches: dict[int, KVCache] = {}
         self._step: AttentionMetadata | DeviceStep | None = None
         self._calls: list[AttentionCall] | None = None
+        self._labels = MaskLabels()
 
     # ---- before there is a KV cache -----------------------------------------------------------------------------
 
@@ -89,6 +95,10 @@ class PagedAttention:
         for call in calls:
             layer: int = call.module.layer_idx
             self.shapes[layer], self.devices[layer] = call.shape, call.query.device
+
+    def make_label(self, device: torch.device, rule: Rule, size: int | None) -> torch.Tensor | None:
+        """What an observed layer gets in place of a mask; None outside of `observed`."""
+        return None if self._calls is None else self._labels.label(device, rule, size)
 
     def shapes_on(self, device: torch.device) -> list[LayerShape]:
         """Attention shapes of the device's layers."""
@@ -137,6 +147,24 @@ class PagedAttention:
         finally:
             self._step = None
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a step is computed, in which all sequences are one row."""
+        return self._step is not None
+
+    def is_long(self, device: torch.device) -> torch.Tensor | None:
+        """(tokens,) whether each token's sequence of the step has the rotary frequencies of long ones; None: none
+        has."""
+        step = self._step
+        if isinstance(step, DeviceStep):
+            return step.is_long
+        if step is None or step.is_long is None:
+            return None
+        found: torch.Tensor | None = step.cache.get(("is_long", device))
+        if found is None:
+            found = step.cache["is_long", device] = torch.from_numpy(step.is_long).to(device)
+        return found
+
     def __call__(
         self,
         module: torch.nn.Module,
@@ -152,19 +180,21 @@ class PagedAttention:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """`query` (1, heads, tokens, key dim), `key` and `value` (1, KV heads, tokens, dim) -> (1, tokens, heads,
-        value dim)."""
+        value dim). Window and chunks are those that the layer was observed with."""
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
         if self._calls is not None:
+            mask = self._labels.mask(attention_mask) or CausalMask(window=sliding_window)
             self._calls.append(
-                AttentionCall(module, query, key, value, scaling, sliding_window, softcap, has_sinks=s_aux is not None)
+                AttentionCall(module, query, key, value, scaling, mask, softcap, has_sinks=s_aux is not None)
             )
             return _dummy_output(query, value), None
         if self._step is None:
             raise RuntimeError("attention was called outside a step")
         layer: int = module.layer_idx
         new = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-        params = AttentionParams(scaling, sliding_window, softcap, s_aux)
+        shape = self.shapes[layer]
+        params = AttentionParams(scaling, shape.window, softcap, s_aux, shape.chunk)
         out = self._backends[self.devices[layer]](self._step, *new, self._caches[layer], params)
         return out.unsqueeze(0), None
 
@@ -172,11 +202,30 @@ class PagedAttention:
 def attention_implementation() -> str:
     """The name of our attention for a model's `attn_implementation`.
 
-    No mask function is registered under it, so models build no mask: the backend applies causality. (With one that
-    returns None, transformers would read the positions first, and wait for the device.)
+    No mask function is registered under it, so models build no mask: the backend applies the one of the layer. (With
+    one that returns None, transformers would read the positions first, and wait for the device.)
     """
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _call_active)
     return _NAME
+
+
+@contextmanager
+def making_masks(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, `model` makes masks for our attention, whose calls must be observed."""
+    ALL_ATTENTION_FUNCTIONS.register(_NAME_WITH_MASKS, _call_active)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME_WITH_MASKS, _label_mask)
+    ours = model.config._attn_implementation
+    model.set_attn_implementation(_NAME_WITH_MASKS)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
+
+
+def _label_mask(*_: Any, mask_function: Rule, device: torch.device, local_size: int | None = None, **__: Any) -> Any:
+    """transformers' mask interface: returns a label in place of a mask."""
+    attention = _active.get()
+    return None if attention is None else attention.make_label(device, mask_function, local_size)
 
 
 def _call_active(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

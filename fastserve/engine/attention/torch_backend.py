@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastserve.engine.attention.backend import KVCache, StepSize
+from fastserve.engine.attention.masks import CausalMask
 from fastserve.engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape
 from fastserve.engine.kernels.device_step import DeviceStep
 
@@ -69,7 +70,7 @@ class TorchAttention:
         for group in _groups(step, count):
             which = torch.from_numpy(group).to(query.device)
             longest = int(step.positions[group].max()) + 1
-            mask = _mask(step, arrays, which, 1, longest, params.window)
+            mask = _mask(step, arrays, which, 1, longest, params)
             blocks = arrays.block_table[which, : -(-longest // keys.shape[3])]
             found = _attend(params, query[which].unsqueeze(1), *_gather(keys, values, blocks, mask), mask)
             out[which] = found.squeeze(1)
@@ -77,7 +78,7 @@ class TorchAttention:
             start, rows = int(step.starts[index]), int(step.counts[index])
             length = int(step.positions[index]) + rows
             which = torch.tensor([index], device=query.device)
-            mask = _mask(step, arrays, which, rows, length, params.window)
+            mask = _mask(step, arrays, which, rows, length, params)
             blocks = arrays.block_table[which, : -(-length // keys.shape[3])]
             part = slice(start, start + rows)
             found = _attend(params, query[part].unsqueeze(0), *_gather(keys, values, blocks, mask), mask)
@@ -129,20 +130,22 @@ def _gather(
 
 
 def _mask(
-    metadata: AttentionMetadata, arrays: _DeviceArrays, which: torch.Tensor, rows: int, length: int, window: int | None
+    metadata: AttentionMetadata,
+    arrays: _DeviceArrays,
+    which: torch.Tensor,
+    rows: int,
+    length: int,
+    params: AttentionParams,
 ) -> torch.Tensor:
     """Mask (batch, 1, rows, length) for sequences with equally many new tokens: True where a row attends."""
     device = arrays.contexts.device
-    key = (device, int(which[0]), rows, length, window)
+    key = (device, int(which[0]), rows, length, params.window, params.chunk)
     found: torch.Tensor | None = metadata.cache.get(key)
     if found is None:
         back = torch.arange(rows - 1, -1, -1, device=device)
         row = (arrays.contexts[which].unsqueeze(1) - 1 - back).unsqueeze(2)
-        key_position = torch.arange(length, device=device)
-        found = key_position <= row
-        if window is not None:
-            found &= key_position > row - window
-        found = metadata.cache[key] = found.unsqueeze(1)
+        mask = CausalMask(params.window, params.chunk)
+        found = metadata.cache[key] = mask.sees(row, torch.arange(length, device=device)).unsqueeze(1)
     return found
 
 

@@ -57,7 +57,8 @@ class TritonAttention:
     ) -> torch.Tensor:
         return self._kernel(
             step if isinstance(step, DeviceStep) else self._device_step(step), query, key, value, *cache,
-            scaling=params.scaling, window=params.window, softcap=params.softcap, sinks=params.sinks,
+            scaling=params.scaling, window=params.window, chunk=params.chunk, softcap=params.softcap,
+            sinks=params.sinks,
         )  # fmt: skip
 
     def _device_step(self, metadata: AttentionMetadata) -> DeviceStep:

@@ -41,7 +41,7 @@ struct Layer {
     const float* sinks;             // [heads] or null
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     int64_t heads, kv_heads, key_dim, value_dim, block_size;
-    int64_t window;                 // 0: none
+    int64_t window, chunk;          // 0: none
     float scaling, softcap;         // softcap 0: none
 };
 
@@ -65,6 +65,12 @@ struct CacheLayout {
         return (T*)layer.values + ((block * kv_heads + head) * groups + group) * value_group;
     }
 };
+
+// The first position that a token attends to.
+inline int64_t first_visible(const Layer& layer, int64_t position) {
+    const int64_t in_window = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+    return layer.chunk ? std::max(in_window, position / layer.chunk * layer.chunk) : in_window;
+}
 
 // Stores key and value of one new token in the KV cache.
 template <class T>
@@ -158,7 +164,7 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
         totals[r][0] = layer.sinks ? 1.0f : 0.0f;
     }
     const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const int64_t begin = layer.window ? std::max<int64_t>(0, first - layer.window + 1) / LANES * LANES : 0;
+    const int64_t begin = first_visible(layer, first) / LANES * LANES;
     for (int64_t base = begin; base <= last; base += SPAN * LANES) {
         const int groups = int(std::min<int64_t>(SPAN, (last - base) / LANES + 1));
         const T* keys[SPAN];
@@ -180,8 +186,8 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
             else tiles<T, 1>(query, width, rows, keys + g, width, 0, keep);
         }
         for (int r = 0; r < rows; ++r) {
-            const int64_t position = first + r / heads_here;
-            const bool whole = base + groups * LANES - 1 <= position && (!layer.window || base > position - layer.window);
+            const int64_t position = first + r / heads_here, lowest = first_visible(layer, position);
+            const bool whole = base + groups * LANES - 1 <= position && base >= lowest;
             Vec top = Vec{} + MASKED;
             for (int g = 0; g < groups; ++g) {
                 Vec& score = scores[r][g];
@@ -189,8 +195,7 @@ void attend(const Step& step, const Layer& layer, int64_t item, int64_t h) {
                     for (int i = 0; i < LANES; ++i) score[i] = std::tanh(score[i] / layer.softcap) * layer.softcap;
                 if (!whole) {
                     const IntVec key_position = lane + int32_t(base + g * LANES);
-                    IntVec seen = key_position <= int32_t(position);
-                    if (layer.window) seen &= key_position > int32_t(position - layer.window);
+                    const IntVec seen = (key_position <= int32_t(position)) & (key_position >= int32_t(lowest));
                     score = (Vec)(((IntVec)score & seen) | ((IntVec)(Vec{} + MASKED) & ~seen));
                 }
                 const IntVec higher = score > top;

@@ -127,7 +127,7 @@ class Run {
             store_some(to[which] + r * strides[which] + at, sums, outs);
         });
         const Layer call = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
-                             m.heads, m.kv_heads, D, D, m.block_size, layer.window, m.scaling, m.softcap};
+                             m.heads, m.kv_heads, D, D, m.block_size, layer.window, 0, m.scaling, m.softcap};
         team.share(rows, rows_at_once(Q), [&](int64_t r) {
             apply_rotary(query + r * Q, m.heads, layer.query_norm, layer.query_norm_size, layer, r);
             apply_rotary(key + r * K, m.kv_heads, layer.key_norm, layer.key_norm_size, layer, r);

@@ -48,6 +48,8 @@ class DeviceStep:
     host_seq_lens: IntArray
     """`seq_lens` on the host."""
     send: Send
+    is_long: torch.Tensor | None = None
+    """(tokens,) whether each token's sequence has the rotary frequencies of long ones; None: none has"""
     fixed_items: WorkItems | None = None
     """Work items that do not depend on the kernel's tiles: one new token for each sequence."""
     items_by_size: dict[tuple[int, int], WorkItems] = field(default_factory=dict)

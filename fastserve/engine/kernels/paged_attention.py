@@ -29,7 +29,8 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "keys", "values", "sinks")),
         *((name, ctypes.c_int64) for name in ("query_token", "query_head", "key_token", "key_head")),
         *((name, ctypes.c_int64) for name in ("value_token", "value_head")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "key_dim", "value_dim", "block_size", "window")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "key_dim", "value_dim", "block_size")),
+        *((name, ctypes.c_int64) for name in ("window", "chunk")),
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
     ]
 
@@ -103,6 +104,7 @@ class PagedAttentionKernel:
         *,
         scaling: float,
         window: int | None,
+        chunk: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -122,6 +124,7 @@ class PagedAttentionKernel:
             value.shape[2],
             values.shape[2],
             window or 0,
+            chunk or 0,
             scaling,
             softcap or 0.0,
         )

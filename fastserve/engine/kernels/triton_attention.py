@@ -69,15 +69,19 @@ def _store(
 
 
 @triton.jit
-def _visible(seq_len, count, first, TOKENS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
+def _visible(
+    seq_len, count, first, TOKENS: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """Positions [begin, end) that TOKENS new tokens from the `first` of `count` on attend to; `begin` is aligned to
     tiles."""
     position = seq_len - count + first
     end = tl.minimum(position + TOKENS, seq_len)
     begin = 0
     if WINDOW > 0:
-        begin = tl.maximum(position - WINDOW + 1, 0) // TILE * TILE
-    return begin, end
+        begin = tl.maximum(position - WINDOW + 1, 0)
+    if CHUNK > 0:
+        begin = tl.maximum(begin, position // CHUNK * CHUNK)
+    return begin // TILE * TILE, end
 
 
 @triton.jit
@@ -89,7 +93,7 @@ def _split_size(length, min_split, SPLITS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _fold(
     acc, peak, total, rows, position, table, keys, values, begin, end, kv_head, scaling, softcap,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TILE: tl.constexpr,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -130,6 +134,8 @@ def _fold(
             seen = (at < end)[None, :] & (at[None, :] <= position[:, None])
             if WINDOW > 0:
                 seen = seen & (at[None, :] > position[:, None] - WINDOW)
+            if CHUNK > 0:
+                seen = seen & (at[None, :] >= position[:, None] // CHUNK * CHUNK)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
@@ -153,7 +159,7 @@ def _attend(
     item_sequence, item_first, sinks, scaling, softcap, query_token, query_head, table_stride, min_split, part_tokens,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, IN_FLOAT32: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program for each (KV head, item, split). Row r of its tile is new token r // GROUP, query head r % GROUP."""
@@ -167,7 +173,7 @@ def _attend(
     first = tl.load(item_first + item)
     seq_len = tl.load(seq_lens + sequence)
     count = tl.load(counts + sequence)
-    begin, end = _visible(seq_len, count, first, TOKENS, WINDOW, TILE)
+    begin, end = _visible(seq_len, count, first, TOKENS, WINDOW, CHUNK, TILE)
     used = 1
     if SPLITS > 1:
         size = _split_size(end - begin, min_split, SPLITS, TILE)
@@ -205,16 +211,16 @@ def _attend(
             total = total + 1.0
     table = block_table + sequence.to(tl.int64) * table_stride
     bare = begin
-    if WINDOW == 0:
+    if (WINDOW == 0) and (CHUNK == 0):
         bare = tl.maximum(begin, tl.minimum(end, (lowest + 1) // TILE * TILE))
         acc, peak, total = _fold(
             acc, peak, total, rows, position, table, keys, values, begin, bare, kv_head, scaling, softcap,
-            False, WINDOW, HAS_SOFTCAP, TILE,
+            False, WINDOW, CHUNK, HAS_SOFTCAP, TILE,
             KV_HEADS, KEY_DIM, VALUE_DIM, KEY_PADDED, VALUE_PADDED, BLOCK_SIZE,
         )  # fmt: skip
     acc, peak, total = _fold(
         acc, peak, total, rows, position, table, keys, values, bare, end, kv_head, scaling, softcap,
-        True, WINDOW, HAS_SOFTCAP, TILE,
+        True, WINDOW, CHUNK, HAS_SOFTCAP, TILE,
         KV_HEADS, KEY_DIM, VALUE_DIM, KEY_PADDED, VALUE_PADDED, BLOCK_SIZE,
     )  # fmt: skip
 
@@ -234,7 +240,7 @@ def _attend(
 def _join(
     out, parts, part_peaks, part_totals, starts, counts, seq_lens, item_sequence, min_split, part_tokens,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, WINDOW: tl.constexpr,
-    TOKENS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Combine the results of splits. One program for each (query head, narrow item, token of it)."""
     head = tl.program_id(0)
@@ -244,7 +250,7 @@ def _join(
     count = tl.load(counts + sequence)
     if token >= count:
         return
-    begin, end = _visible(tl.load(seq_lens + sequence), count, 0, TOKENS, WINDOW, TILE)
+    begin, end = _visible(tl.load(seq_lens + sequence), count, 0, TOKENS, WINDOW, CHUNK, TILE)
     used = tl.cdiv(end - begin, _split_size(end - begin, min_split, SPLITS, TILE))
     if used <= 1:
         return
@@ -319,6 +325,7 @@ class TritonPagedAttention:
         *,
         scaling: float,
         window: int | None,
+        chunk: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -327,7 +334,7 @@ class TritonPagedAttention:
         query, key, value = (_dense(tensor) for tensor in (query, key, value))
         self._store(step, key, value, keys, values)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-        layer = _Layer(out, query, keys, values, scaling, window or 0, softcap or 0.0, sinks)
+        layer = _Layer(out, query, keys, values, scaling, window or 0, chunk or 0, softcap or 0.0, sinks)
         narrow, wide = layer.tilings
         items = step.items(narrow.rows // layer.group, wide.rows // layer.group)
         if items.num_narrow:
@@ -371,7 +378,8 @@ class TritonPagedAttention:
         _join[(heads, count, max_tokens)](
             layer.out, parts.found, parts.peaks, parts.totals, step.starts, step.counts, step.seq_lens, items[0],
             min_split, max_tokens,
-            heads, value_dim, _padded(value_dim), layer.window, tiling.rows // layer.group, tiling.tile, splits,
+            heads, value_dim, _padded(value_dim), layer.window, layer.chunk,
+            tiling.rows // layer.group, tiling.tile, splits,
         )  # fmt: skip
 
     def split(self, programs: int, tile: int) -> tuple[int, int]:
@@ -412,6 +420,7 @@ class _Layer:
     values: torch.Tensor
     scaling: float
     window: int
+    chunk: int
     softcap: float
     sinks: torch.Tensor | None
 
@@ -450,7 +459,7 @@ class _Layer:
             self.scaling, self.softcap, self.query.stride(0), self.query.stride(1), step.block_table.stride(0),
             parts.min_split, parts.max_tokens,
             self.group, kv_heads, key_dim, value_dim, _padded(key_dim), _padded(value_dim), block_size, self.window,
-            self.softcap > 0, self.sinks is not None, _INTERPRETED and self.query.dtype is torch.bfloat16,
+            self.chunk, self.softcap > 0, self.sinks is not None, _INTERPRETED and self.query.dtype is torch.bfloat16,
             tiling.rows, tiling.tile, grid[1],
             num_warps=tiling.num_warps, num_stages=tiling.num_stages,
         )  # fmt: skip

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from fastserve.engine.attention.paged import AttentionCall, PagedAttention
+from fastserve.engine.attention.masks import UnknownMaskError
+from fastserve.engine.attention.paged import AttentionCall, PagedAttention, making_masks
 from fastserve.engine.contract import FusedLayers
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.fusion import NO_KERNELS, agree, report
 from fastserve.engine.layers.modules import replace_module
+from fastserve.errors import StartupError
 
 _ONE_INPUT = ("qkv_proj",)
 _INPUTS = (("q_proj", "k_proj", "v_proj"), _ONE_INPUT)
@@ -133,7 +136,7 @@ class FusedAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
 
 
 def fuse_attention(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     attention: PagedAttention,
     kernels: ElementwiseOps | None,
     context_length: int,
@@ -159,9 +162,11 @@ def fuse_attention(
 
 
 def _observe(
-    model: torch.nn.Module, attention: PagedAttention, device: torch.device
+    model: PreTrainedModel, attention: PagedAttention, device: torch.device
 ) -> tuple[dict[torch.nn.Module, AttentionCall], dict[torch.nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Run one token: the call of the attention function by each attention layer, and the arguments of each module."""
+    """Run one token: the call of the attention function by each attention layer, and the arguments of each module.
+
+    Raises StartupError when a layer has a mask that the engine cannot compute."""
     calls: dict[torch.nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,8 +176,13 @@ def _observe(
     handles: list[Any] = [module.register_forward_pre_hook(note, with_kwargs=True) for module in layers]
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
-        with attention.observed() as observed, torch.inference_mode():
+        with making_masks(model), attention.observed() as observed, torch.inference_mode():
             model(input_ids=token, position_ids=token, use_cache=False)
+    except UnknownMaskError as error:
+        raise StartupError(
+            f"{type(model).__name__} cannot be served: the mask of its attention is neither causal nor a window or "
+            "chunks of causal attention."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The context length: as the model states it, limited by its rotary embedding where batches are packed."""
+"""The context length, and the length at which rotary frequencies change."""
 
 from __future__ import annotations
 
@@ -17,25 +17,54 @@ _UNSTATED = 2048
 def context_length(config: PretrainedConfig) -> int:
     """The longest sequence in tokens, prompt and answer together, of a model with this (text) config.
 
-    RoPE scaling by linear, llama3 or yarn is constant. `dynamic` (NTK) and `longrope`, beyond their original length,
-    use the frequencies of the longest sequence for the whole batch: a long request would change the answers of short
-    ones in the same batch, and keys in the KV cache would not match newer ones. So the context ends at that length,
-    which for `dynamic` is the stated length.
+    With `dynamic` (NTK) scaling it is the stated length: beyond it, the frequencies of all tokens change with each new
+    one, so no KV cache holds them.
     """
-    stated = next((value for name in _FIELDS if isinstance(value := getattr(config, name, None), int) and value > 0), 0)
-    if stated == 0:
+    stated = _stated_length(config)
+    if stated is None:
         return _UNSTATED
+    switches = _switch_lengths(config, stated)
+    if len(switches) > 1:
+        logger.warning("Context of %d tokens instead of %d: LongRoPE differs by layer.", min(switches), stated)
+        return min(switches)
     for rope in _ropes(config):
-        kind = rope.get("rope_type", rope.get("type"))
-        original = rope.get("original_max_position_embeddings")
-        original = int(original or getattr(config, "original_max_position_embeddings", None) or stated)
-        if kind == "longrope" and original < stated:
-            logger.warning("Context of %d tokens instead of %d: LongRoPE's long form is not served.", original, stated)
-            return original
-        if kind == "yarn" and original == stated:
+        factor = rope.get("factor") or 1.0
+        if _kind(rope) == "yarn" and _original_length(rope, config, stated) == stated:
             # YaRN was added to config.json by hand, as model cards advise: the stated length is still the trained one.
-            return int(original * (rope.get("factor") or 1.0))
+            return int(stated * factor)
+        if _kind(rope) == "dynamic" and factor > 1.0:
+            logger.warning(
+                "Context of %d tokens: beyond it, dynamic NTK scaling changes all keys with each new token.",
+                stated,
+            )
     return stated
+
+
+def rope_switch_length(config: PretrainedConfig) -> int | None:
+    """The length in tokens beyond which all tokens of a sequence have other rotary frequencies (LongRoPE's long
+    factors); None: never within the context."""
+    stated = _stated_length(config)
+    switches = set() if stated is None else _switch_lengths(config, stated)
+    return switches.pop() if len(switches) == 1 else None
+
+
+def _stated_length(config: PretrainedConfig) -> int | None:
+    values = (getattr(config, name, None) for name in _FIELDS)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _switch_lengths(config: PretrainedConfig, stated: int) -> set[int]:
+    originals = {_original_length(rope, config, stated) for rope in _ropes(config) if _kind(rope) == "longrope"}
+    return {original for original in originals if original < stated}
+
+
+def _original_length(rope: dict[str, Any], config: PretrainedConfig, stated: int) -> int:
+    original = rope.get("original_max_position_embeddings")
+    return int(original or getattr(config, "original_max_position_embeddings", None) or stated)
+
+
+def _kind(rope: dict[str, Any]) -> str | None:
+    return rope.get("rope_type", rope.get("type"))
 
 
 def _ropes(config: PretrainedConfig) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from fastserve.engine.attention.packed_positions import give_positions
 from fastserve.engine.attention.paged import PagedAttention, attention_implementation
 from fastserve.engine.contract import FusedLayers
 from fastserve.engine.devices.device import Device
@@ -21,8 +22,9 @@ from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.fused_attention import fuse_attention
 from fastserve.engine.layers.fusion import fuse_norms
 from fastserve.engine.layers.quantizer import find_quantizer
+from fastserve.engine.layers.rope_switch import switch_rope_by_sequence
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
-from fastserve.engine.loading.context_length import context_length
+from fastserve.engine.loading.context_length import context_length, rope_switch_length
 from fastserve.engine.loading.conversion import match
 from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.lora.merge import merge_adapter
@@ -51,6 +53,8 @@ class LoadedModel:
     """Device of token ids and logits."""
     dtype: torch.dtype
     context_length: int
+    rope_switch_length: int | None
+    """Length in tokens beyond which all tokens of a sequence have other rotary frequencies; None: never."""
     eos_token_ids: tuple[int, ...]
     placement: Placement | None = None
     """None for a model on a single device."""
@@ -83,6 +87,7 @@ def load_model(
     packed_settings = _packed_settings(config)
     attention = PagedAttention(attention_backend)
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
+    prepare_positions(model, attention)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     if options.adapter_dir is not None:
@@ -99,10 +104,17 @@ def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtyp
     """Prepare a model that already has its weights and uses `attention`: compute its reference logits, then replace its
     layers by faster ones."""
     model = model.eval().requires_grad_(False)
+    prepare_positions(model, attention)
     device = model.device
     reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
     kernels = elementwise_ops((device,), dtype)
     return _finish_model(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
+
+
+def prepare_positions(model: PreTrainedModel, attention: PagedAttention) -> None:
+    """Have the model take each token's position and rotary frequencies from its own sequence of a packed batch."""
+    give_positions(model)
+    switch_rope_by_sequence(model, attention, rope_switch_length(model.config.get_text_config(decoder=True)))
 
 
 def _finish_model(
@@ -140,6 +152,7 @@ def _finish_model(
         dtype=dtype,
         reference=reference,
         context_length=longest,
+        rope_switch_length=rope_switch_length(model.config.get_text_config(decoder=True)),
         eos_token_ids=_eos_token_ids(model),
         placement=placement,
         fused_layers=fused_layers,
@@ -246,7 +259,7 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
             f"{kind} cannot be served: its layers ({', '.join(sorted(stateful))}) keep a state that the paged KV cache "
             "does not hold."
         )
-    for field in ("attention_chunk_size", "mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
+    for field in ("mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
         if getattr(text_config, field, None) is not None:
             raise StartupError(
                 f"{kind} cannot be served: its layers keep a state ({field}) that the paged KV cache does not hold."

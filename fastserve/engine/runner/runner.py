@@ -39,6 +39,8 @@ class _Row:
     """Tokens known on the host."""
     num_pending: int = 0
     """Tokens sampled after them by steps whose results have not been read."""
+    is_long: bool = False
+    """Whether it has the rotary frequencies of long sequences."""
     sampled_at: int = 0
     """Index of the last pending token among the ids that the last step sampled."""
 
@@ -61,6 +63,7 @@ class ModelRunner:
         from the model's; None: all."""
         self._block_size = block_size
         self._vocab_size = vocab_size
+        self._rope_switch_length = loaded.rope_switch_length
         loaded.attention.allocate(num_blocks, block_size, loaded.dtype)
         # Parts of these tables that no sequence has reached are never written, so they take no physical memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
@@ -179,6 +182,10 @@ class ModelRunner:
         step = PackedStep(input_ids, positions, np.array(logit_rows or [0], dtype=np.int64), metadata)
         return self.forward_passes.logits(step, first)[: len(logit_rows)]
 
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a sequence of this length has the rotary frequencies of long ones."""
+        return self._rope_switch_length is not None and num_tokens > self._rope_switch_length
+
     def forget(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
             self._free_rows.append(self._rows.pop(seq_id).index)
@@ -191,6 +198,7 @@ class ModelRunner:
             index,
             self._sampler.start(sequence.params, sequence.choice, sequence.num_prompt_tokens),
             num_tokens=count,
+            is_long=self.is_long(count),
         )
 
     def _inputs(
@@ -204,6 +212,7 @@ class ModelRunner:
         firsts = ends - counts
         rows = np.repeat(index, counts)
         positions = np.repeat(starts - firsts, counts) + np.arange(ends[-1])
+        is_long = np.repeat([self._rows[chunk.seq_id].is_long for chunk in chunks], counts)
         num_blocks = -(-int((starts + counts).max()) // self._block_size)
         metadata = AttentionMetadata(
             starts=firsts.astype(np.int32),
@@ -213,6 +222,7 @@ class ModelRunner:
             block_table=self._blocks[index, :num_blocks],
             token_block=self._blocks[rows, positions // self._block_size],
             token_offset=(positions % self._block_size).astype(np.int32),
+            is_long=is_long if is_long.any() else None,
         )
         input_ids = self._tokens[rows, positions].astype(np.int64)
         for chunk, first in zip(chunks, firsts.tolist(), strict=True):

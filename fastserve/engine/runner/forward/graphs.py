@@ -87,7 +87,7 @@ class GraphForward:
         slot_mapping = metadata.token_block * self._parts.block_size + metadata.token_offset
         table = np.repeat(metadata.block_table, metadata.counts, axis=0)
         with torch.inference_mode():
-            self._inputs.fill(step.input_ids, step.positions, step.positions + 1, slot_mapping, table)
+            self._inputs.fill(step.input_ids, step.positions, step.positions + 1, slot_mapping, table, metadata.is_long)
             self._replays[next(size for size in self.sizes if size >= count)]()
         if self._logits is None:
             raise RuntimeError("nothing was recorded")
@@ -120,9 +120,10 @@ class _Inputs:
         self._size = size
         self._on = on
         device = on.torch_device
-        # Token ids and positions as int64, then sequence lengths and slots as int32: filled by one transfer.
-        self._packed = torch.zeros(6 * size, dtype=torch.int32, device=device)
-        self.ids, self.positions, self._seq_lens, self._slot_mapping = _parts(self._packed, size)
+        # Token ids and positions as int64, then sequence lengths, slots and kinds of rotary frequencies as int32:
+        # filled by one transfer.
+        self._packed = torch.zeros(7 * size, dtype=torch.int32, device=device)
+        self.ids, self.positions, self._seq_lens, self._slot_mapping, self._is_long = _parts(self._packed, size)
         self._table = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
         self._numbers = torch.arange(size, dtype=torch.int32, device=device)
         self._ones = torch.ones(size, dtype=torch.int32, device=device)
@@ -135,7 +136,7 @@ class _Inputs:
         host = np.ones(size, dtype=np.int32)
         return DeviceStep(
             numbers, self._ones[:size], self._seq_lens[:size], self._table[:size], self._slot_mapping[:size],
-            host, host, self._on.send,
+            host, host, self._on.send, self._is_long[:size],
             fixed_items=WorkItems((numbers, self._zeros[:size]), size, 1, (nothing, nothing), 0),
         )  # fmt: skip
 
@@ -146,18 +147,22 @@ class _Inputs:
         seq_lens: npt.NDArray[np.int64],
         slot_mapping: IntArray,
         block_table: IntArray,
+        is_long: npt.NDArray[np.bool_] | None,
     ) -> None:
         """Arrays (rows, ...), each row a sequence with one new token."""
         # Allocated each time from torch's cache of pinned memory: the last step's may still be in transfer.
         pinned = self._on.pins_memory
-        staging = torch.zeros(6 * self._size, dtype=torch.int32, pin_memory=pinned)
+        staging = torch.zeros(7 * self._size, dtype=torch.int32, pin_memory=pinned)
         count = len(ids)
-        to_ids, to_positions, to_seq_lens, to_slot_mapping = (part.numpy() for part in _parts(staging, self._size))
+        to_ids, to_positions, to_seq_lens, to_slot_mapping, to_is_long = (
+            part.numpy() for part in _parts(staging, self._size)
+        )
         to_ids[:count] = ids
         to_positions[:count] = positions
         to_seq_lens[:count] = seq_lens
         to_slot_mapping[:count] = slot_mapping
         to_slot_mapping[count:] = -1
+        to_is_long[:count] = 0 if is_long is None else is_long
         self._packed.copy_(staging, non_blocking=True)
         table = torch.empty(block_table.shape, dtype=torch.int32, pin_memory=pinned)
         table.numpy()[...] = block_table
@@ -165,9 +170,9 @@ class _Inputs:
 
 
 def _parts(packed: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """(token ids, positions, sequence lengths, slots)"""
+    """(token ids, positions, sequence lengths, slots, whether sequences are long)"""
     wide = packed[: 4 * size].view(torch.int64)
-    return wide[:size], wide[size:], packed[4 * size : 5 * size], packed[5 * size :]
+    return wide[:size], wide[size:], *packed[4 * size :].split(size)
 
 
 def batch_sizes(max_size: int) -> tuple[int, ...]:

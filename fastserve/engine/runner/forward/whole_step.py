@@ -39,7 +39,7 @@ _NORM_FIELDS = (
     {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"},
 )
 """Names of a layer's norms in known models, and their fields in `LayerStruct`."""
-_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
+_STATIC_ROPE = {"default", "linear", "llama3", "proportional", "yarn"}
 """RoPE types whose angles depend on the position alone."""
 
 
@@ -99,8 +99,8 @@ class WholeStepForward:
         shape = shapes[0]
         if shape is None or any(other is None or other.without_window() != shape.without_window() for other in shapes):
             raise UnsupportedError("its layers have attention of different shapes")
-        if shape.key_dim != shape.value_dim or shape.has_sinks:
-            raise UnsupportedError("its values have another size than its keys, or it has attention sinks")
+        if shape.key_dim != shape.value_dim or shape.has_sinks or shape.chunk is not None:
+            raise UnsupportedError("its values have another size than its keys, or it has attention sinks or chunks")
         config = model.config.get_text_config(decoder=True)
         structs = (LayerStruct * len(layers))()
         self._alive.append(structs)
