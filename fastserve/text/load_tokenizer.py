@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from fastserve.text.fast_tokenizer import FastTokenizer
+from fastserve.text.model_files import read_json
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.tokenizer_classes import NeedsTransformers
+from fastserve.text.tokenizer_file import read_tokenizer_file
+from fastserve.text.vocabulary_files import check_packages
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
     """Raises StartupError if the folder has no readable tokenizer."""
+    has_code = trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        return FastTokenizer(folder)
+        try:
+            return read_tokenizer_file(folder)
+        except NeedsTransformers as error:
+            logger.info("transformers reads the tokenizer of %s: %s", folder, error)
+    elif not has_code:  # code knows itself what it needs
+        check_packages(folder)
     # Only where needed: it imports transformers, which imports torch.
-    from fastserve.text.slow_tokenizer import SlowTokenizer
+    from fastserve.text.slow_tokenizer import read_by_transformers
 
-    return SlowTokenizer(folder, trust_remote_code=trust_remote_code)
+    return read_by_transformers(folder, trust_remote_code=trust_remote_code)

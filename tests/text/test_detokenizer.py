@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders
 
 from fastserve.text.detokenizer import WindowDetokenizer, rule_of_decoder
 from fastserve.text.fast_tokenizer import FastTokenizer
+from fastserve.text.tokenizer_file import read_tokenizer_file
 from tests.text import tiny_tokenizers as tiny
 
 BUILDERS: dict[str, Callable[[], Tokenizer]] = {
@@ -27,7 +28,7 @@ BUILDERS: dict[str, Callable[[], Tokenizer]] = {
 def loaded(name: str) -> FastTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         BUILDERS[name]().save(f"{folder}/tokenizer.json")
-        return FastTokenizer(Path(folder))
+        return read_tokenizer_file(Path(folder))
 
 
 def pieces(tokenizer: FastTokenizer, ids: list[int], cuts: list[int]) -> list[str]:
@@ -100,7 +101,7 @@ def test_special_tokens_are_left_out_and_spaces_kept() -> None:
 
 def test_other_decoders_use_a_window(tmp_path: Path) -> None:
     tiny.word_piece().save(str(tmp_path / "tokenizer.json"))
-    tokenizer = FastTokenizer(tmp_path)
+    tokenizer = read_tokenizer_file(tmp_path)
     assert isinstance(tokenizer.detokenizer(), WindowDetokenizer)
     ids = tokenizer.encode("the quick brown fox jumps over the lazy dog", add_special_tokens=False)
     for cuts in ([1] * len(ids), [3, 1, 7], []):
