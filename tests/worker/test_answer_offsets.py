@@ -1,4 +1,4 @@
-"""Texts and offsets of echoed prompts and of answers, in all kinds of tokenizers, are those that transformers decodes."""
+"""Texts and offsets of echoed prompts and of answers, for all kinds of tokenizers, are those of transformers."""
 
 from __future__ import annotations
 
