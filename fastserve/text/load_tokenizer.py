@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from fastserve.errors import StartupError
+from fastserve.observability.text import printable
 from fastserve.text.model_files import read_json
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.text.tokenizer_classes import NeedsTransformers
@@ -16,6 +18,21 @@ logger = logging.getLogger(__name__)
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
     """Raises StartupError if the folder has no readable tokenizer."""
+    try:
+        tokenizer = _load(folder, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer.encode("a \u4e16\U0001f600", add_special_tokens=True))
+    except StartupError:
+        raise
+    except BaseException as error:
+        # The library panics at some of what is wrong in a file, and a panic is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        cause = printable(f"{type(error).__name__}: {error}", 300)
+        raise StartupError(f"The tokenizer in {folder} cannot be used, since its parts do not fit: {cause}.") from error
+    return tokenizer
+
+
+def _load(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     has_code = trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         try:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -65,6 +67,30 @@ def test_an_invalid_folder_is_a_startup_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(StartupError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def with_part(name: str, value: Any) -> dict[str, Any]:
+    return {**json.loads(tiny.word_piece().to_str()), name: value}
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (with_part("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "PreTrainedTokenizerFast"),
+        (with_part("normalizer", {"type": "Precompiled", "precompiled_charsmap": 0}), "PreTrainedTokenizerFast"),
+        (json.loads(tiny.byte_level().to_str()), "GemmaTokenizer"),  # it has not the token for unknown ones
+    ],
+)
+def test_a_tokenizer_whose_parts_do_not_fit_is_a_startup_error(
+    tmp_path: Path, content: dict[str, Any], name: str
+) -> None:
+    """Also where the library panics, which is no exception like others."""
+    files = {"tokenizer": content, "tokenizer_config": {"tokenizer_class": name}, "config": {"model_type": "llama"}}
+    for file, value in files.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(value))
+    with pytest.raises(StartupError, match=r"cannot be (used|read)") as caught:
+        load_tokenizer(tmp_path)
+    assert len(str(caught.value)) < 800
 
 
 def test_a_folder_without_tokenizer_is_a_startup_error(tmp_path: Path) -> None:
