@@ -48,6 +48,7 @@ def make_tokenizer_config(file: Gguf, vocabulary: Vocabulary) -> dict[str, Any]:
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "fastserve_complete_file": True,  # llama.cpp's tokens, not those of a class of transformers
         "clean_up_tokenization_spaces": False,
         "model_max_length": file.metadata.get(f"{file.architecture}.context_length"),
         **{key: text for key, text in named.items() if text is not None},

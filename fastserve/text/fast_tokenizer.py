@@ -1,21 +1,12 @@
-"""Tokenizers with a tokenizer.json, by the `tokenizers` library.
-
-transformers' AutoTokenizer would import torch, which takes more than a second and 200 MB in a process that does not
-need it.
-"""
+"""Tokenizers of the `tokenizers` library."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers
 
-from fastserve.errors import StartupError
-from fastserve.text.added_tokens import add_tokens, read_config
 from fastserve.text.detokenizer import (
     Detokenizer,
     PieceDetokenizer,
@@ -26,58 +17,31 @@ from fastserve.text.detokenizer import (
     may_be_cleaned_up,
     rule_of_decoder,
 )
-from fastserve.text.model_files import configured_eos_ids, read_json, token_text
 from fastserve.text.prompt_length import max_token_chars
-
-_LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-"""Special tokens of LlamaTokenizer where a folder names none."""
 
 
 class FastTokenizer:
-    def __init__(self, folder: Path) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise StartupError(f"{folder / 'tokenizer.json'} cannot be read: {error}.") from error
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, eos_token_ids: Sequence[int] = (), cleans_up: bool = False
+    ) -> None:
+        """`cleans_up`: whether spaces before punctuation and contractions are removed from its texts."""
+        self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = read_config(folder)
-        self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
-        built_by_llama = _is_built_by_llama(self._tokenizer, folder, config)
-        if built_by_llama:
-            config = _LLAMA_TOKENS | config
-        try:
-            add_tokens(self._tokenizer, folder, config)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StartupError(
-                f"The added tokens in {folder} (tokenizer_config.json, added_tokens.json, special_tokens_map.json) "
-                f"cannot be read: {error!r}."
-            ) from error
-        if built_by_llama:
-            _build_like_llama(self._tokenizer, config)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        own_eos = self._id_of(token_text(config.get("eos_token")))
-        eos = configured_eos_ids(folder) + (() if own_eos is None else (own_eos,))
-        self._eos_token_ids = tuple(dict.fromkeys(eos))
+        self._eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         first = self.encode("", add_special_tokens=True)
         self._bos_text: str | None = self._tokenizer.id_to_token(first[0]) if first else None
-        decoder = self._tokenizer.decoder
-        # BPE tokens contain their spaces: transformers ignores the flag for them.
-        self._cleans_up = config.get("clean_up_tokenization_spaces") is True and not isinstance(
-            self._tokenizer.model, tokenizers.models.BPE
-        )
-        rule = None
-        if decoder is not None and not self._cleans_up:
+        self._cleans_up = cleans_up
+        decoder, rule = self._tokenizer.decoder, None
+        if decoder is not None and not cleans_up:
             rule = rule_of_decoder(json.loads(decoder.__getstate__()))
         token_of_id = self._tokenizer.id_to_token
         self._table = None if rule is None else PieceTable(rule, token_of_id, self._special_ids)
         self._table_with_special = None if rule is None else PieceTable(rule, token_of_id, frozenset())
         self._max_token_chars = max_token_chars(self._tokenizer)
-
-    def _id_of(self, text: str | None) -> int | None:
-        return None if text is None else self._tokenizer.token_to_id(text)
 
     @property
     def vocab_size(self) -> int:
@@ -129,22 +93,3 @@ class FastTokenizer:
     def _decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         text = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
         return clean_up_spaces(text) if self._cleans_up else text
-
-
-def _is_built_by_llama(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> bool:
-    """Whether transformers takes the vocabulary alone from tokenizer.json and builds the rest in LlamaTokenizer."""
-    return (
-        config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-        and read_json(folder / "config.json").get("model_type") == "llama"
-        and isinstance(tokenizer.model, tokenizers.models.BPE)
-        and tokenizer.model.byte_fallback
-    )
-
-
-def _build_like_llama(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    prefix = config.get("add_prefix_space") is not False
-    scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
-    tokenizer.normalizer = None
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)

@@ -30,11 +30,11 @@ def token_text(value: Any) -> str | None:
 
 
 def configured_eos_ids(folder: Path) -> tuple[int, ...]:
-    """EOS tokens of generation_config.json, or of config.json if it names none."""
+    """EOS tokens of generation_config.json, or of config.json if it names none. A negative one stands for none."""
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
-        if isinstance(value, int):
-            return (value,)
-        if isinstance(value, list) and value:
-            return tuple(item for item in value if isinstance(item, int))
+        ids = value if isinstance(value, list) else [value]
+        found = tuple(item for item in ids if type(item) is int and item >= 0)  # bool is an int in Python
+        if found:
+            return found
     return ()

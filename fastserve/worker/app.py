@@ -314,7 +314,8 @@ def _check_names(model_names: tuple[str, ...]) -> None:
 def _job_settings(setup: WorkerSetup, info: EngineInfo, tokenizer: Tokenizer) -> JobSettings:
     config = setup.config
     # A tokenizer may have tokens beyond the model's vocabulary, which the engine refuses.
-    eos = [token_id for token_id in (*info.eos_token_ids, *tokenizer.eos_token_ids) if token_id < info.vocab_size]
+    known = range(info.vocab_size)
+    eos = [token_id for token_id in (*info.eos_token_ids, *tokenizer.eos_token_ids) if token_id in known]
     return JobSettings(
         model_names=setup.model_names,
         context_length=info.max_model_len,

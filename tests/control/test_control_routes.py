@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -19,8 +18,9 @@ from fastserve.control import fastchat_relay, routes, worker_client
 from fastserve.control.app import create_app
 from fastserve.errors import StartupError
 from fastserve.protocol import LEASE_HEADER, WorkerStatus
-from tests.apps import serve_app
+from tests.apps import serve_app, until
 from tests.keys import UNGUARDED
+from tests.processes import free_ports
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 JSON = {"content-type": "application/json"}
@@ -73,9 +73,7 @@ def streams(*pieces: bytes, cut: bool = False, status: int = 200) -> Handler:
 
 
 def unused_address() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_ports(1)[0]}"
 
 
 async def post(client: httpx.AsyncClient, path: str, **body: Any) -> Any:
@@ -158,8 +156,11 @@ async def test_refresh_asks_all_at_once_and_drops_only_the_unreachable(
 ) -> None:
     monkeypatch.setattr(worker_client, "STATUS_TIMEOUT_S", 0.5)
 
+    asked, answering = [], asyncio.Event()
+
     async def busy(_: web.Request) -> web.Response:
-        await asyncio.sleep(1)
+        asked.append(1)
+        await answering.wait()
         return web.json_response(FASTCHAT_STATUS)
 
     async with (
@@ -172,10 +173,10 @@ async def test_refresh_asks_all_at_once_and_drops_only_the_unreachable(
         for address in (healthy, busy1, busy2, without_status, gone):
             await register(client, address)
         refresh = asyncio.create_task(client.post("/refresh_all_workers"))
-        await asyncio.sleep(0.1)
+        await until(lambda: len(asked) == 2)  # all are asked at once, and others are answered meanwhile
         assert await post(client, "/list_models") in ({"models": ["m"]}, {"models": ["m", "renamed"]})
-        async with asyncio.timeout(0.9):
-            assert (await refresh).json() is None
+        answering.set()
+        assert (await refresh).json() is None
         table = (await client.get("/workers")).json()["workers"]
         assert {worker["address"] for worker in table} == {healthy, busy1, busy2, without_status}
         assert await post(client, "/list_models") == {"models": ["m", "renamed"]}

@@ -29,6 +29,7 @@ from fastserve.protocol import (
 )
 from tests.apps import serve_app as serve_app
 from tests.apps import until as until
+from tests.processes import free_ports
 
 Script = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MODEL = "demo"
@@ -54,9 +55,10 @@ class StubServer:
     async def start(self) -> None:
         self._runner = web.AppRunner(self.make_app(), handler_cancellation=True, shutdown_timeout=0.01)
         await self._runner.setup()
+        # One that the system chose could be taken by any outgoing connection before the restart.
+        self.port = self.port or free_ports(1)[0]
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
-        self.port = self._runner.addresses[0][1]
         self._site = site
 
     async def stop_listening(self) -> None:

@@ -148,19 +148,23 @@ async def test_no_request_fails_when_the_controller_is_killed_under_load(cluster
         while not stop.is_set():
             statuses.append(await ask(cluster, STREAM))
 
+    async def served(count: int) -> None:
+        before = len(statuses)
+        await until(lambda: len(statuses) > before + count, timeout=20)
+
     clients = [asyncio.ensure_future(client()) for _ in range(8)]
-    await until(lambda: len(statuses) > 50)
+    await served(50)
     await cluster.controller.kill()
-    await asyncio.sleep(0.5)
+    await served(100)
     known = dict(cluster.controller.workers)
     cluster.controller.workers.clear()
     cluster.controller.in_flight.clear()
     acquired = len(cluster.controller.acquired)
     await cluster.controller.start()
-    await asyncio.sleep(1.0)  # no workers, as before the first heartbeat
-    assert len(cluster.controller.acquired) > acquired
+    await until(lambda: len(cluster.controller.acquired) > acquired, timeout=20)
+    await served(100)  # no workers, as before the first heartbeat
     cluster.controller.workers.update(known)
-    await asyncio.sleep(0.3)
+    await served(50)
     stop.set()
     await asyncio.gather(*clients)
     assert set(statuses) == {200}
@@ -177,7 +181,7 @@ async def test_without_the_controller_requests_do_not_wait_for_it(cluster: Clust
     began = time.monotonic()
     for _ in range(5):
         assert await ask(cluster) == 200
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2.5, "not the second after which each would give up waiting"
     cluster.controller.hangs = False
     acquired = len(cluster.controller.acquired)
 

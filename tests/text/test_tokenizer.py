@@ -5,9 +5,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from fastserve.errors import StartupError
 from fastserve.text.load_tokenizer import load_tokenizer
@@ -68,13 +69,39 @@ def test_an_invalid_folder_is_a_startup_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_without_tokenizer_json_transformers_reads_it(tmp_path: Path, save: tiny.Save) -> None:
+def with_part(name: str, value: Any) -> dict[str, Any]:
+    return {**json.loads(tiny.word_piece().to_str()), name: value}
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (with_part("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "PreTrainedTokenizerFast"),
+        (with_part("normalizer", {"type": "Precompiled", "precompiled_charsmap": 0}), "PreTrainedTokenizerFast"),
+        (json.loads(tiny.byte_level().to_str()), "GemmaTokenizer"),  # it has not the token for unknown ones
+    ],
+)
+def test_a_tokenizer_whose_parts_do_not_fit_is_a_startup_error(
+    tmp_path: Path, content: dict[str, Any], name: str
+) -> None:
+    """Also where the library panics, which is no exception like others."""
+    files = {"tokenizer": content, "tokenizer_config": {"tokenizer_class": name}, "config": {"model_type": "llama"}}
+    for file, value in files.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(value))
+    with pytest.raises(StartupError, match=r"cannot be (used|read)") as caught:
+        load_tokenizer(tmp_path)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_folder_without_tokenizer_is_a_startup_error(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
-    folder = save(tiny.byte_level())
-    PreTrainedTokenizerFast(tokenizer_object=tiny.byte_level(), eos_token="</s>").save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    slow, fast = SlowTokenizer(folder, trust_remote_code=False), load_tokenizer(folder)
+
+
+def test_a_tokenizer_of_python_code_answers_as_the_library(save: tiny.Save) -> None:
+    folder = save(tiny.byte_level(), config={"model_type": "llama"}, tokenizer_config={"eos_token": "</s>"})
+    fast = load_tokenizer(folder)
+    slow = SlowTokenizer(AutoTokenizer.from_pretrained(folder), fast.eos_token_ids)
     ids = fast.encode("hello 世界", add_special_tokens=False)
     assert slow.encode("hello 世界", add_special_tokens=False) == ids
     assert slow.eos_token_ids == fast.eos_token_ids == (1,)

@@ -9,31 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from fastserve.errors import StartupError
 from fastserve.text.load_tokenizer import load_tokenizer
 from tests.text import tiny_tokenizers as tiny
-
-TEXTS = [
-    "",
-    "the quick brown fox jumps over the lazy dog",
-    " hello  world ,how are you today ? I do n't , they 've !",
-    "你好 世界 今天天气很好。 日本",
-    "naïve café über straße 😀 👩‍👩‍👧 🇩🇪",
-    "def f(x):\n\treturn x + 1\n",
-    "<s> the</s><|im_start|>user\nhello <|im_end|> <tool call> x",
-    "a<new> b <new_special>c",
-    "Привет мир مرحبا שלום ✓ ½ ²³",
-]
-Files = dict[str, Any]
-"""JSON or text by file name; a Tokenizer for tokenizer.json."""
-
-
-def token(content: str, *, special: bool = True, **flags: bool) -> dict[str, Any]:
-    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"content": content, "special": special, **defaults, **flags}
+from tests.text.layouts import Files, differences, token, write
 
 
 def with_template(tokenizer: Tokenizer, single: str) -> Tokenizer:
@@ -86,6 +67,32 @@ def word_piece_vocab() -> str:
     return "\n".join(names.get(name, name) for name in sorted(vocabulary, key=vocabulary.__getitem__)) + "\n"
 
 
+def with_digits() -> Tokenizer:
+    """Byte-level, with a pre-tokenizer that none of the classes makes."""
+    tokenizer = tiny.byte_level()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.model.ignore_merges = True
+    return with_template(tokenizer, "<s> $A")
+
+
+def folder_with_digits(name: str | None, model_type: str) -> Files:
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>"}
+    if name is None:
+        del config["tokenizer_class"]
+    return {"tokenizer.json": with_digits(), "tokenizer_config.json": config, "config.json": {"model_type": model_type}}
+
+
+MADE_BY_A_CLASS = [
+    # the class that a folder names, and the type of its model
+    *[(name, "llama") for name in ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizerFast", "Qwen3_5Tokenizer")],
+    *[(name, "qwen3") for name in ("Qwen2TokenizerFast", "PreTrainedTokenizerFast", "LlamaTokenizerFast")],
+    *[(name, "qwen2") for name in ("Qwen2Tokenizer", "PreTrainedTokenizerFast", "NeverHeardOfTokenizer")],
+    *[("GPT2Tokenizer", type_) for type_ in ("granite", "mistral", "gpt_neox", "deepseek_v3", "never_heard_of")],
+    *[(None, type_) for type_ in ("gpt2", "gpt_neox", "qwen3_moe", "llama", "bloom", "cohere")],
+    *[("CohereTokenizerFast", "cohere"), ("BloomTokenizerFast", "bloom"), ("NeverHeardOfTokenizer", "llama")],
+]
 CLASSES: list[tuple[str, Callable[[], Tokenizer], dict[str, Any]]] = [
     ("LlamaTokenizer", tiny.sentencepiece, {}),
     ("LlamaTokenizerFast", tiny.sentencepiece, {"legacy": True}),
@@ -175,6 +182,23 @@ LAYOUTS: dict[str, Callable[[], Files]] = {
         f"class_{name}_{builder.__name__}_{list(flags)}": partial(class_folder, name, builder, **flags)
         for name, builder, flags in CLASSES
     },
+    **{
+        f"class_{name}_for_{model_type}": partial(folder_with_digits, name, model_type)
+        for name, model_type in MADE_BY_A_CLASS
+    },
+    "class_gemma": lambda: {
+        **class_folder("GemmaTokenizer", tiny.sentencepiece, add_bos_token=True),
+        "config.json": {"model_type": "gemma3_text"},
+    },
+    "class_gpt2_with_prefix_space": lambda: {
+        **class_folder("GPT2Tokenizer", tiny.byte_level, add_prefix_space=True),
+        "config.json": {"model_type": "gpt2"},
+    },
+    "clean_up_of_bpe_forced": lambda: generic_folder(
+        tiny.byte_level,
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
+    ),
     # without tokenizer.json
     "vocab_json_and_merges": lambda: {
         **byte_level_vocab(),
@@ -185,6 +209,11 @@ LAYOUTS: dict[str, Callable[[], Files]] = {
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True
         },
+    },
+    "vocab_json_and_merges_of_qwen": lambda: {
+        **byte_level_vocab(),
+        "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>", "unk_token": None},
+        "config.json": {"model_type": "qwen2"},
     },
     "vocab_txt": lambda: {
         "vocab.txt": word_piece_vocab(),
@@ -197,46 +226,6 @@ LAYOUTS: dict[str, Callable[[], Files]] = {
         "config.json": {"model_type": "bert"},
     },
 }  # fmt: skip
-
-
-def write(folder: Path, files: Files) -> None:
-    for name, content in {"config.json": {"model_type": "llama"}, **files}.items():
-        if isinstance(content, Tokenizer):
-            content.save(str(folder / name))
-        else:
-            text = content if isinstance(content, str) else json.dumps(content)
-            (folder / name).write_text(text, encoding="utf-8")
-
-
-def differences(folder: Path) -> list[str]:
-    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    found = []
-    for text in TEXTS:
-        for add_special_tokens in (True, False):
-            expected = theirs.encode(text, add_special_tokens=add_special_tokens)
-            ids = ours.encode(text, add_special_tokens=add_special_tokens)
-            if ids != expected:
-                found.append(f"ids of {text!r}, {add_special_tokens}: {ids} {expected}")
-        for skip in (True, False):
-            whole = theirs.decode(expected, skip_special_tokens=skip)
-            for cut in range(len(expected) + 1):
-                detokenizer = ours.detokenizer(skip_special_tokens=skip)
-                pieces = [detokenizer.push(expected[:cut]), detokenizer.push(expected[cut:]), detokenizer.finish()]
-                if "".join(pieces) != whole:
-                    found.append(f"text of {text!r}, {skip}, cut at {cut}: {pieces} {whole!r}")
-                    break
-    if ours.vocab_size != len(theirs):
-        found.append(f"vocabulary {ours.vocab_size} {len(theirs)}")
-    if theirs.eos_token_id is not None and theirs.eos_token_id not in ours.eos_token_ids:
-        found.append(f"eos {ours.eos_token_ids} {theirs.eos_token_id}")
-    hidden = {
-        token_id
-        for token_id in range(len(theirs))
-        if theirs.decode([token_id], skip_special_tokens=True) != theirs.decode([token_id], skip_special_tokens=False)
-    }
-    if hidden != ours.special_ids:
-        found.append(f"special {sorted(ours.special_ids)} {sorted(hidden)}")
-    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,7 +27,7 @@ from fastserve.engine.contract import (
     RequestOutput,
     SamplingParams,
 )
-from fastserve.engine.pausing import PauseMode
+from fastserve.engine.pausing import PauseMode, PauseState
 from fastserve.errors import ConflictError, EngineDeadError, EngineTimeoutError, UnsupportedParameterError
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
@@ -42,9 +42,9 @@ def request(
     return EngineRequest(f"r{next(_numbers)}", prompt or PROMPT, sampling, choice=choice, emitted_ids=emitted or [])
 
 
-async def run(engine: Engine, engine_request: EngineRequest) -> RequestOutput:
-    """Collect an answer into one output."""
-    whole = RequestOutput(engine_request.request_id, [])
+async def run(engine: Engine, engine_request: EngineRequest, whole: RequestOutput | None = None) -> RequestOutput:
+    """Collect an answer into one output, into `whole` as it comes if it is given."""
+    whole = RequestOutput(engine_request.request_id, []) if whole is None else whole
     with engine.generate(engine_request) as outputs:
         async for output in outputs:
             assert output.request_id == engine_request.request_id
@@ -74,11 +74,12 @@ class CallThatNoEngineKnows(Call[None], frozen=True):
 @contextlib.asynccontextmanager
 async def generating(engine: Engine, count: int = 2, **params: Any) -> AsyncIterator[list[asyncio.Task[RequestOutput]]]:
     """Start requests that generate for a while. Resumes the engine at the end."""
-    before = engine.stats.generated_tokens
     params = {"max_tokens": 200, "temperature": 1.0} | params
-    tasks = [asyncio.create_task(run(engine, request([5, i], **params))) for i in range(count)]
+    requests = [request([5, i], **params) for i in range(count)]
+    answers = [RequestOutput(each.request_id, []) for each in requests]
+    tasks = [asyncio.create_task(run(engine, each, whole)) for each, whole in zip(requests, answers, strict=True)]
     try:
-        await wait_stats(engine, lambda stats: stats.generated_tokens > before + 2 * count)
+        await wait_stats(engine, lambda _: all(len(whole.token_ids) > 2 for whole in answers))
         yield tasks
     finally:
         for task in tasks:
@@ -86,6 +87,32 @@ async def generating(engine: Engine, count: int = 2, **params: Any) -> AsyncIter
         await asyncio.gather(*tasks, return_exceptions=True)
         await engine.call(Resume())
         await wait_stats(engine, lambda stats: stats.num_running + stats.num_waiting == 0)
+
+
+@contextlib.asynccontextmanager
+async def begun(engine: Engine, count: int = 2, **params: Any) -> AsyncIterator[list[asyncio.Task[RequestOutput]]]:
+    """Start requests, and pause the engine while none of them has ended. Resumes it at the end.
+
+    On a busy machine, an engine may finish them before a test sees that they have begun: then they are started again.
+    """
+    for _ in range(20):
+        async with generating(engine, count, **params) as tasks:
+            if (await engine.call(Pause("keep"))).num_running == count:
+                yield tasks
+                return
+    raise AssertionError("the answers ended before the engine paused")
+
+
+async def go_on_until(engine: Engine, pause: Pause) -> PauseState:
+    """Resume a paused engine, and pause it again at once."""
+    _, state = await asyncio.gather(engine.call(Resume()), engine.call(pause))
+    return state
+
+
+async def sent() -> None:
+    """Return once the calls of tasks that have just been created are sent."""
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 async def is_still(engine: Engine) -> bool:
@@ -241,8 +268,8 @@ class EngineContract:
     async def test_a_pause_that_keeps_stops_all_and_resuming_loses_nothing(self, engine: Engine) -> None:
         params: dict[str, Any] = {"max_tokens": 100, "temperature": 1.0}
         free = [(await run(engine, request([5, i], **params))).token_ids for i in range(3)]
-        async with generating(engine, 2, **params) as tasks:
-            state = await engine.call(Pause("keep"))
+        async with begun(engine, 2, **params) as tasks:
+            state = await go_on_until(engine, Pause("keep"))
             assert (state.paused, state.num_running, state.num_waiting) == (True, 2, 0)
             assert engine.stats.paused
             late = asyncio.create_task(run(engine, request([5, 2], **params)))
@@ -254,9 +281,9 @@ class EngineContract:
             assert [answer.token_ids for answer in await asyncio.gather(*tasks, late)] == free
 
     async def test_a_pause_that_waits_comes_once_all_that_had_begun_is_finished(self, engine: Engine) -> None:
-        async with generating(engine) as tasks:
-            pausing = asyncio.create_task(engine.call(Pause("wait")))
-            await wait_stats(engine, lambda stats: stats.pausing)
+        async with begun(engine) as tasks:
+            pausing = asyncio.create_task(go_on_until(engine, Pause("wait")))
+            await sent()
             late = asyncio.create_task(run(engine, request(max_tokens=3)))
             state = await pausing
             assert (state.paused, state.num_running) == (True, 0)
@@ -269,9 +296,9 @@ class EngineContract:
             assert len((await late).token_ids) == 3
 
     async def test_a_pause_that_aborts_ends_all_that_had_begun(self, engine: Engine) -> None:
-        async with generating(engine) as tasks:
+        async with begun(engine) as tasks:
             aborted = engine.stats.aborted
-            state = await engine.call(Pause("abort"))
+            state = await go_on_until(engine, Pause("abort"))
             assert (state.paused, state.num_running, state.num_aborted) == (True, 0, 2)
             assert engine.stats.aborted == aborted + 2
             assert engine.stats.num_used_blocks == 0
@@ -292,8 +319,7 @@ class EngineContract:
         assert len((await run(engine, request(max_tokens=4))).token_ids) == 4
 
     async def test_clients_that_leave_while_paused_are_gone(self, engine: Engine) -> None:
-        async with generating(engine) as tasks:
-            await engine.call(Pause("keep"))
+        async with begun(engine) as tasks:
             tasks.append(asyncio.create_task(run(engine, request())))
             await wait_stats(engine, lambda stats: stats.num_waiting == 1)
             for task in tasks:
@@ -302,16 +328,16 @@ class EngineContract:
             assert engine.stats.paused
 
     async def test_a_call_that_takes_too_long_is_left_and_done_all_the_same(self, engine: Engine) -> None:
-        async with generating(engine) as tasks:
+        async with begun(engine) as tasks:
             with pytest.raises(EngineTimeoutError, match=r"Pause within 0\.005 s"):
                 await engine.call(Pause("wait"), timeout_s=0.005)
             await asyncio.gather(*tasks)
             await wait_stats(engine, lambda stats: stats.paused)
 
     async def test_a_pause_that_another_call_overtakes_fails(self, engine: Engine) -> None:
-        async with generating(engine):
-            pausing = asyncio.create_task(engine.call(Pause("wait")))
-            await wait_stats(engine, lambda stats: stats.pausing)
+        async with begun(engine):
+            pausing = asyncio.create_task(go_on_until(engine, Pause("wait")))
+            await sent()
             assert (await engine.call(Pause("keep"))).num_running == 2
             with pytest.raises(ConflictError):
                 await pausing

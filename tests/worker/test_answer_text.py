@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastserve.engine.contract import EngineInfo, EngineRequest, RequestOutput, SamplingParams
 from fastserve.engine.fake import Script, noise
@@ -156,6 +160,57 @@ def test_a_stop_string_that_begins_before_min_tokens_and_ends_after_it_counts(tm
     assert folded(folder, ids, "ab", min_tokens=7) == "xabyabz|length"
 
 
+@functools.cache
+def loaded() -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        return load_tokenizer(make_folder(Path(folder), tiny.byte_level))
+
+
+def expected_answer(ids: list[int], stop: str, params: SamplingParams, options: OutputOptions) -> tuple[str, str]:
+    """Reference implementation: the end of the answer after each character, as clients see it and with names."""
+    tokenizer = loaded()
+    visible, full, visible_at = "", "", [0]
+    for at, token_id in enumerate(ids, start=1):
+        hidden = options.skip_special_tokens and token_id in tokenizer.special_ids
+        for char in tokenizer.token_bytes(token_id).decode():
+            full += char
+            visible += "" if hidden else char
+            visible_at.append(len(visible))
+            if at < params.min_tokens:
+                continue
+            start = None
+            if not hidden and visible.endswith(stop):
+                start = len(visible) - len(stop)
+            elif full.endswith(stop):
+                start = visible_at[len(full) - len(stop)]
+            if start is not None:
+                return visible[:start] + (stop if options.include_stop else ""), "stop"
+    return visible, "length"
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_stop_string_is_found_at_the_same_place_however_tokens_come(data: st.DataObject) -> None:
+    tokenizer = loaded()
+    words = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("a", "b", "the", " the")]
+    ids = data.draw(st.lists(st.sampled_from([*words, *special_ids(tokenizer).values()]), min_size=1, max_size=12))
+    names = "".join(tokenizer.token_bytes(token_id).decode() for token_id in ids)
+    start = data.draw(st.integers(0, len(names) - 1))
+    stop = names[start : start + data.draw(st.integers(1, 24))]
+    params = SamplingParams(max_tokens=len(ids), min_tokens=data.draw(st.integers(0, len(ids))))
+    flags = st.booleans()
+    options = OutputOptions((stop,), skip_special_tokens=data.draw(flags), include_stop=data.draw(flags))
+    choice, text, reason, at = Choice(0, tokenizer, params, options), "", None, 0
+    while reason is None:
+        end = min(len(ids), at + data.draw(st.integers(1, 4)))
+        delta = choice.push(RequestOutput("r", ids[at:end], "length" if end == len(ids) else None))
+        at = end
+        if delta is not None:
+            text += plain_text(delta.parts)
+            reason = delta.finish_reason
+    assert (text, reason) == expected_answer(ids, stop, params, options)
+
+
 # ---- special tokens ---------------------------------------------------------------------------------------------
 
 
@@ -212,3 +267,18 @@ async def test_equal_prompts_of_one_request_are_sampled_apart(run_worker: RunWor
         assert again["choices"] == answer["choices"], "a seed gives the same answer again"
         _, alone = await worker.post(TEXTS, body | seed | {"prompt": "one"})
         assert alone["choices"] == answer["choices"][:2]
+
+
+@pytest.mark.parametrize("fields", [{}, {"presence_penalty": 1.5, "repetition_penalty": 1.2}, {"best_of": 3}])
+async def test_equal_prompts_of_token_ids_are_sampled_apart(run_worker: RunWorker, fields: dict[str, Any]) -> None:
+    body = {"model": MODEL, "prompt": [[5, 6, 7]] * 3, "n": 2, "temperature": 1, "max_tokens": 12, **fields}
+    async with run_worker(noise) as worker:
+        _, answer = await worker.post(TEXTS, body | {"seed": -3})
+        assert len({choice["text"] for choice in answer["choices"]}) == 6
+        assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+        num_runs = 3 * fields.get("best_of", 2)
+        assert sorted(request.choice for request in worker.engine.requests) == list(range(num_runs))
+        _, mixed = await worker.post(TEXTS, body | {"seed": -3, "prompt": [[8], [5, 6, 7], [5, 6, 7]]})
+        assert mixed["choices"][2:] == answer["choices"][2:], "it does not matter what the other prompts are"
+        _, greedy = await worker.post(TEXTS, body | {"temperature": 0})
+        assert len({choice["text"] for choice in greedy["choices"]}) == 1

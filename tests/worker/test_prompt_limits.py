@@ -37,13 +37,13 @@ async def test_tokens_that_the_model_does_not_have_are_refused(run_worker: RunWo
 
 async def test_end_tokens_that_the_model_does_not_have_are_left_out(run_worker: RunWorker) -> None:
     def add(options: FakeOptions) -> None:
-        options.eos_token_ids = (*options.eos_token_ids, options.vocab_size)
+        options.eos_token_ids = (*options.eos_token_ids, options.vocab_size, -1)
 
     async with run_worker(prepare=add) as running:
         assert (await running.post("/v1/completions", {"model": MODEL, "prompt": "hello"}))[0] == 200
         (request,) = running.engine.requests
         assert request.params.stop_token_ids
-        assert max(request.params.stop_token_ids) < running.runtime.info.vocab_size
+        assert all(0 <= token_id < running.runtime.info.vocab_size for token_id in request.params.stop_token_ids)
 
 
 @pytest.mark.parametrize(
