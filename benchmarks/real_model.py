@@ -173,11 +173,12 @@ def compare_answers(arms: list[Arm], count: int) -> None:
     """Print the share of each arm's greedy answers that equal those of the first arm."""
     expected: list[str] = []
     for arm in arms:
-        with serving(arm):
-            answers = [ask(arm, question) for question in questions(count)]
+        with serving(arm), ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda question: ask(arm, question), questions(count)))  # noqa: B023
         expected = expected or answers
         same = sum(answer == other for answer, other in zip(answers, expected, strict=True))
-        print(f"{arm.name:20} {same} of {count} answers of at most {ANSWER_TOKENS} tokens are those of {arms[0].name}")
+        whose = f"of at most {ANSWER_TOKENS} tokens are those of {arms[0].name}"
+        print(f"{arm.name:20} {same} of {count} answers {whose}", flush=True)
 
 
 def ask(arm: Arm, question: str) -> str:

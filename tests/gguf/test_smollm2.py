@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,11 @@ def reference(file: Path) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )  # fmt: skip
     state = {}
-    for tensor in gguf.GGUFReader(file).tensors:
-        weight = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+    for tensor in read_gguf(file).tensors.values():
+        type_ = gguf.GGMLQuantizationType(tensor.type_id)
+        block, size = gguf.GGML_QUANT_SIZES[type_]
+        data = np.fromfile(file, np.uint8, math.prod(tensor.shape) // block * size, offset=tensor.offset)
+        weight = torch.from_numpy(gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), type_))
         stem = tensor.name.removesuffix(".weight")
         if stem.startswith("blk."):
             _, layer, kind = stem.split(".")
