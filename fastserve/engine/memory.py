@@ -66,8 +66,9 @@ def use_one_heap() -> None:
 
 def begin_loading() -> None:
     """Have the C library return large blocks to the system as soon as they are freed. By default glibc soon keeps them,
-    and buffers that a checkpoint was read into stay between the weights for good."""
-    _set_malloc(mmap_threshold=1 << 18)
+    and buffers that a checkpoint was read into stay between the weights for good. Smaller ones are used again, since
+    each new page costs more than the work on it; `return_freed_memory` returns what is left of them."""
+    _set_malloc(mmap_threshold=4 << 20, trim_threshold=16 << 20)
 
 
 def end_loading() -> None:

@@ -21,6 +21,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -164,8 +165,21 @@ class _Header:
             return self._number(_scalar(kind))
         of, count = self._number("I"), self._number("Q")
         if of == _STRING:
-            return [self._string() for _ in range(self._checked(count, 8))]
+            return self._strings(self._checked(count, _LENGTH.size))
         return list(self._numbers(_scalar(of), count))
+
+    def _strings(self, count: int) -> list[str]:
+        # A vocabulary has a hundred thousand of them, so this loop calls as little as possible.
+        data, position, found = self._data, self._position, []
+        length_at, size = _LENGTH.unpack_from, len(data)
+        for _ in range(count):
+            begin = position + _LENGTH.size
+            position = begin + length_at(data, position)[0]
+            if position > size:
+                raise self._cut_off()
+            found.append(data[begin:position])
+        self._position = position
+        return [text.decode("utf-8", errors="replace") for text in found]
 
     def _string(self) -> str:
         return self._bytes(self._number("Q")).decode("utf-8", errors="replace")
@@ -188,8 +202,11 @@ class _Header:
     def _checked(self, count: int, size: int) -> int:
         """`count`, if that many items of `size` bytes can follow: a malformed length must not allocate memory."""
         if count * size > len(self._data) - self._position:
-            raise ValueError(f"it ends after {len(self._data)} bytes, inside its header")
+            raise self._cut_off()
         return count
+
+    def _cut_off(self) -> ValueError:
+        return ValueError(f"it ends after {len(self._data)} bytes, inside its header")
 
 
 def _scalar(kind: int) -> str:

@@ -70,8 +70,11 @@ class Launch:
         Raises StartupError if that fails.
         """
         services = self._order.services
-        self._wait_serving([self.start(services.controller)])
-        self._wait_serving([self.start(spec) for spec in (*services.workers, services.server)])
+        controller = self.start(services.controller)
+        # A model takes longer to load than a controller to start, and a worker announces itself until it is heard.
+        workers = [self.start(spec) for spec in services.workers]
+        self._wait_serving([controller])
+        self._wait_serving([*workers, self.start(services.server)])
         expected = self._order.num_registered
         timeout_s = min(self._order.wait_timeout_s, REGISTRATION_TIMEOUT_S)
         if not self._wait_for(lambda: self._count_registered() >= expected, timeout_s):

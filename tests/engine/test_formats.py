@@ -408,9 +408,10 @@ def write_gguf(
     return model
 
 
-@pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("quantization", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_gguf(base: str, tmp_path: Path, kind: str, quantization: str) -> None:
+def test_gguf(base: str, tmp_path: Path, kind: str, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.engine.loading.formats.gguf._BLOCKS_AT_ONCE", 5)
     source = base if kind == "llama" else save(Qwen3Config(**SIZES, head_dim=16), tmp_path / "qwen3")
     expected = write_gguf(source, tmp_path / "packed", kind, quantization)
     loaded = load(tmp_path / "packed")

@@ -262,3 +262,13 @@ def test_a_norm_whose_epsilon_was_renamed_is_reported(kernels: ElementwiseKernel
 def test_without_kernels_the_report_says_so() -> None:
     model = torch.nn.Sequential(modeling_llama.LlamaRMSNorm(32))
     assert str(fuse_norms(model, None)) == "norm: 0 of 1 fused (there are no kernels for this device)"
+
+
+class CostlyWeight(torch.nn.Module):  # type: ignore[misc]
+    @property
+    def weight(self) -> torch.Tensor:
+        raise AssertionError("a packed weight was made whole")
+
+
+def test_norms_are_found_without_making_other_weights(kernels: ElementwiseKernels) -> None:
+    assert fuse_norms(torch.nn.Sequential(CostlyWeight()), kernels).total == 0

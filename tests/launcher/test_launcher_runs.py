@@ -96,6 +96,14 @@ def test_child_that_dies_ends_the_launch_with_its_cause(sandbox: Sandbox, kind: 
     assert sandbox.strays() == []
 
 
+def test_models_load_while_the_controller_starts(sandbox: Sandbox) -> None:
+    item = sandbox.item(sandbox.model())
+    result = sandbox.launch("--model-path-address", item, "--wait-timeout-s", "2", STANDIN_MOOD="controller=mute")
+    assert "controller did not serve within 2 s" in result.stderr
+    assert f"Taking down what was started: controller, model_worker {item}" in result.stdout
+    assert sandbox.strays() == []
+
+
 def test_child_killed_by_a_signal_is_told(sandbox: Sandbox) -> None:
     result = sandbox.launch("--model-path-address", sandbox.item(sandbox.model(mood="killed")))
     assert result.returncode == 1

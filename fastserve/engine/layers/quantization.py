@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from fastserve.engine.layers.layouts.quantization_scheme import Scheme, quantize
+from fastserve.engine.layers.layouts.quantization_scheme import Scheme, quantize, row_slices
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 
+_CONVERTED_ENTRIES = 1 << 16
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -50,7 +51,7 @@ def from_codes(
         raise ValueError("a table has 16 entries, for codes of 4 bits without zeros")
     scales, zeros = scales.float(), None if zeros is None else zeros.float()
     if table is None:
-        codes, zeros, table = _whole_numbers(codes.to(torch.int16), zeros, bits)
+        codes, zeros, table = _whole_numbers(codes, zeros, bits)
     scheme = Scheme(bits, tuple(table), group, has_offsets=zeros is not None)
     parts = (codes.to(torch.uint8), scales, None if zeros is None else (zeros * scales).expand_as(scales))
     return QuantizedWeight(scheme, parts, dtype, input_order)
@@ -91,15 +92,29 @@ def _whole_numbers(
     if lowest + shift < 0 or highest + shift >= 1 << bits:
         raise ValueError(f"codes from {lowest} to {highest} do not fit {bits} bits")
     zeros = torch.zeros(1, device=codes.device) if zeros is None else zeros
-    codes, zeros = codes + shift, zeros + shift
+    zeros = zeros + shift
     shared = float(zeros.flatten()[0])
     is_shared = shared.is_integer() and bool((zeros == shared).all())
     if bits == 4:
+        codes = _by_rows(codes, lambda part: part + shift)
         if is_shared and 0 < shared < 15:
             return codes, None, [value - shared for value in range(16)]
         return codes, zeros, [float(value) for value in range(16)]
     if is_shared and lowest + shift - shared >= -127 and highest + shift - shared <= 127:
-        codes = codes - int(shared)
-        return torch.where(codes < 0, 128 - codes, codes), None, _WHOLE
+        moved = shift - int(shared)
+        return _by_rows(codes, lambda part: _with_sign_bit(part + moved)), None, _WHOLE
     # Code 0 stands for -127.5, code 255 for 127.5.
-    return torch.where(codes < 128, 255 - codes, codes - 128), zeros - 127.5, _HALVES
+    codes = _by_rows(codes, lambda part: torch.where(part + shift < 128, 255 - part - shift, part + shift - 128))
+    return codes, zeros - 127.5, _HALVES
+
+
+def _with_sign_bit(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values < 0, 128 - values, values)
+
+
+def _by_rows(codes: torch.Tensor, convert: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Convert a few rows at a time, as int16: temporaries of a vocabulary's size would take longer than the work."""
+    found = torch.empty_like(codes, dtype=torch.uint8)
+    for rows in row_slices(codes.shape, _CONVERTED_ENTRIES):
+        found[rows] = convert(codes[rows].to(torch.int16))
+    return found
