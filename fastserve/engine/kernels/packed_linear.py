@@ -85,8 +85,11 @@ class PackedLinearKernel:
         return y
 
     def rows(self, ids: torch.Tensor, weight: WeightStruct, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dense rows (..., in) of a weight, for `ids` (...) of outputs, int64: an embedding lookup."""
+        """Dense rows (..., in) of a weight, for `ids` (...) of outputs, int64: an embedding lookup. Raises IndexError
+        for an id that the weight does not have."""
         ids = ids.contiguous()
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out:
+            raise IndexError(f"there is no row {int(ids.max())} or {int(ids.min())} in a weight of {weight.out} rows")
         rows = torch.empty(*ids.shape, width, dtype=dtype)
         self._library.weight_rows(ctypes.byref(weight), ids.data_ptr(), ids.numel(), rows.data_ptr())
         return rows
