@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
             with _second_row_perturbed(model):
                 plain, perturbed = model(input_ids=last.repeat(2, 1), use_cache=False).logits[:, -1].float()
             logits = torch.stack([logits[0], plain])
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+    except MODEL_CODE_ERRORS as error:
         name = type(model).__name__
         logger.exception("%s failed on plain tokens", name)
         raise StartupError(f"{name} cannot be served: its own code fails on plain tokens ({error}).") from error

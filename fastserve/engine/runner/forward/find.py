@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, ForwardPass, UnsupportedError
 from fastserve.engine.runner.forward.graphs import GraphForward
 from fastserve.engine.runner.forward.modules import ModulesForward
@@ -31,6 +32,7 @@ class ForwardPasses:
 
     @classmethod
     def of(cls, parts: ForwardParts) -> ForwardPasses:
+        """The ways that can be built. One that fails is left out; the errors of the last and slowest are raised."""
         found = cls([])
         for way in FORWARD_PASSES:
             try:
@@ -40,6 +42,14 @@ class ForwardPasses:
                 if isinstance(error, AbsentError):
                     found.absent.add(way.name)
                 logger.debug("%s: no %s: %s", type(parts.model).__name__, way.name, error)
+            except MODEL_CODE_ERRORS as error:
+                if way is FORWARD_PASSES[-1]:
+                    raise
+                found.refusals[way.name] = f"it fails for this model ({type(error).__name__}: {error})"
+                logger.warning(
+                    "%s is not computed by %s, which fails for it: slower ways are used.",
+                    type(parts.model).__name__, way.name, exc_info=error,
+                )  # fmt: skip
         return found
 
     def drop(self, way: ForwardPass, reason: str) -> None:
