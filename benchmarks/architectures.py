@@ -1,5 +1,7 @@
 """Every causal architecture of transformers as a tiny random model: `python -m benchmarks.architectures`.
 
+Those of `COMPOSITES`, models of images and text whose language model is served, are tried beside them.
+
 Each is saved to a folder and served by the engine in float32 and in bfloat16: prompts in chunks and in one batch, with
 lengths beyond each window, chunk and original length of the configuration, then greedy decoding. All logprobs of
 prompts and answers are compared with the model's own eager forward pass over the whole sequences: in float32 up to
@@ -30,11 +32,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineInfo, EngineRequest, SamplingParams, TokenLogprob
+from fastserve.engine.loading.skeleton import auto_class
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
 
@@ -47,7 +50,7 @@ PROMPT_LENGTHS = (90, 41, 7)
 NUM_DECODED = 8
 CHUNK = 32
 """Tokens of a step: long prompts take several."""
-MAX_PARAMETERS = 20_000_000
+MAX_PARAMETERS = 40_000_000
 EXACT, REFUSED, WRONG, TRACEBACK = "exact", "refused", "WRONG", "TRACEBACK"
 TOLERANCE = 1e-3
 """Largest difference of a logprob in float32."""
@@ -93,7 +96,13 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("no_rope_layer_interval", "decoder_sparse_step", "global_attn_every_n_layers"), 2),
     **dict.fromkeys(("sliding_window_pattern", "attn_layer_period", "layer_group_size"), 2),
     "attn_layer_offset": 1,
-    **dict.fromkeys(("num_nextn_predict_layers", "num_kv_shared_layers",), 0),
+    **dict.fromkeys(
+        (
+            "num_nextn_predict_layers",
+            "num_kv_shared_layers",
+        ),
+        0,
+    ),
     **dict.fromkeys(("max_window_layers", "o_groups", "zero_expert_num"), 2),
     "is_decoder": True,
     "is_encoder_decoder": False,
@@ -128,15 +137,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "n_input_layers": 1,
         "n_recurrent_layers": 2, "n_output_layers": 1,
     },
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
                    "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
     "falcon_h1": {**MAMBA_2, "mamba_d_ssm": 128},
-    "gemma4_assistant": {"default": {"text_config": {"hidden_size_per_layer_input": 0}}},
+    "gemma4_assistant": {
+        "default": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+        "text": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+    },
+    "qwen2_5_vl": {"text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}},
+    "qwen2_vl": {"text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}, "vision_config": {"embed_dim": 64, "hidden_size": 64, "depth": 1, "num_heads": 4}},
     "granitemoehybrid": MAMBA_2,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "glm4v": {"text": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "lfm2_vl": {"text": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "ministral": HEADS,
     "ministral3": {"rope_parameters": YARN | {"type": "yarn", "llama_4_scaling_beta": 0.5}},
@@ -153,13 +170,31 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Fields of single models that the rules above do not make consistent, or for the part of a model that it is about.
 "default": arguments of the configuration from which sizes are read; "text": fields of its text part."""
+COMPOSITES = (
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "glm4v", "idefics2", "idefics3", "internvl", "kimi_k25",
+    "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "ovis2", "paligemma", "qwen2_vl",
+    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava",
+)  # fmt: skip
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid, attention only": ("granitemoehybrid", {"layer_types": ["full_attention"] * 2}),
+    "llama, YaRN": ("llama", {"rope_parameters": YARN}),
+    "llama, llama3 RoPE": ("llama", {"rope_parameters": ROPE | {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL_LENGTH}}),
+    "llama, dynamic RoPE": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}),
+    "phi3, LongRoPE": ("phi3", {"rope_parameters": ROPE | {
+        "rope_type": "longrope", "short_factor": [1.2] * 8, "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 2 * ORIGINAL_LENGTH}}),
+}  # fmt: skip
+"""Settings by which the same code computes something else: model type and fields."""
 WITHOUT_MODEL = ("musicgen", "musicgen_melody")
 """Listed by transformers for a configuration from which it makes no model: only their refusal is looked at."""
 
 
 def small_config(name: str) -> PretrainedConfig:
     """The configuration of model type `name` with small sizes, and layers of every kind that its default has."""
-    overrides = copy.deepcopy(OVERRIDES.get(name, {}))
+    name, fields_of_variant = VARIANTS.get(name, (name, {}))
+    overrides = copy.deepcopy(OVERRIDES.get(name, {})) | fields_of_variant
     kind = CONFIG_MAPPING[name]
     default = kind(**overrides.pop("default", {}))
     text = default.get_text_config(decoder=True)
@@ -209,7 +244,9 @@ def _one_of_each(kinds: list[tuple[Any, ...]]) -> list[int]:
 
 def _small_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     small = {key: _small_rope(value) if isinstance(value, dict) else value for key, value in rope.items()}
-    return small | {key: ORIGINAL_LENGTH for key in ("original_max_position_embeddings",) if rope.get(key)}
+    if rope.get("original_max_position_embeddings"):
+        small["original_max_position_embeddings"] = ORIGINAL_LENGTH
+    return small
 
 
 def save_model(config: PretrainedConfig, folder: Path, seed: int) -> None:
@@ -217,10 +254,10 @@ def save_model(config: PretrainedConfig, folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("meta"):
-            count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+            count = sum(weight.numel() for weight in auto_class(config).from_config(config).parameters())
         if count > MAX_PARAMETERS:
             raise ValueError(f"the small model has {count:,} parameters")
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.is_floating_point():
@@ -312,7 +349,9 @@ def _check_dtype(row: Row, folder: str, dtype: str) -> None:
             begin = len(request.prompt_ids)
             top = own[begin - 1 :].topk(2)
             clear = (top.values[:, 0] - top.values[:, 1] > TOLERANCE).tolist()
-            if any(a != b and far for a, b, far in zip(sequence[begin:], top.indices[:, 0].tolist(), clear, strict=True)):
+            if any(
+                a != b and far for a, b, far in zip(sequence[begin:], top.indices[:, 0].tolist(), clear, strict=True)
+            ):
                 row.outcome, row.detail = WRONG, "float32: other tokens"
         return
     own = own_logprobs(folder, sequences, torch.bfloat16)
@@ -325,7 +364,8 @@ def _check_dtype(row: Row, folder: str, dtype: str) -> None:
 
 def own_logprobs(folder: str, sequences: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
     """Logprobs (tokens - 1, vocabulary) of the model's own eager forward pass over each sequence."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    config = AutoConfig.from_pretrained(folder)
+    model = auto_class(config).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     with torch.inference_mode():
         return [
             model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
@@ -363,6 +403,10 @@ def _fused(info: EngineInfo) -> str:
 
 
 # ---- the table --------------------------------------------------------------------------------------------------
+
+
+def all_names() -> list[str]:
+    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *COMPOSITES, *VARIANTS]
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -410,7 +454,8 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows = read_results(arguments.results) if arguments.results else {}
-    for name in arguments.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    names = arguments.only or all_names()
+    for name in names:
         if arguments.resume and name in rows:
             continue
         row = rows[name] = check(name)
@@ -418,7 +463,7 @@ def main() -> None:
         if arguments.results:
             with arguments.results.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(asdict(row)) + "\n")
-    found = [rows[name] for name in arguments.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    found = [rows[name] for name in names]
     print(table(found))
     if arguments.write:
         write(found)

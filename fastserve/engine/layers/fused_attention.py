@@ -66,7 +66,9 @@ class FusedAttention(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
         norms = next((names for names in _NORMS if children.keys() >= set(names)), None)
         known = {*inputs, output, *(norms or ())}
         own = [name for name, _ in module.named_parameters(recurse=False)]
-        unknown = own + [name for name, child in children.items() if name not in known and next(child.parameters(), None) is not None]
+        unknown = own + [
+            name for name, child in children.items() if name not in known and next(child.parameters(), None) is not None
+        ]
         if unknown:
             raise _DifferentError(f"has unknown parameters ({', '.join(unknown)})")
         for name in known:

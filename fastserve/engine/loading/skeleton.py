@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from fastserve.errors import StartupError
@@ -26,12 +35,21 @@ def build_skeleton(
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes the model: one that generates text, or failing that text from images and
+    text, whose language model is served."""
+    is_composite = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
 
 
 def _drop_impossible_padding(config: PretrainedConfig) -> None:
