@@ -146,7 +146,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
     },
     "qwen2_5_vl": {"text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}},
-    "qwen2_vl": {"text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}, "vision_config": {"embed_dim": 64, "hidden_size": 64, "depth": 1, "num_heads": 4}},
+    "qwen2_vl": {
+        "text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}},
+        "vision_config": {"embed_dim": 64, "hidden_size": 64, "depth": 1, "num_heads": 4},
+    },
     "granitemoehybrid": MAMBA_2,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -296,7 +299,7 @@ def check(name: str, config: PretrainedConfig | None = None) -> Row:
                 save_model(config, Path(scratch), zlib.crc32(name.encode()))
         except ImportError:
             config.save_pretrained(scratch)  # a package is missing that the engine must name, too
-        except Exception:
+        except Exception:  # noqa: BLE001  # whatever it raises is the result
             return Row(name, TRACEBACK, "no small model can be made: " + traceback.format_exc(limit=-3))
         row = Row(name, EXACT)
         for dtype in DTYPES:
@@ -304,7 +307,7 @@ def check(name: str, config: PretrainedConfig | None = None) -> Row:
                 _check_dtype(row, scratch, dtype)
             except StartupError as error:
                 row.outcome, row.detail = REFUSED, str(error)
-            except Exception:
+            except Exception:  # noqa: BLE001  # whatever it raises is the result
                 row.outcome, row.detail = TRACEBACK, f"{dtype}: " + traceback.format_exc(limit=-4)
             if row.outcome != EXACT:
                 break

@@ -249,7 +249,7 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
         )
     if sparse := _SPARSE_LAYERS & layer_types:
         raise StartupError(
-            f"{kind} cannot be served: its layers ({', '.join(sorted(sparse))}) choose or compress the tokens that they "
+            f"{kind} cannot be served: its layers ({', '.join(sorted(sparse))}) choose or compress the tokens they "
             "attend to, which the paged KV cache does not support."
         )
     # Where the types of all layers are stated, hybrid models without such layers may still have sizes for them.

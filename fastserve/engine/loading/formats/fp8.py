@@ -1,7 +1,7 @@
 """8-bit floats with scales, in the format of DeepSeek, Qwen and Mistral: dequantized when loaded.
 
-A weight (out, in), or (experts, out, in), in float8 has a tensor with the suffix `_scale_inv`, which despite its name is
-a factor: one for each block of 128 x 128 (out / 128, in / 128), for each output (out, 1), or for the whole weight.
+A weight (out, in), or (experts, out, in), in float8 has a tensor with the suffix `_scale_inv`, which despite its name
+is a factor: one for each block of 128 x 128 (out / 128, in / 128), for each output (out, 1), or for the whole weight.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def scaled(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) ->
     if scale.shape in ((out,), (out, 1)):
         return weight.mul_(scale.view(out, 1))
     raise ValueError(
-        f"scales of the shape {tuple(scale.shape)} are neither one, nor one for each of {out} outputs, nor one for each "
-        f"of {in_blocks[0]} x {in_blocks[1]} blocks"
+        f"scales of the shape {tuple(scale.shape)} are neither one, nor one for each of {out} outputs, nor one "
+        f"for each of {in_blocks[0]} x {in_blocks[1]} blocks"
     )
 
 
