@@ -13,6 +13,7 @@ from fastserve.engine.runner.forward.graphs import GraphForward
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.forward.whole_step import WholeStepForward
 from fastserve.engine.runner.packed_step import PackedStep
+from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class ForwardPasses:
 
     @classmethod
     def of(cls, parts: ForwardParts) -> ForwardPasses:
-        """The ways that can be built. One that fails is left out; the errors of the last and slowest are raised."""
+        """The ways that can be built; one that fails is left out. Raises StartupError when the slowest one fails."""
         found = cls([])
         for way in FORWARD_PASSES:
             try:
@@ -44,7 +45,10 @@ class ForwardPasses:
                 logger.debug("%s: no %s: %s", type(parts.model).__name__, way.name, error)
             except MODEL_CODE_ERRORS as error:
                 if way is FORWARD_PASSES[-1]:
-                    raise
+                    raise StartupError(
+                        f"{type(parts.model).__name__} cannot be served: its code failed when its forward pass by "
+                        f"{way.name} was made ({type(error).__name__}: {error})."
+                    ) from error
                 found.refusals[way.name] = f"it fails for this model ({type(error).__name__}: {error})"
                 logger.warning(
                     "%s is not computed by %s, which fails for it: slower ways are used.",
