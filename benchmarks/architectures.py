@@ -415,15 +415,19 @@ def all_names() -> list[str]:
 def table(rows: Iterable[Row]) -> str:
     """Markdown, a line for each architecture."""
     lines = ["| `model_type` | outcome | forward pass | fused |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: row.name):
+    order = {name: index for index, name in enumerate(all_names())}
+    for row in sorted(rows, key=lambda row: order[row.name]):
         outcome = row.outcome if row.outcome == EXACT else f"{row.outcome}: {_short(row.detail)}"
         lines.append(f"| {row.name} | {outcome} | {row.forward_pass} | {row.fused} |")
     return "\n".join(lines)
 
 
 def _short(detail: str) -> str:
-    """The reason of a refusal without the name of the class before it."""
-    return re.sub(r"^\S+ cannot be served: ", "", detail.splitlines()[-1]).replace("|", "\\|")
+    """A refusal's reason alone, without what differs from run to run."""
+    reason = re.sub(r"^\S+ cannot be served: |^The (?=model in)", "", detail.splitlines()[-1])
+    reason = re.sub(r"(?<=model in )\S+", "its folder", reason)
+    reason = re.split(r", so its|, which the|; only| by [\d.e+-]+ standard|\. | \(It ", reason)[0]
+    return reason.rstrip(".").replace("|", "\\|")
 
 
 def write(rows: Iterable[Row]) -> None:
