@@ -174,9 +174,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """Fields of single models that the rules above do not make consistent, or for the part of a model that it is about.
 "default": arguments of the configuration from which sizes are read; "text": fields of its text part."""
 COMPOSITES = (
-    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "glm4v", "idefics2", "idefics3", "internvl", "kimi_k25",
-    "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "ovis2", "paligemma", "qwen2_vl",
-    "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava",
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "fast_vlm", "glm4v", "idefics2", "idefics3", "internvl",
+    "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "ovis2", "paligemma",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava",
 )  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid, attention only": ("granitemoehybrid", {"layer_types": ["full_attention"] * 2}),
@@ -267,8 +267,6 @@ def save_model(config: PretrainedConfig, folder: Path, seed: int) -> None:
                     # Exact in bfloat16, so that both dtypes have the same weights.
                     weight.copy_((weight + torch.randn_like(weight) * 0.1).bfloat16())
         model.save_pretrained(folder)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)  # the whole configuration, where the model saves that of its text part alone
 
 
 # ---- one architecture -------------------------------------------------------------------------------------------
@@ -293,18 +291,16 @@ def check(name: str) -> Row:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             config = small_config(name)
-            if name in WITHOUT_MODEL:
-                config.save_pretrained(scratch)
-            else:
-                save_model(config, Path(scratch), zlib.crc32(name.encode()))
-        except ImportError:
-            small_config(name).save_pretrained(scratch)  # a package is missing that the engine must name, too
+            if name not in WITHOUT_MODEL:
+                _save(config, Path(scratch), zlib.crc32(name.encode()))
+            # The whole configuration, where the model saves that of its text part alone.
+            config.save_pretrained(scratch)
         except Exception:  # noqa: BLE001  # whatever it raises is the result
             return Row(name, TRACEBACK, "no small model can be made: " + traceback.format_exc(limit=-3))
         row = Row(name, EXACT)
         for dtype in DTYPES:
             try:
-                _check_dtype(row, scratch, dtype)
+                compare(row, scratch, dtype)
             except StartupError as error:
                 row.outcome, row.detail = REFUSED, str(error)
             except Exception:  # noqa: BLE001  # whatever it raises is the result
@@ -316,7 +312,9 @@ def check(name: str) -> Row:
     return row
 
 
-def _check_dtype(row: Row, folder: str, dtype: str) -> None:
+def compare(row: Row, folder: str, dtype: str) -> None:
+    """Serve the model in `folder`, compare it with its own forward pass, and note the outcome in `row`. Raises what the
+    engine raises."""
     config = EngineConfig(
         model_dir=folder, device="cpu", dtype=dtype, max_num_seqs=4, max_num_batched_tokens=CHUNK,
         max_total_tokens=512, speculative_method="off",
@@ -365,10 +363,23 @@ def _check_dtype(row: Row, folder: str, dtype: str) -> None:
         row.detail = f"bfloat16: {distance:.2g} from float32, where the model's own pass is {noise:.2g}"
 
 
+def _save(config: PretrainedConfig, folder: Path, seed: int) -> None:
+    try:
+        save_model(config, folder, seed)
+    except ImportError:  # other parts of a composite need a package that is not installed
+        save_model(config.get_text_config(decoder=True), folder, seed)
+
+
 def own_logprobs(folder: str, sequences: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
     """Logprobs (tokens - 1, vocabulary) of the model's own eager forward pass over each sequence."""
     config = AutoConfig.from_pretrained(folder)
-    model = auto_class(config).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    settings = {"dtype": dtype, "attn_implementation": "eager"}
+    try:
+        model = auto_class(config).from_pretrained(folder, **settings)
+    except ImportError:
+        text_config = config.get_text_config(decoder=True)
+        model = auto_class(text_config).from_pretrained(folder, config=text_config, **settings)
+    model.eval()
     with torch.inference_mode():
         return [
             model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
@@ -416,7 +427,7 @@ def table(rows: Iterable[Row]) -> str:
     """Markdown, a line for each architecture."""
     lines = ["| `model_type` | outcome | forward pass | fused |", "|---|---|---|---|"]
     order = {name: index for index, name in enumerate(all_names())}
-    for row in sorted(rows, key=lambda row: order[row.name]):
+    for row in sorted(rows, key=lambda row: order.get(row.name, len(order))):
         outcome = row.outcome if row.outcome == EXACT else f"{row.outcome}: {_short(row.detail)}"
         lines.append(f"| {row.name} | {outcome} | {row.forward_pass} | {row.fused} |")
     return "\n".join(lines)

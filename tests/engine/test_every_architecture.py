@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from benchmarks import architectures
@@ -125,6 +126,24 @@ def test_packed_weights_refuse_what_does_not_fit_them(dtype: torch.dtype) -> Non
     for ids in ([32], [0, -1], [10**12]):
         with pytest.raises(IndexError, match="in a weight of 32 rows"):
             weight.rows(torch.tensor(ids))
+
+
+def test_parts_of_a_composite_that_cannot_be_built_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder as it is published: weights of all parts, under the composite's names."""
+    config = architectures.small_config("gemma3n")
+    with pytest.raises(ImportError):
+        architectures.auto_class(config).from_config(config)
+    architectures.save_model(config.get_text_config(decoder=True), tmp_path, 0)
+    weights = load_file(tmp_path / "model.safetensors")
+    published = {name.replace("model.", "model.language_model.", 1): weight for name, weight in weights.items()}
+    save_file(published | {"model.vision_tower.norm.bias": torch.ones(4)}, tmp_path / "model.safetensors")
+    config.save_pretrained(tmp_path)
+    row = architectures.Row("gemma3n", EXACT)
+    architectures.compare(row, str(tmp_path), "float32")
+    assert (row.outcome, row.detail) == (EXACT, "")
+    assert "gemma3n is served by its language model alone: TimmWrapperModel requires" in caplog.text
 
 
 # ---- the table in docs/models.md --------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def load_model(
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    if model.config is not config:  # it is the language model of a composite
+        unexpected = [source for source in unexpected if "language_model" in source.name]
     placement = find_places(model, device)
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.initialization import no_init_weights
 
 from fastserve.errors import StartupError
 
+logger = logging.getLogger(__name__)
+
 
 def build_skeleton(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool
@@ -28,10 +31,23 @@ def build_skeleton(
     """The model of `config` with its parameters on the meta device, each in its final dtype.
 
     Buffers are on the CPU, with the values that the model's own code gives them: those that no checkpoint has (RoPE
-    frequencies) need no loading.
+    frequencies) need no loading. Where other parts of a composite need a package that is not installed, the model is
+    its language model alone, and has the config of that part.
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # quantized checkpoints are read by formats/
+    try:
+        return _build(config, dtype, attention, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        text_config = config.get_text_config(decoder=True)
+        if text_config is config or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise
+        cause = str(error).strip().partition("\n")[0]
+        logger.warning("%s is served by its language model alone: %s", config.model_type, cause)
+        return _build(text_config, dtype, attention, trust_remote_code=trust_remote_code)
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
     with init_empty_weights(include_buffers=False), no_init_weights():
