@@ -18,6 +18,7 @@ from benchmarks.architectures import BEGIN, COMPOSITES, DOC, END, EXACT, REFUSED
 from fastserve.engine.kernels.packed_linear import PackedLinearKernel
 from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.layouts.packed import GroupedWeight
+from fastserve.engine.loading.skeleton import auto_class
 
 ROOT = Path(__file__).parents[2]
 SERVED = (
@@ -134,7 +135,7 @@ def test_parts_of_a_composite_that_cannot_be_built_are_left_out(
     """The folder as it is published: weights of all parts, under the composite's names."""
     config = architectures.small_config("gemma3n")
     with pytest.raises(ImportError):
-        architectures.auto_class(config).from_config(config)
+        auto_class(config).from_config(config)
     architectures.save_model(config.get_text_config(decoder=True), tmp_path, 0)
     weights = load_file(tmp_path / "model.safetensors")
     published = {name.replace("model.", "model.language_model.", 1): weight for name, weight in weights.items()}

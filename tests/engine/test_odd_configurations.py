@@ -86,7 +86,7 @@ def test_impossible_configurations_are_refused_in_a_sentence(folder: Path, field
 
 
 MISSING = object()
-ANY_VALUES = (MISSING, None, "2", "text", 2.5, -1, 0, [1], {}, True)
+ANY_VALUES: tuple[Any, ...] = (MISSING, None, "2", "text", 2.5, -1, 0, [1], {}, True)
 NOT_TRIED = ("dtype", "pad_token_id")
 """Fields whose odd values transformers itself does not read; they are in ODD."""
 
