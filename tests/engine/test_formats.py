@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from fastserve.engine.layers.experts import Experts
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.linear import Linear
+from fastserve.engine.loading.formats import fp8
 from fastserve.engine.loading.formats.source import unpack_bits
 from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import PackedCheckpoint, WeightOptions
@@ -241,6 +242,21 @@ def pack_fp8_blocks(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Te
     return {name: codes, f"{name}_scale_inv": scale}, codes.float() * wide
 
 
+def pack_fp8_static(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One scale for the whole weight, without a shape, and one for activations, as Mistral publishes its models."""
+    scale = weight.abs().amax() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    layer = name.removesuffix(".weight")
+    parts = {name: codes, f"{name}_scale_inv": scale, f"{layer}.activation_scale": torch.ones(())}
+    return parts, codes.float() * scale
+
+
+def pack_fp8_outputs(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * scale
+
+
 @pytest.mark.parametrize(
     ("pack", "settings", "stays"),
     [
@@ -256,8 +272,25 @@ def pack_fp8_blocks(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Te
         (pack_fp8_of_one_scale, compressed("float-quantized", num_bits=8, type="float", strategy="tensor"), False),
         (pack_fp8, compressed("float-quantized", num_bits=8, type="float", strategy="channel"), False),
         (pack_fp8_blocks, {"quant_method": "fp8", "weight_block_size": [32, 48]}, False),
+        (
+            pack_fp8_static,
+            {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static", "dequantize": False},
+            False,
+        ),
+        (pack_fp8_outputs, {"quant_method": "fp8"}, False),
     ],
-    ids=["int8", "w4a16", "w8a16 in order", "w4a16 symmetric", "int8 of one", "fp8 of one", "fp8", "fp8-blocks"],
+    ids=[
+        "int8",
+        "w4a16",
+        "w8a16 in order",
+        "w4a16 symmetric",
+        "int8 of one",
+        "fp8 of one",
+        "fp8",
+        "fp8-blocks",
+        "fp8 with one scale",
+        "fp8 with a scale for each output",
+    ],
 )
 def test_compressed_tensors_and_fp8(
     base: str, tmp_path: Path, pack: Pack, settings: dict[str, Any], stays: bool
@@ -266,6 +299,19 @@ def test_compressed_tensors_and_fp8(
     loaded = load(tmp_path)
     assert layouts(loaded).count(QuantizedWeight) == (14 if stays else 0)
     assert_same_logits(loaded, expected)
+
+
+def test_fp8_scales_of_experts_are_one_for_each_or_for_blocks() -> None:
+    weight = torch.randn(3, 40, 64)
+    for scale, wide in (
+        (one := torch.rand(3, 1, 1), one),
+        (torch.rand(()), None),
+        (blocks := torch.rand(3, 2, 2), blocks.repeat_interleave(32, 1)[:, :40].repeat_interleave(32, 2)),
+    ):
+        expected = weight * (scale if wide is None else wide)
+        assert torch.equal(fp8.scaled(weight.clone(), scale, (32, 32)), expected)
+    with pytest.raises(ValueError, match=r"scales of the shape \(5, 7\) are neither one"):
+        fp8.scaled(torch.ones(40, 64), torch.ones(5, 7), (32, 32))
 
 
 @pytest.mark.parametrize(

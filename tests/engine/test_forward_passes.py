@@ -28,7 +28,7 @@ class ShortSteps(ModulesForward):
     """One more way, for steps of one token; `error` is added to its logits."""
 
     name: ClassVar[str] = "short_steps"
-    refusal: ClassVar[UnsupportedError | None] = None
+    refusal: ClassVar[Exception | None] = None
     error: ClassVar[float] = 0.0
     num_tokens: ClassVar[list[int]] = []
 
@@ -133,3 +133,29 @@ def test_a_layer_with_an_adapter_is_computed_by_its_module(tiny_models: TinyMode
     assert answer(core) != before
     linear.delta = None
     assert answer(core) == before
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("full_attention"), TypeError("no such argument"), ArithmeticError(0)], ids=repr
+)
+def test_a_way_that_fails_while_it_is_built_leads_to_the_slower_ones(
+    tiny_models: TinyModels, one_more: type[ShortSteps], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, error: Exception,
+) -> None:  # fmt: skip
+    expected = answer(make_core(tiny_models.path("llama")))
+    monkeypatch.setattr(ShortSteps, "refusal", error)
+    core = make_core(tiny_models.path("llama"))
+    assert answer(core) == expected
+    assert [layers.reason for layers in core.info.fused_layers if layers.kind == "short_steps"] == [
+        f"it fails for this model ({type(error).__name__}: {error})"
+    ]
+    assert "LlamaForCausalLM is not computed by short_steps, which fails for it: slower ways are used." in caplog.text
+
+
+def test_the_failure_of_the_slowest_way_is_the_models(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(ShortSteps):
+        refusal: ClassVar[Exception | None] = KeyError("no way")
+
+    monkeypatch.setattr(find, "FORWARD_PASSES", (WholeStepForward, Failing))
+    with pytest.raises(StartupError, match=r"^LlamaForCausalLM cannot be served: its code failed .*no way"):
+        make_core(tiny_models.path("llama"))

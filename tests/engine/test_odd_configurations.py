@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import architectures
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.loading.loader import load_model
@@ -80,6 +83,48 @@ def test_impossible_configurations_are_refused_in_a_sentence(folder: Path, field
     with pytest.raises(StartupError, match=words) as refusal:
         load(folder)
     assert "\n" not in str(refusal.value)
+
+
+MISSING = object()
+ANY_VALUES: tuple[Any, ...] = (MISSING, None, "2", "text", 2.5, -1, 0, [1], {}, True)
+NOT_TRIED = ("dtype", "pad_token_id")
+"""Fields whose odd values transformers itself does not read; they are in ODD."""
+
+
+def any_fields(folder: Path, share: float) -> Iterator[dict[str, Any]]:
+    """The folder's configuration with one field changed, for a share of all fields and values."""
+    config = json.loads((folder / "config.json").read_text())
+    rng = random.Random(13)
+    for field in [name for name in config if name not in NOT_TRIED]:
+        for value in ANY_VALUES:
+            if rng.random() < share:
+                others = {name: other for name, other in config.items() if name != field}
+                yield others if value is MISSING else others | {field: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("mixtral", 0.15),
+        *(pytest.param(name, 1.0, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "deepseek_v3")),
+    ],
+)
+def test_any_value_of_any_field_is_served_rightly_or_refused_in_a_sentence(
+    name: str, share: float, tmp_path: Path
+) -> None:
+    architectures.save_model(architectures.small_config(name), tmp_path, 0)
+    outcomes = {architectures.EXACT: 0, architectures.REFUSED: 0}
+    for config in any_fields(tmp_path, share):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        row = architectures.Row(name, architectures.EXACT)
+        try:
+            architectures.compare(row, str(tmp_path), "float32")
+        except StartupError as error:
+            row.outcome, row.detail = architectures.REFUSED, str(error)
+        assert row.outcome in outcomes, (config, row.detail)
+        assert "\n" not in row.detail
+        outcomes[row.outcome] += 1
+    assert min(outcomes.values()) > 5
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])

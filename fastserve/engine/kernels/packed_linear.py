@@ -28,7 +28,8 @@ class WeightStruct(ctypes.Structure):
 
 
 class PackedLinearKernel:
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         library.linear.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p)
         library.pack_weight.argtypes = library.unpack_weight.argtypes = (c_void_p, c_void_p, c_int64, c_int64)
         library.pack_codes.argtypes = library.unpack_codes.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int)
@@ -39,7 +40,7 @@ class PackedLinearKernel:
     def load(cls, dtype: torch.dtype, *, for_codes: bool = False) -> PackedLinearKernel | None:
         """The kernel, or None where it cannot be built or, for dense weights, is not faster than oneDNN."""
         library = cpu_library(dtype)
-        return None if library is None or not (for_codes or library.has_fast_products()) else cls(library)
+        return None if library is None or not (for_codes or library.has_fast_products()) else cls(library, dtype)
 
     def supports(self, weight: torch.Tensor) -> bool:
         pair: int = self._library.pair()
@@ -77,16 +78,24 @@ class PackedLinearKernel:
         return codes
 
     def product(self, x: torch.Tensor, weight: WeightStruct, out: int) -> torch.Tensor:
-        """`x` (..., in) -> (..., out)"""
+        """`x` (..., in) -> (..., out). Raises RuntimeError, as torch does, when `x` does not fit the weight."""
+        width, expected = x.shape[-1], getattr(weight, "in")
+        if width != expected or x.dtype != self._dtype:
+            raise RuntimeError(
+                f"{str(x.dtype).removeprefix('torch.')} inputs of {width} cannot be multiplied with a weight for "
+                f"{expected} in {str(self._dtype).removeprefix('torch.')}"
+            )
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], out)
-        width = x.shape[-1]
         self._library.linear(x.data_ptr(), width, x.numel() // width, ctypes.byref(weight), y.data_ptr())
         return y
 
     def rows(self, ids: torch.Tensor, weight: WeightStruct, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dense rows (..., in) of a weight, for `ids` (...) of outputs, int64: an embedding lookup."""
+        """Dense rows (..., in) of a weight, for `ids` (...) of outputs, int64: an embedding lookup. Raises IndexError
+        for an id that the weight does not have."""
         ids = ids.contiguous()
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out:
+            raise IndexError(f"there is no row {int(ids.max())} or {int(ids.min())} in a weight of {weight.out} rows")
         rows = torch.empty(*ids.shape, width, dtype=dtype)
         self._library.weight_rows(ctypes.byref(weight), ids.data_ptr(), ids.numel(), rows.data_ptr())
         return rows

@@ -8,6 +8,7 @@ computes something else keeps its own code, and the report (`FusedLayers`) says 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,17 @@ from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.modules import replace_module, set_untracked
 
+logger = logging.getLogger(__name__)
+
 _TOLERANCE = 1e-5
 """Allowed error in float32, relative to the largest entry of a row."""
 NO_KERNELS = "there are no kernels for this device"
+MODEL_CODE_ERRORS = (
+    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ArithmeticError, AssertionError,
+    StopIteration,
+)  # fmt: skip
+"""Raised by a model's code on input or in surroundings that it was not written for. In a faster way of computing, they
+lead to the slower way; NotImplementedError is a RuntimeError."""
 
 
 class FusedRMSNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
@@ -75,7 +84,11 @@ def fuse_norms(model: torch.nn.Module, kernels: ElementwiseOps | None) -> FusedL
             reasons.append(f"{type(module).__name__} has no epsilon")
             continue
         if type(module) not in offsets:
-            offsets[type(module)] = _norm_offset(module, eps, kernels)
+            try:
+                offsets[type(module)] = _norm_offset(module, eps, kernels)
+            except MODEL_CODE_ERRORS as error:
+                logger.warning("%s is not fused: it fails on test input", type(module).__name__, exc_info=error)
+                offsets[type(module)] = None
         offset = offsets[type(module)]
         if offset is None:
             reasons.append(f"{type(module).__name__} is not a plain RMS norm")

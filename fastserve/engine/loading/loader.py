@@ -20,7 +20,7 @@ from fastserve.engine.devices.device import Device
 from fastserve.engine.devices.find import attention_backend, elementwise_ops, find_device
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.fused_attention import fuse_attention
-from fastserve.engine.layers.fusion import fuse_norms
+from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS, fuse_norms
 from fastserve.engine.layers.quantizer import find_quantizer
 from fastserve.engine.layers.rope_switch import switch_rope_by_sequence
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
@@ -38,8 +38,12 @@ from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-_STATEFUL_LAYERS = {"conv", "linear_attention", "mamba", "mamba2", "recurrent"}
-"""`layer_types` of hybrid models other than attention."""
+_STATEFUL_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"}
+"""`layer_types` that keep a state beside keys and values, or instead of them."""
+_SPARSE_LAYERS = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}
+"""`layer_types` that choose or compress the tokens that they attend to."""
+_STATE_SIZES = ("mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads")
+"""Fields that show a state in the configuration of a model whose layers are of one type."""
 FindPlaces = Callable[[PreTrainedModel, torch.device], Placement | None]
 
 
@@ -90,6 +94,8 @@ def load_model(
     prepare_positions(model, attention)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    if model.config is not config:  # it is the language model of a composite
+        unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
     placement = find_places(model, device)
@@ -164,7 +170,7 @@ def failing_in_a_sentence(name: str) -> Iterator[None]:
     """Turn an exception of model code into a StartupError with one sentence; the log has the traceback."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+    except MODEL_CODE_ERRORS as error:
         logger.exception("%s failed when it was tried", name)
         raise StartupError(f"{name} cannot be served: its code failed when it was tried ({error}).") from error
 
@@ -183,7 +189,7 @@ def _make_skeleton(
 ) -> PreTrainedModel:
     try:
         model = build_skeleton(config, dtype, attention, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except (*MODEL_CODE_ERRORS, OSError, ImportError) as error:
         if isinstance(error, KeyError) and error.args == (attention,):  # looked up in its own table
             raise _own_attention(config.model_type) from error
         raise _cannot_be_read("model", model_dir, error) from error
@@ -213,7 +219,7 @@ def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
         return AutoConfig.from_pretrained(
             model_dir, trust_remote_code=trust_remote_code, local_files_only=True, **_readable_dtype(stated)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+    except (*MODEL_CODE_ERRORS, OSError, ImportError, StrictDataclassError) as error:
         raise _cannot_be_read("configuration", model_dir, error) from error
 
 
@@ -253,13 +259,19 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise StartupError(f"{kind} is an encoder-decoder model; only decoder-only models can be served.")
     text_config = config.get_text_config(decoder=True)
-    stateful = _STATEFUL_LAYERS.intersection(getattr(text_config, "layer_types", None) or ())
-    if stateful:
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    if stateful := _STATEFUL_LAYERS & layer_types:
         raise StartupError(
             f"{kind} cannot be served: its layers ({', '.join(sorted(stateful))}) keep a state that the paged KV cache "
             "does not hold."
         )
-    for field in ("mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads"):
+    if sparse := _SPARSE_LAYERS & layer_types:
+        raise StartupError(
+            f"{kind} cannot be served: its layers ({', '.join(sorted(sparse))}) choose or compress the tokens they "
+            "attend to, which the paged KV cache does not support."
+        )
+    # Where the types of all layers are stated, hybrid models without such layers may still have sizes for them.
+    for field in () if layer_types else _STATE_SIZES:
         if getattr(text_config, field, None) is not None:
             raise StartupError(
                 f"{kind} cannot be served: its layers keep a state ({field}) that the paged KV cache does not hold."
@@ -269,7 +281,7 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     found = model.generation_config.eos_token_id if model.generation_config else None
     if found is None:
-        found = model.config.get_text_config(decoder=True).eos_token_id
+        found = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
     if found is None:
         return ()
     ids = found if isinstance(found, list | tuple) else (found,)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -39,11 +43,10 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
         with torch.inference_mode():
             first, last = [torch.tensor([prompt], device=device) for prompt in prompts]
             logits = model(input_ids=first, use_cache=False).logits[:, -1].float()
-            plain, perturbed = (
-                model(inputs_embeds=_plain_and_perturbed(model, last), use_cache=False).logits[:, -1].float()
-            )
+            with _second_row_perturbed(model):
+                plain, perturbed = model(input_ids=last.repeat(2, 1), use_cache=False).logits[:, -1].float()
             logits = torch.stack([logits[0], plain])
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+    except MODEL_CODE_ERRORS as error:
         name = type(model).__name__
         logger.exception("%s failed on plain tokens", name)
         raise StartupError(f"{name} cannot be served: its own code fails on plain tokens ({error}).") from error
@@ -53,12 +56,21 @@ def own_logits(model: PreTrainedModel, device: torch.device, context_length: int
     return Reference(prompts, logits, noise)
 
 
-def _plain_and_perturbed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings of `ids` (1, tokens), and the same rounded differently: (2, tokens, hidden), for a single pass over
-    the weights."""
-    embeddings: torch.Tensor = model.get_input_embeddings()(ids)
-    generator = torch.Generator().manual_seed(1)
-    perturbation = (
-        torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * torch.finfo(embeddings.dtype).eps
-    )
-    return torch.cat([embeddings, (embeddings.float() * (1 + perturbation)).to(embeddings.dtype)])
+@contextlib.contextmanager
+def _second_row_perturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, the embeddings of the second of two equal rows are rounded differently. A single pass over the
+    weights then shows the effect. (From embeddings alone some models cannot be run: they look ids up again.)"""
+
+    def perturb(_: torch.nn.Module, __: Any, embeddings: torch.Tensor) -> torch.Tensor | None:
+        if embeddings.shape[0] != 2:  # a look-up of something else
+            return None
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(embeddings.shape[1:], generator=generator).to(embeddings.device)
+        perturbed = embeddings[1].float() * (1 + noise * torch.finfo(embeddings.dtype).eps)
+        return torch.stack([embeddings[0], perturbed.to(embeddings.dtype)])
+
+    handle = model.get_input_embeddings().register_forward_hook(perturb)
+    try:
+        yield
+    finally:
+        handle.remove()

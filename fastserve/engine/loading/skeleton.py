@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 
 def build_skeleton(
@@ -19,19 +31,41 @@ def build_skeleton(
     """The model of `config` with its parameters on the meta device, each in its final dtype.
 
     Buffers are on the CPU, with the values that the model's own code gives them: those that no checkpoint has (RoPE
-    frequencies) need no loading.
+    frequencies) need no loading. Where other parts of a composite need a package that is not installed, the model is
+    its language model alone, and has the config of that part.
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # quantized checkpoints are read by formats/
+    try:
+        return _build(config, dtype, attention, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        text_config = config.get_text_config(decoder=True)
+        if text_config is config or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise
+        cause = str(error).strip().partition("\n")[0]
+        logger.warning("%s is served by its language model alone: %s", config.model_type, cause)
+        return _build(text_config, dtype, attention, trust_remote_code=trust_remote_code)
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes the model: one that generates text, or failing that text from images and
+    text, whose language model is served."""
+    is_composite = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
 
 
 def _drop_impossible_padding(config: PretrainedConfig) -> None:

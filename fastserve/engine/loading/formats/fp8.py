@@ -1,7 +1,7 @@
-"""8-bit floats with scales for blocks of 128 x 128 (format of DeepSeek and Qwen): dequantized when loaded.
+"""8-bit floats with scales, in the format of DeepSeek, Qwen and Mistral: dequantized when loaded.
 
-A layer (out, in) has `weight` float8 (out, in) and `weight_scale_inv` (out / 128, in / 128), which despite its name is
-a factor.
+A weight (out, in), or (experts, out, in), in float8 has a tensor with the suffix `_scale_inv`, which despite its name
+is a factor: one for each block of 128 x 128 (out / 128, in / 128), for each output (out, 1), or for the whole weight.
 """
 
 from __future__ import annotations
@@ -14,19 +14,40 @@ from fastserve.engine.settings import PackedCheckpoint
 
 
 def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> list[Source]:
-    block = tuple(settings.get("weight_block_size") or (128, 128))
+    rows, columns = settings.get("weight_block_size") or (128, 128)
 
     def make(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return spread(weight.float(), scale.float(), (block[0], block[1]))
+        return scaled(weight.float(), scale.float(), (int(rows), int(columns)))
 
     found = []
     for name, tensor in tensors.items():
         scale = tensors.get(f"{name}_scale_inv")
-        if name.endswith(".weight") and scale is not None:
+        if scale is not None:
             found.append(source_of(name, (tensor, scale), make))
-        elif not name.endswith((".weight_scale_inv", ".activation_scale", ".input_scale")):
+        elif not name.endswith(("_scale_inv", "activation_scale", "input_scale")):
             found.append(plain_source(tensor))
     return found
+
+
+def scaled(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """`weight` (..., out, in) times its scales, in place. Raises ValueError when their number is none of those that the
+    format has."""
+    if weight.dim() == 3 and scale.dim() > 0 and scale.shape[0] == len(weight):
+        for expert, its_scale in zip(weight, scale, strict=True):
+            scaled(expert, its_scale, block)
+        return weight
+    out, width = weight.shape[-2:]
+    in_blocks = (-(-out // block[0]), -(-width // block[1]))
+    if scale.shape == in_blocks:
+        return spread(weight, scale, block)
+    if scale.numel() == 1:
+        return weight.mul_(scale.flatten())
+    if scale.shape in ((out,), (out, 1)):
+        return weight.mul_(scale.view(out, 1))
+    raise ValueError(
+        f"scales of the shape {tuple(scale.shape)} are neither one, nor one for each of {out} outputs, nor one "
+        f"for each of {in_blocks[0]} x {in_blocks[1]} blocks"
+    )
 
 
 def spread(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

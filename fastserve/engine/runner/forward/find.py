@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, ForwardPass, UnsupportedError
 from fastserve.engine.runner.forward.graphs import GraphForward
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.forward.whole_step import WholeStepForward
 from fastserve.engine.runner.packed_step import PackedStep
+from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class ForwardPasses:
 
     @classmethod
     def of(cls, parts: ForwardParts) -> ForwardPasses:
+        """The ways that can be built; one that fails is left out. Raises StartupError when the slowest one fails."""
         found = cls([])
         for way in FORWARD_PASSES:
             try:
@@ -40,6 +43,17 @@ class ForwardPasses:
                 if isinstance(error, AbsentError):
                     found.absent.add(way.name)
                 logger.debug("%s: no %s: %s", type(parts.model).__name__, way.name, error)
+            except MODEL_CODE_ERRORS as error:
+                if way is FORWARD_PASSES[-1]:
+                    raise StartupError(
+                        f"{type(parts.model).__name__} cannot be served: its code failed when its forward pass by "
+                        f"{way.name} was made ({type(error).__name__}: {error})."
+                    ) from error
+                found.refusals[way.name] = f"it fails for this model ({type(error).__name__}: {error})"
+                logger.warning(
+                    "%s is not computed by %s, which fails for it: slower ways are used.",
+                    type(parts.model).__name__, way.name, exc_info=error,
+                )  # fmt: skip
         return found
 
     def drop(self, way: ForwardPass, reason: str) -> None:

@@ -90,7 +90,7 @@ class WholeStepForward:
     # ---- description --------------------------------------------------------------------------------------------
 
     def _describe(self, model: PreTrainedModel, max_positions: int) -> None:
-        base = model.base_model
+        base = getattr(model.base_model, "language_model", model.base_model)
         layers, norm, head = getattr(base, "layers", None), getattr(base, "norm", None), model.get_output_embeddings()
         embedding = model.get_input_embeddings()
         if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding | TiedEmbedding):
