@@ -1,7 +1,7 @@
 """The memory that the ranks of one machine share: slots for exchanges, and each rank's progress while it loads.
 
-It has no name: other ranks inherit a descriptor of it, so nothing stale is left when processes are killed, and the size of
-/dev/shm does not matter. Pages of slots take memory once they are written.
+It has no name: other ranks inherit a descriptor of it, so nothing stale is left when processes are killed, and the size
+of /dev/shm does not matter. Pages of slots take memory once they are written.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ class Segment:
         self._progress[rank][:] = (done, total)
 
     def progress(self) -> tuple[int, int]:
-        """Bytes loaded and to be loaded by all ranks that have begun."""
-        done, total = np.sum(self._progress, axis=0).tolist()
-        return int(done), int(total)
+        """Bytes loaded and to be loaded by all ranks. One that has not begun counts as the largest."""
+        done = sum(int(found[0]) for found in self._progress)
+        totals = [int(found[1]) for found in self._progress]
+        return done, sum(total or max(totals) for total in totals)
 
     def close(self) -> None:
         """May be called twice. No kernel may use the segment any more."""

@@ -85,7 +85,8 @@ class WholeStepForward:
         if step.input_ids.min() < 0:
             self._sampled_ids.fill_in(input_ids)
         kernel_step = self._backend.kernel_step(step.metadata, self._struct.heads // self._struct.kv_heads)
-        return self._kernel(self._struct, kernel_step, input_ids, positions, rows)
+        _, logits = self._kernel(self._struct, kernel_step, input_ids, positions, rows)
+        return logits
 
     # ---- description --------------------------------------------------------------------------------------------
 
