@@ -16,6 +16,7 @@ from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, 
 from fastserve.engine.loading.placement import find_placement
 from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
@@ -38,17 +39,20 @@ logger = logging.getLogger(__name__)
 
 
 def build_core(
-    config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS
+    config: EngineConfig,
+    progress: Progress,
+    processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS,
+    collectives: Collectives = SINGLE_RANK,
 ) -> EngineCore:
     """Load the model and make everything ready. Raises StartupError with a message for the user.
 
-    `processors` are applied in their order.
+    `processors` are applied in their order. `collectives`: of the ranks that the model is divided over.
     """
     begin = time.perf_counter()
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
     spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
-    loaded = _load(config, config.model_dir, progress, spread, config.weights)
+    loaded = _load(config, config.model_dir, progress, spread, config.weights, collectives)
     draft = _load_draft(config, loaded, progress)
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
     num_blocks, max_model_len = sizes.num_blocks, sizes.max_model_len
@@ -89,7 +93,12 @@ def build_core(
 
 
 def _load(
-    config: EngineConfig, model_dir: str, progress: Progress, spread: Spread, weights: WeightOptions
+    config: EngineConfig,
+    model_dir: str,
+    progress: Progress,
+    spread: Spread,
+    weights: WeightOptions,
+    collectives: Collectives = SINGLE_RANK,
 ) -> LoadedModel:
     loaded = load_model(
         model_dir,
@@ -101,6 +110,7 @@ def _load(
             model, device, spread, config.gpu_memory_utilization, weights.quantize
         ),
         options=weights,
+        collectives=collectives,
     )
     if config.debug:
         logger.info("%s", loaded.model)

@@ -25,6 +25,7 @@ from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear, TiedEmbedding, embedding_scale
+from fastserve.engine.layers.parallel import RowParallelLinear, VocabParallelHead
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
 from fastserve.engine.runner.packed_step import PackedStep
 
@@ -171,6 +172,8 @@ class WholeStepForward:
     def _weight(self, linear: torch.nn.Module | None) -> WeightStruct:
         if not isinstance(linear, Linear):
             raise UnsupportedError("a linear layer has another class")
+        if isinstance(linear, RowParallelLinear | VocabParallelHead):
+            raise UnsupportedError("it is divided over ranks")
         self._linears.append(linear)
         return self._layout(linear.layout, linear.bias)
 
