@@ -24,6 +24,7 @@ from fastserve.engine.layers.quantizer import find_quantizer
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
 from fastserve.engine.loading.context_length import context_length
 from fastserve.engine.loading.conversion import match
+from fastserve.engine.loading.division_check import require_divisible
 from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
@@ -89,6 +90,8 @@ def load_model(
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
     partition = Partition.of(model, collectives)
+    if collectives.size > 1 and collectives.rank == 0:
+        require_divisible(model.config, type(model).__name__, collectives.size)
     collectives.barrier()  # no rank reads weights before all have found that they can be divided
     partition.divide(model)
     for weight_load in weight_loads:

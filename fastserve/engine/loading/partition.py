@@ -18,7 +18,7 @@ from fastserve.engine.layers.parallel import (
     VocabParallelHead,
 )
 from fastserve.engine.loading.partition_plan import AttentionPlan, PartitionPlan, plan_partition
-from fastserve.engine.loading.sharding import Shard, Sharding
+from fastserve.engine.loading.sharding import Shard
 from fastserve.engine.loading.tensor_shards import join, take
 from fastserve.engine.loading.weight_table import WeightSlot
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
@@ -61,11 +61,10 @@ class Partition:
         for path, attention in self.plan.attention.items():
             self._divide_attention(model.get_submodule(path), attention)
         rank = self.collectives.rank
-        for path, heads in self.plan.norms.items():
+        for path, counts in self.plan.norms.items():
             width = self.plan.weights[f"{path}.weight"].whole[0]
             norm = model.get_submodule(path)
-            counts = heads.counts[rank] or not _is_shared(self.plan.weights[f"{path}.weight"])
-            replace_module(model, path, ParallelRMSNorm(norm, width, self.collectives, counts=counts))
+            replace_module(model, path, ParallelRMSNorm(norm, width, self.collectives, counts=counts[rank]))
 
     def _divide_attention(self, module: torch.nn.Module, attention: AttentionPlan) -> None:
         rank, heads = self.collectives.rank, attention.heads
@@ -127,11 +126,6 @@ class Partition:
 
 WHOLE = Partition(PartitionPlan(1), SINGLE_RANK)
 """The partition of a model that one rank holds whole."""
-
-
-def _is_shared(sharding: Sharding) -> bool:
-    """Whether several ranks have the same part."""
-    return len(set(sharding.ranges)) < len(sharding.ranges)
 
 
 class _ConfigOfRank:

@@ -34,6 +34,7 @@ _BY_HEAD = ("query_key_value", "kv_b_proj", "g_proj", "gate_proj")
 _JOINED = ("qkv_proj", "c_attn", "Wqkv", "qkv")
 """Queries, keys and values of all heads, one after the other."""
 _ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+_HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_", "key_", "attn_sub_norm")
 _MLP_INPUT = (
     "gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w1", "w3", "wi", "input_linear",
 )  # fmt: skip
@@ -71,8 +72,8 @@ class PartitionPlan:
     """Paths of linear layers whose products are partial sums."""
     experts: set[str] = field(default_factory=set)
     """Paths of experts modules whose outputs are partial sums."""
-    norms: dict[str, HeadRanges] = field(default_factory=dict)
-    """Paths of norms over all heads, divided like their weights."""
+    norms: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    """Paths of norms over channels of all ranks; by rank, whether its channels count (another may have the same)."""
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
     """By the paths of attention modules."""
     embedding: str | None = None
@@ -197,10 +198,10 @@ def _divide_joined(plan: PartitionPlan, path: str, module: torch.nn.Module, atte
 def _plan_head_norm(
     plan: PartitionPlan, path: str, name: str, module: torch.nn.Module, attention: AttentionPlan
 ) -> None:
-    """A norm of queries or keys: over each head with one weight for all (whole on every rank) or one for each of them,
-    or over all heads together."""
+    """A norm of queries, keys or outputs: over each head with one weight for all (whole on every rank) or one for each
+    of them, or over all heads together."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not name.startswith(("q_", "k_", "query_", "key_")):
+    if not isinstance(weight, torch.Tensor) or not name.startswith(_HEAD_NORMS):
         return
     of_keys = name.startswith("k")
     heads = attention.heads.kv if of_keys else attention.heads.query
@@ -208,8 +209,8 @@ def _plan_head_norm(
     if weight.dim() == 2 and weight.shape[0] == heads:
         plan.weights[f"{path}.weight"] = sharding_of(weight.shape, 0, ranges)
     elif weight.dim() == 1 and heads > 1 and weight.shape[0] == heads * attention.heads.dim:
-        plan.weights[f"{path}.weight"] = sharding_of(weight.shape, 0, ranges, attention.heads.dim)
-        plan.norms[path] = attention.ranges
+        counts = attention.ranges.counts if of_keys else (True,) * plan.size
+        _divide_norm(plan, path, weight, ranges, attention.heads.dim, counts)
 
 
 # ---- MLPs and experts -------------------------------------------------------------------------------------------
@@ -236,6 +237,10 @@ def _plan_mlp(plan: PartitionPlan, path: str, module: torch.nn.Module, styles: M
     for name in inputs:
         _divide_outputs(plan, prefix + name, children[name], ranges, 1, parts[name])
     _divide_inputs(plan, prefix + outputs[0], output, ranges, 1)
+    for name, child in module.named_children():
+        weight = getattr(child, "weight", None)
+        if name.endswith("sub_norm") and isinstance(weight, torch.Tensor) and tuple(weight.shape) == (width,):
+            _divide_norm(plan, prefix + name, weight, ranges, 1, (True,) * plan.size)
 
 
 def _plan_experts(plan: PartitionPlan, path: str, module: torch.nn.Module) -> None:
@@ -287,6 +292,13 @@ def _divide_outputs(
 def _divide_inputs(plan: PartitionPlan, path: str, module: torch.nn.Module, ranges: Sequence[Range], unit: int) -> None:
     plan.weights[f"{path}.weight"] = sharding_of(module.weight.shape, 1 - _out_dim(module), ranges, unit)
     plan.row_parallel.add(path)
+
+
+def _divide_norm(
+    plan: PartitionPlan, path: str, weight: torch.Tensor, ranges: Sequence[Range], unit: int, counts: tuple[bool, ...]
+) -> None:
+    plan.weights[f"{path}.weight"] = sharding_of(weight.shape, 0, ranges, unit)
+    plan.norms[path] = counts
 
 
 def _is_linear(module: Any) -> bool:
