@@ -63,7 +63,7 @@ def build_rank(
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
     spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
-    loaded = _load(config, config.model_dir, progress, spread, config.weights)
+    loaded = _load(config, config.model_dir, progress, spread, config.weights, collectives)
     draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
     collectives.barrier()  # all have loaded, so that free memory is what they share
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], collectives.size)
@@ -89,7 +89,8 @@ def build_core(
 ) -> EngineCore:
     """Load the model and make everything ready. Raises StartupError with a message for the user.
 
-    `processors` are applied in their order. `send_to_ranks`: sends commands to the other ranks, if there are any.
+    `processors` are applied in their order. `collectives`: of the ranks that the model is divided over; this is rank 0.
+    `send_to_ranks`: sends commands to the others, if there are any.
     """
     begin = time.perf_counter()
     model = build_rank(config, progress, processors, collectives)
@@ -133,7 +134,12 @@ def build_core(
 
 
 def _load(
-    config: EngineConfig, model_dir: str, progress: Progress, spread: Spread, weights: WeightOptions
+    config: EngineConfig,
+    model_dir: str,
+    progress: Progress,
+    spread: Spread,
+    weights: WeightOptions,
+    collectives: Collectives = SINGLE_RANK,
 ) -> LoadedModel:
     loaded = load_model(
         model_dir,
@@ -145,6 +151,7 @@ def _load(
             model, device, spread, config.gpu_memory_utilization, weights.quantize
         ),
         options=weights,
+        collectives=collectives,
     )
     if config.debug:
         logger.info("%s", loaded.model)

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from fastserve.engine.client import EngineProcess
-from fastserve.engine.contract import EngineRequest, LoadProgress, SamplingParams
+from fastserve.engine.contract import EngineInfo, EngineRequest, LoadProgress, SamplingParams
 from fastserve.engine.ranks.own_devices import own_cpus
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import EngineDeadError, StartupError
@@ -35,6 +35,7 @@ def config(path: str, **settings: object) -> EngineConfig:
 @dataclass(frozen=True)
 class Started:
     engine: EngineProcess
+    info: EngineInfo
     progress: list[LoadProgress]
 
     @property
@@ -48,8 +49,8 @@ class Started:
 async def started(tiny_models: TinyModels) -> AsyncIterator[Started]:
     engine = EngineProcess(config(tiny_models.path("llama")))
     progress: list[LoadProgress] = []
-    await engine.start(progress.append)
-    yield Started(engine, progress)
+    info = await engine.start(progress.append)
+    yield Started(engine, info, progress)
     await engine.close()
 
 
@@ -67,6 +68,11 @@ async def test_ranks_answer_as_transformers_does(started: Started, tiny_models: 
     answers = await asyncio.gather(*(answer(started.engine, prompt, 12) for prompt in prompts))
     for prompt, found in zip(prompts, answers, strict=True):
         assert found == tiny_models.reference(tiny_models.path("llama"), prompt, 12, [1])
+
+
+async def test_steps_are_computed_by_one_kernel_call_on_each_rank(started: Started) -> None:
+    [whole_step] = [layers for layers in started.info.fused_layers if layers.kind == "whole_step"]
+    assert whole_step.fused == 1, whole_step.reason
 
 
 async def test_one_progress_bar_counts_the_bytes_of_all_ranks(started: Started) -> None:

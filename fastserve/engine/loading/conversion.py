@@ -8,7 +8,7 @@ while weights are read, so that only the inputs of one rule are in memory twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,15 @@ from fastserve.engine.loading.formats.source import (
     Value,
     WeightValue,
     join_outputs,
+    require_shape,
 )
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import StartupError
+
+_STACKED: list[tuple[type, Any]] = [(MergeModulelist, 0)]
+_STACKED_AND_JOINED: list[tuple[type, Any]] = [(MergeModulelist, 0), (Concatenate, 1)]
+"""Operations of rules that make one tensor of all experts' weights, each perhaps of two with the same inputs."""
 
 
 @dataclass(slots=True)
@@ -45,21 +52,27 @@ class WeightLoad:
     """transformers' WeightConverter; None if the single source is the weight."""
     patterns: list[str] = field(default_factory=list)
     """For each source, the pattern of the rule that it matched."""
+    shards: Mapping[str, Shard] = field(default_factory=dict)
+    """The part that this rank keeps, by name, of weights that are divided over ranks."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(source.num_bytes for source in self.sources)
+        shard = self.shards.get(self.target)
+        return int(sum(source.num_bytes for source in self.sources) * (1.0 if shard is None else shard.share))
 
     @property
     def location(self) -> str:
         return ", ".join(dict.fromkeys(source.location for source in self.sources))
 
     def load(self) -> list[Value]:
-        """Read all sources. Raises StartupError that names tensor and file."""
-        return [source.load() for source in self.sources]
+        """Read all sources, and only the rank's part of them where that is possible. Raises StartupError that names
+        tensor and file."""
+        return [source.load(shard) for source, shard in zip(self.sources, self._source_shards(), strict=True)]
 
     def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, WeightValue]:
-        """The model's weights by name."""
+        """The model's weights by name, or the rank's parts of them."""
+        shards = self._source_shards()
+        self._keep_shards(values, shards, dtype)
         if self.rule is None:
             return {self.target: values[0]}
         self._require_like_shapes(values)
@@ -75,7 +88,42 @@ class WeightLoad:
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             names = f"{self.sources[0].name} to {self.sources[-1].name}"
             raise StartupError(f"{self.location}: {names} cannot be joined to {self.target}: {error}.") from error
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        whole = {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        if any(shards):
+            return whole  # made of parts
+        return {name: take(self.shards[name], value) if name in self.shards else value for name, value in whole.items()}
+
+    def _source_shards(self) -> list[Shard | None]:
+        """The part of each source that makes up the rank's part of the weight; None for all of it."""
+        shard = self.shards.get(self.target)
+        if shard is None or self.rule is None:
+            return [shard] * len(self.sources)
+        if shard.dim == 0 or self._steps not in (_STACKED, _STACKED_AND_JOINED):
+            return [None] * len(self.sources)
+        pieces = [pattern for pattern in self.rule.source_patterns if pattern in self.patterns]
+        found = shard.without_first_dim()
+        if self._steps == _STACKED:
+            return [found] * len(self.sources)
+        return [found.piece(0, pieces.index(pattern), len(pieces)) for pattern in self.patterns]
+
+    def _keep_shards(self, values: list[Value], shards: Sequence[Shard | None], dtype: torch.dtype) -> None:
+        """Reduce values of sources that were read whole to the rank's parts."""
+        for index, (source, shard) in enumerate(zip(self.sources, shards, strict=True)):
+            if shard is None or source.reads_shards:
+                continue
+            value = values[index]
+            if isinstance(value, torch.Tensor):
+                require_shape(source, shard.whole, value.shape)
+                values[index] = take(shard, value).clone(memory_format=torch.contiguous_format)
+            else:
+                # Quantized weights are (out, in), also where the model has (in, out).
+                of_value = shard if value.shape == shard.whole else shard.transposed()
+                require_shape(source, of_value.whole, value.shape)
+                values[index] = value.part(of_value, dtype)
+
+    @property
+    def _steps(self) -> list[tuple[type, Any]]:
+        return [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
 
     def _require_like_shapes(self, values: list[Value]) -> None:
         """Require one shape for all sources that match the same pattern."""
@@ -91,8 +139,7 @@ class WeightLoad:
     def _join_codes(self, values: list[Value]) -> QuantizedExperts | None:
         """Keep experts quantized if the rule only stacks them and concatenates each expert's outputs; None if the rule
         does something else."""
-        steps = [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
-        if steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        if self._steps not in (_STACKED, _STACKED_AND_JOINED):
             return None
         codes = [value for value in values if isinstance(value, QuantizedTensor)]
         if len(codes) != len(values) or len(self.rule.target_patterns) != 1:

@@ -24,12 +24,15 @@ from fastserve.engine.layers.quantizer import find_quantizer
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
 from fastserve.engine.loading.context_length import context_length
 from fastserve.engine.loading.conversion import match
+from fastserve.engine.loading.division_check import require_divisible
 from fastserve.engine.loading.formats.find import find_sources
+from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
 from fastserve.engine.loading.reference import Reference, own_logits
 from fastserve.engine.loading.skeleton import build_skeleton, read_generation_config
 from fastserve.engine.loading.streaming import Progress, stream_weights
 from fastserve.engine.loading.weight_table import WeightTable
+from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
 
@@ -70,9 +73,11 @@ def load_model(
     progress: Progress,
     find_places: FindPlaces = lambda model, device: None,
     options: WeightOptions = WeightOptions(),  # noqa: B008  # frozen
+    collectives: Collectives = SINGLE_RANK,
 ) -> LoadedModel:
     """Load a decoder-only model. `find_places` returns the placement of its parts, or None to load all of it onto the
-    device. Raises StartupError with the reason when the model cannot be served."""
+    device. With `collectives` of several ranks, all of them call this together, and each loads its part. Raises
+    StartupError with the reason when the model cannot be served."""
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
@@ -84,10 +89,17 @@ def load_model(
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     read_generation_config(model, folder)
     weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    partition = Partition.of(model, collectives)
+    if collectives.size > 1 and collectives.rank == 0:
+        require_divisible(model.config, type(model).__name__, collectives.size)
+    collectives.barrier()  # no rank reads weights before all have found that they can be divided
+    partition.divide(model)
+    for weight_load in weight_loads:
+        weight_load.shards = partition.shards
     placement = find_places(model, device)
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
-    assembly = Assembly(model, kernels, placement or OneDevice(device), quantize)
+    assembly = Assembly(model, kernels, placement or OneDevice(device), quantize, partition)
     stream_weights(model, weight_loads, unexpected, assembly, progress)
     return _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
 

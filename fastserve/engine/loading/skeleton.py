@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.initialization import no_init_weights
 
 from fastserve.errors import StartupError
+
+_building = threading.Lock()
+"""Building without weights changes classes of torch for the whole process."""
 
 
 def build_skeleton(
@@ -25,7 +29,7 @@ def build_skeleton(
         del config.quantization_config  # quantized checkpoints are read by formats/
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with _building, init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )

@@ -61,6 +61,10 @@ class SharedMemoryCollectives:
     def set_timeout(self, timeout_s: float) -> None:
         self.struct.timeout_s = timeout_s
 
+    def fits(self, num_rows: int, width: int) -> bool:
+        """Whether a kernel can exchange so many sums at once."""
+        return 4 * num_rows * width <= self.segment.slot_bytes
+
     def all_reduce(self, partial: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         part = partial.to(torch.float32).contiguous()
         sums = torch.empty_like(part)

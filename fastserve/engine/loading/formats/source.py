@@ -12,9 +12,14 @@ import torch
 
 from fastserve.engine.layers import quantization
 from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.layouts.quantization_scheme import row_slices
 from fastserve.engine.loading.checkpoint import StoredTensor, Tensors
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import StartupError
 
+_DENSE_ENTRIES = 1 << 22
+"""Entries dequantized at once."""
 Settings = Mapping[str, Any]
 """`quantization_config` in the config.json of a quantized checkpoint."""
 
@@ -63,6 +68,23 @@ class QuantizedTensor:
         weight = torch.empty_like(values, dtype=dtype)
         weight[:, self.input_order] = values.to(dtype)
         return weight
+
+    def part(self, shard: Shard, dtype: torch.dtype) -> Value:
+        """A rank's part of the weight. Where it has some inputs of a weight in activation order, groups are no longer
+        of one size, and the part is dequantized to `dtype`."""
+        if shard.dim == 0:
+            codes, scales, zeros = (
+                None if tensor is None else take(shard, tensor) for tensor in (self.codes, self.scales, self.zeros)
+            )
+            return replace(self, codes=codes, scales=scales, zeros=zeros)
+        [(begin, end)] = shard.ranges
+        if self.input_order is not None:
+            return torch.cat([self.dense(dtype, rows)[:, begin:end] for rows in row_slices(self.shape, _DENSE_ENTRIES)])
+        # Finer groups, if a group continues in another rank's part.
+        group = self.group if begin // self.group == (end - 1) // self.group else math.gcd(begin, self.group)
+        groups = torch.arange(begin, end, group, device=self.scales.device) // self.group
+        scales, zeros = (None if tensor is None else tensor[:, groups] for tensor in (self.scales, self.zeros))
+        return replace(self, codes=self.codes[:, begin:end], scales=scales, zeros=zeros, group=min(group, end - begin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +136,15 @@ class Source:
     make: Callable[..., Value]
     """Makes the weight from the `stored` tensors, in their order."""
     num_bytes: int
+    is_plain: bool = False
+    """Whether the weight is its single stored tensor, unchanged."""
 
-    def load(self) -> Value:
-        """Read the weight. Raises StartupError that names tensor and file."""
+    def load(self, shard: Shard | None = None) -> Value:
+        """Read the weight; only its part `shard` if the source `reads_shards`. Raises StartupError that names tensor
+        and file."""
         try:
+            if shard is not None and self.reads_shards:
+                return self._read_shard(shard)
             return self.make(*(tensor.read() for tensor in self.stored))
         except (ValueError, RuntimeError, IndexError) as error:
             raise StartupError(
@@ -125,9 +152,28 @@ class Source:
             ) from error
 
     @property
+    def reads_shards(self) -> bool:
+        """Whether a part of the weight can be read without reading all of it."""
+        return self.is_plain and self.stored[0].read_shard is not None
+
+    def _read_shard(self, shard: Shard) -> torch.Tensor:
+        [stored] = self.stored
+        assert stored.read_shard is not None
+        require_shape(self, shard.whole, stored.shape)
+        return stored.read_shard(shard)
+
+    @property
     def location(self) -> str:
         """The weight's files, for messages."""
         return ", ".join(dict.fromkeys(str(tensor.file) for tensor in self.stored)) or "random weights"
+
+
+def require_shape(source: Source, needed: Sequence[int], found: Sequence[int]) -> None:
+    if tuple(found) != tuple(needed):
+        raise StartupError(
+            f"{source.location}: {source.name} has the shape {tuple(needed)} by config.json, and {tuple(found)} in the "
+            "checkpoint."
+        )
 
 
 def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value]) -> Source:
@@ -136,7 +182,7 @@ def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Val
 
 
 def plain_source(tensor: StoredTensor) -> Source:
-    return source_of(tensor.name, [tensor], lambda value: value)
+    return Source(tensor.name, (tensor,), lambda value: value, tensor.num_bytes, is_plain=True)
 
 
 def layers_of(tensors: Tensors, mark: str, parts: Iterable[str]) -> tuple[dict[str, dict[str, StoredTensor]], Tensors]:
