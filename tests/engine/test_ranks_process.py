@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,8 +14,10 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from fastserve.engine.build import build_core
 from fastserve.engine.client import EngineProcess
-from fastserve.engine.contract import EngineInfo, EngineRequest, LoadProgress, SamplingParams
+from fastserve.engine.contract import EngineInfo, EngineRequest, LoadProgress, RequestOutput, SamplingParams
+from fastserve.engine.core import EngineCore
 from fastserve.engine.ranks.own_devices import own_cpus
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import EngineDeadError, StartupError
@@ -28,7 +31,7 @@ NOTICE_S = 5.0
 
 
 def config(path: str, **settings: object) -> EngineConfig:
-    values = {"model_dir": path, "device": "cpu", "max_total_tokens": 1024, "tp_size": 2, **settings}
+    values = {"model_dir": path, "device": "cpu", "max_total_tokens": 320, "tp_size": 2, **settings}
     return EngineConfig(**values)  # type: ignore[arg-type]
 
 
@@ -79,6 +82,60 @@ async def test_one_progress_bar_counts_the_bytes_of_all_ranks(started: Started) 
     done = [event.done for event in started.progress]
     assert done == sorted(done)
     assert started.progress[-1].done == started.progress[-1].total > 0
+
+
+def make_requests() -> list[EngineRequest]:
+    """Requests that share prefixes, repeat themselves (so that drafts are accepted), and together need more KV cache
+    than there is; half of them are sampled."""
+    generator = random.Random(1)
+    common = [generator.randrange(2, 160) for _ in range(40)]
+    requests = []
+    for index in range(14):
+        own = [generator.randrange(2, 160) for _ in range(generator.randrange(1, 12))]
+        prompt_ids = common[: 16 * generator.randrange(3)] + own * generator.randrange(1, 5)
+        params = SamplingParams(generator.randrange(40, 100), temperature=(0.0, 0.7)[index % 2], seed=index, logprobs=2)
+        requests.append(EngineRequest(f"history {index}", prompt_ids, params))
+    return requests
+
+
+async def collect(engine: EngineProcess, request: EngineRequest, abort_after: int | None) -> RequestOutput:
+    whole = RequestOutput(request.request_id, [], logprobs=[])
+    assert whole.logprobs is not None
+    with engine.generate(request) as outputs:
+        async for output in outputs:
+            whole.token_ids += output.token_ids
+            whole.logprobs += output.logprobs or []
+            if abort_after is not None and len(whole.token_ids) >= abort_after:
+                break
+    return whole
+
+
+async def test_a_random_history_gives_the_answers_of_one_rank(started: Started, tiny_models: TinyModels) -> None:
+    engine, requests = started.engine, make_requests()
+    aborts = [5 if index % 5 == 4 else None for index in range(len(requests))]
+    answers = await asyncio.gather(*map(collect, [engine] * len(requests), requests, aborts))
+    stats = engine.stats
+    assert stats.preemptions > 0
+    assert stats.cached_tokens > 0
+    assert stats.accepted_tokens > 0
+    alone = build_core(config(tiny_models.path("llama"), tp_size=1), lambda *_: None)
+    for request, found, abort_after in zip(requests, answers, aborts, strict=True):
+        expected = run_alone(alone, request)
+        count = len(found.token_ids) if abort_after is not None else len(expected.token_ids)
+        assert found.token_ids == expected.token_ids[:count]
+        for mine, other in zip(found.logprobs or [], expected.logprobs or [], strict=False):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def run_alone(core: EngineCore, request: EngineRequest) -> RequestOutput:
+    whole = RequestOutput(request.request_id, [], logprobs=[])
+    assert whole.logprobs is not None
+    assert core.add(request) is None
+    while core.has_work:
+        for output in core.step():
+            whole.token_ids += output.token_ids
+            whole.logprobs += output.logprobs or []
+    return whole
 
 
 def kill(pid: int) -> None:
