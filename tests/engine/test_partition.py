@@ -157,7 +157,7 @@ def test_a_real_model_of_which_the_ranks_have_uneven_heads(tmp_path: Path, monke
     """9 heads and 3 KV heads over 2 ranks: one has 3 heads, the other 6."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = find_model(str(smollm2_file()), "main")
-    options = {"gguf_file": str(source.gguf_file)}
+    options: dict[str, Any] = {"gguf_file": str(source.gguf_file)}
     expected = logits_of(load(source.folder, **options), TOKENS)
 
     def run_rank(collectives: Collectives) -> tuple[torch.Tensor, int]:
@@ -228,9 +228,9 @@ def stored_numbers(loaded: LoadedModel) -> int:
     layouts = {id(module.layout): module.layout for module in loaded.model.modules() if isinstance(module, Linear)}
     inside = [layout for module in loaded.model.modules() if isinstance(module, Experts)
               for each in module.layouts.values() for layout in each]  # fmt: skip
-    return sum(layout.get().numel() for layout in (*layouts.values(), *inside)) + sum(
-        parameter.numel() for parameter in loaded.model.parameters()
-    )
+    in_layouts: int = sum(layout.get().numel() for layout in (*layouts.values(), *inside))
+    in_parameters: int = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return in_layouts + in_parameters
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "mixtral", "gpt_oss"])
