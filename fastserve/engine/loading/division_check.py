@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastserve.engine.loading.assembly import install
 from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.partition_plan import plan_partition
+from fastserve.engine.loading.skeleton import building
 from fastserve.engine.loading.small_twin import make_small_twin
 from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.thread_collectives import run_ranks
@@ -32,7 +33,8 @@ def require_divisible(config: PretrainedConfig, name: str, size: int) -> None:
     try:
         kv_heads = getattr(config.get_text_config(decoder=True), "num_key_value_heads", None)
         shares_kv_heads = isinstance(kv_heads, int) and kv_heads < size
-        error = _difference(make_small_twin(config, kv_heads=1 if shares_kv_heads else None))
+        with building:
+            error = _difference(make_small_twin(config, kv_heads=1 if shares_kv_heads else None))
     except _CAUSES as cause:
         raise StartupError(
             f"{name} cannot be divided over ranks: no small twin of it can be tried ({cause})."

@@ -13,8 +13,8 @@ from transformers.initialization import no_init_weights
 
 from fastserve.errors import StartupError
 
-_building = threading.Lock()
-"""Building without weights changes classes of torch for the whole process."""
+building = threading.Lock()
+"""Held while classes of torch are changed for the whole process, to build a model without weights."""
 
 
 def build_skeleton(
@@ -29,7 +29,7 @@ def build_skeleton(
         del config.quantization_config  # quantized checkpoints are read by formats/
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
-    with _building, init_empty_weights(include_buffers=False), no_init_weights():
+    with building, init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )

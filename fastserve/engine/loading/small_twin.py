@@ -17,7 +17,7 @@ _EXPERT_WIDTHS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 def make_small_twin(config: PretrainedConfig, kv_heads: int | None = None) -> PreTrainedModel:
     """The twin of a model with these settings; `kv_heads`: of its 4 heads, by default 4 or 2 like the model. Raises
     errors of all kinds when the architecture does not allow these sizes."""
-    small = _shrunk(config.get_text_config(decoder=True), kv_heads)
+    small = shrink(config.get_text_config(decoder=True), kv_heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
@@ -28,7 +28,8 @@ def make_small_twin(config: PretrainedConfig, kv_heads: int | None = None) -> Pr
     return model.eval().requires_grad_(False)
 
 
-def _shrunk(config: PretrainedConfig, kv_heads: int | None) -> PretrainedConfig:
+def shrink(config: PretrainedConfig, kv_heads: int | None = None) -> PretrainedConfig:
+    """The settings of the twin."""
     small = copy.deepcopy(config)
     own_kv_heads = getattr(config, "num_key_value_heads", None)
     small.num_hidden_layers = _num_layers(config)
