@@ -182,6 +182,29 @@ async def test_a_lost_rank_is_noticed_and_all_ranks_start_again(
 
 
 @pytest.mark.slow
+async def test_ranks_lost_at_random_moments_come_back_each_time(started: Started, tiny_models: TinyModels) -> None:
+    engine, generator = started.engine, random.Random(7)
+    requests = make_requests()
+    alone = build_core(config(tiny_models.path("llama"), tp_size=1), lambda *_: None)
+    expected = [run_alone(alone, request) for request in requests]
+    for _ in range(int(os.environ.get("FASTSERVE_RANK_LOSSES", "10"))):
+        pids, rank, harm = started.rank_pids, generator.randrange(2), generator.choice([kill, stop])
+        running = [asyncio.create_task(collect(engine, request, None)) for request in requests]
+        await asyncio.sleep(generator.random() * 0.4)  # requests may all be done: then ranks are lost while idle
+        harm(pids[rank])
+        await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
+        await eventually(lambda pids=pids: not any(map(psutil.pid_exists, pids)))  # type: ignore[misc]
+        for found, right in zip(await asyncio.gather(*running, return_exceptions=True), expected, strict=True):
+            if isinstance(found, RequestOutput):
+                assert found.token_ids == right.token_ids
+            else:
+                assert isinstance(found, EngineDeadError)
+        await engine.start(lambda event: None)
+        for request, right in zip(requests, expected, strict=True):
+            assert (await collect(engine, request, None)).token_ids == right.token_ids
+
+
+@pytest.mark.slow
 async def test_the_loss_of_an_idle_rank_is_noticed(started: Started) -> None:
     kill(started.rank_pids[1])
     reason = await asyncio.wait_for(started.engine.wait_dead(), NOTICE_S)
