@@ -182,6 +182,7 @@ async def test_a_lost_rank_is_noticed_and_all_ranks_start_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 async def test_ranks_lost_at_random_moments_come_back_each_time(started: Started, tiny_models: TinyModels) -> None:
     engine, generator = started.engine, random.Random(7)
     requests = make_requests()
