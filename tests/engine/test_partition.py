@@ -22,6 +22,7 @@ from transformers import (
     DeepseekV3Config,
     DiffLlamaConfig,
     Glm4Config,
+    GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     Qwen3Config,
@@ -30,6 +31,7 @@ from transformers import (
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import SamplingParams, TokenLogprob
 from fastserve.engine.layers.experts import Experts
+from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from fastserve.engine.loading import checkpoint
@@ -39,13 +41,13 @@ from fastserve.engine.loading.sharding import Shard
 from fastserve.engine.loading.tensor_shards import take
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives, RankLostError
 from fastserve.engine.ranks.thread_collectives import run_ranks
-from fastserve.engine.settings import EngineConfig, WeightOptions
+from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 from fastserve.worker.model_source import find_model
 from tests.gguf.writing import smollm2_file
 
 from .conftest import CONFIGS, SHAPE, TinyModels, logits_of
-from .packers import Pack, awq, round_to_nearest, write_packed
+from .packers import Pack, awq, gptq, round_to_nearest, write_packed
 from .test_architectures import requests_for, run
 from .test_formats import (
     SIZES,
@@ -350,13 +352,50 @@ def test_groups_are_refined_where_a_part_begins_inside_one(begin: int, end: int,
     assert torch.allclose(part.layout(torch.float32, torch.device("cpu")).get(), part.dense(torch.float32))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_packed_one_by_one_are_divided(models: Callable[[str], str], tmp_path: Path, name: str) -> None:
+    packed: dict[str, torch.Tensor] = {}
+    for weight, tensor in load_file(Path(models(name)) / "model.safetensors").items():
+        is_packed = ".experts." in weight and tensor.shape[1] % 16 == 0
+        packed |= gptq(weight, round_to_nearest(tensor, 8, 16), 8) if is_packed else {weight: tensor}
+    save_file(packed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((Path(models(name)) / "config.json").read_text())
+    for loaded in assert_same_divided(tmp_path, packed=PackedCheckpoint("gptq", None, 8)):
+        layouts = [layout for module in loaded.model.modules() if isinstance(module, Experts)
+                   for each in module.layouts.values() for layout in each]  # fmt: skip
+        assert {type(layout) for layout in layouts} == {QuantizedWeight}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_packed_weights_that_the_model_has_transposed_are_divided(tmp_path: Path, shuffled: bool) -> None:
+    """Also square ones, whose shape does not show that they are."""
+    config = GPT2Config(**{**CONFIGS["gpt2"].to_dict(), "n_embd": 64})
+    save(config, tmp_path)
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        is_packed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        packed |= gptq(name, round_to_nearest(tensor.t(), 4, 32, shuffled=shuffled), 4) if is_packed else {name: tensor}
+    save_file({name: tensor.contiguous() for name, tensor in packed.items()}, tmp_path / "model.safetensors")
+    assert_same_divided(tmp_path, packed=PackedCheckpoint("gptq", None, 4))
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def test_only_the_ranks_part_of_a_file_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["plain", "gptq", "awq", "Q8_0", "Q4_0", "F16"])
+def test_only_the_ranks_part_of_a_file_is_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """No buffer is larger than the rank's part of the largest weight, or than one block of rows."""
-    config = LlamaConfig(**{**SHAPE, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1})
-    save(config, tmp_path)
+    whole = tmp_path / "whole"
+    save(LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 1}), whole)
+    folder, size = whole, 4.0
+    if kind in ("gptq", "awq"):
+        folder, size = tmp_path / kind, 0.5
+        write_packed(str(whole), folder, *FORMATS[kind])
+    elif kind != "plain":
+        folder, size = tmp_path / kind, {"Q8_0": 34 / 32, "Q4_0": 18 / 32, "F16": 2.0}[kind]
+        write_gguf(str(whole), folder, "llama", kind)
     taken: list[int] = []
     lock = threading.Lock()
     original = checkpoint.BufferPool.take
@@ -367,10 +406,9 @@ def test_only_the_ranks_part_of_a_file_stays_in_memory(tmp_path: Path, monkeypat
         return original(pool, size)
 
     monkeypatch.setattr(checkpoint.BufferPool, "take", take_noted)
-    run_ranks(2, lambda collectives: len(load(tmp_path, collectives).weights.names()))
-    largest_part = 512 * 2048 * 4 // 2
-    assert max(taken) <= largest_part
-    assert sum(taken) < 1.2 * 2 * 4 * sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values())
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 1 << 14)
+    run_ranks(2, lambda collectives: len(load(folder, collectives).weights.names()))
+    assert 0.9 * 256 * 2048 * size / 2 <= max(taken) <= 256 * 2048 * size / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -27,7 +27,8 @@ SOME = ("llama", "phi3", "gpt_neox", "olmo2", "mixtral", "deepseek_v3", "cohere2
 OTHERS = {
     "doge": "dt_proj",  # divided, it computes something else, and is refused at start
     "dory": "embed_tokens lm_head",  # classes of their own
-    "longcat_flash": "experts",
+    "longcat_flash": "experts",  # modules of experts that are not known
+    "aria_text": "experts",
 }
 """What we leave whole where transformers does not."""
 

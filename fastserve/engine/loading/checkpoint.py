@@ -204,12 +204,12 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
         return read_bytes(file, name, data + first, last - first).view(dtype).view(shape)
 
     def read_shard(shard: Shard) -> torch.Tensor:
-        return _read_shard(file, name, data + first, dtype, shard)
+        return read_shard_of_bytes(file, name, data + first, dtype, shard)
 
     return StoredTensor(name, file, shape, dtype, last - first, read, read_shard)
 
 
-def _read_shard(file: Path, name: str, offset: int, dtype: torch.dtype, shard: Shard) -> torch.Tensor:
+def read_shard_of_bytes(file: Path, name: str, offset: int, dtype: torch.dtype, shard: Shard) -> torch.Tensor:
     """The ranges of a tensor, read piece by piece: runs of adjacent bytes directly, short ones in blocks of rows."""
     if shard.dim == 0 and len(shard.ranges) == 1:
         [(begin, end)] = shard.ranges

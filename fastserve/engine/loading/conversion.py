@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.loading.formats.source import (
     QuantizedExperts,
@@ -52,6 +53,8 @@ class WeightLoad:
     """transformers' WeightConverter; None if the single source is the weight."""
     patterns: list[str] = field(default_factory=list)
     """For each source, the pattern of the rule that it matched."""
+    transposed: bool = False
+    """Whether the model has the weight as (in, out); quantized sources are (out, in)."""
     shards: Mapping[str, Shard] = field(default_factory=dict)
     """The part that this rank keeps, by name, of weights that are divided over ranks."""
 
@@ -96,6 +99,8 @@ class WeightLoad:
     def _source_shards(self) -> list[Shard | None]:
         """The part of each source that makes up the rank's part of the weight; None for all of it."""
         shard = self.shards.get(self.target)
+        if shard is not None and self.transposed and not self.sources[0].is_plain:
+            shard = shard.transposed()
         if shard is None or self.rule is None:
             return [shard] * len(self.sources)
         if shard.dim == 0 or self._steps not in (_STACKED, _STACKED_AND_JOINED):
@@ -109,17 +114,18 @@ class WeightLoad:
     def _keep_shards(self, values: list[Value], shards: Sequence[Shard | None], dtype: torch.dtype) -> None:
         """Reduce values of sources that were read whole to the rank's parts."""
         for index, (source, shard) in enumerate(zip(self.sources, shards, strict=True)):
-            if shard is None or source.reads_shards:
+            if shard is None or source.divide(shard) is not None:
                 continue
             value = values[index]
+            if isinstance(value, torch.Tensor) and self.transposed and not source.is_plain:
+                shard = shard.transposed()
+            require_shape(source, shard.whole, value.shape)
             if isinstance(value, torch.Tensor):
-                require_shape(source, shard.whole, value.shape)
                 values[index] = take(shard, value).clone(memory_format=torch.contiguous_format)
             else:
-                # Quantized weights are (out, in), also where the model has (in, out).
-                of_value = shard if value.shape == shard.whole else shard.transposed()
-                require_shape(source, of_value.whole, value.shape)
-                values[index] = value.part(of_value, dtype)
+                part: Any = value.part(shard, dtype)
+                dequantized = isinstance(part, torch.Tensor)
+                values[index] = part.t().contiguous() if dequantized and self.transposed else part
 
     @property
     def _steps(self) -> list[tuple[type, Any]]:
@@ -161,6 +167,7 @@ def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Weigh
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     prefix = model.base_model_prefix
+    transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
     found: dict[str, WeightLoad] = {}
     unexpected = []
     for source in sources:
@@ -174,7 +181,7 @@ def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Weigh
             raise StartupError(
                 f"{source.location}: {source.name} and {found[target].sources[0].name} are both {target}."
             )
-        weight_load = found.setdefault(target, WeightLoad(target))
+        weight_load = found.setdefault(target, WeightLoad(target, transposed=target in transposed))
         weight_load.sources.append(source)
         if pattern is not None:
             weight_load.rule = weight_load.rule or copy.deepcopy(by_pattern[pattern])

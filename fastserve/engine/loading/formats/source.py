@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
@@ -126,6 +127,15 @@ WeightValue: TypeAlias = Value | QuantizedExperts
 """Value of one weight of the model."""
 
 
+Divide = Callable[[Shard], Sequence[Shard | None] | None]
+"""(part of a weight (out, in), or in the shape of a plain weight) -> for each stored tensor, the part from which the
+part of the weight is made (None: all of it); None if it is not made of parts"""
+
+
+def _read_whole(shard: Shard) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A weight of a checkpoint."""
@@ -136,31 +146,21 @@ class Source:
     make: Callable[..., Value]
     """Makes the weight from the `stored` tensors, in their order."""
     num_bytes: int
+    divide: Divide = _read_whole
+    """How to read only a part of the weight."""
     is_plain: bool = False
     """Whether the weight is its single stored tensor, unchanged."""
 
     def load(self, shard: Shard | None = None) -> Value:
-        """Read the weight; only its part `shard` if the source `reads_shards`. Raises StartupError that names tensor
+        """Read the weight; only its part `shard` if the source `divide`s it so. Raises StartupError that names tensor
         and file."""
+        shards = None if shard is None else self.divide(shard)
         try:
-            if shard is not None and self.reads_shards:
-                return self._read_shard(shard)
-            return self.make(*(tensor.read() for tensor in self.stored))
+            return self.make(*map(_read, self.stored, shards or [None] * len(self.stored)))
         except (ValueError, RuntimeError, IndexError) as error:
             raise StartupError(
                 f"{self.location}: what is stored for {self.name} does not fit together: {error}"
             ) from error
-
-    @property
-    def reads_shards(self) -> bool:
-        """Whether a part of the weight can be read without reading all of it."""
-        return self.is_plain and self.stored[0].read_shard is not None
-
-    def _read_shard(self, shard: Shard) -> torch.Tensor:
-        [stored] = self.stored
-        assert stored.read_shard is not None
-        require_shape(self, shard.whole, stored.shape)
-        return stored.read_shard(shard)
 
     @property
     def location(self) -> str:
@@ -176,13 +176,62 @@ def require_shape(source: Source, needed: Sequence[int], found: Sequence[int]) -
         )
 
 
-def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value]) -> Source:
+def source_of(
+    name: str, stored: Iterable[StoredTensor], make: Callable[..., Value], divide: Divide = _read_whole
+) -> Source:
     tensors = tuple(stored)
-    return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors))
+    return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors), divide)
+
+
+def _read(tensor: StoredTensor, shard: Shard | None) -> torch.Tensor:
+    if shard is None:
+        return tensor.read()
+    assert tensor.read_shard is not None
+    return tensor.read_shard(shard)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedParts:
+    """The stored tensors of a packed weight: codes (in, out), zero points and scales (groups, out)."""
+
+    codes: StoredTensor
+    zeros: StoredTensor
+    scales: StoredTensor
+    inputs: Fraction
+    """Rows of `codes` for each input."""
+    outputs: Fraction
+    """Columns of `codes` for each output."""
+    zero_outputs: Fraction
+    """Columns of `zeros` for each output."""
+
+    def divide(self, shard: Shard) -> list[Shard | None] | None:
+        """As `Divide`, for codes, zero points and scales. None where the part does not begin and end with whole words
+        and groups."""
+        width, (groups, out) = int(self.codes.shape[0] / self.inputs), self.scales.shape
+        tensors = (self.codes, self.zeros, self.scales)
+        if shard.whole != (out, width) or any(tensor.read_shard is None for tensor in tensors):
+            return None
+        if shard.dim == 0:
+            dim, factors = 1, (self.outputs, self.zero_outputs, Fraction(1))
+        else:
+            of_groups = Fraction(groups, width)
+            dim, factors = 0, (self.inputs, of_groups, of_groups)
+        found: list[Shard | None] = []
+        for tensor, factor in zip(tensors, factors, strict=True):
+            edges = [(begin * factor, end * factor) for begin, end in shard.ranges]
+            if shard.dim == 1 and groups == 1 and tensor is not self.codes:
+                edges = [(Fraction(0), Fraction(1))]
+            if any(edge.denominator != 1 for pair in edges for edge in pair):
+                return None
+            found.append(Shard(tensor.shape, dim, tuple((int(begin), int(end)) for begin, end in edges)))
+        return found
 
 
 def plain_source(tensor: StoredTensor) -> Source:
-    return Source(tensor.name, (tensor,), lambda value: value, tensor.num_bytes, is_plain=True)
+    def divide(shard: Shard) -> list[Shard | None] | None:
+        return [shard] if shard.whole == tensor.shape and tensor.read_shard is not None else None
+
+    return Source(tensor.name, (tensor,), lambda value: value, tensor.num_bytes, divide, is_plain=True)
 
 
 def layers_of(tensors: Tensors, mark: str, parts: Iterable[str]) -> tuple[dict[str, dict[str, StoredTensor]], Tensors]:
