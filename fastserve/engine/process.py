@@ -163,19 +163,23 @@ def main(handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS) -> None:
     socket.set_hwm(0)
     socket.connect(endpoint)
     try:
-        with contextlib.ExitStack() as ranks:
-            _serve(config, socket, handlers, ranks)
+        _serve(config, socket, handlers)
     finally:
         context.destroy(linger=1000)
 
 
-def _serve(
+def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> None:
+    with contextlib.ExitStack() as ranks:
+        _serve_beside(ranks, config, socket, handlers)
+
+
+def _serve_beside(
+    ranks: contextlib.ExitStack,
     config: EngineConfig,
     socket: zmq.Socket[bytes],
     handlers: Iterable[CallHandler[Any, Any]],
-    ranks: contextlib.ExitStack,
 ) -> None:
-    """`ranks` is left when this process ends: it ends the model's other ranks."""
+    """`ranks` ends the other ranks of the model, which this starts, when it is left."""
     encode = msgspec.msgpack.Encoder().encode
     last = [0.0]
 

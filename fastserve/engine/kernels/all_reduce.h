@@ -27,7 +27,8 @@ constexpr int MAX_RANKS = 64;
 constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t HEADER_BYTES = 16384;
 constexpr int SPINS_BEFORE_YIELD = 2000;
-constexpr int YIELDS_BEFORE_SLEEP = 2000;
+// About 50 us. A rank that waits longer leaves its core to whoever keeps the other rank from its own.
+constexpr int YIELDS_BEFORE_SLEEP = 200;
 constexpr int64_t SLEEP_NS = 50'000'000;
 
 enum Loss { NONE = 0, DECLARED = 1, TOO_LATE = 2, DIFFERENT_CALLS = 3 };
