@@ -217,6 +217,9 @@ class ModelConfig:
 
     model_path: str = option("fastserve-demo", "local folder, Hugging Face repository id, or fastserve-demo")
     revision: str = option("main", "revision on the Hugging Face hub")
+    tokenizer_path: str | None = option(
+        None, "folder of the tokenizer and its chat template; the model's own if unset", added=True
+    )
     gpus: str | None = option(None, "GPU ids to use, such as 1 or 0,2")
     load_8bit: bool = option(False, "keep the weights of linear layers in 8 bits, quantized while they are read")
     load_4bit: bool = option(

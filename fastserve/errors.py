@@ -78,7 +78,9 @@ class FastserveError(Exception):
 
 
 class StartupError(FastserveError):
-    """A process cannot start. The message says what is wrong and what to do; the exit code is 1."""
+    """A process cannot start. The message says what is wrong and what to do."""
+
+    exit_code = 1
 
 
 class RequestError(FastserveError):

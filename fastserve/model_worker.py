@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.access.api_keys import ENV_API_KEYS
@@ -16,6 +17,7 @@ from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
+from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
 from fastserve.serving.listen import advertised_address, bind
@@ -54,6 +56,7 @@ def _serve(config: WorkerConfig) -> None:
             config=config,
             engine=_make_engine(config, model),
             model_dir=model.folder,
+            tokenizer_dir=_tokenizer_dir(config, model),
             model_names=config.model_names or (default_name(config.model_path),),
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),
@@ -116,6 +119,15 @@ def _weight_options(config: WorkerConfig, source: ModelSource) -> WeightOptions:
         adapter_dir=None if source.adapter_dir is None else str(source.adapter_dir),
         dummy=config.dummy,
     )
+
+
+def _tokenizer_dir(config: WorkerConfig, source: ModelSource) -> Path:
+    if config.tokenizer_path is None:
+        return source.folder
+    folder = Path(config.tokenizer_path).expanduser()
+    if not folder.is_dir():
+        raise StartupError(f"--tokenizer-path {config.tokenizer_path}: there is no such folder.")
+    return folder
 
 
 def _draft_dir(config: WorkerConfig) -> str | None:

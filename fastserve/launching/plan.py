@@ -121,7 +121,7 @@ class LaunchPlan:
 
 def common_config(config: LauncherConfig) -> ServerConfig:
     """The settings that all services have in common."""
-    return _service_config(ServerConfig, config, {})
+    return service_config(ServerConfig, config, {})
 
 
 def has_tls(config: LauncherConfig) -> bool:
@@ -138,18 +138,18 @@ def worker_config(config: LauncherConfig, item: Item) -> WorkerConfig:
         # A worker that listens on all addresses determines its advertised address itself.
         "worker_address": None if item.host in WILDCARDS else url_of(item.host, item.port, ssl=has_tls(config)),
     }
-    worker = _service_config(WorkerConfig, config, {**given, **item.options})
+    worker = service_config(WorkerConfig, config, {**given, **item.options})
     if worker.no_register:
         return worker
     # API keys are for clients, and only a worker without a controller serves clients directly.
-    return _service_config(WorkerConfig, config, {**given, **item.options}, without={"api_keys_file"})
+    return service_config(WorkerConfig, config, {**given, **item.options}, without={"api_keys_file"})
 
 
 def controller_address(config: LauncherConfig) -> str:
     return url_of(local_host(config.controller_host), config.controller_port, ssl=has_tls(config))
 
 
-def _service_config(
+def service_config(
     config_class: type[ConfigT], config: LauncherConfig, given: Mapping[str, Any], without: Collection[str] = ()
 ) -> ConfigT:
     """Settings of a service: `given`, and each launcher option of the same name."""
@@ -199,10 +199,10 @@ def plan(
             drain_timeout_s=settings.drain_timeout_s,
         )
 
-    controller = _service_config(
+    controller = service_config(
         ControllerConfig, config, {"host": config.controller_host, "port": config.controller_port}
     )
-    server = _service_config(
+    server = service_config(
         ApiServerConfig,
         config,
         {

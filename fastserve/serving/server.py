@@ -318,9 +318,9 @@ def _end_in_order(*_: object) -> None:
 
 
 def run_entry(run: Callable[[], None]) -> None:
-    """Run an entry point: a StartupError becomes one line on standard error and exit code 1."""
+    """Run an entry point: a StartupError becomes its message on standard error and its exit code."""
     try:
         run()
     except StartupError as error:
         logger.error(error.message)
-        sys.exit(1)
+        sys.exit(error.exit_code)

@@ -38,7 +38,7 @@ from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import admin_routes, fastchat_routes, openai_routes
+from fastserve.worker import admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
@@ -60,6 +60,7 @@ class WorkerSetup:
     config: WorkerConfig
     engine: Engine
     model_dir: Path
+    tokenizer_dir: Path
     model_names: tuple[str, ...]
     address: str
     """URL at which other services reach this worker."""
@@ -110,6 +111,7 @@ class ModelWorker:
         for handler in self._setup.handlers:
             app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
         app.include_router(fastchat_routes.router)
+        app.include_router(rtp_llm_routes.router)
         app.include_router(admin_routes.router)
         app.add_api_route("/health", _health, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"])
@@ -295,8 +297,8 @@ class ModelWorker:
 
 def _load_tokenizer_and_template(setup: WorkerSetup) -> tuple[Tokenizer, ChatTemplate | None]:
     override = setup.config.chat_template
-    template = load_chat_template(setup.model_dir, None if override is None else Path(override))
-    return load_tokenizer(setup.model_dir, trust_remote_code=setup.config.trust_remote_code), template
+    template = load_chat_template(setup.tokenizer_dir, None if override is None else Path(override))
+    return load_tokenizer(setup.tokenizer_dir, trust_remote_code=setup.config.trust_remote_code), template
 
 
 def _check_names(model_names: tuple[str, ...]) -> None:

@@ -69,6 +69,7 @@ async def run_worker(controller: str | None = None, **settings: Any) -> AsyncIte
             config=config,
             engine=FakeEngine(FakeOptions(vocab_size=4096)),
             model_dir=folder,
+            tokenizer_dir=folder,
             model_names=config.model_names or (MODEL,),
             address=address,
             wait_listening=listening,

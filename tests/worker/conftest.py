@@ -139,6 +139,7 @@ def run_worker(model_dir: Path) -> RunWorker:
             config=config,
             engine=engine,
             model_dir=folder,
+            tokenizer_dir=folder,
             model_names=config.model_names or (MODEL,),
             address=url,
             wait_listening=wait_listening,

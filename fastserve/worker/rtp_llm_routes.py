@@ -1,0 +1,96 @@
+"""rtp-llm's routes on the worker: generation at `POST /`, its health checks, its status and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from fastserve.errors import FastserveError
+from fastserve.openai.answers import JSON, encode_json
+from fastserve.protocol import REQUEST_ID_HEADER
+from fastserve.serving.responses import StreamResponse, run_until_disconnect
+from fastserve.worker.answer import fold, stream_answer
+from fastserve.worker.caller import caller_of, read_body
+from fastserve.worker.jobs import JobMaker
+from fastserve.worker.metrics import kv_usage
+from fastserve.worker.rtp_llm_request import make_job, read_text
+from fastserve.worker.runtime import metrics_of, runtime_of
+from fastserve.worker.writers.rtp_llm import RtpLlmWriter, error_body
+
+router = APIRouter()
+_CLIENT_GONE = 499
+
+
+@router.post("/")
+async def generate(request: Request) -> Response:
+    caller = caller_of(request)
+    try:
+        with metrics_of(request).refusals():
+            runtime = runtime_of(request)
+            runtime.keeper.require_ready()
+            body = await read_body(request)
+            job, shape = await runtime.pool.run(len(body), lambda: make_job(runtime, body, caller))
+        headers = {REQUEST_ID_HEADER: caller.request_id}
+        writer = RtpLlmWriter(job, shape)
+        if job.answer.stream:
+            response = StreamResponse(stream_answer(runtime.service, job, writer))
+            response.headers.update(headers)
+            return response
+        result = await run_until_disconnect(request, fold(runtime.service, job))
+    except FastserveError as error:
+        return _refusal(error)
+    if result is None:
+        return Response(status_code=_CLIENT_GONE)
+    return Response(writer.whole(result), media_type=JSON, headers=headers)
+
+
+@router.post("/tokenizer/encode")
+async def encode(request: Request) -> Response:
+    """Ids and tokens of `prompt`, with the special tokens that the tokenizer adds."""
+    try:
+        runtime, body = runtime_of(request), await read_body(request)
+        answer = await runtime.pool.run(len(body), lambda: _encode(runtime.jobs, body))
+    except FastserveError as error:
+        return _refusal(error)
+    return Response(encode_json(answer), media_type=JSON)
+
+
+@router.get("/")
+async def home() -> dict[str, str]:
+    return {"status": "home"}
+
+
+@router.get("/worker_status")
+async def worker_status(request: Request) -> Response:
+    runtime = runtime_of(request)
+    admission, stats = runtime.admission, runtime.keeper.engine.stats
+    tokens = runtime.info.num_blocks * runtime.info.block_size
+    return JSONResponse(
+        {
+            "available_concurrency": max(0, admission.limit - admission.running),
+            "available_kv_cache": round(tokens * (1 - kv_usage(stats))),
+            "total_kv_cache": tokens,
+            "alive": runtime.keeper.ready,
+        }
+    )
+
+
+async def _is_well(request: Request) -> Response:
+    runtime_of(request).keeper.require_ready()
+    return JSONResponse("ok")
+
+
+for _path in ("/status", "/GraphService/cm2_status", "/SearchService/cm2_status", "/health_check"):
+    router.add_api_route(_path, _is_well, methods=["GET", "POST"])
+router.add_api_route("/health", _is_well, methods=["POST"])
+
+
+def _encode(jobs: JobMaker, body: bytes) -> dict[str, Any]:
+    ids = jobs.encoder.encode(read_text(body, jobs.settings.bounds), "prompt", add_special_tokens=True)
+    return {"token_ids": ids, "tokens": [jobs.tokenizer.token_bytes(item).decode(errors="replace") for item in ids]}
+
+
+def _refusal(error: FastserveError) -> Response:
+    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers())
