@@ -60,6 +60,7 @@ from .test_formats import (
     pack_w8a16_in_order,
     write_gguf,
 )
+from .test_loading import write_adapter
 
 MORE_CONFIGS: dict[str, PretrainedConfig] = {
     "odd vocabulary, all biases": LlamaConfig(**{**SHAPE, "vocab_size": 157}, attention_bias=True, mlp_bias=True),
@@ -377,6 +378,17 @@ def test_packed_weights_that_the_model_has_transposed_are_divided(tmp_path: Path
         packed |= gptq(name, round_to_nearest(tensor.t(), 4, 32, shuffled=shuffled), 4) if is_packed else {name: tensor}
     save_file({name: tensor.contiguous() for name, tensor in packed.items()}, tmp_path / "model.safetensors")
     assert_same_divided(tmp_path, packed=PackedCheckpoint("gptq", None, 4))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_with_an_adapter_added_are_divided(models: Callable[[str], str], tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path / "adapter", transposed=name == "gpt2")
+    assert_same_divided(models(name), adapter_dir=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_random_weights_are_divided(models: Callable[[str], str], name: str) -> None:
+    assert_same_divided(models(name), dummy=True)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
