@@ -39,6 +39,8 @@ class Arm:
     command: list[str]
     port: int
     keepalive: bool = True
+    threads: int | None = None
+    """Of each process that computes; None: as many as there are CPUs."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def serving(arm: Arm) -> Iterator[psutil.Process]:
         "VLLM_NO_USAGE_STATS": "1",
         # Left alone, vLLM keeps one core free of its threads.
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
-        "OMP_NUM_THREADS": str(cores),
+        "OMP_NUM_THREADS": str(arm.threads or cores),
     }
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(arm.command, stdout=log, stderr=log, env=environ, start_new_session=True)

@@ -260,6 +260,16 @@ class EngineOptions:
         None, "device; detected if unset", choices=("cpu", "cuda", "mps", "xpu", "npu"), group="model"
     )
     num_gpus: int = option(1, "number of GPUs to spread the model's layers over", group="model")
+    tp_size: int = option(
+        1,
+        "tensor parallelism: number of processes (ranks) that compute the model together, each with a part of every "
+        "layer on CPU cores or a GPU of its own",
+        alias="--tensor-parallel-size",
+        added=True,
+        minimum=1,
+        maximum=64,
+        group="model",
+    )
     max_gpu_memory: str | None = option(
         None,
         "maximum weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",
@@ -489,6 +499,7 @@ class LauncherConfig(ClassicLauncherFlags, EngineOptions, AccessOptions):
         "listening and logs": "every service",
     }
 
+    tp_size: int = same_option(WorkerConfig, "tp_size")
     dtype: str | None = same_option(WorkerConfig, "dtype", added=True)
     load_4bit: bool = same_option(WorkerConfig, "load_4bit", added=True)
     awq_ckpt: str | None = same_option(WorkerConfig, "awq_ckpt", added=True)

@@ -45,6 +45,7 @@ def option(
     parse: Callable[[str], Any] | None = None,
     nargs: str | None = None,
     flag: str | None = None,
+    alias: str | None = None,
     env: str | None = None,
     added: bool = False,
     minimum: float | None = None,
@@ -53,14 +54,15 @@ def option(
 ) -> Any:
     """Declare one option.
 
-    `parse` converts the flag's text, `flag` overrides the flag's name, `env` names a variable for the default.
+    `parse` converts the flag's text, `flag` overrides the flag's name, `alias` is a second name, `env` names a variable
+    for the default.
     `added`: FastChat has no such flag, so it must not make abbreviations of FastChat's flags ambiguous.
     `minimum`, `maximum`: a value outside is a startup error, as NaN and infinity are for every option.
     `group`: the heading in the help text; the `title` of the declaring class if unset.
     """
     metadata = {
-        "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "env": env, "added": added,
-        "minimum": minimum, "maximum": maximum, "is_limit": False, "group": group,
+        "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "alias": alias, "env": env,
+        "added": added, "minimum": minimum, "maximum": maximum, "is_limit": False, "group": group,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -143,7 +145,8 @@ def build_parser(
         title = group_of(config_class, item.name)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(flag_of(item), **arguments)
+        alias = item.metadata["alias"]
+        groups[title].add_argument(flag_of(item), *([alias] if alias else []), **arguments)
     return parser
 
 
@@ -215,7 +218,9 @@ def _range_problem(item: dataclasses.Field[Any], value: Any) -> str | None:
 
 def expand_abbreviations(config_class: type[Any], argv: Sequence[str]) -> list[str]:
     """Expand abbreviations that are unique among the flags not `added`, so that added flags cannot break them."""
-    flags = {flag_of(item): item.metadata["added"] for item in dataclasses.fields(config_class)}
+    items = dataclasses.fields(config_class)
+    flags = {flag_of(item): item.metadata["added"] for item in items}
+    flags |= {item.metadata["alias"]: True for item in items if item.metadata["alias"]}
     expanded = []
     for word in argv:
         flag, equals, value = word.partition("=")

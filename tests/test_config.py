@@ -64,6 +64,14 @@ def test_an_option_that_is_on_by_default_can_be_switched_off() -> None:
     assert to_argv(config) == ["--no-restart"]
 
 
+@pytest.mark.parametrize("flag", ["--tp-size", "--tensor-parallel-size"])
+def test_an_option_can_have_a_second_name(flag: str) -> None:
+    for config_class in (WorkerConfig, LauncherConfig):
+        config = parse_config(config_class, [flag, "2"], "prog", {})
+        assert config.tp_size == 2
+        assert to_argv(config) == ["--tp-size=2"]
+
+
 def test_a_bad_variable_is_named() -> None:
     with pytest.raises(StartupError, match="FASTCHAT_WORKER_HEART_BEAT_INTERVAL"):
         parse_config(WorkerConfig, [], "x", {"FASTCHAT_WORKER_HEART_BEAT_INTERVAL": "soon"})

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from fastserve.config import EngineOptions
+from fastserve.engine.calls.handling import Weights
 from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.devices.find import device_of
@@ -16,6 +20,8 @@ from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, 
 from fastserve.engine.loading.placement import find_placement
 from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
+from fastserve.engine.ranks.executor import RankedExecutor, RankedWeights, Send
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
@@ -37,36 +43,75 @@ from fastserve.options import check_ranges
 logger = logging.getLogger(__name__)
 
 
-def build_core(
-    config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS
-) -> EngineCore:
-    """Load the model and make everything ready. Raises StartupError with a message for the user.
+@dataclass(frozen=True, slots=True)
+class RankModel:
+    """What each rank has of a model."""
 
-    `processors` are applied in their order.
-    """
-    begin = time.perf_counter()
+    loaded: LoadedModel
+    draft: LoadedModel | None
+    """On rank 0 alone, and whole: a draft model is small."""
+    sizes: Sizes
+    runner: ModelRunner
+    speed: SpeedMeter
+
+
+def build_rank(
+    config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor], collectives: Collectives
+) -> RankModel:
+    """Load one rank's part of the model and verify it, side by side with the other ranks. Raises StartupError with a
+    message for the user."""
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
     spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
-    loaded = _load(config, config.model_dir, progress, spread, config.weights)
-    draft = _load_draft(config, loaded, progress)
-    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft])
-    num_blocks, max_model_len = sizes.num_blocks, sizes.max_model_len
+    loaded = _load(config, config.model_dir, progress, spread, config.weights, collectives)
+    draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
+    collectives.barrier()  # all have loaded, so that free memory is what they share
+    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], collectives.size)
+    sizes = _smallest(sizes, collectives)
     runner = _make_runner(config, loaded, sizes, processors)
-    speed = _measure(runner, num_blocks, config)
+    return RankModel(loaded, draft, sizes, runner, _measure(runner, sizes.num_blocks, config))
+
+
+def _smallest(sizes: Sizes, collectives: Collectives) -> Sizes:
+    """The sizes that fit all ranks."""
+    negative = -torch.tensor([sizes.max_model_len, sizes.num_blocks, sizes.max_num_batched_tokens])
+    max_model_len, num_blocks, max_num_batched_tokens = (-collectives.all_reduce_max(negative)).tolist()
+    return Sizes(max_model_len, num_blocks, max_num_batched_tokens)
+
+
+def build_core(
+    config: EngineConfig,
+    progress: Progress,
+    processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS,
+    *,
+    collectives: Collectives = SINGLE_RANK,
+    send_to_ranks: Send | None = None,
+) -> EngineCore:
+    """Load the model and make everything ready. Raises StartupError with a message for the user.
+
+    `processors` are applied in their order. `collectives`: of the ranks that the model is divided over; this is rank 0.
+    `send_to_ranks`: sends commands to the others, if there are any.
+    """
+    begin = time.perf_counter()
+    model = build_rank(config, progress, processors, collectives)
+    loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     executor: Executor = runner
+    weights: Weights = loaded.weights
+    if send_to_ranks is not None:
+        executor = RankedExecutor(runner, send_to_ranks)
+        weights = RankedWeights(weights, send_to_ranks)
     draft_model = None
-    if draft is not None:
-        draft_model = _make_draft_model(config, draft, sizes, processors, loaded)
-        executor = DraftingExecutor(draft_model, runner)
+    if model.draft is not None:
+        draft_model = _make_draft_model(config, model.draft, sizes, processors, loaded)
+        executor = DraftingExecutor(draft_model, executor)
     info = EngineInfo(
         architecture=type(loaded.model).__name__,
         device=", ".join(map(str, loaded.devices)),
         dtype=str(loaded.dtype).removeprefix("torch."),
         vocab_size=_vocab_size(loaded),
-        max_model_len=max_model_len,
+        max_model_len=sizes.max_model_len,
         block_size=config.block_size,
-        num_blocks=num_blocks,
+        num_blocks=sizes.num_blocks,
         eos_token_ids=loaded.eos_token_ids,
         num_parameters=loaded.weights.num_parameters,
         load_s=time.perf_counter() - begin,
@@ -84,13 +129,18 @@ def build_core(
         needs_last_token=partial(needs_last_token, processors),
         rope_switch_length=loaded.rope_switch_length,
         speculator=_make_speculator(config, speed, draft_model),
-        overlap=draft is None and _overlaps(loaded),
-        weights=loaded.weights,
+        overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
+        weights=weights,
     )
 
 
 def _load(
-    config: EngineConfig, model_dir: str, progress: Progress, spread: Spread, weights: WeightOptions
+    config: EngineConfig,
+    model_dir: str,
+    progress: Progress,
+    spread: Spread,
+    weights: WeightOptions,
+    collectives: Collectives = SINGLE_RANK,
 ) -> LoadedModel:
     loaded = load_model(
         model_dir,
@@ -102,6 +152,7 @@ def _load(
             model, device, spread, config.gpu_memory_utilization, weights.quantize
         ),
         options=weights,
+        collectives=collectives,
     )
     if config.debug:
         logger.info("%s", loaded.model)

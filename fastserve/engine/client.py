@@ -38,6 +38,7 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE
+from fastserve.engine.ranks.processes import RANK_LOST_EXIT_CODE
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.socket_folder import SocketFolder
 from fastserve.errors import EngineDeadError, InternalError, StartupError
@@ -310,4 +311,6 @@ def _ending(code: int | None) -> str:
         return f"killed by {signal.Signals(-code).name}; out of memory is the usual cause of SIGKILL and of SIGABRT"
     if code == OUT_OF_MEMORY_EXIT_CODE:
         return "it ran out of memory in a step"
+    if code == RANK_LOST_EXIT_CODE:
+        return "another rank of its model was lost; the lines above say which"
     return f"exit code {code}; the lines above say why"

@@ -9,6 +9,7 @@ Shutdown, or when its parent is gone, however that died.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,17 @@ from fastserve.engine.memory import (
     is_out_of_memory,
     use_one_heap,
 )
+from fastserve.engine.ranks.own_devices import use_own_devices
+from fastserve.engine.ranks.processes import (
+    MAX_START_SILENCE_S,
+    MAX_STEP_SILENCE_S,
+    RANK_LOST_EXIT_CODE,
+    OtherRanks,
+    SharedProgress,
+    other_ranks,
+)
 from fastserve.engine.settings import EngineConfig
-from fastserve.errors import FastserveError
+from fastserve.errors import EngineDeadError, FastserveError
 from fastserve.observability.logging import setup_logging
 
 logger = logging.getLogger("fastserve.engine")
@@ -160,6 +170,17 @@ def main(handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS) -> None:
 
 
 def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> None:
+    with contextlib.ExitStack() as ranks:
+        _serve_beside(ranks, config, socket, handlers)
+
+
+def _serve_beside(
+    ranks: contextlib.ExitStack,
+    config: EngineConfig,
+    socket: zmq.Socket[bytes],
+    handlers: Iterable[CallHandler[Any, Any]],
+) -> None:
+    """`ranks` ends the other ranks of the model, which this starts, when it is left."""
     encode = msgspec.msgpack.Encoder().encode
     last = [0.0]
 
@@ -173,47 +194,72 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[C
         socket.send(encode(event))
 
     free = free_host_memory()
-    if free.num_bytes < _LIBRARIES_BYTES:
+    if free.num_bytes < config.tp_size * _LIBRARIES_BYTES:
         # Some libraries abort the process when they run out of memory.
-        send(StartFailed(_no_memory_to_start(config, f"the libraries alone take {_LIBRARIES_BYTES / 1e6:.0f} MB")))
+        libraries = f"the libraries alone take {config.tp_size * _LIBRARIES_BYTES / 1e6:.0f} MB"
+        send(StartFailed(_no_memory_to_start(config, libraries)))
         sys.exit(1)
+    others: OtherRanks | None = None
     try:
         begin_loading()
-        # torch and transformers take seconds to import: meanwhile a compiler builds the kernels.
+        # torch and transformers take seconds to import: meanwhile other ranks start, and a compiler builds the kernels.
+        others = ranks.enter_context(other_ranks(config, socket.context))
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
-        # What they make stays, so looking for garbage in it would take a tenth of their time.
-        gc.disable()
-        from fastserve.engine.build import build_core
+        core = _build(config, progress, others)
         from fastserve.engine.profiling import StepProfiler
 
-        gc.freeze()
-        gc.enable()
-        core = build_core(config, progress)
         profiler = StepProfiler(Path(config.profile_dir), lambda max_silence_s: send(Busy(max_silence_s)))
         if config.profile_steps > 0:
             profiler.start(config.profile_steps, _STARTING_STEPS)
     except (FastserveError, RuntimeError, OSError, ImportError, MemoryError) as error:
-        if is_out_of_memory(error):
+        elsewhere = None if others is None else others.reason_of_failed_start()
+        if elsewhere is not None:
+            send(StartFailed(elsewhere))
+        elif is_out_of_memory(error):
             send(StartFailed(_no_memory_to_start(config, str(error))))
         elif isinstance(error, FastserveError):
             send(StartFailed(error.message))
         else:
             raise
         sys.exit(1)
-    # Model and libraries live as long as the process. The garbage collector would stop a step for a fifth of a second
-    # now and then to traverse them, and the end of the process for two seconds.
-    gc.collect()
-    gc.freeze()
     end_loading()
     send(Ready(core.info))
+    if others is not None:
+        others.serving()
     try:
         EngineLoop(core, socket, profiler, handlers).run()
+    except EngineDeadError:
+        logger.exception("another rank of the model is lost, and the engine ends")
+        sys.exit(RANK_LOST_EXIT_CODE)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         logger.exception("the engine ran out of memory in a step, and ends")
         sys.exit(OUT_OF_MEMORY_EXIT_CODE)
+
+
+def _build(config: EngineConfig, progress: Callable[[str, int, int], None], others: OtherRanks | None) -> EngineCore:
+    """Load the model, alone or beside the other ranks."""
+    if others is not None:
+        use_own_devices(config, 0)
+    # What they make stays, so looking for garbage in it would take a tenth of their time.
+    gc.disable()
+    from fastserve.engine.build import build_core
+
+    gc.freeze()
+    gc.enable()
+    if others is None:
+        return build_core(config, progress)
+    from fastserve.engine.ranks.join import join_ranks
+
+
+    collectives = join_ranks(config.device, others.segment, others.meeting_file, 0, MAX_START_SILENCE_S)
+    shared = SharedProgress(others.segment, 0, progress)
+    core = build_core(config, shared, collectives=collectives, send_to_ranks=others.send)
+    shared.update()  # the others may have been slower
+    collectives.set_timeout(MAX_STEP_SILENCE_S)
+    return core
 
 
 def _no_memory_to_start(config: EngineConfig, reason: str) -> str:

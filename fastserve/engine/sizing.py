@@ -70,8 +70,9 @@ class _DeviceMemory:
         return self.tokens_in(num_bytes) if num_bytes > 0 else 0
 
 
-def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
-    """Sizes for `models`, the first of which is served; others (a draft model) have the same blocks.
+def find_sizes(config: EngineConfig, models: Sequence[LoadedModel], num_ranks: int = 1) -> Sizes:
+    """Sizes for `models`, the first of which is served; others (a draft model) have the same blocks. `num_ranks`: ranks
+    on this machine that share its free memory, all with their weights loaded.
 
     Raises StartupError when a flag cannot be honoured, or when memory does not suffice for the smallest sizes.
     """
@@ -79,7 +80,7 @@ def find_sizes(config: EngineConfig, models: Sequence[LoadedModel]) -> Sizes:
     devices = list(dict.fromkeys(device for model in models for device in model.devices))
     tokens = config.max_num_batched_tokens or min(device_of(device).max_batched_tokens for device in devices)
     context = config.max_model_len or models[0].context_length
-    memories = [_device_memory(config, models, device) for device in devices]
+    memories = [_device_memory(config, models, device, num_ranks) for device in devices]
     # No sequence is longer than the KV cache, so a small one makes small tables too.
     cached = config.max_total_tokens or max(1, min(memory.tokens_in(memory.allowed) for memory in memories))
     longest = min(context, cached)
@@ -121,9 +122,13 @@ def _check_flags(config: EngineConfig, model: LoadedModel) -> None:
         )
 
 
-def _device_memory(config: EngineConfig, models: Sequence[LoadedModel], torch_device: torch.device) -> _DeviceMemory:
+def _device_memory(
+    config: EngineConfig, models: Sequence[LoadedModel], torch_device: torch.device, num_ranks: int
+) -> _DeviceMemory:
     device = device_of(torch_device)
     free = device.free_memory()
+    if device.holds_host_state:  # the machine's memory; each rank has a GPU of its own
+        free = FreeMemory(free.num_bytes // num_ranks, free.where)
     allowed = device.allowed_bytes(free, config.gpu_memory_utilization)
     return _DeviceMemory(device, free, allowed, _bytes_per_token(models, config.block_size, device))
 

@@ -15,6 +15,10 @@ _LATER = "is not available in this version of fastserve"
 
 REFUSALS: Sequence[Refusal] = (
     (lambda c: c.device == "npu", f"--device npu {_LATER}: choose cpu, cuda, mps or xpu."),
+    (
+        lambda c: c.tp_size > 1 and (c.num_gpus > 1 or c.cpu_offloading),
+        "--tp-size excludes --num-gpus and --cpu-offloading: with it each rank has one GPU, or CPU cores of its own.",
+    ),
     (lambda c: c.load_8bit and c.load_4bit, "--load-8bit and --load-4bit exclude each other: give one of them."),
     (
         lambda c: _is_gptq(c) and _is_awq(c),
@@ -88,6 +92,8 @@ def _refuse_gpus(config: WorkerConfig) -> None:
         refuse_gpu_ids(config.gpus)
         if len(config.gpus.split(",")) < config.num_gpus:
             raise StartupError(f"Larger --num-gpus ({config.num_gpus}) than --gpus {config.gpus}!")
+        if len(config.gpus.split(",")) < config.tp_size:
+            raise StartupError(f"Larger --tp-size ({config.tp_size}) than --gpus {config.gpus}: name one GPU for each.")
     if config.max_gpu_memory is not None:
         read_gpu_memory(config.max_gpu_memory)
     if config.device != "npu":

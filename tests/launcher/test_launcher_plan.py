@@ -127,6 +127,8 @@ def test_default_launch_reaches_three_services_at_their_addresses() -> None:
         (["--revision", "r"], "worker", {"revision": "r"}),
         (["--device", "mps"], "worker", {"device": "mps"}),
         (["--gpus", "0,2", "--num-gpus", "2"], "worker", {"gpus": "0,2", "num_gpus": 2}),
+        (["--tensor-parallel-size", "4"], "worker", {"tp_size": 4}),
+        (["--model-path-address", "m@h@1?tp-size=2&gpus=0,1"], "worker", {"tp_size": 2, "gpus": "0,1"}),
         (["--max-gpu-memory", "13GiB"], "worker", {"max_gpu_memory": "13GiB"}),
         (["--load-8bit", "--cpu-offloading"], "worker", {"load_8bit": True, "cpu_offloading": True}),
         (["--gptq-ckpt", "c", "--gptq-wbits", "4"], "worker", {"gptq_ckpt": "c", "gptq_wbits": 4}),

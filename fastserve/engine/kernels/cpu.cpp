@@ -1,6 +1,7 @@
 // The kernels for CPUs and one dtype, behind a C interface: built at the first start by build.py, called through ctypes.
 // SCALAR names the type: float, BFloat16 or _Float16.
 
+#include "all_reduce.h"
 #include "attention.h"
 #include "decoder.h"
 #include "elementwise.h"
@@ -84,11 +85,24 @@ void weight_rows(const Weight* weight, const int64_t* rows, int64_t count, Scala
     });
 }
 
-void decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
+// Exchanges with other ranks. They return why the others were lost (all_reduce.h), 0 if they were not.
+int all_reduce(Ranks* ranks, const float* part, float* sums, int64_t count) {
+    all_reduce_of(*ranks, part, sums, count);
+    return ranks->loss;
+}
+
+int all_gather(Ranks* ranks, const char* part, char* all, const int64_t* sizes) {
+    all_gather_of(*ranks, part, all, sizes);
+    return ranks->loss;
+}
+
+// Returns why other ranks were lost, as above.
+int decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
             const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits) {
     on_team([&](Team& team) {
         Run<Scalar>(team, *model, *step, *space, tokens, positions, logit_rows, num_logit_rows, logits)();
     });
+    return model->ranks ? model->ranks->loss.load() : 0;
 }
 
 }

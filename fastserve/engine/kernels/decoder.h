@@ -4,6 +4,7 @@
 // of a step of few tokens, where matrix products already run at memory bandwidth.
 #pragma once
 
+#include "all_reduce.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -27,6 +28,10 @@ struct Decoder {
     const void *embedding, *norm;  // [vocabulary][hidden], or null if tied to the head's weight; [hidden]
     int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate, block_size, activation;
     float eps, norm_offset, embedding_scale, scaling, softcap, logit_softcap;
+    // The sizes above are this rank's, but for the hidden size. Its products of `output` and `down` are partial sums, and
+    // it has `vocabulary` rows of the embedding from `first_token` on. `ranks` is null if one rank has the whole model.
+    Ranks* ranks;
+    int64_t first_token, vocabulary;
 };
 
 // Activations of a step.
@@ -47,7 +52,7 @@ class Run {
         : team(team), m(model), step(step), hidden((T*)space.hidden), kept((T*)space.kept), normed((T*)space.normed),
           query((T*)space.query), key((T*)space.key), value((T*)space.value), inner((T*)space.inner), tokens(tokens),
           positions(positions), logit_rows(logit_rows), num_logit_rows(num_logit_rows), logits(logits),
-          rows(step.tokens) {}
+          rows(step.tokens), exchange(m.ranks ? m.ranks->done.load(std::memory_order_relaxed) : 0) {}
 
     void operator()() {
         embed();
@@ -60,6 +65,7 @@ class Run {
             mlp(layer);
         }
         head();
+        if (m.ranks) m.ranks->done.store(exchange, std::memory_order_relaxed);
     }
 
   private:
@@ -71,15 +77,47 @@ class Run {
     const int64_t num_logit_rows;
     float* logits;
     int64_t rows;
+    uint32_t exchange;  // number of the next exchange with the other ranks
+
+    // This rank's slot for its sums of the next exchange; null if it has no others.
+    float* partial_sums() { return m.ranks ? (float*)slot_of(*m.ranks, exchange, m.ranks->rank) : nullptr; }
+
+    // Calls put(row, first index, sums, count) with the sums of all ranks, for each 16 of the hidden size.
+    template <class Put>
+    void all_reduce(Put put) {
+        meet_ranks(*m.ranks, exchange, rows * m.hidden);
+        team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
+            for (int64_t at = 0; at < m.hidden; at += LANES) {
+                const int count = int(std::min<int64_t>(LANES, m.hidden - at));
+                put(r, at, sum_of_parts(*m.ranks, exchange, r * m.hidden + at, count), count);
+            }
+        });
+        ++exchange;
+    }
 
     void embed() {
         const float scale = m.embedding_scale;
+        const bool is_cut = m.ranks && m.vocabulary;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
             T* to = hidden + r * m.hidden;
-            if (m.embedding) std::memcpy(to, (const T*)m.embedding + tokens[r] * m.hidden, m.hidden * sizeof(T));
-            else row_of(m.head, tokens[r], to);
-            if (scale != 1.0f)
-                for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
+            const int64_t token = tokens[r] - (is_cut ? m.first_token : 0);
+            if (is_cut && (token < 0 || token >= m.vocabulary)) std::memset((void*)to, 0, m.hidden * sizeof(T));
+            else if (m.embedding) std::memcpy(to, (const T*)m.embedding + token * m.hidden, m.hidden * sizeof(T));
+            else row_of(m.head, token, to);
+        });
+        if (is_cut) {
+            float* partial = partial_sums();
+            team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
+                for (int64_t i = 0; i < m.hidden; ++i) partial[r * m.hidden + i] = to_float(hidden[r * m.hidden + i]);
+            });
+            all_reduce([&](int64_t r, int64_t at, Vec sums, int count) {
+                store_some(hidden + r * m.hidden + at, sums, count);
+            });
+        }
+        if (scale == 1.0f) return;
+        team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
+            T* to = hidden + r * m.hidden;
+            for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
         });
     }
 
@@ -95,7 +133,7 @@ class Run {
     // Adds a product to the residual stream, through a norm or none.
     void add(const T* x, const Weight& weight, const void* norm) {
         T* to = norm ? normed : hidden;
-        products(team, x, weight.in, rows, &weight, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+        const auto put = [&](int64_t r, int64_t at, Vec sums, int outs) {
             T* out = to + r * m.hidden + at;
             // Rounded before it is added, as in the model's own code.
             if (!norm) {
@@ -104,7 +142,13 @@ class Run {
                 sums = load(rounded) + load_some(out, outs);
             }
             store_some(out, sums, outs);
+        };
+        float* partial = partial_sums();
+        products(team, x, weight.in, rows, &weight, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+            if (partial) store_some(partial + r * m.hidden + at, sums, outs);
+            else put(r, at, sums, outs);
         });
+        if (partial) all_reduce(put);
         if (!norm) return;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
             T* row = normed + r * m.hidden;

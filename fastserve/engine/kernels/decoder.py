@@ -35,6 +35,8 @@ class DecoderStruct(ctypes.Structure):
         *((name, c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "rotary_dim")),
         *((name, c_int64) for name in ("intermediate", "block_size", "activation")),
         *((name, c_float) for name in ("eps", "norm_offset", "embedding_scale", "scaling", "softcap", "logit_softcap")),
+        ("ranks", c_void_p),
+        *((name, c_int64) for name in ("first_token", "vocabulary")),
     ]
 
 
@@ -64,17 +66,17 @@ class DecoderKernel:
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         logit_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """`token_ids` and `positions` (tokens,), `logit_rows` (rows,) of the batch, all int64 -> logits (rows,
-        vocabulary), float32."""
+    ) -> tuple[int, torch.Tensor]:
+        """`token_ids` and `positions` (tokens,), `logit_rows` (rows,) of the batch, all int64 -> why other
+        ranks were lost (see all_reduce.h; 0 if they were not), and logits (rows, vocabulary), float32."""
         self._grow(model, len(token_ids))
         logits = torch.empty(len(logit_rows), model.head.out, dtype=torch.float32)
         space = _Workspace(*(tensor.data_ptr() for tensor in self._activations))
-        self._decode(
+        loss: int = self._decode(
             ctypes.byref(model), ctypes.byref(step.struct), ctypes.byref(space), token_ids.data_ptr(),
             positions.data_ptr(), logit_rows.data_ptr(), len(logit_rows), logits.data_ptr(),
         )  # fmt: skip
-        return logits
+        return loss, logits
 
     def _grow(self, model: DecoderStruct, rows: int) -> None:
         if rows <= self._rows:

@@ -14,6 +14,7 @@ import torch
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.layouts.plain import PlainWeight
 from fastserve.engine.layers.modules import set_untracked
+from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """Parameter names in transformers; experts without a gate have `up_proj`."""
@@ -24,8 +25,10 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
 
     _original: Any
 
-    def __init__(self, original: torch.nn.Module) -> None:
+    def __init__(self, original: torch.nn.Module, collectives: Collectives = SINGLE_RANK) -> None:
+        """`collectives`: of ranks that each have a part of every expert."""
         super().__init__()
+        self.collectives = collectives
         set_untracked(self, "_original", original)
         self.num_experts: int = original.num_experts
         self.layouts: dict[str, list[WeightLayout]] = {}
@@ -63,12 +66,14 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
             tokens = of_expert // top_k_index.shape[-1]
             y = self._product("down_proj", expert, activation(self._product(first, expert, x[tokens])))
             if has_norm:
-                y = original.post_expert_norm(y)
+                y = original.post_expert_norm(self.collectives.all_reduce(y))
             out.index_add_(0, tokens, (y * top_k_weights.flatten()[of_expert, None]).float())
-        return out.to(x.dtype)
+        return out.to(x.dtype) if has_norm else self.collectives.all_reduce(out, x.dtype)
 
     def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        bias = getattr(self, f"{name}_bias")[expert] if self._original.has_bias else None
+        # Products of the second weight are partial sums: its bias, whole on every rank, is added by one of them.
+        has_bias = self._original.has_bias and (name != "down_proj" or self.collectives.rank == 0)
+        bias = getattr(self, f"{name}_bias")[expert] if has_bias else None
         return self._layout(name, expert).product(x, bias)
 
     def _layout(self, name: str, expert: int) -> WeightLayout:

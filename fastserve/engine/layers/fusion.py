@@ -19,6 +19,7 @@ from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.modules import replace_module, set_untracked
+from fastserve.engine.layers.parallel import ParallelRMSNorm
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ def fuse_norms(model: torch.nn.Module, kernels: ElementwiseOps | None) -> FusedL
             continue
         if kernels is None:
             reasons.append(NO_KERNELS)
+            continue
+        if isinstance(module, ParallelRMSNorm):
+            reasons.append("it sums over ranks")
             continue
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not isinstance(eps, float):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastserve.engine.layers.layouts.layout import Across
 from fastserve.engine.layers.layouts.quantization_scheme import Scheme, quantize, row_slices
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 
@@ -57,17 +58,19 @@ def from_codes(
     return QuantizedWeight(scheme, parts, dtype, input_order)
 
 
-def quantize_int8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedWeight:
-    """Quantize `weight` (out, in) to 8 bits, symmetrically, with a scale for each output."""
-    return _quantized(weight, Scheme(8, _WHOLE, weight.shape[1], has_offsets=False), dtype)
+def quantize_int8(weight: torch.Tensor, dtype: torch.dtype, across: Across | None = None) -> QuantizedWeight:
+    """Quantize `weight` (out, in) to 8 bits, symmetrically, with a scale for each output. `across`: maximum over ranks
+    that have other inputs of the same outputs."""
+    scheme = Scheme(8, _WHOLE, weight.shape[1], has_offsets=False)
+    return QuantizedWeight(scheme, quantize(weight, scheme, across), dtype, across=across)
 
 
-def quantize_nf4(weight: torch.Tensor, dtype: torch.dtype, group: int = 64) -> QuantizedWeight:
-    """Quantize `weight` (out, in) to 4-bit NormalFloat, with a scale for each `group` inputs of an output."""
-    return _quantized(weight, Scheme(4, NF4, group, has_offsets=False), dtype)
-
-
-def _quantized(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+def quantize_nf4(
+    weight: torch.Tensor, dtype: torch.dtype, group: int = 64, across: Across | None = None
+) -> QuantizedWeight:
+    """Quantize `weight` (out, in) to 4-bit NormalFloat, with a scale for each `group` inputs of an output. Groups begin
+    at the first input of each rank, so no scale needs `across`."""
+    scheme = Scheme(4, NF4, group, has_offsets=False)
     return QuantizedWeight(scheme, quantize(weight, scheme), dtype)
 
 

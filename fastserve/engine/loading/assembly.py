@@ -29,6 +29,7 @@ from fastserve.engine.layers.layouts.plain import PlainWeight
 from fastserve.engine.layers.linear import Linear, TiedEmbedding, can_be_tied
 from fastserve.engine.layers.modules import replace_module
 from fastserve.engine.loading.formats.source import QuantizedExperts, QuantizedTensor, WeightValue
+from fastserve.engine.loading.partition import WHOLE, Partition
 from fastserve.engine.loading.weight_table import WeightSlot, WeightTable
 from fastserve.errors import StartupError
 
@@ -75,13 +76,15 @@ class Assembly:
         kernels: ElementwiseOps | None,
         device_map: DeviceMap,
         quantize: Quantize | None = None,
+        partition: Partition = WHOLE,
     ) -> None:
         """With `kernels`, gate and up projections are fused. `quantize` is applied to dense weights of linear layers
-        and experts, except the LM head."""
+        and experts, except the LM head. `partition`: the part of a larger model that `model` is."""
         self._model = model
         self._kernels = kernels
         self._device_map = device_map
         self._quantize = quantize
+        self._partition = partition
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
@@ -115,6 +118,11 @@ class Assembly:
         """Whether all weights are packed in place, in host memory."""
         return isinstance(self._device_map, OneDevice) and device_of(self._device_map.device).packs_weights
 
+    def needs_all_ranks(self, name: str) -> bool:
+        """Whether all ranks must add this weight at the same time: its scales are those of whole rows, of which each
+        rank has a part."""
+        return name in self._to_quantize and self._partition.is_partial_sum(name)
+
     @property
     def missing(self) -> list[str]:
         """Names of weights without a value so far."""
@@ -138,8 +146,12 @@ class Assembly:
             self._set_linear(name, self._waiting.pop(name))
         for name, buffer in list(self._model.named_buffers()):
             self._set_buffer(name, buffer)
+        partition = self._partition
+        partition.place_embedding(self._model)
+        slots = {slot: partition.slot(name, slot) for name, slot in self._slots.items()}
         return WeightTable(
-            {name: [self._slots[other] for other in self._tied[name]] for name in self._shapes}, self._shapes
+            {name: [slots[self._slots[other]] for other in self._tied[name]] for name in self._shapes},
+            {name: partition.whole_shape(name, shape) for name, shape in self._shapes.items()},
         )
 
     def fused_mlps(self) -> FusedLayers:
@@ -234,6 +246,8 @@ class Assembly:
         """Whether each expert's weight gets its own layout. Dense weights on a GPU do not: there, one grouped product
         of all experts is faster."""
         is_plain = isinstance(value, torch.Tensor) and name not in self._to_quantize
+        if self._partition.collectives.size > 1:  # the model's own code does not add what other ranks have
+            return True
         return not is_plain or device_of(self._device_map.device_of(name)).packs_weights
 
     def _set_experts(self, name: str, value: WeightValue) -> None:
@@ -241,7 +255,7 @@ class Assembly:
         with self._lock:
             experts = self._model.get_submodule(path)
             if not isinstance(experts, Experts):
-                experts = Experts(experts)
+                experts = Experts(experts, self._partition.collectives)
                 replace_module(self._model, path, experts)
         transposed = experts.is_transposed
         if isinstance(value, QuantizedExperts):
@@ -268,7 +282,7 @@ class Assembly:
             if isinstance(module, Linear):  # set a second time
                 module.layout = layout
             else:
-                replace_module(self._model, path, Linear(layout, module.bias))
+                replace_module(self._model, path, self._partition.linear(path, layout, module.bias))
 
     def _layout(self, name: str, value: WeightValue, *, transposed: bool) -> WeightLayout:
         dtype = self._dtypes[name]
@@ -279,7 +293,8 @@ class Assembly:
         assert isinstance(value, torch.Tensor)
         weight = value.t() if transposed else value
         if self._quantize is not None and name in self._to_quantize:
-            layout = self._quantize(weight.to(self._device_map.device_of(name)).contiguous(), dtype)
+            across = self._partition.collectives.all_reduce_max if self.needs_all_ranks(name) else None
+            layout = self._quantize(weight.to(self._device_map.device_of(name)).contiguous(), dtype, across)
             self._check_rows(name, layout, lambda rows: layout.part(rows).get(), weight.shape[0])
             return layout
         return self._packed(name, self._device_map.put(name, weight.to(dtype)))
@@ -332,9 +347,9 @@ def linear_weights(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def install(model: PreTrainedModel, kernels: ElementwiseOps | None) -> Assembly:
-    """Assemble a model that already has its weights; `finish` is left to the caller."""
-    assembly = Assembly(model, kernels, _CurrentDevices(model))
+def install(model: PreTrainedModel, kernels: ElementwiseOps | None, partition: Partition = WHOLE) -> Assembly:
+    """Assemble a model that already has its weights (the part of `partition`); `finish` is left to the caller."""
+    assembly = Assembly(model, kernels, _CurrentDevices(model), partition=partition)
     for name, parameter in list(model.named_parameters()):
         assembly.add(name, parameter.data)
     return assembly

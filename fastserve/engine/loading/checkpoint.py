@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from fastserve.engine.huge_pages import Bytes, map_bytes
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import StartupError
 
 _DTYPES = {
@@ -31,6 +33,10 @@ _DTYPES = {
 }  # fmt: skip
 _HEADER_LIMIT = 100_000_000
 """Maximum size of a safetensors header in bytes, by the format."""
+_DIRECT_BYTES = 64 << 10
+_BLOCK_BYTES = 1 << 20
+"""When only a part of each row is kept: the size from which such a part is read by itself, and the size of blocks of
+rows that are read for smaller parts."""
 _OTHER_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler", "consolidated")
 """File name prefixes of tensors that are not the model's weights, or are a second copy under other names."""
 
@@ -91,6 +97,8 @@ class StoredTensor:
     num_bytes: int
     read: Callable[[], torch.Tensor]
     """Raises StartupError that names tensor and file."""
+    read_shard: Callable[[Shard], torch.Tensor] | None = None
+    """Reads a part without reading the whole tensor. None: parts of the stored form are not parts of the weight."""
 
 
 Tensors = Mapping[str, StoredTensor]
@@ -195,7 +203,41 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
     def read() -> torch.Tensor:
         return read_bytes(file, name, data + first, last - first).view(dtype).view(shape)
 
-    return StoredTensor(name, file, shape, dtype, last - first, read)
+    def read_shard(shard: Shard) -> torch.Tensor:
+        return read_shard_of_bytes(file, name, data + first, dtype, shard)
+
+    return StoredTensor(name, file, shape, dtype, last - first, read, read_shard)
+
+
+def read_shard_of_bytes(file: Path, name: str, offset: int, dtype: torch.dtype, shard: Shard) -> torch.Tensor:
+    """The ranges of a tensor, read piece by piece: runs of adjacent bytes directly, short ones in blocks of rows."""
+    if shard.dim == 0 and len(shard.ranges) == 1:
+        [(begin, end)] = shard.ranges
+        row_bytes = math.prod(shard.whole[1:]) * dtype.itemsize
+        return (
+            read_bytes(file, name, offset + begin * row_bytes, (end - begin) * row_bytes).view(dtype).view(shard.shape)
+        )
+    rows, inner = math.prod(shard.whole[: shard.dim]), math.prod(shard.whole[shard.dim + 1 :]) * dtype.itemsize
+    row_bytes = shard.whole[shard.dim] * inner
+    kept = torch.empty(0, dtype=torch.uint8)
+    size = rows * shard.size * inner
+    if size:
+        kept = buffer_pool.as_tensor(buffer_pool.take(size)).view(rows, shard.size * inner)
+    at = 0
+    for begin, end in shard.ranges if size else ():
+        width = (end - begin) * inner
+        if width >= _DIRECT_BYTES:
+            for row in range(rows):
+                part = read_bytes(file, name, offset + row * row_bytes + begin * inner, width)
+                kept[row, at : at + width] = part
+        else:
+            step = max(1, _BLOCK_BYTES // row_bytes)
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                block = read_bytes(file, name, offset + row * row_bytes, count * row_bytes).view(count, row_bytes)
+                kept[row : row + count, at : at + width] = block[:, begin * inner : end * inner]
+        at += width
+    return kept.view(-1).view(dtype).view(shard.shape)
 
 
 def read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
@@ -257,4 +299,7 @@ def _held(file: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
         # A copy, since the file is mapped and the tensor may be changed in place.
         return tensor.clone(memory_format=torch.contiguous_format)
 
-    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, num_bytes, read)
+    def read_shard(shard: Shard) -> torch.Tensor:
+        return take(shard, tensor).clone(memory_format=torch.contiguous_format)
+
+    return StoredTensor(name, file, tuple(tensor.shape), tensor.dtype, num_bytes, read, read_shard)

@@ -8,7 +8,7 @@ while weights are read, so that only the inputs of one rule are in memory twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from fastserve.engine.loading.formats.source import (
     QuantizedExperts,
@@ -30,8 +31,15 @@ from fastserve.engine.loading.formats.source import (
     Value,
     WeightValue,
     join_outputs,
+    require_shape,
 )
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import StartupError
+
+_STACKED: list[tuple[type, Any]] = [(MergeModulelist, 0)]
+_STACKED_AND_JOINED: list[tuple[type, Any]] = [(MergeModulelist, 0), (Concatenate, 1)]
+"""Operations of rules that make one tensor of all experts' weights, each perhaps of two with the same inputs."""
 
 
 @dataclass(slots=True)
@@ -47,25 +55,37 @@ class WeightLoad:
     """For each source, the pattern of the rule that it matched."""
     change: Callable[[str, WeightValue], WeightValue] | None = None
     """Changes each weight (by its name) after it is made, as an adapter does."""
+    transposed: bool = False
+    """Whether the model has the weight as (in, out); quantized sources are (out, in)."""
+    shards: Mapping[str, Shard] = field(default_factory=dict)
+    """The part that this rank keeps, by name, of weights that are divided over ranks."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(source.num_bytes for source in self.sources)
+        shard = self.shards.get(self.target)
+        return int(sum(source.num_bytes for source in self.sources) * (1.0 if shard is None else shard.share))
 
     @property
     def location(self) -> str:
         return ", ".join(dict.fromkeys(source.location for source in self.sources))
 
     def load(self) -> list[Value]:
-        """Read all sources. Raises StartupError that names tensor and file."""
-        return [source.load() for source in self.sources]
+        """Read all sources, and only the rank's part of them where that is possible. Raises StartupError that names
+        tensor and file."""
+        return [source.load(shard) for source, shard in zip(self.sources, self._source_shards(), strict=True)]
 
     def finish(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, WeightValue]:
-        """The model's weights by name."""
+        """The model's weights by name, or the rank's parts of them."""
         made = self._make(values, model, dtype)
-        return made if self.change is None else {name: self.change(name, value) for name, value in made.items()}
+        if self.change is None:
+            return made
+        changed = {name: self.change(name, value) for name, value in made.items()}
+        return {name: self._part(name, value) for name, value in changed.items()}
 
     def _make(self, values: list[Value], model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, WeightValue]:
+        """The weights before they are changed: whole if there is a change, which needs all of a weight."""
+        shards = self._source_shards()
+        self._keep_shards(values, shards, dtype)
         if self.rule is None:
             return {self.target: values[0]}
         self._require_like_shapes(values)
@@ -81,7 +101,49 @@ class WeightLoad:
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             names = f"{self.sources[0].name} to {self.sources[-1].name}"
             raise StartupError(f"{self.location}: {names} cannot be joined to {self.target}: {error}.") from error
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        whole = {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        if any(shards) or self.change is not None:
+            return whole  # made of parts, or needed whole
+        return {name: self._part(name, value) for name, value in whole.items()}
+
+    def _part(self, name: str, whole: Any) -> Any:
+        shard = self.shards.get(name)
+        return whole if shard is None else take(shard, whole)
+
+    def _source_shards(self) -> list[Shard | None]:
+        """The part of each source that makes up the rank's part of the weight; None for all of it."""
+        shard = None if self.change is not None else self.shards.get(self.target)
+        if shard is not None and self.transposed and not self.sources[0].is_plain:
+            shard = shard.transposed()
+        if shard is None or self.rule is None:
+            return [shard] * len(self.sources)
+        if shard.dim == 0 or self._steps not in (_STACKED, _STACKED_AND_JOINED):
+            return [None] * len(self.sources)
+        pieces = [pattern for pattern in self.rule.source_patterns if pattern in self.patterns]
+        found = shard.without_first_dim()
+        if self._steps == _STACKED:
+            return [found] * len(self.sources)
+        return [found.piece(0, pieces.index(pattern), len(pieces)) for pattern in self.patterns]
+
+    def _keep_shards(self, values: list[Value], shards: Sequence[Shard | None], dtype: torch.dtype) -> None:
+        """Reduce values of sources that were read whole to the rank's parts."""
+        for index, (source, shard) in enumerate(zip(self.sources, shards, strict=True)):
+            if shard is None or source.divide(shard) is not None:
+                continue
+            value = values[index]
+            if isinstance(value, torch.Tensor) and self.transposed and not source.is_plain:
+                shard = shard.transposed()
+            require_shape(source, shard.whole, value.shape)
+            if isinstance(value, torch.Tensor):
+                values[index] = take(shard, value).clone(memory_format=torch.contiguous_format)
+            else:
+                part: Any = value.part(shard, dtype)
+                dequantized = isinstance(part, torch.Tensor)
+                values[index] = part.t().contiguous() if dequantized and self.transposed else part
+
+    @property
+    def _steps(self) -> list[tuple[type, Any]]:
+        return [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
 
     def _require_like_shapes(self, values: list[Value]) -> None:
         """Require one shape for all sources that match the same pattern."""
@@ -97,8 +159,7 @@ class WeightLoad:
     def _join_codes(self, values: list[Value]) -> QuantizedExperts | None:
         """Keep experts quantized if the rule only stacks them and concatenates each expert's outputs; None if the rule
         does something else."""
-        steps = [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
-        if steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        if self._steps not in (_STACKED, _STACKED_AND_JOINED):
             return None
         codes = [value for value in values if isinstance(value, QuantizedTensor)]
         if len(codes) != len(values) or len(self.rule.target_patterns) != 1:
@@ -120,6 +181,7 @@ def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Weigh
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     prefix = model.base_model_prefix
+    transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
     found: dict[str, WeightLoad] = {}
     unexpected = []
     for source in sources:
@@ -133,7 +195,7 @@ def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[Weigh
             raise StartupError(
                 f"{source.location}: {source.name} and {found[target].sources[0].name} are both {target}."
             )
-        weight_load = found.setdefault(target, WeightLoad(target))
+        weight_load = found.setdefault(target, WeightLoad(target, transposed=target in transposed))
         weight_load.sources.append(source)
         if pattern is not None:
             weight_load.rule = weight_load.rule or copy.deepcopy(by_pattern[pattern])

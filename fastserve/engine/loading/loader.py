@@ -26,13 +26,16 @@ from fastserve.engine.layers.rope_switch import switch_rope_by_sequence
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
 from fastserve.engine.loading.context_length import context_length, rope_switch_length
 from fastserve.engine.loading.conversion import match
+from fastserve.engine.loading.division_check import require_divisible
 from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.lora.merge import merge_adapter
+from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
 from fastserve.engine.loading.reference import Reference, own_logits
 from fastserve.engine.loading.skeleton import build_skeleton, read_generation_config
 from fastserve.engine.loading.streaming import Progress, stream_weights
 from fastserve.engine.loading.weight_table import WeightTable
+from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
 
@@ -79,9 +82,11 @@ def load_model(
     progress: Progress,
     find_places: FindPlaces = lambda model, device: None,
     options: WeightOptions = WeightOptions(),  # noqa: B008  # frozen
+    collectives: Collectives = SINGLE_RANK,
 ) -> LoadedModel:
     """Load a decoder-only model. `find_places` returns the placement of its parts, or None to load all of it onto the
-    device. Raises StartupError with the reason when the model cannot be served."""
+    device. With `collectives` of several ranks, all of them call this together, and each loads its part. Raises
+    StartupError with the reason when the model cannot be served."""
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
@@ -98,10 +103,17 @@ def load_model(
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
+    partition = Partition.of(model, collectives)
+    if collectives.size > 1 and collectives.rank == 0:
+        require_divisible(model.config, type(model).__name__, collectives.size)
+    collectives.barrier()  # no rank reads weights before all have found that they can be divided
+    partition.divide(model)
+    for weight_load in weight_loads:
+        weight_load.shards = partition.shards
     placement = find_places(model, device)
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
-    assembly = Assembly(model, kernels, placement or OneDevice(device), quantize)
+    assembly = Assembly(model, kernels, placement or OneDevice(device), quantize, partition)
     stream_weights(model, weight_loads, unexpected, assembly, progress)
     return _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
 

@@ -6,7 +6,7 @@ to disk. Each part is computed on its own device: hidden states, which are small
 cache, which are large, never are. A part in host memory is computed by the CPU. A part on disk has memory-mapped
 weights, computed by the CPU too; the system reads their pages when needed and drops them when memory is short.
 
-Splitting the layers themselves (tensor parallelism) would be another kind of plan: more processes, each with a
+Dividing the layers themselves (tensor parallelism) is another plan (partition_plan.py): more processes, each with a
 shard of every weight, and no transfers of this kind.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers.initialization import no_init_weights
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
+building = threading.Lock()
+"""Held while classes of torch are changed for the whole process, to build a model without weights."""
 
 
 def build_skeleton(
@@ -50,7 +53,7 @@ def build_skeleton(
 def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with building, init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )

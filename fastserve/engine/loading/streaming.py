@@ -1,8 +1,8 @@
 """Loads the weights of a checkpoint into a model, in parallel and with bounded memory.
 
 Several threads take the weights in the order of the files; each reads one, and packs or quantizes it. Weights that are
-very large or go to another device are only read by them, and added by the main thread. At most `_MAX_AHEAD_BYTES`, or
-two weights if these are larger, are in flight.
+very large, go to another device, or need an exchange between ranks are only read by them, and added by the main
+thread, in the order of the files. At most `_MAX_AHEAD_BYTES`, or two weights if these are larger, are in flight.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _load_and_add(
 
     def take(weight_load: WeightLoad) -> list[Value] | None:
         values = weight_load.load()
-        if not assembly.packs_weights or weight_load.num_bytes > _MAX_AHEAD_BYTES:
+        in_order = assembly.needs_all_ranks(weight_load.target)
+        if in_order or not assembly.packs_weights or weight_load.num_bytes > _MAX_AHEAD_BYTES:
             return values
         _add(weight_load, values, model, assembly)
         return None

@@ -8,20 +8,18 @@ rounding hides no difference.
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from fastserve.engine.attention.paged import PagedAttention, attention_implementation
 from fastserve.engine.devices.find import attention_backend
 from fastserve.engine.loading.loader import LoadedModel, prepare
+from fastserve.engine.loading.small_twin import make_small_twin
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.verify import difference
 
 _LENGTH = 64
 _BLOCK_SIZE = 16
-_MAX_LAYERS = 8
 _TOLERANCE = 1e-3
 """Standard deviations of the logits, in float32."""
 _CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, OSError)
@@ -47,40 +45,7 @@ def twin_differs(config: PretrainedConfig, way: str) -> str | None:
 
 
 def _make_twin(config: PretrainedConfig) -> LoadedModel:
-    small = _shrunk(config.get_text_config(decoder=True))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # Parameters initialised to zeros or ones must matter too. Large enough that each changes the logits.
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model = make_small_twin(config)
     attention = PagedAttention(attention_backend)
     model.set_attn_implementation(attention_implementation())
     return prepare(model, attention, torch.float32)
-
-
-def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
-    small = copy.deepcopy(config)
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    small.num_hidden_layers = _num_layers(config)
-    small.hidden_size, small.intermediate_size, small.vocab_size = 96, 160, 128
-    small.num_attention_heads = 4
-    if kv_heads is not None:
-        small.num_key_value_heads = 4 if kv_heads == config.num_attention_heads else 2
-    if getattr(config, "head_dim", None) is not None:
-        small.head_dim = 32
-    if getattr(config, "layer_types", None) is not None:
-        small.layer_types = config.layer_types[: small.num_hidden_layers]
-    if getattr(config, "sliding_window", None) is not None:
-        small.sliding_window = 8
-    small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
-    return small
-
-
-def _num_layers(config: PretrainedConfig) -> int:
-    """Enough layers to have one of each type."""
-    types = getattr(config, "layer_types", None) or []
-    needed = max((types.index(kind) + 1 for kind in set(types)), default=2)
-    num_layers: int = config.num_hidden_layers
-    return min(num_layers, max(2, min(needed, _MAX_LAYERS)))

@@ -73,5 +73,8 @@ class RowsOfWeight:
         return None
 
 
-Quantize = Callable[[torch.Tensor, torch.dtype], WeightLayout]
-"""(weight (out, in), compute dtype) -> quantized layout"""
+Across = Callable[[torch.Tensor], torch.Tensor]
+"""Maximum over all ranks of each value"""
+Quantize = Callable[[torch.Tensor, torch.dtype, Across | None], WeightLayout]
+"""(weight (out, in), compute dtype, for a weight of which each rank has some inputs: maximum over the ranks) ->
+quantized layout"""

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 
 from fastserve.engine.kernels.packed_linear import UNIT
+from fastserve.engine.layers.layouts.layout import Across
 
 QuantizedParts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """codes (out, in) uint8, one code a byte; scales and offsets (out, groups) float32"""
@@ -33,19 +34,27 @@ class Scheme:
     has_offsets: bool
 
 
-def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedParts:
+def quantize(weight: torch.Tensor, scheme: Scheme, across: Across | None = None) -> QuantizedParts:
     """Round each value to the nearest of the table. Scales map a group's largest magnitude (with offsets: its smallest
-    and its largest value) to the ends of the table."""
+    and its largest value) to the ends of the table. `across`: maximum over ranks that have other inputs of the same
+    outputs, for a scheme with one scale for each output."""
     order, table = _sorted_table(scheme.table, weight.device)
+    slices = list(row_slices(weight.shape, _QUANTIZED_ENTRIES))
+    largest = None
+    if across is not None:
+        largest = across(torch.cat([weight[rows].float().abs().amax(-1, keepdim=True) for rows in slices]))
     found = [
-        _quantize_rows(weight[rows].float(), scheme, order, table)
-        for rows in row_slices(weight.shape, _QUANTIZED_ENTRIES)
+        _quantize_rows(weight[rows].float(), scheme, order, table, None if largest is None else largest[rows])
+        for rows in slices
     ]
     codes, scales, offsets = zip(*found, strict=True)
     return torch.cat(codes), torch.cat(scales), torch.cat(offsets) if scheme.has_offsets else None
 
 
-def _quantize_rows(weight: torch.Tensor, scheme: Scheme, order: torch.Tensor, table: torch.Tensor) -> QuantizedParts:
+def _quantize_rows(
+    weight: torch.Tensor, scheme: Scheme, order: torch.Tensor, table: torch.Tensor, largest: torch.Tensor | None
+) -> QuantizedParts:
+    """`largest`: magnitudes (out, groups) instead of those of the weight itself."""
     out, width = weight.shape
     groups = -(-width // scheme.group)
     # A shorter last group is padded with its last column.
@@ -59,7 +68,7 @@ def _quantize_rows(weight: torch.Tensor, scheme: Scheme, order: torch.Tensor, ta
         offsets = low * scales - smallest
         values = values + offsets.unsqueeze(-1)
     else:
-        scales = values.abs().amax(-1) / min(high, -low)
+        scales = (values.abs().amax(-1) if largest is None else largest) / min(high, -low)
     divisors = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     codes = order[_nearest(values / divisors, table).int()]
     return codes.view(out, -1)[:, :width], scales, offsets

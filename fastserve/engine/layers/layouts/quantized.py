@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.packed_linear import UNIT, WeightStruct
 from fastserve.engine.kernels.quantized_matmul import QuantizedMatmul
-from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+from fastserve.engine.layers.layouts.layout import Across, RowsOfWeight, WeightLayout
 from fastserve.engine.layers.layouts.quantization_scheme import QuantizedParts, Scheme, quantize, row_slices
 from fastserve.engine.layers.layouts.quantized_storage import PackedStorage, PlainStorage
 
@@ -22,10 +22,17 @@ class QuantizedWeight:
     """Layout of a quantized weight (out, in). Created by the functions of layers/quantization.py."""
 
     def __init__(
-        self, scheme: Scheme, parts: QuantizedParts, dtype: torch.dtype, input_order: torch.Tensor | None = None
+        self,
+        scheme: Scheme,
+        parts: QuantizedParts,
+        dtype: torch.dtype,
+        input_order: torch.Tensor | None = None,
+        across: Across | None = None,
     ) -> None:
+        """`across`: as for `quantize`, for `set`."""
         self._scheme = scheme
         self._dtype = dtype
+        self._across = across
         self._store: PlainStorage | PackedStorage = PackedStorage.of(scheme, parts, dtype) or PlainStorage(
             scheme.bits, *parts
         )
@@ -73,7 +80,7 @@ class QuantizedWeight:
         ordered = (
             weight.to(self._store.device) if self._order is None else weight.to(self._store.device)[:, self._order]
         )
-        self._store.write(*quantize(ordered, self._scheme))
+        self._store.write(*quantize(ordered, self._scheme, self._across))
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         if isinstance(self._store, PackedStorage):

@@ -6,10 +6,13 @@ with the eight of a word interleaved; `scales` (groups, out).
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 
 from fastserve.engine.loading.checkpoint import StoredTensor, Tensors
 from fastserve.engine.loading.formats.source import (
+    PackedParts,
     QuantizedTensor,
     Settings,
     Source,
@@ -49,7 +52,10 @@ def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> l
     for layer, parts in layers.items():
         require_parts(layer, parts, ("qzeros", "scales"))
         _check(layer, parts, stated)
-        found.append(source_of(f"{layer}.weight", (parts[key] for key in ("qweight", "qzeros", "scales")), _make))
+        stored = (parts["qweight"], parts["qzeros"], parts["scales"])
+        eighth = Fraction(1, 8)
+        divide = PackedParts(*stored, inputs=Fraction(1), outputs=eighth, zero_outputs=eighth).divide
+        found.append(source_of(f"{layer}.weight", stored, _make, divide))
     return found + [plain_source(tensor) for tensor in rest.values()]
 
 

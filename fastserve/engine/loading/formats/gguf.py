@@ -6,7 +6,7 @@ Q8_0 and Q4_0 stay quantized (groups of 32 inputs with one scale); all other typ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from fastserve.engine.loading.checkpoint import StoredTensor, read_bytes
-from fastserve.engine.loading.formats.source import QuantizedTensor, Source, Value, source_of
+from fastserve.engine.loading.checkpoint import StoredTensor, read_bytes, read_shard_of_bytes
+from fastserve.engine.loading.formats.source import Divide, QuantizedTensor, Source, Value, source_of
+from fastserve.engine.loading.sharding import Shard
 from fastserve.errors import StartupError
 from fastserve.gguf.configuration import ARCHITECTURES, refuse_architecture
 from fastserve.gguf.file import GgufTensor, read_gguf
@@ -52,7 +53,9 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
             continue  # tied, or missing, which the loader reports
         placed.add(tensor.name)
         stored = _stored(tensor, tuple(parameter.shape))
-        found.append(source_of(name, [stored], _maker(tensor, _change(kind, name, config))))
+        found.append(
+            source_of(name, [stored], _maker(tensor, _change(kind, name, tensor.shape, config)), _divider(tensor))
+        )
     _refuse_unplaced(file, header.tensors.keys() - placed)
     return found
 
@@ -85,7 +88,29 @@ def _stored(tensor: GgufTensor, shape: tuple[int, ...]) -> StoredTensor:
     def read() -> torch.Tensor:
         return read_bytes(tensor.file, tensor.name, tensor.offset, num_bytes).view(*rows, row_bytes * size)
 
-    return StoredTensor(tensor.name, tensor.file, shape, torch.uint8, num_bytes, read)
+    def read_shard(shard: Shard) -> torch.Tensor:
+        return read_shard_of_bytes(tensor.file, tensor.name, tensor.offset, torch.uint8, shard)
+
+    return StoredTensor(tensor.name, tensor.file, shape, torch.uint8, num_bytes, read, read_shard)
+
+
+def _divider(tensor: GgufTensor) -> Divide:
+    """Parts of the rows of bytes, where a part begins and ends with whole blocks."""
+    block, size = _type_size(tensor)
+
+    def divide(shard: Shard) -> list[Shard | None] | None:
+        edges = [edge for pair in shard.ranges for edge in pair]
+        if len(tensor.shape) != 2 or shard.whole != tensor.shape:
+            return None
+        if shard.dim == 1 and any(edge % block for edge in edges):
+            return None
+        whole = (tensor.shape[0], tensor.shape[1] // block * size)
+        ranges = shard.ranges
+        if shard.dim == 1:
+            ranges = tuple((begin // block * size, end // block * size) for begin, end in ranges)
+        return [Shard(whole, shard.dim, ranges)]
+
+    return divide
 
 
 def _type_size(tensor: GgufTensor) -> tuple[int, int]:
@@ -159,18 +184,19 @@ def _codes(data: torch.Tensor, kind: str, change: Change) -> QuantizedTensor:
     return QuantizedTensor(change(codes.reshape(rows, -1)), change(scales), zeros, _NATIVE[kind], _GROUP)
 
 
-def _change(kind: str, name: str, config: Any) -> Change:
+def _change(kind: str, name: str, shape: Sequence[int], config: Any) -> Change:
     """Conversion of a weight from llama.cpp's convention to that of transformers."""
     if kind in _PERMUTED and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-        return lambda rows: _unpaired(rows, heads)
+        head_dim = shape[0] // heads
+        return lambda rows: _unpaired(rows, head_dim)
     if kind in _GEMMAS and "norm" in name:
         return lambda weight: weight - 1
     return lambda weight: weight
 
 
-def _unpaired(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def _unpaired(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder the rows of each head for RoPE: rotated pairs are adjacent in llama.cpp, and half a head apart in
-    transformers."""
-    paired = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    transformers. `rows`: of some heads."""
+    paired = rows.reshape(rows.shape[0] // head_dim, head_dim // 2, 2, *rows.shape[1:])
     return paired.transpose(1, 2).reshape(rows.shape)

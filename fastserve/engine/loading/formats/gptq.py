@@ -8,11 +8,14 @@ A layer (out, in) has: `qweight` (in * bits / 32, out) int32, packed along the i
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 
 from fastserve.engine.loading.checkpoint import StoredTensor, Tensors
 from fastserve.engine.loading.formats.source import (
+    Divide,
+    PackedParts,
     QuantizedTensor,
     Settings,
     Source,
@@ -23,6 +26,7 @@ from fastserve.engine.loading.formats.source import (
     source_of,
     unpack_bits,
 )
+from fastserve.engine.loading.sharding import Shard
 from fastserve.engine.settings import PackedCheckpoint
 from fastserve.errors import StartupError
 
@@ -45,7 +49,8 @@ def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> l
         require_parts(layer, parts, ("qzeros", "scales", *(["g_idx"] if stated.act_order else [])))
         bits = _bits(layer, parts, stated)
         keys = [key for key in ("qweight", "qzeros", "scales", "g_idx") if key in parts]
-        found.append(source_of(f"{layer}.weight", (parts[key] for key in keys), _maker(bits, zero_shift)))
+        stored = [parts[key] for key in keys]
+        found.append(source_of(f"{layer}.weight", stored, _maker(bits, zero_shift), _divider(bits, *stored)))
     return found + [plain_source(tensor) for tensor in rest.values()]
 
 
@@ -82,6 +87,25 @@ def _bits(layer: str, parts: dict[str, StoredTensor], stated: PackedCheckpoint) 
     return bits
 
 
+def _divider(
+    bits: int, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor, g_idx: StoredTensor | None = None
+) -> Divide:
+    words = Fraction(bits, 32)
+    parts = PackedParts(qweight, qzeros, scales, inputs=words, outputs=Fraction(1), zero_outputs=words)
+
+    def divide(shard: Shard) -> list[Shard | None] | None:
+        found = parts.divide(shard)
+        if found is None or g_idx is None:
+            return found
+        if shard.dim == 0:
+            return [*found, None]
+        if input_order_of(g_idx.read().long(), -(-shard.whole[1] // scales.shape[0]), scales.shape[0]) is not None:
+            return None  # groups are spread over all inputs
+        return [*found, Shard(g_idx.shape, 0, shard.ranges)]
+
+    return divide
+
+
 def _maker(bits: int, zero_shift: int) -> Callable[..., QuantizedTensor]:
     def make(
         qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None = None
@@ -91,7 +115,8 @@ def _maker(bits: int, zero_shift: int) -> Callable[..., QuantizedTensor]:
         zeros = (unpack_bits(qzeros.t(), bits).t().int() + zero_shift) & ((1 << bits) - 1)
         groups = scales.shape[0]
         group = -(-width // groups)
-        order = None if g_idx is None else input_order_of(g_idx.long(), group, groups)
+        # A part of the inputs may begin with a later group.
+        order = None if g_idx is None else input_order_of(g_idx.long() - g_idx.min(), group, groups)
         if order is not None:
             codes = codes[order]
         return QuantizedTensor(

@@ -6,15 +6,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
 
 from fastserve.engine.layers import quantization
 from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.layouts.quantization_scheme import row_slices
 from fastserve.engine.loading.checkpoint import StoredTensor, Tensors
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import StartupError
 
+_DENSE_ENTRIES = 1 << 22
+"""Entries dequantized at once."""
 Settings = Mapping[str, Any]
 """`quantization_config` in the config.json of a quantized checkpoint."""
 
@@ -64,6 +70,23 @@ class QuantizedTensor:
         weight[:, self.input_order] = values.to(dtype)
         return weight
 
+    def part(self, shard: Shard, dtype: torch.dtype) -> Value:
+        """A rank's part of the weight. Where it has some inputs of a weight in activation order, groups are no longer
+        of one size, and the part is dequantized to `dtype`."""
+        if shard.dim == 0:
+            codes, scales, zeros = (
+                None if tensor is None else take(shard, tensor) for tensor in (self.codes, self.scales, self.zeros)
+            )
+            return replace(self, codes=codes, scales=scales, zeros=zeros)
+        [(begin, end)] = shard.ranges
+        if self.input_order is not None:
+            return torch.cat([self.dense(dtype, rows)[:, begin:end] for rows in row_slices(self.shape, _DENSE_ENTRIES)])
+        # Finer groups, if a group continues in another rank's part.
+        group = self.group if begin // self.group == (end - 1) // self.group else math.gcd(begin, self.group)
+        groups = torch.arange(begin, end, group, device=self.scales.device) // self.group
+        scales, zeros = (None if tensor is None else tensor[:, groups] for tensor in (self.scales, self.zeros))
+        return replace(self, codes=self.codes[:, begin:end], scales=scales, zeros=zeros, group=min(group, end - begin))
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedExperts:
@@ -104,6 +127,15 @@ WeightValue: TypeAlias = Value | QuantizedExperts
 """Value of one weight of the model."""
 
 
+Divide = Callable[[Shard], Sequence[Shard | None] | None]
+"""(part of a weight (out, in), or in the shape of a plain weight) -> for each stored tensor, the part from which the
+part of the weight is made (None: all of it); None if it is not made of parts"""
+
+
+def _read_whole(shard: Shard) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A weight of a checkpoint."""
@@ -114,11 +146,17 @@ class Source:
     make: Callable[..., Value]
     """Makes the weight from the `stored` tensors, in their order."""
     num_bytes: int
+    divide: Divide = _read_whole
+    """How to read only a part of the weight."""
+    is_plain: bool = False
+    """Whether the weight is its single stored tensor, unchanged."""
 
-    def load(self) -> Value:
-        """Read the weight. Raises StartupError that names tensor and file."""
+    def load(self, shard: Shard | None = None) -> Value:
+        """Read the weight; only its part `shard` if the source `divide`s it so. Raises StartupError that names tensor
+        and file."""
+        shards = None if shard is None else self.divide(shard)
         try:
-            return self.make(*(tensor.read() for tensor in self.stored))
+            return self.make(*map(_read, self.stored, shards or [None] * len(self.stored)))
         except (ValueError, RuntimeError, IndexError) as error:
             raise StartupError(
                 f"{self.location}: what is stored for {self.name} does not fit together: {error}"
@@ -130,13 +168,70 @@ class Source:
         return ", ".join(dict.fromkeys(str(tensor.file) for tensor in self.stored)) or "random weights"
 
 
-def source_of(name: str, stored: Iterable[StoredTensor], make: Callable[..., Value]) -> Source:
+def require_shape(source: Source, needed: Sequence[int], found: Sequence[int]) -> None:
+    if tuple(found) != tuple(needed):
+        raise StartupError(
+            f"{source.location}: {source.name} has the shape {tuple(needed)} by config.json, and {tuple(found)} in the "
+            "checkpoint."
+        )
+
+
+def source_of(
+    name: str, stored: Iterable[StoredTensor], make: Callable[..., Value], divide: Divide = _read_whole
+) -> Source:
     tensors = tuple(stored)
-    return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors))
+    return Source(name, tensors, make, sum(tensor.num_bytes for tensor in tensors), divide)
+
+
+def _read(tensor: StoredTensor, shard: Shard | None) -> torch.Tensor:
+    if shard is None:
+        return tensor.read()
+    assert tensor.read_shard is not None
+    return tensor.read_shard(shard)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedParts:
+    """The stored tensors of a packed weight: codes (in, out), zero points and scales (groups, out)."""
+
+    codes: StoredTensor
+    zeros: StoredTensor
+    scales: StoredTensor
+    inputs: Fraction
+    """Rows of `codes` for each input."""
+    outputs: Fraction
+    """Columns of `codes` for each output."""
+    zero_outputs: Fraction
+    """Columns of `zeros` for each output."""
+
+    def divide(self, shard: Shard) -> list[Shard | None] | None:
+        """As `Divide`, for codes, zero points and scales. None where the part does not begin and end with whole words
+        and groups."""
+        width, (groups, out) = int(self.codes.shape[0] / self.inputs), self.scales.shape
+        tensors = (self.codes, self.zeros, self.scales)
+        if shard.whole != (out, width) or any(tensor.read_shard is None for tensor in tensors):
+            return None
+        if shard.dim == 0:
+            dim, factors = 1, (self.outputs, self.zero_outputs, Fraction(1))
+        else:
+            of_groups = Fraction(groups, width)
+            dim, factors = 0, (self.inputs, of_groups, of_groups)
+        found: list[Shard | None] = []
+        for tensor, factor in zip(tensors, factors, strict=True):
+            edges = [(begin * factor, end * factor) for begin, end in shard.ranges]
+            if shard.dim == 1 and groups == 1 and tensor is not self.codes:
+                edges = [(Fraction(0), Fraction(1))]
+            if any(edge.denominator != 1 for pair in edges for edge in pair):
+                return None
+            found.append(Shard(tensor.shape, dim, tuple((int(begin), int(end)) for begin, end in edges)))
+        return found
 
 
 def plain_source(tensor: StoredTensor) -> Source:
-    return source_of(tensor.name, [tensor], lambda value: value)
+    def divide(shard: Shard) -> list[Shard | None] | None:
+        return [shard] if shard.whole == tensor.shape and tensor.read_shard is not None else None
+
+    return Source(tensor.name, (tensor,), lambda value: value, tensor.num_bytes, divide, is_plain=True)
 
 
 def layers_of(tensors: Tensors, mark: str, parts: Iterable[str]) -> tuple[dict[str, dict[str, StoredTensor]], Tensors]:

@@ -8,6 +8,7 @@ model's modules stay, and compute steps while a layer has an adapter.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -25,6 +26,9 @@ from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear, TiedEmbedding, embedding_scale
+from fastserve.engine.layers.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+from fastserve.engine.ranks.collectives import Collectives
+from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
 from fastserve.engine.runner.packed_step import PackedStep
 
@@ -57,6 +61,9 @@ class WholeStepForward:
         self._sampled_ids = parts.sampled_ids
         self._struct = DecoderStruct()
         self._linears: list[Linear] = []
+        self._ranks: SharedMemoryCollectives | None = None
+        """Of a model that is divided over ranks."""
+        self._head_is_divided = False
         self._noted: set[tuple[str, float]] = set()
         self._alive: list[Any] = []
         """Keeps alive the memory that the structs point to."""
@@ -77,6 +84,8 @@ class WholeStepForward:
         return forward
 
     def supports(self, step: PackedStep) -> str | None:
+        if self._ranks is not None and not self._ranks.fits(len(step.input_ids), self._struct.hidden):
+            return "its sums do not fit the memory that the ranks share"
         return "a layer has an adapter" if has_adapters(self._linears) else None
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
@@ -85,7 +94,11 @@ class WholeStepForward:
         if step.input_ids.min() < 0:
             self._sampled_ids.fill_in(input_ids)
         kernel_step = self._backend.kernel_step(step.metadata, self._struct.heads // self._struct.kv_heads)
-        return self._kernel(self._struct, kernel_step, input_ids, positions, rows)
+        loss, logits = self._kernel(self._struct, kernel_step, input_ids, positions, rows)
+        if self._ranks is None:
+            return logits
+        self._ranks.check(loss)
+        return self._ranks.all_gather(logits) if self._head_is_divided else logits
 
     # ---- description --------------------------------------------------------------------------------------------
 
@@ -93,6 +106,10 @@ class WholeStepForward:
         base = getattr(model.base_model, "language_model", model.base_model)
         layers, norm, head = getattr(base, "layers", None), getattr(base, "norm", None), model.get_output_embeddings()
         embedding = model.get_input_embeddings()
+        if isinstance(embedding, VocabParallelEmbedding):
+            self._join(embedding.collectives)
+            self._struct.first_token, self._struct.vocabulary = embedding.first, embedding.count
+            embedding = embedding.part
         if not isinstance(layers, torch.nn.ModuleList) or not isinstance(embedding, torch.nn.Embedding | TiedEmbedding):
             raise UnsupportedError("it has no list of layers or no plain embedding")
         shapes = [self._attention.shapes.get(index) for index in range(len(layers))]
@@ -112,6 +129,7 @@ class WholeStepForward:
         for index, struct in enumerate(structs):
             struct.cos, struct.sin = (self._pointer(table) for table in rotary.of_layer(index))
         whole = self._struct
+        self._head_is_divided = isinstance(head, VocabParallelHead)
         whole.layers = structs
         whole.head = self._weight(head)
         if isinstance(embedding, torch.nn.Embedding):
@@ -144,9 +162,9 @@ class WholeStepForward:
             if norm is not None:
                 setattr(struct, field, self._norm(norm))
                 setattr(struct, f"{field}_size", norm.weight.shape[0])
-        projections = (*attention.inputs, attention.output)
-        for projection, field in zip(projections, ("query", "key", "value", "output"), strict=True):
+        for projection, field in zip(attention.inputs, ("query", "key", "value"), strict=True):
             setattr(struct, field, self._weight(projection))
+        struct.output = self._weight_of_sum(attention.output)
         if struct.query.out != shape.num_heads * shape.key_dim or struct.key.out != shape.num_kv_heads * shape.key_dim:
             raise UnsupportedError("its attention projects to another size")
         self._describe_mlp(struct, mlp)
@@ -164,15 +182,34 @@ class WholeStepForward:
             raise UnsupportedError("its MLP has another build")
         if struct.gate.bias or struct.up.bias or struct.gate.out != struct.up.out:
             raise UnsupportedError("its MLP has a bias, or gate and up of different sizes")
-        struct.down = self._weight(mlp.down_proj)
+        struct.down = self._weight_of_sum(mlp.down_proj)
         self._same("activation", ACTIVATIONS[activation])
         self._same("intermediate", struct.gate.out)
 
     def _weight(self, linear: torch.nn.Module | None) -> WeightStruct:
         if not isinstance(linear, Linear):
             raise UnsupportedError("a linear layer has another class")
+        if isinstance(linear, VocabParallelHead):
+            self._join(linear.collectives)
         self._linears.append(linear)
         return self._layout(linear.layout, linear.bias)
+
+    def _weight_of_sum(self, linear: torch.nn.Module | None) -> WeightStruct:
+        """The weight of a product that is added to the residual stream; on several ranks, a part of the sum."""
+        self._require_same("division over ranks", isinstance(linear, RowParallelLinear))
+        if not isinstance(linear, RowParallelLinear):
+            return self._weight(linear)
+        self._join(linear.collectives)
+        self._linears.append(linear)
+        # One rank adds the bias to its part.
+        return self._layout(linear.layout, linear.bias if linear.collectives.rank == 0 else None)
+
+    def _join(self, collectives: Collectives) -> None:
+        """Have the kernel exchange with the other ranks by itself."""
+        if not isinstance(collectives, SharedMemoryCollectives):
+            raise UnsupportedError("its ranks share no memory")
+        self._ranks = collectives
+        self._struct.ranks = ctypes.addressof(collectives.struct)
 
     def _layout(self, layout: WeightLayout, bias: torch.Tensor | None) -> WeightStruct:
         struct = layout.struct(bias)
@@ -190,10 +227,13 @@ class WholeStepForward:
 
     def _same(self, name: str, value: float) -> None:
         """Set a value that all layers must share. Raises UnsupportedError when they differ."""
+        self._require_same(name, value)
+        setattr(self._struct, name, value)
+
+    def _require_same(self, name: str, value: float) -> None:
         if (name, value) not in self._noted and any(other == name for other, _ in self._noted):
             raise UnsupportedError(f"layers differ in {name}")
         self._noted.add((name, value))
-        setattr(self._struct, name, value)
 
     def _pointer(self, tensor: torch.Tensor) -> int:
         if tensor.dtype != self._dtype or not tensor.is_contiguous():

@@ -1,0 +1,1 @@
+"""Ranks: several engine processes that compute one model together."""

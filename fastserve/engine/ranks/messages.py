@@ -1,0 +1,54 @@
+"""Messages between rank 0, which schedules and samples, and the other ranks, over ZeroMQ as msgpack. No torch here."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fastserve.engine.contract import StartFailed
+from fastserve.engine.plan import StepPlan
+from fastserve.engine.settings import EngineConfig
+
+
+class RankSettings(msgspec.Struct, frozen=True):
+    """Sent as JSON on the command line of a rank other than 0."""
+
+    rank: int
+    endpoint: str
+    """Rank 0's socket for this rank."""
+    descriptor: int
+    """The inherited descriptor of the shared segment."""
+    meeting_file: str
+    """Where process groups meet."""
+    parent: int
+    """Process id of rank 0."""
+    config: EngineConfig
+
+
+class ExecuteStep(msgspec.Struct, frozen=True, tag=True):
+    plan: StepPlan
+    sampled: dict[int, list[int]]
+    """Tokens that rank 0 sampled in the step before, by sequence id."""
+
+
+class ReadWeight(msgspec.Struct, frozen=True, tag=True):
+    """Take part in reading a whole weight."""
+
+    name: str
+
+
+class WriteWeight(msgspec.Struct, frozen=True, tag=True):
+    """Keep this rank's part of a new weight."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class EndRank(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+RankCommand = ExecuteStep | ReadWeight | WriteWeight | EndRank
+RankEvent = StartFailed
+"""A rank other than 0 reports this alone: what it computes reaches rank 0 through collectives."""
