@@ -26,8 +26,8 @@ from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.sampling.processor import LogitsProcessor
-from fastserve.engine.selfcheck.twin import twin_differs
-from fastserve.engine.selfcheck.verify import verify
+from fastserve.engine.selfcheck.compare import Capacity
+from fastserve.engine.selfcheck.verify import check_model
 from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.engine.sizing import Sizes, find_sizes
 from fastserve.engine.speculation.draft_budget import DraftBudget
@@ -199,21 +199,14 @@ def _make_runner(
         processors=processors,
     )
     name = type(loaded.model).__name__
-    for way in [way for way in runner.forward_passes.ways if way.follows_description]:
-        differs = twin_differs(loaded.model.config, way.name)
-        if differs is not None:
-            runner.forward_passes.drop(way, differs)
+    capacity = Capacity(
+        config.block_size,
+        sizes.num_blocks,
+        config.max_num_seqs,
+        min(sizes.max_model_len, loaded.context_length),
+    )
     with failing_in_a_sentence(name):
-        verify(
-            loaded.reference,
-            runner,
-            name,
-            loaded.dtype,
-            block_size=config.block_size,
-            num_blocks=sizes.num_blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=min(sizes.max_model_len, loaded.context_length),
-        )
+        check_model(loaded, runner, capacity)
     return runner
 
 

@@ -23,7 +23,7 @@ from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm, fuse_norms
 from fastserve.engine.loading.loader import LoadedModel, prepare
 from fastserve.engine.runner.runner import ModelRunner
-from fastserve.engine.selfcheck.verify import difference
+from fastserve.engine.selfcheck.compare import Capacity, difference
 from fastserve.engine.settings import EngineConfig
 
 from .conftest import CONFIGS, TinyModels, keep_way
@@ -94,7 +94,7 @@ def counts(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
 def assert_computes_the_same(loaded: LoadedModel) -> None:
     sizes: dict[str, Any] = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
-    found = difference(loaded.reference, runner, keep_way(runner, "modules"), **sizes)
+    found = difference(loaded.reference, runner, keep_way(runner, "modules"), Capacity(**sizes))
     assert found is not None
     assert found < 1e-4
 

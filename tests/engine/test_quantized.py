@@ -20,7 +20,7 @@ from fastserve.engine.layers.quantization import NF4, from_codes, quantize_int8,
 from fastserve.engine.loading.loader import load_model
 from fastserve.engine.loading.reference import own_logits
 from fastserve.engine.runner.runner import ModelRunner
-from fastserve.engine.selfcheck import verify
+from fastserve.engine.selfcheck.compare import Capacity, difference
 
 from .conftest import TinyModels
 
@@ -292,6 +292,6 @@ def test_models_compute_with_the_dequantized_weights(
     runner = ModelRunner(loaded, **sizes)
     assert ("whole_step" in {way.name for way in runner.forward_passes.ways}) == is_native
     for way in runner.forward_passes.ways:
-        error = verify.difference(reference, runner, way, **sizes)
+        error = difference(reference, runner, way, Capacity(**sizes))
         assert error is not None
         assert error < 1e-3

@@ -14,7 +14,7 @@ from fastserve.engine.attention.paged import PagedAttention, attention_implement
 from fastserve.engine.devices.find import attention_backend
 from fastserve.engine.loading import loader as loading
 from fastserve.engine.runner.runner import ModelRunner
-from fastserve.engine.selfcheck.verify import difference
+from fastserve.engine.selfcheck.compare import Capacity, difference
 
 from .conftest import CONFIGS, keep_way
 from .triton_interpreter import DEVICES, import_kernels
@@ -80,6 +80,6 @@ def test_they_take_the_places_of_a_models_own_parts(
     }  # fmt: skip
     sizes: dict[str, Any] = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64}
     runner = ModelRunner(loaded, **sizes)
-    found = difference(loaded.reference, runner, keep_way(runner, "modules"), **sizes)
+    found = difference(loaded.reference, runner, keep_way(runner, "modules"), Capacity(**sizes))
     assert found is not None
     assert found < 1e-4

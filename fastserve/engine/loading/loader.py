@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.lora.merge import merge_adapter
 from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
-from fastserve.engine.loading.reference import Reference, own_logits
+from fastserve.engine.loading.reference import Prompt, Reference, own_logits
 from fastserve.engine.loading.skeleton import build_skeleton, read_generation_config
 from fastserve.engine.loading.streaming import Progress, stream_weights
 from fastserve.engine.loading.weight_table import WeightTable
@@ -118,13 +118,15 @@ def load_model(
     return _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
 
 
-def prepare(model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype) -> LoadedModel:
-    """Prepare a model that already has its weights and uses `attention`: compute its reference logits, then replace its
-    layers by faster ones."""
+def prepare(
+    model: PreTrainedModel, attention: PagedAttention, dtype: torch.dtype, prompts: Sequence[Prompt] | None = None
+) -> LoadedModel:
+    """Prepare a model that already has its weights and uses `attention`: compute its reference logits (of `prompts`, or
+    of the usual ones), then replace its layers by faster ones."""
     model = model.eval().requires_grad_(False)
     prepare_positions(model, attention)
     device = model.device
-    reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)))
+    reference = own_logits(model, device, context_length(model.config.get_text_config(decoder=True)), prompts)
     kernels = elementwise_ops((device,), dtype)
     return _finish_model(model, install(model, kernels), attention, dtype, device, kernels, None, reference)
 

@@ -166,6 +166,12 @@ class ModelRunner:
         Rows: the last known token and the drafts of each sampling chunk, in the plan's order, then the scored positions
         of each chunk. `first`: try only this way to compute the step and those after it.
         """
+        step, num_rows = self.pack(plan)
+        return self.forward_passes.logits(step, first)[:num_rows]
+
+    def pack(self, plan: StepPlan) -> tuple[PackedStep, int]:
+        """Apply the plan's changes; return the inputs of its forward pass, and the number of rows of logits that it
+        asks for."""
         self.update_states(plan)
         # Attention requires single tokens before longer chunks; `order` maps back to the plan's order.
         order = sorted(range(len(plan.chunks)), key=lambda index: plan.chunks[index].num_rows != 1)
@@ -179,8 +185,8 @@ class ModelRunner:
         for index, chunk in enumerate(plan.chunks):
             begin = first_of[index] - chunk.start
             logit_rows += range(begin + chunk.score_begin, begin + chunk.score_end)
-        step = PackedStep(input_ids, positions, np.array(logit_rows or [0], dtype=np.int64), metadata)
-        return self.forward_passes.logits(step, first)[: len(logit_rows)]
+        rows = np.array(logit_rows or [0], dtype=np.int64)
+        return PackedStep(input_ids, positions, rows, metadata), len(logit_rows)
 
     def is_long(self, num_tokens: int) -> bool:
         """Whether a sequence of this length has the rotary frequencies of long ones."""

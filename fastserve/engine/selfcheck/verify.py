@@ -1,110 +1,128 @@
-"""A check at start that the engine's logits equal those of the model's own code.
+"""The checks at start that the engine's logits equal those of the model's own code.
 
 Some architectures silently compute something else with replaced attention, and fusing or packing could go wrong too. So
-the logits of two short sequences are recorded before anything in the model is replaced, and the model is served only
-when the engine computes the same, with both sequences packed into one batch in two chunks each.
+the logits of a few prompts are computed before anything in the model is replaced, at the beginning of a text and far
+from it, and each way to compute a step must give the same. This is done twice: on a small twin in float32, which has
+all kinds of layers and windows short enough to be left (see twin.py), and on the model itself in its dtype.
+
+The limit follows from the model: a few times the effect of rounding, between bounds.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
-from fastserve.engine.contract import SamplingParams
-from fastserve.engine.loading.reference import Reference
-from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.runner.forward.forward_pass import ForwardPass
 from fastserve.engine.runner.runner import ModelRunner
+from fastserve.engine.selfcheck.compare import Capacity, difference
+from fastserve.engine.selfcheck.twin import TRIAL_ERRORS, NoTwinError, Twin, make_twin, one_thread
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
-"""Maximum difference in standard deviations of the logits. Small dtypes round differently in fused kernels."""
-_SPLIT = 5
+_NOISE_FACTOR = 4.0
+"""Ways to compute a model round at more places than the embeddings, where the noise is made."""
+_MIN_LIMIT = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_MAX_LIMIT = 0.5
+"""Unrelated logits are 1.4 standard deviations apart."""
+_MIN_TWIN_LIMIT = {"cpu": 2e-4}
+_MIN_TWIN_LIMIT_ELSEWHERE = 2e-2
+"""Other devices may multiply float32 with fewer bits."""
 
 
-def verify(
-    reference: Reference,
-    runner: ModelRunner,
-    name: str,
-    dtype: torch.dtype,
-    *,
-    block_size: int,
-    num_blocks: int,
-    max_num_seqs: int,
-    max_model_len: int,
-) -> None:
+def check_model(loaded: LoadedModel, runner: ModelRunner, capacity: Capacity) -> None:
     """Compare each way to compute a step with the model's own code, and drop those whose logits differ by more than
     rounding; raise StartupError when the last one does. Uses the first blocks of an empty pool; skips prompts that do
-    not fit the sizes."""
-    limit = max(_TOLERANCE[dtype], 4 * reference.noise)
-    ways = runner.forward_passes
-    for way in list(ways.ways):
-        error = difference(
-            reference,
-            runner,
-            way,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-        )
+    not fit the capacity."""
+    begin = time.perf_counter()
+    name = type(loaded.model).__name__
+    with one_thread():
+        _check_twin(loaded, runner, name, capacity.max_model_len)
+    between = time.perf_counter()
+    _check_itself(loaded, runner, name, capacity)
+    own_s, twin_s, engine_s = loaded.reference.seconds, between - begin, time.perf_counter() - between
+    logger.info(
+        "%s was checked in %.2f s: its own code %.2f s, a small twin %.2f s, the engine %.2f s",
+        name, own_s + twin_s + engine_s, own_s, twin_s, engine_s,
+    )  # fmt: skip
+
+
+def limit_of(noise: float, dtype: torch.dtype) -> float:
+    """The largest distance that rounding alone may cause."""
+    return min(max(_NOISE_FACTOR * noise, _MIN_LIMIT[dtype]), _MAX_LIMIT)
+
+
+def _check_twin(loaded: LoadedModel, runner: ModelRunner, name: str, max_model_len: int) -> None:
+    passes = runner.forward_passes
+    try:
+        twin = make_twin(loaded, max_model_len)
+    except NoTwinError as error:
+        logger.warning("No small twin of %s can be made, so only the model itself is checked: %s", name, error)
+        for way in [way for way in passes.ways if way.follows_description]:
+            _drop(runner, way, name, f"no small twin of it can be made: {error}")
+        return
+    for way in list(passes.ways):
+        try:
+            reason = _twin_differs(twin, way)
+        except TRIAL_ERRORS as error:
+            logger.warning("A small twin of %s fails in its forward pass by %s: %s", name, way.name, error)
+            reason = f"its small twin fails: {error}" if way.follows_description else None
+        if reason is not None:
+            _drop(runner, way, name, reason)
+
+
+def _twin_differs(twin: Twin, way: ForwardPass) -> str | None:
+    """The reason why a model must not be computed this way, or None."""
+    found = next((found for found in twin.runner.forward_passes.ways if found.name == way.name), None)
+    if found is None:
+        # A way that follows no description leaves nothing out, and the model itself is still checked.
+        return f"its small twin: {twin.runner.forward_passes.refusals[way.name]}" if way.follows_description else None
+    if way.follows_description and not twin.has_all_kinds:
+        return "its small twin has not all kinds of its layers"
+    reference = twin.loaded.reference
+    error = difference(reference, twin.runner, found, twin.capacity)
+    limit = max(
+        limit_of(reference.noise, torch.float32),
+        _MIN_TWIN_LIMIT.get(twin.loaded.device.type, _MIN_TWIN_LIMIT_ELSEWHERE),
+    )
+    logger.debug("%s: the logits of a small twin differ by %s (limit %.2g)", way.name, error, limit)
+    return None if error is not None and error <= limit else "its small twin computes something else"
+
+
+def _check_itself(loaded: LoadedModel, runner: ModelRunner, name: str, capacity: Capacity) -> None:
+    passes = runner.forward_passes
+    limit = limit_of(loaded.reference.noise, loaded.dtype)
+    cached = False
+    for way in list(passes.ways):
+        try:
+            # The first right way computes all tokens, others go on from its KV cache: each step reads all weights.
+            error = difference(loaded.reference, runner, way, capacity, cached=cached)
+        except TRIAL_ERRORS as cause:
+            if len(passes.ways) == 1:
+                raise
+            logger.debug("%s failed", way.name, exc_info=True)
+            _drop(runner, way, name, f"it fails: {cause}")
+            continue
         if error is None:
             logger.warning("The configured sizes are too small to check the model's logits at start.")
             return
+        logger.debug("%s: the logits differ by %.2g (limit %.2g)", way.name, error, limit)
         if error <= limit:
-            continue
-        if len(ways.ways) == 1:
-            raise StartupError(
-                f"{name} cannot be served: the engine's logits differ from those of the model's own code by "
-                f"{error:.3g} standard deviations. The model does something that the engine does not know."
-            )
-        logger.warning("%s computes something that its forward pass by %s does not: others are used.", name, way.name)
-        ways.drop(way, "its logits differ from the model's")
+            cached = True
+        else:
+            _drop(runner, way, name, f"its logits differ by {error:.2g} standard deviations")
 
 
-def difference(
-    reference: Reference,
-    runner: ModelRunner,
-    way: ForwardPass,
-    *,
-    block_size: int,
-    num_blocks: int,
-    max_num_seqs: int,
-    max_model_len: int,
-) -> float | None:
-    """The largest difference of a way's logits from the reference, in standard deviations of the logits; None when no
-    prompt fits the sizes."""
-    which: list[int] = []
-    free = num_blocks
-    for index, prompt in enumerate(reference.prompts):
-        needed = -(-len(prompt) // block_size)
-        if 1 < len(prompt) <= max_model_len and needed <= free and len(which) < max_num_seqs:
-            which.append(index)
-            free -= needed
-    if not which:
-        return None
-    expected = reference.logits[which]
-    found = _engine_logits(runner, way, [reference.prompts[index] for index in which], block_size)
-    return float((found - expected).abs().max() / expected.std().clamp_min(1e-6))
-
-
-def _engine_logits(runner: ModelRunner, way: ForwardPass, prompts: list[list[int]], block_size: int) -> torch.Tensor:
-    ids = range(len(prompts))
-    blocks: list[list[int]] = []
-    first = 0
-    for prompt in prompts:
-        count = -(-len(prompt) // block_size)
-        blocks.append(list(range(first, first + count)))
-        first += count
-    params = SamplingParams(max_tokens=1)
-    new = [NewSequence(i, prompts[i], len(prompts[i]), params, 0) for i in ids]
-    begin = [Chunk(i, 0, min(_SPLIT, len(prompts[i]) - 1), blocks[i], sample=False) for i in ids]
-    rest = [Chunk(i, begin[i].num_tokens, len(prompts[i]) - begin[i].num_tokens, [], sample=True) for i in ids]
-    try:
-        runner.forward(StepPlan([], new, begin), way)
-        return runner.forward(StepPlan([], [], rest), way).float()
-    finally:
-        runner.forget(list(ids))
+def _drop(runner: ModelRunner, way: ForwardPass, name: str, reason: str) -> None:
+    """Drop a way with a line in the log. Raises StartupError for the last one."""
+    if len(runner.forward_passes.ways) == 1:
+        raise StartupError(
+            f"{name} cannot be served: the engine's logits differ from those of the model's own code ({reason}). The "
+            "model does something that the engine does not know."
+        )
+    logger.warning("%s: the forward pass by %s is not used: %s", name, way.name, reason)
+    runner.forward_passes.drop(way, reason)

@@ -86,8 +86,10 @@ class GraphForward:
         metadata, count = step.metadata, len(step.input_ids)
         slot_mapping = metadata.token_block * self._parts.block_size + metadata.token_offset
         table = np.repeat(metadata.block_table, metadata.counts, axis=0)
+        # Not the positions of the tokens: the start check places tokens at far positions of a short sequence.
+        contexts = np.repeat(metadata.positions - metadata.starts, metadata.counts) + np.arange(1, count + 1)
         with torch.inference_mode():
-            self._inputs.fill(step.input_ids, step.positions, step.positions + 1, slot_mapping, table, metadata.is_long)
+            self._inputs.fill(step.input_ids, step.positions, contexts, slot_mapping, table, metadata.is_long)
             self._replays[next(size for size in self.sizes if size >= count)]()
         if self._logits is None:
             raise RuntimeError("nothing was recorded")
