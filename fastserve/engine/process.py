@@ -253,7 +253,6 @@ def _build(config: EngineConfig, progress: Callable[[str, int, int], None], othe
         return build_core(config, progress)
     from fastserve.engine.ranks.join import join_ranks
 
-
     collectives = join_ranks(config.device, others.segment, others.meeting_file, 0, MAX_START_SILENCE_S)
     shared = SharedProgress(others.segment, 0, progress)
     core = build_core(config, shared, collectives=collectives, send_to_ranks=others.send)
