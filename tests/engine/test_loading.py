@@ -381,8 +381,8 @@ def test_the_peak_is_the_final_size_and_two_shards(tmp_path: Path, quantize: str
     peak, _ = json.loads(re.findall(r"\[.*\]", done.stdout)[-1])
     size = sum(parameter.numel() for parameter in model.parameters()) * 2
     kept = {"": 1.0, "int8": 0.55, "nf4": 0.35}[quantize] * size
-    # The last term is for memory of threads and quantization, which varies from run to run.
-    assert peak < kept + 2 * max(shards) + (12 << 20), f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
+    # The last term is for temporaries that are kept for reuse, for threads and quantization; it varies from run to run.
+    assert peak < kept + 2 * max(shards) + (20 << 20), f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
 
 
 def test_plain_weights_stay_plain_on_no_kernel(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,6 @@ import mmap
 import os
 import tempfile
 
-import numpy as np
-
 MAX_RANKS = 64
 SLOT_BYTES = 64 << 20
 """Address space of one rank's part of an exchange; longer ones take several exchanges."""
@@ -34,9 +32,9 @@ class Segment:
         self._map = mmap.mmap(descriptor, _num_bytes(num_ranks, slot_bytes))
         self._exported = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._exported)
-        self._lost = np.frombuffer(self._map, np.uint32, 1)
+        self._lost = ctypes.c_uint32.from_buffer(self._map)
         self._progress = [
-            np.frombuffer(self._map, np.uint64, 2, _FIRST_RANK + rank * _RANK_BYTES + _LINE_BYTES)
+            (ctypes.c_uint64 * 2).from_buffer(self._map, _FIRST_RANK + rank * _RANK_BYTES + _LINE_BYTES)
             for rank in range(num_ranks)
         ]
 
@@ -53,11 +51,11 @@ class Segment:
 
     def declare_lost(self) -> None:
         """Have all waits for other ranks, in all processes, fail from now on."""
-        self._lost[0] = 1
+        self._lost.value = 1
 
     @property
     def is_lost(self) -> bool:
-        return bool(self._lost[0])
+        return bool(self._lost.value)
 
     def set_progress(self, rank: int, done: int, total: int) -> None:
         self._progress[rank][:] = (done, total)
