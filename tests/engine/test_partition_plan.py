@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 from fastserve.engine.loading.partition_plan import PartitionPlan, named_styles, plan_partition
 from fastserve.engine.loading.sharding import Shard, Sharding, sharding_of, split_evenly, split_heads
-from fastserve.engine.loading.small_twin import shrink
+from fastserve.engine.loading.small_config import small_config
 from fastserve.engine.loading.tensor_shards import join, take
 from fastserve.errors import StartupError
 
@@ -168,7 +168,8 @@ def planned(name: str) -> tuple[PreTrainedModel, PartitionPlan] | None:
     if not getattr(model_class, "_supports_attention_backend", False) or not kind.base_model_tp_plan:
         return None
     try:
-        model = on_meta(shrink(kind()))
+        config = kind().get_text_config(decoder=True)
+        model = on_meta(small_config(config, range(min(8, config.num_hidden_layers))))
         return model, plan_partition(model, 2)
     except (StartupError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None

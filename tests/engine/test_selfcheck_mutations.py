@@ -36,6 +36,7 @@ from fastserve.engine.layers.experts import Experts
 from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm
 from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.loading import small_twin
 from fastserve.engine.loading.loader import LoadedModel, prepare
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.forward.whole_step import WholeStepForward
@@ -368,11 +369,11 @@ def test_the_twin_has_a_layer_of_each_kind(config: PretrainedConfig, num_layers:
 def test_without_a_twin_the_model_itself_is_checked(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(config: PretrainedConfig, layers: Any) -> PretrainedConfig:
+    def broken(config: PretrainedConfig, layers: Any, **_: Any) -> PretrainedConfig:
         config = LlamaConfig(**{**SHAPE, "vocab_size": 2})  # its own code fails
         return config
 
-    monkeypatch.setattr(twin, "small_config", broken)
+    monkeypatch.setattr(small_twin, "small_config", broken)
     assert ways_left(load(CONFIGS["llama"])) == ["modules"]
     assert "No small twin of LlamaForCausalLM can be made, so only the model itself is checked: " in caplog.text
     assert (

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastserve.engine.loading.assembly import install
+from fastserve.engine.loading.layer_kinds import layer_kinds
 from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.partition_plan import plan_partition
 from fastserve.engine.loading.skeleton import building
-from fastserve.engine.loading.small_twin import make_small_twin
+from fastserve.engine.loading.small_twin import TRIAL_ERRORS, make_small_twin
 from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.thread_collectives import run_ranks
 from fastserve.errors import StartupError
@@ -25,17 +26,19 @@ _LENGTH = 24
 _RANKS = 2
 _TOLERANCE = 1e-3
 """Standard deviations of the logits."""
-_CAUSES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError, OSError)
 
 
-def require_divisible(config: PretrainedConfig, name: str, size: int) -> None:
-    """Raise StartupError if a model of these settings, divided over `size` ranks, would compute something else."""
+def require_divisible(model: PreTrainedModel, size: int) -> None:
+    """Raise StartupError if a model, divided over `size` ranks, would compute something else. Its weights may be on the
+    meta device; its layers are those of its own code."""
+    name = type(model).__name__
     try:
-        kv_heads = getattr(config.get_text_config(decoder=True), "num_key_value_heads", None)
+        kv_heads = getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None)
         shares_kv_heads = isinstance(kv_heads, int) and kv_heads < size
         with building:
-            error = _difference(make_small_twin(config, kv_heads=1 if shares_kv_heads else None))
-    except _CAUSES as cause:
+            twin = make_small_twin(model, layer_kinds(model), shares_kv_heads=shares_kv_heads)
+            error = _difference(twin)
+    except TRIAL_ERRORS as cause:
         raise StartupError(
             f"{name} cannot be divided over ranks: no small twin of it can be tried ({cause})."
         ) from cause

@@ -6,7 +6,7 @@ looked at, before its layers are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ def layer_kinds(model: PreTrainedModel) -> list[Hashable]:
     return [(_kind(layer), layer_type) for layer, layer_type in zip(layers, types, strict=False)]
 
 
-def first_of_each_kind(kinds: list[Hashable]) -> list[int]:
+def first_of_each_kind(kinds: Sequence[Hashable]) -> list[int]:
     """Indices of the first layer of each kind."""
     return [index for index, kind in enumerate(kinds) if kind not in kinds[:index]]
 

@@ -105,7 +105,7 @@ def load_model(
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
     partition = Partition.of(model, collectives)
     if collectives.size > 1 and collectives.rank == 0:
-        require_divisible(model.config, type(model).__name__, collectives.size)
+        require_divisible(model, collectives.size)
     collectives.barrier()  # no rank reads weights before all have found that they can be divided
     partition.divide(model)
     for weight_load in weight_loads:

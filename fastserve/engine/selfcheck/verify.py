@@ -16,10 +16,11 @@ import time
 import torch
 
 from fastserve.engine.loading.loader import LoadedModel
+from fastserve.engine.loading.small_twin import TRIAL_ERRORS
 from fastserve.engine.runner.forward.forward_pass import ForwardPass
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.compare import Capacity, difference
-from fastserve.engine.selfcheck.twin import TRIAL_ERRORS, NoTwinError, Twin, make_twin, one_thread
+from fastserve.engine.selfcheck.twin import NoTwinError, Twin, make_twin, one_thread
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,12 @@ _SIZES = {
     "hidden_size_per_layer_input": 16,
     "vocab_size": VOCAB_SIZE,
     "vocab_size_per_layer_input": VOCAB_SIZE,
+    "rotary_dim": 8,
     "num_experts": 16,
     "num_local_experts": 16,
     "n_routed_experts": 16,
     "moe_num_experts": 16,
+    "num_experts_per_tok": 8,
     "head_dim": 32,
     "global_head_dim": 32,
     "attention_head_dim": 32,
@@ -50,12 +52,15 @@ _LAYER_INDICES = ("mlp_only_layers", "global_attn_layers", "full_attn_layers", "
 """Lists of layer indices."""
 
 
-def small_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """A copy of a (text) config for a model of these of its layers."""
+def small_config(config: PretrainedConfig, layers: Sequence[int], *, shares_kv_heads: bool = False) -> PretrainedConfig:
+    """A copy of a (text) config for a model of these of its layers. `shares_kv_heads`: with a single KV head where the
+    model has fewer KV heads than heads."""
     small = copy.deepcopy(config)
     _keep_layers(config, small, layers)
-    _shrink_heads(config, small)
-    for name, value in list(vars(small).items()):
+    _shrink_heads(config, small, shares_kv_heads=shares_kv_heads)
+    usual_names = {own: usual for usual, own in small.attribute_map.items() if usual in _SIZES}
+    for own_name, value in list(vars(small).items()):
+        name = usual_names.get(own_name, own_name)
         if name in _SIZES:
             setattr(small, name, _shrunk(value, _SIZES[name]))
         elif _is_window(name):
@@ -99,12 +104,14 @@ def _keep_layers(config: PretrainedConfig, small: PretrainedConfig, layers: Sequ
     small.num_hidden_layers = len(layers)
 
 
-def _shrink_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
+def _shrink_heads(config: PretrainedConfig, small: PretrainedConfig, *, shares_kv_heads: bool) -> None:
     """Fewer heads: with one key for each, for some of them, or for all, as in the model."""
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     small.num_attention_heads = _HEADS
+    is_latent = hasattr(config, "qk_rope_head_dim")  # multi-head latent attention: keys of all heads from one vector
     if isinstance(kv_heads, int):
-        small.num_key_value_heads = _HEADS if kv_heads == heads else min(kv_heads, _HEADS // 2)
+        fewer = 1 if shares_kv_heads else min(kv_heads, _HEADS // 2)
+        small.num_key_value_heads = _HEADS if kv_heads == heads or is_latent else fewer
 
 
 def _shrink_rotary_sections(config: PretrainedConfig, small: PretrainedConfig) -> None:
