@@ -31,7 +31,7 @@ def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
     keys = _Keys(file)
     try:
         return {**_common(keys, vocabulary), **ARCHITECTURES[file.architecture](keys)}
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise StartupError(f"{file.file}: its metadata does not fit together: {error}. Download it again.") from error
 
 
@@ -84,6 +84,16 @@ class _Keys:
             )
         return value
 
+    def count(self, key: str) -> int:
+        """A positive whole number that every model has."""
+        value = self.require(key)
+        if type(value) is not int or value <= 0:
+            raise StartupError(
+                f"{self.file.file}: {self.file.architecture}.{key} is {repr(value)[:80]}, and must be a "
+                "positive whole number. Download it again."
+            )
+        return value
+
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
 
@@ -96,11 +106,13 @@ class _Keys:
 
     @property
     def heads(self) -> int:
-        return int(self.require("attention.head_count"))
+        return self.count("attention.head_count")
 
     def numbers(self, tensor: str) -> list[float]:
         """The values of a small float32 tensor."""
-        found = self.file.tensors[tensor]
+        found = self.file.tensors.get(tensor)
+        if found is None:
+            raise StartupError(f"{self.file.file} has no tensor {tensor}: it is no whole model. Download it again.")
         if found.type_id != _F32:
             raise StartupError(f"{found.file}: the tensor {tensor} is not in float32.")
         values = np.fromfile(found.file, np.dtype("<f4"), count=int(np.prod(found.shape)), offset=found.offset)
@@ -131,13 +143,13 @@ def _common(keys: _Keys, vocabulary: Vocabulary) -> Config:
     types = {tensor.type_id for tensor in keys.file.tensors.values()}
     return {
         "vocab_size": keys.file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": keys.require("embedding_length"),
-        "intermediate_size": keys.require("feed_forward_length"),
-        "num_hidden_layers": keys.require("block_count"),
+        "hidden_size": keys.count("embedding_length"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
         "num_attention_heads": keys.heads,
         "num_key_value_heads": keys.get("attention.head_count_kv", keys.heads),
         "rms_norm_eps": keys.require("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": keys.require("context_length"),
+        "max_position_embeddings": keys.count("context_length"),
         "tie_word_embeddings": not keys.has("output.weight"),
         "bos_token_id": vocabulary.bos_id,
         "eos_token_id": list(vocabulary.end_ids),

@@ -59,7 +59,8 @@ def chat_templates(file: Gguf) -> dict[str, str]:
     """Chat templates by name; the main one is "default"."""
     prefix = "tokenizer.chat_template"
     found = {"default": file.metadata.get(prefix)}
-    for name in file.metadata.get("tokenizer.chat_templates", []):
+    names = file.metadata.get("tokenizer.chat_templates", [])
+    for name in names if isinstance(names, list) else []:
         found[str(name)] = file.metadata.get(f"{prefix}.{name}")
     return {name: source for name, source in found.items() if isinstance(source, str)}
 

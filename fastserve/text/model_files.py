@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{path} cannot be read: {error}.") from error
     if not isinstance(value, dict):
         raise StartupError(f"{path} is not a JSON object.")

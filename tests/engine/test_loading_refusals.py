@@ -85,7 +85,27 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.
     refused(folder, r"model\.safetensors: the tensor \S+ cannot be read: it ends \d+ bytes too early\.$")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}'])
+NESTED = "[" * 100_000
+"""JSON of more levels than Python reads."""
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "quantize_config.json"])
+def test_settings_that_are_nested_too_deeply(folder: Path, name: str) -> None:
+    (folder / name).write_text(NESTED)
+    refused(folder, "recursion")
+
+
+def test_a_header_that_is_nested_too_deeply(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(NESTED)) + NESTED.encode())
+    refused(folder, r"model\.safetensors cannot be loaded: its header is broken")
+
+
+def test_an_adapter_whose_settings_are_nested_too_deeply(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(NESTED)
+    refused(folder, "cannot be read as the settings of a LoRA adapter", adapter_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 1}}', NESTED], ids=lambda text: text[:20])
 def test_a_broken_index(folder: Path, text: str) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(text)

@@ -115,8 +115,11 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         (drop("llama.context_length"), r"does not say llama\.context_length: it is no whole model"),
         (drop("tokenizer.ggml.tokens"), "holds no vocabulary"),
         (put("llama.expert_count", 8), "a mixture of experts, which is not served from GGUF files"),
-        (put("llama.embedding_length", "eight"), "its metadata does not fit together: .* Download it again"),
-        (put("llama.attention.head_count", 0), "its metadata does not fit together: .* Download it again"),
+        (put("llama.embedding_length", "eight"), r"llama\.embedding_length is 'eight', and must be a positive whole"),
+        (put("llama.attention.head_count", 0), r"llama\.attention\.head_count is 0, and must be a positive whole"),
+        (put("llama.block_count", "x" * 500), r"llama\.block_count is 'x{79}, and must be a positive whole number"),
+        (put("llama.context_length", 0), r"llama\.context_length is 0, and must be a positive whole number"),
+        (put("llama.feed_forward_length", "12"), r"llama\.feed_forward_length is '12', and must be a positive whole"),
         (put("llama.rope.scaling.type", "sideways"), r"rope\.scaling\.type 'sideways' is not served"),
         (put("llama.rope.dimension_count", 2), "rotary positions of 2 of 4 are not served"),
         (put("llama.attention.value_length", 2), "keys and values of different lengths are not served"),
@@ -127,6 +130,21 @@ def test_files_that_would_be_served_wrongly_are_refused(
 ) -> None:
     with pytest.raises(StartupError, match=message):
         model_folder(write_header(tmp_path / "model.gguf", "llama", add), tmp_path)
+
+
+def test_a_file_without_a_tensor_that_another_one_needs_is_refused(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        add_model(writer)
+        writer.add_tensor("rope_factors_long.weight", np.ones(2, dtype=np.float32))
+
+    with pytest.raises(StartupError, match=r"has no tensor rope_factors_short\.weight: it is no whole model"):
+        model_folder(write_header(tmp_path / "model.gguf", "llama", add), tmp_path)
+
+
+def test_a_list_of_chat_templates_that_is_no_list_has_no_effect(tmp_path: Path) -> None:
+    folder = model_folder(write_header(tmp_path / "model.gguf", "llama", put("tokenizer.chat_templates", 5)), tmp_path)
+    assert load_chat_template(folder) is not None
+    assert not list(folder.glob("additional_chat_templates/*"))
 
 
 def test_the_publishers_sampling_is_the_default(tmp_path: Path) -> None:

@@ -69,6 +69,13 @@ def test_an_invalid_folder_is_a_startup_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_settings_that_are_nested_too_deeply_are_a_startup_error(tmp_path: Path) -> None:
+    tiny.word_piece().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(StartupError, match=r"tokenizer_config\.json cannot be read"):
+        load_tokenizer(tmp_path)
+
+
 def with_part(name: str, value: Any) -> dict[str, Any]:
     return {**json.loads(tiny.word_piece().to_str()), name: value}
 

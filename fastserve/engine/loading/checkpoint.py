@@ -151,7 +151,7 @@ def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [index.parent / name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
         raise StartupError(
             f"{index} cannot be read as an index of shards ({type(error).__name__}: {error}). Download it again."
         ) from error
@@ -176,7 +176,7 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
         found = {
             name: _stored(file, name, entry, begin, size) for name, entry in entries.items() if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise StartupError(f"{file} cannot be loaded: its header is broken or cut off ({error}).") from error
     return found
 

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _STATEFUL_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` that keep a state beside keys and values, or instead of them."""
+_MAX_LAYERS = 10_000
+"""Far more than any model has: a broken number must not have us build layers until memory ends."""
 _SPARSE_LAYERS = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}
 """`layer_types` that choose or compress the tokens that they attend to."""
 _STATE_SIZES = ("mamba_d_state", "ssm_state_size", "state_size", "linear_num_value_heads")
@@ -273,6 +275,12 @@ def _refuse_unpageable(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise StartupError(f"{kind} is an encoder-decoder model; only decoder-only models can be served.")
     text_config = config.get_text_config(decoder=True)
+    depth = getattr(text_config, "num_hidden_layers", None)
+    if isinstance(depth, int) and not 0 < depth <= _MAX_LAYERS:
+        raise StartupError(
+            f"{kind} cannot be served: num_hidden_layers is {depth} in its config.json, and a model has 1 to "
+            f"{_MAX_LAYERS} layers. Download config.json again."
+        )
     layer_types = set(getattr(text_config, "layer_types", None) or ())
     if stateful := _STATEFUL_LAYERS & layer_types:
         raise StartupError(

@@ -99,5 +99,5 @@ def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise StartupError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StartupError(f"{folder / 'generation_config.json'} cannot be read: {str(error).rstrip('.')}.") from error

@@ -144,7 +144,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{file} cannot be read: {error}.") from error
     if not isinstance(settings, dict):
         raise StartupError(f"{file} cannot be read: it is no JSON object.")

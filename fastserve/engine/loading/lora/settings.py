@@ -47,13 +47,21 @@ _CHANGED_BASES = {
     "pissa_niter": f"the base model was changed by a random algorithm (fast PiSSA). {_CONVERT_IT}",
 }
 _PLAIN_INITS = frozenset(("true", "false", "none", "gaussian", "orthogonal", "eva", "mica"))
+_LAYER_PATTERN = r"(.*\.)?({})$"
+_PATTERN_FORMS = {
+    "rank_pattern": _LAYER_PATTERN,
+    "alpha_pattern": _LAYER_PATTERN,
+    "layers_pattern": r"(?:^|.*?\.){}\.(\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
+"""Regular expressions that PEFT makes of these fields."""
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
 
 _Count = Annotated[int, msgspec.Meta(gt=0)]
 _Names = list[str] | str | None
 
 
-class BlockDiagonal(msgspec.Struct, frozen=True):
+class BlockDiagonal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """BD-LoRA: one of the two matrices of a layer is block-diagonal, and only its blocks are stored."""
 
     nblocks: _Count = 1
@@ -115,7 +123,9 @@ class AdapterSettings(msgspec.Struct, frozen=True):
         return _is_among(path, self.target_modules) and self._is_in_a_chosen_layer(path)
 
     def _saves(self, path: str) -> bool:
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
+        return any(
+            re.match(_PATTERN_FORMS["modules_to_save"].format(name), path) for name in self.modules_to_save or ()
+        )
 
     def _is_in_a_chosen_layer(self, path: str) -> bool:
         layers = self.layers_to_transform
@@ -124,7 +134,9 @@ class AdapterSettings(msgspec.Struct, frozen=True):
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         found = (
             re.match(pattern, path)
-            for pattern in ([rf"(?:^|.*?\.){one}\.(\d+)\." for one in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."])
+            for pattern in (
+                [_PATTERN_FORMS["layers_pattern"].format(one) for one in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
+            )
         )
         match = next((one for one in found if one is not None), None)
         return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
@@ -135,7 +147,7 @@ def read_settings(file: Path) -> AdapterSettings:
     as PEFT merges it."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{file} cannot be read as the settings of a LoRA adapter: {error}.") from error
     if not isinstance(fields, dict):
         raise StartupError(f"{file} cannot be read as the settings of a LoRA adapter: it is no JSON object.")
@@ -159,8 +171,11 @@ def read_settings(file: Path) -> AdapterSettings:
         "modules_to_save",
     ):
         _require_patterns(file, field, getattr(settings, field))
-    if not math.isfinite(settings.lora_alpha):
-        raise StartupError(f"{file}: lora_alpha is {settings.lora_alpha}: give a finite number.")
+    alphas = {"lora_alpha": settings.lora_alpha}
+    alphas |= {f"alpha_pattern[{_shown(name)}]": alpha for name, alpha in (settings.alpha_pattern or {}).items()}
+    for field, alpha in alphas.items():
+        if not math.isfinite(alpha):
+            raise StartupError(f"{file}: {field} is {alpha}: give a finite number.")
     return settings
 
 
@@ -214,20 +229,29 @@ def _require_one_variant(file: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _require_patterns(file: Path, field: str, value: Any) -> None:
+    """Require regular expressions that are valid by themselves and within the one that PEFT makes of each."""
     patterns = [value] if isinstance(value, str) else [] if field.endswith("modules") else list(value or ())
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+            if field in _PATTERN_FORMS:
+                re.compile(_PATTERN_FORMS[field].format(pattern))
+        except (re.error, RecursionError, OverflowError) as error:
             raise StartupError(
-                f"{file}: {field} has {_shown(pattern)}, which is no regular expression ({error})."
+                f"{file}: {field} has {_shown(pattern)}, which is no regular expression that can be used there "
+                f"({error})."
             ) from error
+        if field == "layers_pattern" and re.compile(pattern).groups:
+            raise StartupError(
+                f"{file}: layers_pattern has {_shown(pattern)}: write it without a group, since the group of the "
+                "layer's number must be the first one."
+            )
 
 
 def _first_match(patterns: Mapping[str, float], names: Iterable[str]) -> float | None:
     every = list(names)
     for pattern, value in patterns.items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in every):
+        if any(re.match(_LAYER_PATTERN.format(pattern), name) for name in every):
             return value
     return None
 
