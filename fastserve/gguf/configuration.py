@@ -19,9 +19,19 @@ from fastserve.gguf.tokens import Vocabulary
 Config = dict[str, Any]
 _F32 = 0
 _BF16 = 30
-_GEMMA3_PATTERN = 6
-"""Every sixth layer of Gemma 3 attends to the whole context."""
+_GEMMA2_PATTERN, _GEMMA3_PATTERN = 2, 6
+"""Every second layer of Gemma 2, and every sixth of Gemma 3, attends to the whole context."""
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
+_MAX_ROUNDED_LOW_FREQ_FACTOR = 8
+_NOT_NEEDED = {
+    "attention.layer_norm_epsilon",
+    "embedding_length_out",
+    "pooling_type",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+    "vocab_size",
+}
+"""Keys that change no logit, or repeat what the tensors say."""
 
 
 def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
@@ -30,7 +40,9 @@ def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
         raise refuse_architecture(file)
     keys = _Keys(file)
     try:
-        return {**_common(keys, vocabulary), **ARCHITECTURES[file.architecture](keys)}
+        config = {**_common(keys, vocabulary), **ARCHITECTURES[file.architecture](keys)}
+        keys.refuse_unread()
+        return config
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise StartupError(f"{file.file}: its metadata does not fit together: {error}. Download it again.") from error
 
@@ -63,10 +75,11 @@ class _Keys:
 
     def __init__(self, file: Gguf) -> None:
         self.file = file
+        self._read: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value. A list of equal values, one for each layer, counts as one; raises StartupError for other lists."""
-        value = self.file.metadata.get(f"{self.file.architecture}.{key}", default)
+        value = self.each_layer(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if isinstance(value, list):
@@ -74,6 +87,25 @@ class _Keys:
                 f"{self.file.file}: {self.file.architecture}.{key} differs between layers, which is not served."
             )
         return _rounded(value) if isinstance(value, float) else value
+
+    def each_layer(self, key: str, default: Any = None) -> Any:
+        """A value, or a list of values, one for each layer."""
+        self._read.add(key)
+        return self.file.metadata.get(f"{self.file.architecture}.{key}", default)
+
+    def refuse_unread(self) -> None:
+        """Refuse keys that nothing has read, unless they have a value that leaves the model as it is: a property that
+        is left out would change every answer."""
+        prefix = f"{self.file.architecture}."
+        for name in sorted(self.file.metadata):
+            key, value = name.removeprefix(prefix), self.file.metadata[name]
+            if key == name or key in self._read | _NOT_NEEDED:
+                continue
+            if any(not _is_neutral(key, item) for item in (value if isinstance(value, list) else [value])):
+                raise StartupError(
+                    f"{self.file.file}: {name[:80]!r} is {str(value)[:80]!r}, which is not served for this "
+                    "architecture. Use the model's safetensors."
+                )
 
     def require(self, key: str) -> Any:
         value = self.get(key)
@@ -121,6 +153,10 @@ class _Keys:
         return [_rounded(value) for value in values.tolist()]
 
 
+def _is_neutral(key: str, value: Any) -> bool:
+    return value in (0, "", "none") or (value == 1 and key.endswith(("scale", "factor")))
+
+
 def _rounded(value: Any) -> Any:
     """A float32 in its shortest form: 1e-5, not 9.99999974e-06."""
     if not isinstance(value, float):
@@ -138,8 +174,24 @@ def _common(keys: _Keys, vocabulary: Vocabulary) -> Config:
             f"{keys.file.file} holds a mixture of experts, which is not served from GGUF files. Use the model's "
             "safetensors."
         )
+    if keys.file.metadata.get("general.type", "model") != "model":
+        raise StartupError(
+            f"{keys.file.file} is no model, but of the type {str(keys.file.metadata['general.type'])[:80]!r}. Give the "
+            "file of the model."
+        )
     if not keys.has("token_embd.weight"):
         raise StartupError(f"{keys.file.file} has no tensor token_embd.weight: it is no whole model.")
+    rows = keys.file.tensors["token_embd.weight"].shape[0]
+    if len(vocabulary.texts) > rows:
+        raise StartupError(
+            f"{keys.file.file} has {len(vocabulary.texts)} tokens, and embeddings of {rows}: it is broken. Download it "
+            "again."
+        )
+    if not keys.get("attention.causal", True):
+        raise StartupError(
+            f"{keys.file.file}: its attention is not causal ({keys.file.architecture}.attention.causal), so it "
+            "generates no text."
+        )
     types = {tensor.type_id for tensor in keys.file.tensors.values()}
     return {
         "vocab_size": keys.file.tensors["token_embd.weight"].shape[0],
@@ -162,17 +214,29 @@ def _common(keys: _Keys, vocabulary: Vocabulary) -> Config:
 
 def _rope(keys: _Keys) -> Config:
     rope: Config = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
-    kind, factor = keys.get("rope.scaling.type", "none"), keys.get("rope.scaling.factor", 1.0)
+    # Old files have scale_linear; a factor without a type is linear.
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0.0)) or 1.0
+    kind = keys.get("rope.scaling.type", "none" if factor == 1.0 else "linear")
     original = keys.get("rope.scaling.original_context_length", keys.require("context_length"))
     rotated = keys.get("rope.dimension_count", keys.head_dim)
     if rotated != keys.head_dim:
         rope["partial_rotary_factor"] = rotated / keys.head_dim
         if keys.file.architecture != "phi3":
             raise StartupError(f"{keys.file.file}: rotary positions of {rotated} of {keys.head_dim} are not served.")
-    if keys.has("rope_factors_long.weight"):
-        return rope | _longrope(keys, original)
-    if keys.has("rope_freqs.weight"):
-        return rope | _llama3(keys.numbers("rope_freqs.weight"), rope["rope_theta"])
+    for tensor, makes in _ROPE_TENSORS.items():
+        if not keys.has(tensor):
+            continue
+        if kind not in ("none", makes):
+            raise StartupError(
+                f"{keys.file.file}: rope.scaling.type {str(kind)[:80]!r} contradicts its tensor {tensor}. Download it "
+                "again."
+            )
+        if keys.file.tensors[tensor].shape != (rotated // 2,):
+            raise StartupError(
+                f"{keys.file.file}: the tensor {tensor} has the shape {keys.file.tensors[tensor].shape}, and "
+                f"{(rotated // 2,)} is needed."
+            )
+        kind = makes
     match kind:
         case "none":
             return rope
@@ -180,14 +244,33 @@ def _rope(keys: _Keys) -> Config:
             return rope | {"rope_type": "linear", "factor": factor}
         case "yarn":
             return rope | _yarn(keys, factor, original)
+        case "llama3" if keys.has("rope_freqs.weight"):
+            return rope | _llama3(keys.numbers("rope_freqs.weight"), rope["rope_theta"])
+        case "longrope" if keys.has("rope_factors_long.weight") and keys.has("rope_factors_short.weight"):
+            return rope | _longrope(keys, original)
     raise StartupError(f"{keys.file.file}: rope.scaling.type {str(kind)[:80]!r} is not served.")
+
+
+_ROPE_TENSORS = {
+    "rope_factors_long.weight": "longrope",
+    "rope_factors_short.weight": "longrope",
+    "rope_freqs.weight": "llama3",
+}
+"""Tensors of divisors of the rotary frequencies, and the type of scaling that they make."""
 
 
 def _yarn(keys: _Keys, factor: float, original: int) -> Config:
     rope: Config = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     own = keys.get("rope.scaling.attn_factor", 1.0)
+    usual = 0.1 * float(np.log(factor)) + 1
     if own != 1.0:
-        rope["attention_factor"] = own * (0.1 * float(np.log(factor)) + 1)
+        rope["attention_factor"] = own * usual
+    stated = keys.get("rope.scaling.yarn_attn_factor", 1.0)
+    if stated not in (1.0, -1.0) and abs(stated - usual) > 1e-4:
+        raise StartupError(f"{keys.file.file}: rope.scaling.yarn_attn_factor {stated} is not served.")
+    mixed = keys.get("rope.scaling.yarn_ext_factor", 1.0)
+    if mixed not in (1.0, -1.0):
+        raise StartupError(f"{keys.file.file}: rope.scaling.yarn_ext_factor {mixed} is not served.")
     for name in ("beta_fast", "beta_slow"):
         value = keys.get(f"rope.scaling.yarn_{name}")
         if value is not None:
@@ -211,9 +294,12 @@ def _llama3(divisors: list[float], theta: float) -> Config:
     """Parameters of Llama 3's RoPE scaling, from the divisor of each frequency.
 
     Between its ends, 1 and 1/factor, 1/divisor is linear in the frequency. Slope and offset give high_freq_factor and
-    the original length for a low_freq_factor of 1; other triples are equivalent.
+    the original length for a low_freq_factor of 1. Multiples of the three are equivalent: the first is taken that is
+    round.
     """
     values = np.array(divisors)
+    if (values == 1).all():
+        return {}
     frequencies = theta ** (-np.arange(len(values)) / len(values))
     factor = float(values.max())
     between = (values > 1) & (values < factor)
@@ -229,11 +315,16 @@ def _llama3(divisors: list[float], theta: float) -> Config:
         high = 4.0
         lowest = turns[values <= 1].min(initial=1.0)
         original = float((smooth[0] * (high - 1) + 1) / turns[between][0] if len(smooth) else high / lowest)
-    rope |= {"high_freq_factor": round(high, 2), "original_max_position_embeddings": round(original)}
-    found = _llama3_divisors(rope, frequencies)
-    if not np.allclose(found, values, rtol=1e-3):
-        raise StartupError("rope_freqs.weight holds a scaling of positions that is not Llama 3's, and is not served.")
-    return rope
+    for low in range(1, _MAX_ROUNDED_LOW_FREQ_FACTOR + 1):
+        found = rope | {
+            "low_freq_factor": float(low),
+            "high_freq_factor": round(low * high, 2),
+            "original_max_position_embeddings": round(low * original),
+        }
+        # Errors grow with positions: only those of float32 are left.
+        if np.allclose(_llama3_divisors(found, frequencies), values, rtol=2e-6):
+            return found
+    raise StartupError("rope_freqs.weight holds a scaling of positions that is not Llama 3's, and is not served.")
 
 
 def _llama3_divisors(rope: Config, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -244,7 +335,43 @@ def _llama3_divisors(rope: Config, frequencies: np.ndarray[Any, Any]) -> np.ndar
     return divisors
 
 
+def _layer_types(keys: _Keys, pattern: int | None = None) -> list[str]:
+    """Type of each layer where some attend to a window. `pattern`: period of layers that attend to the whole context,
+    for files that do not state it."""
+    layers = keys.require("block_count")
+    stated = keys.each_layer("attention.sliding_window_pattern", pattern)
+    if stated is None:
+        raise StartupError(
+            f"{keys.file.file} has a window of attention (attention.sliding_window), and does not say for which layers "
+            "(attention.sliding_window_pattern). Use the model's safetensors."
+        )
+    if not isinstance(stated, list):
+        stated = [(layer + 1) % stated != 0 for layer in range(layers)]
+    if len(stated) != layers:
+        raise StartupError(
+            f"{keys.file.file}: attention.sliding_window_pattern has {len(stated)} entries, and the model {layers} "
+            "layers. Download it again."
+        )
+    return ["sliding_attention" if slides else "full_attention" for slides in stated]
+
+
+def _some_windows(keys: _Keys) -> Config:
+    window = keys.get("attention.sliding_window")
+    if not window:
+        return {}
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": _layer_types(keys)}
+
+
 def _llama(keys: _Keys) -> Config:
+    window = keys.get("attention.sliding_window")
+    if window:
+        return {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_act": "silu",
+            "head_dim": keys.head_dim,
+            "sliding_window": window,
+        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -256,7 +383,13 @@ def _llama(keys: _Keys) -> Config:
 
 
 def _qwen2(keys: _Keys) -> Config:
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        **_some_windows(keys),
+    }
 
 
 def _qwen3(keys: _Keys) -> Config:
@@ -265,6 +398,8 @@ def _qwen3(keys: _Keys) -> Config:
         "model_type": "qwen3",
         "hidden_act": "silu",
         "head_dim": keys.head_dim,
+        "attention_bias": keys.has("blk.0.attn_q.bias"),
+        **_some_windows(keys),
     }
 
 
@@ -286,28 +421,29 @@ def _gemma2(keys: _Keys) -> Config:
         "head_dim": keys.head_dim,
         "query_pre_attn_scalar": _query_scale(keys, _GEMMA2_27B_LAYERS),
         "sliding_window": keys.get("attention.sliding_window", 4096),
-        "attn_logit_softcapping": keys.get("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": keys.get("final_logit_softcapping", 30.0),
+        "layer_types": _layer_types(keys, _GEMMA2_PATTERN),
+        "attn_logit_softcapping": keys.get("attn_logit_softcapping", 50.0) or None,
+        "final_logit_softcapping": keys.get("final_logit_softcapping", 30.0) or None,
     }
 
 
 def _gemma3(keys: _Keys) -> Config:
     whole = _rope(keys)
     local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
-    pattern = keys.file.metadata.get("gemma3.attention.sliding_window_pattern", _GEMMA3_PATTERN)
-    if not isinstance(pattern, list):
-        pattern = [(layer + 1) % pattern != 0 for layer in range(keys.require("block_count"))]
+    # Without a window, all layers attend to the whole context.
+    window = keys.get("attention.sliding_window")
+    types = _layer_types(keys, _GEMMA3_PATTERN) if window else ["full_attention"] * keys.require("block_count")
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "head_dim": keys.head_dim,
         "query_pre_attn_scalar": _query_scale(keys, _GEMMA3_27B_LAYERS),
-        "sliding_window": keys.get("attention.sliding_window", 1024),
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "sliding_window": window or keys.require("context_length"),
+        "layer_types": types,
         "rope_parameters": {"full_attention": whole, "sliding_attention": local},
-        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
-        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "attn_logit_softcapping": keys.get("attn_logit_softcapping") or None,
+        "final_logit_softcapping": keys.get("final_logit_softcapping") or None,
     }
 
 
@@ -343,6 +479,10 @@ def _smollm3(keys: _Keys) -> Config:
 
 
 def _granite(keys: _Keys) -> Config:
+    if not keys.get("rope.scaling.finetuned", True):
+        raise StartupError(
+            f"{keys.file.file}: Granite without rotary positions (granite.rope.scaling.finetuned) is not served."
+        )
     return {
         "architectures": ["GraniteForCausalLM"],
         "model_type": "granite",
@@ -350,10 +490,10 @@ def _granite(keys: _Keys) -> Config:
         "head_dim": keys.head_dim,
         "attention_bias": keys.has("blk.0.attn_q.bias"),
         "mlp_bias": keys.has("blk.0.ffn_up.bias"),
-        "embedding_multiplier": keys.get("embedding_scale", 1.0),
-        "residual_multiplier": keys.get("residual_scale", 1.0),
-        "attention_multiplier": keys.get("attention.scale", keys.head_dim**-0.5),
-        "logits_scaling": keys.get("logit_scale", 1.0),
+        "embedding_multiplier": keys.get("embedding_scale") or 1.0,
+        "residual_multiplier": keys.get("residual_scale") or 1.0,
+        "attention_multiplier": keys.get("attention.scale") or keys.head_dim**-0.5,
+        "logits_scaling": keys.get("logit_scale") or 1.0,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
     Phi3Config,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -26,7 +31,7 @@ from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
 from fastserve.worker.model_source import find_model
-from tests.gguf.writing import add_tokens
+from tests.gguf.writing import add_tokens, write_header
 
 from .test_formats import SIZES, assert_same_logits, save, write_gguf
 
@@ -76,6 +81,12 @@ def add_own(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            if "beta_fast" in rope:
+                writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+                writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+            if "attention_factor" in rope:
+                usual = 0.1 * np.log(rope["factor"]) + 1
+                writer.add_rope_scaling_attn_factors(rope["attention_factor"] / usual)
         case "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
@@ -92,8 +103,11 @@ def add_own(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
             writer.add_residual_scale(config.residual_multiplier)
             writer.add_attention_scale(config.attention_multiplier)
             writer.add_logit_scale(config.logits_scaling)
-    if getattr(config, "sliding_window", None):
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if getattr(config, "sliding_window", None) and "sliding_attention" in types:
         writer.add_sliding_window(config.sliding_window)
+        if config.model_type in ("qwen2", "qwen3") or types[0] == "full_attention":
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in types])
 
 
 LLAMA3 = {
@@ -105,6 +119,11 @@ LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
     "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0],
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 SIX_LAYERS = {**SIZES, "num_hidden_layers": 6, "head_dim": 16}
 MODELS = {
     "llama": LlamaConfig(**SIZES),
@@ -114,23 +133,48 @@ MODELS = {
     "llama 3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
     "llama 3.1 with a larger base": LlamaConfig(**SIZES, rope_parameters={**LLAMA3, "rope_theta": 5e5}),
     "llama with YaRN": LlamaConfig(**SIZES, rope_parameters=YARN),
+    "llama 3.1 with a higher low_freq_factor": LlamaConfig(
+        **SIZES, rope_parameters={**LLAMA3, "low_freq_factor": 3.0, "high_freq_factor": 8.0}
+    ),
+    "llama with YaRN of its own": LlamaConfig(
+        **SIZES, rope_parameters={**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}
+    ),
+    "llama with a linear factor": LlamaConfig(**SIZES, rope_parameters=LINEAR),
+    "llama with a window (Mistral)": MistralConfig(**SIZES, head_dim=32, sliding_window=8),
     "qwen2": Qwen2Config(**SIZES, rms_norm_eps=1e-6),
+    "qwen2 with windows and its own head": Qwen2Config(
+        **SIZES, head_dim=32, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "qwen3 with windows and a tied head": Qwen3Config(
+        **SIZES, head_dim=16, use_sliding_window=True, sliding_window=8, tie_word_embeddings=True,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "qwen3 with biases": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
     "gemma": GemmaConfig(**SIZES, head_dim=16),
     "gemma2": Gemma2Config(
         **SIZES, head_dim=16, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=3.0,
         final_logit_softcapping=5.0,
     ),
     "gemma3": Gemma3TextConfig(
-        **SIX_LAYERS, sliding_window=8, query_pre_attn_scalar=16,
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
+        **SIX_LAYERS, sliding_window=8, query_pre_attn_scalar=16, rope_parameters=GEMMA3_ROPE
+    ),
+    "gemma3 with its own pattern": Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 3}, head_dim=16, sliding_window=4, query_pre_attn_scalar=16,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"], rope_parameters=GEMMA3_ROPE,
+    ),
+    "gemma3 without windows": Gemma3TextConfig(
+        **SIZES, head_dim=16, query_pre_attn_scalar=16, layer_types=["full_attention"] * 2, rope_parameters=GEMMA3_ROPE,
     ),
     "phi3": Phi3Config(**SIZES, sliding_window=8),
     "phi3 with LongRoPE": Phi3Config(**SIZES, rope_parameters=LONG, original_max_position_embeddings=64),
     "smollm3": SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}),
+    "smollm3 with YaRN and an untied head": SmolLM3Config(
+        **{**SIZES, "num_hidden_layers": 4}, tie_word_embeddings=False, rope_parameters=YARN
+    ),
+    "granite with biases": GraniteConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, attention_multiplier=0.25
+    ),
     "granite": GraniteConfig(
         **SIZES, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=2.0
     ),
@@ -140,9 +184,116 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_in_the_metadata_is_the_one_that_was_written(tmp_path: Path, name: str) -> None:
     kind = name.split()[0]
-    expected = write_gguf(save(MODELS[name], tmp_path / "plain"), tmp_path / "alone", kind, "Q8_0", describe)
+    expected = write_gguf(save(MODELS[name], tmp_path / "plain"), tmp_path / "alone", kind, "F32", describe)
     assert not (tmp_path / "alone" / "config.json").exists()
+    assert_same_logits(load(tmp_path / "alone"), expected, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "smollm3", "granite"])
+def test_packed_rows_are_put_in_order(tmp_path: Path, kind: str) -> None:
+    expected = write_gguf(save(MODELS[kind], tmp_path / "plain"), tmp_path / "alone", kind, "Q8_0", describe)
     assert_same_logits(load(tmp_path / "alone"), expected)
+
+
+def write_llama(folder: Path, add: Callable[[gguf.GGUFWriter], None], config: Any = None) -> PreTrainedModel:
+    """A small Llama with more metadata."""
+
+    def describe_and_add(writer: gguf.GGUFWriter, config: Any) -> None:
+        describe(writer, config)
+        add(writer)
+
+    source = save(config or LlamaConfig(**SIZES), folder / "plain")
+    return write_gguf(source, folder / "alone", "llama", "F32", describe_and_add)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_rope_factor_without_a_type_is_linear(tmp_path: Path, key: str) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_float32(f"llama.{key}", 4.0)
+
+    write_llama(tmp_path, add)
+    linear = LlamaForCausalLM.from_pretrained(tmp_path / "plain", rope_parameters=LINEAR, dtype=torch.float32).eval()
+    assert_same_logits(load(tmp_path / "alone"), linear, tolerance=2e-5)
+
+
+KEYS_THAT_LEAVE_THE_MODEL_AS_IT_IS: dict[str, Any] = {
+    "llama.vocab_size": 160, "llama.expert_count": 0, "llama.attention.sliding_window": 0, "llama.logit_scale": 1.0,
+    "llama.attention.max_alibi_bias": 0.0, "llama.rope.scaling.type": "none", "llama.rope.scaling.finetuned": True,
+    "llama.attention.causal": True, "llama.nextn_predict_layers": 0, "llama.tensor_data_layout": "Meta AI original pth",
+    "llama.rope.scaling.attn_factor": 1.0, "general.type": "model", "other.attention.scale": 3.0,
+}  # fmt: skip
+
+
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def test_keys_that_leave_the_model_as_it_is(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        for key, value in KEYS_THAT_LEAVE_THE_MODEL_AS_IT_IS.items():
+            add_key(writer, key, value)
+
+    expected = write_llama(tmp_path, add)
+    assert_same_logits(load(tmp_path / "alone"), expected, tolerance=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        ("llama", "llama.attention.scale", 0.5, "'llama.attention.scale' is '0.5', which is not served"),
+        ("llama", "llama.final_logit_softcapping", 30.0, "'llama.final_logit_softcapping' is"),
+        ("llama", "llama.nextn_predict_layers", 1, "'llama.nextn_predict_layers' is '1'"),
+        ("llama", "llama.invented_by_somebody", [0, 3], "'llama.invented_by_somebody' is"),
+        ("llama", "llama.attention.causal", False, "its attention is not causal"),
+        ("llama", "llama.rope.scaling.type", "ntk", "rope.scaling.type 'ntk' is not served"),
+        ("llama", "llama.rope.scaling.type", "longrope", "rope.scaling.type 'longrope' is not served"),
+        ("llama", "llama.attention.sliding_window_pattern", [True, False], "'llama.attention.sliding_window_pattern'"),
+        ("llama", "general.type", "adapter", "is no model, but of the type 'adapter'"),
+        ("llama 3.1", "llama.rope.scaling.type", "yarn", "'yarn' contradicts its tensor rope_freqs"),
+        ("llama with YaRN", "llama.rope.scaling.yarn_ext_factor", 0.5, "yarn_ext_factor 0.5 is not served"),
+        ("llama with YaRN", "llama.rope.scaling.yarn_log_multiplier", 0.1, "yarn_log_multiplier' is"),
+        ("qwen2", "qwen2.attention.sliding_window", 8, "does not say for which layers"),
+        ("qwen3", "qwen3.attn_logit_softcapping", 50.0, "'qwen3.attn_logit_softcapping' is"),
+        ("gemma3", "gemma3.attention.sliding_window_pattern", [True, False], "has 2 entries, and the model 6 layers"),
+        ("gemma2", "gemma2.attention.scale", 0.5, "'gemma2.attention.scale' is"),
+        ("smollm3", "smollm3.attention.sliding_window", 8, "'smollm3.attention.sliding_window' is '8'"),
+        ("granite", "granite.rope.scaling.finetuned", False, "without rotary positions"),
+        ("phi3", "phi3.attention.key_length_swa", 64, "'phi3.attention.key_length_swa' is"),
+    ],
+)  # fmt: skip
+def test_a_key_that_changes_the_model_otherwise_is_refused(
+    tmp_path: Path, kind: str, key: str, value: Any, message: str
+) -> None:
+    config = MODELS[kind]
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("token_embd.weight", np.zeros((160, 64), np.float32))
+        describe(writer, config)
+        add_key(writer, key, value)
+
+    write_header(tmp_path / "model.gguf", kind.split()[0], add)
+    with pytest.raises(StartupError, match=re.escape(message)):
+        find_model(str(tmp_path), "main")
+
+
+def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("token_embd.weight", np.zeros((150, 64), np.float32))
+        describe(writer, MODELS["llama"])
+
+    write_header(tmp_path / "model.gguf", "llama", add)
+    with pytest.raises(StartupError, match="has 160 tokens, and embeddings of 150"):
+        find_model(str(tmp_path), "main")
 
 
 def test_a_model_in_parts(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class Segment:
         return bool(self._lost.value)
 
     def set_progress(self, rank: int, done: int, total: int) -> None:
-        self._progress[rank][:] = (done, total)
+        progress = self._progress[rank]
+        progress[0], progress[1] = done, total
 
     def progress(self) -> tuple[int, int]:
         """Bytes loaded and to be loaded by all ranks. One that has not begun counts as the largest."""
