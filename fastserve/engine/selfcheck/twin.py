@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.engine.attention.paged import PagedAttention, attention_implementation
 from fastserve.engine.devices.find import attention_backend
@@ -121,6 +121,9 @@ def _load(original: LoadedModel, small: PretrainedConfig, max_model_len: int, pr
         torch.manual_seed(0)
         if isinstance(small, cls.config_class):
             model: PreTrainedModel = cls._from_config(small, dtype=torch.float32)
+        elif type(small) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # Not left to AutoModelForCausalLM: to list all classes it knows in its error, it imports them.
+            raise NoTwinError(f"transformers has no model for {type(small).__name__} alone")
         else:  # the text model of a composite one
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
         with torch.no_grad():
