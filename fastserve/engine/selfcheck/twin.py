@@ -123,7 +123,7 @@ def _load(original: LoadedModel, small: PretrainedConfig, max_model_len: int, pr
             model: PreTrainedModel = cls._from_config(small, dtype=torch.float32)
         elif type(small) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             # Not left to AutoModelForCausalLM: to list all classes it knows in its error, it imports them.
-            raise NoTwinError(f"transformers has no model for {type(small).__name__} alone")
+            raise ValueError(f"transformers has no model for {type(small).__name__} alone")
         else:  # the text model of a composite one
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
         with torch.no_grad():
