@@ -145,7 +145,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "default": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
         "text": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
     },
-    "qwen2_5_vl": {"text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}},
+    "qwen2_5_vl": {"text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}, "vision_config": {"depth": 1}},
     "qwen2_vl": {
         "text": {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}},
         "vision_config": {"embed_dim": 64, "hidden_size": 64, "depth": 1, "num_heads": 4},
@@ -161,6 +161,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": HEADS,
     "ministral3": {"rope_parameters": YARN | {"type": "yarn", "llama_4_scaling_beta": 0.5}},
     "nemotron": HEADS,
+    "qwen3_vl": {"vision_config": {"depth": 1, "deepstack_visual_indexes": [0]}},
+    "qwen3_vl_moe": {"vision_config": {"depth": 1, "deepstack_visual_indexes": [0]}},
     "qwen4_exp": {"text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
                            "indexer_compress_ratio": 2}},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,

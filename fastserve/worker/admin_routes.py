@@ -20,6 +20,7 @@ from fastserve.openai.answers import JSON
 from fastserve.openai.body import Flag, Integer, Number, RequestBounds, read_fields, shown, validate
 from fastserve.serving.responses import run_until_disconnect
 from fastserve.worker.caller import read_body
+from fastserve.worker.responses import CLIENT_GONE
 from fastserve.worker.runtime import runtime_of, status_changed
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ router = APIRouter(dependencies=[Depends(require_admin)])
 
 BodyT = TypeVar("BodyT", bound="AdminBody")
 ReplyT = TypeVar("ReplyT", bound=msgspec.Struct)
-_CLIENT_GONE = 499
 _MAX_TIMEOUT_S = 86400.0
 
 
@@ -102,5 +102,5 @@ async def _call(request: Request, body: AdminBody, call: Call[ReplyT]) -> Respon
     reply = await run_until_disconnect(request, keeper.engine.call(call, timeout_s=body.timeout_s))
     status_changed(request)
     if reply is None:
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     return Response(msgspec.json.encode(reply), media_type=JSON)

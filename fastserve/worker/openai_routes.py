@@ -11,20 +11,14 @@ from starlette.responses import Response
 from fastserve.openai.answers import JSON
 from fastserve.openai.models import ModelCards, describe_model
 from fastserve.openai.routes import CHAT, COMPLETIONS
-from fastserve.protocol import REQUEST_ID_HEADER
-from fastserve.serving.responses import StreamResponse, run_until_disconnect
-from fastserve.worker.answer import fold, stream_answer
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, JobMaker
+from fastserve.worker.responses import respond, written_bytes
 from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
-from fastserve.worker.writers import AnswerWriter
 from fastserve.worker.writers.chat import ChatWriter
 from fastserve.worker.writers.completions import CompletionWriter
 
 router = APIRouter()
-_CLIENT_GONE = 499
-_BYTES_PER_LOGPROB = 16
-"""Work of writing one log probability, as bytes of a body of the same cost (see `PromptPool.run`)."""
 
 
 @router.get("/v1/models")
@@ -37,15 +31,15 @@ async def models(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     created = int(time.time())
     runtime, job = await _prepare(request, lambda jobs: jobs.chat)
-    return await _answer(request, runtime, job, ChatWriter(job, created, runtime.jobs.tokenizer))
+    return await respond(request, runtime, job, ChatWriter(job, created, runtime.jobs.tokenizer))
 
 
 async def completions(request: Request) -> Response:
     created = int(time.time())
     runtime, job = await _prepare(request, lambda jobs: jobs.completion)
     tokenizer = runtime.jobs.tokenizer
-    writer = await runtime.pool.run(_written_bytes(job), lambda: CompletionWriter(job, created, tokenizer))
-    return await _answer(request, runtime, job, writer)
+    writer = await runtime.pool.run(written_bytes(job), lambda: CompletionWriter(job, created, tokenizer))
+    return await respond(request, runtime, job, writer)
 
 
 HANDLERS = (
@@ -66,24 +60,3 @@ async def _prepare(
         make = choose(runtime.jobs)
         body = await read_body(request)
         return runtime, await runtime.pool.run(len(body), lambda: make(body, caller))
-
-
-async def _answer(request: Request, runtime: Runtime, job: Job, writer: AnswerWriter) -> Response:
-    headers = {REQUEST_ID_HEADER: job.caller.request_id}
-    if job.answer.stream:
-        response = StreamResponse(stream_answer(runtime.service, job, writer))
-        response.headers.update(headers)
-        return response
-    result = await run_until_disconnect(request, fold(runtime.service, job))
-    if result is None:
-        return Response(status_code=_CLIENT_GONE)
-    body = await runtime.pool.run(_written_bytes(job), lambda: writer.whole(result))
-    return Response(body, media_type=JSON, headers=headers)
-
-
-def _written_bytes(job: Job) -> int:
-    """Approximate work of writing the prompt into the answer, for `PromptPool.run`; 0 if the answer has no prompt."""
-    options = job.answer
-    if not options.echo and options.prompt_logprobs is None:
-        return 0
-    return job.prompt_tokens * (1 + max(options.logprobs or 0, options.prompt_logprobs or 0)) * _BYTES_PER_LOGPROB

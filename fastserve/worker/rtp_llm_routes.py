@@ -9,18 +9,15 @@ from starlette.responses import JSONResponse, Response
 
 from fastserve.errors import FastserveError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.protocol import REQUEST_ID_HEADER
-from fastserve.serving.responses import StreamResponse, run_until_disconnect
-from fastserve.worker.answer import fold, stream_answer
 from fastserve.worker.caller import caller_of, read_body
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.metrics import kv_usage
 from fastserve.worker.rtp_llm_request import make_job, read_text
+from fastserve.worker.responses import respond
 from fastserve.worker.runtime import metrics_of, runtime_of
 from fastserve.worker.writers.rtp_llm import RtpLlmWriter, error_body
 
 router = APIRouter()
-_CLIENT_GONE = 499
 
 
 @router.post("/")
@@ -32,18 +29,9 @@ async def generate(request: Request) -> Response:
             runtime.keeper.require_ready()
             body = await read_body(request)
             job, shape = await runtime.pool.run(len(body), lambda: make_job(runtime, body, caller))
-        headers = {REQUEST_ID_HEADER: caller.request_id}
-        writer = RtpLlmWriter(job, shape)
-        if job.answer.stream:
-            response = StreamResponse(stream_answer(runtime.service, job, writer))
-            response.headers.update(headers)
-            return response
-        result = await run_until_disconnect(request, fold(runtime.service, job))
+        return await respond(request, runtime, job, RtpLlmWriter(job, shape))
     except FastserveError as error:
         return _refusal(error)
-    if result is None:
-        return Response(status_code=_CLIENT_GONE)
-    return Response(writer.whole(result), media_type=JSON, headers=headers)
 
 
 @router.post("/tokenizer/encode")

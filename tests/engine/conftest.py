@@ -29,7 +29,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from fastserve.engine import devices
+from fastserve.engine import build, devices
 from fastserve.engine.contract import SamplingParams
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
@@ -170,3 +170,9 @@ def logits_of(loaded: LoadedModel, token_ids: list[int]) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def no_start_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cores are built without comparing each forward pass, which takes long where kernels are interpreted."""
+    monkeypatch.setattr(build, "check_model", lambda *_: None)

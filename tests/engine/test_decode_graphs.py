@@ -121,6 +121,7 @@ def test_what_fits() -> None:
 
 @pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("no_start_check")
 def test_an_engine_on_graphs_equals_generate(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, overlap: bool
 ) -> None:

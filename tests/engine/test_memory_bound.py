@@ -310,7 +310,7 @@ LARGE: dict[str, Any] = {
 @pytest.mark.parametrize(
     "model",
     [
-        LlamaConfig(**LARGE),
+        pytest.param(LlamaConfig(**LARGE), marks=pytest.mark.slow),
         Gemma2Config(**LARGE, head_dim=64, sliding_window=64, final_logit_softcapping=30.0),
         MixtralConfig(**LARGE, num_local_experts=8, num_experts_per_tok=2),
     ],

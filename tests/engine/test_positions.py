@@ -304,6 +304,7 @@ def test_a_draft_model_follows_the_switch(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for a GPU here")
 @pytest.mark.parametrize("name", ["switch", pytest.param("chunks", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("no_start_check")
 def test_recorded_steps_know_positions_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: with the same kernels, interpreted, and a stand-in for its graphs."""
     kernels: Any = import_kernels("triton_attention")

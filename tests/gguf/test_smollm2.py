@@ -110,7 +110,7 @@ async def served(folder: Path, asked: Sequence[str]) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.slow)])
 async def test_answers_of_a_real_model_are_those_of_transformers(tmp_path: Path, count: int) -> None:
     file = smollm2_file()
     asked = questions(count)

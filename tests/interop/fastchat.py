@@ -100,8 +100,9 @@ def _make(env_folder: Path) -> None:
     pip = [str(_python_of(env_folder)), "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
     for command in (
         [sys.executable, "-m", "venv", str(env_folder)],
-        [*pip, "install", "--quiet", "--requirement", str(REQUIREMENTS)],
-        [*pip, "install", "--quiet", "--no-deps", PACKAGE],
+        # Most of it is never imported, and what is compiles itself then.
+        [*pip, "install", "--quiet", "--no-compile", "--requirement", str(REQUIREMENTS)],
+        [*pip, "install", "--quiet", "--no-compile", "--no-deps", PACKAGE],
     ):
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=MAKING_TIMEOUT_S, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,21 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 Save = Callable[..., Path]
 
 
+def made_once(build: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+    """Each call returns a copy of its own, so that callers may change it; training takes longer than copying."""
+
+    @functools.cache
+    def text() -> str:
+        return build().to_str()
+
+    @functools.wraps(build)
+    def copy() -> Tokenizer:
+        return Tokenizer.from_str(text())
+
+    return copy
+
+
+@made_once
 def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,6 +49,7 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
+@made_once
 def metaspace() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -42,6 +59,7 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
+@made_once
 def sentencepiece() -> Tokenizer:
     """Like Llama 2's: a space is prepended to the text and stripped again, unknown characters become bytes."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -69,6 +87,7 @@ def sentencepiece() -> Tokenizer:
     return tokenizer
 
 
+@made_once
 def word_piece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

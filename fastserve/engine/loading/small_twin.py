@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.engine.loading.layer_kinds import first_of_each_kind
 from fastserve.engine.loading.small_config import small_config
@@ -37,6 +37,9 @@ def make_small_twin(
         torch.manual_seed(0)
         if isinstance(small, cls.config_class):
             twin: PreTrainedModel = cls._from_config(small, dtype=torch.float32)
+        elif type(small) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # Not left to AutoModelForCausalLM: to list all classes it knows in its error, it imports them.
+            raise ValueError(f"transformers has no model for {type(small).__name__} alone")
         else:  # the text model of a composite one
             twin = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
         with torch.no_grad():
