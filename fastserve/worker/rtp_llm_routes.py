@@ -12,8 +12,8 @@ from fastserve.openai.answers import JSON, encode_json
 from fastserve.worker.caller import caller_of, read_body
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.metrics import kv_usage
-from fastserve.worker.rtp_llm_request import make_job, read_text
 from fastserve.worker.responses import respond
+from fastserve.worker.rtp_llm_request import make_job, read_text
 from fastserve.worker.runtime import metrics_of, runtime_of
 from fastserve.worker.writers.rtp_llm import RtpLlmWriter, error_body
 
