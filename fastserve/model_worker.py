@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.access.api_keys import ENV_API_KEYS
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
+from fastserve.distributed.torchrun import drop_default_threads, read_torchrun, wait_for_first_rank
 from fastserve.engine.contract import Engine
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
@@ -28,6 +31,7 @@ from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
 from fastserve.worker.refusals import refuse_unavailable
 
+logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -35,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         config = parse_config(WorkerConfig, argv, "fastserve-worker", os.environ)
         setup_logging(config.log_level, f"model_worker_{secrets.token_hex(4)}", os.environ)
+        torchrun = read_torchrun(os.environ, config.tp_size)
+        if torchrun is not None:
+            if torchrun.rank > 0:
+                logger.info("rank %d of torchrun waits: the process with LOCAL_RANK=0 starts all ranks", torchrun.rank)
+                wait_for_first_rank()
+                return
+            drop_default_threads(os.environ)
+            config = replace(config, tp_size=torchrun.size)
         refuse_unavailable(config)
         if config.gpus is not None:
             # For the engine's process, which inherits it; this process uses no GPU.

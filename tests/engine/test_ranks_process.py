@@ -138,6 +138,24 @@ def run_alone(core: EngineCore, request: EngineRequest) -> RequestOutput:
     return whole
 
 
+@pytest.mark.slow
+async def test_four_processes_give_the_answers_of_one_rank(tiny_models: TinyModels) -> None:
+    requests = make_requests()
+    engine = EngineProcess(config(tiny_models.path("llama"), tp_size=4))
+    await engine.start(lambda event: None)
+    try:
+        answers = await asyncio.gather(*(collect(engine, request, None) for request in requests))
+        assert engine.stats.preemptions > 0
+    finally:
+        await engine.close()
+    alone = build_core(config(tiny_models.path("llama"), tp_size=1), lambda *_: None)
+    for request, found in zip(requests, answers, strict=True):
+        expected = run_alone(alone, request)
+        assert found.token_ids == expected.token_ids
+        for mine, other in zip(found.logprobs or [], expected.logprobs or [], strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
