@@ -341,7 +341,7 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
 
     speculative_model: str | None = option(
         None,
-        "draft model with the same vocabulary, used in place of --speculative-method: folder or repository id",
+        "draft model with the same vocabulary, in place of --speculative-method: folder, GGUF file or repository id",
         added=True,
         group="engine",
     )

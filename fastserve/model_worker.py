@@ -28,7 +28,7 @@ from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.worker.app import ModelWorker, WorkerSetup
-from fastserve.worker.model_source import ModelSource, default_name, find_model, resolve_model
+from fastserve.worker.model_source import ModelSource, default_name, find_draft_model, find_model
 from fastserve.worker.refusals import refuse_unavailable
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,14 @@ def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
         return FakeEngine(options)
     from fastserve.engine.client import EngineProcess
 
+    draft = None if config.speculative_model is None else find_draft_model(config.speculative_model)
     return EngineProcess(
         EngineConfig.of(
             config,
             model_dir=str(source.folder),
             log_level=config.log_level,
-            speculative_model_dir=_draft_dir(config),
+            speculative_model_dir=None if draft is None else str(draft.folder),
+            speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),
             weights=_weight_options(config, source),
         ),
         timeout_s=config.engine_timeout_s,
@@ -140,12 +142,6 @@ def _tokenizer_dir(config: WorkerConfig, source: ModelSource) -> Path:
     if not folder.is_dir():
         raise StartupError(f"--tokenizer-path {config.tokenizer_path}: there is no such folder.")
     return folder
-
-
-def _draft_dir(config: WorkerConfig) -> str | None:
-    if config.speculative_model is None:
-        return None
-    return str(resolve_model(config.speculative_model, "main", flag="--speculative-model"))
 
 
 async def _wait_listening(sock: socket.socket) -> None:

@@ -166,7 +166,8 @@ def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -
     if config.speculative_model_dir is None:
         return None
     # A draft model is small and must be fast: it stays on one device.
-    draft = _load(config, config.speculative_model_dir, progress, Spread(), WeightOptions())
+    weights = WeightOptions(gguf_file=config.speculative_gguf_file)
+    draft = _load(config, config.speculative_model_dir, progress, Spread(), weights)
     require_same_vocabulary(config.model_dir, config.speculative_model_dir, _vocab_size(loaded), _vocab_size(draft))
     return draft
 

@@ -44,6 +44,8 @@ class EngineConfig(EngineOptions):
     log_level: str = same_option(ServerConfig, "log_level")
     speculative_model_dir: str | None = None
     """Folder of a draft model, which replaces `speculative_method`."""
+    speculative_gguf_file: str | None = None
+    """The file with the draft model's weights, if they are not in its folder."""
     weights: WeightOptions = field(default_factory=WeightOptions)
 
     @classmethod

