@@ -38,6 +38,7 @@ NOT_SERVED = {
     "lfm2": r"layers \(conv\) keep a state",
     "mamba": "keep a state",
     "musicgen": "encoder-decoder",
+    "roberta": "its small twin computes something else",  # its positions begin at 2
 }
 
 

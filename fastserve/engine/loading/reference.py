@@ -182,11 +182,13 @@ def _rounds_by_expert(model: PreTrainedModel) -> bool:
 
 def _run(model: PreTrainedModel, device: torch.device, batch: Sequence[Prompt]) -> torch.Tensor:
     """Logits (prompts, tokens, vocabulary) of prompts of one length."""
-    logits: torch.Tensor = model(
-        input_ids=torch.tensor([prompt.token_ids for prompt in batch], device=device),
-        position_ids=torch.tensor([range(prompt.first_position, prompt.end) for prompt in batch], device=device),
-        use_cache=False,
-    ).logits
+    # At the beginning of a text the model counts for itself: some begin at another position than 0 (RoBERTa).
+    positions = {}
+    if any(prompt.first_position for prompt in batch):
+        rows = [range(prompt.first_position, prompt.end) for prompt in batch]
+        positions["position_ids"] = torch.tensor(rows, device=device)
+    token_ids = torch.tensor([prompt.token_ids for prompt in batch], device=device)
+    logits: torch.Tensor = model(input_ids=token_ids, use_cache=False, **positions).logits
     return logits.float()
 
 
