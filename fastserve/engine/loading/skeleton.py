@@ -53,11 +53,13 @@ def build_skeleton(
 def _build(config: PretrainedConfig, dtype: torch.dtype, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:
     _drop_impossible_padding(config)
     config.return_dict = True  # outputs are read by name
-    with building, init_empty_weights(include_buffers=False), no_init_weights():
-        model: PreTrainedModel = auto_class(config).from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
-    model.tie_weights()
+    with building:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model: PreTrainedModel = auto_class(config).from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+        # Within the lock: another thread that builds a model may have this switched off for all classes.
+        model.tie_weights()
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
 
