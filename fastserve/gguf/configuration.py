@@ -246,7 +246,7 @@ def _rope(keys: _Keys) -> Config:
             return rope | _yarn(keys, factor, original)
         case "llama3" if keys.has("rope_freqs.weight"):
             return rope | _llama3(keys.numbers("rope_freqs.weight"), rope["rope_theta"])
-        case "longrope" if keys.has("rope_factors_long.weight") and keys.has("rope_factors_short.weight"):
+        case "longrope":
             return rope | _longrope(keys, original)
     raise StartupError(f"{keys.file.file}: rope.scaling.type {str(kind)[:80]!r} is not served.")
 
