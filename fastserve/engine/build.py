@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankModel:
-    """What each rank has of a model."""
+    """One rank's part of a model, with its runner and sizes."""
 
     loaded: LoadedModel
     draft: LoadedModel | None

@@ -55,7 +55,7 @@ class FleetManager:
         return self._spec.cluster_key
 
     def states(self) -> dict[str, ServiceState | str]:
-        """Of each service: its state, or why it has none."""
+        """State of each service by name, or the reason why it has none."""
         return dict(self._states)
 
     def end(self) -> None:

@@ -21,7 +21,7 @@ STABLE_S = 60.0
 
 @dataclass(frozen=True)
 class Command:
-    """What runs: a module with its flags, without the address that it listens on."""
+    """A module with its flags, without the address that it listens on."""
 
     module: str
     flags: tuple[str, ...]
@@ -35,7 +35,7 @@ class ServiceState:
     is_running: bool
     num_starts: int
     exit_code: int | None
-    """Of the last process that ended."""
+    """Exit code of the last process that ended."""
 
 
 class ServiceProcess:

@@ -1,4 +1,4 @@
-"""What a fleet consists of: its services with their commands and what each needs of a machine."""
+"""The services of a fleet: their commands, and the CPUs and GPUs that each needs."""
 
 from __future__ import annotations
 

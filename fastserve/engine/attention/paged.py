@@ -97,7 +97,7 @@ class PagedAttention:
             self.shapes[layer], self.devices[layer] = call.shape, call.query.device
 
     def make_label(self, device: torch.device, rule: Rule, size: int | None) -> torch.Tensor | None:
-        """What an observed layer gets in place of a mask; None outside of `observed`."""
+        """Stands for the mask in an observed forward pass; None outside of `observed`."""
         return None if self._calls is None else self._labels.label(device, rule, size)
 
     def shapes_on(self, device: torch.device) -> list[LayerShape]:

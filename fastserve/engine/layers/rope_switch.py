@@ -29,7 +29,7 @@ class SwitchedRotary(torch.nn.Module):  # type: ignore[misc]  # torch is not fol
         self._length = length
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What `inner` returns for `position_ids` (..., tokens): tensors (..., tokens, dim)."""
+        """Cosines and sines of `inner` for `position_ids` (..., tokens): tensors (..., tokens, dim)."""
         is_long = self._is_long(position_ids)
         beyond = position_ids.new_full((*position_ids.shape[:-1], 1), self._length)
         short = self.inner(x, position_ids.masked_fill(is_long, 0), *args, **kwargs)

@@ -19,7 +19,7 @@ TRIAL_ERRORS = (
     *(RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError),
     *(OSError, ArithmeticError, AssertionError, StrictDataclassError),
 )
-"""What a model's code may raise with sizes that its authors never tried."""
+"""Exceptions that a model's code may raise with sizes that its authors never tried."""
 _MAX_LAYERS = 8
 _SPREAD = 0.2
 """Standard deviation that is added to each parameter: those that are initialised to zeros or ones must matter too."""

@@ -205,8 +205,8 @@ class PackedParts:
     """Columns of `zeros` for each output."""
 
     def divide(self, shard: Shard) -> list[Shard | None] | None:
-        """As `Divide`, for codes, zero points and scales. None where the part does not begin and end with whole words
-        and groups."""
+        """The parts of codes, zero points and scales for a part of the weight (see `Divide`). None where the part does
+        not begin and end with whole words and groups."""
         width, (groups, out) = int(self.codes.shape[0] / self.inputs), self.scales.shape
         tensors = (self.codes, self.zeros, self.scales)
         if shard.whole != (out, width) or any(tensor.read_shard is None for tensor in tensors):

@@ -17,7 +17,7 @@ class Names:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._prefix = model.base_model_prefix
         self.places = {name: place for place, name in enumerate(self.state)}
-        """Of each weight in the model's order."""
+        """Index of each weight in the model's order."""
         self._found: dict[str, str | None] = {}
 
     def find(self, name: str) -> str | None:

@@ -62,7 +62,7 @@ class WholeStepForward:
         self._struct = DecoderStruct()
         self._linears: list[Linear] = []
         self._ranks: SharedMemoryCollectives | None = None
-        """Of a model that is divided over ranks."""
+        """The ranks' collectives if the model is divided over ranks, else None."""
         self._head_is_divided = False
         self._noted: set[tuple[str, float]] = set()
         self._alive: list[Any] = []
