@@ -270,6 +270,12 @@ class EngineOptions:
         maximum=64,
         group="model",
     )
+    enable_expert_parallel: bool = option(
+        False,
+        "with --tp-size: give each rank some experts of a mixture of experts whole, instead of a part of every expert",
+        added=True,
+        group="model",
+    )
     max_gpu_memory: str | None = option(
         None,
         "maximum weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",

@@ -153,6 +153,7 @@ def _load(
         ),
         options=weights,
         collectives=collectives,
+        expert_parallel=config.enable_expert_parallel,
     )
     if config.debug:
         logger.info("%s", loaded.model)

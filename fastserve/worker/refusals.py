@@ -19,6 +19,11 @@ REFUSALS: Sequence[Refusal] = (
         lambda c: c.tp_size > 1 and (c.num_gpus > 1 or c.cpu_offloading),
         "--tp-size excludes --num-gpus and --cpu-offloading: with it each rank has one GPU, or CPU cores of its own.",
     ),
+    (
+        lambda c: c.enable_expert_parallel and c.tp_size == 1,
+        "--enable-expert-parallel says how experts are given out to ranks: give --tp-size of at least 2 too, or leave "
+        "it out.",
+    ),
     (lambda c: c.load_8bit and c.load_4bit, "--load-8bit and --load-4bit exclude each other: give one of them."),
     (
         lambda c: _is_gptq(c) and _is_awq(c),

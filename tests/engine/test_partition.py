@@ -81,19 +81,24 @@ TOKENS = torch.randint(2, 150, (17,), generator=torch.Generator().manual_seed(0)
 
 
 def load(
-    path: str | Path, collectives: Collectives = SINGLE_RANK, dtype: str = "float32", **options: Any
+    path: str | Path,
+    collectives: Collectives = SINGLE_RANK,
+    dtype: str = "float32",
+    *,
+    expert_parallel: bool = False,
+    **options: Any,
 ) -> LoadedModel:
     return load_model(
         str(path), "cpu", dtype, trust_remote_code=False, progress=lambda *_: None, options=WeightOptions(**options),
-        collectives=collectives,
+        collectives=collectives, expert_parallel=expert_parallel,
     )  # fmt: skip
 
 
-def start_and_run(path: str, collectives: Collectives = SINGLE_RANK) -> dict[str, list[TokenLogprob]]:
+def start_and_run(path: str, collectives: Collectives = SINGLE_RANK, **settings: Any) -> dict[str, list[TokenLogprob]]:
     """Logprobs of greedy answers, of short and long prompts in one batch, with chunked prefill and prefix hits."""
     config = EngineConfig(
         model_dir=path, device="cpu", dtype="float32", max_num_seqs=16, max_num_batched_tokens=48,
-        max_total_tokens=512, max_model_len=96, speculative_method="off",
+        max_total_tokens=512, max_model_len=96, speculative_method="off", **settings,
     )  # fmt: skip
     core = build_core(config, lambda *_: None, collectives=collectives)
     requests = requests_for(random.Random(7), 40)[:5]

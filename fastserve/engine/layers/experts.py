@@ -3,6 +3,9 @@
 transformers keeps the weights of all experts of a layer in two tensors, and multiplies with one expert after the other
 or, on a GPU, with all at once. Here each expert's weight has a `WeightLayout`: packed for the CPU, or quantized. The
 activation between the two products (`_apply_gate`) remains the model's own code.
+
+Ranks have a part of every expert (tensor parallelism), or some experts whole (expert parallelism). Either way each rank
+has all tokens, and one sum over the ranks is a layer's output.
 """
 
 from __future__ import annotations
@@ -25,14 +28,21 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
 
     _original: Any
 
-    def __init__(self, original: torch.nn.Module, collectives: Collectives = SINGLE_RANK) -> None:
-        """`collectives`: of ranks that each have a part of every expert."""
+    def __init__(
+        self, original: torch.nn.Module, collectives: Collectives = SINGLE_RANK, whole_experts: range | None = None
+    ) -> None:
+        """`collectives`: of the ranks that have the other parts. `whole_experts`: those that this rank has, whose
+        weights `original` holds; None: it has a part of every expert."""
         super().__init__()
         self.collectives = collectives
         set_untracked(self, "_original", original)
         self.num_experts: int = original.num_experts
+        """On all ranks together."""
+        self.own = range(self.num_experts) if whole_experts is None else whole_experts
+        """Experts that this rank computes."""
+        self._has_parts = whole_experts is None and collectives.size > 1
         self.layouts: dict[str, list[WeightLayout]] = {}
-        """By weight name, one layout for each expert. A weight that is not listed is a parameter."""
+        """By weight name, one layout for each of the rank's experts. A weight that is not listed is a parameter."""
         for name, parameter in original.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, child in original.named_children():
@@ -61,25 +71,28 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
         # In float32 and in the order of the experts, so that a token's sum does not depend on the rest of the batch.
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert, of_expert in enumerate(pairs.split(counts)):
-            if not len(of_expert):
+            if not len(of_expert) or expert not in self.own:
                 continue
             tokens = of_expert // top_k_index.shape[-1]
-            y = self._product("down_proj", expert, activation(self._product(first, expert, x[tokens])))
+            index = expert - self.own.start
+            y = self._product("down_proj", index, activation(self._product(first, index, x[tokens])))
             if has_norm:
-                y = original.post_expert_norm(self.collectives.all_reduce(y))
+                y = original.post_expert_norm(self.collectives.all_reduce(y) if self._has_parts else y)
             out.index_add_(0, tokens, (y * top_k_weights.flatten()[of_expert, None]).float())
-        return out.to(x.dtype) if has_norm else self.collectives.all_reduce(out, x.dtype)
+        is_whole = has_norm and self._has_parts
+        return out.to(x.dtype) if is_whole else self.collectives.all_reduce(out, x.dtype)
 
-    def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        # Products of the second weight are partial sums: its bias, whole on every rank, is added by one of them.
-        has_bias = self._original.has_bias and (name != "down_proj" or self.collectives.rank == 0)
-        bias = getattr(self, f"{name}_bias")[expert] if has_bias else None
-        return self._layout(name, expert).product(x, bias)
+    def _product(self, name: str, index: int, x: torch.Tensor) -> torch.Tensor:
+        """`index`: of an expert among the rank's own."""
+        # Products with parts of the second weight are partial sums: its bias, whole on every rank, is added by one.
+        adds_bias = name != "down_proj" or not self._has_parts or self.collectives.rank == 0
+        bias = getattr(self, f"{name}_bias")[index] if self._original.has_bias and adds_bias else None
+        return self._layout(name, index).product(x, bias)
 
-    def _layout(self, name: str, expert: int) -> WeightLayout:
+    def _layout(self, name: str, index: int) -> WeightLayout:
         if name in self.layouts:
-            return self.layouts[name][expert]
-        weight = getattr(self, name)[expert]
+            return self.layouts[name][index]
+        weight = getattr(self, name)[index]
         return PlainWeight(weight.t() if self.is_transposed else weight)
 
 

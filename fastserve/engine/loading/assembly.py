@@ -255,7 +255,7 @@ class Assembly:
         with self._lock:
             experts = self._model.get_submodule(path)
             if not isinstance(experts, Experts):
-                experts = Experts(experts, self._partition.collectives)
+                experts = self._partition.experts(path, experts)
                 replace_module(self._model, path, experts)
         transposed = experts.is_transposed
         if isinstance(value, QuantizedExperts):

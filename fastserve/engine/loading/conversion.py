@@ -8,6 +8,7 @@ while weights are read, so that only the inputs of one rule are in memory twice.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,30 @@ class WeightLoad:
     """Whether the model has the weight as (in, out); quantized sources are (out, in)."""
     shards: Mapping[str, Shard] = field(default_factory=dict)
     """The part that this rank keeps, by name, of weights that are divided over ranks."""
+
+    def divide(self, shards: Mapping[str, Shard]) -> None:
+        """Load only this rank's part of each weight, after changes are known. Sources of other ranks' experts are
+        dropped. Raises StartupError when the experts are not those of config.json."""
+        self.shards = shards
+        shard = shards.get(self.target)
+        gives_out_sources = shard is not None and shard.dim == 0 and self.rule is not None and self.change is None
+        if shard is None or not gives_out_sources or self._steps not in (_STACKED, _STACKED_AND_JOINED):
+            return
+        for pattern, count in Counter(self.patterns).items():
+            if count != shard.whole[0]:
+                raise StartupError(
+                    f"{self.location}: {self.target} is of {shard.whole[0]} experts by config.json, and {count} "
+                    f"tensors named {pattern} are in the checkpoint."
+                )
+        own = {expert for begin, end in shard.ranges for expert in range(begin, end)}
+        seen: Counter[str] = Counter()
+        kept = []
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            if seen[pattern] in own:
+                kept.append((source, pattern))
+            seen[pattern] += 1
+        self.sources, self.patterns = [source for source, _ in kept], [pattern for _, pattern in kept]
+        self.shards = {name: other for name, other in shards.items() if name != self.target}
 
     @property
     def num_bytes(self) -> int:

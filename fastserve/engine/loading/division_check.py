@@ -28,7 +28,7 @@ _TOLERANCE = 1e-3
 """Standard deviations of the logits."""
 
 
-def require_divisible(model: PreTrainedModel, size: int) -> None:
+def require_divisible(model: PreTrainedModel, size: int, *, expert_parallel: bool = False) -> None:
     """Raise StartupError if a model, divided over `size` ranks, would compute something else. Its weights may be on the
     meta device; its layers are those of its own code."""
     name = type(model).__name__
@@ -37,7 +37,7 @@ def require_divisible(model: PreTrainedModel, size: int) -> None:
         shares_kv_heads = isinstance(kv_heads, int) and kv_heads < size
         with building:
             twin = make_small_twin(model, layer_kinds(model), shares_kv_heads=shares_kv_heads)
-            error = _difference(twin)
+            error = _difference(twin, expert_parallel=expert_parallel)
     except TRIAL_ERRORS as cause:
         raise StartupError(
             f"{name} cannot be divided over ranks: no small twin of it can be tried ({cause})."
@@ -49,10 +49,10 @@ def require_divisible(model: PreTrainedModel, size: int) -> None:
         )
 
 
-def _difference(twin: PreTrainedModel) -> float:
+def _difference(twin: PreTrainedModel, *, expert_parallel: bool) -> float:
     twin.set_attn_implementation("eager")
     tokens = torch.randint(twin.config.vocab_size, (1, _LENGTH), generator=torch.Generator().manual_seed(0))
-    plan = plan_partition(twin, _RANKS)
+    plan = plan_partition(twin, _RANKS, expert_parallel=expert_parallel)
     # Copied here: building modules in several threads at once is not safe.
     parts = [copy.deepcopy(twin) for _ in range(_RANKS)]
 

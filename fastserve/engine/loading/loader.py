@@ -85,10 +85,12 @@ def load_model(
     find_places: FindPlaces = lambda model, device: None,
     options: WeightOptions = WeightOptions(),  # noqa: B008  # frozen
     collectives: Collectives = SINGLE_RANK,
+    expert_parallel: bool = False,
 ) -> LoadedModel:
     """Load a decoder-only model. `find_places` returns the placement of its parts, or None to load all of it onto the
-    device. With `collectives` of several ranks, all of them call this together, and each loads its part. Raises
-    StartupError with the reason when the model cannot be served."""
+    device. With `collectives` of several ranks, all of them call this together, and each loads its part
+    (`expert_parallel`: some of the experts whole). Raises StartupError with the reason when the model cannot be
+    served."""
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
@@ -105,13 +107,15 @@ def load_model(
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
-    partition = Partition.of(model, collectives)
+    partition = Partition.of(model, collectives, expert_parallel=expert_parallel)
     if collectives.size > 1 and collectives.rank == 0:
-        require_divisible(model, collectives.size)
+        require_divisible(model, collectives.size, expert_parallel=expert_parallel)
+    if partition.own_experts is not None:
+        logger.info("rank %d has %s", collectives.rank, partition.own_experts)
     collectives.barrier()  # no rank reads weights before all have found that they can be divided
     partition.divide(model)
     for weight_load in weight_loads:
-        weight_load.shards = partition.shards
+        weight_load.divide(partition.shards)
     placement = find_places(model, device)
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)

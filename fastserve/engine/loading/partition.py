@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.layers.experts import Experts
 from fastserve.engine.layers.layouts.layout import WeightLayout
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.modules import replace_module
@@ -41,9 +43,21 @@ class Partition:
         """By name, for weights of which the rank has a part."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, collectives: Collectives) -> Partition:
+    def of(cls, model: PreTrainedModel, collectives: Collectives, *, expert_parallel: bool = False) -> Partition:
         """Raises StartupError when the model cannot be divided over the ranks."""
-        return WHOLE if collectives.size == 1 else cls(plan_partition(model, collectives.size), collectives)
+        if collectives.size == 1:
+            return WHOLE
+        return cls(plan_partition(model, collectives.size, expert_parallel=expert_parallel), collectives)
+
+    @property
+    def own_experts(self) -> str | None:
+        """Which experts the rank has, for a log; None where they are not given out whole."""
+        layers = Counter((ranges[self.collectives.rank], ranges[-1][1]) for ranges in self.plan.whole_experts.values())
+        parts = [
+            f"experts {begin} to {end - 1} of {count} in {layers[(begin, end), count]} layers"
+            for (begin, end), count in layers
+        ]
+        return ", ".join(parts) or None
 
     def divide(self, model: PreTrainedModel) -> None:
         """Reduce a model, whose weights may be on the meta device, to the rank's part. Its linear layers and embedding
@@ -91,6 +105,11 @@ class Partition:
         if path == self.plan.head:
             return VocabParallelHead(layout, bias, self.collectives)
         return Linear(layout, bias)
+
+    def experts(self, path: str, original: torch.nn.Module) -> Experts:
+        """The module in the place of the experts at `path`, of which the rank has its part."""
+        ranges = self.plan.whole_experts.get(path)
+        return Experts(original, self.collectives, None if ranges is None else range(*ranges[self.collectives.rank]))
 
     def is_partial_sum(self, weight: str) -> bool:
         """Whether the rank has some inputs of a linear layer or of experts."""

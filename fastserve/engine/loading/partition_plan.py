@@ -1,10 +1,11 @@
 """Which weight of a model is divided over ranks, and how (tensor parallelism).
 
 Attention is divided by heads, MLPs and experts by their intermediate size, the embedding and the LM head by vocabulary;
-all else is whole on every rank. What a module is follows from the names of its weights, or, for names that are not
-known here, from the plan that the architecture has in transformers (`base_model_tp_plan`). Its plans are not followed
-where they gather what the model's code cannot use in parts (fused projections, norms over all heads): here, each part
-of a fused projection is divided, and such a norm sums over the ranks.
+all else is whole on every rank. With expert parallelism each expert is whole on one rank. What a module is follows from
+the names of its weights, or, for names that are not known here, from the plan that the architecture has in transformers
+(`base_model_tp_plan`). Its plans are not followed where they gather what the model's code cannot use in parts (fused
+projections, norms over all heads): here, each part of a fused projection is divided, and such a norm sums over the
+ranks.
 
 Rejected: the configuration of a smaller model (heads and intermediate size divided by the ranks) for each rank. It
 cannot express uneven parts or shared KV heads, and sizes that an architecture derives from each other would change.
@@ -71,7 +72,9 @@ class PartitionPlan:
     row_parallel: set[str] = field(default_factory=set)
     """Paths of linear layers whose products are partial sums."""
     experts: set[str] = field(default_factory=set)
-    """Paths of experts modules whose outputs are partial sums."""
+    """Paths of experts modules of which each rank has a part of every expert."""
+    whole_experts: dict[str, tuple[Range, ...]] = field(default_factory=dict)
+    """By the paths of experts modules of which each rank has some experts: those of each rank."""
     norms: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     """Paths of norms over channels of all ranks; by rank, whether its channels count (another may have the same)."""
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
@@ -82,37 +85,43 @@ class PartitionPlan:
     """Path of the LM head that is divided by vocabulary."""
 
 
-def plan_partition(model: PreTrainedModel, size: int) -> PartitionPlan:
-    """Plan for a model whose weights may be on the meta device. Raises StartupError with the sizes that work when it
-    cannot be divided by `size`."""
+def plan_partition(model: PreTrainedModel, size: int, *, expert_parallel: bool = False) -> PartitionPlan:
+    """Plan for a model whose weights may be on the meta device. `expert_parallel`: experts are given out whole. Raises
+    StartupError with the sizes that work when the model cannot be divided by `size`."""
     try:
-        return _plan(model, size)
+        plan = _plan(model, size, expert_parallel=expert_parallel)
     except ValueError as error:
+        sizes = _working_sizes(model, size, expert_parallel=expert_parallel)
+        raise StartupError(f"{type(model).__name__} cannot be divided over {size} ranks: {error}.{sizes}") from error
+    if expert_parallel and not plan.whole_experts:
         raise StartupError(
-            f"{type(model).__name__} cannot be divided over {size} ranks: {error}.{_working_sizes(model, size)}"
-        ) from error
+            f"{type(model).__name__} has no experts that can be given out to ranks. Start it without "
+            "--enable-expert-parallel."
+        )
+    return plan
 
 
-def _working_sizes(model: PreTrainedModel, size: int) -> str:
+def _working_sizes(model: PreTrainedModel, size: int, *, expert_parallel: bool) -> str:
     working = []
     for smaller in range(1, size):
         try:
-            _plan(model, smaller)
+            _plan(model, smaller, expert_parallel=expert_parallel)
             working.append(smaller)
         except ValueError:
             continue
     return f" Start with --tp-size {' or '.join(map(str, working[-_MAX_SIZES:]))}." if working else ""
 
 
-def _plan(model: PreTrainedModel, size: int) -> PartitionPlan:
+def _plan(model: PreTrainedModel, size: int, *, expert_parallel: bool) -> PartitionPlan:
     plan = PartitionPlan(size)
     styles = transformers_styles(model)
+    plan_experts = _plan_whole_experts if expert_parallel else _plan_experts
     attention = {path: module for path, module in model.named_modules() if _is_attention(module)}
     for path, module in attention.items():
         _plan_attention(plan, model, path, module)
     for path, module in model.named_modules():
         if are_experts(module):
-            _plan_experts(plan, path, module)
+            plan_experts(plan, path, module)
         elif path not in attention:
             _plan_mlp(plan, path, module, styles)
     _plan_vocabulary(plan, model)
@@ -262,6 +271,19 @@ def _plan_experts(plan: PartitionPlan, path: str, module: torch.nn.Module) -> No
     if (bias := own.get(f"{first}_bias")) is not None:
         plan.weights[f"{path}.{first}_bias"] = sharding_of(bias.shape, bias.dim() - 1, ranges, unit, parts)
     plan.experts.add(path)
+
+
+def _plan_whole_experts(plan: PartitionPlan, path: str, module: torch.nn.Module) -> None:
+    """Each rank has some of the experts, as many as the others or one more."""
+    count: int = module.num_experts
+    if count < plan.size:
+        raise ValueError(f"it has {count} experts, and each rank needs one")
+    ranges = split_evenly(count, plan.size, 1)
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() < 2 or parameter.shape[0] != count:
+            raise ValueError(f"{type(module).__name__} keeps its experts' weights in an unknown form")
+        plan.weights[f"{path}.{name}"] = sharding_of(parameter.shape, 0, ranges)
+    plan.whole_experts[path] = tuple(ranges)
 
 
 # ---- vocabulary -------------------------------------------------------------------------------------------------

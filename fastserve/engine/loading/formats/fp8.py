@@ -6,10 +6,13 @@ is a factor: one for each block of 128 x 128 (out / 128, in / 128), for each out
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fastserve.engine.loading.checkpoint import Tensors
 from fastserve.engine.loading.formats.source import Settings, Source, plain_source, source_of
+from fastserve.engine.loading.sharding import Shard
 from fastserve.engine.settings import PackedCheckpoint
 
 
@@ -23,10 +26,17 @@ def sources(tensors: Tensors, settings: Settings, stated: PackedCheckpoint) -> l
     for name, tensor in tensors.items():
         scale = tensors.get(f"{name}_scale_inv")
         if scale is not None:
-            found.append(source_of(name, (tensor, scale), make))
+            found.append(source_of(name, (tensor, scale), make, partial(_divide, tensor.shape, scale.shape)))
         elif not name.endswith(("_scale_inv", "activation_scale", "input_scale")):
             found.append(plain_source(tensor))
     return found
+
+
+def _divide(weight: tuple[int, ...], scale: tuple[int, ...], shard: Shard) -> list[Shard] | None:
+    """The parts of weight and scales for some of the experts; all else is made of the whole weight."""
+    if shard.whole != weight or shard.dim != 0 or len(weight) != 3 or scale[:1] != weight[:1]:
+        return None
+    return [shard, Shard(scale, 0, shard.ranges)]
 
 
 def scaled(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
