@@ -98,7 +98,7 @@ def build_core(
     executor: Executor = runner
     weights: Weights = loaded.weights
     if send_to_ranks is not None:
-        executor = RankedExecutor(runner, send_to_ranks)
+        executor = RankedExecutor(runner, send_to_ranks, collectives)
         weights = RankedWeights(weights, send_to_ranks)
     draft_model = None
     if model.draft is not None:

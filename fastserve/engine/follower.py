@@ -42,6 +42,7 @@ from fastserve.engine.ranks.processes import (
     StopDetector,
 )
 from fastserve.engine.ranks.segment import Segment
+from fastserve.engine.ranks.step_deadline import StepDeadline
 from fastserve.errors import EngineDeadError, FastserveError
 from fastserve.observability.logging import setup_logging
 
@@ -57,9 +58,10 @@ _NO_PLAN = StepPlan([], [], [])
 class Follower:
     """Does what rank 0 does, on this rank's part of the model."""
 
-    def __init__(self, runner: ModelRunner, weights: Weights) -> None:
+    def __init__(self, runner: ModelRunner, weights: Weights, deadline: StepDeadline) -> None:
         self._runner = runner
         self._weights = weights
+        self._deadline = deadline
         self._last = _NO_PLAN
 
     def handle(self, command: RankCommand) -> bool:
@@ -70,7 +72,8 @@ class Follower:
                     if chunk.sample:
                         self._runner.correct(chunk.seq_id, chunk.start + chunk.num_tokens, sampled[chunk.seq_id])
                 self._last = plan
-                self._runner.forward(plan)
+                with self._deadline.step():
+                    self._runner.forward(plan)
             case ReadWeight(name):
                 self._weights.get(name)
             case WriteWeight():
@@ -130,7 +133,7 @@ def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:
         socket.send(msgspec.msgpack.encode(StartFailed(message)))
         return 1
     end_loading()
-    follower = Follower(model.runner, model.loaded.weights)
+    follower = Follower(model.runner, model.loaded.weights, StepDeadline(collectives))
     decode = msgspec.msgpack.Decoder(RankCommand).decode
     try:
         while follower.handle(decode(socket.recv())):

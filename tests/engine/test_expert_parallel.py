@@ -305,8 +305,9 @@ def test_a_checkpoint_with_another_number_of_experts_is_refused(
 
 
 def test_a_model_without_experts_is_refused(tiny_models: TinyModels) -> None:
+    path = tiny_models.path("llama")
     with pytest.raises(StartupError, match=r"LlamaForCausalLM has no experts .* without --enable-expert-parallel"):
-        run_ranks(2, lambda collectives: load_part(tiny_models.path("llama"), collectives))
+        run_ranks(2, lambda collectives: load_part(path, collectives))
 
 
 def test_fewer_experts_than_ranks_are_refused_with_sizes_that_work() -> None:

@@ -86,7 +86,9 @@ inline bool wait_for(Ranks& ranks, int64_t rank, uint32_t exchange) {
         if (has_arrived()) return true;
         relax();
     }
-    const auto begin = std::chrono::steady_clock::now();
+    // A process that was itself stopped or frozen counts that as one sleep: meanwhile others could not be heard.
+    auto last = std::chrono::steady_clock::now();
+    double waited_s = 0;
     for (int i = 0;; ++i) {
         if (has_arrived()) return true;
         if (ranks.loss.load(std::memory_order_relaxed)) return false;
@@ -98,7 +100,10 @@ inline bool wait_for(Ranks& ranks, int64_t rank, uint32_t exchange) {
             sched_yield();
             continue;
         }
-        if (std::chrono::steady_clock::now() - begin > std::chrono::duration<double>(ranks.timeout_s)) {
+        const auto now = std::chrono::steady_clock::now();
+        waited_s += std::min(std::chrono::duration<double>(now - last).count(), 2e-9 * SLEEP_NS);
+        last = now;
+        if (waited_s > ranks.timeout_s) {
             ranks.loss.store(TOO_LATE, std::memory_order_relaxed);
             return false;
         }

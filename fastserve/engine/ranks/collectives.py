@@ -40,6 +40,10 @@ class Collectives(Protocol):
         """Wait until all ranks have called this."""
         ...
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Set the longest wait for another rank, of all calls from now on."""
+        ...
+
     def close(self) -> None:
         """Leave the group. May be called twice."""
         ...
@@ -61,6 +65,9 @@ class SingleRank:
         return part
 
     def barrier(self) -> None:
+        pass
+
+    def set_timeout(self, timeout_s: float) -> None:
         pass
 
     def close(self) -> None:

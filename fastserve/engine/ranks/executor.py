@@ -11,7 +11,9 @@ import torch
 from fastserve.engine.calls.handling import Weights
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.plan import StepPlan, StepResult
+from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.messages import ExecuteStep, RankCommand, ReadWeight, WriteWeight
+from fastserve.engine.ranks.step_deadline import StepDeadline
 
 Send = Callable[[RankCommand], None]
 """Sends a command to all other ranks, without waiting."""
@@ -24,16 +26,19 @@ class RankedExecutor:
     not overlap.
     """
 
-    def __init__(self, executor: Executor, send: Send) -> None:
+    def __init__(self, executor: Executor, send: Send, collectives: Collectives) -> None:
         self._executor = executor
         self._send = send
+        self._deadline = StepDeadline(collectives)
         self._sampled: dict[int, list[int]] = {}
 
     def launch(self, plan: StepPlan) -> RankedStep:
         self._send(ExecuteStep(plan, self._sampled))
+        self._deadline.begin()
         return RankedStep(self, self._executor.launch(plan))
 
-    def keep(self, result: StepResult) -> None:
+    def end_step(self, result: StepResult) -> None:
+        self._deadline.end()
         self._sampled = result.token_ids
 
 
@@ -44,7 +49,7 @@ class RankedStep:
 
     def result(self) -> StepResult:
         result = self._pending.result()
-        self._executor.keep(result)
+        self._executor.end_step(result)
         return result
 
 

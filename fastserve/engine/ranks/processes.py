@@ -35,7 +35,7 @@ RANK_LOST_EXIT_CODE = 13
 MAX_START_SILENCE_S = 1800.0
 """Longest wait for another rank while the model loads: disks may be slow for one rank alone."""
 MAX_STEP_SILENCE_S = 60.0
-"""Longest wait for another rank in a step."""
+"""Longest wait for another rank once the model is ready; shorter in most steps (step_deadline.py)."""
 CHECK_INTERVAL_S = 0.25
 _STOPPED_CHECKS = 12
 """Checks in a row that find a process stopped, after which it is lost: 3 s."""

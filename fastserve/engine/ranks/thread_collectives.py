@@ -17,18 +17,19 @@ T = TypeVar("T")
 class _Meeting:
     """The parts of all ranks in the current exchange."""
 
-    def __init__(self, size: int, timeout_s: float) -> None:
-        self.barrier = threading.Barrier(size, timeout=timeout_s)
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
         self.parts: list[torch.Tensor] = [torch.empty(0)] * size
 
 
 class ThreadCollectives:
     """The `Collectives` of one thread."""
 
-    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, size: int, meeting: _Meeting, timeout_s: float) -> None:
         self.rank = rank
         self.size = size
         self._meeting = meeting
+        self._timeout_s = timeout_s
 
     def all_reduce(self, partial: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         total = torch.zeros_like(partial, dtype=torch.float32)
@@ -44,9 +45,12 @@ class ThreadCollectives:
 
     def barrier(self) -> None:
         try:
-            self._meeting.barrier.wait()
+            self._meeting.barrier.wait(self._timeout_s)
         except threading.BrokenBarrierError as error:
             raise RankLostError("another rank ended or does not answer") from error
+
+    def set_timeout(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
 
     def close(self) -> None:
         self._meeting.barrier.abort()
@@ -63,11 +67,11 @@ class ThreadCollectives:
 def run_ranks(size: int, run: Callable[[Collectives], T], timeout_s: float = 60.0) -> list[T]:
     """Call `run` on `size` threads, one for each rank; its results in rank order. When a rank fails, the others do too,
     and its exception is raised."""
-    meeting = _Meeting(size, timeout_s)
+    meeting = _Meeting(size)
 
     def start(rank: int) -> T:
         try:
-            return run(ThreadCollectives(rank, size, meeting))
+            return run(ThreadCollectives(rank, size, meeting, timeout_s))
         except BaseException:
             meeting.barrier.abort()
             raise
