@@ -26,8 +26,8 @@ namespace {
 constexpr int MAX_RANKS = 64;
 constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t HEADER_BYTES = 16384;
-constexpr int SPINS_BEFORE_YIELD = 2000;
-// About 50 us. A rank that waits longer leaves its core to whoever keeps the other rank from its own.
+// About 50 us. Spinning without yielding was not faster where each rank has cores of its own, and keeps the core from the
+// other rank where they share one. A rank that waits longer leaves its core to whoever keeps the other from its own.
 constexpr int YIELDS_BEFORE_SLEEP = 200;
 constexpr int64_t SLEEP_NS = 50'000'000;
 
@@ -53,7 +53,6 @@ struct Ranks {
     int64_t rank, size;
     int64_t capacity;            // bytes of a slot
     double timeout_s;            // longest wait for another rank
-    int64_t spins;               // before a waiting thread yields its core
     std::atomic<uint32_t> done;  // exchanges so far
     std::atomic<int32_t> loss;
 };
@@ -82,10 +81,6 @@ inline bool wait_for(Ranks& ranks, int64_t rank, uint32_t exchange) {
     std::atomic<uint32_t>& word = header.ranks[rank].arrived;
     // The difference, because the count wraps around.
     const auto has_arrived = [&] { return int32_t(word.load(std::memory_order_acquire) - exchange) > 0; };
-    for (int64_t i = 0; i < ranks.spins; ++i) {
-        if (has_arrived()) return true;
-        relax();
-    }
     // A process that was itself stopped or frozen counts that as one sleep: meanwhile others could not be heard.
     auto last = std::chrono::steady_clock::now();
     double waited_s = 0;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from ctypes import c_double, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
@@ -18,7 +17,6 @@ _LOSSES = {
     2: "another rank of the model did not answer within {timeout_s:g} s",
     3: "the ranks of the model made different calls",
 }
-_SPINS = 2000
 
 
 class RanksStruct(ctypes.Structure):
@@ -28,7 +26,6 @@ class RanksStruct(ctypes.Structure):
         ("header", c_void_p),
         *((name, c_int64) for name in ("rank", "size", "capacity")),
         ("timeout_s", c_double),
-        ("spins", c_int64),
         ("done", c_uint32),
         ("loss", c_int32),
     ]
@@ -45,11 +42,7 @@ class SharedMemoryCollectives:
         self._library: Any = library
         library.all_reduce.argtypes = (c_void_p, c_void_p, c_void_p, c_int64)
         library.all_gather.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
-        # A rank that spins while it waits would keep the core from the rank that it waits for.
-        has_own_cores = self.size * torch.get_num_threads() <= _num_cpus()
-        self.struct = RanksStruct(
-            segment.address, rank, self.size, segment.slot_bytes, timeout_s, _SPINS if has_own_cores else 0, 0, 0
-        )
+        self.struct = RanksStruct(segment.address, rank, self.size, segment.slot_bytes, timeout_s, 0, 0)
         """For kernels that exchange by themselves."""
 
     @classmethod
@@ -106,7 +99,3 @@ class SharedMemoryCollectives:
     @property
     def _pointer(self) -> Any:
         return ctypes.byref(self.struct)
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
