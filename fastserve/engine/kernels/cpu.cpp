@@ -78,6 +78,11 @@ void linear(const Scalar* x, int64_t x_stride, int64_t rows, const Weight* weigh
     linear_of(x, x_stride, rows, *weight, y);
 }
 
+// Not rounded: for sums over ranks, which are rounded once.
+void linear_in_float32(const Scalar* x, int64_t x_stride, int64_t rows, const Weight* weight, float* y) {
+    linear_of(x, x_stride, rows, *weight, y);
+}
+
 // Dense rows of a weight (out, in).
 void weight_rows(const Weight* weight, const int64_t* rows, int64_t count, Scalar* to) {
     on_team([&](Team& team) {

@@ -130,8 +130,8 @@ inline void row_of(const Weight& weight, int64_t output, T* to) {
     for (int64_t i = 0; i < pairs; ++i) ((Pair<T>*)to)[i] = from[i * LANES];
 }
 
-template <class T>
-inline void linear_of(const T* x, int64_t x_stride, int64_t rows, const Weight& weight, T* y) {
+template <class T, class Out>
+inline void linear_of(const T* x, int64_t x_stride, int64_t rows, const Weight& weight, Out* y) {
     on_team([&](Team& team) {
         products(team, x, x_stride, rows, &weight, 1, [&](int, int64_t row, int64_t at, Vec sums, int outs) {
             store_some(y + row * weight.out + at, sums, outs);

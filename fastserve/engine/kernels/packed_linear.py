@@ -30,7 +30,7 @@ class WeightStruct(ctypes.Structure):
 class PackedLinearKernel:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        library.linear.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p)
+        library.linear.argtypes = library.linear_in_float32.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_void_p)
         library.pack_weight.argtypes = library.unpack_weight.argtypes = (c_void_p, c_void_p, c_int64, c_int64)
         library.pack_codes.argtypes = library.unpack_codes.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int)
         library.weight_rows.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
@@ -77,8 +77,9 @@ class PackedLinearKernel:
         self._library.unpack_codes(packed.data_ptr(), codes.data_ptr(), out, width, bits)
         return codes
 
-    def product(self, x: torch.Tensor, weight: WeightStruct, out: int) -> torch.Tensor:
-        """`x` (..., in) -> (..., out). Raises RuntimeError, as torch does, when `x` does not fit the weight."""
+    def product(self, x: torch.Tensor, weight: WeightStruct, out: int, *, in_float32: bool = False) -> torch.Tensor:
+        """`x` (..., in) -> (..., out); `in_float32`: not rounded to the dtype of `x`. Raises RuntimeError, as torch
+        does, when `x` does not fit the weight."""
         width, expected = x.shape[-1], getattr(weight, "in")
         if width != expected or x.dtype != self._dtype:
             raise RuntimeError(
@@ -86,8 +87,9 @@ class PackedLinearKernel:
                 f"{expected} in {str(self._dtype).removeprefix('torch.')}"
             )
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], out)
-        self._library.linear(x.data_ptr(), width, x.numel() // width, ctypes.byref(weight), y.data_ptr())
+        y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32 if in_float32 else x.dtype)
+        multiply = self._library.linear_in_float32 if in_float32 else self._library.linear
+        multiply(x.data_ptr(), width, x.numel() // width, ctypes.byref(weight), y.data_ptr())
         return y
 
     def rows(self, ids: torch.Tensor, weight: WeightStruct, width: int, dtype: torch.dtype) -> torch.Tensor:

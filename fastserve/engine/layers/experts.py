@@ -77,17 +77,19 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
             index = expert - self.own.start
             y = self._product("down_proj", index, activation(self._product(first, index, x[tokens])))
             if has_norm:
-                y = original.post_expert_norm(self.collectives.all_reduce(y) if self._has_parts else y)
+                y = original.post_expert_norm(self.collectives.all_reduce(y, x.dtype) if self._has_parts else y)
             out.index_add_(0, tokens, (y * top_k_weights.flatten()[of_expert, None]).float())
         is_whole = has_norm and self._has_parts
         return out.to(x.dtype) if is_whole else self.collectives.all_reduce(out, x.dtype)
 
     def _product(self, name: str, index: int, x: torch.Tensor) -> torch.Tensor:
         """`index`: of an expert among the rank's own."""
-        # Products with parts of the second weight are partial sums: its bias, whole on every rank, is added by one.
-        adds_bias = name != "down_proj" or not self._has_parts or self.collectives.rank == 0
-        bias = getattr(self, f"{name}_bias")[index] if self._original.has_bias and adds_bias else None
-        return self._layout(name, index).product(x, bias)
+        bias = getattr(self, f"{name}_bias")[index] if self._original.has_bias else None
+        if name != "down_proj" or not self._has_parts:
+            return self._layout(name, index).product(x, bias)
+        # A partial sum: the bias, whole on every rank, is added by one.
+        partial = self._layout(name, index).partial_product(x)
+        return partial if bias is None or self.collectives.rank > 0 else partial + bias
 
     def _layout(self, name: str, index: int) -> WeightLayout:
         if name in self.layouts:

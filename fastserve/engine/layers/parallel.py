@@ -22,10 +22,10 @@ class RowParallelLinear(Linear):
         self.collectives = collectives
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        partial = self.layout.product(x, None)
+        partial = self.layout.partial_product(x)
         if self.delta is not None:
             partial = partial + self.delta(x)
-        out = self.collectives.all_reduce(partial)
+        out = self.collectives.all_reduce(partial, x.dtype)
         return out if self.bias is None else out + self.bias
 
 

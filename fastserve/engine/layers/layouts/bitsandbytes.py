@@ -20,6 +20,9 @@ class BitsAndBytesWeight:
         y: torch.Tensor = self._layer(x)
         return y if bias is None else y + bias
 
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, None)
+
     def get(self) -> torch.Tensor:
         import bitsandbytes.functional as functions
 

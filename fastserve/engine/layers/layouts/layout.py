@@ -21,6 +21,11 @@ class WeightLayout(Protocol):
         """`x` (..., in) -> (..., out)"""
         ...
 
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        """As `product`, without bias, for a sum over ranks that is rounded once: in float32 if the layout's kernel can,
+        otherwise rounded to the dtype of `x`."""
+        ...
+
     def get(self) -> torch.Tensor:
         """The weight as a plain tensor (out, in)."""
         ...
@@ -57,6 +62,9 @@ class RowsOfWeight:
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.get(), bias)
+
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, None)
 
     def get(self) -> torch.Tensor:
         return self._whole.get()[self._rows]

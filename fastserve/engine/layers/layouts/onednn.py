@@ -30,6 +30,9 @@ class OneDnnWeight:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
         return out
 
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, None)
+
     def get(self) -> torch.Tensor:
         dense: torch.Tensor = self._packed.to_dense()
         return dense

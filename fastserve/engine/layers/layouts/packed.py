@@ -48,6 +48,9 @@ class GroupedWeight:
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self._kernel.product(x, self.struct(bias), self._shape[0])
 
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernel.product(x, self.struct(None), self._shape[0], in_float32=True)
+
     def get(self) -> torch.Tensor:
         return self._kernel.unpack(self._packed, *self._shape)
 

@@ -18,6 +18,9 @@ class PlainWeight:
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self._weight, bias)
 
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, None)
+
     def get(self) -> torch.Tensor:
         return self._weight
 

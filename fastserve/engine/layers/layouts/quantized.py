@@ -58,6 +58,12 @@ class QuantizedWeight:
         ]
         return torch.cat(parts, dim=-1)
 
+    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
+        struct = self.struct(None)
+        if struct is not None and isinstance(self._store, PackedStorage) and x.dtype == self._dtype:
+            return self._store.kernel.product(x, struct, self._store.shape[0], in_float32=True)
+        return self.product(x, None)
+
     def _product_of_codes(self, x: torch.Tensor) -> torch.Tensor | None:
         kernel, rows = self._matmul, x.numel() // x.shape[-1]
         if kernel is None or isinstance(self._store, PackedStorage) or rows > kernel.max_rows or x.dtype != self._dtype:
