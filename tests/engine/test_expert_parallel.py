@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
 from fastserve.engine.layers.experts import Experts
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.loading import checkpoint
+from fastserve.engine.loading.division_check import require_divisible
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.loading.partition_plan import plan_partition
 from fastserve.engine.ranks.collectives import Collectives
@@ -316,3 +317,16 @@ def test_fewer_experts_than_ranks_are_refused_with_sizes_that_work() -> None:
     with pytest.raises(StartupError, match=words):
         plan_partition(on_meta(config), 6, expert_parallel=True)
     assert plan_partition(on_meta(config), 6).experts
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_latent_attention_with_large_heads_is_tried_on_a_twin_with_small_ones(expert_parallel: bool) -> None:
+    """The part of a head that rotates, and the whole head, have sizes of their own names too."""
+    config = DeepseekV3Config(
+        **{**SHAPE, "num_key_value_heads": 4}, q_lora_rank=96, kv_lora_rank=64, qk_rope_head_dim=64, v_head_dim=128,
+        qk_nope_head_dim=128, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=32, first_k_dense_replace=1, n_shared_experts=1,
+    )  # fmt: skip
+    model = on_meta(config)
+    assert config.head_dim == 64
+    require_divisible(model, 2, expert_parallel=expert_parallel)

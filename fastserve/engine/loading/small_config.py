@@ -67,6 +67,7 @@ def small_config(config: PretrainedConfig, layers: Sequence[int], *, shares_kv_h
             setattr(small, name, _shrunk(value, _WINDOW))
         elif "softcap" in name and isinstance(value, int | float) and value > 0:
             setattr(small, name, _SOFTCAP)
+    _shrink_latent_heads(config, small)
     _shrink_rotary_sections(config, small)
     small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
     return small
@@ -112,6 +113,18 @@ def _shrink_heads(config: PretrainedConfig, small: PretrainedConfig, *, shares_k
     if isinstance(kv_heads, int):
         fewer = 1 if shares_kv_heads else min(kv_heads, _HEADS // 2)
         small.num_key_value_heads = _HEADS if kv_heads == heads or is_latent else fewer
+
+
+def _shrink_latent_heads(config: PretrainedConfig, small: PretrainedConfig) -> None:
+    """With latent attention, a head's keys have a part that rotates and one that does not: sizes that are those of the
+    part, or of both, stay so."""
+    rotating, other = getattr(config, "qk_rope_head_dim", None), getattr(config, "qk_nope_head_dim", None)
+    if rotating is None:
+        return
+    if "head_dim" in vars(config) and config.head_dim == rotating:
+        small.head_dim = small.qk_rope_head_dim
+    if other is not None and "qk_head_dim" in vars(config) and config.qk_head_dim == rotating + other:
+        small.qk_head_dim = small.qk_rope_head_dim + small.qk_nope_head_dim
 
 
 def _shrink_rotary_sections(config: PretrainedConfig, small: PretrainedConfig) -> None:
