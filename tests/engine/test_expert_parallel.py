@@ -242,6 +242,15 @@ def test_a_set_expert_is_quantized_where_it_is(mixtures: Callable[[str], str]) -
     assert all(torch.equal(found, one.get(name)) for found in run_ranks(2, run_rank))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_are_given_out_with_them(tiny_models: TinyModels, tmp_path: Path, name: str) -> None:
+    from .adapters import Adapters  # it skips the test without PEFT
+
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    folder = Adapters(tiny_models, tmp_path).make(tiny_models.path(name), tmp_path / "adapter", lora)
+    assert_same_given_out(tiny_models.path(name), None, adapter_dir=str(folder))
+
+
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
