@@ -4,7 +4,8 @@
      "anything_part1": {"name": "anything_part1", "ip": "10.0.0.2"}}
 
 The number after `_part` orders the machines; part 0 has rank 0. A machine without a port has that of part 0. rtp-llm
-sorts names as strings, so that its part 10 comes before part 2; here parts are ordered as numbers.
+sorts names as strings, so that its part 10 comes before part 2; here parts are ordered as numbers, and "ip" may be a
+host name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from fastserve.observability.text import printable
 
 MAX_FILE_BYTES = 2**20
 MAX_MACHINES = 4096
+MAX_HOST_CHARS = 253
 _PART = re.compile(r"_part([0-9]{1,4})$")
+_HOST = re.compile(r"([a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Machine:
     part: int
     name: str
     ip: str
+    """An IP address, or a host name, which stays when a machine gets another address."""
     port: int
 
 
@@ -101,13 +105,15 @@ def _check_parts(numbers: list[int], num_entries: int, where: str, problems: Pro
 
 
 def _ip(value: Any, label: str, problems: Problems) -> str | None:
-    try:
-        if not isinstance(value, str):
-            raise ValueError
-        return str(ipaddress.ip_address(value))
-    except ValueError:
-        problems.add(f'{label}: "ip" must be an IP address such as "10.0.0.1", and is {_shown(value)}.')
-        return None
+    if isinstance(value, str):
+        try:
+            return str(ipaddress.ip_address(value))
+        except ValueError:
+            # A name whose last part is digits is a mistyped address.
+            if len(value) <= MAX_HOST_CHARS and _HOST.fullmatch(value) and not value.rpartition(".")[2].isdigit():
+                return value
+    problems.add(f'{label}: "ip" must be an IP address such as "10.0.0.1" or a host name, and is {_shown(value)}.')
+    return None
 
 
 def _port(value: Any, label: str, problems: Problems) -> int | None:

@@ -149,7 +149,15 @@ BAD_MACHINES: dict[str, tuple[Any, list[str]]] = {
     "a name that is not the key": ({"a_part0": machine("b"), "a_part1": machine("a_part1", "10.0.0.2")}, ['is "b"']),
     "no name": ({"a_part0": {"ip": "10.0.0.1"}, "a_part1": machine("a_part1", "10.0.0.2")}, ["is missing"]),
     "no ip": ({"a_part0": {"name": "a_part0"}, "a_part1": machine("a_part1")}, ['"ip"']),
-    "a host for an ip": ({"a_part0": machine("a_part0", "host"), "a_part1": machine("a_part1")}, ['"host"']),
+    "an ip out of range": (
+        {"a_part0": machine("a_part0", "10.0.0.256"), "a_part1": machine("a_part1")},
+        ["10.0.0.256"],
+    ),
+    "a URL for an ip": ({"a_part0": machine("a_part0", "http://a"), "a_part1": machine("a_part1")}, ["http://a"]),
+    "a host name of a kilobyte": (
+        {"a_part0": machine("a_part0", ".".join(["abc"] * 256)), "a_part1": machine("a_part1")},
+        ["host name"],
+    ),
     "a number for an ip": ({"a_part0": machine("a_part0", 5), "a_part1": machine("a_part1")}, ["is 5"]),  # type: ignore[arg-type]
     "a port as text": ({"a_part0": machine("a_part0", port="80"), "a_part1": machine("a_part1")}, ['"port"', '"80"']),
     "a port of true": ({"a_part0": machine("a_part0", port=True), "a_part1": machine("a_part1")}, ["is true"]),
@@ -176,6 +184,13 @@ def test_a_bad_file_of_machines_is_refused_with_names_and_remedy(model: Path, ca
     message = problems_of(environ)
     for part in expected:
         assert part in message
+
+
+def test_machines_may_have_host_names(model: Path) -> None:
+    names = ["ranks-0.ranks.fastserve.svc", "Host-1"]
+    file = machines_file(model, {f"m_part{at}": machine(f"m_part{at}", name) for at, name in enumerate(names)})
+    world = read_environment(TWO | {"CHECKPOINT_PATH": str(model), "DISTRIBUTE_CONFIG_FILE": file}).world
+    assert [item.ip for item in world.machines] == names
 
 
 def test_a_file_without_end_is_not_read_whole(model: Path) -> None:
