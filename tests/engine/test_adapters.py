@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ class Merged:
 
 
 @pytest.fixture(scope="module")
-def merged(tiny_models: TinyModels) -> Iterator[Merged]:
+def merged(tiny_models: TinyModels) -> Merged:
     return Merged(tiny_models.path("llama"))
 
 
