@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol, Self
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.adapters.memory import AdapterMemory
 from fastserve.engine.attention.paged import PagedAttention
-from fastserve.engine.layers.linear import Linear
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.sampled_ids import SampledIds
 
@@ -38,9 +38,8 @@ class ForwardParts:
     block_size: int
     max_num_seqs: int
     max_model_len: int
-
-    def linears(self) -> list[Linear]:
-        return [module for module in self.model.modules() if isinstance(module, Linear)]
+    adapters: AdapterMemory | None = None
+    """Adapters on the device; None: the model has none."""
 
 
 class ForwardPass(Protocol):
@@ -61,8 +60,3 @@ class ForwardPass(Protocol):
     def __call__(self, step: PackedStep) -> torch.Tensor:
         """Logits (rows, vocabulary) of the step's logit rows, valid until the next step."""
         ...
-
-
-def has_adapters(linears: list[Linear]) -> bool:
-    """Whether any layer currently has an adapter."""
-    return any(linear.delta is not None for linear in linears)
