@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
+from fastserve.engine.layers.linear import threads_for_kernels
 from fastserve.engine.loading.layer_kinds import layer_kinds
 from fastserve.errors import StartupError
 
@@ -142,7 +143,7 @@ def own_logits(
     ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_for_kernels(model):
             logits, noise = _compute(model, device, prompts, of_median=of_median)
     except MODEL_CODE_ERRORS as error:
         name = type(model).__name__

@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from fastserve.engine.layers.linear import threads_for_kernels
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.loading.small_twin import TRIAL_ERRORS
 from fastserve.engine.runner.forward.forward_pass import ForwardPass
@@ -44,7 +45,8 @@ def check_model(loaded: LoadedModel, runner: ModelRunner, capacity: Capacity) ->
     with one_thread():
         _check_twin(loaded, runner, name, capacity.max_model_len)
     between = time.perf_counter()
-    _check_itself(loaded, runner, name, capacity)
+    with threads_for_kernels(loaded.model):
+        _check_itself(loaded, runner, name, capacity)
     own_s, twin_s, engine_s = loaded.reference.seconds, between - begin, time.perf_counter() - between
     logger.info(
         "%s was checked in %.2f s: its own code %.2f s, a small twin %.2f s, the engine %.2f s",
