@@ -53,7 +53,7 @@ def make_generation_config(file: Gguf, vocabulary: Vocabulary) -> Config:
     if vocabulary.bos_id is not None:
         config["bos_token_id"] = vocabulary.bos_id
     recommended = {
-        name: file.metadata[f"general.sampling.{key}"]
+        name: file.scalar(f"general.sampling.{key}", float)
         for key, name in (("temp", "temperature"), ("top_k", "top_k"), ("top_p", "top_p"), ("min_p", "min_p"))
         if f"general.sampling.{key}" in file.metadata
     }
@@ -68,6 +68,13 @@ def refuse_architecture(file: Gguf) -> StartupError:
         f"{file.file} holds a model of the architecture {file.architecture[:80]!r}; of GGUF files "
         f"{', '.join(sorted(ARCHITECTURES))} are served. Use the model's safetensors."
     )
+
+
+_BOOLEANS = {"attention.causal", "rope.scaling.finetuned"}
+_TEXTS = {"rope.scaling.type"}
+_WHOLE_NUMBERS = ("_count", "_count_kv", "_length", "sliding_window")
+_PATTERN_KEY = "attention.sliding_window_pattern"
+"""A whole number, or true or false for each layer."""
 
 
 class _Keys:
@@ -91,7 +98,12 @@ class _Keys:
     def each_layer(self, key: str, default: Any = None) -> Any:
         """A value, or a list of values, one for each layer."""
         self._read.add(key)
-        return self.file.metadata.get(f"{self.file.architecture}.{key}", default)
+        name = f"{self.file.architecture}.{key}"
+        value = self.file.metadata.get(name, default)
+        if key != _PATTERN_KEY:
+            for item in value if isinstance(value, list) else [value]:
+                self.file.checked(name, item, _kind_of(key), default)
+        return value
 
     def refuse_unread(self) -> None:
         """Refuse keys that nothing has read, unless they have a value that leaves the model as it is: a property that
@@ -151,6 +163,14 @@ class _Keys:
         if len(values) != int(np.prod(found.shape)):
             raise StartupError(f"{found.file} is cut off in the tensor {tensor}. Download it again.")
         return [_rounded(value) for value in values.tolist()]
+
+
+def _kind_of(key: str) -> type:
+    if key in _BOOLEANS:
+        return bool
+    if key in _TEXTS:
+        return str
+    return int if key.endswith(_WHOLE_NUMBERS) else float
 
 
 def _is_neutral(key: str, value: Any) -> bool:

@@ -24,6 +24,7 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
+_KINDS = {bool: "true or false", str: "a text", int: "a whole number", float: "a finite number"}
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -51,7 +52,38 @@ class Gguf:
 
     @property
     def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture", ""))
+        return str(self.scalar("general.architecture", str, ""))
+
+    def scalar(self, key: str, kind: type, default: Any = None) -> Any:
+        """A value of this kind (bool, str, int or float). Raises StartupError for one of another."""
+        return self.checked(key, self.metadata.get(key, default), kind, default)
+
+    def checked(self, key: str, value: Any, kind: type, default: Any = None) -> Any:
+        """`value`, which is what `key` has, or one of its items."""
+        if value is not default and not _is_of(value, kind):
+            raise StartupError(
+                f"{self.file}: {key[:80]} is {repr(value)[:80]}, and must be {_KINDS[kind]}. Download it again."
+            )
+        return value
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, by its name or, as in Ollama's folder of blobs, by its first bytes."""
+    if not path.is_file():
+        return False
+    if path.suffix == ".gguf":
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False  # who needs the file says why it cannot be read
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
 
 
 def read_gguf(path: Path) -> Gguf:
@@ -98,7 +130,7 @@ def part_files(path: Path) -> list[Path]:
 def find_gguf(folder: Path) -> Path | None:
     """The only GGUF model in a folder (the first part of a split one), or None. Raises StartupError if there are
     several."""
-    files = [file for file in sorted(folder.glob("*.gguf")) if not file.name.startswith("mmproj")]
+    files = [file for file in sorted(folder.glob("*.gguf")) if file.is_file() and not file.name.startswith("mmproj")]
     if not files:
         return None
     match = _PART.fullmatch(files[0].name)

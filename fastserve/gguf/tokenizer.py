@@ -50,7 +50,7 @@ def make_tokenizer_config(file: Gguf, vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "fastserve_complete_file": True,  # llama.cpp's tokens, not those of a class of transformers
         "clean_up_tokenization_spaces": False,
-        "model_max_length": file.metadata.get(f"{file.architecture}.context_length"),
+        "model_max_length": file.scalar(f"{file.architecture}.context_length", int),
         **{key: text for key, text in named.items() if text is not None},
     }
 
@@ -58,15 +58,15 @@ def make_tokenizer_config(file: Gguf, vocabulary: Vocabulary) -> dict[str, Any]:
 def chat_templates(file: Gguf) -> dict[str, str]:
     """Chat templates by name; the main one is "default"."""
     prefix = "tokenizer.chat_template"
-    found = {"default": file.metadata.get(prefix)}
+    found = {"default": file.scalar(prefix, str)}
     names = file.metadata.get("tokenizer.chat_templates", [])
     for name in names if isinstance(names, list) else []:
-        found[str(name)] = file.metadata.get(f"{prefix}.{name}")
+        found[str(name)] = file.scalar(f"{prefix}.{name}", str)
     return {name: source for name, source in found.items() if isinstance(source, str)}
 
 
 def _byte_level(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
-    name = str(file.metadata.get(f"{PREFIX}pre", "default"))
+    name = file.scalar(f"{PREFIX}pre", str, "default")
     if f"{PREFIX}pre" not in file.metadata:
         logger.warning("%s does not name its pre-tokenizer: answers may suffer. A newer file has it.", file.file)
     pre_tokenizer = PRE_TOKENIZERS.get(name)
@@ -116,7 +116,7 @@ def _sentencepiece(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
             byte_fallback=has_bytes,
         )
     )
-    prefixed = bool(file.metadata.get(f"{PREFIX}add_space_prefix", True))
+    prefixed = file.scalar(f"{PREFIX}add_space_prefix", bool, True)
     to_pieces: list[Any] = [normalizers.Replace(" ", _SPACE)]
     to_text: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
@@ -157,8 +157,8 @@ def _wordpiece(file: Gguf, vocabulary: Vocabulary) -> Tokenizer:
         ids[text] = token_id
     unknown = vocabulary.text(vocabulary.unknown_id)
     tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token=unknown or "[UNK]"))
-    lowercase = bool(file.metadata.get(f"{PREFIX}normalizer.lowercase", True))
-    accents = file.metadata.get(f"{PREFIX}normalizer.strip_accents", lowercase)
+    lowercase = file.scalar(f"{PREFIX}normalizer.lowercase", bool, True)
+    accents = file.scalar(f"{PREFIX}normalizer.strip_accents", bool, lowercase)
     tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=bool(accents), lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
@@ -176,7 +176,7 @@ def _ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 def _add_tokens(tokenizer: Tokenizer, file: Gguf, vocabulary: Vocabulary) -> None:
     """Add special and user-defined tokens, which are split off before pre-tokenization."""
-    is_phi3 = _PHI3_NAME.search(str(file.metadata.get("general.name", ""))) is not None
+    is_phi3 = _PHI3_NAME.search(file.scalar("general.name", str, "")) is not None
     found = []
     for token_id, kind in enumerate(vocabulary.types):
         special, text = vocabulary.is_special(token_id), vocabulary.texts[token_id]
@@ -189,9 +189,9 @@ def _add_tokens(tokenizer: Tokenizer, file: Gguf, vocabulary: Vocabulary) -> Non
 
 def _add_ends(tokenizer: Tokenizer, file: Gguf, vocabulary: Vocabulary, *, bos: bool, eos: bool = False) -> None:
     """Set the tokens that encoding adds before and after a text. `bos`, `eos`: defaults for missing keys."""
-    before = vocabulary.bos_id if file.metadata.get(f"{PREFIX}add_bos_token", bos) else None
+    before = vocabulary.bos_id if file.scalar(f"{PREFIX}add_bos_token", bool, bos) else None
     last = vocabulary.separator_id if vocabulary.kind == "bert" else vocabulary.eos_id
-    after = last if file.metadata.get(f"{PREFIX}add_eos_token", eos) else None
+    after = last if file.scalar(f"{PREFIX}add_eos_token", bool, eos) else None
     ends = {token_id: vocabulary.texts[token_id] for token_id in (before, after) if token_id is not None}
     if not ends:
         return

@@ -57,7 +57,7 @@ class Vocabulary:
 
 def read_vocabulary(file: Gguf) -> Vocabulary:
     """Raises StartupError when the file has none, or one that contradicts itself."""
-    kind = str(file.metadata.get(f"{PREFIX}model", "none"))
+    kind = str(file.scalar(f"{PREFIX}model", str, "none"))
     texts = file.metadata.get(f"{PREFIX}tokens")
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         raise StartupError(
@@ -67,9 +67,9 @@ def read_vocabulary(file: Gguf) -> Vocabulary:
     texts = _unique(texts)
 
     def token_id(key: str) -> int | None:
-        found = file.metadata.get(f"{PREFIX}{key}_token_id", _DEFAULT_IDS.get(kind, {}).get(key))
+        found = file.scalar(f"{PREFIX}{key}_token_id", int, _DEFAULT_IDS.get(kind, {}).get(key))
         # As llama.cpp does, ids beyond the vocabulary are ignored.
-        return found if isinstance(found, int) and 0 <= found < len(texts) else None
+        return found if found is not None and 0 <= found < len(texts) else None
 
     named = [token_id(key) for key in _END_KEYS]
     by_text = [

@@ -13,7 +13,7 @@ from fastserve.config import is_hub_id
 from fastserve.demo import MODEL_NAME, demo_model_path
 from fastserve.engine.cache_folder import FOLDERS, make_private
 from fastserve.errors import StartupError
-from fastserve.gguf.file import find_gguf
+from fastserve.gguf.file import find_gguf, is_gguf
 from fastserve.text.model_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _find_gguf_model(model_path: str, flag: str) -> ModelSource | None:
     path = Path(model_path).expanduser()
     if model_path == SMOLLM2 and not path.exists():
         return _from_gguf(_smollm2_file(flag), model_path, flag)
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         return _from_gguf(path, model_path, flag)
     if path.is_dir() and _may_be_gguf(path):
         file = find_gguf(path)

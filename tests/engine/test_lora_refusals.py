@@ -168,3 +168,13 @@ def test_experts_of_another_count_are_refused(adapters: Adapters, tmp_path: Path
     folder = adapters.make(adapters.base("mixtral"), tmp_path / "adapter", lora)
     edit_tensors(folder, lambda tensors: {name: x[:12] if "lora_A" in name else x for name, x in tensors.items()})
     assert_refused(adapters.base("mixtral"), folder, r"has the shape \(12, 96\), and the rank is 4")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_takes_too_long_is_refused(adapters: Adapters, usual: Path, tmp_path: Path, field: str) -> None:
+    folder = Path(shutil.copytree(usual, tmp_path / "adapter"))
+    pattern = r"(?:(?:\w|[a-z.]|..)+)+\d{9}"
+    edit(folder, **{field: {pattern: 4} if field == "rank_pattern" else pattern})
+    assert_refused(
+        adapters.base("tied"), folder, r"The pattern .* takes more than 1 s on the module name .*list the names"
+    )

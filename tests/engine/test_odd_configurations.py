@@ -88,6 +88,32 @@ def test_impossible_configurations_are_refused_in_a_sentence(folder: Path, field
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 2.5}, r"num_hidden_layers is 2\.5 in its config\.json\. Correct it"),
+        ({"hidden_size": "a" * 5000}, r'hidden_size is "a{1,200}…'),
+        ({"tie_word_embeddings": None}, r"tie_word_embeddings is null in its config\.json"),
+        ({"hidden_act": "nonsense"}, r'hidden_act is "nonsense" in its config\.json'),
+        ({"model_type": "nonsense"}, r'model_type is "nonsense" in its config\.json'),
+    ],
+    ids=str,
+)
+def test_refusals_begin_with_field_value_and_remedy(folder: Path, fields: dict[str, Any], words: str) -> None:
+    change(folder, fields)
+    with pytest.raises(StartupError, match=rf"cannot be loaded: {words}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [True, [2, False], 2.5, [[2]]], ids=str)
+def test_end_tokens_that_are_no_ids_are_refused(folder: Path, value: Any) -> None:
+    file = folder / "generation_config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(found | {"eos_token_id": value}))
+    with pytest.raises(StartupError, match="eos_token_id"):
+        load(folder)
+
+
 MISSING = object()
 ANY_VALUES: tuple[Any, ...] = (MISSING, None, "2", "text", 2.5, -1, 0, [1], {}, True)
 NOT_TRIED = ("dtype", "pad_token_id")

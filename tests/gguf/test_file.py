@@ -134,3 +134,10 @@ def test_a_number_of_parts_of_another_type_is_a_sentence(tmp_path: Path, key: st
 
     with pytest.raises(StartupError, match=rf"{key} is .* and must be a whole number"):
         read_gguf(write_header(tmp_path / "odd.gguf", "llama", add))
+
+
+def test_a_folder_named_like_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").mkdir()
+    assert find_gguf(tmp_path) is None
+    file = write_header(tmp_path / "b.gguf", "llama", add_all_types)
+    assert find_gguf(tmp_path) == file

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from fastserve.demo import demo_model_path
 from fastserve.errors import StartupError
 from fastserve.gguf import folder as folder_module
+from fastserve.gguf.file import read_gguf
 from fastserve.gguf.folder import model_folder
 from fastserve.text.chat_template import load_chat_template
 from fastserve.text.load_tokenizer import load_tokenizer
@@ -115,11 +118,11 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         (drop("llama.context_length"), r"does not say llama\.context_length: it is no whole model"),
         (drop("tokenizer.ggml.tokens"), "holds no vocabulary"),
         (put("llama.expert_count", 8), "a mixture of experts, which is not served from GGUF files"),
-        (put("llama.embedding_length", "eight"), r"llama\.embedding_length is 'eight', and must be a positive whole"),
+        (put("llama.embedding_length", "eight"), r"llama\.embedding_length is 'eight', and must be a whole"),
         (put("llama.attention.head_count", 0), r"llama\.attention\.head_count is 0, and must be a positive whole"),
-        (put("llama.block_count", "x" * 500), r"llama\.block_count is 'x{79}, and must be a positive whole number"),
+        (put("llama.block_count", "x" * 500), r"llama\.block_count is 'x{79}, and must be a whole number"),
         (put("llama.context_length", 0), r"llama\.context_length is 0, and must be a positive whole number"),
-        (put("llama.feed_forward_length", "12"), r"llama\.feed_forward_length is '12', and must be a positive whole"),
+        (put("llama.feed_forward_length", "12"), r"llama\.feed_forward_length is '12', and must be a whole"),
         (put("llama.rope.scaling.type", "sideways"), r"rope\.scaling\.type 'sideways' is not served"),
         (put("llama.rope.dimension_count", 2), "rotary positions of 2 of 4 are not served"),
         (put("llama.attention.value_length", 2), "keys and values of different lengths are not served"),
@@ -206,3 +209,29 @@ def test_a_folder_named_as_the_real_model_is_taken_for_itself(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     Path("smollm2").symlink_to(demo_model_path())
     assert find_model("smollm2", "main") == ModelSource(Path("smollm2"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.context_length", "256"),
+        ("llama.context_length", 256.5),
+        ("llama.rope.freq_base", "10000"),
+        ("llama.rope.freq_base", True),
+        ("llama.rope.freq_base", float("nan")),
+        ("llama.rope.scaling.type", 1),
+        ("llama.attention.causal", 1),
+        ("llama.attention.head_count_kv", [1, "2"]),
+        ("tokenizer.ggml.bos_token_id", "1"),
+        ("tokenizer.ggml.add_bos_token", 1),
+        ("tokenizer.ggml.pre", 7),
+        ("tokenizer.chat_template", 3),
+        ("general.sampling.temp", "0.5"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_key_and_value(file: Path, key: str, value: Any) -> None:
+    found = read_gguf(file)
+    broken = dataclasses.replace(found, metadata={**found.metadata, key: value})
+    shown = re.escape(repr("2" if isinstance(value, list) else value))
+    with pytest.raises(StartupError, match=rf"{re.escape(key)} is {shown}, and must be .*\. Download it again"):
+        folder_module._write(broken, file.parent)

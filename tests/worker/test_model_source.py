@@ -130,6 +130,17 @@ def test_a_gguf_file_needs_its_configuration_beside_it(tmp_path: Path) -> None:
     assert find_model(str(tmp_path), "main") == ModelSource(tmp_path)
 
 
+def test_a_gguf_file_is_known_by_its_first_bytes_too(tmp_path: Path) -> None:
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert find_model(str(blob), "main") == ModelSource(tmp_path, gguf_file=blob)
+    blob.write_bytes(b"PK")
+    with pytest.raises(StartupError, match="this is a file; give the model's folder"):
+        find_model(str(blob), "main")
+
+
 def test_an_adapter_leads_to_its_base_model(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()

@@ -6,10 +6,12 @@ not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 
+from fastserve.engine.kernels.build import work_is_shared
 from fastserve.engine.layers.layouts.layout import EmbeddingLayout, WeightLayout
 
 
@@ -33,6 +35,18 @@ class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by
         if self.delta is not None:
             self.delta(x, out)
         return out
+
+
+@contextlib.contextmanager
+def threads_for_kernels(model: torch.nn.Module) -> Iterator[None]:
+    """For passes of a few tokens through the modules of `model`: if all its products are computed by our kernels, torch
+    uses one thread within the block. Its threads would take the cores from those of the kernels (twice the time)."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    if layers and all(layer.layout.struct(None) is not None for layer in layers):
+        with work_is_shared():
+            yield
+    else:
+        yield
 
 
 class TiedEmbedding(torch.nn.Module):  # type: ignore[misc]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +43,7 @@ from fastserve.engine.loading.weight_table import WeightTable
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
+from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +264,28 @@ def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError
     lines = str(error).strip().split("\n")
     cause = " ".join(map(str.strip, lines if isinstance(error, StrictDataclassError) else lines[:1])).rstrip(".")
     cause = cause or type(error).__name__
-    return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
+    field = _named_field(model_dir, cause)
+    if field is None:
+        return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
+    return StartupError(
+        f"The {kind} in {model_dir} cannot be loaded: {field} in its config.json. Correct it, or download config.json "
+        f"again. The model's code says: {cause}."
+    )
+
+
+def _named_field(model_dir: str, message: str) -> str | None:
+    """The field of config.json that an error's message is about, with its value; None if it names none."""
+    try:
+        stated = json.loads((Path(model_dir) / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(stated, dict):
+        return None
+    words = re.findall(r"\w+", message)
+    by_name = (name for name in words if "_" in name and name in stated)
+    by_value = (name for name, value in stated.items() if isinstance(value, str) and value in words)
+    name = next(itertools.chain(by_name, by_value), None)
+    return None if name is None else f"{printable(name)} is {printable(json.dumps(stated[name]))}"
 
 
 def _readable_dtype(stated: Mapping[str, Any]) -> dict[str, torch.dtype | None]:
@@ -318,4 +343,10 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     if found is None:
         return ()
     ids = found if isinstance(found, list | tuple) else (found,)
-    return tuple(token_id for token_id in ids if isinstance(token_id, int) and token_id >= 0)
+    for token_id in ids:
+        if type(token_id) is not int:
+            raise StartupError(
+                f"{type(model).__name__} cannot be served: eos_token_id is {printable(repr(found))} in its "
+                "generation_config.json or config.json. Write the ids of the tokens that end an answer, whole numbers."
+            )
+    return tuple(token_id for token_id in ids if token_id >= 0)

@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
+from fastserve.engine.layers.linear import threads_for_kernels
 from fastserve.engine.loading.layer_kinds import layer_kinds
 from fastserve.errors import StartupError
 
@@ -62,11 +63,11 @@ class Reference:
     seconds: float = 0.0
     """Time that the computation took."""
 
-    def distance(self, found: torch.Tensor, which: Sequence[int], *, last_only: bool = False) -> float:
-        """The distance of logits (tokens of these prompts, vocabulary) from those of the model's own code.
-        `last_only`: they are those of each prompt's last token."""
+    def distance(self, found: torch.Tensor, which: Mapping[int, tuple[int, int]]) -> float:
+        """The distance of logits (tokens, vocabulary) from those of the model's own code. `which`: the prompts that
+        these tokens belong to, in their order, and of each the begin and end of its tokens."""
         rows = self.logits.split([len(prompt.token_ids) for prompt in self.prompts])
-        expected = [rows[index][-1:] if last_only else rows[index] for index in which]
+        expected = [rows[index][begin:end] for index, (begin, end) in which.items()]
         return distance(found, torch.cat(expected), of_median=self.of_median)
 
 
@@ -83,7 +84,11 @@ def boundaries(config: PretrainedConfig) -> list[int]:
     """Positions at which a model with this (text) config may begin to compute otherwise: windows, chunks, original
     lengths, ... Smallest first."""
     return sorted(
-        {value for name, value in integers(config.to_dict()) if any(part in name for part in _BOUNDARY_NAMES)}
+        {
+            value
+            for name, value in integers(config.to_dict())
+            if any(part in name for part in _BOUNDARY_NAMES) and not name.endswith("layers")
+        }
     )
 
 
@@ -142,7 +147,7 @@ def own_logits(
     ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_for_kernels(model):
             logits, noise = _compute(model, device, prompts, of_median=of_median)
     except MODEL_CODE_ERRORS as error:
         name = type(model).__name__

@@ -34,7 +34,7 @@ def make_small_twin(
     small = small_config(config, _layers(config, kinds), shares_kv_heads=shares_kv_heads)
     cls = type(model)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed also prepares GPUs, which takes longer
         if isinstance(small, cls.config_class):
             twin: PreTrainedModel = cls._from_config(small, dtype=torch.float32)
         elif type(small) not in MODEL_FOR_CAUSAL_LM_MAPPING:

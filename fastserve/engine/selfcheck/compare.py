@@ -1,11 +1,13 @@
 """Logits of prompts by a way to compute steps, compared with those of the model's own code.
 
 All prompts are computed in one batch: of unequal lengths, the longer ones in chunks, and each decodes its last token.
+On the model itself each step reads all weights, so that ways share the work (see `Work`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 from dataclasses import dataclass
 
@@ -23,6 +25,17 @@ _CHUNK_ENDS = (5, 6, 17, 30)
 _MIN_CHUNKED_LENGTH = 20
 
 
+class Work(enum.Enum):
+    """The part of the prompts that a way computes."""
+
+    ALL = "all tokens"
+    PREFILL = "all tokens but each prompt's last"
+    MIXED = (
+        "a batch of decode and prefill: the first prompt's last token, with the KV cache that another way left, and "
+    )
+    "all tokens of the other prompts"
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """Sizes of an engine, which limit the prompts that it can compute."""
@@ -34,12 +47,9 @@ class Capacity:
 
 
 def difference(
-    reference: Reference, runner: ModelRunner, way: ForwardPass, capacity: Capacity, *, cached: bool = False
+    reference: Reference, runner: ModelRunner, way: ForwardPass, capacity: Capacity, work: Work = Work.ALL
 ) -> float | None:
-    """The distance of a way's logits from the reference (see `Reference`); None when no prompt fits the capacity.
-
-    `cached`: decode only the last token of each prompt; the KV cache still holds the others, from another way.
-    """
+    """The distance of a way's logits from the reference (see `Reference`); None when no prompt fits the capacity."""
     which: list[int] = []
     free = capacity.num_blocks
     for index, prompt in enumerate(reference.prompts):
@@ -51,15 +61,17 @@ def difference(
     if not which:
         return None
     prompts = [reference.prompts[index] for index in which]
-    found = _engine_logits(prompts, runner, way, capacity.block_size, cached=cached)
-    return reference.distance(found, which, last_only=cached)
+    chunks = [_chunks(prompt, work, is_first=index == 0) for index, prompt in enumerate(prompts)]
+    found = _engine_logits(prompts, chunks, runner, way, capacity.block_size)
+    return reference.distance(
+        found, {index: (of_prompt[0][0], of_prompt[-1][1]) for index, of_prompt in zip(which, chunks, strict=True)}
+    )
 
 
 def _engine_logits(
-    prompts: list[Prompt], runner: ModelRunner, way: ForwardPass, block_size: int, *, cached: bool
+    prompts: list[Prompt], chunks: list[list[tuple[int, int]]], runner: ModelRunner, way: ForwardPass, block_size: int
 ) -> torch.Tensor:
-    """Logits (tokens of all these prompts, vocabulary)"""
-    chunks = [_chunks(prompt, cached=cached) for prompt in prompts]
+    """Logits (tokens of these chunks of the prompts, vocabulary)"""
     blocks = _blocks(prompts, block_size)
     params = SamplingParams(max_tokens=1)
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -99,12 +111,14 @@ def _blocks(prompts: list[Prompt], block_size: int) -> list[list[int]]:
     return [list(range(end - 1, end - count - 1, -1)) for count, end in zip(counts, ends, strict=True)]
 
 
-def _chunks(prompt: Prompt, *, cached: bool) -> list[tuple[int, int]]:
-    """Begins and ends of the chunks of a prompt; the last token is decoded alone."""
+def _chunks(prompt: Prompt, work: Work, *, is_first: bool) -> list[tuple[int, int]]:
+    """Begins and ends of the chunks of a prompt; the last token is decoded alone, unless the work is mixed."""
     length = len(prompt.token_ids)
+    if work is Work.MIXED:
+        return [(length - 1 if is_first else 0, length)]
     cuts = [end for end in _CHUNK_ENDS if end < length - 1] if length >= _MIN_CHUNKED_LENGTH else []
     chunks = list(itertools.pairwise([0, *cuts, length - 1, length]))
-    return chunks[-1:] if cached else chunks
+    return chunks[:-1] if work is Work.PREFILL else chunks
 
 
 def _forward(runner: ModelRunner, way: ForwardPass, plan: StepPlan, first_positions: list[int]) -> torch.Tensor:

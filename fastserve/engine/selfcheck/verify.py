@@ -15,11 +15,12 @@ import time
 
 import torch
 
+from fastserve.engine.layers.linear import threads_for_kernels
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.loading.small_twin import TRIAL_ERRORS
 from fastserve.engine.runner.forward.forward_pass import ForwardPass
 from fastserve.engine.runner.runner import ModelRunner
-from fastserve.engine.selfcheck.compare import Capacity, difference
+from fastserve.engine.selfcheck.compare import Capacity, Work, difference
 from fastserve.engine.selfcheck.twin import NoTwinError, Twin, make_twin, one_thread
 from fastserve.errors import StartupError
 
@@ -42,9 +43,10 @@ def check_model(loaded: LoadedModel, runner: ModelRunner, capacity: Capacity) ->
     begin = time.perf_counter()
     name = type(loaded.model).__name__
     with one_thread():
-        _check_twin(loaded, runner, name, capacity.max_model_len)
+        has_twin = _check_twin(loaded, runner, name, capacity.max_model_len)
     between = time.perf_counter()
-    _check_itself(loaded, runner, name, capacity)
+    with threads_for_kernels(loaded.model):
+        _check_itself(loaded, runner, name, capacity, decodes_on_twin=has_twin)
     own_s, twin_s, engine_s = loaded.reference.seconds, between - begin, time.perf_counter() - between
     logger.info(
         "%s was checked in %.2f s: its own code %.2f s, a small twin %.2f s, the engine %.2f s",
@@ -57,7 +59,8 @@ def limit_of(noise: float, dtype: torch.dtype) -> float:
     return min(max(_NOISE_FACTOR * noise, _MIN_LIMIT[dtype]), _MAX_LIMIT)
 
 
-def _check_twin(loaded: LoadedModel, runner: ModelRunner, name: str, max_model_len: int) -> None:
+def _check_twin(loaded: LoadedModel, runner: ModelRunner, name: str, max_model_len: int) -> bool:
+    """Check each way on a small twin. Returns whether there is one."""
     passes = runner.forward_passes
     try:
         twin = make_twin(loaded, max_model_len)
@@ -65,7 +68,7 @@ def _check_twin(loaded: LoadedModel, runner: ModelRunner, name: str, max_model_l
         logger.warning("No small twin of %s can be made, so only the model itself is checked: %s", name, error)
         for way in [way for way in passes.ways if way.follows_description]:
             _drop(runner, way, name, f"no small twin of it can be made: {error}")
-        return
+        return False
     for way in list(passes.ways):
         try:
             reason = _twin_differs(twin, way)
@@ -74,6 +77,7 @@ def _check_twin(loaded: LoadedModel, runner: ModelRunner, name: str, max_model_l
             reason = f"its small twin fails: {error}" if way.follows_description else None
         if reason is not None:
             _drop(runner, way, name, reason)
+    return True
 
 
 def _twin_differs(twin: Twin, way: ForwardPass) -> str | None:
@@ -94,14 +98,19 @@ def _twin_differs(twin: Twin, way: ForwardPass) -> str | None:
     return None if error is not None and error <= limit else "its small twin computes something else"
 
 
-def _check_itself(loaded: LoadedModel, runner: ModelRunner, name: str, capacity: Capacity) -> None:
+def _check_itself(
+    loaded: LoadedModel, runner: ModelRunner, name: str, capacity: Capacity, *, decodes_on_twin: bool
+) -> None:
+    """Check each way on the model, the slowest first: it supports all steps, and leaves the KV cache that a faster one
+    decodes from. If others follow, and `decodes_on_twin`, it does not decode itself."""
     passes = runner.forward_passes
     limit = limit_of(loaded.reference.noise, loaded.dtype)
     cached = False
-    for way in list(passes.ways):
+    for way in reversed(passes.ways.copy()):
+        first = Work.PREFILL if decodes_on_twin and way is not passes.ways[0] else Work.ALL
+        work = Work.MIXED if cached else first
         try:
-            # The first right way computes all tokens, others go on from its KV cache: each step reads all weights.
-            error = difference(loaded.reference, runner, way, capacity, cached=cached)
+            error = difference(loaded.reference, runner, way, capacity, work)
         except TRIAL_ERRORS as cause:
             if len(passes.ways) == 1:
                 raise

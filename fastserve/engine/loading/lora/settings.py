@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import regex
 
 from fastserve.errors import StartupError
 from fastserve.observability.text import printable
 
+_MAX_MATCH_S = 1.0
+"""For one pattern and one name; usual patterns take microseconds."""
 MERGE_IT = "Merge it with PEFT's merge_and_unload, save the model, and serve that."
 _CONVERT_IT = (
     "Convert it to plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), and serve "
@@ -117,14 +120,14 @@ class AdapterSettings(msgspec.Struct, frozen=True):
         if self.target_modules is None:
             return self.target_parameters is None
         if isinstance(self.target_modules, str):
-            return self.target_modules.lower() == "all-linear" or bool(re.fullmatch(self.target_modules, path))
+            return self.target_modules.lower() == "all-linear" or _matches(self.target_modules, path, whole=True)
         if path in self.target_modules:
             return True
         return _is_among(path, self.target_modules) and self._is_in_a_chosen_layer(path)
 
     def _saves(self, path: str) -> bool:
         return any(
-            re.match(_PATTERN_FORMS["modules_to_save"].format(name), path) for name in self.modules_to_save or ()
+            _matches(_PATTERN_FORMS["modules_to_save"].format(name), path) for name in self.modules_to_save or ()
         )
 
     def _is_in_a_chosen_layer(self, path: str) -> bool:
@@ -133,7 +136,7 @@ class AdapterSettings(msgspec.Struct, frozen=True):
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         found = (
-            re.match(pattern, path)
+            _match(pattern, path)
             for pattern in (
                 [_PATTERN_FORMS["layers_pattern"].format(one) for one in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
             )
@@ -233,10 +236,10 @@ def _require_patterns(file: Path, field: str, value: Any) -> None:
     patterns = [value] if isinstance(value, str) else [] if field.endswith("modules") else list(value or ())
     for pattern in patterns:
         try:
-            re.compile(pattern)
-            if field in _PATTERN_FORMS:
-                re.compile(_PATTERN_FORMS[field].format(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
+            for form in ("{}", _PATTERN_FORMS.get(field, "{}")):
+                re.compile(form.format(pattern))  # as PEFT reads it
+                regex.compile(form.format(pattern))  # as it is matched here
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise StartupError(
                 f"{file}: {field} has {_shown(pattern)}, which is no regular expression that can be used there "
                 f"({error})."
@@ -248,17 +251,34 @@ def _require_patterns(file: Path, field: str, value: Any) -> None:
             )
 
 
+def _match(pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """As re.match, or as re.fullmatch if `whole`. Raises StartupError when it takes too long: the patterns come with
+    the adapter, and some would take years."""
+    try:
+        compiled = regex.compile(pattern)
+        return (compiled.fullmatch if whole else compiled.match)(path, timeout=_MAX_MATCH_S)
+    except TimeoutError as error:
+        raise StartupError(
+            f"The pattern {_shown(pattern)} in adapter_config.json takes more than {_MAX_MATCH_S:g} s on the module "
+            f"name {_shown(path)}: write it without nested repetitions, or list the names."
+        ) from error
+
+
+def _matches(pattern: str, path: str, *, whole: bool = False) -> bool:
+    return _match(pattern, path, whole=whole) is not None
+
+
 def _first_match(patterns: Mapping[str, float], names: Iterable[str]) -> float | None:
     every = list(names)
     for pattern, value in patterns.items():
-        if any(re.match(_LAYER_PATTERN.format(pattern), name) for name in every):
+        if any(_matches(_LAYER_PATTERN.format(pattern), name) for name in every):
             return value
     return None
 
 
 def _is_among(path: str, names: _Names) -> bool:
     if isinstance(names, str):
-        return bool(re.fullmatch(names, path))
+        return _matches(names, path, whole=True)
     return any(path == name or path.endswith(f".{name}") for name in names or ())
 
 
