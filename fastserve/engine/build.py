@@ -66,7 +66,7 @@ def build_rank(
     loaded = _load(config, config.model_dir, progress, spread, config.weights, collectives)
     draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
     collectives.barrier()  # all have loaded, so that free memory is what they share
-    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], collectives.size)
+    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], config.num_local_ranks)
     sizes = _smallest(sizes, collectives)
     runner = _make_runner(config, loaded, sizes, processors)
     return RankModel(loaded, draft, sizes, runner, _measure(runner, sizes.num_blocks, config))

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastserve.config import EngineOptions, ServerConfig
+from fastserve.distributed.gang import Gang
 from fastserve.options import same_option
 
 
@@ -47,6 +48,13 @@ class EngineConfig(EngineOptions):
     speculative_gguf_file: str | None = None
     """The file with the draft model's weights, if they are not in its folder."""
     weights: WeightOptions = field(default_factory=WeightOptions)
+    gang: Gang | None = None
+    """The machines, if the ranks are on several of them."""
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks on this machine."""
+        return self.tp_size if self.gang is None else self.gang.local_size
 
     @classmethod
     def of(cls, options: EngineOptions, **others: Any) -> EngineConfig:
