@@ -17,13 +17,17 @@ from fastserve.distributed.keys import CurveAuthenticator, CurveKeys
 from fastserve.engine.ranks.collectives import RankLostError
 from fastserve.errors import StartupError
 
+_HELLO = -1
+_HELLO_INTERVAL_S = 0.1
+
 
 class _Header(msgspec.Struct, frozen=True, array_like=True):
     generation: int
     rank: int
     exchange: int
-    """Number of the exchange, from 0."""
+    """Number of the exchange, from 0; _HELLO while ranks meet."""
     shape: tuple[int, ...]
+    """Of the part; of a hello: the ranks that its sender has heard of."""
 
 
 class MeshCollectives:
@@ -64,6 +68,25 @@ class MeshCollectives:
                 keys.secure_client(socket)
             socket.connect(endpoint(*addresses[other]))
             self._outgoing.append(socket)
+        self._meet()
+
+    def _meet(self) -> None:
+        """Say hello until every other rank has answered: what is sent first may reach a rank of an earlier group, which
+        ends."""
+        heard, ready = {self.rank}, {self.rank}
+        deadline, next_hello = time.monotonic() + self._timeout_s, 0.0
+        while len(ready) < self.size:
+            if time.monotonic() >= next_hello:
+                next_hello = time.monotonic() + _HELLO_INTERVAL_S
+                self._send(_Header(self._generation, self.rank, _HELLO, tuple(heard)), b"")
+            header = self._receive(deadline, next_hello)
+            if header is None:
+                continue
+            heard.add(header.rank)
+            # A rank that goes on to exchange has heard of all.
+            if header.exchange != _HELLO or self.rank in header.shape:
+                ready.add(header.rank)
+        self._send(_Header(self._generation, self.rank, _HELLO, tuple(heard)), b"")
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -101,10 +124,8 @@ class MeshCollectives:
         """The parts of all ranks, which have the same dtype."""
         part = part.detach().contiguous()
         number, self._exchange = self._exchange, self._exchange + 1
-        header = msgspec.msgpack.encode(_Header(self._generation, self.rank, number, tuple(part.shape)))
         data = part.view(-1).view(torch.uint8).numpy().tobytes() if part.numel() else b""
-        for socket in self._outgoing:
-            socket.send_multipart([header, data], copy=True)
+        self._send(_Header(self._generation, self.rank, number, tuple(part.shape)), data)
         deadline = time.monotonic() + self._timeout_s
         parts: list[torch.Tensor] = []
         for rank in range(self.size):
@@ -118,13 +139,25 @@ class MeshCollectives:
             parts.append(flat.view(found.shape))
         return parts
 
-    def _receive(self, deadline: float) -> None:
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0 or not self._incoming.poll(max(1, int(1000 * remaining_s))):
+    def _send(self, header: _Header, data: bytes) -> None:
+        head = msgspec.msgpack.encode(header)
+        for socket in self._outgoing:
+            socket.send_multipart([head, data])
+
+    def _receive(self, deadline: float, until_s: float | None = None) -> _Header | None:
+        """Keep the next message of this generation; None if there was none until `until_s`."""
+        now = time.monotonic()
+        if now >= deadline:
             raise RankLostError(
                 f"A step ended early: another rank of the model did not answer within {self._timeout_s:g} s."
             )
+        remaining_s = (deadline if until_s is None else min(deadline, until_s)) - now
+        if not self._incoming.poll(max(1, int(1000 * remaining_s))):
+            return None
         head, content = self._incoming.recv_multipart()
         header = self._decode(head)
-        if header.generation == self._generation:
+        if header.generation != self._generation:
+            return None
+        if header.exchange != _HELLO:
             self._received[header.exchange, header.rank] = header, content
+        return header
