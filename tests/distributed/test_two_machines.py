@@ -87,7 +87,7 @@ def two_machines(
     model, size = str(demo_model_path()), str(2 * local_size)
     common = {"DISTRIBUTE_CONFIG_FILE": str(file), "TP_SIZE": size, "WORLD_SIZE": size, "MODEL_TYPE": "llama"}
     common |= {"LOCAL_WORLD_SIZE": str(local_size), "CHECKPOINT_PATH": model, "TOKENIZER_PATH": model}
-    common |= {"FASTSERVE_CLUSTER_KEY": "the cluster key of this test 42", "CUDA_VISIBLE_DEVICES": ""}
+    common |= {"FASTSERVE_CLUSTER_KEY": "a-cluster-key-of-this-test-42", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--device", "cpu", "--max-total-tokens", "1024"]
     processes = [
         subprocess.Popen(
