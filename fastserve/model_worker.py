@@ -17,7 +17,9 @@ from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.access.api_keys import ENV_API_KEYS
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
+from fastserve.distributed.gang import Gang
 from fastserve.distributed.torchrun import drop_default_threads, read_torchrun, wait_for_first_rank
+from fastserve.engine.client import ENGINE_ENVIRONMENT, EngineProcess
 from fastserve.engine.contract import Engine
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
@@ -28,6 +30,8 @@ from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.worker.app import ModelWorker, WorkerSetup
+from fastserve.worker.gang import RESTARTS, rank_environment, run_member
+from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.model_source import ModelSource, default_name, find_draft_model, find_model
 from fastserve.worker.refusals import refuse_unavailable
 
@@ -35,7 +39,9 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, gang: Gang | None = None) -> None:
+    """`gang`: the machines that the model's ranks are on, if there are several."""
+
     def run() -> None:
         config = parse_config(WorkerConfig, argv, "fastserve-worker", os.environ)
         setup_logging(config.log_level, f"model_worker_{secrets.token_hex(4)}", os.environ)
@@ -51,22 +57,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.gpus is not None:
             # For the engine's process, which inherits it; this process uses no GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = config.gpus
-        _serve(config)
+        _serve(config, gang)
 
     run_entry(run)
 
 
-def _serve(config: WorkerConfig) -> None:
+def _serve(config: WorkerConfig, gang: Gang | None) -> None:
     check_tls(config)
     # How soon a thread that tokenizes a long prompt yields the GIL to the event loop.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    rank_environ = {} if gang is None else rank_environment(config, gang, os.environ)
+    if gang is not None and gang.part > 0:
+        _drop_keys()
+        model = find_model(config.model_path, config.revision, dummy=config.dummy)
+        environ = ENGINE_ENVIRONMENT | os.environ | rank_environ
+        run_member(config, gang, _engine_config(config, model, gang), environ)
+        return
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)
     worker = ModelWorker(
         WorkerSetup(
             config=config,
-            engine=_make_engine(config, model),
+            engine=_make_engine(config, model, gang, rank_environ),
             model_dir=model.folder,
             tokenizer_dir=_tokenizer_dir(config, model),
             model_names=config.model_names or (default_name(config.model_path),),
@@ -74,11 +87,11 @@ def _serve(config: WorkerConfig) -> None:
             wait_listening=lambda: _wait_listening(sockets[0]),
             # Like Ctrl-C: uvicorn shuts down gracefully, and the code below runs.
             end_process=lambda: signal.raise_signal(signal.SIGINT),
+            restart_policy=RestartPolicy() if gang is None else RESTARTS,
+            has_other_machines=gang is not None,
         )
     )
-    for variable in (ENV_CLUSTER_KEY, ENV_ADMIN_KEY, ENV_API_KEYS):
-        # The keys have been read; the engine's process must not inherit them.
-        os.environ.pop(variable, None)
+    _drop_keys()
     serve(worker.app, config, sockets, before_shutdown=worker.deregister, wait_ready=worker.wait_loaded)
     if worker.failure is not None:
         raise worker.failure
@@ -86,7 +99,13 @@ def _serve(config: WorkerConfig) -> None:
         sys.exit(1)
 
 
-def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
+def _drop_keys() -> None:
+    """The keys have been read; the engine's process must not inherit them."""
+    for variable in (ENV_CLUSTER_KEY, ENV_ADMIN_KEY, ENV_API_KEYS):
+        os.environ.pop(variable, None)
+
+
+def _make_engine(config: WorkerConfig, source: ModelSource, gang: Gang | None, environment: dict[str, str]) -> Engine:
     if config.engine == "fake":
         from fastserve.engine.fake import FakeEngine, FakeOptions
 
@@ -99,19 +118,21 @@ def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
             token_s=0.005,
         )
         return FakeEngine(options)
-    from fastserve.engine.client import EngineProcess
-
-    draft = None if config.speculative_model is None else find_draft_model(config.speculative_model)
     return EngineProcess(
-        EngineConfig.of(
-            config,
-            model_dir=str(source.folder),
-            log_level=config.log_level,
-            speculative_model_dir=None if draft is None else str(draft.folder),
-            speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),
-            weights=_weight_options(config, source),
-        ),
-        timeout_s=config.engine_timeout_s,
+        _engine_config(config, source, gang), timeout_s=config.engine_timeout_s, environment=environment
+    )
+
+
+def _engine_config(config: WorkerConfig, source: ModelSource, gang: Gang | None) -> EngineConfig:
+    draft = None if config.speculative_model is None else find_draft_model(config.speculative_model)
+    return EngineConfig.of(
+        config,
+        model_dir=str(source.folder),
+        log_level=config.log_level,
+        speculative_model_dir=None if draft is None else str(draft.folder),
+        speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),
+        weights=_weight_options(config, source),
+        gang=gang,
     )
 
 

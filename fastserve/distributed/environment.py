@@ -16,6 +16,10 @@ from fastserve.distributed.variables import Variables
 
 DEFAULT_PORT = 8088
 MAX_RANKS = 4096
+DEFAULT_TIMEOUT_MIN = 30
+_MAX_TIMEOUT_MIN = 7 * 24 * 60
+NUM_SHARED_PORTS = 3
+"""Ports of a machine from START_PORT on, beside one for each of its ranks (gang.py)."""
 _DTYPES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float32"}
 _WEIGHT_TYPES = (*_DTYPES, "INT8", "INT4")
 WITHOUT_EFFECT = (
@@ -36,7 +40,9 @@ class World:
     """Rank of this machine's first process."""
     port: int
     machines: tuple[Machine, ...]
-    """All machines by part; empty if this one is alone."""
+    """All machines by part; empty if this one is alone, or if the file that lists them does not exist yet."""
+    timeout_min: int
+    """Minutes that a machine waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def _world(variables: Variables, problems: Problems) -> World:
     pp_size = variables.integer("PP_SIZE", 1, 1, MAX_RANKS)
     first_rank = variables.integer("WORLD_RANK", 0, 0, MAX_RANKS)
     port = variables.integer("START_PORT", DEFAULT_PORT, 1, 65535)
+    timeout_min = variables.integer("GANG_TIMEOUT_MIN", DEFAULT_TIMEOUT_MIN, 1, _MAX_TIMEOUT_MIN)
     file = variables.text("DISTRIBUTE_CONFIG_FILE")
     # Without a file of machines all ranks run on this one, as with rtp-llm on a machine with as many GPUs.
     local_size = variables.integer("LOCAL_WORLD_SIZE", 1 if file else size, 1, MAX_RANKS)
@@ -120,8 +127,15 @@ def _world(variables: Variables, problems: Problems) -> World:
         _check_devices(variables, local_size, problems)
     machines = _machines(file, port, variables, problems)
     if machines and variables.are_valid("LOCAL_WORLD_SIZE", "WORLD_SIZE", "WORLD_RANK"):
-        _check_machines(machines, local_size, size, first_rank, problems)
-    return World(size, local_size, first_rank, port, tuple(machines))
+        own = _check_machines(machines, local_size, size, first_rank, problems)
+        if own is not None and variables.text("START_PORT") is None:
+            port = own.port
+        elif own is not None and own.port != port:
+            problems.add(
+                f"START_PORT={port}, and DISTRIBUTE_CONFIG_FILE has port {own.port} for machine {own.name}, which "
+                f"WORLD_RANK={first_rank} is the first rank of. Set START_PORT={own.port}, or correct the file."
+            )
+    return World(size, local_size, first_rank, port, tuple(machines), timeout_min)
 
 
 def _check_machine_size(local_size: int, size: int, file: str | None, problems: Problems) -> None:
@@ -164,16 +178,40 @@ def _machines(file: str | None, port: int, variables: Variables, problems: Probl
     return read_machines(path, port, problems)
 
 
-def _check_machines(machines: list[Machine], local_size: int, size: int, first_rank: int, problems: Problems) -> None:
+def _check_machines(
+    machines: list[Machine], local_size: int, size: int, first_rank: int, problems: Problems
+) -> Machine | None:
+    """Return this machine; None if it is not in the file."""
     if len(machines) * local_size != size:
         problems.add(
             f"{len(machines)} machines in DISTRIBUTE_CONFIG_FILE with LOCAL_WORLD_SIZE={local_size} ranks each are "
             f"{len(machines) * local_size} ranks, and WORLD_SIZE={size}."
         )
-        return
+        return None
     own = machines[first_rank // local_size]
     if own.ip in ("0.0.0.0", "::"):
         problems.add(f"Machine {own.name} in DISTRIBUTE_CONFIG_FILE has the ip {own.ip}, which others cannot reach.")
+    if local_size < size:
+        _check_ports(machines, NUM_SHARED_PORTS + local_size, problems)
+    return own
+
+
+def _check_ports(machines: list[Machine], num_ports: int, problems: Problems) -> None:
+    """Each machine takes ports from its own on; several of them may be on one host."""
+    before: Machine | None = None
+    for item in sorted(machines, key=lambda machine: (machine.ip, machine.port)):
+        if item.port + num_ports > 65536:
+            problems.add(
+                f"Machine {item.name} in DISTRIBUTE_CONFIG_FILE takes {num_ports} ports from {item.port} on, beyond "
+                "65535. Choose a lower one."
+            )
+        if before is not None and before.ip == item.ip and item.port < before.port + num_ports:
+            problems.add(
+                f"Machines {before.name} and {item.name} in DISTRIBUTE_CONFIG_FILE have the ports {before.port} and "
+                f"{item.port} of one address, and each takes {num_ports} ports from its own on. Choose ports that are "
+                f"at least {num_ports} apart."
+            )
+        before = item
 
 
 def _check_lora(variables: Variables, problems: Problems) -> None:

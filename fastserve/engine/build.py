@@ -81,7 +81,7 @@ def build_rank(
     )
     draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
     collectives.barrier()  # all have loaded, so that free memory is what they share
-    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], collectives.size)
+    sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], config.num_local_ranks)
     sizes = _smallest(sizes, collectives)
     make_adapter_memory = None
     if config.adapters is not None:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -38,7 +38,7 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE
-from fastserve.engine.ranks.processes import RANK_LOST_EXIT_CODE
+from fastserve.engine.ranks.processes import CHECK_INTERVAL_S, RANK_LOST_EXIT_CODE, StopDetector
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.socket_folder import SocketFolder
 from fastserve.errors import EngineDeadError, InternalError, StartupError
@@ -60,14 +60,20 @@ class EngineProcess:
     """An `Engine` (see contract.py) in a process of its own."""
 
     def __init__(
-        self, config: EngineConfig, *, timeout_s: float = 120.0, program: str = "fastserve.engine.process"
+        self,
+        config: EngineConfig,
+        *,
+        timeout_s: float = 120.0,
+        program: str = "fastserve.engine.process",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`timeout_s`: silence after which the engine counts as hung; it sends events each step and each idle second.
-        `program`: the module to run, which calls `process.main`.
+        `program`: the module to run, which calls `process.main`. `environment`: variables for it alone.
         """
         self._config = config
         self._timeout_s = timeout_s
         self._program = program
+        self._environment = environment or {}
         self._silent_checks = 0
         self._max_silence_s = timeout_s
         """The timeout, or longer while the engine has announced that it is busy."""
@@ -82,6 +88,7 @@ class EngineProcess:
         self._folder: SocketFolder | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._stop_watcher: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
         self._closing = False
 
@@ -107,7 +114,7 @@ class EngineProcess:
                 msgspec.json.encode(self._config).decode(),
                 str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
-                env=ENGINE_ENVIRONMENT | os.environ,
+                env=ENGINE_ENVIRONMENT | os.environ | dict(self._environment),
             )
             info = await self._wait_ready(self._process, on_progress)
         except BaseException:
@@ -115,6 +122,8 @@ class EngineProcess:
             raise
         self._receiver = asyncio.create_task(self._receive(self._process))
         self._watcher = asyncio.create_task(self._watch(self._process))
+        if self._config.gang is not None:
+            self._stop_watcher = asyncio.create_task(self._watch_stopped(self._process))
         return info
 
     def _open_socket(self) -> str:
@@ -220,6 +229,13 @@ class EngineProcess:
             silence = f"{self._max_silence_s:g} s, more than the announced operation may take,"
         self._end(process, f"The engine hung: it gave no sign of life for {silence} and was killed.")
 
+    async def _watch_stopped(self, process: asyncio.subprocess.Process) -> None:
+        """Kill an engine that is stopped (SIGSTOP): the ranks on other machines have given it up."""
+        detector = StopDetector(process.pid)
+        while not detector.is_lost():  # noqa: ASYNC110 - nobody is notified when a process is stopped
+            await asyncio.sleep(CHECK_INTERVAL_S)
+        self._end(process, "The engine was stopped for 3 s and was killed.")
+
     def _end(self, process: asyncio.subprocess.Process, reason: str) -> None:
         if process.returncode is None:
             process.kill()
@@ -292,11 +308,11 @@ class EngineProcess:
                 await asyncio.wait_for(self._process.wait(), _CLOSE_TIMEOUT_S)
             except TimeoutError:  # it hangs in its device's driver, out of reach even for SIGKILL
                 logger.error("the engine process %d cannot be killed; it may keep its memory", self._process.pid)
-        tasks = [task for task in (self._receiver, self._watcher) if task is not None]
+        tasks = [task for task in (self._receiver, self._watcher, self._stop_watcher) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._receiver = self._watcher = None
+        self._receiver = self._watcher = self._stop_watcher = None
         if self._context is not None:
             self._socket = None
             self._context.destroy(linger=0)

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,8 @@ from fastserve.observability.logging import setup_logging
 
 if TYPE_CHECKING:
     from fastserve.engine.adapters.memory import AdapterMemory
+    from fastserve.engine.build import RankModel
+    from fastserve.engine.ranks.collectives import Collectives
     from fastserve.engine.runner.runner import ModelRunner
 
 logger = logging.getLogger("fastserve.engine")
@@ -113,7 +116,7 @@ def main() -> None:
     settings = msgspec.json.decode(sys.argv[1], type=RankSettings)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
-    _end_with(settings.parent)
+    end_with(settings.parent)
     setup_logging(settings.config.log_level)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -155,21 +158,27 @@ def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:
         socket.send(msgspec.msgpack.encode(StartFailed(message)))
         return 1
     end_loading()
-    follower = Follower(model.runner, model.loaded.weights, settings.rank, StepDeadline(collectives))
     decode = msgspec.msgpack.Decoder(RankCommand).decode
+    return follow(collectives, model, lambda: decode(socket.recv()))
+
+
+def follow(collectives: Collectives, model: RankModel, receive: Callable[[], RankCommand]) -> int:
+    """Do what rank 0 says until it says that it ends; return the process's exit code."""
+    rank = collectives.rank
+    follower = Follower(model.runner, model.loaded.weights, rank, StepDeadline(collectives))
     try:
-        while follower.handle(decode(socket.recv())):
+        while follower.handle(receive()):
             pass
     except EngineDeadError as error:
-        logger.info("rank %d ends: %s", settings.rank, error.message)
+        logger.info("rank %d ends: %s", rank, error.message)
         return RANK_LOST_EXIT_CODE
     except (MemoryError, RuntimeError) as error:
-        logger.exception("rank %d failed in a step, and ends", settings.rank)
+        logger.exception("rank %d failed in a step, and ends", rank)
         return OUT_OF_MEMORY_EXIT_CODE if is_out_of_memory(error) else 1
     return 0
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Rank 0 cannot end this process if it was killed, or is stopped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -52,6 +52,7 @@ from fastserve.engine.memory import (
     is_out_of_memory,
     use_one_heap,
 )
+from fastserve.engine.ranks.gang import GangRanks
 from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import (
     MAX_START_SILENCE_S,
@@ -200,16 +201,19 @@ def _serve_beside(
         socket.send(encode(event))
 
     free = free_host_memory()
-    if free.num_bytes < config.tp_size * _LIBRARIES_BYTES:
+    if free.num_bytes < config.num_local_ranks * _LIBRARIES_BYTES:
         # Some libraries abort the process when they run out of memory.
-        libraries = f"the libraries alone take {config.tp_size * _LIBRARIES_BYTES / 1e6:.0f} MB"
+        libraries = f"the libraries alone take {config.num_local_ranks * _LIBRARIES_BYTES / 1e6:.0f} MB"
         send(StartFailed(_no_memory_to_start(config, libraries)))
         sys.exit(1)
-    others: OtherRanks | None = None
+    others: OtherRanks | GangRanks | None = None
     try:
         begin_loading()
         # torch and transformers take seconds to import: meanwhile other ranks start, and a compiler builds the kernels.
-        others = ranks.enter_context(other_ranks(config, socket.context))
+        if config.gang is None:
+            others = ranks.enter_context(other_ranks(config, socket.context))
+        else:
+            others = ranks.enter_context(contextlib.closing(GangRanks(config, config.gang)))
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
         core = _build(config, progress, others)
@@ -245,7 +249,9 @@ def _serve_beside(
         sys.exit(OUT_OF_MEMORY_EXIT_CODE)
 
 
-def _build(config: EngineConfig, progress: Callable[[str, int, int], None], others: OtherRanks | None) -> EngineCore:
+def _build(
+    config: EngineConfig, progress: Callable[[str, int, int], None], others: OtherRanks | GangRanks | None
+) -> EngineCore:
     """Load the model, alone or beside the other ranks."""
     if others is not None:
         use_own_devices(config, 0)
@@ -257,8 +263,13 @@ def _build(config: EngineConfig, progress: Callable[[str, int, int], None], othe
     gc.enable()
     if others is None:
         return build_core(config, progress)
-    from fastserve.engine.ranks.join import join_ranks
+    from fastserve.engine.ranks.join import join_machines, join_ranks
 
+    if isinstance(others, GangRanks):
+        between = join_machines(others.gang, 0, others.hub.wait_formed(), others.keys)
+        core = build_core(config, others.shared_progress(progress), collectives=between, send_to_ranks=others.send)
+        between.set_timeout(MAX_STEP_SILENCE_S)
+        return core
     collectives = join_ranks(config.device, others.segment, others.meeting_file, 0, MAX_START_SILENCE_S)
     shared = SharedProgress(others.segment, 0, progress)
     core = build_core(config, shared, collectives=collectives, send_to_ranks=others.send)

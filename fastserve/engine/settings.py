@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastserve.config import EngineOptions, ServerConfig
+from fastserve.distributed.gang import Gang
 from fastserve.options import same_option
 
 
@@ -73,6 +74,13 @@ class EngineConfig(EngineOptions):
     weights: WeightOptions = field(default_factory=WeightOptions)
     adapters: AdapterOptions | None = None
     """None: adapters are not served."""
+    gang: Gang | None = None
+    """The machines, if the ranks are on several of them."""
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks on this machine."""
+        return self.tp_size if self.gang is None else self.gang.local_size
 
     @classmethod
     def of(cls, options: EngineOptions, **others: Any) -> EngineConfig:

@@ -69,6 +69,8 @@ class WorkerSetup:
     end_process: Callable[[], None]
     """Called if the model cannot be loaded, the engine has been given up, or another critical task has failed."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
+    has_other_machines: bool = False
+    """The model is divided over several machines: the worker's health is that of all of them."""
     handlers: Sequence[ModelHandler] = openai_routes.HANDLERS
     """Model routes. The capabilities of those that the model supports are announced."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
@@ -103,6 +105,7 @@ class ModelWorker:
         )
         app.state.runtime = None
         app.state.keeper = self.keeper
+        app.state.has_other_machines = self._setup.has_other_machines
         app.state.metrics = self._metrics
         app.state.status = self.status
         app.state.status_changed = self._announce_status
@@ -350,7 +353,7 @@ async def _cancel_all(tasks: list[asyncio.Task[None]]) -> None:
 
 
 async def _health(request: Request) -> Response:
-    """200 while this process serves or may still become able to."""
+    """200 while this process serves or may still become able to; with several machines, while all of them serve."""
     keeper: EngineKeeper = request.app.state.keeper
     if keeper.gave_up:
         state = "failed"
@@ -361,7 +364,8 @@ async def _health(request: Request) -> Response:
     else:
         stats = keeper.engine.stats
         state = "paused" if stats.paused else "pausing" if stats.pausing else "ready"
-    return JSONResponse({"status": state}, status_code=503 if keeper.gave_up else 200)
+    fails = keeper.gave_up or (request.app.state.has_other_machines and not keeper.ready)
+    return JSONResponse({"status": state}, status_code=503 if fails else 200)
 
 
 async def _ready(request: Request) -> Response:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ from typing import Any
 import pytest
 
 from fastserve.distributed.environment import read_environment
+from fastserve.distributed.gang import own_ip
 from fastserve.distributed.problems import EnvironmentFault
 from fastserve.distributed.shared_memory import small_shared_memory
-from fastserve.errors import StartupError
-from fastserve.start_server import worker_arguments
+from fastserve.start_server import find_gang, worker_arguments
 
 
 @pytest.fixture
@@ -259,10 +261,65 @@ def test_with_the_address_of_a_controller_it_registers(model: Path, environ: dic
     assert arguments[arguments.index("--controller-address") + 1] == "http://c:21001"
 
 
-def test_ranks_on_several_machines_are_refused(model: Path) -> None:
-    environ = {"TP_SIZE": "4", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "CHECKPOINT_PATH": str(model)}
-    with pytest.raises(StartupError, match="several machines"):
-        worker_arguments(environ | {"DISTRIBUTE_CONFIG_FILE": two_machines(model)}, [])
+TWO_BY_TWO = {"TP_SIZE": "4", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+
+
+def test_each_machine_finds_itself_among_all(model: Path) -> None:
+    environ = TWO_BY_TWO | {"CHECKPOINT_PATH": str(model), "DISTRIBUTE_CONFIG_FILE": two_machines(model)}
+    gang = find_gang(environ | {"WORLD_RANK": "2", "START_PORT": "20000", "GANG_TIMEOUT_MIN": "2"})
+    assert gang is not None
+    assert (gang.part, list(gang.local_ranks), gang.size, gang.timeout_s) == (1, [2, 3], 4, 120.0)
+    assert gang.service_url == "http://10.0.0.1:10000"
+    assert gang.control_endpoint() == "tcp://10.0.0.1:10001"
+    assert [gang.exchange_port(rank) for rank in range(4)] == [10003, 10004, 20003, 20004]
+    assert find_gang({"TP_SIZE": "2", "WORLD_SIZE": "2", "CHECKPOINT_PATH": str(model)}) is None
+
+
+def test_a_file_of_machines_may_come_late_and_be_written_slowly(model: Path) -> None:
+    whole = Path(two_machines(model)).read_text()
+    late = model / "late.json"
+    environ = TWO_BY_TWO | {"CHECKPOINT_PATH": str(model), "DISTRIBUTE_CONFIG_FILE": str(late), "START_PORT": "10000"}
+
+    def write() -> None:
+        late.write_text(whole[:40])
+        time.sleep(0.2)
+        late.write_text(whole)
+
+    writer = threading.Timer(0.2, write)
+    writer.start()
+    gang = find_gang(environ, poll_s=0.02)
+    writer.join()
+    assert gang is not None
+    assert len(gang.machines) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"START_PORT": "10001"}, ["START_PORT=10001", "10000", "_part0"]),
+        ({"GANG_TIMEOUT_MIN": "0"}, ["GANG_TIMEOUT_MIN=0"]),
+    ],
+)
+def test_a_machine_that_is_not_where_the_file_says_is_refused(
+    model: Path, changes: dict[str, str], parts: list[str]
+) -> None:
+    environ = TWO_BY_TWO | {"CHECKPOINT_PATH": str(model), "DISTRIBUTE_CONFIG_FILE": two_machines(model)}
+    with pytest.raises(EnvironmentFault) as caught:
+        find_gang(environ | {"START_PORT": "10000"} | changes)
+    for part in parts:
+        assert part in caught.value.message
+
+
+def test_machines_on_one_address_need_ports_that_are_apart(model: Path) -> None:
+    entries = {f"m_part{at}": machine(f"m_part{at}", port=10000 + 4 * at) for at in range(2)}
+    environ = TWO_BY_TWO | {"CHECKPOINT_PATH": str(model), "START_PORT": "10000"}
+    with pytest.raises(EnvironmentFault, match="at least 5 apart"):
+        find_gang(environ | {"DISTRIBUTE_CONFIG_FILE": machines_file(model, entries)})
+
+
+def test_the_own_address_is_that_of_the_route_to_the_others() -> None:
+    assert own_ip("127.0.0.1") == "127.0.0.1"
+    assert own_ip("127.0.0.9") == "127.0.0.1"
 
 
 def test_small_shared_memory_is_a_warning_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

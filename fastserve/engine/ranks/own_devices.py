@@ -12,11 +12,12 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def use_own_devices(config: EngineConfig, rank: int) -> None:
-    """Call it before torch is imported, in each rank with the same CPUs and GPUs allowed."""
-    _use_own_cpus(rank, config.tp_size)
+    """Call it before torch is imported, in each rank with the same CPUs and GPUs allowed. `rank`: among those of this
+    machine."""
+    _use_own_cpus(rank, config.num_local_ranks)
     if config.device in (None, "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible is not None else [str(index) for index in range(config.tp_size)]
+        gpus = visible.split(",") if visible is not None else [str(index) for index in range(config.num_local_ranks)]
         # A rank that finds no GPU says so.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank] if rank < len(gpus) else ""
 

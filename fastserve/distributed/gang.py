@@ -1,0 +1,110 @@
+"""The machines that compute one model together, and the addresses at which they reach each other.
+
+On the machine with START_PORT P (each machine has its own), P is HTTP. On part 0, P + 1 is where the other ranks join
+and get their plans, and P + 2 where process groups meet. P + 3 + L is where local rank L exchanges tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Mapping
+
+import msgspec
+
+from fastserve.distributed.environment import World
+from fastserve.distributed.keys import ENV_GANG_KEY, CurveKeys
+from fastserve.distributed.machines import Machine
+from fastserve.errors import StartupError
+
+_CONTROL_OFFSET = 1
+_MEETING_OFFSET = 2
+_EXCHANGE_OFFSET = 3
+_ANY_PORT = 9
+
+
+class Gang(msgspec.Struct, frozen=True):
+    """As one of the machines knows it."""
+
+    machines: tuple[Machine, ...]
+    local_size: int
+    """Ranks on each machine."""
+    part: int
+    """Number of this machine."""
+    timeout_s: float
+    """Longest wait until all ranks have joined."""
+
+    @classmethod
+    def of(cls, world: World, machines: tuple[Machine, ...], timeout_s: float) -> Gang:
+        return cls(machines, world.local_size, world.first_rank // world.local_size, timeout_s)
+
+    @property
+    def size(self) -> int:
+        return len(self.machines) * self.local_size
+
+    @property
+    def local_ranks(self) -> range:
+        return range(self.part * self.local_size, (self.part + 1) * self.local_size)
+
+    @property
+    def master(self) -> Machine:
+        return self.machines[0]
+
+    @property
+    def service_url(self) -> str:
+        """Where clients reach the model."""
+        return f"http://{_bracketed(self.master.ip)}:{self.master.port}"
+
+    @property
+    def control_port(self) -> int:
+        return self.master.port + _CONTROL_OFFSET
+
+    @property
+    def meeting_port(self) -> int:
+        return self.master.port + _MEETING_OFFSET
+
+    def exchange_port(self, rank: int) -> int:
+        return self.machines[rank // self.local_size].port + _EXCHANGE_OFFSET + rank % self.local_size
+
+    def control_endpoint(self) -> str:
+        """Where members reach rank 0."""
+        return endpoint(self.master.ip, self.control_port)
+
+    def own_ip(self) -> str:
+        """The address of this machine on its way to the others. Raises StartupError when there is no way."""
+        peer = self.master if self.part > 0 else self.machines[-1]
+        return own_ip(peer.ip)
+
+    def name_of(self, rank: int) -> str:
+        machine = self.machines[rank // self.local_size]
+        return f"rank {rank} ({machine.name}, {machine.ip})"
+
+
+def own_ip(peer: str) -> str:
+    """The address of the interface by which packets to `peer` leave; nothing is sent. A host name would not do: it may
+    resolve to 127.0.1.1. Raises StartupError when there is no route."""
+    family = socket.AF_INET6 if ipaddress.ip_address(peer).version == 6 else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect((peer, _ANY_PORT))
+        except OSError as error:
+            raise StartupError(
+                f"This machine has no route to {peer}, another machine of the model: {error}."
+            ) from error
+        return str(probe.getsockname()[0])
+
+
+def endpoint(ip: str, port: int) -> str:
+    """ZeroMQ's form of an address."""
+    return f"tcp://{_bracketed(ip)}:{port}"
+
+
+def read_gang_keys(environ: Mapping[str, str]) -> CurveKeys | None:
+    """The keys of the ranks' sockets; None: they are open to everybody (--insecure)."""
+    secret = environ.get(ENV_GANG_KEY)
+    return None if secret is None else CurveKeys.derive(secret)
+
+
+def _bracketed(ip: str) -> str:
+    return f"[{ip}]" if ":" in ip else ip

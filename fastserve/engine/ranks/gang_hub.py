@@ -1,0 +1,324 @@
+"""Rank 0's end of the connections to all other ranks: it waits for them, sends them plans, and notices their loss.
+
+Ranks on other machines connect by tcp, and authenticate with keys that are derived from the cluster key. A thread owns
+the socket, so that beats go on while a step is computed. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from fastserve.distributed.gang import Gang, endpoint
+from fastserve.distributed.keys import CurveAuthenticator, CurveKeys
+from fastserve.engine.ranks.gang_messages import Beat, Formed, FromRank0, Join, Lost, RankFailed, Refused, ToRank0
+from fastserve.engine.ranks.messages import EndRank, RankCommand
+from fastserve.engine.ranks.processes import RANK_LOST_EXIT_CODE
+from fastserve.engine.ranks.same_settings import difference
+from fastserve.errors import StartupError
+from fastserve.observability.text import printable
+
+logger = logging.getLogger(__name__)
+
+BEAT_INTERVAL_S = 0.5
+MAX_SILENCE_S = 3.0
+"""Silence of another rank after which it is lost."""
+REPORT_INTERVAL_S = 10.0
+"""Time between two lines in the log about ranks that are missing."""
+TCP_SILENCE_MS = 3000
+"""A connection whose peer does not answer for this time is closed, and opened again by the member."""
+_MAX_MESSAGE_BYTES = 1 << 20
+_MAX_MESSAGES_AT_ONCE = 1000
+_POLL_MS = 100
+_FLUSH_S = 0.2
+_FAILURE_S = 10.0
+"""Time that the main thread may take to end after a rank has failed."""
+
+
+@dataclass(slots=True)
+class _Member:
+    identity: bytes
+    ip: str
+    heard_s: float
+    progress: tuple[int, int] = (0, 0)
+
+
+class GangHub:
+    """Must be closed, before the process's other ZeroMQ contexts are of no use to it."""
+
+    def __init__(
+        self,
+        gang: Gang,
+        keys: CurveKeys | None,
+        settings: dict[str, str],
+        restart: Callable[[], None] | None = None,
+    ) -> None:
+        """`settings`: see same_settings.py. `restart`: begins the start of this process anew when a rank is lost before
+        the model serves. Raises StartupError when the port cannot be bound."""
+        self._gang = gang
+        self._settings = settings
+        # Other ranks' and this one's devices are not yet distributed in it.
+        environ = dict(os.environ)
+        self._restart = restart or (lambda: _start_again(environ))
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToRank0).decode
+        self._members: dict[int, _Member] = {}
+        self._refusals: dict[int, str] = {}
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._is_wanted = False
+        """The main thread waits for all ranks."""
+        self._formed: Formed | None = None
+        self._failure: str | None = None
+        self._is_serving = False
+        self._end = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = None if keys is None else CurveAuthenticator(self._context, keys)
+        self._router = self._context.socket(zmq.ROUTER)
+        try:
+            self._bind(keys)
+        except StartupError:
+            self._release()
+            raise
+        commands = f"inproc://commands-{id(self)}"
+        self._from_main = self._context.socket(zmq.PAIR)
+        self._from_main.set_hwm(0)
+        self._from_main.bind(commands)
+        self._commands = self._context.socket(zmq.PAIR)
+        self._commands.set_hwm(0)
+        self._commands.connect(commands)
+        self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
+        self._thread.start()
+
+    def _bind(self, keys: CurveKeys | None) -> None:
+        router = self._router
+        router.set_hwm(0)
+        router.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a rank whose old connection hangs may come back
+        router.setsockopt(zmq.HEARTBEAT_IVL, TCP_SILENCE_MS // 3)
+        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, TCP_SILENCE_MS)
+        router.setsockopt(zmq.IPV6, 1)
+        if keys is not None:
+            keys.secure_server(router)
+        gang = self._gang
+        for ip in dict.fromkeys((gang.master.ip, gang.own_ip())):
+            try:
+                router.bind(endpoint(ip, gang.control_port))
+            except zmq.ZMQError as error:
+                if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                    continue  # behind address translation, the file names another address than this machine knows
+                raise StartupError(
+                    f"Port {gang.control_port} on {ip}, where the other ranks join (START_PORT + 1), cannot be bound: "
+                    f"{error}. Choose another START_PORT."
+                ) from error
+            return
+        raise StartupError(
+            f"{gang.master.ip} in DISTRIBUTE_CONFIG_FILE is no address of this machine, which is part 0."
+        )
+
+    # ---- main thread --------------------------------------------------------------------------------------------
+
+    def wait_formed(self) -> Formed:
+        """Wait until all ranks have joined. Raises StartupError after the gang's timeout."""
+        deadline = time.monotonic() + self._gang.timeout_s
+        next_report = 0.0
+        with self._changed:
+            self._is_wanted = True
+            while self._formed is None:
+                now = time.monotonic()
+                if self._failure is not None:
+                    raise StartupError(self._failure)
+                if now >= deadline:
+                    raise StartupError(
+                        f"{self._describe_missing()} after {self._gang.timeout_s / 60:g} minutes (GANG_TIMEOUT_MIN). "
+                        "Start the same command on every machine, with its own WORLD_RANK and START_PORT."
+                    )
+                if now >= next_report and len(self._members) < self._gang.size - 1:
+                    next_report = now + REPORT_INTERVAL_S
+                    logger.info("waiting: %s", self._describe_missing())
+                self._changed.wait(min(deadline, max(next_report, now + 0.5)) - now)
+            return self._formed
+
+    def _describe_missing(self) -> str:
+        missing = [rank for rank in range(1, self._gang.size) if rank not in self._members]
+        shown = ", ".join(self._gang.name_of(rank) for rank in missing[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        reasons = "".join(f"; refused: {self._refusals[rank]}" for rank in missing if rank in self._refusals)
+        return f"missing {shown}{more}{reasons}"
+
+    def send(self, command: RankCommand) -> None:
+        """Send a command to each rank, without waiting. For the main thread."""
+        self._commands.send(self._encode(command))
+
+    def serving(self) -> None:
+        """Call it once the model is ready: from now on this process ends when a rank is lost."""
+        self._is_serving = True
+
+    def reason_of_failed_start(self) -> str | None:
+        """Message for the user when a rank could not start; None when none failed."""
+        return self._failure
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the other ranks that are loaded, and that are to be loaded as far as they are known."""
+        with self._lock:
+            found = [member.progress for member in self._members.values()]
+        return sum(done for done, _ in found), sum(total for _, total in found)
+
+    def close(self) -> None:
+        """End all ranks. May be called twice."""
+        if self._end.is_set():
+            return
+        self.send(EndRank())
+        self._end.set()
+        self._thread.join()
+        self._release()
+
+    def _release(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.close()
+        self._context.destroy(linger=int(1000 * _FLUSH_S))
+
+    # ---- the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._from_main, zmq.POLLIN)
+        next_beat = 0.0
+        while True:
+            ready = dict(poller.poll(_POLL_MS))
+            if self._from_main in ready:
+                self._pass_on(self._from_main.recv())
+            elif self._end.is_set():
+                return
+            if self._router in ready:
+                self._take_all()
+            now = time.monotonic()
+            if now >= next_beat:
+                # A late beat means that this process was stopped or starved, and that members' messages wait unread.
+                is_late = next_beat > 0 and now - next_beat > BEAT_INTERVAL_S
+                next_beat = now + BEAT_INTERVAL_S
+                self._pass_on(self._encode(Beat()))
+                if not is_late:
+                    self._check(now)
+
+    def _take_all(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            for _ in range(_MAX_MESSAGES_AT_ONCE):
+                self._take(*self._router.recv_multipart(zmq.NOBLOCK)[:2])
+
+    def _pass_on(self, message: bytes) -> None:
+        for member in self._members.values():
+            self._router.send_multipart([member.identity, message])
+
+    def _answer(self, identity: bytes, message: FromRank0) -> None:
+        self._router.send_multipart([identity, self._encode(message)])
+
+    def _take(self, identity: bytes, content: bytes = b"") -> None:
+        try:
+            message = self._decode(content)
+        except msgspec.MsgspecError:
+            logger.warning("a message of an unknown kind came to the port where ranks join, and is left out")
+            return
+        rank = next((rank for rank, member in self._members.items() if member.identity == identity), None)
+        match message:
+            case Join():
+                self._join(identity, message)
+            case Beat() if rank is not None:
+                self._members[rank].heard_s = time.monotonic()
+                self._members[rank].progress = message.num_bytes_done, message.num_bytes
+            case Beat():
+                self._answer(identity, Lost("rank 0 has been started again"))
+            case RankFailed(text) if rank is not None:
+                self._fail(f"{self._gang.name_of(rank)}: {text}")
+            case RankFailed():
+                pass
+
+    def _join(self, identity: bytes, message: Join) -> None:
+        rank, now = message.rank, time.monotonic()
+        if not 1 <= rank < self._gang.size:
+            self._answer(identity, Refused(f"There is no rank {rank}: ranks are 0 to {self._gang.size - 1}."))
+            return
+        known = self._members.get(rank)
+        if known is not None and known.identity == identity:
+            known.heard_s = now
+            return
+        different = difference(message.settings, self._settings)
+        if different is not None:
+            text = f"{self._gang.name_of(rank)} differs from rank 0: {different}. Start all machines with the same."
+            if self._refusals.get(rank) != text:
+                logger.error("%s", text)
+            self._refusals[rank] = text
+            self._answer(identity, Refused(text))
+            return
+        if self._formed is not None:
+            self._lose(f"{self._gang.name_of(rank)} has been started again")
+            return
+        with self._changed:
+            self._refusals.pop(rank, None)
+            self._members[rank] = _Member(identity, message.ip, now)
+            logger.info("%s has joined from %s", self._gang.name_of(rank), printable(message.ip, 60))
+        self._form()
+
+    def _form(self) -> None:
+        with self._changed:
+            if not self._is_wanted or self._formed is not None or len(self._members) < self._gang.size - 1:
+                return
+            ips = [self._gang.own_ip(), *(self._members[rank].ip for rank in range(1, self._gang.size))]
+            self._formed = Formed(time.time_ns() // 1_000_000, tuple(ips))
+            logger.info("all %d ranks have joined", self._gang.size)
+            self._pass_on(self._encode(self._formed))
+            self._changed.notify_all()
+
+    def _check(self, now: float) -> None:
+        silent = [rank for rank, member in self._members.items() if now - member.heard_s > MAX_SILENCE_S]
+        if not silent:
+            self._form()  # the main thread may have begun to wait
+            return
+        if self._formed is not None:
+            self._lose(f"{self._gang.name_of(silent[0])} has been silent for {MAX_SILENCE_S:g} s")
+            return
+        with self._changed:
+            for rank in silent:
+                logger.warning("%s is gone", self._gang.name_of(rank))
+                del self._members[rank]
+
+    def _lose(self, reason: str) -> None:
+        """A rank of the group is lost: this process begins anew, and so do the others."""
+        if self._end.is_set():
+            return
+        logger.error("The ranks of the model begin anew: %s.", reason)
+        self._pass_on(self._encode(Lost(reason)))
+        time.sleep(_FLUSH_S)
+        if self._is_serving:
+            os._exit(RANK_LOST_EXIT_CODE)
+        self._restart()
+
+    def _fail(self, message: str) -> None:
+        with self._changed:
+            self._failure = message
+            self._changed.notify_all()
+        logger.error("%s", message)
+        # The main thread may wait in an exchange with that rank, which ends when its connection does.
+        threading.Thread(target=self._end_late, daemon=True).start()
+
+    def _end_late(self) -> None:
+        if not self._end.wait(_FAILURE_S):
+            os._exit(1)
+
+
+def _start_again(environ: dict[str, str]) -> None:
+    """Replace this process, which has not served yet, by one with the same parent and arguments."""
+    with contextlib.suppress(OSError):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
+    os._exit(RANK_LOST_EXIT_CODE)

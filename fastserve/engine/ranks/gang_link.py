@@ -1,0 +1,147 @@
+"""The connection of a rank other than 0 to rank 0, over the network. No torch here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+
+import msgspec
+import zmq
+
+from fastserve.distributed.gang import Gang
+from fastserve.distributed.keys import CurveKeys
+from fastserve.engine.ranks.gang_hub import BEAT_INTERVAL_S, MAX_SILENCE_S, REPORT_INTERVAL_S, TCP_SILENCE_MS
+from fastserve.engine.ranks.gang_messages import Beat, Formed, FromRank0, Join, Lost, RankFailed, Refused, ToRank0
+from fastserve.engine.ranks.messages import RankCommand
+from fastserve.engine.ranks.processes import RANK_LOST_EXIT_CODE
+from fastserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_JOIN_INTERVAL_S = 1.0
+_POLL_MS = 100
+_RECONNECT_MS = 200
+_MAX_RECONNECT_MS = 1000
+_FLUSH_MS = 1000
+
+
+class RefusedError(StartupError):
+    """Rank 0 does not take this rank, or does not come."""
+
+
+class GangLink:
+    """A thread owns the socket, so that beats go on while a step is computed, and ends the process with the group."""
+
+    def __init__(self, gang: Gang, rank: int, keys: CurveKeys | None, settings: dict[str, str]) -> None:
+        """`settings`: see same_settings.py. Raises StartupError when rank 0's machine cannot be reached."""
+        self._gang = gang
+        self._rank = rank
+        self._join = Join(rank, settings, gang.own_ip())
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromRank0).decode
+        self._formed: queue.SimpleQueue[Formed | Refused] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[RankCommand] = queue.SimpleQueue()
+        self._progress = (0, 0)
+        self._failure: str | None = None
+        self._end = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = self._socket = self._context.socket(zmq.DEALER)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, TCP_SILENCE_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, TCP_SILENCE_MS // 3)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, TCP_SILENCE_MS)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection, to come late
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.ROUTING_ID, os.urandom(16).replace(b"\0", b"\1"))
+        if keys is not None:
+            keys.secure_client(socket)
+        socket.connect(gang.control_endpoint())
+        self._thread = threading.Thread(target=self._run, name="rank 0", daemon=True)
+        self._thread.start()
+
+    def wait_formed(self) -> Formed:
+        """Wait until all ranks have joined. Raises RefusedError when this rank may not, or after the gang's timeout."""
+        master = f"rank 0 ({self._gang.master.name}, {self._gang.control_endpoint()})"
+        deadline = time.monotonic() + self._gang.timeout_s
+        while True:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                raise RefusedError(
+                    f"{master} has not formed a group within {self._gang.timeout_s / 60:g} minutes "
+                    "(GANG_TIMEOUT_MIN). Its log says which ranks are missing; it must have the same cluster key."
+                )
+            try:
+                answer = self._formed.get(timeout=min(remaining_s, REPORT_INTERVAL_S))
+            except queue.Empty:
+                logger.info("rank %d waits for %s, and for all other ranks", self._rank, master)
+                continue
+            if isinstance(answer, Refused):
+                raise RefusedError(answer.message)
+            return answer
+
+    def receive(self) -> RankCommand:
+        """The next command of rank 0."""
+        return self._commands.get()
+
+    def note_progress(self, what: str, done: int, total: int) -> None:
+        """A progress callback of loading: the next beat carries it."""
+        self._progress = (done, total)
+
+    def fail(self, message: str) -> None:
+        """Report that this rank cannot start, and close."""
+        self._failure = message
+        self.close()
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._end.set()
+        self._thread.join()
+        self._context.destroy(linger=_FLUSH_MS)
+
+    def _run(self) -> None:
+        is_formed = False
+        next_beat = heard_s = time.monotonic()
+        while not self._end.is_set():
+            if self._socket.poll(_POLL_MS):
+                message = self._decode(self._socket.recv())
+                heard_s = time.monotonic()
+                match message:
+                    case Formed():
+                        is_formed = True
+                        self._formed.put(message)
+                    case Refused():
+                        self._formed.put(message)
+                    case Lost(reason):
+                        # One that is not in a group has nothing to lose.
+                        if is_formed:
+                            self._lose(reason)
+                    case Beat():
+                        pass
+                    case _:
+                        self._commands.put(message)
+            now = time.monotonic()
+            if now >= next_beat:
+                is_late = now - next_beat > BEAT_INTERVAL_S
+                next_beat = now + (BEAT_INTERVAL_S if is_formed else _JOIN_INTERVAL_S)
+                self._send(Beat(*self._progress) if is_formed else self._join)
+                if is_formed and not is_late and now - heard_s > MAX_SILENCE_S:
+                    self._lose(f"rank 0 has been silent for {MAX_SILENCE_S:g} s")
+        if self._failure is not None:
+            self._send(RankFailed(self._failure))
+
+    def _send(self, message: ToRank0) -> None:
+        try:
+            self._socket.send(self._encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return  # not connected: the next one will be sent
+
+    def _lose(self, reason: str) -> None:
+        if self._end.is_set():
+            return
+        logger.error("rank %d ends, to be started again: %s", self._rank, reason)
+        os._exit(RANK_LOST_EXIT_CODE)

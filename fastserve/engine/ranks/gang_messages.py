@@ -1,0 +1,66 @@
+"""Messages between rank 0 and the ranks of other processes that join it over the network. No torch here."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fastserve.engine.ranks.messages import RankCommand
+from fastserve.engine.settings import EngineConfig
+
+
+class GangRankSettings(msgspec.Struct, frozen=True):
+    """Sent as JSON on the command line of a rank other than 0."""
+
+    rank: int
+    parent: int
+    """Process id of the process that has started it."""
+    config: EngineConfig
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """Sent each second until rank 0 answers with Formed or Refused."""
+
+    rank: int
+    settings: dict[str, str]
+    """What must be the same on all ranks (same_settings.py)."""
+    ip: str
+    """Where this rank exchanges tensors, together with its port."""
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Sign of life, in both directions."""
+
+    num_bytes_done: int = 0
+    """Of this rank's weights."""
+    num_bytes: int = 0
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag=True):
+    """This rank cannot start."""
+
+    message: str
+
+
+class Formed(msgspec.Struct, frozen=True, tag=True):
+    """All ranks have joined."""
+
+    generation: int
+    """Larger than in any group before."""
+    ips: tuple[str, ...]
+    """By rank."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """This rank must not join; it ends."""
+
+    message: str
+
+
+class Lost(msgspec.Struct, frozen=True, tag=True):
+    """Another rank is lost; this one ends, to be started again."""
+
+    reason: str
+
+
+ToRank0 = Join | Beat | RankFailed
+FromRank0 = Formed | Refused | Lost | Beat | RankCommand

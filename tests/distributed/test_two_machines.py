@@ -1,0 +1,186 @@
+"""One model on two machines, with the documented commands: on loopback, and on hosts that are network namespaces."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fastserve.demo import demo_model_path
+from tests.processes import free_ports
+
+START_S = 120.0
+NOTICE_S = 5.0
+PROMPT = "<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass
+class Machines:
+    processes: list[subprocess.Popen[bytes]]
+    urls: list[str]
+    prefixes: list[list[str]]
+    """Command that enters each machine's network."""
+
+    def get(self, machine: int, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and JSON body; status 0: nobody answers."""
+        program = (
+            "import sys,urllib.request,urllib.error\n"
+            "url, body = sys.argv[1], sys.argv[2].encode() or None\n"
+            "request = urllib.request.Request(url, body, {'content-type': 'application/json'})\n"
+            "try: answer = urllib.request.urlopen(request, timeout=60)\n"
+            "except urllib.error.HTTPError as error: answer = error\n"
+            "print(answer.status); print(answer.read().decode())\n"
+        )
+        text = "" if body is None else json.dumps(body)
+        command = [*self.prefixes[machine], sys.executable, "-c", program, self.urls[machine] + path, text]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        if found.returncode:
+            return 0, None
+        status, _, content = found.stdout.partition("\n")
+        return int(status), json.loads(content)
+
+    def wait_status(self, status: int, timeout_s: float) -> float:
+        begin = time.monotonic()
+        while time.monotonic() - begin < timeout_s:
+            assert all(process.poll() is None for process in self.processes), "a machine's process has ended"
+            if self.get(0, "/health")[0] == status:
+                return time.monotonic() - begin
+            time.sleep(0.1)
+        raise AssertionError(f"/health was not {status} within {timeout_s} s")
+
+    def answer(self) -> str:
+        status, body = self.get(0, "/", {"prompt": PROMPT, "generate_config": {"top_k": 1, "max_new_tokens": 16}})
+        assert status == 200, body
+        return str(body["response"])
+
+    def rank_process(self, machine: int) -> psutil.Process:
+        """The process of a machine's first rank."""
+        (found, *_) = [
+            child
+            for child in psutil.Process(self.processes[machine].pid).children(recursive=True)
+            if {"fastserve.engine.process", "fastserve.engine.gang_follower"} & set(child.cmdline())
+        ]
+        return found
+
+
+@contextlib.contextmanager
+def two_machines(
+    folder: Path, ips: Sequence[str], ports: Sequence[int], local_size: int, prefixes: list[list[str]]
+) -> Iterator[Machines]:
+    """The commands of rtp-llm's documentation, with this module's name."""
+    names = [f"llama13B_2A10_PCIE_1_inference_part{part}" for part in range(2)]
+    entries = {name: {"name": name, "ip": ip, "port": port} for name, ip, port in zip(names, ips, ports, strict=True)}
+    file = folder / "machines.json"
+    file.write_text(json.dumps(entries))
+    model, size = str(demo_model_path()), str(2 * local_size)
+    common = {"DISTRIBUTE_CONFIG_FILE": str(file), "TP_SIZE": size, "WORLD_SIZE": size, "MODEL_TYPE": "llama"}
+    common |= {"LOCAL_WORLD_SIZE": str(local_size), "CHECKPOINT_PATH": model, "TOKENIZER_PATH": model}
+    common |= {"FASTSERVE_CLUSTER_KEY": "a-cluster-key-of-this-test-42", "CUDA_VISIBLE_DEVICES": ""}
+    flags = ["--device", "cpu", "--max-total-tokens", "1024"]
+    processes = [
+        subprocess.Popen(
+            [*prefixes[part], sys.executable, "-m", "fastserve.start_server", *flags],
+            env=os.environ | common | {"START_PORT": str(ports[part]), "WORLD_RANK": str(part * local_size)},
+        )
+        for part in range(2)
+    ]
+    try:
+        yield Machines(processes, [f"http://{ip}:{port}" for ip, port in zip(ips, ports, strict=True)], prefixes)
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def loopback_ports() -> list[int]:
+    (port,) = free_ports(1)
+    return [port, port + 20]
+
+
+def test_two_machines_serve_one_model(tmp_path: Path) -> None:
+    ports = loopback_ports()
+    with two_machines(tmp_path, ["127.0.0.1"] * 2, ports, 1, [[], []]) as machines:
+        machines.wait_status(503, START_S)  # rank 0 listens, and waits for the other
+        machines.wait_status(200, START_S)
+        assert "12" in machines.answer()
+        assert machines.get(1, "/health")[0] == 200
+        for path, body in (("/v1/models", None), ("/", {"prompt": "a"})):
+            status, error = machines.get(1, path, body)
+            assert status == 421
+            assert f"http://127.0.0.1:{ports[0]}" in error["error"]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_lost_rank_is_noticed_and_the_model_comes_back(tmp_path: Path, machine: int, number: signal.Signals) -> None:
+    with two_machines(tmp_path, ["127.0.0.1"] * 2, loopback_ports(), 1, [[], []]) as machines:
+        machines.wait_status(200, START_S)
+        before = machines.answer()
+        machines.rank_process(machine).send_signal(number)
+        machines.wait_status(503, NOTICE_S + 1)
+        machines.wait_status(200, START_S)
+        assert machines.answer() == before
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """Two network namespaces with a link between them; the commands that enter them."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the program ip")
+    names = [f"fs{os.getpid()}h{part}" for part in range(2)]
+    try:
+        for name in names:
+            run("ip", "netns", "add", name)
+        run("ip", "link", "add", "v0", "netns", names[0], "type", "veth", "peer", "name", "v0", "netns", names[1])
+        for part, name in enumerate(names):
+            run("ip", "-n", name, "addr", "add", f"10.231.7.{part + 1}/24", "dev", "v0")
+            run("ip", "-n", name, "link", "set", "v0", "up")
+            run("ip", "-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made: {error.stderr.decode()[:200]}")
+    try:
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            run("ip", "netns", "del", name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("local_size", [1, 2])
+def test_two_hosts_serve_one_model_and_survive_a_cut_link(
+    tmp_path: Path, hosts: list[list[str]], local_size: int
+) -> None:
+    ips = ["10.231.7.1", "10.231.7.2"]
+    with two_machines(tmp_path, ips, [10000, 20000], local_size, hosts) as machines:
+        machines.wait_status(200, START_S)
+        before = machines.answer()
+        assert "12" in before
+        run("ip", "-n", hosts[1][-1], "link", "set", "v0", "down")
+        machines.wait_status(503, NOTICE_S + 1)
+        run("ip", "-n", hosts[1][-1], "link", "set", "v0", "up")
+        machines.wait_status(200, START_S)
+        assert machines.answer() == before

@@ -1,0 +1,224 @@
+"""Ranks of several machines join rank 0: who is missing, who is refused, and what strangers achieve."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import zmq
+
+from fastserve.distributed.gang import Gang
+from fastserve.distributed.keys import CurveKeys, gang_secret
+from fastserve.distributed.machines import Machine
+from fastserve.engine.ranks.collectives import RankLostError
+from fastserve.engine.ranks.gang_hub import GangHub
+from fastserve.engine.ranks.gang_link import GangLink, RefusedError
+from fastserve.engine.ranks.gang_messages import Formed
+from fastserve.engine.ranks.mesh import MeshCollectives
+from fastserve.engine.ranks.messages import ReadWeight
+from fastserve.errors import StartupError
+from tests.processes import free_ports
+
+KEYS = CurveKeys.derive(gang_secret("a cluster key of these tests"))
+OTHER_KEYS = CurveKeys.derive(gang_secret("another cluster key of them"))
+SETTINGS = {"--dtype": "float32", "torch": "2.0"}
+WAIT_S = 10.0
+
+
+def make_gang(part: int = 0, timeout_s: float = WAIT_S, size: int = 2) -> Gang:
+    (port,) = free_ports(1)
+    machines = tuple(Machine(at, f"m_part{at}", "127.0.0.1", port + 20 * at) for at in range(size))
+    return Gang(machines, 1, part, timeout_s)
+
+
+def on_part(gang: Gang, part: int) -> Gang:
+    return Gang(gang.machines, gang.local_size, part, gang.timeout_s)
+
+
+@pytest.fixture
+def lost() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def make_hub(lost: threading.Event) -> Iterator[Callable[[Gang], GangHub]]:
+    hubs: list[GangHub] = []
+
+    def make(gang: Gang) -> GangHub:
+        hubs.append(GangHub(gang, KEYS, SETTINGS, lost.set))
+        return hubs[-1]
+
+    yield make
+    for hub in hubs:
+        hub.close()
+
+
+@pytest.fixture
+def make_link() -> Iterator[Callable[..., GangLink]]:
+    links: list[GangLink] = []
+
+    def make(gang: Gang, rank: int = 1, keys: CurveKeys | None = KEYS, settings: dict[str, str] = SETTINGS) -> GangLink:
+        links.append(GangLink(on_part(gang, rank), rank, keys, settings))
+        return links[-1]
+
+    yield make
+    for link in links:
+        link.close()
+
+
+def test_all_ranks_form_one_group_and_get_commands_in_order(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink]
+) -> None:
+    gang = make_gang(size=3)
+    links = [make_link(gang, rank) for rank in (2, 1)]  # before rank 0 is there
+    hub = make_hub(gang)
+    formed = hub.wait_formed()
+    assert formed.ips == ("127.0.0.1",) * 3
+    assert [link.wait_formed() for link in links] == [formed, formed]
+    for number in range(3):
+        hub.send(ReadWeight(str(number)))
+    for link in links:
+        assert [link.receive() for _ in range(3)] == [ReadWeight(str(number)) for number in range(3)]
+
+
+def test_rank_0_says_which_machines_are_missing(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    gang = make_gang(timeout_s=1.5, size=3)
+    make_link(gang, 1)
+    with pytest.raises(StartupError) as caught:
+        make_hub(gang).wait_formed()
+    assert "rank 2 (m_part2, 127.0.0.1)" in caught.value.message
+    assert "rank 1" not in caught.value.message
+    assert "GANG_TIMEOUT_MIN" in caught.value.message
+    assert "waiting: missing rank 1 (m_part1, 127.0.0.1), rank 2 (m_part2, 127.0.0.1)" in caplog.text
+
+
+def test_a_difference_in_settings_is_named_on_both_sides(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink]
+) -> None:
+    gang = make_gang(timeout_s=2.0)
+    hub = make_hub(gang)
+    link = make_link(gang, settings=SETTINGS | {"--dtype": "bfloat16"})
+    with pytest.raises(RefusedError, match="--dtype is bfloat16 there, and float32 on rank 0"):
+        link.wait_formed()
+    with pytest.raises(StartupError, match="--dtype is bfloat16 there, and float32 on rank 0"):
+        hub.wait_formed()
+
+
+def test_a_rank_that_cannot_start_gives_rank_0_its_reason(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink]
+) -> None:
+    gang = make_gang(size=3)
+    hub, link = make_hub(gang), make_link(gang, 1)
+    time.sleep(0.5)  # it joins
+    link.fail("there is no such file")
+    with pytest.raises(StartupError, match=r"rank 1 .*there is no such file"):
+        hub.wait_formed()
+
+
+def test_rank_0_begins_anew_when_another_rank_falls_silent(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink], lost: threading.Event
+) -> None:
+    gang = make_gang()
+    hub, link = make_hub(gang), make_link(gang)
+    hub.wait_formed()
+    link.wait_formed()
+    begin = time.monotonic()
+    link.close()
+    assert lost.wait(WAIT_S)
+    assert time.monotonic() - begin < 5.0
+
+
+@pytest.mark.parametrize("keys", [None, OTHER_KEYS])
+def test_a_stranger_joins_nothing_and_stops_nothing(
+    make_hub: Callable[[Gang], GangHub],
+    make_link: Callable[..., GangLink],
+    keys: CurveKeys | None,
+    lost: threading.Event,
+) -> None:
+    gang = make_gang()
+    hub = make_hub(gang)
+    stranger = make_link(gang, 1, keys)
+    flood = [socket.create_connection(("127.0.0.1", gang.control_port)) for _ in range(200)]
+    for connection in flood:
+        connection.sendall(b"\xff" * 200)
+    link = make_link(gang, 1)
+    assert hub.wait_formed() == link.wait_formed()
+    assert stranger._formed.empty()
+    hub.send(ReadWeight("still there"))
+    assert link.receive() == ReadWeight("still there")
+    assert not lost.is_set()
+    for connection in flood:
+        connection.close()
+
+
+def test_a_member_of_the_cluster_that_sends_nonsense_stops_nothing(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink]
+) -> None:
+    gang = make_gang()
+    hub = make_hub(gang)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    odd = context.socket(zmq.DEALER)
+    KEYS.secure_client(odd)
+    odd.connect(gang.control_endpoint())
+    for message in ([b""], [b"\xc1" * 100], [b"a", b"b", b"c"], [b"\x91" * 5000]):
+        odd.send_multipart(message)
+    link = make_link(gang)
+    assert hub.wait_formed() == link.wait_formed()
+    context.destroy(linger=0)
+
+
+def run_mesh(
+    generations: tuple[int, int], work: Callable[[MeshCollectives], torch.Tensor], timeout_s: float = WAIT_S
+) -> list[torch.Tensor | Exception]:
+    """Two ranks in threads, each with its generation."""
+    gang = make_gang()
+    found: list[torch.Tensor | Exception] = [torch.empty(0)] * 2
+    formed = Formed(0, ("127.0.0.1", "127.0.0.1"))
+    addresses = [(ip, gang.exchange_port(rank)) for rank, ip in enumerate(formed.ips)]
+
+    def run(rank: int) -> None:
+        try:
+            mesh = MeshCollectives(addresses, rank, generations[rank], KEYS, timeout_s)
+        except RankLostError as error:
+            found[rank] = error
+            return
+        found[rank] = work(mesh)
+        mesh.barrier()
+        mesh.close()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_sums_between_machines_are_the_same_bits_on_each() -> None:
+    def work(mesh: MeshCollectives) -> torch.Tensor:
+        part = torch.linspace(0, 1, 7, dtype=torch.bfloat16) * (mesh.rank + 1) / 3
+        total = mesh.all_reduce(part, torch.float32)
+        assert mesh.all_reduce_max(torch.tensor([mesh.rank, -mesh.rank])).tolist() == [1, 0]
+        rows = mesh.all_gather(torch.full((mesh.rank + 1, 2), mesh.rank), 0)
+        assert rows.tolist() == [[0, 0], [1, 1], [1, 1]]
+        return total
+
+    first, second = run_mesh((5, 5), work)
+    assert isinstance(first, torch.Tensor)
+    assert isinstance(second, torch.Tensor)
+    assert torch.equal(first, second)
+    parts = [(torch.linspace(0, 1, 7, dtype=torch.bfloat16) * (rank + 1) / 3).float() for rank in range(2)]
+    assert torch.equal(first, parts[0] + parts[1])
+
+
+def test_ranks_of_different_generations_never_meet() -> None:
+    found = run_mesh((1, 2), lambda mesh: torch.ones(1), timeout_s=1.0)
+    assert all(isinstance(item, RankLostError) for item in found)
