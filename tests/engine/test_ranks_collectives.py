@@ -17,6 +17,8 @@ from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
 
+from .machines import join_machines
+
 SLOT_BYTES = 4096  # small, so that some exchanges take several
 
 
@@ -47,10 +49,25 @@ def join_gloo(size: int, folder: Path) -> list[ProcessGroupCollectives]:
         return list(pool.map(join, range(size)))
 
 
-@pytest.fixture(scope="module", params=["shared memory of 2", "shared memory of 3", "gloo of 2"])
+GROUPS = [
+    "shared memory of 2",
+    "shared memory of 3",
+    "gloo of 2",
+    "machines of 1+1",
+    "machines of 1+1+1",
+    "machines of 2+2",
+]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     kind, size = request.param.split(" of ")
-    made = Group(share_memory(int(size)) if kind != "gloo" else join_gloo(int(size), tmp_path_factory.mktemp("gloo")))
+    if kind == "machines":
+        made = Group(join_machines([int(one) for one in size.split("+")], slot_bytes=SLOT_BYTES))
+    elif kind == "gloo":
+        made = Group(join_gloo(int(size), tmp_path_factory.mktemp("gloo")))
+    else:
+        made = Group(share_memory(int(size)))
     yield made
     for rank in made.ranks:
         rank.close()

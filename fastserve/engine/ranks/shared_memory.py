@@ -1,4 +1,5 @@
-"""Collectives of ranks on one machine's CPUs, over shared memory (kernels/all_reduce.h)."""
+"""Collectives over shared memory (kernels/all_reduce.h), of ranks on one machine's CPUs or, with a relay (network.py), on
+several machines. Tensors of other devices are copied to the host."""
 
 from __future__ import annotations
 
@@ -37,26 +38,34 @@ class RanksStruct(ctypes.Structure):
 class SharedMemoryCollectives:
     """Owns the segment."""
 
-    def __init__(self, library: ctypes.CDLL, segment: Segment, rank: int, timeout_s: float) -> None:
-        """`timeout_s`: longest wait for another rank."""
+    def __init__(
+        self, library: ctypes.CDLL, segment: Segment, rank: int, timeout_s: float, num_local_ranks: int | None = None
+    ) -> None:
+        """`timeout_s`: longest wait for another rank. `num_local_ranks`: how many ranks are on this machine, if not all."""
         self.rank = rank
         self.size = segment.num_ranks
         self.segment = segment
         self._library: Any = library
         library.all_reduce.argtypes = (c_void_p, c_void_p, c_void_p, c_int64)
         library.all_gather.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
-        # A rank that spins while it waits would keep the core from the rank that it waits for.
-        has_own_cores = self.size * torch.get_num_threads() <= _num_cpus()
+        # A rank that spins while it waits would keep the core from the rank, or the relay, that it waits for.
+        has_own_cores = num_local_ranks is None and self.size * torch.get_num_threads() <= _num_cpus()
         self.struct = RanksStruct(
             segment.address, rank, self.size, segment.slot_bytes, timeout_s, _SPINS if has_own_cores else 0, 0, 0
         )
         """For kernels that exchange by themselves."""
 
     @classmethod
-    def load(cls, segment: Segment, rank: int, timeout_s: float) -> SharedMemoryCollectives | None:
+    def load(
+        cls, segment: Segment, rank: int, timeout_s: float, num_local_ranks: int | None = None
+    ) -> SharedMemoryCollectives | None:
         """None where the kernels cannot be built."""
         library = cpu_library(torch.float32)
-        return None if library is None else cls(library, segment, rank, timeout_s)
+        return None if library is None else cls(library, segment, rank, timeout_s, num_local_ranks)
+
+    def abort(self) -> None:
+        """Have all waits of this machine's ranks fail from now on. Any thread may call it."""
+        self.segment.declare_lost()
 
     def set_timeout(self, timeout_s: float) -> None:
         self.struct.timeout_s = timeout_s
@@ -66,24 +75,27 @@ class SharedMemoryCollectives:
         return 4 * num_rows * width <= self.segment.slot_bytes
 
     def all_reduce(self, partial: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        part = partial.to(torch.float32).contiguous()
+        part = partial.to(device="cpu", dtype=torch.float32).contiguous()
         sums = torch.empty_like(part)
         self.check(self._library.all_reduce(self._pointer, part.data_ptr(), sums.data_ptr(), part.numel()))
-        return sums.to(out_dtype or partial.dtype)
+        return sums.to(device=partial.device, dtype=out_dtype or partial.dtype)
 
     def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
         every = self.all_gather(values.unsqueeze(0), 0)
         return every.amax(dim=0)
 
     def all_gather(self, part: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        part = part.contiguous()
+        device = part.device
+        part = part.cpu().contiguous()
         sizes = self._gather_bytes(torch.tensor([part.shape[dim]]), [8] * self.size).view(torch.int64).tolist()
         shapes = [[*part.shape] for _ in sizes]
         for shape, size in zip(shapes, sizes, strict=True):
             shape[dim] = size
         counts = [torch.Size(shape).numel() for shape in shapes]
         flat = self._gather_bytes(part, [count * part.element_size() for count in counts]).view(part.dtype)
-        return torch.cat([one.view(shape) for one, shape in zip(flat.split(counts), shapes, strict=True)], dim)
+        return torch.cat([one.view(shape) for one, shape in zip(flat.split(counts), shapes, strict=True)], dim).to(
+            device
+        )
 
     def barrier(self) -> None:
         self._gather_bytes(torch.empty(0, dtype=torch.uint8), [0] * self.size)
