@@ -1,8 +1,9 @@
 """Exchanges between the ranks of several machines.
 
 Each machine has a shared segment with slots for the ranks of all machines. Its ranks exchange there as the ranks of one
-machine do, inside kernels too. A relay in the process of the machine's first rank sends their parts to the other machines,
-and writes the parts that come from there into the slots of their ranks. So sums are those of one machine, bit by bit.
+machine do, inside kernels too. A relay in the process of the machine's first rank sends their parts to the other
+machines, and writes the parts that come from there into the slots of their ranks. So sums are those of one machine, bit
+by bit.
 
 Relays talk over ZeroMQ with CURVE: a peer without the key can neither connect nor read or change anything.
 """
@@ -86,8 +87,8 @@ class _Peer:
 class NetworkRelay:
     """Relays parts between the ranks of this machine and those of others. Must be closed before the segment.
 
-    When it loses another machine it declares the segment lost; when the segment is declared lost it leaves, so the others
-    lose this machine.
+    When it loses another machine it declares the segment lost; when the segment is declared lost it leaves, so the
+    others lose this machine.
     """
 
     def __init__(
@@ -112,7 +113,8 @@ class NetworkRelay:
         self._layout = repr((list(machines.num_ranks), segment.slot_bytes)).encode()
         first = self._own.start
         # Between steps nothing comes for a long time: the deadlines are those of the ranks.
-        self._struct = RanksStruct(segment.address, first, segment.num_ranks, segment.slot_bytes, float("inf"), 0, 0, 0)
+        timeout_s = float("inf")
+        self._struct = RanksStruct(segment.address, first, segment.num_ranks, segment.slot_bytes, timeout_s, 0, 0, 0)
         self._peers: dict[int, _Peer] = {}
         self._is_ending = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -120,6 +122,7 @@ class NetworkRelay:
         self._authenticator = None if keys is None else CurveAuthenticator(self._context, keys)
         self._inbox = self._socket(zmq.PULL)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, segment.slot_bytes + 4096)
+        self._inbox.setsockopt(zmq.IPV6, int(address.startswith("[")))
         if keys is not None:
             keys.secure_server(self._inbox)
         try:
@@ -132,14 +135,13 @@ class NetworkRelay:
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.linger = _LINGER_MS
-        socket.setsockopt(zmq.IPV6, 1)
         socket.set_hwm(_MAX_QUEUED_MESSAGES)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         return socket
 
     def join(self, addresses: Sequence[str], timeout_s: float) -> None:
-        """Connect to the other machines and wait until all are connected to each other; then relay in the background.
+        """Connect to the other machines, wait until all are connected to each other, and relay in the background.
 
         `addresses`: of each machine's relay. Raises RankLostError at the deadline, when a machine says that there is a
         newer group or that it is divided otherwise, and when the segment is declared lost."""
@@ -172,6 +174,7 @@ class NetworkRelay:
         socket = self._socket(zmq.PUSH)
         # Nothing is queued for a machine that is not connected.
         socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.IPV6, 1)
         if self._keys is not None:
             self._keys.secure_client(socket)
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _FAILURES)
@@ -247,7 +250,8 @@ class NetworkRelay:
             address = self._library.part_of(ctypes.byref(self._struct), rank, exchange)
             parts.append(ctypes.string_at(address, num_bytes.value))
         message = [self._header(_PART, exchange) + b"".join(sizes), *parts]
-        return all([self._try_to_send(peer, message) for peer in self._peers.values()])
+        sent = [self._try_to_send(peer, message) for peer in self._peers.values()]
+        return all(sent)
 
     def _try_to_send(self, peer: _Peer, message: list[bytes]) -> bool:
         if peer.has_left.is_set():
@@ -326,10 +330,10 @@ class NetworkCollectives(SharedMemoryCollectives):
         self, library: ctypes.CDLL, segment: Segment, rank: int, timeout_s: float, relay: NetworkRelay, num_ranks: int
     ) -> None:
         super().__init__(library, segment, rank, timeout_s, num_ranks)
-        self._relay = relay
+        self.relay = relay
 
     def close(self) -> None:
-        self._relay.close()
+        self.relay.close()
         super().close()
 
 

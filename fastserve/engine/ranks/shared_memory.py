@@ -1,5 +1,5 @@
-"""Collectives over shared memory (kernels/all_reduce.h), of ranks on one machine's CPUs or, with a relay (network.py), on
-several machines. Tensors of other devices are copied to the host."""
+"""Collectives over shared memory (kernels/all_reduce.h), of ranks on one machine's CPUs or, with a relay (network.py),
+on several machines. Tensors of other devices are copied to the host."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SharedMemoryCollectives:
     def __init__(
         self, library: ctypes.CDLL, segment: Segment, rank: int, timeout_s: float, num_local_ranks: int | None = None
     ) -> None:
-        """`timeout_s`: longest wait for another rank. `num_local_ranks`: how many ranks are on this machine, if not all."""
+        """`timeout_s`: longest wait for another rank. `num_local_ranks`: ranks of this machine, if there are others."""
         self.rank = rank
         self.size = segment.num_ranks
         self.segment = segment
