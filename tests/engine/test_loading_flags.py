@@ -29,6 +29,7 @@ from transformers import (
 
 from fastserve import model_worker
 from fastserve.config import WorkerConfig
+from fastserve.distributed.gang import Gang
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.loading.loader import LoadedModel, load_model
@@ -379,8 +380,8 @@ def test_flags_of_devices_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> N
     test_placement.py."""
     seen: list[tuple[str, EngineConfig]] = []
 
-    def serve(config: WorkerConfig) -> None:
-        engine = model_worker._make_engine(config, find_model(config.model_path, config.revision))
+    def serve(config: WorkerConfig, gang: Gang | None) -> None:
+        engine = model_worker._make_engine(config, find_model(config.model_path, config.revision), gang, {})
         assert isinstance(engine, EngineProcess)
         seen.append((os.environ["CUDA_VISIBLE_DEVICES"], engine._config))
 

@@ -16,6 +16,9 @@ from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives, RankLos
 from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+from tests.processes import free_ports
+
+from .machines import join_machines
 
 SLOT_BYTES = 4096  # small, so that some exchanges take several
 
@@ -47,10 +50,25 @@ def join_gloo(size: int, folder: Path) -> list[ProcessGroupCollectives]:
         return list(pool.map(join, range(size)))
 
 
-@pytest.fixture(scope="module", params=["shared memory of 2", "shared memory of 3", "gloo of 2"])
+GROUPS = [
+    "shared memory of 2",
+    "shared memory of 3",
+    "gloo of 2",
+    "machines of 1+1",
+    "machines of 1+1+1",
+    "machines of 2+2",
+]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
     kind, size = request.param.split(" of ")
-    made = Group(share_memory(int(size)) if kind != "gloo" else join_gloo(int(size), tmp_path_factory.mktemp("gloo")))
+    if kind == "machines":
+        made = Group(join_machines([int(one) for one in size.split("+")], slot_bytes=SLOT_BYTES))
+    elif kind == "gloo":
+        made = Group(join_gloo(int(size), tmp_path_factory.mktemp("gloo")))
+    else:
+        made = Group(share_memory(int(size)))
     yield made
     for rank in made.ranks:
         rank.close()
@@ -172,6 +190,25 @@ def test_a_lost_peer_of_a_process_group_is_an_error_of_ours(tmp_path: Path) -> N
     with pytest.raises(RankLostError, match="was lost"):
         first.all_reduce(torch.ones(3))
     second.close()
+
+
+def test_ranks_of_several_machines_meet_at_an_address() -> None:
+    (free_port,) = free_ports(1)
+
+    def join(rank: int) -> ProcessGroupCollectives:
+        cpu = torch.device("cpu")
+        return ProcessGroupCollectives.join_machines("127.0.0.1", free_port, rank, 2, cpu, 20.0, "127.0.0.1")
+
+    with ThreadPoolExecutor(2) as pool:
+        group = Group(list(pool.map(join, range(2))))
+    for found in group.run(lambda ranks: ranks.all_reduce(torch.ones(3))):
+        assert torch.equal(found, 2 * torch.ones(3))
+
+
+def test_a_rank_that_does_not_come_to_the_address_is_lost() -> None:
+    (free_port,) = free_ports(1)
+    with pytest.raises(RankLostError, match=f"did not join at 127.0.0.1:{free_port}"):
+        ProcessGroupCollectives.join_machines("127.0.0.1", free_port, 0, 2, torch.device("cpu"), 1.0, "127.0.0.1")
 
 
 def test_progress_of_all_ranks_is_added_up() -> None:

@@ -1,4 +1,5 @@
-// Exchanges between the ranks of a model, which are processes of one machine, over shared memory.
+// Exchanges between the ranks of a model, which are processes of one machine, over shared memory. Ranks of other machines
+// have slots here too: a relay (ranks/network.py) sends the parts of this machine's ranks and writes those of the others.
 //
 // Each rank writes its part into its own slot, says so in its own word, waits for the words of the others, and reads all
 // slots in rank order: so all ranks get the same bits. Two sets of slots alternate, so one barrier is enough: a rank can
@@ -36,7 +37,8 @@ enum Loss { NONE = 0, DECLARED = 1, TOO_LATE = 2, DIFFERENT_CALLS = 3 };
 // In shared memory, zero at first. The words that a rank writes are on cache lines of its own.
 struct RankWords {
     alignas(CACHE_LINE) std::atomic<uint32_t> arrived;  // exchanges that this rank has written its part of
-    std::atomic<int64_t> sizes[2];                      // of its parts of the last two exchanges
+    std::atomic<int64_t> sizes[2];                      // of the last two exchanges, the same on all ranks
+    std::atomic<int64_t> num_bytes[2];                  // of its parts in its slots
     alignas(CACHE_LINE) uint64_t progress[2];           // written and read by segment.py
 };
 struct Header {
@@ -109,14 +111,20 @@ inline bool wait_for(Ranks& ranks, int64_t rank, uint32_t exchange) {
     }
 }
 
-// Barrier of an exchange: this rank's part, of `size`, is in its slot; returns once all parts are. All threads of a team
-// call it, after they have met.
-inline void meet_ranks(Ranks& ranks, uint32_t exchange, int64_t size) {
+// A rank's part of an exchange is in its slot.
+inline void announce_part(Ranks& ranks, int64_t rank, uint32_t exchange, int64_t size, int64_t num_bytes) {
+    RankWords& words = ranks.header->ranks[rank];
+    words.sizes[exchange & 1].store(size, std::memory_order_relaxed);
+    words.num_bytes[exchange & 1].store(num_bytes, std::memory_order_relaxed);
+    words.arrived.store(exchange + 1, std::memory_order_seq_cst);
+    if (ranks.header->asleep.load(std::memory_order_seq_cst)) wake_all(words.arrived);
+}
+
+// Barrier of an exchange: this rank's part, of so many bytes, is in its slot; returns once all parts are. `size` must be
+// the same on all ranks. All threads of a team call it, after they have met.
+inline void meet_ranks(Ranks& ranks, uint32_t exchange, int64_t size, int64_t num_bytes) {
     if (ranks.loss.load(std::memory_order_relaxed)) return;
-    RankWords& own = ranks.header->ranks[ranks.rank];
-    own.sizes[exchange & 1].store(size, std::memory_order_relaxed);
-    own.arrived.store(exchange + 1, std::memory_order_seq_cst);
-    if (ranks.header->asleep.load(std::memory_order_seq_cst)) wake_all(own.arrived);
+    announce_part(ranks, ranks.rank, exchange, size, num_bytes);
     for (int64_t r = 0; r < ranks.size; ++r) {
         if (r == ranks.rank) continue;
         if (!wait_for(ranks, r, exchange)) return;
@@ -149,7 +157,7 @@ inline void all_reduce_of(Ranks& ranks, const float* part, float* sums, int64_t 
             each([&](int64_t from, int64_t to) {
                 std::memcpy(slot + from, part + begin + from, (to - from) * sizeof(float));
             });
-            meet_ranks(ranks, exchange, here);
+            meet_ranks(ranks, exchange, here, here * int64_t(sizeof(float)));
             each([&](int64_t from, int64_t to) {
                 for (int64_t i = from; i < to; i += LANES) {
                     const int some = int(std::min<int64_t>(LANES, to - i));
@@ -171,7 +179,7 @@ inline void all_gather_of(Ranks& ranks, const char* part, char* all, const int64
     int64_t begin = 0;
     do {
         std::memcpy(slot_of(ranks, exchange, ranks.rank), part + begin, rest_of(ranks.rank, begin));
-        meet_ranks(ranks, exchange, longest);
+        meet_ranks(ranks, exchange, longest, rest_of(ranks.rank, begin));
         char* to = all;
         for (int64_t r = 0; r < ranks.size; to += sizes[r++])
             std::memcpy(to + begin, slot_of(ranks, exchange, r), rest_of(r, begin));
@@ -179,6 +187,22 @@ inline void all_gather_of(Ranks& ranks, const char* part, char* all, const int64
         ++exchange;
     } while (begin < longest);
     ranks.done.store(exchange, std::memory_order_relaxed);
+}
+
+// For a relay: wait for a rank's part of an exchange. False if a rank was lost.
+inline bool find_part(Ranks& ranks, int64_t rank, uint32_t exchange, int64_t* size, int64_t* num_bytes) {
+    if (!wait_for(ranks, rank, exchange)) return false;
+    *size = ranks.header->ranks[rank].sizes[exchange & 1].load(std::memory_order_relaxed);
+    *num_bytes = ranks.header->ranks[rank].num_bytes[exchange & 1].load(std::memory_order_relaxed);
+    return true;
+}
+
+// For a relay: write the part of a rank of another machine. That rank sends its part of an exchange once it has all parts
+// of the one before, so no rank reads the slot any more.
+inline void deliver_part(Ranks& ranks, int64_t rank, uint32_t exchange, int64_t size, const char* part,
+                         int64_t num_bytes) {
+    std::memcpy(slot_of(ranks, exchange, rank), part, num_bytes);
+    announce_part(ranks, rank, exchange, size, num_bytes);
 }
 
 }  // namespace

@@ -101,6 +101,18 @@ int all_gather(Ranks* ranks, const char* part, char* all, const int64_t* sizes) 
     return ranks->loss;
 }
 
+// For a relay between machines. Returns why ranks were lost, as above.
+int wait_for_part(Ranks* ranks, int64_t rank, uint32_t exchange, int64_t* size, int64_t* num_bytes) {
+    return find_part(*ranks, rank, exchange, size, num_bytes) ? 0 : ranks->loss.load();
+}
+
+// Address of a rank's slot.
+const char* part_of(Ranks* ranks, int64_t rank, uint32_t exchange) { return slot_of(*ranks, exchange, rank); }
+
+void write_part(Ranks* ranks, int64_t rank, uint32_t exchange, int64_t size, const char* part, int64_t num_bytes) {
+    deliver_part(*ranks, rank, exchange, size, part, num_bytes);
+}
+
 // Returns why other ranks were lost, as above.
 int decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
             const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits) {

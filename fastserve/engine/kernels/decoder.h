@@ -85,7 +85,7 @@ class Run {
     // Calls put(row, first index, sums, count) with the sums of all ranks, for each 16 of the hidden size.
     template <class Put>
     void all_reduce(Put put) {
-        meet_ranks(*m.ranks, exchange, rows * m.hidden);
+        meet_ranks(*m.ranks, exchange, rows * m.hidden, rows * m.hidden * int64_t(sizeof(float)));
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
             for (int64_t at = 0; at < m.hidden; at += LANES) {
                 const int count = int(std::min<int64_t>(LANES, m.hidden - at));

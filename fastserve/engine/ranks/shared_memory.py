@@ -1,4 +1,5 @@
-"""Collectives of ranks on one machine's CPUs, over shared memory (kernels/all_reduce.h)."""
+"""Collectives over shared memory (kernels/all_reduce.h), of ranks on one machine's CPUs or, with a relay (network.py),
+on several machines. Tensors of other devices are copied to the host."""
 
 from __future__ import annotations
 
@@ -51,6 +52,10 @@ class SharedMemoryCollectives:
         library = cpu_library(torch.float32)
         return None if library is None else cls(library, segment, rank, timeout_s)
 
+    def abort(self) -> None:
+        """Have all waits of this machine's ranks fail from now on. Any thread may call it."""
+        self.segment.declare_lost()
+
     def set_timeout(self, timeout_s: float) -> None:
         self.struct.timeout_s = timeout_s
 
@@ -59,24 +64,27 @@ class SharedMemoryCollectives:
         return 4 * num_rows * width <= self.segment.slot_bytes
 
     def all_reduce(self, partial: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        part = partial.to(torch.float32).contiguous()
+        part = partial.to(device="cpu", dtype=torch.float32).contiguous()
         sums = torch.empty_like(part)
         self.check(self._library.all_reduce(self._pointer, part.data_ptr(), sums.data_ptr(), part.numel()))
-        return sums.to(out_dtype or partial.dtype)
+        return sums.to(device=partial.device, dtype=out_dtype or partial.dtype)
 
     def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
         every = self.all_gather(values.unsqueeze(0), 0)
         return every.amax(dim=0)
 
     def all_gather(self, part: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        part = part.contiguous()
+        device = part.device
+        part = part.cpu().contiguous()
         sizes = self._gather_bytes(torch.tensor([part.shape[dim]]), [8] * self.size).view(torch.int64).tolist()
         shapes = [[*part.shape] for _ in sizes]
         for shape, size in zip(shapes, sizes, strict=True):
             shape[dim] = size
         counts = [torch.Size(shape).numel() for shape in shapes]
         flat = self._gather_bytes(part, [count * part.element_size() for count in counts]).view(part.dtype)
-        return torch.cat([one.view(shape) for one, shape in zip(flat.split(counts), shapes, strict=True)], dim)
+        return torch.cat([one.view(shape) for one, shape in zip(flat.split(counts), shapes, strict=True)], dim).to(
+            device
+        )
 
     def barrier(self) -> None:
         self._gather_bytes(torch.empty(0, dtype=torch.uint8), [0] * self.size)
