@@ -15,7 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from fastserve.engine.calls.pending import PendingCalls
+from fastserve.engine.calls.pending import PendingCalls, refusal
 from fastserve.engine.contract import (
     Abort,
     Busy,
@@ -200,7 +200,7 @@ class EngineProcess:
         if stream is None:
             return  # aborted while this was on its way
         if output.finish_reason == "error":
-            stream.fail(InternalError(f"The engine refused the request: {output.error}."))
+            stream.fail(refusal(output))
         else:
             stream.put(output)
 

@@ -57,6 +57,8 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Tokens of the answer that another engine has already emitted; they are not emitted again."""
     priority: int = 0
     """Lower runs first."""
+    adapter: str = ""
+    """Name of the LoRA adapter; empty: the bare base model."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -80,6 +82,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """Prompt tokens found in the prefix cache when the request was first scheduled."""
     error: str | None = None
     """Error message, with finish_reason "error"."""
+    error_kind: str | None = None
+    """Name of the error class in fastserve/errors.py if the request is at fault; None: InternalError."""
 
 
 class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
@@ -173,6 +177,30 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Tokens of each step, in buckets of STEP_SIZE_BOUNDS."""
     step_sequences: Histogram = msgspec.field(default_factory=Histogram)
     """Sequences of each step, in buckets of STEP_SIZE_BOUNDS."""
+
+
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """A LoRA adapter that the engine serves beside the bare base model."""
+
+    name: str
+    path: str
+    rank: int
+    """The largest of its layers."""
+    targets: tuple[str, ...]
+    """Last parts of the names of the layers that it changes, such as q_proj."""
+    num_bytes: int
+    """Memory of its weights on the device."""
+    location: Literal["device", "host", "disk"]
+    """The fastest memory that holds it."""
+    num_running: int
+    hits: int
+    """Requests that found it on the device when they were first scheduled."""
+    loads: int
+    """How often it was copied to the device."""
+
+
+class AdapterList(msgspec.Struct, frozen=True):
+    adapters: list[AdapterInfo]
 
 
 # ---- worker to engine -------------------------------------------------------------------------------------------

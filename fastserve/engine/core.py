@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastserve.engine.calls.handling import NoWeights, Weights
+from fastserve.engine.calls.handling import Adapters, NoAdapters, NoWeights, Weights
 from fastserve.engine.contract import (
     STEP_SECONDS_BOUNDS,
     STEP_SIZE_BOUNDS,
@@ -58,11 +58,13 @@ class EngineCore:
         speculator: Speculator | None = None,
         overlap: bool = False,
         weights: Weights | None = None,
+        adapters: Adapters | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model."""
         self.info = info
         self.weights = weights or NoWeights()
+        self.adapters = adapters or NoAdapters()
         self._speculator = speculator
         self.scheduler = Scheduler(
             BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache),

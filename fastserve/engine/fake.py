@@ -11,13 +11,23 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastserve.engine.calls.all_calls import ALL_CALLS
-from fastserve.engine.calls.handling import CallContext, CallDispatcher, CallHandler, NoWeights, Weights
+from fastserve.engine.calls.handling import (
+    Adapters,
+    CallContext,
+    CallDispatcher,
+    CallHandler,
+    NoAdapters,
+    NoWeights,
+    Weights,
+)
 from fastserve.engine.calls.pending import PendingCalls
 from fastserve.engine.contract import (
+    AdapterInfo,
     Call,
     CallRequest,
     EngineInfo,
@@ -30,7 +40,14 @@ from fastserve.engine.contract import (
     TokenLogprob,
 )
 from fastserve.engine.pausing import Pausing
-from fastserve.errors import ConflictError, EngineDeadError, InternalError, StartupError
+from fastserve.errors import (
+    ConflictError,
+    EngineDeadError,
+    InternalError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    StartupError,
+)
 
 Script = Callable[[EngineRequest, EngineInfo], Sequence[int]]
 """Returns the whole answer to a request, stop token included. If shorter than max_tokens, end tokens follow."""
@@ -68,6 +85,9 @@ class FakeOptions:
     start_failures: list[str] = field(default_factory=list)
     calls: tuple[CallHandler[Any, Any], ...] = ALL_CALLS
     weights: Weights = field(default_factory=NoWeights)
+    adapters: dict[str, str] | None = field(default_factory=dict)
+    """Paths by name of the adapters at start; None: adapters are not served. Any path can be loaded but those whose
+    last part is "bad"."""
 
 
 class _Sequence:
@@ -154,6 +174,57 @@ class _Profiler:
         self._num_left = 0
 
 
+class _Adapters:
+    """Adapters without weights: all are on the device."""
+
+    def __init__(self, paths: dict[str, str], scheduler: _Scheduler) -> None:
+        self._paths = dict(paths)
+        self._scheduler = scheduler
+        self._unloading: dict[str, Future[AdapterInfo]] = {}
+
+    def _info(self, name: str) -> AdapterInfo:
+        users = [item for item in self._scheduler.sequences.values() if item.request.adapter == name]
+        num_running = sum(item.is_begun for item in users)
+        return AdapterInfo(name, self._paths[name], 8, ("q_proj", "v_proj"), 1024, "device", num_running, 0, 1)
+
+    def load(self, name: str, path: str, *, replace: bool) -> Future[AdapterInfo]:
+        if name in self._paths and not replace:
+            raise ConflictError(f"There is an adapter {name!r} already.")
+        if path.rpartition("/")[2] == "bad":
+            raise InvalidRequestError(f"{path} is not the folder of an adapter.")
+        self._paths[name] = path
+        done: Future[AdapterInfo] = Future()
+        done.set_result(self._info(name))
+        return done
+
+    def unload(self, name: str) -> Future[AdapterInfo]:
+        problem = self.problem(name)
+        if problem is not None:
+            raise ModelNotFoundError(problem)
+        self._unloading[name] = Future()
+        done = self._unloading[name]
+        self.update()
+        return done
+
+    def infos(self) -> list[AdapterInfo]:
+        return [self._info(name) for name in self._paths]
+
+    def problem(self, name: str) -> str | None:
+        """The reason why no request can use this adapter, or None."""
+        if name in self._unloading:
+            return f"The adapter {name!r} is being unloaded."
+        known = ", ".join(sorted(self._paths)) or "none"
+        return None if name in self._paths else f"There is no adapter {name!r}; there are: {known}."
+
+    def update(self) -> None:
+        """Finish unloading adapters that no request uses any more."""
+        used = {item.request.adapter for item in self._scheduler.sequences.values()}
+        for name in [name for name in self._unloading if name not in used]:
+            info = self._info(name)
+            del self._paths[name]
+            self._unloading.pop(name).set_result(info)
+
+
 class FakeEngine:
     """An `Engine` (see contract.py)."""
 
@@ -174,11 +245,14 @@ class FakeEngine:
         self._scheduler = _Scheduler(self.options)
         self._pausing = Pausing(self._scheduler)
         self._profiler = _Profiler()
+        names = self.options.adapters
+        self._adapters: Adapters = NoAdapters() if names is None else _Adapters(names, self._scheduler)
         context = CallContext(
             scheduler=self._scheduler,
             pausing=self._pausing,
             weights=self.options.weights,
             profiler=self._profiler,
+            adapters=self._adapters,
             send_outputs=self._count_aborted,
             announce=lambda max_silence_s: None,
         )
@@ -219,6 +293,11 @@ class FakeEngine:
         sequence = _Sequence(request, self.options.script(request, self._info), ready_at)
         self._counters.prompt_tokens += len(request.prompt_ids)
         sequences = self._scheduler.sequences
+        problem = self._adapters.problem(request.adapter) if request.adapter else None
+        if problem is not None:
+            sequence.stream.fail(ModelNotFoundError(problem))
+            yield sequence.stream
+            return
         sequences[request.request_id] = sequence
         self._work.set()
         try:
@@ -227,6 +306,7 @@ class FakeEngine:
             if sequences.pop(request.request_id, None) is not None:
                 self._counters.aborted += 1
                 self._pausing.update()
+                self._adapters.update()
 
     async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
         if self._info is None or self._loop_task is None:
@@ -321,6 +401,7 @@ class FakeEngine:
             sequence.stream.put(output)
         self._profiler.step_done()
         self._pausing.update()
+        self._adapters.update()
 
 
 def _next_output(sequence: _Sequence, info: EngineInfo) -> RequestOutput:

@@ -23,6 +23,8 @@ class NewSequence(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
     params: SamplingParams
     choice: int
+    adapter: int = 0
+    """Slot of its adapter on the device; 0: none."""
 
 
 class Chunk(msgspec.Struct, frozen=True):

@@ -96,6 +96,7 @@ class EngineLoop:
             pausing=core.pausing,
             weights=core.weights,
             profiler=profiler,
+            adapters=core.adapters,
             send_outputs=self._outputs.extend,
             announce=lambda max_silence_s: self._send(Busy(max_silence_s)),
         )

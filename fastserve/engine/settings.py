@@ -36,6 +36,30 @@ class WeightOptions(msgspec.Struct, frozen=True):
     """Use random weights; weight files are neither needed nor read."""
 
 
+class AdapterOptions(msgspec.Struct, frozen=True):
+    """Adapters that are served beside the bare base model, and bounds on them."""
+
+    modules: tuple[tuple[str, str], ...] = ()
+    """(name, folder) of those that are known from the start. They are read when they are first asked for."""
+    max_loras: int = 32
+    """Maximum number of different adapters in a step."""
+    max_lora_rank: int = 64
+    max_cpu_loras: int = 256
+    """Maximum number of copies in host memory."""
+    pool_size_lora: int = 0
+    """Tokens' worth of blocks that the pool has in addition."""
+    prefetch: bool = True
+    """Read adapters of waiting requests while others run; off: only that of the first waiting request."""
+    no_lora_compute: bool = False
+    """For measurements: do everything but the products, so answers are the base model's."""
+    no_lora_swap: bool = False
+    """For measurements: adapters stay on the device."""
+    no_mem_pool: bool = False
+    """For measurements: weights in memory of their own, not in blocks of the KV cache."""
+    bmm: bool = False
+    """For measurements: products padded to the largest rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(EngineOptions):
     """Sent as JSON on the engine process's command line. Unset sizes are derived from the model and free memory."""
@@ -47,6 +71,8 @@ class EngineConfig(EngineOptions):
     speculative_gguf_file: str | None = None
     """The file with the draft model's weights, if they are not in its folder."""
     weights: WeightOptions = field(default_factory=WeightOptions)
+    adapters: AdapterOptions | None = None
+    """None: adapters are not served."""
 
     @classmethod
     def of(cls, options: EngineOptions, **others: Any) -> EngineConfig:

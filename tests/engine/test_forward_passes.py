@@ -121,20 +121,6 @@ def test_a_way_that_computes_something_else_is_dropped_and_the_last_one_refuses_
         make_core(path)
 
 
-def test_a_layer_with_an_adapter_is_computed_by_its_module(tiny_models: TinyModels) -> None:
-    """A way that has looked at the layers before the adapter came does not pass it over."""
-    core = make_core(tiny_models.path("llama"), speculative_method="off", no_prefix_cache=True)
-    [whole_step, modules] = passes(core).ways
-    assert isinstance(whole_step, WholeStepForward)
-    assert isinstance(modules, ModulesForward)
-    before = answer(core)
-    linear = modules._parts.linears()[0]
-    linear.delta = lambda x: x.sum(-1, keepdim=True) + torch.arange(linear.weight.shape[0])
-    assert answer(core) != before
-    linear.delta = None
-    assert answer(core) == before
-
-
 @pytest.mark.parametrize(
     "error", [KeyError("full_attention"), TypeError("no such argument"), ArithmeticError(0)], ids=repr
 )

@@ -9,9 +9,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from fastserve.engine.contract import Call, CallError, CallReply, CallRequest, RequestOutput
+from fastserve.engine.contract import AdapterInfo, Call, CallError, CallReply, CallRequest, RequestOutput
 from fastserve.engine.pausing import Pausing
-from fastserve.errors import FastserveError, InvalidRequestError, UnsupportedParameterError
+from fastserve.errors import (
+    FastserveError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnsupportedCapabilityError,
+    UnsupportedParameterError,
+)
 from fastserve.observability.text import printable
 
 ReplyT = TypeVar("ReplyT")
@@ -76,6 +82,45 @@ class NoWeights:
         raise KeyError(f"the model has no weight {name!r}")
 
 
+class Adapters(Protocol):
+    """Adapters by name. The futures are completed on the engine's thread, between two steps."""
+
+    def load(self, name: str, path: str, *, replace: bool) -> Future[AdapterInfo]: ...
+
+    def unload(self, name: str) -> Future[AdapterInfo]: ...
+
+    def infos(self) -> list[AdapterInfo]: ...
+
+    def problem(self, name: str) -> str | None:
+        """The reason why no request can use this adapter, or None."""
+        ...
+
+    def update(self) -> None:
+        """Complete what is done. Called between two steps."""
+        ...
+
+
+class NoAdapters:
+    """The adapters of an engine that was started without them."""
+
+    def load(self, name: str, path: str, *, replace: bool) -> Future[AdapterInfo]:
+        raise UnsupportedCapabilityError(
+            "This worker serves no adapters; start it with --enable-lora, or with --lora-modules."
+        )
+
+    def unload(self, name: str) -> Future[AdapterInfo]:
+        raise ModelNotFoundError(self.problem(name))
+
+    def infos(self) -> list[AdapterInfo]:
+        return []
+
+    def problem(self, name: str) -> str:
+        return f"There is no adapter {printable(name, _SHOWN_CHARS)}: this worker serves none."
+
+    def update(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class CallContext:
     """The engine as handlers see it. They run on its thread, between two steps, with none in flight."""
@@ -84,6 +129,7 @@ class CallContext:
     pausing: Pausing
     weights: Weights
     profiler: Profiler
+    adapters: Adapters
     send_outputs: Callable[[list[RequestOutput]], None]
     """Sends outputs of requests that the call ends, before its reply."""
     announce: Callable[[float], None]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from fastserve import errors
-from fastserve.engine.contract import Call, CallError, CallReply, CallRequest, ReplyT, reply_type
+from fastserve.engine.contract import Call, CallError, CallReply, CallRequest, ReplyT, RequestOutput, reply_type
 from fastserve.errors import EngineTimeoutError, FastserveError, InternalError
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -60,6 +60,15 @@ class PendingCalls:
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(make_error())
+
+
+def refusal(output: RequestOutput) -> FastserveError:
+    """The error of a request that the engine refused."""
+    if output.error_kind is None:
+        return InternalError(f"The engine refused the request: {output.error}.")
+    made: Any = _ERRORS.get(output.error_kind, InternalError)
+    found: FastserveError = made(output.error)
+    return found
 
 
 def _error_of(event: CallError) -> FastserveError:

@@ -20,8 +20,8 @@ class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by
         super().__init__()
         self.layout = weight
         self.bias = bias
-        self.delta: Callable[[torch.Tensor], torch.Tensor] | None = None
-        """Output of the batch's adapters, added to the layer's own: `x` (..., in) -> (..., out)."""
+        self.delta: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        """Adds the output of the batch's adapters for `x` (..., in) to the layer's own (..., out), in place."""
 
     @property
     def weight(self) -> torch.Tensor:
@@ -30,7 +30,9 @@ class Linear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.layout.product(x, self.bias)
-        return out if self.delta is None else out + self.delta(x)
+        if self.delta is not None:
+            self.delta(x, out)
+        return out
 
 
 class TiedEmbedding(torch.nn.Module):  # type: ignore[misc]

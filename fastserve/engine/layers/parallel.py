@@ -24,7 +24,7 @@ class RowParallelLinear(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         partial = self.layout.product(x, None)
         if self.delta is not None:
-            partial = partial + self.delta(x)
+            self.delta(x, partial)
         out = self.collectives.all_reduce(partial)
         return out if self.bias is None else out + self.bias
 

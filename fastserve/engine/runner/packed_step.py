@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastserve.engine.adapters.batch import AdapterBatch
 from fastserve.engine.attention.metadata import AttentionMetadata
 
 
@@ -19,3 +20,5 @@ class PackedStep:
     logit_rows: npt.NDArray[np.int64]
     """(rows,) rows of the batch to compute logits for; at least one"""
     metadata: AttentionMetadata
+    adapters: AdapterBatch | None = None
+    """Rows with adapters; None: all are of the bare base model."""

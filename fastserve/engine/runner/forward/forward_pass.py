@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from fastserve.engine.attention.paged import PagedAttention
-from fastserve.engine.layers.linear import Linear
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.sampled_ids import SampledIds
 
@@ -39,9 +38,6 @@ class ForwardParts:
     max_num_seqs: int
     max_model_len: int
 
-    def linears(self) -> list[Linear]:
-        return [module for module in self.model.modules() if isinstance(module, Linear)]
-
 
 class ForwardPass(Protocol):
     name: ClassVar[str]
@@ -61,8 +57,3 @@ class ForwardPass(Protocol):
     def __call__(self, step: PackedStep) -> torch.Tensor:
         """Logits (rows, vocabulary) of the step's logit rows, valid until the next step."""
         ...
-
-
-def has_adapters(linears: list[Linear]) -> bool:
-    """Whether any layer currently has an adapter."""
-    return any(linear.delta is not None for linear in linears)

@@ -22,7 +22,7 @@ import torch
 from fastserve.engine.devices.device import Device, Recorder
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.device_step import DeviceStep, IntArray, WorkItems
-from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
+from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.transfers import to_device
 
@@ -44,7 +44,6 @@ class GraphForward:
         """The attention must take device steps. Raises RuntimeError when the model's code cannot be recorded, for
         example because it waits for the device."""
         self._parts = parts
-        self._linears = parts.linears()
         self.sizes = batch_sizes(parts.max_num_seqs)
         self._logits: torch.Tensor | None = None
         max_blocks = -(-parts.max_model_len // parts.block_size)
@@ -72,7 +71,7 @@ class GraphForward:
         counts = step.metadata.counts
         if len(step.input_ids) > self.sizes[-1] or int(counts.max()) > _MAX_TOKENS_OF_SEQUENCE:
             return "it has more new tokens than are recorded"
-        return "a layer has an adapter" if has_adapters(self._linears) else None
+        return None if step.adapters is None else "it has rows with adapters"
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
         logits = self._replay(step)

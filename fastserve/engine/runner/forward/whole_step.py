@@ -3,7 +3,7 @@
 Most decoder-only models have the same structure: norms at a few possible places, attention with rotary embedding, a
 gated MLP. A model of this structure is recognised by its modules and described to the kernel (kernels/decoder.h);
 whether the description is complete is tested at start, not inferred from the model's name (engine/selfcheck). The
-model's modules stay, and compute steps while a layer has an adapter.
+model's modules stay, and compute steps that have rows with adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastserve.engine.layers.linear import Linear, TiedEmbedding, embedding_scal
 from fastserve.engine.layers.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
-from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError, has_adapters
+from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError
 from fastserve.engine.runner.packed_step import PackedStep
 
 _NORM_FIELDS = (
@@ -86,7 +86,7 @@ class WholeStepForward:
     def supports(self, step: PackedStep) -> str | None:
         if self._ranks is not None and not self._ranks.fits(len(step.input_ids), self._struct.hidden):
             return "its sums do not fit the memory that the ranks share"
-        return "a layer has an adapter" if has_adapters(self._linears) else None
+        return None if step.adapters is None else "it has rows with adapters"
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
         """Logits in float32."""

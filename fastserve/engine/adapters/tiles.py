@@ -1,0 +1,55 @@
+"""Low-rank matrices as tiles of RANK_GROUP ranks and a slice of the inputs or outputs, padded with zeros.
+
+A tile is RANK_GROUP rows of `width` values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+RANK_GROUP = 8
+TILE_WIDTHS = (128, 64, 32, 16)
+
+
+def tile_width(plane_elements: int) -> int | None:
+    """The largest width whose tiles fit a plane of a KV block of so many elements, or None."""
+    return next((width for width in TILE_WIDTHS if RANK_GROUP * width <= plane_elements), None)
+
+
+def num_rank_groups(rank: int) -> int:
+    return -(-rank // RANK_GROUP)
+
+
+def num_tiles(rank: int, in_size: int, out_size: int, width: int) -> int:
+    """Number of tiles of A and B together."""
+    return num_rank_groups(rank) * (-(-in_size // width) + -(-out_size // width))
+
+
+def pack_tiles(a: torch.Tensor, b: torch.Tensor, width: int) -> torch.Tensor:
+    """`a` (rank, in), `b` (out, rank) with the adapter's scale -> (tiles, RANK_GROUP * width): first those of A, for
+    each rank group one for each slice of the inputs, then those of B in the same way."""
+    return torch.cat([_pack(a, width), _pack(b.t(), width)])
+
+
+def unpack_tiles(
+    tiles: torch.Tensor, rank_groups: int, in_size: int, out_size: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_tiles`, with the rank padded to whole groups: A (rank, in) and B (out, rank)."""
+    num_in = rank_groups * -(-in_size // width)
+    num_out = rank_groups * -(-out_size // width)
+    a = _unpack(tiles[:num_in], rank_groups, width)[:, :in_size]
+    b = _unpack(tiles[num_in : num_in + num_out], rank_groups, width)[:, :out_size]
+    return a, b.t()
+
+
+def _pack(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    rank, size = matrix.shape
+    padded = F.pad(matrix, (0, -size % width, 0, -rank % RANK_GROUP))
+    groups = padded.view(padded.shape[0] // RANK_GROUP, RANK_GROUP, -1, width)
+    return groups.transpose(1, 2).reshape(-1, RANK_GROUP * width)
+
+
+def _unpack(tiles: torch.Tensor, rank_groups: int, width: int) -> torch.Tensor:
+    groups = tiles.view(rank_groups, -1, RANK_GROUP, width).transpose(1, 2)
+    return groups.reshape(rank_groups * RANK_GROUP, -1)
