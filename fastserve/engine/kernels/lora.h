@@ -4,7 +4,8 @@
 // ranks are padded with zeros to a multiple of RANK_GROUP. The factor alpha / rank is part of B. Order in a tile:
 //   A  [W / CHUNK][RANK_GROUP][CHUNK]               a register holds CHUNK inputs of all ranks of the group
 //   B  [W / 16][RANK_GROUP / PAIR][16][PAIR]        like a weight with ranks as inputs (tiles.h)
-// Order of tiles: those of A by slices of W inputs, then those of B by slices of W outputs; in a slice, by rank group.
+// Order of tiles: those of A by rank group and slice of W inputs, then those of B by rank group and slice of W outputs.
+// They lie in planes: parts of blocks of the KV cache that have room for some tiles each.
 //
 // A sum over inputs is made of parts of PART inputs, which are added in order, whoever computes them. So a row's result
 // depends neither on other rows nor on the number of threads.
@@ -28,10 +29,11 @@ template <class T> constexpr int CHUNK = 2 * PAIR<T>;
 
 // A linear layer, or a part of one, that adapters may have weights for.
 struct LoraSite {
-    const int64_t* addresses;  // of tiles
-    const int64_t* first;      // [slots] index in `addresses` of a slot's first tile
+    const int64_t* planes;     // [slots] address of the addresses of a slot's planes
+    const int32_t* first;      // [slots] a slot's first tile
     const int32_t* groups;     // [slots] rank groups; 0: the slot's adapter has no weights for this site
     int64_t in, out, width;    // width: W
+    int64_t plane_tiles;
     int64_t shift;             // the site's output o is output o + shift of the layer
 };
 
@@ -141,6 +143,16 @@ inline LoraSpace& lora_space() {
     return space;
 }
 
+inline int64_t in_slices(const LoraSite& site) { return (site.in + site.width - 1) / site.width; }
+inline int64_t out_slices(const LoraSite& site) { return (site.out + site.width - 1) / site.width; }
+
+template <class T>
+inline const T* tile_at(const LoraSite& site, int32_t slot, int64_t number) {
+    const uint32_t tile = uint32_t(site.first[slot] + number), per_plane = uint32_t(site.plane_tiles);
+    const T* plane = (const T*)((const int64_t*)site.planes[slot])[tile / per_plane];
+    return plane + tile % per_plane * RANK_GROUP * site.width;
+}
+
 template <class T>
 inline void multiply_add_chunk(Vec& sum, const T* a, const T* x) {
 #ifdef __AVX512BF16__
@@ -155,9 +167,9 @@ inline void multiply_add_chunk(Vec& sum, const T* a, const T* x) {
     sum += load(a) * Vec{e, o, e, o, e, o, e, o, e, o, e, o, e, o, e, o};
 }
 
-// Sums of ROWS rows and GROUPS rank groups over the slices `begin` to `end`; two adjacent lanes belong to one rank.
+// Sums of ROWS rows and GROUPS rank groups from `group` on over the slices `begin` to `end`; two adjacent lanes belong to one rank.
 template <class T, int GROUPS, int ROWS>
-__attribute__((noinline)) void shrink_tile(const LoraSite& site, const int64_t* tiles, int64_t groups, int64_t begin,
+__attribute__((noinline)) void shrink_tile(const LoraSite& site, int32_t slot, int64_t group, int64_t begin,
                                            int64_t end, const T* const* x, Vec* out) {
     constexpr int C = CHUNK<T>;
     Vec sums[2][ROWS][GROUPS];
@@ -168,7 +180,7 @@ __attribute__((noinline)) void shrink_tile(const LoraSite& site, const int64_t* 
     for (int64_t slice = begin; slice < end; ++slice) {
         const int64_t from = slice * site.width, count = std::min(site.width, site.in - from);
         const T* a[GROUPS];
-        for (int g = 0; g < GROUPS; ++g) a[g] = (const T*)tiles[slice * groups + g];
+        for (int g = 0; g < GROUPS; ++g) a[g] = tile_at<T>(site, slot, (group + g) * in_slices(site) + slice);
         int64_t i = 0;
         for (; i + 2 * C <= count; i += 2 * C)
 #pragma GCC unroll 2
@@ -192,15 +204,14 @@ __attribute__((noinline)) void shrink_tile(const LoraSite& site, const int64_t* 
 }
 
 template <class T, int GROUPS, int ROWS = SHRINK_ROWS>
-inline void shrink_tile_of(int64_t rows, const LoraSite& site, const int64_t* tiles, int64_t groups, int64_t begin,
-                           int64_t end, const T* const* x, Vec* out) {
+inline void shrink_tile_of(int64_t rows, const LoraSite& site, int32_t slot, int64_t group, int64_t begin, int64_t end,
+                           const T* const* x, Vec* out) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return shrink_tile_of<T, GROUPS, ROWS - 1>(rows, site, tiles, groups, begin, end, x, out);
+        if (rows < ROWS) return shrink_tile_of<T, GROUPS, ROWS - 1>(rows, site, slot, group, begin, end, x, out);
     }
-    shrink_tile<T, GROUPS, ROWS>(site, tiles, groups, begin, end, x, out);
+    shrink_tile<T, GROUPS, ROWS>(site, slot, group, begin, end, x, out);
 }
 
-inline int64_t slices_of(const LoraSite& site) { return (site.in + site.width - 1) / site.width; }
 
 inline int64_t parts_of(const LoraSite& site) { return (site.in + PART - 1) / PART; }
 
@@ -249,11 +260,11 @@ class LoraProducts {
         const LoraSite& site = *sites_[s];
         const int64_t groups = site.groups[place.slot], output = at - site.shift;
         if (!groups) return;
-        const int64_t* tiles = site.addresses + site.first[place.slot] + (slices_of(site) + output / site.width) * groups;
+        const int64_t slices = out_slices(site), first = groups * in_slices(site) + output / site.width;
         const int64_t offset = output % site.width * RANK_GROUP;
         const T* xa = product(s, place.at);
         for (int64_t g = 0; g < groups; ++g, xa += RANK_GROUP) {
-            const T* b = (const T*)tiles[g] + offset;
+            const T* b = tile_at<T>(site, place.slot, first + g * slices) + offset;
 #pragma GCC unroll 8
             for (int rank = 0; rank < RANK_GROUP; rank += PAIR<T>) multiply_add(sums, b + rank * LANES, xa + rank);
         }
@@ -272,16 +283,15 @@ class LoraProducts {
     void compute(LoraSpace& space, int s, const Piece& piece, int64_t group, const T* x, int64_t x_stride, int64_t unit,
                  int64_t part, int64_t shared_parts) const {
         const LoraSite& site = *sites_[s];
-        const int64_t groups = site.groups[piece.slot], rows = piece.end - piece.begin;
-        const int64_t* tiles = site.addresses + site.first[piece.slot] + group;
-        const int64_t parts = parts_of(site), slices = slices_of(site), per_part = std::max<int64_t>(1, PART / site.width);
+        const int64_t rows = piece.end - piece.begin;
+        const int64_t parts = parts_of(site), slices = in_slices(site), per_part = std::max<int64_t>(1, PART / site.width);
         const int32_t* row = view_->rows.data() + piece.begin;
         const auto sums_of = [&](int64_t p, Vec* sums) {
             const int64_t begin = p * per_part, end = std::min(slices, begin + per_part);
             for_tiles<SHRINK_ROWS>(rows, [&](int64_t first, int64_t count) {
                 const T* from[SHRINK_ROWS];
                 for (int64_t r = 0; r < count; ++r) from[r] = x + row[first + r] * x_stride;
-                shrink_tile_of<T, GROUPS>(count, site, tiles, groups, begin, end, from, sums + first * GROUPS);
+                shrink_tile_of<T, GROUPS>(count, site, piece.slot, group, begin, end, from, sums + first * GROUPS);
             });
         };
         const auto put = [&](const Vec* totals) {
