@@ -224,6 +224,13 @@ class _Adapters:
             del self._paths[name]
             self._unloading.pop(name).set_result(info)
 
+    @property
+    def is_busy(self) -> bool:
+        return False
+
+    def wait(self, timeout_s: float) -> None:
+        pass
+
 
 class FakeEngine:
     """An `Engine` (see contract.py)."""

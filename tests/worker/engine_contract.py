@@ -364,7 +364,10 @@ class EngineContract:
 
     async def test_an_error_of_a_call_has_its_type_and_ends_nothing(self, engine: Engine) -> None:
         async with generating(engine, max_tokens=100) as tasks:
-            with pytest.raises(UnsupportedParameterError, match=r"no call CallThatNoEngineKnows; it has Pause, "):
+            with pytest.raises(
+                UnsupportedParameterError,
+                match=r"no call CallThatNoEngineKnows; it has ListAdapters, LoadAdapter, Pause, ",
+            ):
                 await engine.call(CallThatNoEngineKnows())
             with pytest.raises(ConflictError, match="no profile was started"):
                 await engine.call(StopProfile())
