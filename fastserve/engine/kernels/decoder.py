@@ -72,8 +72,8 @@ class DecoderKernel:
         adapters: LoraRowsStruct | None = None,
     ) -> tuple[int, torch.Tensor]:
         """`token_ids` and `positions` (tokens,), `logit_rows` (rows,) of the batch, all int64 -> why other
-        ranks were lost (see all_reduce.h; 0 if they were not), and logits (rows, vocabulary), float32. `adapters`: those
-        of the batch's rows, None where no row has one."""
+        ranks were lost (see all_reduce.h; 0 if they were not), and logits (rows, vocabulary), float32.
+        `adapters`: those of the batch's rows; None where no row has one."""
         self._grow(model, len(token_ids))
         logits = torch.empty(len(logit_rows), model.head.out, dtype=torch.float32)
         space = _Workspace(*(tensor.data_ptr() for tensor in self._activations))

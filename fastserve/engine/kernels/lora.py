@@ -1,6 +1,7 @@
 """The contract of kernels for LoRA adapters of a batch, and the binding of lora.h.
 
-An adapter's low-rank matrices are tiles (adapters/tiles.py). Kernels find them by tables that are updated between steps.
+An adapter's low-rank matrices are tiles (adapters/tiles.py). Kernels find them by tables that change between
+steps.
 """
 
 from __future__ import annotations
