@@ -1,9 +1,10 @@
 """Decode steps with many LoRA adapters in one batch: `python -m benchmarks.adapters --model FOLDER`.
 
 One engine with random adapters decodes greedily, the arms interleaved: prompts of 16 random tokens, and all sequences
-decode in each step that is timed. The bare base model is an arm of the same engine: rows without an adapter compute what
-they would without adapters. Figures are medians over rounds of the median step, and the ratio to the bare base model.
-Without `--model` the model has the shape of Llama 3.1 8B and random weights. Nothing else should run on the machine.
+decode in each step that is timed. The bare base model is an arm of the same engine: rows without an adapter compute
+what they would without adapters. Figures are medians over rounds of the median step, and the ratio to the bare base
+model. Without `--model` the model has the shape of Llama 3.1 8B and random weights. Nothing else should run on the
+machine.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ import torch
 from fastserve.engine.adapters.batch import AdapterBatch
 from fastserve.engine.adapters.tiles import num_rank_groups, pack_tiles, unpack_tiles
 from fastserve.engine.kernels.lora import CpuLoraKernel, TileOrder
+from fastserve.engine.runner.runner import ModelRunner
 
+from .conftest import TinyModels, keep_way
 from .lora_batches import RandomSite, batch_of
+from .test_adapters import assert_same, make_adapter, request, run, serve
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 RANKS = {1: 4, 2: 64, 3: 1, 4: 16, 5: 8, 6: 20, 7: 33}
@@ -99,3 +103,25 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         kernel.add(torch.randn(2, 31), torch.randn(2, 16), [site.tables], batch_of([1, 2]))
     with pytest.raises(RuntimeError, match="adapters cannot be added"):
         kernel.add(torch.randn(2, 32), torch.randn(2, 15), [site.tables], batch_of([1, 2]))
+
+
+def test_steps_with_adapters_are_computed_in_one_call_as_by_the_modules(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    kernel_of(torch.float32)
+    base = tiny_models.path("llama")
+    folders = {f"a{rank}": make_adapter(base, tmp_path / f"a{rank}", rank) for rank in (4, 20)}
+    requests = [
+        request(f"r{index}", list(range(2, 8 + 5 * index)), 6, name, logprobs=0, prompt_logprobs=index % 2 or None)
+        for index, name in enumerate(["a4", "", "a20", "a4", ""])
+    ]
+    answers = {}
+    for way in ("whole_step", "modules"):
+        core = serve(base, folders)
+        runner = core._executor
+        assert isinstance(runner, ModelRunner)
+        keep_way(runner, way)
+        answers[way] = run(core, requests)
+    for name, answer in answers["whole_step"].items():
+        assert_same(answer, answers["modules"][name], name)
+    assert len({tuple(answers["modules"][name].token_ids) for name in ("r0", "r1", "r2")}) == 3

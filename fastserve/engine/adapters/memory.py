@@ -18,6 +18,7 @@ from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, TILE_WIDTHS, num_tiles, tile_width, unpack_tiles
 from fastserve.engine.attention.backend import KVCache
 from fastserve.engine.devices.find import device_of
+from fastserve.engine.kernels.lora import RecordedRows
 
 
 class AdapterMemory:
@@ -64,7 +65,7 @@ class AdapterMemory:
         self._first_tile = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
         self._rank_groups = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
         self._of_slot: list[HostAdapterTables | None] = [None] * num_slots
-        self.batch: AdapterBatch | None = None
+        self.batch: AdapterBatch | RecordedRows | None = None
         """Rows with adapters of the step that is computed."""
 
     @property
@@ -90,7 +91,7 @@ class AdapterMemory:
             joined[0].linear.delta = _Delta(self, joined)
 
     @contextmanager
-    def running(self, batch: AdapterBatch | None) -> Iterator[None]:
+    def running(self, batch: AdapterBatch | RecordedRows | None) -> Iterator[None]:
         """Within the block, layers compute the step of `batch`."""
         self.batch = batch if self.computes else None
         try:
@@ -140,7 +141,7 @@ class AdapterMemory:
     def add(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add the products of the step's adapters: `x` (rows, in), `out` (rows, outputs of the layer)."""
         batch = self.batch
-        if batch is None:
+        if not isinstance(batch, AdapterBatch):
             return
         rows = torch.from_numpy(batch.row_index).to(x.device)
         part = out[:, site.out_begin : site.out_begin + site.out_size]

@@ -7,10 +7,11 @@ steps.
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +64,28 @@ class TilesOfSite(Protocol):
     def tiles_per_plane(self) -> int: ...
 
 
+class RecordedRows(ABC):
+    """The rows of recorded steps by adapter, at fixed addresses: each replay takes the rows that are there."""
+
+    @abstractmethod
+    def fill(self, batch: RowsByAdapter) -> None: ...
+
+    @abstractmethod
+    def first(self, rows: int) -> Self:
+        """The same for steps of at most `rows` rows, on the same memory."""
+
+
 class LoraKernel(Protocol):
     order: TileOrder
 
-    def add(self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter) -> None:
+    def add(
+        self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | RecordedRows
+    ) -> None:
         """Add the products of the rows' adapters for a layer: `x` (rows, in), `out` (rows, outputs of the layer)."""
+        ...
+
+    def recorded_rows(self, rows: int, device: torch.device) -> RecordedRows | None:
+        """For steps of at most `rows` rows; None: steps with adapters cannot be recorded."""
         ...
 
 
@@ -117,9 +135,16 @@ class CpuLoraKernel:
         library = cpu_library(dtype)
         return None if library is None else cls(library, dtype)
 
-    def add(self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter) -> None:
+    def recorded_rows(self, rows: int, device: torch.device) -> RecordedRows | None:
+        return None
+
+    def add(
+        self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | RecordedRows
+    ) -> None:
         """As in `LoraKernel`. Raises RuntimeError when a tensor does not fit the sites."""
         width = x.shape[-1]
+        if isinstance(batch, RecordedRows):
+            raise RuntimeError("steps cannot be recorded on CPUs")
         if (
             x.dtype != self._dtype
             or out.dtype != self._dtype

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastserve.engine.kernels.lora import RowsByAdapter, TileOrder, TilesOfSite
+from fastserve.engine.kernels.lora import RecordedRows, RowsByAdapter, TileOrder, TilesOfSite
 
 MAX_RANK = 256
 _ROWS = 16
@@ -122,7 +122,7 @@ def _expand(
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceRows:
+class DeviceRows(RecordedRows):
     """The rows of a step by adapter on the device, int32, as pieces; a piece that ends where it begins has no rows."""
 
     row_index: torch.Tensor
@@ -140,13 +140,14 @@ class DeviceRows:
         index, pieces = torch.from_numpy(batch.row_index), torch.from_numpy(pieces_of(batch))
         return cls(index.to(device, non_blocking=True), *pieces.to(device, non_blocking=True))
 
-    def fill(self, batch: RowsByAdapter | None) -> None:
-        """Replace the rows; None: no row has an adapter."""
+    def first(self, rows: int) -> DeviceRows:
+        return DeviceRows(self.row_index[:rows], self.piece_slot[:rows], self.piece_begin[:rows], self.piece_end[:rows])
+
+    def fill(self, batch: RowsByAdapter) -> None:
         packed = np.zeros((4, len(self.row_index)), dtype=np.int32)
-        if batch is not None:
-            pieces = pieces_of(batch)
-            packed[0, : len(batch.row_index)] = batch.row_index
-            packed[1:, : pieces.shape[1]] = pieces
+        pieces = pieces_of(batch)
+        packed[0, : len(batch.row_index)] = batch.row_index
+        packed[1:, : pieces.shape[1]] = pieces
         sent = torch.from_numpy(packed).to(self.row_index.device, non_blocking=True)
         for to, part in zip((self.row_index, self.piece_slot, self.piece_begin, self.piece_end), sent, strict=True):
             to.copy_(part)
@@ -175,11 +176,18 @@ class TritonLoraKernel:
     def __init__(self) -> None:
         self._last: tuple[RowsByAdapter, DeviceRows] | None = None
 
+    def recorded_rows(self, rows: int, device: torch.device) -> RecordedRows | None:
+        return DeviceRows.empty(rows, device)
+
     def add(
-        self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | DeviceRows
+        self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | RecordedRows
     ) -> None:
-        """As in `LoraKernel`; also for rows that are on the device."""
-        rows = batch if isinstance(batch, DeviceRows) else self._rows(batch, x.device)
+        """As in `LoraKernel`."""
+        if isinstance(batch, RecordedRows):
+            assert isinstance(batch, DeviceRows)
+            rows = batch
+        else:
+            rows = self._rows(batch, x.device)
         count, num_pieces = len(rows.row_index), len(rows.piece_slot)
         in_float32 = _INTERPRETED or x.dtype == torch.float32
         for site in sites:
