@@ -179,6 +179,7 @@ class EngineCore:
             pausing=self.pausing.is_pausing,
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_blocks - scheduler.pool.num_free,
+            adapters=self.adapters.stats if isinstance(self.adapters, AdapterManager) else None,
             steps=self._steps,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,

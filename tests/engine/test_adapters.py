@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastserve.engine.adapters.manager import AdapterManager
 from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingParams
@@ -364,16 +364,41 @@ def test_layers_of_other_architectures_are_targets(
     assert answer.logprobs != pytest.approx(of_base.answer(None, one).logprobs, abs=1e-2)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_products_are_added_to_those_of_a_quantized_base(
+    tiny_models: TinyModels, folders: dict[str, Path], quantize: str
+) -> None:
+    """The reference: the quantized weights, dequantized, with the adapter added to them."""
+    core = serve(tiny_models.path("llama"), folders, settings={"weights": WeightOptions(quantize=quantize)})
+    model = plain(tiny_models.path("llama"))
+    tensors = load_file(folders["a1"] / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(core.weights.get(name))
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{key}.lora_A.weight" in tensors:
+                parameter.add_(tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"] * (6 / RANKS[1]))
+    ids = list(range(2, 40))
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[at, token]) for at, token in enumerate(ids[1:])]
+    answer = run(core, [request("r", ids, 1, "a1", prompt_logprobs=0)])["r"]
+    assert answer.prompt_logprobs == pytest.approx(expected, abs=0.1, rel=0.01)
+
+
 def test_memory_grows_by_the_bounds_and_no_more(tiny_models: TinyModels, folders: dict[str, Path]) -> None:
     """200 registered adapters: copies in host memory and blocks are bounded."""
     many = {f"n{index}": folders["a0"] for index in range(200)}
-    core = serve(tiny_models.path("llama"), many, max_cpu_loras=5, settings={"max_total_tokens": 16 * 60})
+    core = serve(tiny_models.path("llama"), many, max_loras=4, max_cpu_loras=5, settings={"max_total_tokens": 16 * 60})
     requests = [request(f"r{index}", [5 + index % 7], 2, f"n{index}") for index in range(0, 200, 4)]
     answers = run(core, requests)
     assert all(len(answer.token_ids) == 2 for answer in answers.values())
     infos = manager(core).infos()
     assert len(infos) == 200
-    assert sum(info.location == "host" for info in infos) <= 5
+    stats = core.stats.adapters
+    assert stats is not None
+    assert (stats.num_adapters, stats.num_on_host, stats.num_running) == (200, 5, 0)
+    assert stats.evictions == stats.loads - stats.num_on_device > 0
     held = sum(len(blocks) for blocks in manager(core).held_blocks)
     assert held == core.scheduler.pool.num_blocks - core.scheduler.pool.num_free
 

@@ -4,7 +4,7 @@ An adapter takes blocks of the same pool as the KV cache while it is on the devi
 requests that use it; when nobody does, it is idle, and gives its blocks back when they are needed, least recently used
 first. A thread reads adapters of waiting requests from disk, one at a time and in the order in which they were asked
 for; a step never waits for it. Copies in host memory are bounded, and given up least recently used first, but those
-that a waiting request needs.
+that a request needs.
 
 An adapter that is replaced or unloaded stays until its last request is done. Each one that is loaded has a number of
 its own, which is part of the root of its prefix cache: so keys and values of another one of the same name are never
@@ -20,10 +20,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from fastserve.engine.contract import AdapterInfo
+from fastserve.engine.contract import AdapterInfo, AdapterStats
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.settings import AdapterOptions
-from fastserve.errors import ConflictError, FastserveError, InternalError, ModelNotFoundError, OverloadedError
+from fastserve.errors import (
+    ConflictError,
+    FastserveError,
+    InternalError,
+    ModelNotFoundError,
+    OverloadedError,
+    StartupError,
+)
 from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
@@ -125,13 +132,21 @@ class AdapterManager:
     """Called by the engine's thread alone."""
 
     def __init__(self, store: AdapterStore, options: AdapterOptions, pool: BlockPool) -> None:
-        """Raises InvalidRequestError for an adapter of the options that cannot be served."""
+        """Raises InvalidRequestError for an adapter of the options that cannot be served, StartupError for options that
+        exclude each other."""
+        if options.max_cpu_loras < options.max_loras:
+            raise StartupError(
+                f"--max-cpu-loras is {options.max_cpu_loras}, and --max-loras {options.max_loras}: each adapter of a "
+                "step has a copy in host memory too, so raise the former or lower the latter."
+            )
         self._store = store
         self._options = options
         self._pool = pool
         self._by_name: dict[str, Adapter] = {}
         self._next_number = 1
         self._free_slots = list(range(store.num_slots - 1, 0, -1))
+        self.loads = 0
+        self.evictions = 0
         self._on_device: OrderedDict[Adapter, None] = OrderedDict()
         """Least recently used first."""
         self._on_host: OrderedDict[Adapter, None] = OrderedDict()
@@ -255,6 +270,7 @@ class AdapterManager:
         adapter.block_ids = self._pool.allocate(needed)
         self._store.place(adapter.slot, adapter.host, adapter.block_ids)
         adapter.loads += 1
+        self.loads += 1
         self._on_device[adapter] = None
         self._on_host.move_to_end(adapter)
         self._start_reading()
@@ -277,6 +293,7 @@ class AdapterManager:
         for adapter in self._on_device:
             if not adapter.num_running and adapter is not but:
                 self._evict(adapter)
+                self.evictions += 1
                 return True
         return False
 
@@ -345,9 +362,10 @@ class AdapterManager:
         self._read = (adapter, self._thread.submit(self._store.read, adapter.path, adapter.shape))
 
     def _make_room_on_host(self) -> bool:
-        """Give up copies until one more may be made; False if waiting requests need them all."""
+        """Give up copies until one more may be made; False if requests need them all. A request keeps its adapter's
+        copy until its end, or a preempted one might wait for room that others hold."""
         while len(self._on_host) >= self._options.max_cpu_loras:
-            found = next((one for one in self._on_host if one.slot or not one.num_users), None)
+            found = next((one for one in self._on_host if not one.num_users), None)
             if found is None:
                 return False
             del self._on_host[found]
@@ -399,6 +417,17 @@ class AdapterManager:
             raise RuntimeError("an adapter does not hold its blocks")
         if len(self._on_host) > self._options.max_cpu_loras:
             raise RuntimeError("there are too many copies in host memory")
+
+    @property
+    def stats(self) -> AdapterStats:
+        return AdapterStats(
+            num_adapters=len(self._by_name),
+            num_on_device=len(self._on_device),
+            num_on_host=len(self._on_host),
+            num_running=self._num_distinct,
+            loads=self.loads,
+            evictions=self.evictions,
+        )
 
     @property
     def held_blocks(self) -> list[list[int]]:
