@@ -88,8 +88,8 @@ def make_core(folder: str, adapters: Sequence[tuple[str, str]], args: argparse.N
     )
 
 
-def step_s(core: EngineCore, arm: Arm, names: Sequence[str], vocabulary: int, new_tokens: int) -> float:
-    """Median seconds of a step in which all sequences decode."""
+def decode(core: EngineCore, arm: Arm, names: Sequence[str], vocabulary: int, new_tokens: int) -> list[float]:
+    """Seconds of each step in which all sequences decode."""
     chosen = random.Random(arm.clients)
     counts = dict.fromkeys(map(str, range(arm.clients)), 0)
     for index in range(arm.clients):
@@ -110,7 +110,7 @@ def step_s(core: EngineCore, arm: Arm, names: Sequence[str], vocabulary: int, ne
             if output.error is not None:
                 raise RuntimeError(output.error)
             counts[output.request_id] += len(output.token_ids)
-    return statistics.median(times)
+    return times
 
 
 def main() -> None:
@@ -153,9 +153,9 @@ def main() -> None:
                 of_kind = [] if arm.kind is None else names[arm.kind]
                 # Adapters are read in the first round, which is not counted.
                 new_tokens = args.new_tokens if number else 4
-                found = step_s(core, arm, of_kind, config.vocab_size, new_tokens)
+                found = decode(core, arm, of_kind, config.vocab_size, new_tokens)
                 if number:
-                    times[arm].append(found)
+                    times[arm].append(statistics.median(found))
         bare = {arm.clients: statistics.median(times[arm]) for arm in arms if arm.kind is None}
         print("| clients | adapters | step, ms | tokens/s | of the bare base | aim |\n|---|---|---|---|---|---|")
         for arm in arms:

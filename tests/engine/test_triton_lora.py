@@ -16,7 +16,8 @@ from .triton_interpreter import DEVICES, import_kernels
 
 module: Any = import_kernels("triton_lora")
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+"""Triton's interpreter truncates to bfloat16 in place of rounding."""
 RANKS = {1: 4, 2: 64, 3: 1, 4: 16, 5: 8, 6: 20}
 
 

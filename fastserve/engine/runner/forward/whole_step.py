@@ -225,7 +225,7 @@ class WholeStepForward:
 
     def _site(self, linear: torch.nn.Module | None, out_begin: int = 0) -> int | None:
         """The address of a site's struct; None if adapters cannot change the layer."""
-        site = self._sites.pop((linear, out_begin), None)
+        site = self._sites.pop((linear, out_begin), None) if isinstance(linear, Linear) else None
         if site is None or self._adapters is None:
             return None
         struct = LoraSiteStruct.of(self._adapters.tables(site), 0)
