@@ -107,6 +107,12 @@ class Run {
         return LoraProducts<T>(team, *lora, *view, sites.begin(), int(sites.size()), x, x_stride);
     }
 
+    static auto prefetch(const LoraProducts<T>& adapters) {
+        return [&](int which, int64_t begin, int64_t end, int64_t at, int64_t outs) {
+            adapters.prefetch(which, begin, end, at, outs);
+        };
+    }
+
     void embed() {
         const float scale = m.embedding_scale;
         const bool is_cut = m.ranks && m.vocabulary;
@@ -161,7 +167,7 @@ class Run {
             adapters.add_to(sums, 0, r, at);
             if (partial) store_some(partial + r * m.hidden + at, sums, outs);
             else put(r, at, sums, outs);
-        });
+        }, prefetch(adapters));
         if (partial) all_reduce(put);
         if (!norm) return;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
@@ -186,7 +192,7 @@ class Run {
         products(team, x, m.hidden, rows, weights, 3, [&](int which, int64_t r, int64_t at, Vec sums, int outs) {
             adapters.add_to(sums, which, r, at);
             store_some(to[which] + r * strides[which] + at, sums, outs);
-        });
+        }, prefetch(adapters));
         const Layer call = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
                              m.heads, m.kv_heads, D, D, m.block_size, layer.window, 0, m.scaling, m.softcap};
         team.share(rows, rows_at_once(Q), [&](int64_t r) {
@@ -237,7 +243,8 @@ class Run {
                            adapters.add_to(up, 1, r, at);
                            T* out = inner + r * m.intermediate + at;
                            store_some(out, (gelu ? gelu_tanh(gate) : silu(gate)) * up, outs);
-                       });
+                       },
+                       prefetch(adapters));
         add(inner, layer.down, layer.down_lora, layer.mlp_out_norm);
     }
 
@@ -252,7 +259,7 @@ class Run {
             if (cap != 0.0f)
                 for (int i = 0; i < LANES; ++i) sums[i] = std::tanh(sums[i] / cap) * cap;
             store_some(logits + r * m.head.out + at, sums, outs);
-        });
+        }, prefetch(adapters));
     }
 };
 

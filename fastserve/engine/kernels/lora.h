@@ -270,6 +270,25 @@ class LoraProducts {
         }
     }
 
+    // Have the parts of B that some rows need for `outputs` outputs of the layer on their way before they are added.
+    void prefetch(int s, int64_t begin, int64_t end, int64_t at, int64_t outputs) const {
+        if (!view_ || !sites_[s]) return;
+        const LoraSite& site = *sites_[s];
+        const int64_t slices = out_slices(site), output = at - site.shift;
+        const int64_t size = std::min(outputs, site.width - output % site.width) * RANK_GROUP;
+        int32_t last = -1;
+        for (int64_t row = begin; row < end; ++row) {
+            const Place place = view_->places[row];
+            if (place.at < 0 || place.slot == last) continue;
+            last = place.slot;
+            const int64_t groups = site.groups[last], first = groups * in_slices(site) + output / site.width;
+            for (int64_t g = 0; g < groups; ++g) {
+                const T* b = tile_at<T>(site, last, first + g * slices) + output % site.width * RANK_GROUP;
+                for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(b + i, 0, 2);
+            }
+        }
+    }
+
   private:
     const LoraView* view_ = nullptr;
     const LoraSite* sites_[MAX_SITES];
