@@ -87,7 +87,7 @@ def build_rank(
     if config.adapters is not None:
         more = -(-config.adapters.pool_size_lora // config.block_size)
         sizes = replace(sizes, num_blocks=sizes.num_blocks + more)
-        make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks)
+        make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks, collectives)
     runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
     return RankModel(loaded, draft, sizes, runner, _measure(runner, sizes.num_blocks, config))
 
@@ -151,7 +151,7 @@ def build_core(
         speculator=_make_speculator(config, speed, draft_model),
         overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
         weights=weights,
-        make_adapters=_adapters_maker(config, loaded, runner),
+        make_adapters=_adapters_maker(config, loaded, runner, send_to_ranks),
     )
 
 
@@ -176,7 +176,7 @@ def _load(
         ),
         options=weights,
         collectives=collectives,
-        has_adapters=has_adapters and collectives.size == 1,
+        has_adapters=has_adapters,
     )
     if config.debug:
         logger.info("%s", loaded.model)
@@ -187,21 +187,22 @@ def _load(
 
 
 def _make_adapter_memory(
-    options: AdapterOptions, loaded: LoadedModel, num_blocks: int, caches: Sequence[KVCache]
+    options: AdapterOptions, loaded: LoadedModel, num_blocks: int, collectives: Collectives, caches: Sequence[KVCache]
 ) -> AdapterMemory:
     """The memory of adapters beside the KV cache, attached to the model's layers."""
     if loaded.placement is not None or loaded.adapter_targets is None:
         raise StartupError(
-            "Adapters are served by a model that is whole on one device: leave out the adapters' flags, or --num-gpus, "
-            "--cpu-offloading and --tp-size."
+            "Adapters are served where a model, or each of its ranks, is on one device: leave out the adapters' flags, "
+            "or --num-gpus and --cpu-offloading."
         )
     memory = AdapterMemory(
-        find_sites(loaded.model, loaded.adapter_targets),
+        find_sites(loaded.model, loaded.adapter_targets, collectives.rank),
         caches,
         loaded.dtype,
         loaded.device,
         num_slots=1 + min(num_blocks, max(options.max_loras, options.max_cpu_loras)),
         shares_blocks=not options.no_mem_pool,
+        smallest=lambda values: (-collectives.all_reduce_max(-torch.tensor(values))).tolist(),
         computes=not options.no_lora_compute,
         pads_ranks=options.bmm,
     )
@@ -210,7 +211,7 @@ def _make_adapter_memory(
 
 
 def _adapters_maker(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, send_to_ranks: Send | None
 ) -> Callable[[BlockPool], AdapterManager] | None:
     memory, targets = runner.adapter_memory, loaded.adapter_targets
     if config.adapters is None or memory is None or targets is None:
@@ -225,7 +226,7 @@ def _adapters_maker(
         pins_memory=device_of(loaded.device).pins_memory,
         order=memory.order,
     )
-    return partial(AdapterManager, DeviceStore(reader, memory), config.adapters)
+    return partial(AdapterManager, DeviceStore(reader, memory, send_to_ranks), config.adapters)
 
 
 def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -> LoadedModel | None:

@@ -31,7 +31,16 @@ from fastserve.engine.memory import (
     use_one_heap,
 )
 from fastserve.engine.plan import StepPlan
-from fastserve.engine.ranks.messages import EndRank, ExecuteStep, RankCommand, RankSettings, ReadWeight, WriteWeight
+from fastserve.engine.ranks.messages import (
+    ClearAdapter,
+    EndRank,
+    ExecuteStep,
+    PlaceAdapter,
+    RankCommand,
+    RankSettings,
+    ReadWeight,
+    WriteWeight,
+)
 from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import (
     CHECK_INTERVAL_S,
@@ -46,6 +55,7 @@ from fastserve.errors import EngineDeadError, FastserveError
 from fastserve.observability.logging import setup_logging
 
 if TYPE_CHECKING:
+    from fastserve.engine.adapters.memory import AdapterMemory
     from fastserve.engine.runner.runner import ModelRunner
 
 logger = logging.getLogger("fastserve.engine")
@@ -57,7 +67,8 @@ _NO_PLAN = StepPlan([], [], [])
 class Follower:
     """Does what rank 0 does, on this rank's part of the model."""
 
-    def __init__(self, runner: ModelRunner, weights: Weights) -> None:
+    def __init__(self, runner: ModelRunner, weights: Weights, rank: int) -> None:
+        self._rank = rank
         self._runner = runner
         self._weights = weights
         self._last = _NO_PLAN
@@ -78,9 +89,20 @@ class Follower:
 
                 with contextlib.suppress(ValueError):  # another shape: rank 0 reports it
                     self._weights.set(command.name, weight_of(command))
+            case PlaceAdapter():
+                from fastserve.engine.adapters.store import place_part
+
+                place_part(self._adapters(), command, self._rank)
+            case ClearAdapter(slot):
+                self._adapters().clear(slot)
             case EndRank():
                 return False
         return True
+
+    def _adapters(self) -> AdapterMemory:
+        if self._runner.adapter_memory is None:
+            raise RuntimeError("this rank has no memory for adapters")
+        return self._runner.adapter_memory
 
 
 def main() -> None:
@@ -130,7 +152,7 @@ def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:
         socket.send(msgspec.msgpack.encode(StartFailed(message)))
         return 1
     end_loading()
-    follower = Follower(model.runner, model.loaded.weights)
+    follower = Follower(model.runner, model.loaded.weights, settings.rank)
     decode = msgspec.msgpack.Decoder(RankCommand).decode
     try:
         while follower.handle(decode(socket.recv())):

@@ -7,7 +7,7 @@ adapters have memory of their own, divided in the same way, and their blocks onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,14 +31,16 @@ class AdapterMemory:
         *,
         num_slots: int,
         shares_blocks: bool,
+        smallest: Callable[[Sequence[int]], list[int]] = list,
         computes: bool = True,
         pads_ranks: bool = False,
     ) -> None:
         """`caches`: the KV cache of each layer. `num_slots`: maximum number of adapters on the device, and one more.
-        `shares_blocks`: False for memory of their own. `computes`: whether products are added. `pads_ranks`: whether a
+        `shares_blocks`: False for memory of their own. `smallest`: the smallest of each number over all ranks, so that
+        all have tiles of one size. `computes`: whether products are added. `pads_ranks`: whether a
         step's products are one padded batch, for measurements."""
         self.sites = tuple(sites.values())
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self.computes = computes
         self._pads_ranks = pads_ranks
@@ -47,16 +49,22 @@ class AdapterMemory:
         self.order = PLAIN if self.kernel is None else self.kernel.order
         self._layers = [part.view(len(part), -1) for cache in caches for part in cache]
         """Planes of all blocks: (blocks, elements) for each layer's keys and values."""
-        smallest: int = min(layer.shape[1] for layer in self._layers)
-        width = tile_width(smallest)
-        self.shares_blocks = shares_blocks and width is not None and all(layer.dtype == dtype for layer in self._layers)
+        plane_size, block_bytes, has_dtype = smallest(
+            [
+                min(layer.shape[1] for layer in self._layers),
+                sum(layer.shape[1] * layer.dtype.itemsize for layer in self._layers),
+                all(layer.dtype == dtype for layer in self._layers),
+            ]
+        )
+        width = tile_width(plane_size)
+        self.shares_blocks = shares_blocks and width is not None and bool(has_dtype)
         self.width = width or TILE_WIDTHS[-1]
-        self._tile_size = RANK_GROUP * self.width
-        self.tiles_per_plane: int = max(1, smallest // self._tile_size)
+        self.tile_size = RANK_GROUP * self.width
+        """Values of a tile."""
+        self.tiles_per_plane: int = max(1, plane_size // self.tile_size)
         self.planes_per_block: int = len(self._layers)
         if not self.shares_blocks:
-            block_bytes = sum(layer.shape[1] * layer.dtype.itemsize for layer in self._layers)
-            plane_bytes = self.tiles_per_plane * self._tile_size * dtype.itemsize
+            plane_bytes = self.tiles_per_plane * self.tile_size * dtype.itemsize
             self.planes_per_block = max(1, block_bytes // plane_bytes)
         self._planes: list[list[torch.Tensor]] = [[] for _ in range(num_slots)]
         """Of each slot, (tiles, values of a tile)."""
@@ -103,12 +111,12 @@ class AdapterMemory:
         """Copy an adapter to the device, into `block_ids`."""
         per_plane = self.tiles_per_plane
         count = -(-len(host.tiles) // per_plane)
-        used = per_plane * self._tile_size
+        used = per_plane * self.tile_size
         if self.shares_blocks:
             planes = [layer[block_id, :used] for block_id in block_ids for layer in self._layers][:count]
         else:
-            planes = list(torch.zeros((count, used), dtype=self._dtype, device=self._device))
-        planes = [plane.view(per_plane, self._tile_size) for plane in planes]
+            planes = list(torch.zeros((count, used), dtype=self.dtype, device=self._device))
+        planes = [plane.view(per_plane, self.tile_size) for plane in planes]
         for plane, tiles in zip(planes, host.tiles.split(per_plane), strict=True):
             plane[: len(tiles)].copy_(tiles, non_blocking=True)
         addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(self._device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from fastserve.engine.adapters.manager import AdapterShape
 from fastserve.engine.adapters.sites import Site
-from fastserve.engine.adapters.tiles import PLAIN, num_rank_groups, num_tiles, pack_tiles
+from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
 from fastserve.engine.kernels.lora import TileOrder
 from fastserve.engine.loading.lora.parts import LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import AdapterSettings, read_settings
@@ -24,7 +24,7 @@ MERGE_AT_START = "Serve it merged instead, with its folder as --model-path."
 
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter in host memory."""
+    """One rank's part of an adapter in host memory."""
 
     tiles: torch.Tensor
     """(tiles, values of a tile)"""
@@ -69,47 +69,55 @@ class AdapterReader:
         """Read the settings and the shapes. Raises InvalidRequestError for a folder that is no adapter of this model,
         or an adapter that cannot be applied in a batch."""
         changes = self._changes(path)
-        count = sum(self._num_tiles(change) for change in changes)
+        count = max(self._count(changes, rank) for rank in range(self._targets.num_ranks))
         return AdapterShape(
             rank=max(change.rank for change in changes),
             targets=tuple(sorted({change.site.path.rpartition(".")[2] for change in changes})),
-            num_bytes=count * 8 * self._width * self._dtype.itemsize,
+            num_bytes=count * RANK_GROUP * self._width * self._dtype.itemsize,
             num_blocks=-(-count // self._tiles_per_block),
             stamp=_stamp(Path(path)),
         )
 
-    def read(self, path: str, shape: AdapterShape) -> HostAdapter:
-        """Read all of it. Raises InvalidRequestError, also when the files have changed since `shape` was read."""
+    def read(self, path: str, shape: AdapterShape) -> list[HostAdapter]:
+        """Read all of it: the part of each rank. Raises InvalidRequestError, also when the files have changed since
+        `shape` was read."""
         if shape.stamp != _stamp(Path(path)):
             raise InvalidRequestError(
                 f"The files of the adapter in {path} were changed or removed since it was loaded; load it again, "
                 "replacing the one of its name."
             )
         changes = self._changes(path)
-        first_tile = np.zeros(len(self._sites), dtype=np.int32)
-        rank_groups = np.zeros(len(self._sites), dtype=np.int32)
-        count = sum(self._num_tiles(change) for change in changes)
-        tiles = torch.empty((count, 8 * self._width), dtype=self._dtype, pin_memory=self._pins_memory)
-        at = 0
+        parts = [self._empty(changes, rank) for rank in range(self._targets.num_ranks)]
+        at = [0] * len(parts)
         for change in changes:
             try:
                 a, b = change.parts.a.read().float(), change.parts.b.read().float() * change.scale
             except (StartupError, OSError, ValueError, RuntimeError) as error:
                 raise InvalidRequestError(f"{change.parts.a.file} cannot be read: {error}") from error
-            packed = pack_tiles(a, b, self._width, self._order).to(self._dtype)
-            if not bool(packed.isfinite().all()):
-                raise InvalidRequestError(
-                    f"{change.parts.a.file}: {change.parts.a.name} or {change.parts.b.name} is not finite in the dtype "
-                    "of the model. Start with --dtype float32, or train the adapter again."
-                )
-            tiles[at : at + len(packed)] = packed
-            first_tile[change.site.index] = at
-            rank_groups[change.site.index] = num_rank_groups(change.rank)
-            at += len(packed)
-        return HostAdapter(tiles, first_tile, rank_groups)
+            for rank, part in enumerate(parts):
+                of_rank = self._targets.part(change.site.path, rank, a, b)
+                packed = pack_tiles(*of_rank, self._width, self._order).to(self._dtype)
+                if not bool(packed.isfinite().all()):
+                    raise InvalidRequestError(
+                        f"{change.parts.a.file}: {change.parts.a.name} or {change.parts.b.name} is not finite in the "
+                        "dtype of the model. Start with --dtype float32, or train the adapter again."
+                    )
+                begin, at[rank] = at[rank], at[rank] + len(packed)
+                part.tiles[begin : at[rank]] = packed
+                part.first_tile[change.site.index] = begin
+                part.rank_groups[change.site.index] = num_rank_groups(change.rank)
+        return parts
 
-    def _num_tiles(self, change: _LowRank) -> int:
-        return num_tiles(change.rank, change.site.in_size, change.site.out_size, self._width)
+    def _empty(self, changes: Sequence[_LowRank], rank: int) -> HostAdapter:
+        tables = (np.zeros(len(self._sites), dtype=np.int32) for _ in range(2))
+        shape = (self._count(changes, rank), RANK_GROUP * self._width)
+        return HostAdapter(torch.empty(shape, dtype=self._dtype, pin_memory=self._pins_memory), *tables)
+
+    def _count(self, changes: Sequence[_LowRank], rank: int) -> int:
+        """Number of tiles of a rank's part."""
+        return sum(
+            num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width) for change in changes
+        )
 
     def _changes(self, path: str) -> list[_LowRank]:
         """In the order of the sites."""
@@ -169,7 +177,8 @@ class AdapterReader:
                 "(target_modules, exclude_modules, layers_to_transform). Save the adapter again."
             )
         rank = settings.rank_of(names)
-        needed = ((rank, site.in_size), (site.out_size, rank))
+        in_size, out_size = self._targets.sizes[path]
+        needed = ((rank, in_size), (out_size, rank))
         if (tuple(a.shape), tuple(b.shape)) != needed:
             raise InvalidRequestError(
                 f"{a.file}: {a.name} and {b.name} have the shapes {a.shape} and {b.shape}; with the rank of "

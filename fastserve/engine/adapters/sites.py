@@ -23,19 +23,22 @@ class Site:
     """First of the site's outputs in the product of a joined layer."""
 
 
-def find_sites(model: torch.nn.Module, targets: AdapterTargets) -> dict[str, Site]:
-    """Sites by path, in the model's order."""
+def find_sites(model: torch.nn.Module, targets: AdapterTargets, rank: int) -> dict[str, Site]:
+    """Sites of a rank by path, in the model's order, which is the same on all ranks."""
     sites: dict[str, Site] = {}
-    for path, (in_size, out_size) in targets.sizes.items():
+    for path in targets.sizes:
         found = _find(model, path)
         if found is not None:
             linear, out_begin = found
+            in_size, out_size = targets.part_sizes(path, rank)
             sites[path] = Site(len(sites), path, linear, in_size, out_size, out_begin)
     return sites
 
 
 def _find(model: torch.nn.Module, path: str) -> tuple[Linear, int] | None:
     parent_path, _, name = path.rpartition(".")
+    if ".experts." in f".{path}.":
+        return None  # its rows are those of the expert's tokens, not those of the batch
     parent = model.get_submodule(parent_path)
     if isinstance(parent, FusedGatedMLP) and name in ("gate_proj", "up_proj"):
         half: int = parent.parts[0].get().shape[0]

@@ -111,8 +111,8 @@ def load_model(
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
-    adapter_targets = AdapterTargets(model) if has_adapters else None
     partition = Partition.of(model, collectives)
+    adapter_targets = AdapterTargets(model, partition.plan.weights, collectives.size) if has_adapters else None
     if collectives.size > 1 and collectives.rank == 0:
         require_divisible(model, collectives.size)
     collectives.barrier()  # no rank reads weights before all have found that they can be divided

@@ -45,10 +45,33 @@ class WriteWeight(msgspec.Struct, frozen=True, tag=True):
     data: bytes
 
 
+class AdapterPart(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's part of an adapter (see engine/adapters/reading.py)."""
+
+    tiles: bytes
+    first_tile: list[int]
+    rank_groups: list[int]
+
+
+class PlaceAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Put an adapter on the device, before the next step."""
+
+    slot: int
+    block_ids: list[int]
+    parts: list[AdapterPart]
+    """Those of rank 1 and up."""
+
+
+class ClearAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget the adapter of a slot, before the next step."""
+
+    slot: int
+
+
 class EndRank(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-RankCommand = ExecuteStep | ReadWeight | WriteWeight | EndRank
+RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | EndRank
 RankEvent = StartFailed
 """A rank other than 0 reports this alone: what it computes reaches rank 0 through collectives."""

@@ -1,0 +1,50 @@
+"""Adapters of a model that is divided over two processes: the same answers as undivided."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from fastserve.engine.client import EngineProcess
+from fastserve.engine.contract import EngineRequest
+from fastserve.engine.settings import AdapterOptions, EngineConfig
+
+from .conftest import TinyModels
+from .test_adapters import LAYERS, Answer, assert_same, make_adapter, mixture, run, serve, take
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("llama", LAYERS), pytest.param("gpt2", ("c_attn", "c_proj", "c_fc"), marks=pytest.mark.slow)]
+)
+async def test_two_ranks_answer_a_mixture_as_one_does(
+    tiny_models: TinyModels, tmp_path: Path, name: str, layers: tuple[str, ...]
+) -> None:
+    base = tiny_models.path(name)
+    folders = {f"x{rank}": make_adapter(base, tmp_path / f"x{rank}", rank, layers) for rank in (4, 20, 9)}
+    requests = mixture(["", *folders], 12, seed=5)
+    expected = run(serve(base, folders), requests)
+    modules = tuple((adapter, str(folder)) for adapter, folder in folders.items())
+    config = EngineConfig(
+        model_dir=base, device="cpu", dtype="float32", tp_size=2, max_total_tokens=16 * 60,
+        adapters=AdapterOptions(modules=modules, max_loras=2, max_cpu_loras=2),
+    )  # fmt: skip
+    engine = EngineProcess(config)
+    await engine.start(lambda _: None)
+    try:
+        answers = {one.request_id: Answer() for one in requests}
+
+        async def ask(one: EngineRequest) -> None:
+            with engine.generate(one) as outputs:
+                async for output in outputs:
+                    take(output, answers)
+
+        await asyncio.gather(*map(ask, requests))
+        for one in requests:
+            assert_same(answers[one.request_id], expected[one.request_id], f"{one.request_id} {one.adapter}")
+        stats = engine.stats.adapters
+        assert stats is not None
+        assert stats.loads >= 3
+    finally:
+        await engine.close()
