@@ -225,6 +225,7 @@ def _adapters_maker(
         tiles_per_block=memory.tiles_per_block,
         max_rank=config.adapters.max_lora_rank,
         pins_memory=device_of(loaded.device).pins_memory,
+        order=memory.order,
     )
     return partial(AdapterManager, DeviceStore(reader, memory, send_to_ranks), config.adapters)
 

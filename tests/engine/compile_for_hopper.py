@@ -14,11 +14,14 @@ from triton.compiler import ASTSource
 
 from fastserve.engine.kernels import triton_attention as attention
 from fastserve.engine.kernels import triton_elementwise as elementwise
+from fastserve.engine.kernels import triton_lora as lora
 from fastserve.engine.kernels import triton_quantized as codes
 
 _HOPPER = GPUTarget("cuda", 90, 32)
 _UINT8 = {"codes"}
 _INT32 = {"order", "slot_mapping", "block_table", "starts", "counts", "seq_lens", "item_sequence", "item_first"}
+_INT32 |= {"first_tile", "rank_groups", "row_index", "piece_slot", "piece_begin", "piece_end"}
+_INT64 = {"planes"}
 _FLOAT32 = {"scales", "offsets", "table", "parts", "part_peaks", "part_totals"}
 _FLOATS = {"scaling", "softcap", "eps", "offset"}
 _UNALIGNED = {"rows", "table_stride", "min_split", "part_tokens"}
@@ -32,6 +35,7 @@ _STRIDES = {
     "x_token",
     "x_head",
     "x_row",
+    "out_row",
 }
 
 
@@ -42,6 +46,8 @@ def type_of(name: str) -> str:
         return "i32"
     if name in _UINT8:
         return "*u8"
+    if name in _INT64:
+        return "*i64"
     return "*i32" if name in _INT32 else "*fp32" if name in _FLOAT32 else "*bf16"
 
 
@@ -79,6 +85,11 @@ def compile_codes(bits: int, rows: int, **options: Any) -> dict[str, int]:
     return compile_kernel(codes._multiply, constants | options, num_warps=4, num_stages=4)
 
 
+def compile_lora(kernel: Any, **more: int) -> dict[str, int]:
+    constants = {"IN": 4096, "WIDTH": 128, "PER_PLANE": 8, "SPLITS": 8, "MAX_RANK": lora.MAX_RANK, "ROWS": 16}
+    return compile_kernel(kernel, constants | {"IN_FLOAT32": False} | more, num_warps=4)
+
+
 def main() -> None:
     wide, narrow = attention.wide_tiling(4, 128, 2), attention.narrow_tiling(4, 128, 2)
     heads = {
@@ -112,6 +123,8 @@ def main() -> None:
         "4 bits, all options": compile_codes(4, 64, COUNTS=False, HAS_ORDER=True),
         "8 bits": compile_codes(8, 16),
         "8 bits, all options": compile_codes(8, 64, COUNTS=False, HAS_ORDER=True),
+        "shrink": compile_lora(lora._shrink),
+        "expand": compile_lora(lora._expand, OUT=14336, OUT_BEGIN=0),
         "rotary": compile_kernel(elementwise._rotary, rotary),
     }
     print(json.dumps(found))

@@ -32,6 +32,8 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     for kernel in ("wide", "wide, all options", "narrow"):
         assert found[kernel]["cp.async.cg"] > 0, "blocks must be loaded asynchronously, before they are needed"
     assert found["narrow"]["mma.sync"] > 0
+    for kernel in ("shrink", "expand"):
+        assert found[kernel]["mma.sync"] > 0, "products with adapters must run on tensor cores"
     for kernel in ("4 bits", "8 bits"):
         assert found[kernel]["mma.sync"] > 0, "values become matrix fragments in registers"
         assert found[kernel]["cp.async"] > 0, "codes must be on their way before they are needed"

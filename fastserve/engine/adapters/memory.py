@@ -15,8 +15,10 @@ import torch
 from fastserve.engine.adapters.batch import AdapterBatch, SiteTables
 from fastserve.engine.adapters.reading import HostAdapter
 from fastserve.engine.adapters.sites import Site
-from fastserve.engine.adapters.tiles import RANK_GROUP, TILE_WIDTHS, num_tiles, tile_width, unpack_tiles
+from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, TILE_WIDTHS, num_tiles, tile_width, unpack_tiles
 from fastserve.engine.attention.backend import KVCache
+from fastserve.engine.devices.find import device_of
+from fastserve.engine.kernels.lora import RecordedRows
 
 
 class AdapterMemory:
@@ -40,8 +42,11 @@ class AdapterMemory:
         self.sites = tuple(sites.values())
         self.dtype = dtype
         self._device = device
-        self._computes = computes
+        self.computes = computes
         self._pads_ranks = pads_ranks
+        self.kernel = None if pads_ranks else device_of(device).lora_kernel(dtype)
+        """None: products are torch's."""
+        self.order = PLAIN if self.kernel is None else self.kernel.order
         self._layers = [part.view(len(part), -1) for cache in caches for part in cache]
         """Planes of all blocks: (blocks, elements) for each layer's keys and values."""
         plane_size, block_bytes, has_dtype = smallest(
@@ -68,7 +73,7 @@ class AdapterMemory:
         self._first_tile = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
         self._rank_groups = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
         self._of_slot: list[HostAdapterTables | None] = [None] * num_slots
-        self.batch: AdapterBatch | None = None
+        self.batch: AdapterBatch | RecordedRows | None = None
         """Rows with adapters of the step that is computed."""
 
     @property
@@ -94,9 +99,9 @@ class AdapterMemory:
             joined[0].linear.delta = _Delta(self, joined)
 
     @contextmanager
-    def running(self, batch: AdapterBatch | None) -> Iterator[None]:
+    def running(self, batch: AdapterBatch | RecordedRows | None) -> Iterator[None]:
         """Within the block, layers compute the step of `batch`."""
-        self.batch = batch if self._computes else None
+        self.batch = batch if self.computes else None
         try:
             yield
         finally:
@@ -137,12 +142,14 @@ class AdapterMemory:
         end = first + num_tiles(groups * RANK_GROUP, site.in_size, site.out_size, self.width)
         begin = first // per_plane
         tiles = torch.cat(self._planes[slot][begin : -(-end // per_plane)])
-        return unpack_tiles(tiles[first - begin * per_plane :], groups, site.in_size, site.out_size, self.width)
+        return unpack_tiles(
+            tiles[first - begin * per_plane :], groups, site.in_size, site.out_size, self.width, self.order
+        )
 
     def add(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add the products of the step's adapters: `x` (rows, in), `out` (rows, outputs of the layer)."""
         batch = self.batch
-        if batch is None:
+        if not isinstance(batch, AdapterBatch):
             return
         rows = torch.from_numpy(batch.row_index).to(x.device)
         part = out[:, site.out_begin : site.out_begin + site.out_size]
@@ -193,10 +200,15 @@ class _Delta:
     def __init__(self, memory: AdapterMemory, sites: Sequence[Site]) -> None:
         self._memory = memory
         self._sites = sites
+        self._tables = [memory.tables(site) for site in sites]
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        if self._memory.batch is None:
+        memory = self._memory
+        if memory.batch is None:
             return
         rows, products = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+        if memory.kernel is not None:
+            memory.kernel.add(rows, products, self._tables, memory.batch)
+            return
         for site in self._sites:
-            self._memory.add(site, rows, products)
+            memory.add(site, rows, products)

@@ -12,7 +12,8 @@ import torch
 
 from fastserve.engine.adapters.manager import AdapterShape
 from fastserve.engine.adapters.sites import Site
-from fastserve.engine.adapters.tiles import RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
+from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
+from fastserve.engine.kernels.lora import TileOrder
 from fastserve.engine.loading.lora.parts import LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import AdapterSettings, read_settings
 from fastserve.engine.loading.lora.targets import AdapterTargets
@@ -52,8 +53,9 @@ class AdapterReader:
         tiles_per_block: int,
         max_rank: int,
         pins_memory: bool,
+        order: TileOrder = PLAIN,
     ) -> None:
-        """`width`: inputs or outputs in a tile."""
+        """`width`: inputs or outputs in a tile; `order`: of the values in one."""
         self._sites = sites
         self._targets = targets
         self._dtype = dtype
@@ -61,6 +63,7 @@ class AdapterReader:
         self._tiles_per_block = tiles_per_block
         self._max_rank = max_rank
         self._pins_memory = pins_memory
+        self._order = order
 
     def inspect(self, path: str) -> AdapterShape:
         """Read the settings and the shapes. Raises InvalidRequestError for a folder that is no adapter of this model,
@@ -92,7 +95,8 @@ class AdapterReader:
             except (StartupError, OSError, ValueError, RuntimeError) as error:
                 raise InvalidRequestError(f"{change.parts.a.file} cannot be read: {error}") from error
             for rank, part in enumerate(parts):
-                packed = pack_tiles(*self._targets.part(change.site.path, rank, a, b), self._width).to(self._dtype)
+                of_rank = self._targets.part(change.site.path, rank, a, b)
+                packed = pack_tiles(*of_rank, self._width, self._order).to(self._dtype)
                 if not bool(packed.isfinite().all()):
                     raise InvalidRequestError(
                         f"{change.parts.a.file}: {change.parts.a.name} or {change.parts.b.name} is not finite in the "

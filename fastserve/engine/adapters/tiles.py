@@ -1,6 +1,7 @@
 """Low-rank matrices as tiles of RANK_GROUP ranks and a slice of the inputs or outputs, padded with zeros.
 
-A tile is RANK_GROUP rows of `width` values.
+The order of a tile's values is what the device's kernel reads fastest; by default it is RANK_GROUP rows of `width`
+values.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastserve.engine.kernels.lora import TileOrder
+
 RANK_GROUP = 8
 TILE_WIDTHS = (128, 64, 32, 16)
+PLAIN = TileOrder()
 
 
 def tile_width(plane_elements: int) -> int | None:
@@ -26,30 +30,43 @@ def num_tiles(rank: int, in_size: int, out_size: int, width: int) -> int:
     return num_rank_groups(rank) * (-(-in_size // width) + -(-out_size // width))
 
 
-def pack_tiles(a: torch.Tensor, b: torch.Tensor, width: int) -> torch.Tensor:
+def pack_tiles(a: torch.Tensor, b: torch.Tensor, width: int, order: TileOrder = PLAIN) -> torch.Tensor:
     """`a` (rank, in), `b` (out, rank) with the adapter's scale -> (tiles, RANK_GROUP * width): first those of A, for
     each rank group one for each slice of the inputs, then those of B in the same way."""
-    return torch.cat([_pack(a, width), _pack(b.t(), width)])
+    tiles_of_a, tiles_of_b = _tiles(a, width), _tiles(b.t(), width)
+    if order.chunk is not None:
+        tiles_of_a = tiles_of_a.view(-1, RANK_GROUP, width // order.chunk, order.chunk).transpose(1, 2)
+    if order.lanes is not None:
+        split = tiles_of_b.view(-1, RANK_GROUP // order.pair, order.pair, width // order.lanes, order.lanes)
+        tiles_of_b = split.permute(0, 3, 1, 4, 2)
+    return torch.cat([tiles.reshape(-1, RANK_GROUP * width) for tiles in (tiles_of_a, tiles_of_b)])
 
 
 def unpack_tiles(
-    tiles: torch.Tensor, rank_groups: int, in_size: int, out_size: int, width: int
+    tiles: torch.Tensor, rank_groups: int, in_size: int, out_size: int, width: int, order: TileOrder = PLAIN
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `pack_tiles`, with the rank padded to whole groups: A (rank, in) and B (out, rank)."""
     num_in = rank_groups * -(-in_size // width)
     num_out = rank_groups * -(-out_size // width)
-    a = _unpack(tiles[:num_in], rank_groups, width)[:, :in_size]
-    b = _unpack(tiles[num_in : num_in + num_out], rank_groups, width)[:, :out_size]
+    tiles_of_a, tiles_of_b = tiles[:num_in], tiles[num_in : num_in + num_out]
+    if order.chunk is not None:
+        tiles_of_a = tiles_of_a.view(-1, width // order.chunk, RANK_GROUP, order.chunk).transpose(1, 2)
+    if order.lanes is not None:
+        split = tiles_of_b.view(-1, width // order.lanes, RANK_GROUP // order.pair, order.lanes, order.pair)
+        tiles_of_b = split.permute(0, 2, 4, 1, 3)
+    a = _matrix(tiles_of_a, rank_groups, width)[:, :in_size]
+    b = _matrix(tiles_of_b, rank_groups, width)[:, :out_size]
     return a, b.t()
 
 
-def _pack(matrix: torch.Tensor, width: int) -> torch.Tensor:
+def _tiles(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """(rank, size) -> (tiles, RANK_GROUP, width)"""
     rank, size = matrix.shape
     padded = F.pad(matrix, (0, -size % width, 0, -rank % RANK_GROUP))
     groups = padded.view(padded.shape[0] // RANK_GROUP, RANK_GROUP, -1, width)
-    return groups.transpose(1, 2).reshape(-1, RANK_GROUP * width)
+    return groups.transpose(1, 2).reshape(-1, RANK_GROUP, width)
 
 
-def _unpack(tiles: torch.Tensor, rank_groups: int, width: int) -> torch.Tensor:
-    groups = tiles.view(rank_groups, -1, RANK_GROUP, width).transpose(1, 2)
+def _matrix(tiles: torch.Tensor, rank_groups: int, width: int) -> torch.Tensor:
+    groups = tiles.reshape(rank_groups, -1, RANK_GROUP, width).transpose(1, 2)
     return groups.reshape(rank_groups * RANK_GROUP, -1)

@@ -13,6 +13,7 @@ from fastserve.engine.devices.device import Arrays, Device
 from fastserve.engine.huge_pages import untouched_zeros
 from fastserve.engine.kernels.elementwise import ElementwiseKernels
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
+from fastserve.engine.kernels.lora import CpuLoraKernel, LoraKernel
 from fastserve.engine.memory import FreeMemory, free_host_memory
 
 
@@ -37,6 +38,9 @@ class CpuDevice(Device):
 
     def elementwise_ops(self, dtype: torch.dtype) -> ElementwiseOps | None:
         return ElementwiseKernels.load(dtype)
+
+    def lora_kernel(self, dtype: torch.dtype) -> LoraKernel | None:
+        return CpuLoraKernel.load(dtype)
 
     def send(self, arrays: Arrays) -> list[torch.Tensor]:
         """The tensors share their memory with the arrays."""

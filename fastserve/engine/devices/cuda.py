@@ -16,6 +16,7 @@ from fastserve.engine.attention.backend import AttentionBackend
 from fastserve.engine.attention.metadata import LayerShape
 from fastserve.engine.devices.device import Device, Event, Recorder
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
+from fastserve.engine.kernels.lora import LoraKernel
 from fastserve.engine.kernels.quantized_matmul import QuantizedMatmul
 from fastserve.engine.memory import FreeMemory
 
@@ -62,6 +63,13 @@ class CudaDevice(Device):
         from fastserve.engine.kernels.triton_quantized import TritonQuantizedMatmul
 
         return TritonQuantizedMatmul()
+
+    def lora_kernel(self, dtype: torch.dtype) -> LoraKernel | None:
+        if not _has_triton():
+            return None
+        from fastserve.engine.kernels.triton_lora import TritonLoraKernel
+
+        return TritonLoraKernel()
 
     @property
     def prefers_bitsandbytes(self) -> bool:

@@ -21,6 +21,7 @@ from fastserve.engine.attention.backend import AttentionBackend
 from fastserve.engine.attention.metadata import LayerShape
 from fastserve.engine.attention.torch_backend import TorchAttention
 from fastserve.engine.kernels.elementwise_ops import ElementwiseOps
+from fastserve.engine.kernels.lora import LoraKernel
 from fastserve.engine.kernels.quantized_matmul import QuantizedMatmul
 from fastserve.engine.memory import FreeMemory
 
@@ -115,6 +116,10 @@ class Device(ABC):
 
     def quantized_matmul(self) -> QuantizedMatmul | None:
         """Kernel for quantized weights; None: weights are dequantized for each product."""
+        return None
+
+    def lora_kernel(self, dtype: torch.dtype) -> LoraKernel | None:
+        """Kernel for the adapters of a batch; None: their products are torch's, one adapter after the other."""
         return None
 
     @property

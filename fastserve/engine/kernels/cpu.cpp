@@ -6,6 +6,7 @@
 #include "decoder.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "lora.h"
 #include "quantized.h"
 
 typedef SCALAR Scalar;
@@ -113,11 +114,30 @@ void write_part(Ranks* ranks, int64_t rank, uint32_t exchange, int64_t size, con
     deliver_part(*ranks, rank, exchange, size, part, num_bytes);
 }
 
-// Returns why other ranks were lost, as above.
+// Adds the products of a layer's input with the adapters of its rows to the layer's output, of floats if `in_float`; 1 if
+// there are too many sites.
+int add_lora(const Scalar* x, int64_t x_stride, int64_t rows, const LoraSite* const* sites, int count,
+             const LoraRows* batch, void* y, int64_t y_stride, int in_float) {
+    if (count > MAX_SITES) return 1;
+    if (in_float)
+        add_lora_of(x, x_stride, rows, sites, count, *batch, (float*)y, y_stride);
+    else
+        add_lora_of(x, x_stride, rows, sites, count, *batch, (Scalar*)y, y_stride);
+    return 0;
+}
+
+// `adapters` are those of the step's rows, or null. Returns why other ranks were lost, as above.
 int decode(const Decoder* model, const Step* step, const Workspace* space, const int64_t* tokens,
-            const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits) {
+           const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits,
+           const LoraRows* adapters) {
+    LoraSpace* lora = nullptr;
+    if (adapters) {
+        lora = &lora_space();
+        lora->all.set(*adapters, step->tokens);
+        lora->kept.select(lora->all, logit_rows, num_logit_rows);
+    }
     on_team([&](Team& team) {
-        Run<Scalar>(team, *model, *step, *space, tokens, positions, logit_rows, num_logit_rows, logits)();
+        Run<Scalar>(team, *model, *step, *space, tokens, positions, logit_rows, num_logit_rows, logits, lora)();
     });
     return model->ranks ? model->ranks->loss.load() : 0;
 }

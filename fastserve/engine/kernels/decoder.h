@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "lora.h"
 
 namespace {
 
@@ -20,6 +21,8 @@ struct DecoderLayer {
     void *keys, *values;          // KV cache, as in Layer
     const void *cos, *sin;        // [positions][rotary dim]
     int64_t window;               // 0: none
+    // Adapters' weights for the products above, or null.
+    const LoraSite *query_lora, *key_lora, *value_lora, *output_lora, *gate_lora, *up_lora, *down_lora;
 };
 
 struct Decoder {
@@ -32,6 +35,7 @@ struct Decoder {
     // it has `vocabulary` rows of the embedding from `first_token` on. `ranks` is null if one rank has the whole model.
     Ranks* ranks;
     int64_t first_token, vocabulary;
+    const LoraSite* head_lora;     // or null
 };
 
 // Activations of a step.
@@ -48,11 +52,12 @@ template <class T>
 class Run {
   public:
     Run(Team& team, const Decoder& model, const Step& step, const Workspace& space, const int64_t* tokens,
-        const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits)
+        const int64_t* positions, const int64_t* logit_rows, int64_t num_logit_rows, float* logits, LoraSpace* lora)
         : team(team), m(model), step(step), hidden((T*)space.hidden), kept((T*)space.kept), normed((T*)space.normed),
           query((T*)space.query), key((T*)space.key), value((T*)space.value), inner((T*)space.inner), tokens(tokens),
           positions(positions), logit_rows(logit_rows), num_logit_rows(num_logit_rows), logits(logits),
-          rows(step.tokens), exchange(m.ranks ? m.ranks->done.load(std::memory_order_relaxed) : 0) {}
+          rows(step.tokens), lora(lora), view(lora ? &lora->all : nullptr),
+          exchange(m.ranks ? m.ranks->done.load(std::memory_order_relaxed) : 0) {}
 
     void operator()() {
         embed();
@@ -61,7 +66,7 @@ class Run {
             attention(layer);
             // After the keys and values of the last layer, only the logit rows are needed.
             if (i + 1 == m.num_layers) keep_logit_rows();
-            add(query, layer.output, layer.attention_out_norm);
+            add(query, layer.output, layer.output_lora, layer.attention_out_norm);
             mlp(layer);
         }
         head();
@@ -77,6 +82,8 @@ class Run {
     const int64_t num_logit_rows;
     float* logits;
     int64_t rows;
+    LoraSpace* const lora;  // null: no row of the step has an adapter
+    const LoraView* view;   // adapters of the rows above
     uint32_t exchange;  // number of the next exchange with the other ranks
 
     // This rank's slot for its sums of the next exchange; null if it has no others.
@@ -93,6 +100,17 @@ class Run {
             }
         });
         ++exchange;
+    }
+
+    LoraProducts<T> lora_products(std::initializer_list<const LoraSite*> sites, const T* x, int64_t x_stride) {
+        if (!view) return {};
+        return LoraProducts<T>(team, *lora, *view, sites.begin(), int(sites.size()), x, x_stride);
+    }
+
+    static auto prefetch(const LoraProducts<T>& adapters) {
+        return [&](int which, int64_t begin, int64_t end, int64_t at, int64_t outs) {
+            adapters.prefetch(which, begin, end, at, outs);
+        };
     }
 
     void embed() {
@@ -131,7 +149,7 @@ class Run {
     }
 
     // Adds a product to the residual stream, through a norm or none.
-    void add(const T* x, const Weight& weight, const void* norm) {
+    void add(const T* x, const Weight& weight, const LoraSite* site, const void* norm) {
         T* to = norm ? normed : hidden;
         const auto put = [&](int64_t r, int64_t at, Vec sums, int outs) {
             T* out = to + r * m.hidden + at;
@@ -143,11 +161,13 @@ class Run {
             }
             store_some(out, sums, outs);
         };
+        const LoraProducts<T> adapters = lora_products({site}, x, weight.in);
         float* partial = partial_sums();
         products(team, x, weight.in, rows, &weight, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+            adapters.add_to(sums, 0, r, at);
             if (partial) store_some(partial + r * m.hidden + at, sums, outs);
             else put(r, at, sums, outs);
-        });
+        }, prefetch(adapters));
         if (partial) all_reduce(put);
         if (!norm) return;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
@@ -167,9 +187,12 @@ class Run {
         const Weight weights[3] = {layer.query, layer.key, layer.value};
         T* const to[3] = {query, key, value};
         const int64_t strides[3] = {Q, K, K};
+        const LoraProducts<T> adapters =
+            lora_products({layer.query_lora, layer.key_lora, layer.value_lora}, x, m.hidden);
         products(team, x, m.hidden, rows, weights, 3, [&](int which, int64_t r, int64_t at, Vec sums, int outs) {
+            adapters.add_to(sums, which, r, at);
             store_some(to[which] + r * strides[which] + at, sums, outs);
-        });
+        }, prefetch(adapters));
         const Layer call = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
                              m.heads, m.kv_heads, D, D, m.block_size, layer.window, 0, m.scaling, m.softcap};
         team.share(rows, rows_at_once(Q), [&](int64_t r) {
@@ -185,6 +208,7 @@ class Run {
     void keep_logit_rows() {
         const int64_t Q = m.heads * m.head_dim;
         rows = num_logit_rows;
+        if (lora) view = &lora->kept;
         // The rows may be in any order, so they are not copied in place.
         keep(query, Q);
         std::swap(query, kept);
@@ -212,24 +236,30 @@ class Run {
     void mlp(const DecoderLayer& layer) {
         const T* x = before(layer.mlp_norm);
         const bool gelu = m.activation == 1;
+        const LoraProducts<T> adapters = lora_products({layer.gate_lora, layer.up_lora}, x, m.hidden);
         gated_products(team, x, m.hidden, rows, layer.gate, layer.up,
                        [&](int64_t r, int64_t at, Vec gate, Vec up, int outs) {
+                           adapters.add_to(gate, 0, r, at);
+                           adapters.add_to(up, 1, r, at);
                            T* out = inner + r * m.intermediate + at;
                            store_some(out, (gelu ? gelu_tanh(gate) : silu(gate)) * up, outs);
-                       });
-        add(inner, layer.down, layer.mlp_out_norm);
+                       },
+                       prefetch(adapters));
+        add(inner, layer.down, layer.down_lora, layer.mlp_out_norm);
     }
 
     void head() {
         team.share(num_logit_rows, rows_at_once(m.hidden), [&](int64_t i) {
             norm_row(hidden + i * m.hidden, (const T*)m.norm, normed + i * m.hidden, m.hidden, m.eps, m.norm_offset);
         });
+        const LoraProducts<T> adapters = lora_products({m.head_lora}, normed, m.hidden);
         const float cap = m.logit_softcap;
         products(team, normed, m.hidden, num_logit_rows, &m.head, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
+            adapters.add_to(sums, 0, r, at);
             if (cap != 0.0f)
                 for (int i = 0; i < LANES; ++i) sums[i] = std::tanh(sums[i] / cap) * cap;
             store_some(logits + r * m.head.out + at, sums, outs);
-        });
+        }, prefetch(adapters));
     }
 };
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastserve.engine.kernels.build import cpu_library
+from fastserve.engine.kernels.lora import LoraRowsStruct
 from fastserve.engine.kernels.packed_linear import WeightStruct
 from fastserve.engine.kernels.paged_attention import KernelStep
 
@@ -24,6 +25,7 @@ class LayerStruct(ctypes.Structure):
         *((name, c_int64) for name in ("query_norm_size", "key_norm_size")),
         *((name, c_void_p) for name in ("keys", "values", "cos", "sin")),
         ("window", c_int64),
+        *((f"{name}_lora", c_void_p) for name in WEIGHTS),
     ]
 
 
@@ -37,6 +39,7 @@ class DecoderStruct(ctypes.Structure):
         *((name, c_float) for name in ("eps", "norm_offset", "embedding_scale", "scaling", "softcap", "logit_softcap")),
         ("ranks", c_void_p),
         *((name, c_int64) for name in ("first_token", "vocabulary")),
+        ("head_lora", c_void_p),
     ]
 
 
@@ -48,7 +51,7 @@ class DecoderKernel:
     """Owns the activations, which grow to the largest step seen."""
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        library.decode.argtypes = (*(c_void_p,) * 6, c_int64, c_void_p)
+        library.decode.argtypes = (*(c_void_p,) * 6, c_int64, c_void_p, c_void_p)
         self._decode: Any = library.decode
         self._dtype = dtype
         self._rows = 0
@@ -66,15 +69,18 @@ class DecoderKernel:
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         logit_rows: torch.Tensor,
+        adapters: LoraRowsStruct | None = None,
     ) -> tuple[int, torch.Tensor]:
         """`token_ids` and `positions` (tokens,), `logit_rows` (rows,) of the batch, all int64 -> why other
-        ranks were lost (see all_reduce.h; 0 if they were not), and logits (rows, vocabulary), float32."""
+        ranks were lost (see all_reduce.h; 0 if they were not), and logits (rows, vocabulary), float32.
+        `adapters`: those of the batch's rows; None where no row has one."""
         self._grow(model, len(token_ids))
         logits = torch.empty(len(logit_rows), model.head.out, dtype=torch.float32)
         space = _Workspace(*(tensor.data_ptr() for tensor in self._activations))
         loss: int = self._decode(
             ctypes.byref(model), ctypes.byref(step.struct), ctypes.byref(space), token_ids.data_ptr(),
             positions.data_ptr(), logit_rows.data_ptr(), len(logit_rows), logits.data_ptr(),
+            None if adapters is None else ctypes.byref(adapters),
         )  # fmt: skip
         return loss, logits
 

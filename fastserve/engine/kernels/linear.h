@@ -27,9 +27,16 @@ inline void unit_sums(const Weight& weight, int64_t first, int count, const Inpu
     }
 }
 
-// Products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16 outputs.
-template <class T, class Put>
-inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count, Put put) {
+// What products call before their sums, where nothing is to be prefetched.
+struct NoPrefetch {
+    void operator()(int, int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// Products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16 outputs, and
+// prefetch(which, first row, end row, first output, outputs) before those of several rows and outputs.
+template <class T, class Put, class Prefetch = NoPrefetch>
+inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count, Put put,
+                     Prefetch prefetch = {}) {
     Input<T> inputs[8];
     make_inputs(team, x, x_stride, rows, weights, count, inputs);
     int64_t begins[9] = {0};
@@ -50,14 +57,16 @@ inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, con
             if (weight.bias) sums += load_some((const T*)weight.bias + at, outs);
             put(which, begin + r, at, sums, outs);
         };
+        prefetch(which, begin, end, first * LANES, groups * LANES);
         unit_sums(weight, first, groups, inputs[which].from(begin, weight), end - begin, done);
     });
 }
 
-// Products of one input with two weights of the same shape. Calls put(row, first output, gate sums, up sums, outputs).
-template <class T, class Put>
+// Products of one input with two weights of the same shape. Calls put(row, first output, gate sums, up sums, outputs), and
+// prefetch as above.
+template <class T, class Put, class Prefetch = NoPrefetch>
 inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight& gate, const Weight& up,
-                           Put put) {
+                           Put put, Prefetch prefetch = {}) {
     const Weight weights[2] = {gate, up};
     Input<T> inputs[2];
     make_inputs(team, x, x_stride, rows, weights, 2, inputs);
@@ -72,6 +81,7 @@ inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t row
             const int64_t at = (first + g) * LANES;
             put(begin + r, at, gate_sums, up_sums, int(std::min<int64_t>(LANES, gate.out - at)));
         };
+        for (int which = 0; which < 2; ++which) prefetch(which, begin, begin + count, first * LANES, unit * LANES);
         if (are_dense) {
             const T* both[2] = {(const T*)gate.data + first * LANES * gate.in, (const T*)up.data + first * LANES * gate.in};
             Vec gate_sums;

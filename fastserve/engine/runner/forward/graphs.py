@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import ClassVar, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from fastserve.engine.devices.device import Device, Recorder
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.device_step import DeviceStep, IntArray, WorkItems
+from fastserve.engine.kernels.lora import RecordedRows
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.transfers import to_device
@@ -50,7 +52,15 @@ class GraphForward:
         with torch.inference_mode():
             self._inputs = _Inputs(self.sizes[-1], max_blocks, device_of(parts.device))
             # Largest first: smaller graphs then reuse its memory in the pool.
-            self._replays = {size: recorder.record(self._forward_of(size)) for size in reversed(self.sizes)}
+            self._replays = {size: recorder.record(self._forward_of(size, None)) for size in reversed(self.sizes)}
+            self._adapter_rows = self._find_adapter_rows()
+            self._adapter_replays: dict[int, Callable[[], None]] = {}
+            """Of steps with adapters; the others have no products for them."""
+            if self._adapter_rows is not None:
+                self._adapter_replays = {
+                    size: recorder.record(self._forward_of(size, self._adapter_rows.first(size)))
+                    for size in reversed(self.sizes)
+                }
 
     @classmethod
     def build(cls, parts: ForwardParts) -> Self:
@@ -71,7 +81,9 @@ class GraphForward:
         counts = step.metadata.counts
         if len(step.input_ids) > self.sizes[-1] or int(counts.max()) > _MAX_TOKENS_OF_SEQUENCE:
             return "it has more new tokens than are recorded"
-        return None if step.adapters is None else "it has rows with adapters"
+        if self._computes_adapters(step) and self._adapter_rows is None:
+            return "it has rows with adapters, whose products cannot be recorded"
+        return None
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
         logits = self._replay(step)
@@ -89,18 +101,32 @@ class GraphForward:
         contexts = np.repeat(metadata.positions - metadata.starts, metadata.counts) + np.arange(1, count + 1)
         with torch.inference_mode():
             self._inputs.fill(step.input_ids, step.positions, contexts, slot_mapping, table, metadata.is_long)
-            self._replays[next(size for size in self.sizes if size >= count)]()
+            replays = self._replays
+            if step.adapters is not None and self._adapter_rows is not None and self._computes_adapters(step):
+                self._adapter_rows.fill(step.adapters)
+                replays = self._adapter_replays
+            replays[next(size for size in self.sizes if size >= count)]()
         if self._logits is None:
             raise RuntimeError("nothing was recorded")
         return self._logits[:count]
 
-    def _forward_of(self, size: int) -> Callable[[], None]:
+    def _computes_adapters(self, step: PackedStep) -> bool:
+        return step.adapters is not None and self._parts.adapters is not None and self._parts.adapters.computes
+
+    def _find_adapter_rows(self) -> RecordedRows | None:
+        adapters = self._parts.adapters
+        if adapters is None or adapters.kernel is None or not adapters.computes:
+            return None
+        return adapters.kernel.recorded_rows(self.sizes[-1], self._parts.device)
+
+    def _forward_of(self, size: int, adapter_rows: RecordedRows | None) -> Callable[[], None]:
         step = self._inputs.step(size)
 
         def forward() -> None:
             input_ids = self._inputs.ids[:size]
             self._parts.sampled_ids.fill_in(input_ids)
-            with self._parts.attention.running(step):
+            adapters = nullcontext() if self._parts.adapters is None else self._parts.adapters.running(adapter_rows)
+            with self._parts.attention.running(step), adapters:
                 logits = self._parts.model(
                     input_ids=input_ids.unsqueeze(0),
                     position_ids=self._inputs.positions[:size].unsqueeze(0),

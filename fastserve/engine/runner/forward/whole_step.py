@@ -3,13 +3,14 @@
 Most decoder-only models have the same structure: norms at a few possible places, attention with rotary embedding, a
 gated MLP. A model of this structure is recognised by its modules and described to the kernel (kernels/decoder.h);
 whether the description is complete is tested at start, not inferred from the model's name (engine/selfcheck). The
-model's modules stay, and compute steps that have rows with adapters.
+model's modules stay, and compute steps with adapters where these change layers that the kernel does not know.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,7 @@ from fastserve.engine.attention.cpu_backend import CpuAttention
 from fastserve.engine.attention.metadata import LayerShape
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.decoder import ACTIVATIONS, DecoderKernel, DecoderStruct, LayerStruct
+from fastserve.engine.kernels.lora import CpuLoraKernel, LoraRowsStruct, LoraSiteStruct
 from fastserve.engine.kernels.packed_linear import WeightStruct
 from fastserve.engine.layers.fused_attention import FusedAttention
 from fastserve.engine.layers.fusion import FusedGatedMLP, FusedRMSNorm
@@ -31,6 +33,8 @@ from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, UnsupportedError
 from fastserve.engine.runner.packed_step import PackedStep
+
+logger = logging.getLogger(__name__)
 
 _NORM_FIELDS = (
     {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
@@ -60,7 +64,10 @@ class WholeStepForward:
         self._dtype = parts.dtype
         self._sampled_ids = parts.sampled_ids
         self._struct = DecoderStruct()
-        self._linears: list[Linear] = []
+        self._adapters = parts.adapters
+        sites = () if parts.adapters is None else parts.adapters.sites
+        self._sites = {(site.linear, site.out_begin): site for site in sites}
+        """Sites of adapters that the description does not have yet."""
         self._ranks: SharedMemoryCollectives | None = None
         """The ranks' collectives if the model is divided over ranks, else None."""
         self._head_is_divided = False
@@ -81,12 +88,18 @@ class WholeStepForward:
             raise UnsupportedError("there is no kernel for this device")
         forward = cls(kernel, backend, parts)
         forward._describe(parts.model, parts.max_model_len + 1)
+        if forward._sites:
+            logger.info("Steps with adapters are not computed at once: these change other layers than the kernel's.")
         return forward
 
     def supports(self, step: PackedStep) -> str | None:
         if self._ranks is not None and not self._ranks.fits(len(step.input_ids), self._struct.hidden):
             return "its sums do not fit the memory that the ranks share"
-        return None if step.adapters is None else "it has rows with adapters"
+        if step.adapters is None or self._adapters is None or not self._adapters.computes:
+            return None
+        if self._sites or not isinstance(self._adapters.kernel, CpuLoraKernel):
+            return "its adapters may change layers that the kernel does not compute with them"
+        return None
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
         """Logits in float32."""
@@ -94,7 +107,10 @@ class WholeStepForward:
         if step.input_ids.min() < 0:
             self._sampled_ids.fill_in(input_ids)
         kernel_step = self._backend.kernel_step(step.metadata, self._struct.heads // self._struct.kv_heads)
-        loss, logits = self._kernel(self._struct, kernel_step, input_ids, positions, rows)
+        adapters = None
+        if step.adapters is not None and self._adapters is not None and self._adapters.computes:
+            adapters = LoraRowsStruct.of(step.adapters)
+        loss, logits = self._kernel(self._struct, kernel_step, input_ids, positions, rows, adapters)
         if self._ranks is None:
             return logits
         self._ranks.check(loss)
@@ -132,6 +148,7 @@ class WholeStepForward:
         self._head_is_divided = isinstance(head, VocabParallelHead)
         whole.layers = structs
         whole.head = self._weight(head)
+        whole.head_lora = self._site(head)
         if isinstance(embedding, torch.nn.Embedding):
             whole.embedding = self._pointer(embedding.weight)
         elif embedding.layout is not head.layout:
@@ -164,7 +181,9 @@ class WholeStepForward:
                 setattr(struct, f"{field}_size", norm.weight.shape[0])
         for projection, field in zip(attention.inputs, ("query", "key", "value"), strict=True):
             setattr(struct, field, self._weight(projection))
+            setattr(struct, f"{field}_lora", self._site(projection))
         struct.output = self._weight_of_sum(attention.output)
+        struct.output_lora = self._site(attention.output)
         if struct.query.out != shape.num_heads * shape.key_dim or struct.key.out != shape.num_kv_heads * shape.key_dim:
             raise UnsupportedError("its attention projects to another size")
         self._describe_mlp(struct, mlp)
@@ -172,17 +191,19 @@ class WholeStepForward:
     def _describe_mlp(self, struct: LayerStruct, mlp: torch.nn.Module) -> None:
         children = dict(mlp.named_children())
         if isinstance(mlp, FusedGatedMLP):
-            self._linears.append(mlp.gate_up)
             struct.gate, struct.up = (self._layout(part, None) for part in mlp.parts)
+            struct.gate_lora, struct.up_lora = self._site(mlp.gate_up), self._site(mlp.gate_up, struct.gate.out)
             activation = "silu"
         elif children.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             struct.gate, struct.up = self._weight(children["gate_proj"]), self._weight(children["up_proj"])
+            struct.gate_lora, struct.up_lora = self._site(children["gate_proj"]), self._site(children["up_proj"])
             activation = _activation(children["act_fn"])
         else:
             raise UnsupportedError("its MLP has another build")
         if struct.gate.bias or struct.up.bias or struct.gate.out != struct.up.out:
             raise UnsupportedError("its MLP has a bias, or gate and up of different sizes")
         struct.down = self._weight_of_sum(mlp.down_proj)
+        struct.down_lora = self._site(mlp.down_proj)
         self._same("activation", ACTIVATIONS[activation])
         self._same("intermediate", struct.gate.out)
 
@@ -191,7 +212,6 @@ class WholeStepForward:
             raise UnsupportedError("a linear layer has another class")
         if isinstance(linear, VocabParallelHead):
             self._join(linear.collectives)
-        self._linears.append(linear)
         return self._layout(linear.layout, linear.bias)
 
     def _weight_of_sum(self, linear: torch.nn.Module | None) -> WeightStruct:
@@ -200,9 +220,17 @@ class WholeStepForward:
         if not isinstance(linear, RowParallelLinear):
             return self._weight(linear)
         self._join(linear.collectives)
-        self._linears.append(linear)
         # One rank adds the bias to its part.
         return self._layout(linear.layout, linear.bias if linear.collectives.rank == 0 else None)
+
+    def _site(self, linear: torch.nn.Module | None, out_begin: int = 0) -> int | None:
+        """The address of a site's struct; None if adapters cannot change the layer."""
+        site = self._sites.pop((linear, out_begin), None) if isinstance(linear, Linear) else None
+        if site is None or self._adapters is None:
+            return None
+        struct = LoraSiteStruct.of(self._adapters.tables(site), 0)
+        self._alive.append(struct)
+        return ctypes.addressof(struct)
 
     def _join(self, collectives: Collectives) -> None:
         """Have the kernel exchange with the other ranks by itself."""
