@@ -19,7 +19,7 @@ from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import WorkerConfig
 from fastserve.distributed.torchrun import drop_default_threads, read_torchrun, wait_for_first_rank
 from fastserve.engine.contract import Engine
-from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
+from fastserve.engine.settings import AdapterOptions, EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
@@ -27,6 +27,7 @@ from fastserve.serving.listen import advertised_address, bind
 from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.model_files import configured_eos_ids, read_json
+from fastserve.worker.adapter_source import Adapter, find_adapters
 from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.model_source import ModelSource, default_name, find_draft_model, find_model
 from fastserve.worker.refusals import refuse_unavailable
@@ -63,13 +64,16 @@ def _serve(config: WorkerConfig) -> None:
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)
+    model_names = config.model_names or (default_name(config.model_path),)
+    adapters = find_adapters(config, model_names)
     worker = ModelWorker(
         WorkerSetup(
             config=config,
-            engine=_make_engine(config, model),
+            engine=_make_engine(config, model, adapters),
             model_dir=model.folder,
             tokenizer_dir=_tokenizer_dir(config, model),
-            model_names=config.model_names or (default_name(config.model_path),),
+            model_names=model_names,
+            adapters=adapters,
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),
             # Like Ctrl-C: uvicorn shuts down gracefully, and the code below runs.
@@ -86,7 +90,7 @@ def _serve(config: WorkerConfig) -> None:
         sys.exit(1)
 
 
-def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
+def _make_engine(config: WorkerConfig, source: ModelSource, adapters: Sequence[Adapter]) -> Engine:
     if config.engine == "fake":
         from fastserve.engine.fake import FakeEngine, FakeOptions
 
@@ -97,6 +101,7 @@ def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
             eos_token_ids=configured_eos_ids(source.folder),
             max_num_seqs=config.max_num_seqs,
             token_s=0.005,
+            adapters={one.name: one.path for one in adapters} if config.serves_adapters else None,
         )
         return FakeEngine(options)
     from fastserve.engine.client import EngineProcess
@@ -110,6 +115,7 @@ def _make_engine(config: WorkerConfig, source: ModelSource) -> Engine:
             speculative_model_dir=None if draft is None else str(draft.folder),
             speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),
             weights=_weight_options(config, source),
+            adapters=_adapter_options(config, adapters),
         ),
         timeout_s=config.engine_timeout_s,
     )
@@ -132,6 +138,23 @@ def _weight_options(config: WorkerConfig, source: ModelSource) -> WeightOptions:
         gguf_file=None if source.gguf_file is None else str(source.gguf_file),
         adapter_dir=None if source.adapter_dir is None else str(source.adapter_dir),
         dummy=config.dummy,
+    )
+
+
+def _adapter_options(config: WorkerConfig, adapters: Sequence[Adapter]) -> AdapterOptions | None:
+    if not config.serves_adapters:
+        return None
+    return AdapterOptions(
+        modules=tuple((adapter.name, adapter.path) for adapter in adapters),
+        max_loras=config.max_loras,
+        max_lora_rank=config.max_lora_rank,
+        max_cpu_loras=config.max_cpu_loras,
+        pool_size_lora=config.pool_size_lora,
+        prefetch=config.prefetch,
+        no_lora_compute=config.no_lora_compute,
+        no_lora_swap=config.no_lora_swap,
+        no_mem_pool=config.no_mem_pool,
+        bmm=config.bmm,
     )
 
 

@@ -50,6 +50,11 @@ MAX_REQUESTS = 1_000_000
 """Requests on one worker."""
 MAX_WORKERS = 100_000
 """Rows of a routing table."""
+MAX_ADAPTERS = 4096
+"""Served by one worker; the upper bound of `--max-adapters`."""
+MAX_ADAPTER_NAME_CHARS = 128
+MAX_HELD_ADAPTERS = 64
+"""In one heartbeat."""
 MAX_CAPABILITIES = 16
 """For one worker."""
 MAX_CAPABILITY_CHARS = 64
@@ -65,12 +70,18 @@ NAME_PATTERN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$"
 """No control characters: they can forge log lines, control terminals and reverse the direction of text."""
 
 ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS, pattern=NAME_PATTERN)]
+AdapterName = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_ADAPTER_NAME_CHARS, pattern=r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}:]+$")
+]
+"""Without a colon, since `BASE:NAME` is the adapter NAME of the model BASE."""
 Address = Annotated[str, StringConstraints(max_length=MAX_ADDRESS_CHARS, pattern=NAME_PATTERN)]
 Capability = Annotated[str, StringConstraints(max_length=MAX_CAPABILITY_CHARS, pattern=r"^[a-z][a-z0-9_.-]*$")]
 Capabilities = Annotated[list[Capability], Field(min_length=1, max_length=MAX_CAPABILITIES, fail_fast=True)]
 LeaseId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LEASE_CHARS)]
 LeaseIds = Annotated[list[LeaseId], Field(max_length=MAX_LEASES, fail_fast=True)]
 Releases = Annotated[list[LeaseId], Field(max_length=MAX_RELEASES, fail_fast=True)]
+AdaptersDigest = Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")]
+HeldAdapters = Annotated[list[AdapterName], Field(max_length=MAX_HELD_ADAPTERS, fail_fast=True)]
 Flag = Annotated[bool, Field(strict=True)]
 RequestCount = Annotated[int, Field(strict=True, ge=0, le=MAX_REQUESTS)]
 TokenCount = Annotated[int, Field(strict=True, ge=0, le=10**9)]
@@ -112,6 +123,11 @@ class WorkerStatus(Message):
     """Kinds of requests that the worker answers for its models (`chat`, `completions`, ...), each for one route of the
     API server. None: not stated, or not known until the model is loaded.
     """
+
+    adapters_digest: AdaptersDigest = ""
+    """Digest of the names of its adapters, which the controller asks for when it does not know the digest. "": none."""
+    held_adapters: HeldAdapters = Field(default_factory=list)
+    """Adapters whose weights are in memory, those on the device first. Empty in the rows of a routing table."""
 
     @property
     def offered(self) -> Sequence[str]:

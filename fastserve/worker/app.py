@@ -38,7 +38,9 @@ from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
+from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
+from fastserve.worker.adapter_source import Adapter, find_root
+from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
@@ -68,6 +70,8 @@ class WorkerSetup:
     """Returns once connections are accepted. The first heartbeat waits for it."""
     end_process: Callable[[], None]
     """Called if the model cannot be loaded, the engine has been given up, or another critical task has failed."""
+    adapters: Sequence[Adapter] = ()
+    """Those that the engine is started with."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     handlers: Sequence[ModelHandler] = openai_routes.HANDLERS
     """Model routes. The capabilities of those that the model supports are announced."""
@@ -113,6 +117,8 @@ class ModelWorker:
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
         app.include_router(admin_routes.router)
+        app.include_router(adapter_routes.admin_router)
+        app.include_router(adapter_routes.router)
         app.add_api_route("/health", _health, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"])
         app.add_api_route("/metrics", _metrics, methods=["GET"])
@@ -202,7 +208,10 @@ class ModelWorker:
         gc.freeze()
         self._loaded.set()
         self._announce_status()
-        await self._watch_engine(runtime)
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(runtime.adapters.watch())
+            await self._watch_engine(runtime)
+            watching.cancel()
 
     def _fail(self, failure: StartupError) -> None:
         self.failure = failure
@@ -225,20 +234,35 @@ class ModelWorker:
         metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
         settings = _job_settings(setup, info, tokenizer)
+        adapters = self._serve_adapters()
         self._log_ready(info, admission)
         return Runtime(
             info=info,
             keeper=self.keeper,
             admission=admission,
             metrics=metrics,
-            jobs=JobMaker(settings, tokenizer, template, metrics),
+            jobs=JobMaker(settings, tokenizer, template, metrics, adapters),
+            adapters=adapters,
             pool=pool,
-            service=GenerationService(self.keeper, tokenizer, admission, metrics),
+            service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
             conversation=derive_conversation(setup.model_names[0], template, settings.eos_token_ids),
             handlers=setup.handlers,
             heartbeat_interval_s=config.heartbeat_interval_s,
             version=__version__,
             started_at=int(time.time()),
+        )
+
+    def _serve_adapters(self) -> ServedAdapters:
+        setup, config = self._setup, self._setup.config
+        return ServedAdapters(
+            setup.engine,
+            setup.model_names,
+            is_enabled=config.serves_adapters,
+            at_start=setup.adapters,
+            root=find_root(config),
+            allow_any_path=config.allow_any_lora_path,
+            max_adapters=config.max_adapters,
+            on_change=self._announce_status,
         )
 
     def _log_ready(self, info: EngineInfo, admission: Admission) -> None:
@@ -289,6 +313,7 @@ class ModelWorker:
         async def changed() -> None:
             if self.keeper.ready:
                 runtime.metrics.engine_restarts.inc()
+                runtime.adapters.engine_restarted()
             self._announce_status()
 
         await self.keeper.watch(changed)
