@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from fastserve.config import EngineOptions
+from fastserve.engine.adapters.manager import AdapterManager
+from fastserve.engine.adapters.memory import AdapterMemory
+from fastserve.engine.adapters.reading import AdapterReader
+from fastserve.engine.adapters.sites import find_sites
+from fastserve.engine.adapters.store import DeviceStore
+from fastserve.engine.attention.backend import KVCache
 from fastserve.engine.calls.handling import Weights
 from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.executor import Executor
+from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, load_model
 from fastserve.engine.loading.placement import find_placement
 from fastserve.engine.loading.streaming import Progress
@@ -28,7 +35,7 @@ from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.sampling.processor import LogitsProcessor
 from fastserve.engine.selfcheck.compare import Capacity
 from fastserve.engine.selfcheck.verify import check_model
-from fastserve.engine.settings import EngineConfig, WeightOptions
+from fastserve.engine.settings import AdapterOptions, EngineConfig, WeightOptions
 from fastserve.engine.sizing import Sizes, find_sizes
 from fastserve.engine.speculation.draft_budget import DraftBudget
 from fastserve.engine.speculation.draft_model import DraftingExecutor, DraftModel
@@ -63,12 +70,25 @@ def build_rank(
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
     spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
-    loaded = _load(config, config.model_dir, progress, spread, config.weights, collectives)
+    loaded = _load(
+        config,
+        config.model_dir,
+        progress,
+        spread,
+        config.weights,
+        collectives,
+        has_adapters=config.adapters is not None,
+    )
     draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
     collectives.barrier()  # all have loaded, so that free memory is what they share
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], collectives.size)
     sizes = _smallest(sizes, collectives)
-    runner = _make_runner(config, loaded, sizes, processors)
+    make_adapter_memory = None
+    if config.adapters is not None:
+        more = -(-config.adapters.pool_size_lora // config.block_size)
+        sizes = replace(sizes, num_blocks=sizes.num_blocks + more)
+        make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks)
+    runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
     return RankModel(loaded, draft, sizes, runner, _measure(runner, sizes.num_blocks, config))
 
 
@@ -131,6 +151,7 @@ def build_core(
         speculator=_make_speculator(config, speed, draft_model),
         overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
         weights=weights,
+        make_adapters=_adapters_maker(config, loaded, runner),
     )
 
 
@@ -141,6 +162,8 @@ def _load(
     spread: Spread,
     weights: WeightOptions,
     collectives: Collectives = SINGLE_RANK,
+    *,
+    has_adapters: bool = False,
 ) -> LoadedModel:
     loaded = load_model(
         model_dir,
@@ -153,6 +176,7 @@ def _load(
         ),
         options=weights,
         collectives=collectives,
+        has_adapters=has_adapters and collectives.size == 1,
     )
     if config.debug:
         logger.info("%s", loaded.model)
@@ -160,6 +184,47 @@ def _load(
     if not loaded.attention.shapes:
         raise StartupError(f"{name} cannot be served: it has no attention that can be paged.")
     return loaded
+
+
+def _make_adapter_memory(
+    options: AdapterOptions, loaded: LoadedModel, num_blocks: int, caches: Sequence[KVCache]
+) -> AdapterMemory:
+    """The memory of adapters beside the KV cache, attached to the model's layers."""
+    if loaded.placement is not None or loaded.adapter_targets is None:
+        raise StartupError(
+            "Adapters are served by a model that is whole on one device: leave out the adapters' flags, or --num-gpus, "
+            "--cpu-offloading and --tp-size."
+        )
+    memory = AdapterMemory(
+        find_sites(loaded.model, loaded.adapter_targets),
+        caches,
+        loaded.dtype,
+        loaded.device,
+        num_slots=1 + min(num_blocks, max(options.max_loras, options.max_cpu_loras)),
+        shares_blocks=not options.no_mem_pool,
+        computes=not options.no_lora_compute,
+        pads_ranks=options.bmm,
+    )
+    memory.attach()
+    return memory
+
+
+def _adapters_maker(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner
+) -> Callable[[BlockPool], AdapterManager] | None:
+    memory, targets = runner.adapter_memory, loaded.adapter_targets
+    if config.adapters is None or memory is None or targets is None:
+        return None
+    reader = AdapterReader(
+        {site.path: site for site in memory.sites},
+        targets,
+        loaded.dtype,
+        width=memory.width,
+        tiles_per_block=memory.tiles_per_block,
+        max_rank=config.adapters.max_lora_rank,
+        pins_memory=device_of(loaded.device).pins_memory,
+    )
+    return partial(AdapterManager, DeviceStore(reader, memory), config.adapters)
 
 
 def _load_draft(config: EngineConfig, loaded: LoadedModel, progress: Progress) -> LoadedModel | None:
@@ -188,6 +253,7 @@ def _make_runner(
     sizes: Sizes,
     processors: Sequence[LogitsProcessor],
     vocab_size: int | None = None,
+    make_adapter_memory: Callable[[Sequence[KVCache]], AdapterMemory] | None = None,
 ) -> ModelRunner:
     """A runner whose logits have been compared with those of the model's own code."""
     runner = ModelRunner(
@@ -198,6 +264,7 @@ def _make_runner(
         max_model_len=sizes.max_model_len,
         vocab_size=vocab_size,
         processors=processors,
+        make_adapter_memory=make_adapter_memory,
     )
     name = type(loaded.model).__name__
     capacity = Capacity(

@@ -142,6 +142,21 @@ class Histogram(msgspec.Struct, array_like=True):
         return Histogram(self.counts.copy(), self.total)
 
 
+class AdapterStats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """LoRA adapters of an engine. Counters only grow."""
+
+    num_adapters: int = 0
+    num_on_device: int = 0
+    num_on_host: int = 0
+    """Copies in host memory, also of those on the device."""
+    num_running: int = 0
+    """Different adapters of running requests."""
+    loads: int = 0
+    """Copies to the device."""
+    evictions: int = 0
+    """Adapters that gave up their place on the device to others."""
+
+
 class EngineStats(msgspec.Struct, omit_defaults=True):
     """A snapshot, sent with every batch of outputs and at least every second while idle. Counters only grow."""
 
@@ -153,7 +168,9 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """A pause waits for the requests that run; new ones wait already."""
     num_blocks: int = 0
     num_used_blocks: int = 0
-    """Blocks held by running requests; cached blocks that nobody holds are free."""
+    """Blocks held by running requests and by adapters on the device; cached blocks that nobody holds are free."""
+    adapters: AdapterStats | None = None
+    """None: the engine serves none."""
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of requests that have been scheduled."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastserve.engine.adapters.manager import AdapterManager
 from fastserve.engine.calls.handling import Adapters, NoAdapters, NoWeights, Weights
 from fastserve.engine.contract import (
     STEP_SECONDS_BOUNDS,
@@ -32,6 +33,9 @@ from fastserve.engine.speculation.speculator import Speculator
 from fastserve.engine.speed import SpeedMeter
 
 logger = logging.getLogger(__name__)
+
+_MAX_WAIT_S = 0.005
+"""For an adapter, where nothing else can be computed; commands wait as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,19 @@ class EngineCore:
         speculator: Speculator | None = None,
         overlap: bool = False,
         weights: Weights | None = None,
-        adapters: Adapters | None = None,
+        make_adapters: Callable[[BlockPool], AdapterManager] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model."""
+        """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model.
+        `make_adapters`: for an engine that serves adapters, whose weights take blocks of the pool."""
         self.info = info
         self.weights = weights or NoWeights()
-        self.adapters = adapters or NoAdapters()
+        pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache)
+        manager = None if make_adapters is None else make_adapters(pool)
+        self.adapters: Adapters = manager or NoAdapters()
         self._speculator = speculator
         self.scheduler = Scheduler(
-            BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache),
+            pool,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=info.max_model_len,
@@ -75,6 +82,7 @@ class EngineCore:
             needs_last_token=needs_last_token,
             rope_switch_length=rope_switch_length,
             drafting=speculator,
+            adapters=manager,
             clock=clock,
         )
         self.pausing = Pausing(self.scheduler)
@@ -109,6 +117,7 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Run one step and return its outputs. With overlap: return those of the step in flight, if there is one, with
         the next step launched."""
+        self.adapters.update()
         before = self._in_flight
         self._in_flight = None
         awaits_drafts = before is not None and self._awaits_drafts(before)
@@ -119,10 +128,12 @@ class EngineCore:
             self._in_flight = self._launch()
             if awaits_drafts and self._speculator is not None:
                 self._speculator.charge(self._clock() - self._done_s)
+        if before is None and self._in_flight is None and self.adapters.is_busy:
+            self.adapters.wait(_MAX_WAIT_S)
         if not self._overlap and self._in_flight is not None:
             outputs = self._finish(self._in_flight)
             self._in_flight = None
-        return outputs
+        return outputs + self.scheduler.take_refused()
 
     def drain(self) -> list[RequestOutput]:
         """Wait for the step in flight, if there is one, and return its outputs. Afterwards no step is in flight."""
@@ -168,6 +179,7 @@ class EngineCore:
             pausing=self.pausing.is_pausing,
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_blocks - scheduler.pool.num_free,
+            adapters=self.adapters.stats if isinstance(self.adapters, AdapterManager) else None,
             steps=self._steps,
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,

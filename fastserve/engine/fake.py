@@ -189,7 +189,7 @@ class _Adapters:
 
     def load(self, name: str, path: str, *, replace: bool) -> Future[AdapterInfo]:
         if name in self._paths and not replace:
-            raise ConflictError(f"There is an adapter {name!r} already.")
+            raise ConflictError(f"There is an adapter {name} already.")
         if path.rpartition("/")[2] == "bad":
             raise InvalidRequestError(f"{path} is not the folder of an adapter.")
         self._paths[name] = path
@@ -212,9 +212,9 @@ class _Adapters:
     def problem(self, name: str) -> str | None:
         """The reason why no request can use this adapter, or None."""
         if name in self._unloading:
-            return f"The adapter {name!r} is being unloaded."
+            return f"The adapter {name} is being unloaded."
         known = ", ".join(sorted(self._paths)) or "none"
-        return None if name in self._paths else f"There is no adapter {name!r}; there are: {known}."
+        return None if name in self._paths else f"There is no adapter {name}; there are: {known}."
 
     def update(self) -> None:
         """Finish unloading adapters that no request uses any more."""
@@ -223,6 +223,13 @@ class _Adapters:
             info = self._info(name)
             del self._paths[name]
             self._unloading.pop(name).set_result(info)
+
+    @property
+    def is_busy(self) -> bool:
+        return False
+
+    def wait(self, timeout_s: float) -> None:
+        pass
 
 
 class FakeEngine:

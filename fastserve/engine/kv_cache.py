@@ -14,7 +14,7 @@ without which the end cannot be found.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = 0
@@ -52,7 +52,7 @@ class BlockPool:
     def match(self, token_ids: Sequence[int], max_tokens: int, root: Hashable = None) -> PrefixMatch:
         """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Does not hold them yet.
 
-        `root`: what keys and values depend on besides the tokens. There must be few, because each is kept."""
+        `root`: what keys and values depend on besides the tokens. Each is kept until `drop_roots`."""
         block_ids: list[int] = []
         parent = self._parent_of_first(root)
         if self._prefix_cache:
@@ -71,6 +71,11 @@ class BlockPool:
             found = self._roots[root] = self._next_number
             self._next_number += 1
         return found
+
+    def drop_roots(self, roots: Iterable[Hashable]) -> None:
+        """Forget roots that no sequence will have again: blocks below them are never found any more."""
+        for root in roots:
+            self._roots.pop(root, None)
 
     def num_free_after(self, match: PrefixMatch) -> int:
         """Free blocks that would be left once `match` is taken."""

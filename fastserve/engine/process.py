@@ -68,6 +68,8 @@ from fastserve.observability.logging import setup_logging
 logger = logging.getLogger("fastserve.engine")
 
 _IDLE_REPORT_S = 1.0
+_READING_WAIT_S = 0.005
+"""Between two looks at whether an adapter has been read."""
 _PROGRESS_INTERVAL_S = 0.1
 _STARTING_STEPS = 10
 """First steps of an engine, which --profile-steps skips: they compile kernels and allocate buffers."""
@@ -109,6 +111,8 @@ class EngineLoop:
             if self._core.has_work:
                 self._outputs += self._core.step()
                 self._profiler.step_done()
+            else:
+                self._core.adapters.update()
             self._report()
             self._core.pausing.update()
         self._profiler.close()
@@ -116,7 +120,8 @@ class EngineLoop:
     def _take_commands(self) -> bool:
         """Handle all commands received so far; wait for one only when there is nothing else to do. False: Shutdown."""
         busy = self._core.has_work or self._outputs
-        if not busy and not self._socket.poll(int(_IDLE_REPORT_S * 1000)):
+        wait_s = _READING_WAIT_S if self._core.adapters.is_busy else _IDLE_REPORT_S
+        if not busy and not self._socket.poll(int(wait_s * 1000)):
             return True
         while True:
             try:

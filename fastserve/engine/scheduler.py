@@ -33,11 +33,16 @@ from typing import Protocol
 
 import msgspec
 
+from fastserve.engine.adapters.manager import Adapter, AdapterManager, Place, root_of
 from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.sequence import Sequence, Status
+from fastserve.errors import InvalidRequestError, ModelNotFoundError
+from fastserve.observability.text import printable
 
+_TOO_MANY = 0
+"""Key of parked sequences; numbers of adapters begin at 1."""
 PRIORITY_LEVEL_S = 10.0
 """A request passes requests one level lower that arrived up to this many seconds earlier."""
 
@@ -100,6 +105,7 @@ class Scheduler:
         needs_last_token: Callable[[SamplingParams], bool],
         rope_switch_length: int | None = None,
         drafting: Drafting | None = None,
+        adapters: AdapterManager | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_extra_rows` bounds the rows of logits for prompt logprobs and drafts in a step, and so its memory.
@@ -116,6 +122,11 @@ class Scheduler:
         self._needs_last_token = needs_last_token
         self._rope_switch_length = rope_switch_length
         self._drafting = drafting
+        self._adapters = adapters
+        self._parked: dict[int, list[Sequence]] = {}
+        """Waiting sequences whose adapter is being read, by its number, and those under _TOO_MANY whose adapter would
+        be one too many."""
+        self._refused: list[RequestOutput] = []
         self._clock = clock
         self.running: list[Sequence] = []
         self._waiting: list[tuple[tuple[float, int], Sequence]] = []
@@ -160,6 +171,9 @@ class Scheduler:
         problem = self._problem(request)
         if problem is not None:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
+        refused = self._adapter_problem(request)
+        if refused is not None:
+            return refused
         sequence = Sequence.of(
             self._next_id,
             request,
@@ -172,6 +186,10 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason=reason)
         self._sequences[request.request_id] = sequence
         self._by_id[sequence.seq_id] = sequence
+        if self._adapters is not None and request.adapter:
+            sequence.adapter = self._adapters.find(request.adapter)
+            if sequence.adapter is not None:
+                self._adapters.enter(sequence.adapter)
         if self._holds_new:
             self._held[sequence.seq_id] = sequence
         else:
@@ -191,6 +209,35 @@ class Scheduler:
             )
         return None
 
+    def _adapter_problem(self, request: EngineRequest) -> RequestOutput | None:
+        """The last output of a request that can never run with its adapter."""
+        if not request.adapter:
+            return None
+        kind = ModelNotFoundError.__name__
+        if self._adapters is None:
+            problem: str | None = f"There is no adapter {printable(request.adapter)}: this worker serves none."
+            return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
+        problem = self._adapters.problem(request.adapter)
+        adapter = self._adapters.find(request.adapter)
+        if adapter is not None:
+            num_tokens = len(request.prompt_ids) + request.params.max_tokens
+            needed = adapter.shape.num_blocks + self._blocks_for(num_tokens)
+            if needed > self.pool.num_blocks:
+                kind = InvalidRequestError.__name__
+                problem = (
+                    f"prompt and max_tokens ({num_tokens} tokens) and the adapter {printable(adapter.name)} together "
+                    f"need {needed} blocks of memory, and there are {self.pool.num_blocks}: ask for fewer tokens, or "
+                    "start the worker with a larger --max-total-tokens or --pool-size-lora."
+                )
+        if problem is None:
+            return None
+        return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
+
+    def take_refused(self) -> list[RequestOutput]:
+        """Last outputs of requests whose adapter could not be read."""
+        refused, self._refused = self._refused, []
+        return refused
+
     def abort(self, request_id: str) -> None:
         """Remove a request and free its blocks. Unknown ids, of requests that have just finished, are ignored."""
         sequence = self._sequences.get(request_id)
@@ -201,6 +248,7 @@ class Scheduler:
     def hold_new(self) -> None:
         """Schedule only requests that have begun, until `release_new`; new ones wait."""
         self._holds_new = True
+        self._unpark(list(self._parked))
         waiting = [sequence for _, sequence in self._waiting if sequence.status is Status.WAITING]
         self._held |= {sequence.seq_id: sequence for sequence in waiting if not sequence.is_begun}
         self._waiting = [(sequence.order, sequence) for sequence in waiting if sequence.is_begun]
@@ -234,6 +282,8 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
+        if self._adapters is not None and sequence.adapter is not None:
+            self._adapters.leave(sequence.adapter)
         # A waiting one stays in the heap until it is popped; its status marks it as removed.
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
@@ -245,6 +295,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks, and have the runner drop it."""
         self.pool.free(sequence.block_ids)
+        if self._adapters is not None and sequence.adapter is not None:
+            self._adapters.release(sequence.adapter)
         sequence.block_ids = []
         sequence.num_computed = 0
         sequence.num_registered = 0
@@ -303,6 +355,8 @@ class Scheduler:
                 continue
             count = self._count(sequence, sequence.num_computed, step)
             while self._blocks_needed(sequence, count) > self.pool.num_free:
+                if self._evict_idle_adapter():
+                    continue
                 victim = self.running[-1]
                 self._preempt(victim)
                 preempted = True
@@ -315,6 +369,7 @@ class Scheduler:
 
     def _schedule_waiting(self, step: _Step) -> None:
         """Start waiting sequences in order while budget, max_num_seqs and blocks allow."""
+        self._unpark_ready()
         while self._waiting and step.budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self._waiting[0][1]
             if sequence.status is not Status.WAITING:
@@ -322,16 +377,32 @@ class Scheduler:
                 continue
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
+            place = self._prepare_adapter(sequence)
+            if place is Place.NO_BLOCKS:
+                break
+            if place is not Place.READY:
+                if not self._park(sequence, place):
+                    break
+                continue
             is_long = self._is_long(sequence)
-            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored, is_long)
+            root = is_long if sequence.adapter is None else root_of(sequence.adapter, is_long=is_long)
+            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored, root)
             cached = len(match.block_ids) * self.pool.block_size
             count = self._count(sequence, cached, step)
             needed = self._blocks_for(sequence.num_tokens) - len(match.block_ids)
             # One block for each running sequence is reserved, or the next steps would preempt the admitted sequence.
+            # Alone, it needs blocks for this chunk only: those of idle adapters are enough.
+            wanted = (
+                needed + len(self.running) if self.running else self._blocks_for(cached + count) - len(match.block_ids)
+            )
+            while self.pool.num_free_after(match) < wanted and self._evict_idle_adapter(but=sequence.adapter):
+                pass
             if count == 0 or (self.running and self.pool.num_free_after(match) - needed < len(self.running)):
                 break
             heapq.heappop(self._waiting)
             self.pool.take(match)
+            if self._adapters is not None and sequence.adapter is not None:
+                self._adapters.hold(sequence.adapter)
             sequence.is_long = is_long
             sequence.block_ids = list(match.block_ids)
             sequence.num_registered = len(match.block_ids)
@@ -340,10 +411,62 @@ class Scheduler:
             sequence.status = Status.RUNNING
             insort(self.running, sequence, key=lambda item: item.order)
             if sequence.num_cached is None:
+                if sequence.adapter is not None:
+                    sequence.adapter.hits += not sequence.waited_for_adapter
                 sequence.num_cached = min(cached, sequence.num_prompt_tokens)
                 self.cached_tokens += sequence.num_cached
                 self.prompt_tokens += sequence.num_prompt_tokens
             step.add(self._chunk(sequence, count))
+
+    # ---- adapters -----------------------------------------------------------------------------------------------
+
+    def _prepare_adapter(self, sequence: Sequence) -> Place:
+        """Put a waiting sequence's adapter on the device."""
+        if self._adapters is None or sequence.adapter is None:
+            return Place.READY
+        sequence.waited_for_adapter |= not sequence.adapter.slot
+        return self._adapters.prepare(sequence.adapter, len(self.running))
+
+    def _evict_idle_adapter(self, but: Adapter | None = None) -> bool:
+        """Free the blocks of an adapter that no sequence uses; False if there is none."""
+        return self._adapters is not None and self._adapters.evict_idle(but, is_needed=not self.running)
+
+    def _park(self, sequence: Sequence, place: Place) -> bool:
+        """Take the first waiting sequence out of the queue until its adapter can be put on the device, so that others
+        go on. Without prefetch they wait behind it: return False."""
+        if self._adapters is None or sequence.adapter is None:
+            return False
+        if place is Place.READING and not self._adapters.is_prefetching:
+            return False
+        heapq.heappop(self._waiting)
+        key = _TOO_MANY if place is Place.TOO_MANY else sequence.adapter.number
+        self._parked.setdefault(key, []).append(sequence)
+        return True
+
+    def _unpark_ready(self) -> None:
+        """Queue parked sequences again whose adapter can be put on the device; refuse those whose adapter could not be
+        read."""
+        if self._adapters is None:
+            return
+        self._unpark([adapter.number for adapter in self._adapters.arrived])
+        self._adapters.arrived.clear()
+        if not self._adapters.has_max_distinct:
+            self._unpark([_TOO_MANY])
+        for adapter, message in self._adapters.failed:
+            self._unpark([adapter.number])
+            for sequence in [item for item in self._sequences.values() if item.adapter is adapter]:
+                if sequence.status is Status.WAITING:
+                    self._remove(sequence)
+                    request_id, kind = sequence.request.request_id, InvalidRequestError.__name__
+                    self._refused.append(
+                        RequestOutput(request_id, [], finish_reason="error", error=message, error_kind=kind)
+                    )
+        self._adapters.failed.clear()
+
+    def _unpark(self, keys: list[int]) -> None:
+        for key in keys:
+            for sequence in self._parked.pop(key, ()):
+                heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def _add_drafts(self, step: _Step, drafting: Drafting) -> None:
         """Add drafts after the single tokens of decoding sequences, as far as budget and blocks allow."""
@@ -429,8 +552,9 @@ class Scheduler:
         sequence.in_runner = True
         request = sequence.request
         return NewSequence(
-            sequence.seq_id, list(sequence.token_ids), sequence.num_prompt_tokens, request.params, request.choice
-        )
+            sequence.seq_id, list(sequence.token_ids), sequence.num_prompt_tokens, request.params, request.choice,
+            0 if sequence.adapter is None else sequence.adapter.slot,
+        )  # fmt: skip
 
     def _preempt(self, sequence: Sequence) -> None:
         self._requeue(sequence)
@@ -520,7 +644,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise RuntimeError when the state is inconsistent. For tests."""
-        self.pool.check([sequence.block_ids for sequence in self._sequences.values()])
+        adapters = [] if self._adapters is None else self._adapters.held_blocks
+        self.pool.check([*(sequence.block_ids for sequence in self._sequences.values()), *adapters])
         for sequence in self._sequences.values():
             if sequence.status is not Status.RUNNING and sequence.block_ids:
                 raise RuntimeError(f"sequence {sequence.seq_id} waits but holds blocks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from fastserve.engine.adapters.manager import Adapter
 from fastserve.engine.contract import EngineRequest, TokenLogprob
 from fastserve.engine.kv_cache import ROOT
 
@@ -45,6 +46,9 @@ class Sequence:
     """Leading blocks that are registered in the prefix cache."""
     parent: int = ROOT
     """Number of the last registered block (see kv_cache.py)."""
+    adapter: Adapter | None = None
+    waited_for_adapter: bool = False
+    """Its adapter was not on the device when it was first looked at."""
     is_long: bool = False
     """Computed with the rotary frequencies of long sequences (see `Scheduler`)."""
     num_cached: int | None = None

@@ -11,9 +11,11 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import pytest_asyncio
 
+from fastserve.engine.calls.adapters import ListAdapters, LoadAdapter, UnloadAdapter
 from fastserve.engine.calls.pause import Pause, Resume
 from fastserve.engine.calls.profile import StartProfile, StopProfile
 from fastserve.engine.calls.reset_prefix_cache import ResetPrefixCache
@@ -28,7 +30,14 @@ from fastserve.engine.contract import (
     SamplingParams,
 )
 from fastserve.engine.pausing import PauseMode, PauseState
-from fastserve.errors import ConflictError, EngineDeadError, EngineTimeoutError, UnsupportedParameterError
+from fastserve.errors import (
+    ConflictError,
+    EngineDeadError,
+    EngineTimeoutError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnsupportedParameterError,
+)
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 MakeEngine = Callable[[], Engine]
@@ -40,6 +49,10 @@ def request(
 ) -> EngineRequest:
     sampling = SamplingParams(**{"max_tokens": 8, "temperature": 0.0} | params)
     return EngineRequest(f"r{next(_numbers)}", prompt or PROMPT, sampling, choice=choice, emitted_ids=emitted or [])
+
+
+def with_adapter(name: str, **params: Any) -> EngineRequest:
+    return msgspec.structs.replace(request(**params), adapter=name)
 
 
 async def run(engine: Engine, engine_request: EngineRequest, whole: RequestOutput | None = None) -> RequestOutput:
@@ -130,7 +143,8 @@ class Started(NamedTuple):
 
 @pytest.mark.asyncio(loop_scope="class")
 class EngineContract:
-    """A subclass provides a class-scoped fixture `make_engine`. All tests share an engine except that of `close`."""
+    """A subclass provides class-scoped fixtures: `make_engine`, and `adapter_dir`, an adapter's folder. All tests share
+    an engine except that of `close`."""
 
     @pytest_asyncio.fixture(scope="class", loop_scope="class")
     @classmethod
@@ -364,12 +378,39 @@ class EngineContract:
 
     async def test_an_error_of_a_call_has_its_type_and_ends_nothing(self, engine: Engine) -> None:
         async with generating(engine, max_tokens=100) as tasks:
-            with pytest.raises(UnsupportedParameterError, match=r"no call CallThatNoEngineKnows; it has Pause, "):
+            with pytest.raises(
+                UnsupportedParameterError,
+                match=r"no call CallThatNoEngineKnows; it has ListAdapters, LoadAdapter, Pause, ",
+            ):
                 await engine.call(CallThatNoEngineKnows())
             with pytest.raises(ConflictError, match="no profile was started"):
                 await engine.call(StopProfile())
             for answer in await asyncio.gather(*tasks):
                 assert len(answer.token_ids) == 100
+
+    async def test_adapters_come_and_go_while_the_engine_serves(self, engine: Engine, adapter_dir: str) -> None:
+        assert (await engine.call(ListAdapters())).adapters == []
+        info = await engine.call(LoadAdapter("one", adapter_dir))
+        assert (info.name, info.path, info.num_running) == ("one", adapter_dir, 0)
+        assert info.rank > 0
+        assert "q_proj" in info.targets
+        with pytest.raises(ConflictError, match="one already"):
+            await engine.call(LoadAdapter("one", adapter_dir))
+        with pytest.raises(InvalidRequestError, match="bad"):
+            await engine.call(LoadAdapter("two", f"{adapter_dir}/bad"))
+        running = asyncio.create_task(run(engine, with_adapter("one", max_tokens=150)))
+        await wait_stats(engine, lambda stats: stats.num_running == 1)
+        unloading = asyncio.create_task(engine.call(UnloadAdapter("one")))
+        await asyncio.sleep(0)  # so that the call is sent before the request
+        with pytest.raises(ModelNotFoundError, match="one is being unloaded"):
+            await run(engine, with_adapter("one"))
+        assert len((await running).token_ids) == 150
+        assert (await unloading).num_running == 0
+        with pytest.raises(ModelNotFoundError, match="no adapter one; there are: none"):
+            await run(engine, with_adapter("one"))
+        with pytest.raises(ModelNotFoundError, match="no adapter one"):
+            await engine.call(UnloadAdapter("one"))
+        assert len((await run(engine, request())).token_ids) == 8, "the base model is as before"
 
     async def test_steps_are_profiled_on_demand(self, engine: Engine) -> None:
         started = await engine.call(StartProfile(num_steps=3))

@@ -15,6 +15,11 @@ class TestFakeEngine(EngineContract):
     def make_engine(cls) -> MakeEngine:
         return lambda: FakeEngine(FakeOptions(script=noise, token_s=0.001))
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapter_dir(cls) -> str:
+        return "/anywhere"
+
 
 async def test_echo_ends_with_the_end_token() -> None:
     engine = FakeEngine(FakeOptions(eos_token_ids=(3,)))

@@ -99,6 +99,15 @@ class Adapters(Protocol):
         """Complete what is done. Called between two steps."""
         ...
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being read, so that `update` has something to do soon."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until something has been read."""
+        ...
+
 
 class NoAdapters:
     """The adapters of an engine that was started without them."""
@@ -118,6 +127,13 @@ class NoAdapters:
         return f"There is no adapter {printable(name, _SHOWN_CHARS)}: this worker serves none."
 
     def update(self) -> None:
+        pass
+
+    @property
+    def is_busy(self) -> bool:
+        return False
+
+    def wait(self, timeout_s: float) -> None:
         pass
 
 

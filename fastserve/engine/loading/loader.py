@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from fastserve.engine.loading.conversion import match
 from fastserve.engine.loading.division_check import require_divisible
 from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.lora.merge import merge_adapter
+from fastserve.engine.loading.lora.targets import AdapterTargets
 from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
 from fastserve.engine.loading.reference import Prompt, Reference, own_logits
@@ -68,6 +70,8 @@ class LoadedModel:
     placement: Placement | None = None
     """None for a model on a single device."""
     fused_layers: tuple[FusedLayers, ...] = ()
+    adapter_targets: AdapterTargets | None = None
+    """The layers that adapters of a batch may change, if there are to be any."""
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -85,10 +89,12 @@ def load_model(
     find_places: FindPlaces = lambda model, device: None,
     options: WeightOptions = WeightOptions(),  # noqa: B008  # frozen
     collectives: Collectives = SINGLE_RANK,
+    has_adapters: bool = False,
 ) -> LoadedModel:
     """Load a decoder-only model. `find_places` returns the placement of its parts, or None to load all of it onto the
-    device. With `collectives` of several ranks, all of them call this together, and each loads its part. Raises
-    StartupError with the reason when the model cannot be served."""
+    device. With `collectives` of several ranks, all of them call this together, and each loads its part.
+    `has_adapters`: adapters will be applied to it while batches are computed. Raises StartupError with the reason when
+    the model cannot be served."""
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
@@ -105,6 +111,7 @@ def load_model(
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
+    adapter_targets = AdapterTargets(model) if has_adapters else None
     partition = Partition.of(model, collectives)
     if collectives.size > 1 and collectives.rank == 0:
         require_divisible(model, collectives.size)
@@ -117,7 +124,8 @@ def load_model(
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantize, partition)
     stream_weights(model, weight_loads, unexpected, assembly, progress)
-    return _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
+    loaded = _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
+    return dataclasses.replace(loaded, adapter_targets=adapter_targets)
 
 
 def prepare(

@@ -9,13 +9,16 @@ sampled but not read back yet, the next step's inputs have a placeholder (see sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastserve.engine.adapters.batch import NO_SLOT, AdapterBatch
+from fastserve.engine.adapters.memory import AdapterMemory
+from fastserve.engine.attention.backend import KVCache
 from fastserve.engine.attention.metadata import AttentionMetadata
 from fastserve.engine.contract import TokenLogprob
 from fastserve.engine.loading.loader import LoadedModel
@@ -39,6 +42,7 @@ class _Row:
     """Tokens known on the host."""
     num_pending: int = 0
     """Tokens sampled after them by steps whose results have not been read."""
+    adapter: int = NO_SLOT
     is_long: bool = False
     """Whether it has the rotary frequencies of long sequences."""
     sampled_at: int = 0
@@ -58,13 +62,18 @@ class ModelRunner:
         max_model_len: int,
         vocab_size: int | None = None,
         processors: Sequence[LogitsProcessor] = LOGITS_PROCESSORS,
+        make_adapter_memory: Callable[[Sequence[KVCache]], AdapterMemory] | None = None,
     ) -> None:
         """`vocab_size`: number of logits to sample from, for a draft model whose vocabulary may be padded differently
-        from the model's; None: all."""
+        from the model's; None: all. `make_adapter_memory`: makes the memory of adapters beside the KV cache, for a
+        model that serves any."""
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._rope_switch_length = loaded.rope_switch_length
         loaded.attention.allocate(num_blocks, block_size, loaded.dtype)
+        self.adapter_memory: AdapterMemory | None = None
+        if make_adapter_memory is not None:
+            self.adapter_memory = make_adapter_memory(loaded.attention.caches())
         # Parts of these tables that no sequence has reached are never written, so they take no physical memory.
         self._tokens: npt.NDArray[np.int32] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._blocks: npt.NDArray[np.int32] = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -84,6 +93,7 @@ class ModelRunner:
                 block_size,
                 max_num_seqs,
                 max_model_len,
+                self.adapter_memory,
             )
         )
 
@@ -186,7 +196,14 @@ class ModelRunner:
             begin = first_of[index] - chunk.start
             logit_rows += range(begin + chunk.score_begin, begin + chunk.score_end)
         rows = np.array(logit_rows or [0], dtype=np.int64)
-        return PackedStep(input_ids, positions, rows, metadata), len(logit_rows)
+        return PackedStep(input_ids, positions, rows, metadata, self._adapter_batch(chunks)), len(logit_rows)
+
+    def _adapter_batch(self, chunks: Sequence[Chunk]) -> AdapterBatch | None:
+        """The rows with adapters of a packed batch, which has the chunks in this order."""
+        slots = [self._rows[chunk.seq_id].adapter for chunk in chunks]
+        if self.adapter_memory is None or not any(slots):
+            return None
+        return AdapterBatch.of(np.repeat(slots, [chunk.num_rows for chunk in chunks]))
 
     def is_long(self, num_tokens: int) -> bool:
         """Whether a sequence of this length has the rotary frequencies of long ones."""
@@ -204,6 +221,7 @@ class ModelRunner:
             index,
             self._sampler.start(sequence.params, sequence.choice, sequence.num_prompt_tokens),
             num_tokens=count,
+            adapter=sequence.adapter,
             is_long=self.is_long(count),
         )
 

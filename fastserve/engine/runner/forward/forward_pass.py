@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.adapters.memory import AdapterMemory
 from fastserve.engine.attention.paged import PagedAttention
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.sampled_ids import SampledIds
@@ -37,6 +38,8 @@ class ForwardParts:
     block_size: int
     max_num_seqs: int
     max_model_len: int
+    adapters: AdapterMemory | None = None
+    """Adapters on the device; None: the model has none."""
 
 
 class ForwardPass(Protocol):

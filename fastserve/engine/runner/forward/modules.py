@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar, Self
 
 import torch
@@ -31,7 +32,8 @@ class ModulesForward:
         [rows] = to_device([step.logit_rows], parts.rows_device)
         if step.input_ids.min() < 0:
             parts.sampled_ids.fill_in(input_ids)
-        with torch.inference_mode(), parts.attention.running(step.metadata):
+        adapters = nullcontext() if parts.adapters is None else parts.adapters.running(step.adapters)
+        with torch.inference_mode(), parts.attention.running(step.metadata), adapters:
             # transformers accepts row numbers here, and computes the LM head for these rows only.
             logits: torch.Tensor = parts.model(
                 input_ids=input_ids.unsqueeze(0),
