@@ -29,7 +29,7 @@ from fastserve.demo import MODEL_NAME, demo_model_path
 
 RANK, ALPHA = 4, 8
 TARGETS = ("v_proj", "o_proj", "up_proj", "down_proj")
-PHASES = ((900, 4e-3), (900, 3e-3), (900, 2e-3))
+PHASES = ((900, 4e-3), (900, 3e-3))
 """Steps and learning rate of each phase, which begins where the one before has stored the adapter."""
 BATCH_TOKENS, ROW_LENGTH = 1600, 160
 

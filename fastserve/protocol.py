@@ -53,6 +53,8 @@ MAX_WORKERS = 100_000
 MAX_ADAPTERS = 4096
 """Served by one worker; the upper bound of `--max-adapters`."""
 MAX_ADAPTER_NAME_CHARS = 128
+MAX_ADAPTER_ROOT_CHARS = 512
+MAX_LISTED_ADAPTERS = 100_000
 MAX_HELD_ADAPTERS = 64
 """In one heartbeat."""
 MAX_CAPABILITIES = 16
@@ -147,11 +149,19 @@ class RegisterRequest(Message):
     multimodal: Flag = False
 
 
+class AdapterEntry(Message):
+    name: AdapterName
+    root: Annotated[str, StringConstraints(max_length=MAX_ADAPTER_ROOT_CHARS)] = ""
+    """The path or repository id that it was loaded from, as the administrator gave it."""
+
+
 class HeartbeatRequest(Message):
     worker_name: Address
     queue_length: RequestCount
     status: WorkerStatus | None = None
     """With a status, the heartbeat also registers a worker that the controller does not know."""
+    adapters: Annotated[list[AdapterEntry], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
+    """The adapters of the status's `adapters_digest`; sent when the controller has answered with `send_adapters`."""
 
 
 class WorkerName(Message):
@@ -228,6 +238,18 @@ class WorkerEntry(Message):
     breaker: BreakerState = "closed"
 
 
+class ServedAdapter(AdapterEntry):
+    parent: ModelName
+    """A name of its base model."""
+
+
+class AdapterTable(Message):
+    """All adapters that the controller knows; None if they are those of the version that the reader has."""
+
+    version: Annotated[int, Field(strict=True, ge=0)]
+    adapters: Annotated[list[ServedAdapter], Field(max_length=MAX_LISTED_ADAPTERS, fail_fast=True)] | None = None
+
+
 class RoutingTable(Message):
     """The workers that can take requests: all of them, or the changes since a version that the reader has."""
 
@@ -236,6 +258,8 @@ class RoutingTable(Message):
     epoch: Annotated[str, StringConstraints(max_length=64)] = ""
     """Random id of the controller's process; versions of different epochs cannot be compared."""
     version: Annotated[int, Field(strict=True, ge=0)] = 0
+    adapters_version: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Version of the list of adapters (`/adapters`)."""
     is_delta: Flag = False
     """Whether `workers` and `removed` are only the changes since the requested version."""
     removed: Annotated[list[Address], Field(max_length=MAX_WORKERS, fail_fast=True)] = Field(default_factory=list)

@@ -31,7 +31,7 @@ from fastserve.errors import StartupError
 from fastserve.observability.metrics import CONTENT_TYPE
 from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
-from fastserve.protocol import MAX_MODEL_NAMES, MAX_NAME_CHARS, WorkerStatus
+from fastserve.protocol import MAX_ADAPTER_ROOT_CHARS, MAX_MODEL_NAMES, MAX_NAME_CHARS, AdapterEntry, WorkerStatus
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
@@ -288,9 +288,15 @@ class ModelWorker:
             self._setup.address,
             config.heartbeat_interval_s,
             self.status,
+            self._adapter_entries,
             self._access.cluster_keys,
             client_ssl_context(config),
         )
+
+    def _adapter_entries(self) -> list[AdapterEntry]:
+        runtime: Runtime | None = self.app.state.runtime
+        adapters = [] if runtime is None else runtime.adapters.all()
+        return [AdapterEntry(name=one.name, root=one.source[:MAX_ADAPTER_ROOT_CHARS]) for one in adapters]
 
     async def _run_critical(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run `work`, and end the process if it fails: the worker would neither recover nor be reachable without it."""
