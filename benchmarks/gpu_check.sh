@@ -23,12 +23,13 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 device=cuda
 sizes=(--layers "$layers" --rounds 2)
 tests=(tests/engine/test_on_gpu.py tests/engine/test_placement.py tests/engine/test_decode_graphs.py
-    tests/engine/test_triton_attention.py tests/engine/test_triton_quantized.py tests/engine/test_triton_elementwise.py)
+    tests/engine/test_ranks_on_gpu.py tests/engine/test_triton_attention.py tests/engine/test_triton_quantized.py
+    tests/engine/test_triton_elementwise.py)
 if [[ ${1:-} == --tiny ]]; then
     device=cpu
     sizes=(--tiny --layers 2 --rounds 1 --bandwidth 2e10 --batches 1 4 --context 64 --prefill 128 --new-tokens 8
         --no-peer)
-    tests=(tests/engine/test_on_gpu.py)
+    tests=(tests/engine/test_on_gpu.py tests/engine/test_ranks_on_gpu.py)
     export FASTSERVE_TEST_DEVICE=cpu
 fi
 mkdir -p "$out"
