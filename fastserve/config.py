@@ -340,7 +340,69 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
+class LoraOptions:
+    """LoRA adapters that a worker serves beside its base model (vLLM's and S-LoRA's flags)."""
+
+    title: ClassVar[str] = "adapters"
+
+    enable_lora: bool = option(
+        False,
+        "serve adapters that are loaded while the worker runs; implied by --lora-modules, --lora-dirs and --lora-root",
+        added=True,
+    )
+    lora_modules: tuple[str, ...] = option(
+        (),
+        'adapters, each NAME=PATH or {"name": NAME, "path": PATH}; PATH is a folder as PEFT saves it, a Hugging Face '
+        "repository id, or the name of an adapter of the demo model",
+        repeatable=True,
+        env="LORA_INFO",
+        added=True,
+    )
+    lora_dirs: tuple[str, ...] = option(
+        (),
+        "adapters, each PATH or NAME=PATH; the name of PATH is its last part. PATH-1, PATH-2, ... are PATH under names "
+        "of their own where there is no folder of that name",
+        repeatable=True,
+        added=True,
+    )
+    lora_root: str | None = option(
+        None, "folder of adapters, served by the names of their folders; new ones are found while serving", added=True
+    )
+    allow_any_lora_path: bool = option(
+        False,
+        "let administrators load adapters from any path and from the Hugging Face hub; else only from --lora-root and "
+        "the paths of the other flags",
+        added=True,
+    )
+    max_loras: int = option(
+        32, "maximum number of different adapters in one engine step", added=True, minimum=1, maximum=4096
+    )
+    max_lora_rank: int = option(
+        64, "highest rank of an adapter; one of a higher rank is refused", added=True, minimum=1, maximum=512
+    )
+    max_cpu_loras: int = option(
+        256, "maximum number of adapters that are kept in the machine's memory", added=True, minimum=1, maximum=65536
+    )
+    pool_size_lora: int = option(
+        0, "tokens by which the KV cache is larger, as room for adapters", added=True, minimum=0, maximum=10**9
+    )
+    prefetch: bool = option(True, "read the adapters of waiting requests while others run", added=True)
+    no_lora_compute: bool = option(
+        False, "for measurements: load adapters and leave out their products; answers are the base model's", added=True
+    )
+    no_lora_swap: bool = option(False, "for measurements: adapters stay on the device", added=True)
+    no_mem_pool: bool = option(
+        False, "for measurements: adapters in memory of their own, not in blocks of the KV cache", added=True
+    )
+    bmm: bool = option(False, "for measurements: pad all adapters of a step to the highest rank", added=True)
+
+    @property
+    def serves_adapters(self) -> bool:
+        return bool(self.enable_lora or self.lora_modules or self.lora_dirs or self.lora_root)
+
+
+@dataclass(frozen=True)
+class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     """The model worker: loads one model and generates."""
 
     title: ClassVar[str] = "worker"
@@ -371,6 +433,7 @@ class WorkerConfig(EngineOptions, ModelConfig, AccessOptions, ServerConfig):
     max_queued_tokens: int = limit(
         2_097_152, "maximum number of prompt tokens of all waiting requests; past that the answer is 429"
     )
+    max_adapters: int = limit(4096, "maximum number of adapters that a worker knows by name")
     max_messages: int = limit(4096, "maximum number of messages in one chat")
     max_content_parts: int = limit(4096, "maximum number of content parts and tool calls in one chat")
     max_prompts: int = limit(2048, "maximum number of prompts in one completion request")
@@ -494,7 +557,7 @@ SERVICE_OPTIONS = tuple(
 
 @dataclass(frozen=True)
 @pass_on(ControllerConfig, ApiServerConfig, WorkerConfig, names=SERVICE_OPTIONS)
-class LauncherConfig(ClassicLauncherFlags, EngineOptions, AccessOptions):
+class LauncherConfig(ClassicLauncherFlags, LoraOptions, EngineOptions, AccessOptions):
     """The launcher: starts a controller, model workers and an API server, and waits until they serve."""
 
     title: ClassVar[str] = "launcher"
@@ -502,6 +565,7 @@ class LauncherConfig(ClassicLauncherFlags, EngineOptions, AccessOptions):
         "model": "workers",
         "engine": "workers",
         "worker": "workers",
+        "adapters": "workers",
         "listening and logs": "every service",
     }
 

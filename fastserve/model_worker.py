@@ -21,7 +21,7 @@ from fastserve.distributed.gang import Gang
 from fastserve.distributed.torchrun import drop_default_threads, read_torchrun, wait_for_first_rank
 from fastserve.engine.client import ENGINE_ENVIRONMENT, EngineProcess
 from fastserve.engine.contract import Engine
-from fastserve.engine.settings import EngineConfig, PackedCheckpoint, WeightOptions
+from fastserve.engine.settings import AdapterOptions, EngineConfig, PackedCheckpoint, WeightOptions
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
@@ -29,6 +29,7 @@ from fastserve.serving.listen import advertised_address, bind
 from fastserve.serving.server import run_entry, serve
 from fastserve.serving.tls import check_tls, serves_tls
 from fastserve.text.model_files import configured_eos_ids, read_json
+from fastserve.worker.adapter_source import Adapter, find_adapters
 from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.gang import RESTARTS, rank_environment, run_member
 from fastserve.worker.keeper import RestartPolicy
@@ -67,22 +68,26 @@ def _serve(config: WorkerConfig, gang: Gang | None) -> None:
     # How soon a thread that tokenizes a long prompt yields the GIL to the event loop.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     rank_environ = {} if gang is None else rank_environment(config, gang, os.environ)
+    model_names = config.model_names or (default_name(config.model_path),)
     if gang is not None and gang.part > 0:
         _drop_keys()
         model = find_model(config.model_path, config.revision, dummy=config.dummy)
+        adapters = find_adapters(config, model_names)
         environ = ENGINE_ENVIRONMENT | os.environ | rank_environ
-        run_member(config, gang, _engine_config(config, model, gang), environ)
+        run_member(config, gang, _engine_config(config, model, adapters, gang), environ)
         return
     sockets = bind(config.host, config.port)
     port = sockets[0].getsockname()[1]
     model = find_model(config.model_path, config.revision, dummy=config.dummy)
+    adapters = find_adapters(config, model_names)
     worker = ModelWorker(
         WorkerSetup(
             config=config,
-            engine=_make_engine(config, model, gang, rank_environ),
+            engine=_make_engine(config, model, adapters, gang, rank_environ),
             model_dir=model.folder,
             tokenizer_dir=_tokenizer_dir(config, model),
-            model_names=config.model_names or (default_name(config.model_path),),
+            model_names=model_names,
+            adapters=adapters,
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),
             # Like Ctrl-C: uvicorn shuts down gracefully, and the code below runs.
@@ -105,7 +110,13 @@ def _drop_keys() -> None:
         os.environ.pop(variable, None)
 
 
-def _make_engine(config: WorkerConfig, source: ModelSource, gang: Gang | None, environment: dict[str, str]) -> Engine:
+def _make_engine(
+    config: WorkerConfig,
+    source: ModelSource,
+    adapters: Sequence[Adapter],
+    gang: Gang | None,
+    environment: dict[str, str],
+) -> Engine:
     if config.engine == "fake":
         from fastserve.engine.fake import FakeEngine, FakeOptions
 
@@ -116,14 +127,17 @@ def _make_engine(config: WorkerConfig, source: ModelSource, gang: Gang | None, e
             eos_token_ids=configured_eos_ids(source.folder),
             max_num_seqs=config.max_num_seqs,
             token_s=0.005,
+            adapters={one.name: one.path for one in adapters} if config.serves_adapters else None,
         )
         return FakeEngine(options)
     return EngineProcess(
-        _engine_config(config, source, gang), timeout_s=config.engine_timeout_s, environment=environment
+        _engine_config(config, source, adapters, gang), timeout_s=config.engine_timeout_s, environment=environment
     )
 
 
-def _engine_config(config: WorkerConfig, source: ModelSource, gang: Gang | None) -> EngineConfig:
+def _engine_config(
+    config: WorkerConfig, source: ModelSource, adapters: Sequence[Adapter], gang: Gang | None
+) -> EngineConfig:
     draft = None if config.speculative_model is None else find_draft_model(config.speculative_model)
     return EngineConfig.of(
         config,
@@ -132,6 +146,7 @@ def _engine_config(config: WorkerConfig, source: ModelSource, gang: Gang | None)
         speculative_model_dir=None if draft is None else str(draft.folder),
         speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),
         weights=_weight_options(config, source),
+        adapters=_adapter_options(config, adapters),
         gang=gang,
     )
 
@@ -153,6 +168,23 @@ def _weight_options(config: WorkerConfig, source: ModelSource) -> WeightOptions:
         gguf_file=None if source.gguf_file is None else str(source.gguf_file),
         adapter_dir=None if source.adapter_dir is None else str(source.adapter_dir),
         dummy=config.dummy,
+    )
+
+
+def _adapter_options(config: WorkerConfig, adapters: Sequence[Adapter]) -> AdapterOptions | None:
+    if not config.serves_adapters:
+        return None
+    return AdapterOptions(
+        modules=tuple((adapter.name, adapter.path) for adapter in adapters),
+        max_loras=config.max_loras,
+        max_lora_rank=config.max_lora_rank,
+        max_cpu_loras=config.max_cpu_loras,
+        pool_size_lora=config.pool_size_lora,
+        prefetch=config.prefetch,
+        no_lora_compute=config.no_lora_compute,
+        no_lora_swap=config.no_lora_swap,
+        no_mem_pool=config.no_mem_pool,
+        bmm=config.bmm,
     )
 
 

@@ -44,6 +44,7 @@ def option(
     choices: Sequence[Any] | None = None,
     parse: Callable[[str], Any] | None = None,
     nargs: str | None = None,
+    repeatable: bool = False,
     flag: str | None = None,
     alias: str | None = None,
     env: str | None = None,
@@ -56,13 +57,15 @@ def option(
 
     `parse` converts the flag's text, `flag` overrides the flag's name, `alias` is a second name, `env` names a variable
     for the default.
+    `repeatable`: the flag takes one or more texts and may be given several times; all are kept, in order.
     `added`: FastChat has no such flag, so it must not make abbreviations of FastChat's flags ambiguous.
     `minimum`, `maximum`: a value outside is a startup error, as NaN and infinity are for every option.
     `group`: the heading in the help text; the `title` of the declaring class if unset.
     """
     metadata = {
-        "help": help, "choices": choices, "parse": parse, "nargs": nargs, "flag": flag, "alias": alias, "env": env,
-        "added": added, "minimum": minimum, "maximum": maximum, "is_limit": False, "group": group,
+        "help": help, "choices": choices, "parse": parse, "nargs": nargs, "repeatable": repeatable, "flag": flag,
+        "alias": alias, "env": env, "added": added, "minimum": minimum, "maximum": maximum, "is_limit": False,
+        "group": group,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -137,6 +140,9 @@ def build_parser(
         arguments: dict[str, Any] = {"dest": item.name, "default": item.default, "help": item.metadata["help"]}
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        elif item.metadata["repeatable"]:
+            arguments |= {"action": "extend", "nargs": "+", "type": str, "default": list(arguments["default"])}
+            arguments["metavar"] = _metavar(item.name, kind)
         else:
             arguments["type"] = item.metadata["parse"] or kind
             arguments["choices"] = (choices or {}).get(item.name, item.metadata["choices"])
@@ -181,7 +187,8 @@ def parse_config(
                 value = parse_option(config_class, item.name, environ[variable])
             except ValueError as error:
                 raise StartupError(f"The environment variable {variable} cannot be read: {error}.") from error
-            setattr(namespace, item.name, value)
+            # argparse extends a list, and no tuple.
+            setattr(namespace, item.name, list(value) if item.metadata["repeatable"] else value)
     words = expand_abbreviations(config_class, sys.argv[1:] if argv is None else argv)
     parser = build_parser(config_class, prog, choices)
     values = vars(parser.parse_args(words, namespace))
@@ -244,7 +251,7 @@ def to_argv(config: Any) -> list[str]:
             argv.append(flag_of(item) if value else "--no-" + flag_of(item).removeprefix("--"))
         elif item.metadata["parse"] is json_list:
             argv += [flag_of(item), json.dumps(list(value))]
-        elif isinstance(value, tuple) and item.metadata["nargs"]:
+        elif isinstance(value, tuple) and (item.metadata["nargs"] or item.metadata["repeatable"]):
             argv += [flag_of(item), *map(str, value)]
         elif isinstance(value, tuple):
             argv += [flag_of(item), ",".join(map(str, value))]
@@ -307,6 +314,9 @@ def parse_option(config_class: type[Any], name: str, text: str) -> Any:
         if text.lower() not in ("", "true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
         return text.lower() != "false"
+    if item.metadata["repeatable"]:
+        # JSON is one text, since it has commas of its own.
+        return (text,) if text.lstrip().startswith("{") else comma_list(text)
     try:
         value = (item.metadata["parse"] or kind)(text)
     except ValueError:

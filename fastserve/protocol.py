@@ -50,6 +50,13 @@ MAX_REQUESTS = 1_000_000
 """Requests on one worker."""
 MAX_WORKERS = 100_000
 """Rows of a routing table."""
+MAX_ADAPTERS = 4096
+"""Served by one worker; the upper bound of `--max-adapters`."""
+MAX_ADAPTER_NAME_CHARS = 128
+MAX_ADAPTER_ROOT_CHARS = 512
+MAX_LISTED_ADAPTERS = 100_000
+MAX_HELD_ADAPTERS = 64
+"""In one heartbeat."""
 MAX_CAPABILITIES = 16
 """For one worker."""
 MAX_CAPABILITY_CHARS = 64
@@ -65,12 +72,18 @@ NAME_PATTERN = r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+$"
 """No control characters: they can forge log lines, control terminals and reverse the direction of text."""
 
 ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS, pattern=NAME_PATTERN)]
+AdapterName = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_ADAPTER_NAME_CHARS, pattern=r"^[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}:]+$")
+]
+"""Without a colon, since `BASE:NAME` is the adapter NAME of the model BASE."""
 Address = Annotated[str, StringConstraints(max_length=MAX_ADDRESS_CHARS, pattern=NAME_PATTERN)]
 Capability = Annotated[str, StringConstraints(max_length=MAX_CAPABILITY_CHARS, pattern=r"^[a-z][a-z0-9_.-]*$")]
 Capabilities = Annotated[list[Capability], Field(min_length=1, max_length=MAX_CAPABILITIES, fail_fast=True)]
 LeaseId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LEASE_CHARS)]
 LeaseIds = Annotated[list[LeaseId], Field(max_length=MAX_LEASES, fail_fast=True)]
 Releases = Annotated[list[LeaseId], Field(max_length=MAX_RELEASES, fail_fast=True)]
+AdaptersDigest = Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")]
+HeldAdapters = Annotated[list[AdapterName], Field(max_length=MAX_HELD_ADAPTERS, fail_fast=True)]
 Flag = Annotated[bool, Field(strict=True)]
 RequestCount = Annotated[int, Field(strict=True, ge=0, le=MAX_REQUESTS)]
 TokenCount = Annotated[int, Field(strict=True, ge=0, le=10**9)]
@@ -113,6 +126,11 @@ class WorkerStatus(Message):
     API server. None: not stated, or not known until the model is loaded.
     """
 
+    adapters_digest: AdaptersDigest = ""
+    """Digest of the names of its adapters, which the controller asks for when it does not know the digest. "": none."""
+    held_adapters: HeldAdapters = Field(default_factory=list)
+    """Adapters whose weights are in memory, those on the device first. Empty in the rows of a routing table."""
+
     @property
     def offered(self) -> Sequence[str]:
         """The stated capabilities, or the assumed ones if none are stated."""
@@ -131,11 +149,19 @@ class RegisterRequest(Message):
     multimodal: Flag = False
 
 
+class AdapterEntry(Message):
+    name: AdapterName
+    root: Annotated[str, StringConstraints(max_length=MAX_ADAPTER_ROOT_CHARS)] = ""
+    """The path or repository id that it was loaded from, as the administrator gave it."""
+
+
 class HeartbeatRequest(Message):
     worker_name: Address
     queue_length: RequestCount
     status: WorkerStatus | None = None
     """With a status, the heartbeat also registers a worker that the controller does not know."""
+    adapters: Annotated[list[AdapterEntry], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
+    """The adapters of the status's `adapters_digest`; sent when the controller has answered with `send_adapters`."""
 
 
 class WorkerName(Message):
@@ -212,6 +238,18 @@ class WorkerEntry(Message):
     breaker: BreakerState = "closed"
 
 
+class ServedAdapter(AdapterEntry):
+    parent: ModelName
+    """A name of its base model."""
+
+
+class AdapterTable(Message):
+    """All adapters that the controller knows; None if they are those of the version that the reader has."""
+
+    version: Annotated[int, Field(strict=True, ge=0)]
+    adapters: Annotated[list[ServedAdapter], Field(max_length=MAX_LISTED_ADAPTERS, fail_fast=True)] | None = None
+
+
 class RoutingTable(Message):
     """The workers that can take requests: all of them, or the changes since a version that the reader has."""
 
@@ -220,6 +258,8 @@ class RoutingTable(Message):
     epoch: Annotated[str, StringConstraints(max_length=64)] = ""
     """Random id of the controller's process; versions of different epochs cannot be compared."""
     version: Annotated[int, Field(strict=True, ge=0)] = 0
+    adapters_version: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Version of the list of adapters (`/adapters`)."""
     is_delta: Flag = False
     """Whether `workers` and `removed` are only the changes since the requested version."""
     removed: Annotated[list[Address], Field(max_length=MAX_WORKERS, fail_fast=True)] = Field(default_factory=list)

@@ -48,10 +48,10 @@ class FinalResponse(aiohttp.ClientResponse):
 
 
 def send_cluster_key(keys: Reloadable[ClusterKeys | None]) -> aiohttp.TraceConfig:
-    """For `ClientSession(trace_configs=[...])`: adds the current key to each request."""
+    """For `ClientSession(trace_configs=[...])`: adds the current key to each request that has no key of its own."""
 
     async def add_key(_: aiohttp.ClientSession, __: SimpleNamespace, request: aiohttp.TraceRequestStartParams) -> None:
-        if keys.value is not None:
+        if keys.value is not None and "Authorization" not in request.headers:
             request.headers.update(keys.value.authorization())
 
     trace = aiohttp.TraceConfig()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from fastserve import dispatch
 from fastserve.breaker import Breaker, fleet_allows
 from fastserve.breaker import State as BreakerState
+from fastserve.control.adapters import AdapterDirectory
 from fastserve.control.changes import ChangeLog
 from fastserve.control.leases import WorkerLeases
 from fastserve.control.metrics import Figures, WorkerFigures
@@ -26,7 +27,16 @@ from fastserve.control.models import Pool, ServedModels
 from fastserve.control.speed import WorkerSpeeds
 from fastserve.errors import OverloadedError
 from fastserve.observability.text import printable
-from fastserve.protocol import MAX_CAPABILITIES, MAX_REQUESTS, AcquireResponse, RoutingTable, WorkerEntry, WorkerStatus
+from fastserve.protocol import (
+    MAX_CAPABILITIES,
+    MAX_REQUESTS,
+    AcquireResponse,
+    AdapterEntry,
+    AdapterTable,
+    RoutingTable,
+    WorkerEntry,
+    WorkerStatus,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +53,9 @@ REPORT_MEMORY_S = 30.0
 this time."""
 SPEED_CHANGE = 0.05
 """Relative change of a worker's speed from which on its row of the table counts as changed."""
+MAX_HOLDER_LEAD = 4.0
+"""Requests, relative to speed, by which a worker that has an adapter in memory may be busier than the least busy one
+and still gets the adapter's next request."""
 BUSY_RETRY_AFTER_S = 1.0
 MAX_LINES_PER_S = 50
 LOADING_RETRY_AFTER_S = 5.0
@@ -111,6 +124,7 @@ class WorkerRegistry:
         self._rng = rng
         self._workers: dict[str, _WorkerRecord] = {}
         self._models = ServedModels(dispatch.load(dispatch_method), limits.max_model_names, limits.model_memory_s)
+        self._adapters = AdapterDirectory()
         self._leases = WorkerLeases(limits.max_leases)
         self._speeds = WorkerSpeeds()
         self._rows = ChangeLog()
@@ -134,7 +148,13 @@ class WorkerRegistry:
         worker.check_heart_beat = check_heart_beat
         self._sign_of_life(worker, status.queue_length, status)
 
-    def heartbeat(self, name: str, queue_length: int, status: WorkerStatus | None = None) -> bool:
+    def heartbeat(
+        self,
+        name: str,
+        queue_length: int,
+        status: WorkerStatus | None = None,
+        adapters: Sequence[AdapterEntry] | None = None,
+    ) -> bool:
         """Note a sign of life. With a `status`, an unknown worker is registered; without, False asks it to register.
 
         Raises OverloadedError as `register` does.
@@ -146,8 +166,13 @@ class WorkerRegistry:
             worker = worker or self._add(name, True, status)
         if worker is None:
             return False
-        self._sign_of_life(worker, queue_length, status)
+        self._sign_of_life(worker, queue_length, status, adapters)
         return True
+
+    def misses_adapters(self, name: str) -> bool:
+        """Whether the worker should send the list of its adapters with the next heartbeat."""
+        worker = self._workers.get(name)
+        return worker is not None and self._adapters.is_missing(worker.status.adapters_digest)
 
     def polled(self, name: str, status: WorkerStatus) -> None:
         """Update a worker with the status that it gave when polled.
@@ -210,7 +235,7 @@ class WorkerRegistry:
             raise OverloadedError(f"{self._limits.max_leases:,} requests are running, and no more are taken.")
         worker = self._choose(model, capability, exclude)
         if worker is None:
-            return self._refusal(model, capability, now)
+            return self._refusal(self._base_of(model), capability, now)
         self._leases.grant(lease, worker.address, now)
         if not worker.breaker.is_closed and worker.breaker.state(now) == "half-open":
             worker.breaker.start(now)
@@ -291,6 +316,7 @@ class WorkerRegistry:
             workers=workers,
             epoch=self._epoch,
             version=self._rows.version,
+            adapters_version=self._adapters.version,
             is_delta=False,
             removed=[],
         )
@@ -306,11 +332,17 @@ class WorkerRegistry:
             dispatch_method=self._dispatch_method,
             epoch=self._epoch,
             version=self._rows.version,
+            adapters_version=self._adapters.version,
             is_delta=changes is not None,
             removed=removed,
         )
         rows = b",".join([self._row_json(self._workers[address]) for address in addresses])
         return table.model_dump_json(warnings=False).encode()[:-1] + b',"workers":[' + rows + b"]}"
+
+    def adapters(self, known_version: int) -> AdapterTable:
+        """The adapters that workers serve, unless the reader has this version."""
+        self.expire()
+        return self._adapters.table(known_version)
 
     def figures(self) -> Figures:
         """Counts for the metrics."""
@@ -380,6 +412,7 @@ class WorkerRegistry:
         now = self._clock()
         worker = self._workers[name]
         self._list_models_of(worker, (), (), now)
+        self._adapters.remove(name)
         del self._workers[name]
         worker.wake_at = math.inf
         self._rows.remove(name)
@@ -388,7 +421,13 @@ class WorkerRegistry:
         address, models = _named(worker)
         self._log(logging.WARNING, "Worker %s is dropped: %s. %s", address, reason, models)
 
-    def _sign_of_life(self, worker: _WorkerRecord, queue_length: int, status: WorkerStatus | None) -> None:
+    def _sign_of_life(
+        self,
+        worker: _WorkerRecord,
+        queue_length: int,
+        status: WorkerStatus | None,
+        adapters: Sequence[AdapterEntry] | None = None,
+    ) -> None:
         now = self._clock()
         if worker.failed_at is not None:
             self._log(logging.INFO, "Worker %s is back. %s", *_named(worker))
@@ -410,6 +449,7 @@ class WorkerRegistry:
             # Kept in `_leases`, which bounds them.
             worker.status = status = status.model_copy(update={"leases": []})
         names = status.model_names
+        self._adapters.set(worker.address, names, status.adapters_digest, adapters)
         if (
             len(names) != len(worker.models)
             or any(map(str.__ne__, names, worker.models))
@@ -532,8 +572,12 @@ class WorkerRegistry:
 
     def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _WorkerRecord | None:
         pools = self._models.pools(model)
-        offering = list(pools.values()) if capability is None else [pools[capability]] if capability in pools else []
         exclude = frozenset(exclude)
+        if not pools:
+            adapter, addresses = self._adapters.find(model)
+            if adapter:
+                return self._choose_for_adapter(adapter, addresses, capability, exclude)
+        offering = list(pools.values()) if capability is None else [pools[capability]] if capability in pools else []
         for index in (*(pool.index for pool in offering), *(pool.paused_index for pool in offering)):
             address = index.choose(exclude, self._rng)
             if address is not None:
@@ -544,6 +588,41 @@ class WorkerRegistry:
         worker = self._workers[address]
         worker.dispatched[model] = worker.dispatched.get(model, 0) + 1
         return worker
+
+    def _choose_for_adapter(
+        self, adapter: str, addresses: Iterable[str], capability: str | None, exclude: Collection[str]
+    ) -> _WorkerRecord | None:
+        """The least busy of the workers that have the adapter in memory, unless it is busier than the least busy one of
+        all by more than MAX_HOLDER_LEAD.
+        """
+        waits: dict[str, tuple[bool, float, float]] = {}
+        for address in addresses:
+            worker = self._workers[address]
+            pools = (pool for (_, offered), pool in worker.pools.items() if capability in (None, offered))
+            if address in exclude or not any(pool.workers[address] and address not in pool.ejected for pool in pools):
+                continue
+            speed = self._speeds.speed(address)
+            wait = self._in_flight(worker) / speed if speed > 0 else math.inf
+            waits[address] = (worker.status.paused, wait, self._rng.random())
+        if not waits:
+            self._num_refused += 1
+            return None
+        best = min(waits, key=waits.__getitem__)
+        holders = [address for address in waits if adapter in self._workers[address].status.held_adapters]
+        holder = min(holders, key=waits.__getitem__, default=best)
+        is_paused, wait, _ = waits[holder]
+        if is_paused == waits[best][0] and wait <= waits[best][1] + MAX_HOLDER_LEAD:
+            best = holder
+        worker = self._workers[best]
+        worker.dispatched[worker.models[0]] = worker.dispatched.get(worker.models[0], 0) + 1
+        return worker
+
+    def _base_of(self, model: str) -> str:
+        """The base model of an adapter; other names unchanged."""
+        if self._models.pools(model):
+            return model
+        _, addresses = self._adapters.find(model)
+        return self._workers[addresses[0]].models[0] if addresses and self._workers[addresses[0]].models else model
 
     def _refusal(self, name: str, capability: str | None, now: float) -> AcquireResponse:
         pools = self._models.pools(name)
@@ -581,7 +660,9 @@ class WorkerRegistry:
     def _row_json(self, worker: _WorkerRecord) -> bytes:
         """The row as of its last change."""
         if worker.row_json is None:
-            worker.row_json = self._entry(worker).model_dump_json(exclude={"status": {"leases"}}).encode()
+            worker.row_json = (
+                self._entry(worker).model_dump_json(exclude={"status": {"leases", "held_adapters"}}).encode()
+            )
         return worker.row_json
 
     def _in_flight(self, worker: _WorkerRecord) -> int:

@@ -46,6 +46,7 @@ MAX_REFRESHED_AT_ONCE = 64
 """Workers that are polled for their status at the same time."""
 NULL = b"null"
 EXISTS = b'{"exist":true}'
+EXISTS_SEND_ADAPTERS = b'{"exist":true,"send_adapters":true}'
 EXISTS_NOT = b'{"exist":false}'
 
 VITAL_PATHS = frozenset(
@@ -92,6 +93,11 @@ def message_endpoints(
             status = status.model_copy(update={"multimodal": True})
         registry.register(address, body.check_heart_beat, status)
 
+    def note_heartbeat(address: str, body: HeartbeatRequest) -> bytes:
+        if not registry.heartbeat(address, body.queue_length, body.status, body.adapters):
+            return EXISTS_NOT
+        return EXISTS_SEND_ADAPTERS if registry.misses_adapters(address) else EXISTS
+
     def receive_heart_beat(body: HeartbeatRequest, scope: Scope) -> bytes | None:
         status, owner = body.status, scope["state"]["owner"]
         if status is None:
@@ -101,13 +107,13 @@ def message_endpoints(
             if known is None:
                 return None
             address = known
-        return EXISTS if registry.heartbeat(address, body.queue_length, status) else EXISTS_NOT
+        return note_heartbeat(address, body)
 
     async def admit_and_receive(body: HeartbeatRequest, scope: Scope) -> bytes:
         status, owner = body.status, scope["state"]["owner"]
         names, is_ready = ((), True) if status is None else (status.model_names, status.ready)
         address = await admission.admit(body.worker_name, owner, names, is_ready=is_ready)
-        return EXISTS if registry.heartbeat(address, body.queue_length, status) else EXISTS_NOT
+        return note_heartbeat(address, body)
 
     def get_worker_address(body: ModelRequest, _: Scope) -> bytes:
         return _json(AddressResponse(address=registry.get_worker_address(body.model)))
@@ -228,6 +234,12 @@ def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[
             ) from None
         return Response(registry.table_json(query.get("epoch", ""), since), media_type="application/json")
 
+    async def adapters(request: Request) -> Response:
+        """With `since`: nothing if that is the version of the list."""
+        since = request.query_params.get("since", "")[:20]
+        table = registry.adapters(int(since) if since.isdecimal() and since.isascii() else -1)
+        return Response(table.model_dump_json(), media_type="application/json")
+
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -242,6 +254,7 @@ def fastserve_routes(registry: WorkerRegistry, metrics: ControlMetrics) -> list[
 
     return [
         Route("/workers", workers, methods=["GET"]),
+        Route("/adapters", adapters, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
         Route("/metrics", show_metrics, methods=["GET"]),

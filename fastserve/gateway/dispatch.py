@@ -42,8 +42,10 @@ from fastserve.protocol import (
     MAX_RELEASES,
     AcquireRequest,
     AcquireResponse,
+    AdapterTable,
     ReleaseRequest,
     RoutingTable,
+    ServedAdapter,
     ServingRequest,
     ServingResponse,
     WorkerName,
@@ -112,7 +114,7 @@ class Dispatcher:
         self._count_bad_rows = count_bad_rows
         self._routes = routes
         self._bad_rows_log = Throttle(BAD_ROWS_LOG_INTERVAL_S, clock)
-        self._session = session
+        self.session = session
         self._controller_address = controller_address.rstrip("/")
         self._clock = clock
         self._table = CachedTable(clock, rng)
@@ -124,6 +126,9 @@ class Dispatcher:
         self._releasable = asyncio.Event()
         self._watchers: dict[str, list[Callable[[], None]]] = {}
         self._has_missing = asyncio.Event()
+        self.adapters: list[ServedAdapter] = []
+        """The adapters of the controller's last list."""
+        self._adapters_version = 0
         self._refreshed_at = -math.inf
         self._refreshing = asyncio.Lock()
 
@@ -195,6 +200,9 @@ class Dispatcher:
         try:
             position = f"epoch={self._table.epoch}&since={self._table.version}"
             table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
+            if table.adapters_version != self._adapters_version or table.epoch != self._table.epoch:
+                listed = _parse(AdapterTable, await self._request("GET", "/adapters", None))
+                self.adapters, self._adapters_version = listed.adapters or [], listed.version
         except ShortageError:
             return
         except ControllerAwayError as error:
@@ -268,7 +276,7 @@ class Dispatcher:
             return answer.address
         # The controller is away, or has no worker: it may have just been restarted, and the cached table is better.
         # Workers that it lists are not chosen against it: it may have reasons (a circuit breaker, a model that loads).
-        address = self._table.choose(model, route.capability, exclude, self._in_flight)
+        address = self._table.choose(self._base_of(model), route.capability, exclude, self._in_flight)
         if address and (answer is None or not answer.known or not self._table.is_listed(address)):
             return address
         if answer is None and not self._table.model_names():
@@ -279,6 +287,21 @@ class Dispatcher:
         if offered and route.capability not in offered and not self._known_models.contains(model, route.capability):
             raise self._unsupported(model, route, offered)
         raise no_worker(model, None if answer is None else answer.retry_after_s)
+
+    def base_models(self) -> list[str]:
+        """Models that are no adapters, each by the first name of its workers."""
+        return self._table.first_names()
+
+    def workers_of(self, base: str) -> list[str]:
+        """Addresses of the workers of a base model."""
+        return self._table.workers_of(base)
+
+    def _base_of(self, model: str) -> str:
+        """The base model of a known adapter, whose workers know the adapter; other names unchanged."""
+        for adapter in self.adapters:
+            if model in (adapter.name, f"{adapter.parent}:{adapter.name}"):
+                return adapter.parent
+        return model
 
     def _unsupported(self, model: str, route: ModelRoute, offered: Sequence[str]) -> UnsupportedCapabilityError:
         return UnsupportedCapabilityError(
@@ -325,7 +348,7 @@ class Dispatcher:
         worker's open connections are either closed or still served by a process that is about to end.
         """
         try:
-            async with self._session.get(address.rstrip("/") + "/health", timeout=PROBE_TIMEOUT, allow_redirects=False):
+            async with self.session.get(address.rstrip("/") + "/health", timeout=PROBE_TIMEOUT, allow_redirects=False):
                 return False
         except TimeoutError:
             return True
@@ -337,7 +360,7 @@ class Dispatcher:
 
     async def _request(self, method: str, path: str, body: bytes | None) -> bytes:
         try:
-            async with self._session.request(
+            async with self.session.request(
                 method,
                 self._controller_address + path,
                 data=body,

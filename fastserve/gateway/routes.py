@@ -92,7 +92,15 @@ router = APIRouter()
 async def list_models(gateway: GatewayDep) -> ModelCards:
     """The models that workers serve now."""
     await gateway.dispatcher.ensure_fresh()
-    return ModelCards(data=[describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()])
+    cards = [describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()]
+    return ModelCards(data=cards + _adapter_cards(gateway))
+
+
+def _adapter_cards(gateway: Gateway) -> list[Model]:
+    return [
+        describe_model(one.name, gateway.started_at, parent=one.parent, root=one.root)
+        for one in gateway.dispatcher.adapters
+    ]
 
 
 @router.get("/v1/models/{model:path}")
@@ -100,6 +108,9 @@ async def get_model(model: str, gateway: GatewayDep) -> Model:
     """One model."""
     await gateway.dispatcher.ensure_fresh()
     if model not in gateway.dispatcher.model_names():
+        card = next((card for card in _adapter_cards(gateway) if model in (card.id, f"{card.parent}:{card.id}")), None)
+        if card is not None:
+            return card
         raise no_worker(model) if gateway.dispatcher.is_known(model) else unknown_model(model)
     return describe_model(model, gateway.started_at)
 

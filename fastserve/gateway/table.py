@@ -189,6 +189,16 @@ class CachedTable:
         pools = self._offers().get(model, {})
         return sorted(capability for capability, addresses in pools.items() if any(map(is_counted, addresses)))
 
+    def first_names(self) -> list[str]:
+        """The first model name of each worker, sorted and unique."""
+        names = (row.entry.status.model_names for address, row in self._rows.items() if self.is_listed(address))
+        return sorted({of_worker[0] for of_worker in names if of_worker})
+
+    def workers_of(self, model: str) -> list[str]:
+        """Addresses of the listed workers that serve the model, sorted."""
+        rows = self._rows.items()
+        return sorted(a for a, row in rows if self.is_listed(a) and model in row.entry.status.model_names)
+
     def is_listed(self, address: str) -> bool:
         """Whether the worker is in the controller's last table."""
         return address in self._rows and address not in self._missing

@@ -31,14 +31,16 @@ from fastserve.errors import StartupError
 from fastserve.observability.metrics import CONTENT_TYPE
 from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
-from fastserve.protocol import MAX_MODEL_NAMES, MAX_NAME_CHARS, WorkerStatus
+from fastserve.protocol import MAX_ADAPTER_ROOT_CHARS, MAX_MODEL_NAMES, MAX_NAME_CHARS, AdapterEntry, WorkerStatus
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
+from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
+from fastserve.worker.adapter_source import Adapter, find_root
+from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
@@ -68,6 +70,8 @@ class WorkerSetup:
     """Returns once connections are accepted. The first heartbeat waits for it."""
     end_process: Callable[[], None]
     """Called if the model cannot be loaded, the engine has been given up, or another critical task has failed."""
+    adapters: Sequence[Adapter] = ()
+    """Those that the engine is started with."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     has_other_machines: bool = False
     """The model is divided over several machines: the worker's health is that of all of them."""
@@ -116,6 +120,8 @@ class ModelWorker:
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
         app.include_router(admin_routes.router)
+        app.include_router(adapter_routes.admin_router)
+        app.include_router(adapter_routes.router)
         app.add_api_route("/health", _health, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"])
         app.add_api_route("/metrics", _metrics, methods=["GET"])
@@ -205,7 +211,10 @@ class ModelWorker:
         gc.freeze()
         self._loaded.set()
         self._announce_status()
-        await self._watch_engine(runtime)
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(runtime.adapters.watch())
+            await self._watch_engine(runtime)
+            watching.cancel()
 
     def _fail(self, failure: StartupError) -> None:
         self.failure = failure
@@ -228,20 +237,35 @@ class ModelWorker:
         metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
         settings = _job_settings(setup, info, tokenizer)
+        adapters = self._serve_adapters()
         self._log_ready(info, admission)
         return Runtime(
             info=info,
             keeper=self.keeper,
             admission=admission,
             metrics=metrics,
-            jobs=JobMaker(settings, tokenizer, template, metrics),
+            jobs=JobMaker(settings, tokenizer, template, metrics, adapters),
+            adapters=adapters,
             pool=pool,
-            service=GenerationService(self.keeper, tokenizer, admission, metrics),
+            service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
             conversation=derive_conversation(setup.model_names[0], template, settings.eos_token_ids),
             handlers=setup.handlers,
             heartbeat_interval_s=config.heartbeat_interval_s,
             version=__version__,
             started_at=int(time.time()),
+        )
+
+    def _serve_adapters(self) -> ServedAdapters:
+        setup, config = self._setup, self._setup.config
+        return ServedAdapters(
+            setup.engine,
+            setup.model_names,
+            is_enabled=config.serves_adapters,
+            at_start=setup.adapters,
+            root=find_root(config),
+            allow_any_path=config.allow_any_lora_path,
+            max_adapters=config.max_adapters,
+            on_change=self._announce_status,
         )
 
     def _log_ready(self, info: EngineInfo, admission: Admission) -> None:
@@ -267,9 +291,15 @@ class ModelWorker:
             self._setup.address,
             config.heartbeat_interval_s,
             self.status,
+            self._adapter_entries,
             self._access.cluster_keys,
             client_ssl_context(config),
         )
+
+    def _adapter_entries(self) -> list[AdapterEntry]:
+        runtime: Runtime | None = self.app.state.runtime
+        adapters = [] if runtime is None else runtime.adapters.all()
+        return [AdapterEntry(name=one.name, root=one.source[:MAX_ADAPTER_ROOT_CHARS]) for one in adapters]
 
     async def _run_critical(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run `work`, and end the process if it fails: the worker would neither recover nor be reachable without it."""
@@ -292,6 +322,7 @@ class ModelWorker:
         async def changed() -> None:
             if self.keeper.ready:
                 runtime.metrics.engine_restarts.inc()
+                runtime.adapters.engine_restarted()
             self._announce_status()
 
         await self.keeper.watch(changed)

@@ -23,7 +23,7 @@ _SAME_NAME = (
     "use_beam_search",
     "images",
 )
-_FIELDS = frozenset({*_SAME_NAME, "best_of", "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
+_FIELDS = frozenset({*_SAME_NAME, "model", "best_of", "prompt", "max_new_tokens", "echo", "stop", "stop_token_ids"})
 
 
 def make_job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Echo | None]:
@@ -61,7 +61,7 @@ def _completion_fields(runtime: Runtime, params: dict[str, Any], prompt: str) ->
     """The fields of a `CompletionRequest` for FastChat's parameters."""
     max_new_tokens = params.get("max_new_tokens")
     return {name: params[name] for name in _SAME_NAME if params.get(name) is not None} | {
-        "model": runtime.jobs.settings.model_names[0],
+        "model": _model(runtime, params.get("model")),
         "prompt": runtime.jobs.encoder.encode_rendered(runtime.conversation.restore(prompt)),
         "max_tokens": _DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
         "echo": params.get("echo", True),
@@ -69,6 +69,12 @@ def _completion_fields(runtime: Runtime, params: dict[str, Any], prompt: str) ->
         "stop_token_ids": _in_vocabulary(params.get("stop_token_ids"), runtime.info.vocab_size),
         "stream": True,
     }
+
+
+def _model(runtime: Runtime, model: Any) -> str:
+    """An adapter that the request names as its model, else the base: FastChat's clients need not name a model here."""
+    is_adapter = isinstance(model, str) and runtime.adapters.resolve(model)
+    return model if is_adapter else runtime.jobs.settings.model_names[0]
 
 
 def _prompt(params: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from fastserve.access.cluster_key import ClusterKeys
 from fastserve.access.key_files import Reloadable
 from fastserve.access.outgoing import CleanRequest, FinalResponse, read_bounded, send_cluster_key
-from fastserve.protocol import HeartbeatRequest, RegisterRequest, WorkerName, WorkerStatus
+from fastserve.protocol import AdapterEntry, HeartbeatRequest, RegisterRequest, WorkerName, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Heartbeat:
         worker_address: str,
         interval_s: float,
         status: Callable[[], WorkerStatus],
+        adapters: Callable[[], list[AdapterEntry]],
         keys: Reloadable[ClusterKeys | None],
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
@@ -61,6 +62,7 @@ class Heartbeat:
         self._worker = worker_address
         self._interval_s = interval_s
         self._status = status
+        self._adapters = adapters
         self._ssl_context = ssl_context
         self._lock = asyncio.Lock()  # a heartbeat in flight must not arrive after the deregistration
         self._wake = asyncio.Event()
@@ -115,11 +117,11 @@ class Heartbeat:
     async def _beat(self, session: aiohttp.ClientSession) -> None:
         status = self._status()
         try:
-            answer = await self._post(
-                session,
-                "/receive_heart_beat",
-                HeartbeatRequest(worker_name=self._worker, queue_length=status.queue_length, status=status),
-            )
+            beat = HeartbeatRequest(worker_name=self._worker, queue_length=status.queue_length, status=status)
+            answer = await self._post(session, "/receive_heart_beat", beat)
+            if isinstance(answer, dict) and answer.get("send_adapters"):
+                listed = beat.model_copy(update={"adapters": self._adapters()})
+                answer = await self._post(session, "/receive_heart_beat", listed)
             if status.ready and not (isinstance(answer, dict) and answer.get("exist")):
                 await self._post(
                     session,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.engine.contract import SamplingParams
-from fastserve.errors import InvalidRequestError, ModelNotFoundError, PermissionDeniedError
+from fastserve.errors import InvalidRequestError, PermissionDeniedError
 from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
 from fastserve.openai.chat import ChatRequest
@@ -22,6 +22,7 @@ from fastserve.openai.generation import GenerationRequest, check_request, parse_
 from fastserve.protocol import CHOICES_HEADER
 from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.caller import Caller
 from fastserve.worker.choice import OutputOptions
 from fastserve.worker.encoding import PromptEncoder
@@ -71,6 +72,8 @@ class Job:
     output: OutputOptions
     priority: int
     answer: AnswerOptions
+    adapter: str = ""
+    """Name of the adapter; empty: the bare base model."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,10 +105,16 @@ class JobSettings:
 
 class JobMaker:
     def __init__(
-        self, settings: JobSettings, tokenizer: Tokenizer, template: ChatTemplate | None, metrics: WorkerMetrics
+        self,
+        settings: JobSettings,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        metrics: WorkerMetrics,
+        adapters: ServedAdapters,
     ) -> None:
         """`template`: None if the model has no chat template."""
         self.settings = settings
+        self._adapters = adapters
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, settings.vocab_size, settings.context_length)
         self._template = template
@@ -185,18 +194,19 @@ class JobMaker:
             raise self.encoder.too_many_chars(error.num_chars, "messages") from error
 
     def _check(self, request: GenerationRequest, caller: Caller) -> None:
-        model_names = self.settings.model_names
-        if request.model not in model_names:
-            served = printable(", ".join(model_names), 300)
-            raise ModelNotFoundError(
-                f"The model '{printable(request.model, 80)}' is not served here. Served: {served}.", param="model"
-            )
+        self._adapter_of(request)
         if (request.priority or 0) < 0 and not caller.may_prioritise:
             raise PermissionDeniedError(
                 f"Your key may not set a priority below 0 (given: {request.priority}). Leave it out, or ask whoever "
                 "runs this server for a key with that right.",
                 param="priority",
             )
+
+    def _adapter_of(self, request: GenerationRequest) -> str:
+        adapter = self._adapters.resolve(request.model)
+        if adapter is None:
+            raise self._adapters.unknown(request.model)
+        return adapter
 
     def _check_size(self, num_prompts: int, request: GenerationRequest) -> None:
         """Admission counts requests, so one request must not have more sequences than the engine runs at once."""
@@ -300,7 +310,7 @@ class JobMaker:
         choices = self._pick_choices(request, caller, len(prompts))
         return Job(
             *(caller, prompts, request.num_runs, request.num_choices, choices),
-            *(output, request.priority or 0, answer),
+            *(output, request.priority or 0, answer, self._adapter_of(request)),
         )
 
     def _report_unknown(self, names: Sequence[str]) -> None:

@@ -171,6 +171,11 @@ def _from_hub(repository: str, revision: str, flag: str, *, with_weights: bool) 
         ) from error
 
 
+def find_on_hub(repository: str, flag: str) -> Path:
+    """The folder of a model or an adapter on the Hugging Face hub. Raises StartupError."""
+    return _from_hub(repository, "main", flag, with_weights=True)
+
+
 def _download(repository: str, revision: str, *, with_weights: bool, cached_only: bool) -> Path:
     """Download (or find) a snapshot with safetensors weights, or with .bin files if it has no safetensors."""
     ignored = ["*.bin"] if with_weights else _WEIGHTS

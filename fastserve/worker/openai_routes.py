@@ -24,7 +24,12 @@ router = APIRouter()
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     runtime = runtime_of(request)
-    cards = [describe_model(name, runtime.started_at) for name in runtime.jobs.settings.model_names]
+    names = runtime.jobs.settings.model_names
+    cards = [describe_model(name, runtime.started_at) for name in names]
+    cards += [
+        describe_model(adapter.name, runtime.started_at, parent=names[0], root=adapter.source)
+        for adapter in runtime.adapters.all()
+    ]
     return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
 
 

@@ -28,8 +28,9 @@ _TRANSLATED = {
     "print_stop_words": "include_stop_str_in_output",
 }
 """Names of a completion request for those of rtp-llm."""
-_OWN = frozenset({"max_new_tokens", "gen_length", "num_return_sequences", "stop_words_list", "yield_generator"} | {
-    "return_incremental"
+_OWN = frozenset({
+    *("max_new_tokens", "gen_length", "num_return_sequences", "stop_words_list", "yield_generator"),
+    *("return_incremental", "adapter_name"),
 })  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = (
     {
@@ -66,7 +67,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = (
         (
             *("top_p_decay", "top_p_min", "top_p_reset_ids", "bad_words_list", "eos_token_id", "pad_token_id"),
             *("bos_token_id", "task_id", "select_tokens_str", "select_tokens_id", "sp_advice_prompt_token_ids"),
-            *("adapter_name", "images", "urls", "functions"),
+            *("images", "urls", "functions"),
         ),
         ([],),
     )
@@ -105,7 +106,7 @@ def make_job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, Answer
         raise invalid("return_incremental", True, "It is allowed with yield_generator=true only.")
     token_limit = config.get("gen_length", config.get("max_new_tokens"))
     request = {_TRANSLATED[name]: value for name, value in config.items() if name in _TRANSLATED} | {
-        "model": runtime.jobs.settings.model_names[0],
+        "model": _adapter_name(config) or runtime.jobs.settings.model_names[0],
         "prompt": prompts,
         "max_tokens": DEFAULT_MAX_NEW_TOKENS if token_limit is None else token_limit,
         "n": max(1, num_sequences),
@@ -149,6 +150,16 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             raise UnsupportedParameterError(
                 f"'{name}' is not supported: {shown(value)}. Leave it out, or give {neutral}.", param=name
             )
+
+
+def _adapter_name(config: dict[str, Any]) -> str:
+    """The adapter of `adapter_name`, a string or a list with one; "" for none."""
+    value = config.get("adapter_name")
+    if isinstance(value, list) and len(value) <= 1:
+        value = value[0] if value else ""
+    if value is not None and not isinstance(value, str):
+        raise invalid("adapter_name", value, "Give the name of one adapter.")
+    return value or ""
 
 
 def _prompts(fields: dict[str, Any]) -> tuple[str | list[str], bool]:

@@ -12,6 +12,7 @@ from fastserve.engine.contract import EngineInfo
 from fastserve.openai.routes import ModelRoute
 from fastserve.protocol import WorkerStatus
 from fastserve.text.conversation import Conversation
+from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.keeper import EngineKeeper
@@ -38,6 +39,7 @@ class Runtime:
     admission: Admission
     metrics: WorkerMetrics
     jobs: JobMaker
+    adapters: ServedAdapters
     pool: PromptPool
     service: GenerationService
     conversation: Conversation
@@ -62,6 +64,8 @@ class Runtime:
             paused=stats.paused,
             version=self.version,
             capabilities=self.capabilities,
+            adapters_digest=self.adapters.digest,
+            held_adapters=self.adapters.held,
         )
 
     @property

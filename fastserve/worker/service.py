@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from fastserve.engine.contract import EngineRequest, RequestStream
 from fastserve.errors import FastserveError, InternalError, RequestAbortedError
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.choice import Choice, ChoiceDelta
 from fastserve.worker.jobs import Job, Prompt
@@ -26,12 +27,18 @@ KEEP_ALIVE_S = 1.0
 
 class GenerationService:
     def __init__(
-        self, keeper: EngineKeeper, tokenizer: Tokenizer, admission: Admission, metrics: WorkerMetrics
+        self,
+        keeper: EngineKeeper,
+        tokenizer: Tokenizer,
+        admission: Admission,
+        metrics: WorkerMetrics,
+        adapters: ServedAdapters,
     ) -> None:
         self._keeper = keeper
         self._tokenizer = tokenizer
         self._admission = admission
         self._metrics = metrics
+        self._adapters = adapters
         self._numbers = itertools.count()
 
     async def generate(self, job: Job, *, tick_s: float = KEEP_ALIVE_S) -> AsyncGenerator[list[ChoiceDelta], None]:
@@ -60,6 +67,7 @@ class GenerationService:
     async def _run(self, job: Job, box: Mailbox[ChoiceDelta]) -> None:
         async with self._admission.permit(job.caller.lease, job.prompt_tokens):
             self._keeper.require_ready()  # the engine may have died during the wait
+            await self._adapters.ensure(job.adapter)
             self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived_s)
             self._metrics.prompt_tokens.inc(job.prompt_tokens)
             number = next(self._numbers)
@@ -83,7 +91,9 @@ class GenerationService:
         self, job: Job, prompt: Prompt, request_id: str, index: int, box: Mailbox[ChoiceDelta]
     ) -> None:
         choice = Choice(index, self._tokenizer, prompt.params, job.output, prompt.token_ids)
-        request = EngineRequest(request_id, prompt.token_ids, prompt.params, choice=index, priority=job.priority)
+        request = EngineRequest(
+            request_id, prompt.token_ids, prompt.params, choice=index, priority=job.priority, adapter=job.adapter
+        )
         with self._keeper.engine.generate(request) as stream:
             listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived_s)
             stream.listen(listener.on_output)

@@ -381,7 +381,7 @@ def test_flags_of_devices_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> N
     seen: list[tuple[str, EngineConfig]] = []
 
     def serve(config: WorkerConfig, gang: Gang | None) -> None:
-        engine = model_worker._make_engine(config, find_model(config.model_path, config.revision), gang, {})
+        engine = model_worker._make_engine(config, find_model(config.model_path, config.revision), (), gang, {})
         assert isinstance(engine, EngineProcess)
         seen.append((os.environ["CUDA_VISIBLE_DEVICES"], engine._config))
 

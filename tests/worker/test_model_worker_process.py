@@ -141,7 +141,7 @@ class Dying(FakeEngine):
         asyncio.get_running_loop().call_later(0.3, self.die, "crashed")
         return info
 
-entry._make_engine = lambda config, model_dir: Dying(FakeOptions())
+entry._make_engine = lambda *_: Dying(FakeOptions())
 policy = RestartPolicy(attempts=2, first_pause_s=0.01)
 entry.WorkerSetup = functools.partial(entry.WorkerSetup, restart_policy=policy)
 entry.main(["--port", "0", "--no-register"])
@@ -168,7 +168,7 @@ class Broken(FakeEngine):
     async def start(self, on_progress):
         raise OSError(28, "No space left on device", "/somewhere")
 
-entry._make_engine = lambda config, model_dir: Broken(FakeOptions())
+entry._make_engine = lambda *_: Broken(FakeOptions())
 entry.main(["--port", "0", "--no-register"])
 """
 

@@ -99,7 +99,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "beams": ({"prompt": "a", "num_beams": 4}, "num_beams", "4"),
     "a loss": ({"prompt": "a", "calculate_loss": 1}, "calculate_loss", "1"),
     "logits": ({"prompt": "a", "generate_config": {"return_logits": True}}, "return_logits", "true"),
-    "an adapter": ({"prompt": "a", "adapter_name": "b"}, "adapter_name", '"b"'),
+    "two adapters": ({"prompt": "a", "adapter_name": ["b", "c"]}, "adapter_name", "one adapter"),
     "stop words that are no list": ({"prompt": "a", "stop_words_str": "x"}, "stop_words_str", "array"),
     "an empty stop word": ({"prompt": "a", "stop_words_str": [""]}, "stop_words_str", "non-empty"),
     "stop ids that are no lists": ({"prompt": "a", "stop_words_list": [5]}, "stop_words_list", "arrays"),

@@ -1,0 +1,308 @@
+"""The adapters that this worker serves by name. The engine holds their weights."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from fastserve.engine.calls.adapters import ListAdapters, LoadAdapter, UnloadAdapter
+from fastserve.engine.contract import AdapterInfo, Engine
+from fastserve.errors import (
+    ConflictError,
+    FastserveError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    PermissionDeniedError,
+    UnsupportedCapabilityError,
+)
+from fastserve.observability.text import printable
+from fastserve.protocol import MAX_HELD_ADAPTERS
+from fastserve.worker.adapter_source import CONFIG_FILE, Adapter, find_adapter_folder, name_problem
+
+logger = logging.getLogger(__name__)
+
+SCAN_INTERVAL_S = 1.0
+_MAX_SHOWN = 1000
+"""Characters of names in an error message."""
+
+
+class ServedAdapters:
+    """For the event loop; `resolve` may also be called in threads."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model_names: Sequence[str],
+        *,
+        is_enabled: bool,
+        at_start: Iterable[Adapter] = (),
+        root: Path | None = None,
+        allow_any_path: bool = False,
+        max_adapters: int = 4096,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`at_start`: adapters that the engine knows whenever it starts. `root`: folder whose members are served.
+        `on_change` is called when the names have changed.
+        """
+        self.is_enabled = is_enabled
+        self._engine = engine
+        self._model_names = tuple(model_names)
+        self._at_start = {adapter.name: adapter for adapter in at_start}
+        self._root = root
+        self._allow_any_path = allow_any_path
+        self._max_adapters = max_adapters
+        self._on_change = on_change
+        self._named = dict(self._at_start)
+        """Adapters of the flags, and those that were loaded by call."""
+        self._members: dict[str, Adapter] = {}
+        """Those found in `root`."""
+        self._withdrawn: set[str] = set()
+        """Members of `root` that were unloaded by call."""
+        self._in_engine = set(self._at_start)
+        self._loading: dict[str, asyncio.Task[AdapterInfo]] = {}
+        self._held: list[str] = []
+        self._digest: tuple[tuple[str, ...], str] = ((), "")
+
+    # ---- names --------------------------------------------------------------------------------------------------
+
+    def resolve(self, model: str) -> str | None:
+        """The adapter of a request's `model`, `NAME` or `BASE:NAME`; "" for the bare base, None for an unknown one."""
+        if model in self._model_names:
+            return ""
+        if self._find(model) is not None:
+            return model
+        base, colon, name = model.rpartition(":")
+        if colon and base in self._model_names and self._find(name) is not None:
+            return name
+        return None
+
+    def served_names(self) -> list[str]:
+        """The names that requests may use: the model's, then those of adapters."""
+        return [*self._model_names, *(adapter.name for adapter in self.all())]
+
+    def all(self) -> list[Adapter]:
+        """The adapters, sorted by name."""
+        return sorted({**self._members, **self._named}.values(), key=lambda adapter: adapter.name)
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the names or their sources change; "" without adapters."""
+        adapters = self.all()
+        key = tuple(f"{adapter.name}\n{adapter.source}" for adapter in adapters)
+        if key != self._digest[0]:
+            text = "\n\n".join((*self._model_names, *key)) if key else ""
+            self._digest = (key, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32] if text else "")
+        return self._digest[1]
+
+    @property
+    def held(self) -> list[str]:
+        """Names of adapters whose weights are in memory, those on the device first, MAX_HELD_ADAPTERS at most."""
+        return self._held
+
+    def _find(self, name: str) -> Adapter | None:
+        found = self._named.get(name) or self._members.get(name)
+        if found is None and self._root is not None and name not in self._withdrawn:
+            found = _member(self._root, name)
+        return found
+
+    # ---- use ----------------------------------------------------------------------------------------------------
+
+    async def ensure(self, name: str) -> None:
+        """Make sure that the engine knows the adapter. Raises ModelNotFoundError, and what the engine raises."""
+        if not name or name in self._in_engine:
+            return
+        if name not in self._loading:
+            adapter = self._find(name)
+            if adapter is None:
+                raise self.unknown(name)
+            self._check_room(name)
+            if name not in self._named:
+                self._members[name] = adapter
+            self._start_loading(adapter)
+        await asyncio.shield(self._loading[name])
+
+    def _start_loading(self, adapter: Adapter) -> asyncio.Task[AdapterInfo]:
+        """Load it even if nobody waits any more."""
+        name = adapter.name
+        task = self._loading[name] = asyncio.create_task(self._load(adapter))
+        task.add_done_callback(lambda task: self._forget_task(name, task))
+        return task
+
+    def _forget_task(self, name: str, task: asyncio.Task[AdapterInfo]) -> None:
+        self._loading.pop(name, None)
+        if not task.cancelled():
+            task.exception()  # retrieved, so that asyncio does not log it when nobody waits any more
+
+    def unknown(self, model: str) -> ModelNotFoundError:
+        served = printable(", ".join(self.served_names()), _MAX_SHOWN)
+        return ModelNotFoundError(
+            f"The model '{printable(model, 80)}' is not served here. Served: {served}.", param="model"
+        )
+
+    async def infos(self) -> list[tuple[Adapter, AdapterInfo | None]]:
+        """All adapters, with what the engine knows of those that it has read or was started with."""
+        known: dict[str, AdapterInfo] = {}
+        if self.is_enabled:
+            known = {info.name: info for info in (await self._engine.call(ListAdapters())).adapters}
+        return [(adapter, known.get(adapter.name)) for adapter in self.all()]
+
+    # ---- administration -----------------------------------------------------------------------------------------
+
+    async def load(self, name: str, source: str, *, replace: bool = False) -> AdapterInfo:
+        """Load an adapter and serve it. Raises RequestError; then nothing has changed."""
+        if not self.is_enabled:
+            raise UnsupportedCapabilityError(
+                "This worker serves no adapters: start it with --enable-lora, --lora-modules, --lora-dirs or "
+                "--lora-root."
+            )
+        problem = name_problem(name)
+        if problem is not None:
+            raise InvalidRequestError(problem, param="lora_name")
+        if name in self._model_names:
+            raise InvalidRequestError(f"'{printable(name)}' is the name of the model.", param="lora_name")
+        if name in self._in_engine and name in self.served_names() and not replace:
+            raise InvalidRequestError(
+                f"The lora adapter '{printable(name)}' has already been loaded. Send load_inplace=true to replace it.",
+                param="lora_name",
+                code="adapter_exists",
+            )
+        self._check_room(name)
+        path = await asyncio.to_thread(self._allowed_path, source)
+        adapter = Adapter(name, source, str(path))
+        if name in self._loading:
+            raise ConflictError(f"The adapter '{printable(name)}' is being loaded already.", param="lora_name")
+        return await asyncio.shield(self._start_loading(adapter))
+
+    async def unload(self, name: str) -> AdapterInfo | None:
+        """Stop serving an adapter; returns when its last request has ended. None if it had never been read."""
+        if self._find(name) is None:
+            raise ModelNotFoundError(f"The lora adapter '{printable(name, 80)}' cannot be found.", param="lora_name")
+        self._named.pop(name, None)
+        self._members.pop(name, None)
+        self._withdrawn.add(name)
+        self._on_change()
+        if name not in self._in_engine:
+            return None
+        self._in_engine.discard(name)
+        return await self._engine.call(UnloadAdapter(name))
+
+    def engine_restarted(self) -> None:
+        """The new engine knows only the adapters of the flags: others are loaded again when they are asked for."""
+        self._in_engine = {name for name, adapter in self._at_start.items() if self._named.get(name) == adapter}
+        self._held = []
+
+    async def _load(self, adapter: Adapter) -> AdapterInfo:
+        info = await self._engine.call(LoadAdapter(adapter.name, adapter.path, replace=True))
+        name = adapter.name
+        self._in_engine.add(name)
+        if self._members.get(name) != adapter and self._named.get(name) != adapter:
+            self._named[name] = adapter
+            self._withdrawn.discard(name)
+            self._on_change()
+        return info
+
+    def _allowed_path(self, source: str) -> Path:
+        """The folder that an administrator may load from. Raises PermissionDeniedError and InvalidRequestError."""
+        for adapter in self._at_start.values():
+            if source in (adapter.source, adapter.path):
+                return Path(adapter.path)
+        if self._root is not None and "\0" not in source:
+            member = _member(self._root, source)
+            if member is not None:
+                return Path(member.path)
+            folder = (self._root / source).resolve()
+            if folder.is_relative_to(self._root.resolve()) and (folder / CONFIG_FILE).is_file():
+                return folder
+        if self._allow_any_path:
+            return find_adapter_folder(source)
+        raise PermissionDeniedError(
+            f"'{printable(source)}' is not an adapter in --lora-root or of this worker's flags, and other paths are "
+            "not allowed: put it there, or start the worker with --allow-any-lora-path.",
+            param="lora_path",
+        )
+
+    def _check_room(self, name: str) -> None:
+        known = self._named.keys() | self._members.keys()
+        if name not in known and len(known) >= self._max_adapters:
+            raise OverloadedError(
+                f"This worker knows {self._max_adapters} adapters and takes no more (--max-adapters): unload some."
+            )
+
+    # ---- watching -----------------------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Background task: find new and removed members of `root`, and which adapters are in memory."""
+        seen: tuple[int, bool] | None = None
+        while True:
+            if self._root is not None:
+                seen = await self._scan(self._root, seen)
+            if self.is_enabled and self._in_engine:
+                try:
+                    infos = (await self._engine.call(ListAdapters())).adapters
+                except FastserveError as error:
+                    logger.debug("adapters are not listed: %s", error.message)
+                else:
+                    self._held = _held(infos)
+            await asyncio.sleep(SCAN_INTERVAL_S)
+
+    async def _scan(self, root: Path, seen: tuple[int, bool] | None) -> tuple[int, bool]:
+        """List the folder again if it has changed since `seen`: its time of change, and whether all of its folders
+        were complete.
+        """
+        room = self._max_adapters - len(self._named)
+
+        def scan() -> tuple[dict[str, Adapter], tuple[int, bool]] | None:
+            changed_at = os.stat(root).st_mtime_ns
+            if seen == (changed_at, True):
+                return None
+            members: dict[str, Adapter] = {}
+            is_complete = True
+            with os.scandir(root) as entries:
+                for entry in entries:
+                    if len(members) >= room:
+                        logger.warning("--lora-root has more adapters than --max-adapters %d.", self._max_adapters)
+                        break
+                    if not entry.is_dir():
+                        continue
+                    member = _member(root, entry.name)
+                    if member is None:
+                        is_complete = False
+                    else:
+                        members[entry.name] = member
+            return members, (changed_at, is_complete)
+
+        try:
+            found = await asyncio.to_thread(scan)
+        except OSError as error:
+            logger.warning("--lora-root cannot be read: %s", error)
+            return (0, False)
+        if found is None:
+            assert seen is not None
+            return seen
+        before = self._members
+        self._members = {name: one for name, one in found[0].items() if name not in self._withdrawn}
+        if before.keys() != self._members.keys():
+            self._on_change()
+        return found[1]
+
+
+def _member(root: Path, name: str) -> Adapter | None:
+    """The adapter in the folder `name` of `root`; None if there is none, or no adapter can have such a name."""
+    if "/" in name or "\\" in name or name in ("", ".", "..") or name_problem(name) is not None:
+        return None
+    folder = root / name
+    try:
+        return Adapter(name, name, str(folder)) if (folder / CONFIG_FILE).is_file() else None
+    except OSError:  # such as a name that is too long for the file system
+        return None
+
+
+def _held(infos: Iterable[AdapterInfo]) -> list[str]:
+    places = ("device", "host")
+    held = sorted((info for info in infos if info.location in places), key=lambda info: places.index(info.location))
+    return [info.name for info in held[:MAX_HELD_ADAPTERS]]

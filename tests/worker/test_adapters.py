@@ -1,0 +1,279 @@
+"""Adapters on the worker: names, routes, access and flags, on the fake engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastserve.config import WorkerConfig
+from fastserve.engine.contract import EngineInfo, EngineRequest
+from fastserve.engine.fake import Script
+from fastserve.errors import StartupError
+from fastserve.options import parse_config, to_argv
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.adapter_source import Adapter, find_adapters
+from tests.worker.conftest import MODEL, Running, RunWorker, until
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+
+
+def make_adapter(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    for name in ("one", "two"):
+        make_adapter(root / name)
+    make_adapter(tmp_path / "outside")
+    return root
+
+
+@pytest.fixture
+def say_adapter(tokenizer: Tokenizer) -> Script:
+    """Answers with the name of the request's adapter, or `base`."""
+
+    def script(request: EngineRequest, info: EngineInfo) -> Sequence[int]:
+        return tokenizer.encode(request.adapter or "base", add_special_tokens=False)
+
+    return script
+
+
+async def ask(running: Running, model: str) -> str:
+    status, answer = await running.post("/v1/chat/completions", CHAT | {"model": model})
+    assert status == 200, answer
+    assert answer["model"] == model
+    text: str = answer["choices"][0]["message"]["content"]
+    return text
+
+
+async def test_a_name_selects_an_adapter_in_every_generating_route(
+    run_worker: RunWorker, say_adapter: Script, root: Path
+) -> None:
+    async with run_worker(say_adapter, lora_root=str(root)) as running:
+        assert await ask(running, MODEL) == "base"
+        assert await ask(running, "one") == "one"
+        assert await ask(running, f"{MODEL}:two") == "two"
+        _, answer = await running.post("/v1/completions", {"model": "one", "prompt": "Hi", "max_tokens": 8})
+        assert answer["choices"][0]["text"] == "one"
+        _, answer = await running.post("/", {"prompt": "Hi", "generate_config": {"adapter_name": "two"}})
+        assert answer["response"] == "two"
+        body = {"model": "one", "prompt": "Hi", "echo": False, "max_new_tokens": 8}
+        _, answer = await running.post("/worker_generate", body)
+        assert answer["text"] == "one"
+
+
+@pytest.mark.parametrize(
+    "name", ["three", f"{MODEL}:three", "other:one", "../outside", f"{MODEL}:", ":one", "one:", "one/", ".", "x" * 600]
+)
+async def test_an_unknown_name_is_a_404_that_lists_what_there_is(run_worker: RunWorker, root: Path, name: str) -> None:
+    async with run_worker(lora_root=str(root)) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 2)
+        status, answer = await running.post("/v1/chat/completions", CHAT | {"model": name})
+        assert status == 404
+        assert answer["error"]["code"] == "model_not_found"
+        assert answer["error"]["param"] == "model"
+        assert f"Served: {MODEL}, one, two." in answer["error"]["message"]
+
+
+async def test_models_and_adapters_are_listed_with_their_base(run_worker: RunWorker, root: Path) -> None:
+    async with run_worker(lora_root=str(root)) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 2)
+        cards = {card.id: card.model_dump() async for card in running.openai.models.list()}
+        assert cards.keys() == {MODEL, "one", "two"}
+        assert (cards[MODEL]["parent"], cards[MODEL]["root"]) == (None, MODEL)
+        assert (cards["one"]["parent"], cards["one"]["root"]) == (MODEL, "one")
+        await ask(running, "one")
+        async with running.http.get(running.url + "/adapters") as response:
+            rows = {row["name"]: row for row in (await response.json())["data"]}
+        assert rows["one"] | {"rank": 8, "location": "device", "parent": MODEL} == rows["one"]
+        assert rows["two"] | {"rank": None, "location": "disk", "loads": 0} == rows["two"]
+
+
+async def test_members_of_the_root_appear_and_disappear(run_worker: RunWorker, say_adapter: Script, root: Path) -> None:
+    async with run_worker(say_adapter, lora_root=str(root)) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 2)
+        digest = running.runtime.status().adapters_digest
+        make_adapter(root / "new")
+        assert await ask(running, "new") == "new", "also before the folder is listed again"
+        await until(lambda: running.runtime.status().adapters_digest != digest)
+        (root / "two" / "adapter_config.json").unlink()
+        (root / "two").rmdir()
+        await until(lambda: "two" not in running.runtime.adapters.served_names())
+        assert (await running.post("/v1/chat/completions", CHAT | {"model": "two"}))[0] == 404
+
+
+async def test_adapters_are_loaded_replaced_and_unloaded_like_vllm_and_sglang(
+    run_worker: RunWorker, say_adapter: Script, root: Path
+) -> None:
+    async with run_worker(say_adapter, lora_root=str(root)) as running:
+        body = {"lora_name": "mine", "lora_path": "one"}
+
+        async def call(path: str, fields: Any) -> tuple[int, str]:
+            async with running.http.post(running.url + path, json=fields) as response:
+                return response.status, await response.text()
+
+        assert await call("/v1/load_lora_adapter", body) == (
+            200,
+            "Success: LoRA adapter 'mine' added successfully.",
+        )
+        assert await ask(running, "mine") == "mine"
+        status, text = await call("/v1/load_lora_adapter", body)
+        assert status == 400
+        assert "The lora adapter 'mine' has already been loaded." in text
+        assert (await call("/v1/load_lora_adapter", body | {"load_inplace": True}))[0] == 200
+        assert await call("/v1/unload_lora_adapter", {"lora_name": "mine"}) == (
+            200,
+            "Success: LoRA adapter 'mine' removed successfully.",
+        )
+        assert (await running.post("/v1/chat/completions", CHAT | {"model": "mine"}))[0] == 404
+        status, text = await call("/v1/unload_lora_adapter", {"lora_name": "mine"})
+        assert (status, "cannot be found" in text) == (404, True)
+        status, text = await call("/load_lora_adapter", body)
+        assert (status, json.loads(text)["loaded_adapters"]["mine"]) == (200, "one")
+        status, text = await call("/unload_lora_adapter", {"lora_name": "mine"})
+        assert (status, json.loads(text)["success"]) == (200, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"lora_name": "a"}, 400, "lora_path"),
+        ({"lora_path": "one"}, 400, "lora_name"),
+        ({"lora_name": 3, "lora_path": "one"}, 400, "lora_name"),
+        ({"lora_name": "a:b", "lora_path": "one"}, 400, "colon"),
+        ({"lora_name": "a\nb", "lora_path": "one"}, 400, "printable"),
+        ({"lora_name": "x" * 129, "lora_path": "one"}, 400, "128"),
+        ({"lora_name": MODEL, "lora_path": "one"}, 400, "name of the model"),
+        ({"lora_name": "a", "lora_path": "one", "base_model_name": "other"}, 400, "base_model_name"),
+        ({"lora_name": "a", "lora_path": "one", "pinned": True}, 400, "pinned"),
+        ({"lora_name": "a", "lora_path": "one", "load_in_place": True}, 400, "Unknown field"),
+        ({"lora_name": "a", "lora_path": "../outside"}, 403, "--allow-any-lora-path"),
+        ({"lora_name": "a", "lora_path": "/etc"}, 403, "--allow-any-lora-path"),
+        ({"lora_name": "a", "lora_path": "link"}, 403, "--allow-any-lora-path"),
+        ({"lora_name": "a", "lora_path": "one\0"}, 403, "--allow-any-lora-path"),
+    ],
+)
+async def test_a_wrong_call_names_the_field_and_changes_nothing(
+    run_worker: RunWorker, root: Path, fields: dict[str, Any], status: int, words: str
+) -> None:
+    deep = root / "group"
+    deep.mkdir()
+    (root / "link").symlink_to(root.parent, target_is_directory=True)
+    async with run_worker(lora_root=str(root)) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 2)
+        before = running.runtime.adapters.all()
+        found, answer = await running.post("/v1/load_lora_adapter", fields)
+        assert (found, words in answer["error"]["message"]) == (status, True), answer
+        assert running.runtime.adapters.all() == before
+
+
+async def test_other_paths_need_an_administrators_option(run_worker: RunWorker, root: Path) -> None:
+    body = {"lora_name": "a", "lora_path": str(root.parent / "outside")}
+    async with run_worker(lora_root=str(root)) as running:
+        assert (await running.post("/v1/load_lora_adapter", body))[0] == 403
+    async with run_worker(enable_lora=True, allow_any_lora_path=True) as running:
+        async with running.http.post(running.url + "/v1/load_lora_adapter", json=body) as response:
+            assert response.status == 200
+        status, answer = await running.post("/v1/load_lora_adapter", body | {"lora_name": "b", "lora_path": "/none"})
+        assert (status, answer["error"]["param"]) == (400, "lora_path")
+
+
+async def test_only_administrators_load_adapters(
+    run_worker: RunWorker, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTSERVE_ADMIN_KEY", "an-administrators-key")
+    async with run_worker(lora_root=str(root)) as running:
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"):
+            status, answer = await running.post(path, {"lora_name": "a", "lora_path": "one"})
+            assert (status, answer["error"]["code"]) == (403, "permission_denied")
+        async with running.http.post(
+            running.url + "/v1/load_lora_adapter",
+            json={"lora_name": "a", "lora_path": "one"},
+            headers={"authorization": "Bearer an-administrators-key"},
+        ) as response:
+            assert response.status == 200
+
+
+async def test_an_adapter_that_was_loaded_by_call_survives_the_engines_restart(
+    run_worker: RunWorker, say_adapter: Script, root: Path
+) -> None:
+    async with run_worker(say_adapter, lora_root=str(root)) as running:
+        async with running.http.post(
+            running.url + "/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": "one"}
+        ) as response:
+            assert response.status == 200
+        running.engine.die("test")
+        await until(lambda: not running.worker.keeper.ready)
+        await until(lambda: running.worker.keeper.ready)
+        assert await ask(running, "mine") == "mine"
+
+
+async def test_a_worker_without_adapters_says_how_to_have_them(run_worker: RunWorker) -> None:
+    async with run_worker(prepare=lambda options: setattr(options, "adapters", None)) as running:
+        status, answer = await running.post("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "b"})
+        assert (status, "--enable-lora" in answer["error"]["message"]) == (400, True)
+        assert running.runtime.status().adapters_digest == ""
+
+
+async def test_the_number_of_adapters_is_bounded(run_worker: RunWorker, root: Path) -> None:
+    members = ["one", "two", *(f"more-{number}" for number in range(5))]
+    for name in members[2:]:
+        make_adapter(root / name)
+    async with run_worker(lora_root=str(root), max_adapters=4) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 4)
+        served = running.runtime.adapters.served_names()
+        left_out = next(name for name in members if name not in served)
+        status, answer = await running.post("/v1/chat/completions", CHAT | {"model": left_out})
+        assert (status, "--max-adapters" in answer["error"]["message"]) == (429, True)
+
+
+# ---- flags ------------------------------------------------------------------------------------------------------
+
+
+def adapters_of(argv: Sequence[str], **environ: str) -> dict[str, Adapter]:
+    config = parse_config(WorkerConfig, argv, "worker", environ)
+    assert parse_config(WorkerConfig, to_argv(config), "worker", {}) == config
+    return {adapter.name: adapter for adapter in find_adapters(config, ("base",))}
+
+
+def test_flags_of_vllm_slora_and_rtp_llm_name_adapters(root: Path) -> None:
+    one, two = str(root / "one"), str(root / "two")
+    found = adapters_of(
+        ["--lora-modules", f"a={one}", json.dumps({"name": "b", "path": two, "base_model_name": "base"}),
+         "--lora-dirs", one, "--lora-dirs", f"c={two}", "--lora-dirs", f"{one}-0", f"{one}-1",
+         "--lora-modules", "words=fastserve-demo-words"],
+        LORA_INFO=json.dumps({"d": one}),
+    )  # fmt: skip
+    assert {name: Path(adapter.path).name for name, adapter in found.items()} == {
+        "a": "one", "b": "two", "one": "one", "c": "two", "one-0": "one", "one-1": "one", "d": "one",
+        "words": "fastserve-demo-words",
+    }  # fmt: skip
+    assert adapters_of([], LORA_INFO="{}") == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lora-modules", "a"], "NAME=PATH"),
+        (["--lora-modules", "base={one}"], "name of the model"),
+        (["--lora-modules", "a:b={one}"], "colon"),
+        (["--lora-modules", "a={one}", "a={one}"], "given twice"),
+        (["--lora-modules", "a=/none/such"], "no such folder"),
+        (["--lora-modules", "a={root}"], "adapter_config.json"),
+        (["--lora-modules", "{{"], "JSON"),
+        (["--lora-modules", '{{"name": "a", "path": "{one}", "base_model_name": "x"}}'], "is for the model"),
+        (["--lora-dirs", "{one}-none"], "no such folder"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_at_start(root: Path, argv: list[str], words: str) -> None:
+    given = [word.format(one=root / "one", root=root) for word in argv]
+    with pytest.raises(StartupError, match=words.replace("(", r"\(")):
+        adapters_of(given)
