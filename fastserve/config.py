@@ -328,6 +328,30 @@ class EngineOptions:
         added=True,
         minimum=1,
     )
+    scheduler: str = option(
+        "slora",
+        "order in which waiting requests start: slora (first come, first served), vtc_fair (equal shares for all "
+        "adapters), cluster (few adapters at once), abort (gives up what would come too late)",
+        choices=("slora", "vtc_fair", "cluster", "abort", "pets", "peft"),
+        added=True,
+    )
+    fair_weights: tuple[str, ...] = option(
+        (),
+        "--scheduler vtc_fair: comma-separated shares of adapters, NAME=WEIGHT, or weights in the order of the "
+        "adapters; 1 where none is given",
+        parse=comma_list,
+        added=True,
+    )
+    batch_num_adapters: int | None = option(
+        None, "number of adapters that --scheduler cluster runs at once, and implies it", added=True, minimum=1
+    )
+    enable_abort: bool = option(False, "the same as --scheduler abort", added=True)
+    first_token_slo_s: float = option(
+        6.0,
+        "--scheduler abort: seconds to the first token, after which a request is given up with status 503",
+        added=True,
+        minimum=0.1,
+    )
     debug: bool = option(False, "print the model", group="worker")
     profile_steps: int = option(
         0,

@@ -28,6 +28,7 @@
         LoopDetectedError             508  a request came back to an API server that had already forwarded it
         ModelLoadingError             503  carries Retry-After
         WorkerTimeoutError            504
+        FirstTokenLateError           503  --enable-abort: the first token would come later than it is of use
         EngineTimeoutError            504  the engine has not answered a call in time
         RequestAbortedError           503  an administrator aborted the running requests
       InternalError                 500
@@ -233,6 +234,10 @@ class EngineTimeoutError(ServiceError):
     status = 504
     type = "timeout_error"
     code = "engine_timeout"
+
+
+class FirstTokenLateError(ServiceError):
+    code = "first_token_late"
 
 
 class RequestAbortedError(ServiceError):

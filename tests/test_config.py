@@ -66,7 +66,8 @@ def test_an_option_that_is_on_by_default_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize("flag", ["--tp-size", "--tensor-parallel-size"])
 def test_an_option_can_have_a_second_name(flag: str) -> None:
-    for config_class in (WorkerConfig, LauncherConfig):
+    classes: tuple[type[WorkerConfig | LauncherConfig], ...] = (WorkerConfig, LauncherConfig)
+    for config_class in classes:
         config = parse_config(config_class, [flag, "2"], "prog", {})
         assert config.tp_size == 2
         assert to_argv(config) == ["--tp-size=2"]

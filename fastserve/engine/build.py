@@ -33,6 +33,7 @@ from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.sampling.processor import LogitsProcessor
+from fastserve.engine.scheduling import load as load_policy
 from fastserve.engine.selfcheck.compare import Capacity
 from fastserve.engine.selfcheck.verify import check_model
 from fastserve.engine.settings import AdapterOptions, EngineConfig, WeightOptions
@@ -113,6 +114,8 @@ def build_core(
     `send_to_ranks`: sends commands to the others, if there are any.
     """
     begin = time.perf_counter()
+    adapters = () if config.adapters is None else [name for name, _ in config.adapters.modules]
+    policy = load_policy(config, adapters)
     model = build_rank(config, progress, processors, collectives)
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     executor: Executor = runner
@@ -143,6 +146,7 @@ def build_core(
         info,
         executor,
         speed,
+        policy=policy,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         prefix_cache=not config.no_prefix_cache,

@@ -29,6 +29,7 @@ from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.pausing import Pausing
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, MAX_EXTRA_ROWS, StepPlan
 from fastserve.engine.scheduler import Scheduler
+from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.speculation.speculator import Speculator
 from fastserve.engine.speed import SpeedMeter
 
@@ -54,6 +55,7 @@ class EngineCore:
         executor: Executor,
         speed: SpeedMeter,
         *,
+        policy: SchedulingPolicy,
         max_num_batched_tokens: int,
         max_num_seqs: int,
         prefix_cache: bool,
@@ -75,6 +77,7 @@ class EngineCore:
         self._speculator = speculator
         self.scheduler = Scheduler(
             pool,
+            policy=policy,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=info.max_model_len,

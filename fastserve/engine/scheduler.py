@@ -1,14 +1,14 @@
 """The scheduler: decides which tokens of which sequences the next step computes. No phases, no tensors.
 
 Each step maps sequences to token counts under one token budget. Running sequences come first (decodes before prefills,
-so a long prompt never delays a decode), then waiting ones, in one order. When blocks run out, the running sequence that
-is last in that order is preempted: it frees its blocks and waits again, keeping its tokens; its KV cache is recomputed,
-mostly from the prefix cache. The first in order can always finish, because one sequence never needs more than the whole
-pool.
+so a long prompt never delays a decode), then waiting ones, in the order of a policy (scheduling/). When blocks run out,
+the running sequence that the policy names is preempted: it frees its blocks and waits again, keeping its tokens; its
+KV cache is recomputed, mostly from the prefix cache. One sequence can always finish, because none needs more than the
+whole pool.
 
-The order is that of arrival, where each level of priority counts as arriving PRIORITY_LEVEL_S later. So a request goes
-before waiting ones of lower priority, requests of higher priority pass it for a bounded time only, and none starves
-under any load. The order of two requests never changes.
+The default policy's order is that of arrival, where each level of priority counts as arriving PRIORITY_LEVEL_S later.
+So a request goes before waiting ones of lower priority, requests of higher priority pass it for a bounded time only,
+and none starves under any load. The order of two requests never changes.
 
 Drafts (speculation/) use the budget and blocks that the step has left, and hold no block after it. So they never
 preempt or delay another sequence, and a sequence has the same blocks with and without them.
@@ -24,7 +24,6 @@ The idea of one counter chasing another instead of prefill and decode phases is 
 
 from __future__ import annotations
 
-import heapq
 import time
 from bisect import insort
 from collections.abc import Callable
@@ -37,8 +36,9 @@ from fastserve.engine.adapters.manager import Adapter, AdapterManager, Place, ro
 from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
+from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.sequence import Sequence, Status
-from fastserve.errors import InvalidRequestError, ModelNotFoundError
+from fastserve.errors import FirstTokenLateError, InvalidRequestError, ModelNotFoundError
 from fastserve.observability.text import printable
 
 _TOO_MANY = 0
@@ -98,6 +98,7 @@ class Scheduler:
         self,
         pool: BlockPool,
         *,
+        policy: SchedulingPolicy,
         max_num_batched_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
@@ -108,7 +109,8 @@ class Scheduler:
         adapters: AdapterManager | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_extra_rows` bounds the rows of logits for prompt logprobs and drafts in a step, and so its memory.
+        """`policy`: the order of waiting sequences and of preemption.
+        `max_extra_rows` bounds the rows of logits for prompt logprobs and drafts in a step, and so its memory.
         `needs_last_token`: whether a request's next token can be sampled only once the host knows the one before.
         `rope_switch_length`: length in tokens beyond which the model computes all tokens of a sequence with other
         rotary frequencies; a sequence that grows beyond it is computed anew."""
@@ -126,10 +128,10 @@ class Scheduler:
         self._parked: dict[int, list[Sequence]] = {}
         """Waiting sequences whose adapter is being read, by its number, and those under _TOO_MANY whose adapter would
         be one too many."""
-        self._refused: list[RequestOutput] = []
         self._clock = clock
+        self._policy = policy
+        self._refused: list[RequestOutput] = []
         self.running: list[Sequence] = []
-        self._waiting: list[tuple[tuple[float, int], Sequence]] = []
         self._holds_new = False
         self._held: dict[int, Sequence] = {}
         """Sequences that have never been scheduled, by id, while new requests are held."""
@@ -174,12 +176,14 @@ class Scheduler:
         refused = self._adapter_problem(request)
         if refused is not None:
             return refused
+        now_s = self._clock()
         sequence = Sequence.of(
             self._next_id,
             request,
-            self._clock() + request.priority * PRIORITY_LEVEL_S,
+            now_s + request.priority * PRIORITY_LEVEL_S,
             needs_last_token=self._needs_last_token(request.params),
         )
+        sequence.arrived_s = now_s
         self._next_id += 1
         reason = self._finish_reason(sequence) if request.emitted_ids else None
         if reason is not None:
@@ -193,7 +197,7 @@ class Scheduler:
         if self._holds_new:
             self._held[sequence.seq_id] = sequence
         else:
-            heapq.heappush(self._waiting, (sequence.order, sequence))
+            self._policy.add(sequence)
         return None
 
     def _problem(self, request: EngineRequest) -> str | None:
@@ -233,11 +237,6 @@ class Scheduler:
             return None
         return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
 
-    def take_refused(self) -> list[RequestOutput]:
-        """Last outputs of requests whose adapter could not be read."""
-        refused, self._refused = self._refused, []
-        return refused
-
     def abort(self, request_id: str) -> None:
         """Remove a request and free its blocks. Unknown ids, of requests that have just finished, are ignored."""
         sequence = self._sequences.get(request_id)
@@ -249,16 +248,16 @@ class Scheduler:
         """Schedule only requests that have begun, until `release_new`; new ones wait."""
         self._holds_new = True
         self._unpark(list(self._parked))
-        waiting = [sequence for _, sequence in self._waiting if sequence.status is Status.WAITING]
-        self._held |= {sequence.seq_id: sequence for sequence in waiting if not sequence.is_begun}
-        self._waiting = [(sequence.order, sequence) for sequence in waiting if sequence.is_begun]
-        heapq.heapify(self._waiting)
+        for sequence in self._sequences.values():
+            if sequence.status is Status.WAITING and not sequence.is_begun:
+                self._policy.remove(sequence)
+                self._held[sequence.seq_id] = sequence
 
     def release_new(self) -> None:
         """Let held requests run, in order."""
         self._holds_new = False
         for sequence in self._held.values():
-            heapq.heappush(self._waiting, (sequence.order, sequence))
+            self._policy.add(sequence)
         self._held.clear()
 
     def abort_begun(self) -> list[RequestOutput]:
@@ -278,13 +277,36 @@ class Scheduler:
             self._preempt(sequence)
         return CacheReset(num_blocks=self.pool.clear(), num_preempted=len(preempted))
 
+    def take_refused(self) -> list[RequestOutput]:
+        """Last outputs of requests that ended without being scheduled, since the last call."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def _refuse_late(self) -> None:
+        """End waiting requests that the policy gives up."""
+        for sequence in self._policy.too_late(self._clock()):
+            self._remove(sequence)
+            self.aborted += 1
+            message = "The server is overloaded: the first token would come too late. Send the request again later."
+            self._refused.append(
+                RequestOutput(
+                    sequence.request.request_id,
+                    [],
+                    finish_reason="error",
+                    error=message,
+                    error_kind=FirstTokenLateError.__name__,
+                )
+            )
+
     def _remove(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
+        else:
+            self._policy.remove(sequence)
         if self._adapters is not None and sequence.adapter is not None:
             self._adapters.leave(sequence.adapter)
-        # A waiting one stays in the heap until it is popped; its status marks it as removed.
+        self._policy.ended(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
         del self._by_id[sequence.seq_id]
@@ -328,6 +350,7 @@ class Scheduler:
         """Plan the next step. A plan without chunks means that there is nothing to compute."""
         for sequence in [item for item in self.running if self._outgrew_rope(item)]:
             self._requeue(sequence)
+        self._refuse_late()
         step = _Step(self.max_num_batched_tokens, self.max_extra_rows)
         preempted = self._schedule_running(step)
         if not preempted:
@@ -357,7 +380,7 @@ class Scheduler:
             while self._blocks_needed(sequence, count) > self.pool.num_free:
                 if self._evict_idle_adapter():
                     continue
-                victim = self.running[-1]
+                victim = self._policy.victim(self.running)
                 self._preempt(victim)
                 preempted = True
                 step.remove(victim.seq_id)
@@ -370,11 +393,10 @@ class Scheduler:
     def _schedule_waiting(self, step: _Step) -> None:
         """Start waiting sequences in order while budget, max_num_seqs and blocks allow."""
         self._unpark_ready()
-        while self._waiting and step.budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self._waiting[0][1]
-            if sequence.status is not Status.WAITING:
-                heapq.heappop(self._waiting)
-                continue
+        while step.budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self._policy.first(self.running)
+            if sequence is None:
+                break
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
             place = self._prepare_adapter(sequence)
@@ -399,7 +421,7 @@ class Scheduler:
                 pass
             if count == 0 or (self.running and self.pool.num_free_after(match) - needed < len(self.running)):
                 break
-            heapq.heappop(self._waiting)
+            self._policy.remove(sequence)
             self.pool.take(match)
             if self._adapters is not None and sequence.adapter is not None:
                 self._adapters.hold(sequence.adapter)
@@ -416,6 +438,7 @@ class Scheduler:
                 sequence.num_cached = min(cached, sequence.num_prompt_tokens)
                 self.cached_tokens += sequence.num_cached
                 self.prompt_tokens += sequence.num_prompt_tokens
+                self._policy.served(sequence, sequence.num_prompt_tokens - sequence.num_cached, 0)
             step.add(self._chunk(sequence, count))
 
     # ---- adapters -----------------------------------------------------------------------------------------------
@@ -438,7 +461,7 @@ class Scheduler:
             return False
         if place is Place.READING and not self._adapters.is_prefetching:
             return False
-        heapq.heappop(self._waiting)
+        self._policy.remove(sequence)
         key = _TOO_MANY if place is Place.TOO_MANY else sequence.adapter.number
         self._parked.setdefault(key, []).append(sequence)
         return True
@@ -466,7 +489,8 @@ class Scheduler:
     def _unpark(self, keys: list[int]) -> None:
         for key in keys:
             for sequence in self._parked.pop(key, ()):
-                heapq.heappush(self._waiting, (sequence.order, sequence))
+                if sequence.status is Status.WAITING:  # else it was aborted
+                    self._policy.add(sequence)
 
     def _add_drafts(self, step: _Step, drafting: Drafting) -> None:
         """Add drafts after the single tokens of decoding sequences, as far as budget and blocks allow."""
@@ -566,7 +590,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._policy.add(sequence)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Update the sequences with a step's result and return the outputs. Called in the order of the plans."""
@@ -618,6 +642,7 @@ class Scheduler:
         # All but the last of them were drafts, so they are computed already.
         sequence.num_computed += count - 1
         self.generated_tokens += count
+        self._policy.served(sequence, 0, count)
         if sequence.seq_id in result.logprobs:
             output.logprobs = result.logprobs[sequence.seq_id][:count]
         output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None

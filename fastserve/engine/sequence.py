@@ -35,6 +35,8 @@ class Sequence:
     """Arrival on the scheduler's clock plus the priority's delay, in seconds. Lower goes first."""
     needs_last_token: bool
     """Its next token can be sampled only once the one before is known."""
+    arrived_s: float = 0.0
+    """Arrival on the scheduler's clock."""
     num_computed: int = 0
     num_pending: int = 0
     """Tokens that steps in flight sample; their ids are not known yet."""
@@ -86,6 +88,10 @@ class Sequence:
         return self.num_cached is not None
 
     @property
+    def is_over(self) -> bool:
+        return self.status is Status.FINISHED
+
+    @property
     def has_max_tokens(self) -> bool:
         """Whether the answer, with its pending tokens, has max_tokens."""
         return self.num_tokens - self.num_prompt_tokens >= self.request.params.max_tokens
@@ -101,5 +107,5 @@ class Sequence:
 
     @property
     def order(self) -> tuple[float, int]:
-        """Sort key: the first is scheduled first, the last is preempted first."""
+        """Sort key of arrival and priority: the first goes before others."""
         return (self.due, self.seq_id)

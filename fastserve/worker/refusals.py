@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastserve.config import WorkerConfig
+from fastserve.engine.scheduling import check as check_scheduling
 from fastserve.engine.spread import Spread, read_gpu_memory, refuse_gpu_ids, refuse_spread
 from fastserve.errors import StartupError
 from fastserve.options import check_ranges
@@ -86,6 +87,7 @@ def refuse_unavailable(config: WorkerConfig) -> None:
         if is_refused(config):
             raise StartupError(message)
     check_ranges(WorkerConfig, config)
+    check_scheduling(config)
     for flag, size in (("--gptq-groupsize", config.gptq_groupsize), ("--awq-groupsize", config.awq_groupsize)):
         if size < 1 and size != -1:
             raise StartupError(f"{flag} {size} is out of range: give at least 1, or -1 for what the weights have.")

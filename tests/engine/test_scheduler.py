@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as AnySequence
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastserve.config import EngineOptions
+from fastserve.engine import scheduling
 from fastserve.engine.contract import EngineInfo, EngineRequest, RequestOutput, SamplingParams, TokenLogprob
 from fastserve.engine.core import EngineCore
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, Chunk, StepPlan, StepResult
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.scheduler import PRIORITY_LEVEL_S, Drafting, Scheduler
+from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.sequence import Sequence
 from fastserve.engine.speculation.speculator import DraftRequest
 from fastserve.engine.speed import SpeedMeter
@@ -188,10 +192,16 @@ def alone(request: EngineRequest) -> list[int]:
 
 
 def make_scheduler(
-    blocks: int = BLOCKS, drafting: Drafting | None = None, clock: Clock | None = None, *, prefix_cache: bool = True
+    blocks: int = BLOCKS,
+    drafting: Drafting | None = None,
+    clock: Clock | None = None,
+    *,
+    prefix_cache: bool = True,
+    policy: SchedulingPolicy | None = None,
 ) -> Scheduler:
     return Scheduler(
         BlockPool(blocks, BLOCK, prefix_cache=prefix_cache),
+        policy=policy or make_policy("slora"),
         max_num_batched_tokens=BUDGET,
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
@@ -202,13 +212,21 @@ def make_scheduler(
     )
 
 
-def make_core(device: Device, guesser: Guesser | None = None, *, overlap: bool, clock: Clock) -> EngineCore:
+def make_policy(name: str, **options: Any) -> SchedulingPolicy:
+    if name == "cluster":
+        options.setdefault("batch_num_adapters", 2)
+    return scheduling.load(EngineOptions(scheduler=name, **options))
+
+
+def make_core(
+    device: Device, guesser: Guesser | None = None, *, overlap: bool, clock: Clock, policy: str = "slora"
+) -> EngineCore:
     info = EngineInfo(
         architecture="", device="", dtype="", vocab_size=MAX_EXTRA_LOGITS // EXTRA_ROWS,
         max_model_len=MAX_LEN, block_size=BLOCK, num_blocks=BLOCKS, eos_token_ids=(), num_parameters=0, load_s=0,
     )  # fmt: skip
     core = EngineCore(
-        info, device, SpeedMeter((1, 1.0), (2, 1.1)),
+        info, device, SpeedMeter((1, 1.0), (2, 1.1)), policy=make_policy(policy),
         max_num_batched_tokens=BUDGET, max_num_seqs=MAX_SEQS, prefix_cache=True,
         needs_last_token=partial(needs_last_token, LOGITS_PROCESSORS), overlap=overlap, clock=clock,
         rope_switch_length=device.rope_switch_length,
@@ -253,7 +271,7 @@ def check_prompt_logprobs(request: EngineRequest, outputs: list[list[TokenLogpro
 
 requests = st.builds(
     # Few different tokens, so that prompts share beginnings and prefix hits are common.
-    lambda prompt, repeat, count, stop, penalty, scored, priority: EngineRequest(
+    lambda prompt, repeat, count, stop, penalty, scored, priority, adapter: EngineRequest(
         "",
         (prompt * repeat)[:24],
         SamplingParams(
@@ -264,6 +282,7 @@ requests = st.builds(
             prompt_logprobs=0 if scored else None,
         ),
         priority=priority,
+        adapter=adapter,
     ),
     st.lists(st.integers(0, 2), min_size=1, max_size=6),
     st.integers(1, 5),
@@ -272,20 +291,23 @@ requests = st.builds(
     st.sampled_from([0.0, 0.0, 1.0]),
     st.booleans(),
     st.integers(0, 1),
+    st.sampled_from(["", "a", "b"]),
 )
 actions = st.lists(st.one_of(requests, st.integers(0, 30), st.none()), max_size=60)
 """A request arrives, the n-th request is aborted, or a step runs."""
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("overlap", "policy"), [(False, "slora"), (True, "slora"), (True, "vtc_fair"), (False, "cluster"), (True, "abort")]
+)
 @settings(max_examples=300, deadline=None)
 @given(history=actions, seed=st.none() | st.integers(0, 9))
 def test_any_history_keeps_the_invariants_and_the_answers(
-    overlap: bool, history: list[EngineRequest | int | None], seed: int | None
+    overlap: bool, policy: str, history: list[EngineRequest | int | None], seed: int | None
 ) -> None:
     guesser = None if seed is None else Guesser(seed)
     device = Device()
-    core = make_core(device, guesser, overlap=overlap, clock=Clock())
+    core = make_core(device, guesser, overlap=overlap, clock=Clock(), policy=policy)
     sent: list[EngineRequest] = []
     answers: dict[str, list[int]] = {}
     scores: dict[str, list[list[TokenLogprob] | None]] = {}
@@ -302,7 +324,9 @@ def test_any_history_keeps_the_invariants_and_the_answers(
 
     for action in history:
         if isinstance(action, EngineRequest):
-            request = EngineRequest(f"r{len(sent)}", action.prompt_ids, action.params, priority=action.priority)
+            request = EngineRequest(
+                f"r{len(sent)}", action.prompt_ids, action.params, priority=action.priority, adapter=action.adapter
+            )
             sent.append(request)
             answers[request.request_id] = []
             scores[request.request_id] = []

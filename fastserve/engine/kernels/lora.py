@@ -161,8 +161,8 @@ class CpuLoraKernel:
         pointers = (c_void_p * len(structs))(*(ctypes.addressof(struct) for struct in structs))
         rows = LoraRowsStruct.of(batch)
         too_many = self._library.add_lora(
-            x.data_ptr(), x.stride(0), len(x), pointers, len(structs), ctypes.byref(rows), out.data_ptr(), out.stride(0),
-            int(out.dtype == torch.float32),
+            x.data_ptr(), x.stride(0), len(x), pointers, len(structs), ctypes.byref(rows),
+            out.data_ptr(), out.stride(0), int(out.dtype == torch.float32),
         )  # fmt: skip
         if too_many:
             raise RuntimeError(f"a layer has too many parts for the kernel of adapters: {len(structs)}")

@@ -1,0 +1,123 @@
+"""Fair shares of the engine for each client (virtual token counters: Sheng et al., Fairness in Serving Large Language
+Models, 2023). A client is an adapter; requests for the bare base model are one client too.
+
+A counter has the client's service: INPUT_PRICE for each prompt token that was computed, OUTPUT_PRICE for each token of
+an answer, divided by its weight (`--fair-weights`). The client with the lowest counter is served next, its requests in
+their own order, and the one with the highest counter is preempted. A client that had no request to start begins at the
+lowest counter of those that have, so that it cannot save up service.
+
+While two clients of weight 1 have waiting requests, their services differ by at most 2 max(INPUT_PRICE times the
+longest prompt, OUTPUT_PRICE times the tokens that the KV cache holds).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass, field
+
+from fastserve.engine.scheduling import Settings
+from fastserve.engine.scheduling.queue import WaitingQueue
+from fastserve.engine.sequence import Sequence
+
+INPUT_PRICE, OUTPUT_PRICE = 1.0, 2.0
+MAX_IDLE_CLIENTS = 10_000
+"""Clients without requests whose counters are kept."""
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    name: str
+    weight: float
+    counter: float = 0.0
+    waiting: WaitingQueue = field(default_factory=WaitingQueue)
+    unstarted: set[int] = field(default_factory=set)
+    """Ids of sequences that have never been started, also while they are held back."""
+    num_requests: int = 0
+    is_queued: bool = False
+    """Whether it is in the heap of clients."""
+
+
+class Policy:
+    def __init__(self, settings: Settings) -> None:
+        self._weights = settings.weights
+        self._clients: dict[str, _Client] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()
+        """Clients without requests; the first has been idle longest."""
+        self._queue: list[tuple[float, str]] = []
+        """A heap of clients with waiting sequences, by counters that may have grown since."""
+        self._known: set[int] = set()
+        """Ids of sequences that have not ended."""
+        self._last_counter = 0.0
+        """Counter of the client that had a waiting sequence last."""
+
+    def add(self, sequence: Sequence) -> None:
+        client = self._client(sequence)
+        if sequence.seq_id not in self._known:
+            self._known.add(sequence.seq_id)
+            if not client.unstarted:
+                lowest = self._lowest()
+                client.counter = max(client.counter, self._last_counter if lowest is None else lowest.counter)
+            client.unstarted.add(sequence.seq_id)
+            client.num_requests += 1
+            self._idle.pop(client.name, None)
+        client.waiting.add(sequence.order, sequence)
+        if not client.is_queued:
+            client.is_queued = True
+            heapq.heappush(self._queue, (client.counter, client.name))
+
+    def remove(self, sequence: Sequence) -> None:
+        client = self._clients.get(sequence.request.adapter)
+        if client is not None and client.waiting.remove(sequence):
+            self._last_counter = client.counter
+
+    def first(self, running: AnySequence[Sequence]) -> Sequence | None:
+        client = self._lowest()
+        return None if client is None else client.waiting.first()
+
+    def victim(self, running: AnySequence[Sequence]) -> Sequence:
+        return max(running, key=lambda item: (self._client(item).counter, *item.order))
+
+    def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
+        client = self._client(sequence)
+        client.unstarted.discard(sequence.seq_id)
+        client.counter += (INPUT_PRICE * num_input_tokens + OUTPUT_PRICE * num_output_tokens) / client.weight
+
+    def ended(self, sequence: Sequence) -> None:
+        if sequence.seq_id not in self._known:
+            return
+        self._known.discard(sequence.seq_id)
+        client = self._client(sequence)
+        client.unstarted.discard(sequence.seq_id)
+        client.num_requests -= 1
+        if not client.num_requests:
+            self._idle[client.name] = None
+            while len(self._idle) > MAX_IDLE_CLIENTS:
+                name, _ = self._idle.popitem(last=False)
+                del self._clients[name]
+
+    def too_late(self, now_s: float) -> AnySequence[Sequence]:
+        return ()
+
+    def _client(self, sequence: Sequence) -> _Client:
+        name = sequence.request.adapter
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = _Client(name, self._weights.get(name, 1.0))
+        return client
+
+    def _lowest(self) -> _Client | None:
+        """The client with the lowest counter of those with waiting sequences."""
+        while self._queue:
+            counter, name = self._queue[0]
+            client = self._clients.get(name)
+            if client is None or not client.waiting:
+                heapq.heappop(self._queue)
+                if client is not None:
+                    client.is_queued = False
+            elif client.counter > counter:
+                heapq.heapreplace(self._queue, (client.counter, name))
+            else:
+                return client
+        return None
