@@ -18,6 +18,7 @@ from typing import Any
 from fastserve import dispatch
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY, make_keys
 from fastserve.errors import StartupError
+from fastserve.fleet.division import NodeRoom
 from fastserve.fleet.service_process import ServiceState
 from fastserve.fleet.spec import RayConfig, make_spec
 from fastserve.launching.console import Console
@@ -57,7 +58,9 @@ def run(config: RayConfig, environ: Mapping[str, str], console: Console) -> None
             return
         key = _cluster_key(config, environ)
         client_keys = ",".join(config.api_keys) if config.api_keys else None
-        spec = make_spec(config, key, client_keys, has_gpus=ray.cluster_resources().get("GPU", 0) > 0)
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [NodeRoom(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in found]
+        spec = make_spec(config, key, client_keys, nodes)
         manager = actors.replace_manager(spec, config.ray_namespace)
         _wait(manager, config, console)
     finally:
@@ -86,7 +89,7 @@ def _cluster_key(config: RayConfig, environ: Mapping[str, str]) -> str:
 
 
 def _end(config: RayConfig, console: Console) -> None:
-    from fastserve.fleet.actors import end_manager, service_names, stop_service
+    from fastserve.fleet.actors import end_manager, remove_groups, service_names, stop_service
 
     end_manager(config.ray_namespace)
     names = service_names(config.ray_namespace)
@@ -94,6 +97,7 @@ def _end(config: RayConfig, console: Console) -> None:
     for name in sorted(names, key=lambda item: ("api-server" not in item, "controller" in item)):
         console.say(f"ending {name.partition(':')[2]}")
         stop_service(name, config.ray_namespace, common_config(config).drain_timeout_s + 10)
+    remove_groups(config.ray_namespace, set())
     console.say("The fleet has ended." if names else f"No fleet runs in the namespace {config.ray_namespace}.")
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import ray
 import ray.util
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from fastserve.fleet.division import Part, with_machines
 from fastserve.fleet.service_process import Command, ServiceProcess, ServiceState
 from fastserve.fleet.spec import CONTROLLER, FleetSpec, ServiceSpec, with_controller
 
@@ -35,6 +37,9 @@ class ServiceActor:
 
     def run(self, command: Command, stop_timeout_s: float) -> ServiceState:
         return self._process.run(command, stop_timeout_s)
+
+    def reserve(self, num_ports: int) -> tuple[str, int]:
+        return self._process.reserve(num_ports)
 
     def stop(self, timeout_s: float) -> None:
         self._process.stop(timeout_s)
@@ -76,27 +81,56 @@ class FleetManager:
         for name in service_names(self._namespace):
             if name not in wanted:
                 stop_service(name, self._namespace, _drain_of(self._spec))
+        remove_groups(self._namespace, {_group_name(service, self._namespace) for service in self._spec.services})
         controller, *others = self._spec.services
         self._run([(controller, controller.command)])
         state = self._states[CONTROLLER]
         if isinstance(state, ServiceState) and state.address is not None:
             address = state.address
-            self._run([(service, with_controller(service.command, address)) for service in others])
+            commands = [(service, with_controller(service.command, address)) for service in others]
+            self._run([(service, command) for service, command in commands if service.part is None])
+            self._run(self._with_machines([(service, command) for service, command in commands if service.part]))
+
+    def _with_machines(self, services: list[tuple[ServiceSpec, Command]]) -> list[tuple[ServiceSpec, Command]]:
+        """The parts of workers whose machines are all known, with their commands."""
+        pending = {}
+        for service, _ in services:
+            if service.part is not None:
+                pending[service.name] = service_actor(service, self._namespace).reserve.remote(service.part.num_ports)
+        found = self._answers(pending)
+        ready = []
+        for service, command in services:
+            part = service.part
+            if part is None:
+                continue
+            names = [other.name for other, _ in services if other.part and other.part.worker == part.worker]
+            if found.keys() >= set(names):
+                ready.append((service, with_machines(command, part, [found[name] for name in names])))
+        return ready
 
     def _run(self, services: list[tuple[ServiceSpec, Command]]) -> None:
         """Have services run, and note their states."""
-        pending = {}
-        for service, command in services:
-            actor = service_actor(service, self._namespace)
-            pending[actor.run.remote(command, service.drain_timeout_s + _STOP_MARGIN_S)] = service.name
+        pending = {
+            service.name: service_actor(service, self._namespace).run.remote(
+                command, service.drain_timeout_s + _STOP_MARGIN_S
+            )
+            for service, command in services
+        }
+        self._states.update(self._answers(pending))
+
+    def _answers(self, pending: dict[str, Any]) -> dict[str, Any]:
+        """The answers of actors, by the service's name. Those that do not answer are left out, and noted with the
+        reason."""
+        answers = {}
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        for reference, name in pending.items():
+        for name, reference in pending.items():
             try:
-                self._states[name] = ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
+                answers[name] = ray.get(reference, timeout=max(0.1, deadline - time.monotonic()))
             except ray.exceptions.GetTimeoutError:
                 self._states[name] = "waiting for a machine with room, or for its last requests"
             except ray.exceptions.RayError as error:
                 self._states[name] = f"restarting: {type(error).__name__}"
+        return answers
 
 
 def _drain_of(spec: FleetSpec) -> float:
@@ -109,9 +143,36 @@ def service_actor(service: ServiceSpec, namespace: str) -> Any:
     make = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=service.num_cpus, num_gpus=service.num_gpus)(
         ServiceActor
     )
+    where: dict[str, Any] = {}
+    if service.part is not None:
+        group = _group(service, service.part, namespace)
+        where["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, service.part.number)
     return make.options(
-        name=PREFIX + service.name, namespace=namespace, lifetime="detached", get_if_exists=True
+        name=PREFIX + service.name, namespace=namespace, lifetime="detached", get_if_exists=True, **where
     ).remote(service.port)
+
+
+def _group(service: ServiceSpec, part: Part, namespace: str) -> Any:
+    """The placement group of a worker's parts, made if there is none: close together, and all or none of them."""
+    name = _group_name(service, namespace)
+    try:
+        return ray.util.get_placement_group(name)
+    except ValueError:
+        needs = {"CPU": service.num_cpus, "GPU": float(service.num_gpus)}
+        bundle = {kind: number for kind, number in needs.items() if number > 0}
+        return ray.util.placement_group([bundle] * part.num_parts, strategy="PACK", name=name, lifetime="detached")
+
+
+def _group_name(service: ServiceSpec, namespace: str) -> str:
+    return "" if service.part is None else f"{namespace}:{service.name.rpartition('-')[0]}"
+
+
+def remove_groups(namespace: str, wanted: set[str]) -> None:
+    """Remove the fleet's placement groups, but for the wanted ones."""
+    for found in ray.util.placement_group_table().values():
+        name = found["name"]
+        if name.startswith(f"{namespace}:") and name not in wanted and found["state"] != "REMOVED":
+            ray.util.remove_placement_group(ray.util.get_placement_group(name))
 
 
 def service_names(namespace: str) -> list[str]:

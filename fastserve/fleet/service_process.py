@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from fastserve.serving.listen import url_of
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+_MAX_PORT_TRIES = 50
+_PORTS_END = 65536
 STABLE_S = 60.0
 """A process that ran for so long begins with the first pause again."""
 
@@ -27,6 +29,8 @@ class Command:
     flags: tuple[str, ...]
     environ: tuple[tuple[str, str], ...] = ()
     """Additional environment variables. They may hold keys."""
+    is_worker: bool = False
+    """Whether it takes `--worker-address`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ServiceProcess:
         self._command: Command | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
+        self._reserved: range | None = None
         self._num_starts = 0
         self._exit_code: int | None = None
         self._pause_s = FIRST_PAUSE_S
@@ -64,6 +69,13 @@ class ServiceProcess:
         if self._process is None and self._clock() >= self._next_start_at:
             self._start(command)
         return self.state
+
+    def reserve(self, num_ports: int) -> tuple[str, int]:
+        """The address of this machine, and the first of as many consecutive ports, on which the service will listen.
+        They were free when this was first called."""
+        if self._reserved is None or len(self._reserved) != num_ports:
+            self._reserved = _free_ports(self._host, num_ports)
+        return self._host, self._reserved[0]
 
     @property
     def state(self) -> ServiceState:
@@ -99,9 +111,9 @@ class ServiceProcess:
         self._pause_s = min(MAX_PAUSE_S, 2 * self._pause_s)
 
     def _start(self, command: Command) -> None:
-        self._port = _free_port(self._host, self._wanted_port)
+        self._port = self._reserved[0] if self._reserved else _free_port(self._host, self._wanted_port)
         words = [command.module, *command.flags, f"--host={self._host}", f"--port={self._port}"]
-        if command.module.endswith("model_worker"):
+        if command.is_worker:
             words.append(f"--worker-address={url_of(self._host, self._port)}")
         self._process = _spawn(words, {**os.environ, **dict(command.environ)})
         self._num_starts += 1
@@ -142,6 +154,14 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
+
+
+def _free_ports(host: str, count: int) -> range:
+    for _ in range(_MAX_PORT_TRIES):
+        first = _free_port(host, None)
+        if first + count <= _PORTS_END and all(_free_port(host, port) == port for port in range(first, first + count)):
+            return range(first, first + count)
+    raise OSError(f"{host} has no {count} consecutive free ports")
 
 
 def _free_port(host: str, wanted: int | None) -> int:

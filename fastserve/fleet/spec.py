@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastserve.access.cluster_key import ENV_CLUSTER_KEY
 from fastserve.config import (
@@ -18,6 +18,7 @@ from fastserve.config import (
     WorkerConfig,
 )
 from fastserve.errors import StartupError
+from fastserve.fleet.division import NodeRoom, Part, num_machines
 from fastserve.fleet.service_process import Command
 from fastserve.launching.plan import parse_item, service_config, worker_config
 from fastserve.options import option, to_argv
@@ -34,7 +35,9 @@ class RayConfig(LauncherConfig):
 
     replicas: int = option(1, "workers of each item of --model-path-address", added=True, minimum=0, maximum=1000)
     api_servers: int = option(1, "API servers", added=True, minimum=1, maximum=1000)
-    cpus_per_worker: float = option(1.0, "CPUs that a worker reserves in Ray", added=True, minimum=0)
+    cpus_per_worker: float = option(
+        1.0, "CPUs that a worker reserves in Ray; with --tp-size: that each rank reserves", added=True, minimum=0
+    )
     ray_address: str = option("auto", "address of the Ray cluster", added=True)
     ray_namespace: str = option("fastserve", "Ray namespace; fleets in different ones do not meet", added=True)
     down: bool = option(False, "end the fleet, after its running requests", added=True)
@@ -49,6 +52,8 @@ class ServiceSpec:
     num_cpus: float
     num_gpus: int
     drain_timeout_s: float
+    part: Part | None = None
+    """Of a worker with ranks on several machines."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,9 @@ class FleetSpec:
     cluster_key: str = dataclasses.field(repr=False)
 
 
-def make_spec(config: RayConfig, cluster_key: str, api_keys: str | None, *, has_gpus: bool) -> FleetSpec:
-    """The fleet that the options describe. `has_gpus`: whether the cluster has any. Raises StartupError."""
+def make_spec(config: RayConfig, cluster_key: str, api_keys: str | None, nodes: Sequence[NodeRoom]) -> FleetSpec:
+    """The fleet that the options describe, on a cluster of these machines. Raises StartupError."""
+    has_gpus = any(node.num_gpus > 0 for node in nodes)
     for name in ("tls_cert", "tls_key", "tls_ca", "ssl", "cluster_key_file", "insecure"):
         if getattr(config, name):
             flag = "--" + name.replace("_", "-")
@@ -81,17 +87,35 @@ def make_spec(config: RayConfig, cluster_key: str, api_keys: str | None, *, has_
         worker = worker_config(config, item)
         if worker.no_register:
             raise StartupError("--no-register is not supported on Ray: its workers belong to the fleet's controller.")
-        num_gpus = worker.num_gpus if worker.device == "cuda" or (worker.device is None and has_gpus) else 0
+        on_gpus = worker.device == "cuda" or (worker.device is None and has_gpus)
+        gpus_per_rank = (worker.num_gpus if worker.tp_size == 1 else 1) if on_gpus else 0
+        count = num_machines(worker.tp_size, config.cpus_per_worker, gpus_per_rank, nodes)
         for _ in range(config.replicas):
             label = item.model.rstrip("/").rpartition("/")[2]
             name = f"worker-{label}-{numbers[label]}"
             numbers[label] += 1
             # Ray chooses the GPUs, and any port will do: several workers may come to one machine.
             plain = dataclasses.replace(worker, gpus=None, worker_address=None)
-            services.append(
-                _service(name, "model_worker", plain, key, num_cpus=config.cpus_per_worker, num_gpus=num_gpus)
-            )
+            services += _worker(name, plain, key, count, config.cpus_per_worker, gpus_per_rank)
     return FleetSpec(tuple(services), cluster_key)
+
+
+def _worker(
+    name: str, worker: WorkerConfig, environ: Mapping[str, str], count: int, cpus_per_rank: float, gpus_per_rank: int
+) -> list[ServiceSpec]:
+    """A worker on `count` machines."""
+    share = worker.tp_size // count
+    resources: dict[str, Any] = {"num_cpus": share * cpus_per_rank, "num_gpus": share * gpus_per_rank}
+    if count == 1:
+        return [_service(name, "model_worker", worker, environ, **resources)]
+    return [
+        dataclasses.replace(
+            # The name has all that an actor cannot change.
+            _service(f"{name}-{count}x{share}-part{number}", "fleet.member", worker, environ, **resources),
+            part=Part(name, number, count, share),
+        )
+        for number in range(count)
+    ]
 
 
 def _service(
@@ -108,7 +132,8 @@ def _service(
     if isinstance(settings, ApiServerConfig | WorkerConfig):
         defaults["controller_address"] = f"http://localhost:{CONTROLLER_PORT}"
     flags = to_argv(dataclasses.replace(settings, **defaults))  # type: ignore[arg-type]
-    command = Command(f"{PACKAGE}.{module}", tuple(flags), tuple(sorted(environ.items())))
+    is_worker = isinstance(settings, WorkerConfig)
+    command = Command(f"{PACKAGE}.{module}", tuple(flags), tuple(sorted(environ.items())), is_worker)
     return ServiceSpec(name, command, port, num_cpus, num_gpus, settings.drain_timeout_s)
 
 

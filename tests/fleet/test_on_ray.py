@@ -28,7 +28,9 @@ NAMESPACE = "fastserve-test"
 
 def run(*flags: str) -> str:
     out = io.StringIO()
-    common = ["--ray-namespace", NAMESPACE, "--engine", "fake", "--cpus-per-worker", "1", "--wait-timeout-s", "240"]
+    common = ["--ray-namespace", NAMESPACE, "--cpus-per-worker", "1", "--wait-timeout-s", "240"]
+    if "--tp-size" not in flags:
+        common += ["--engine", "fake"]
     config = parse_config(RayConfig, [*common, "--device", "cpu", *flags], "x", {})
     on_ray.run(config, {}, Console(out))
     return out.getvalue()
@@ -125,3 +127,25 @@ def test_a_fleet_that_does_not_fit_says_what_it_waits_for(nodes: dict[str, Any])
     with pytest.raises(StartupError, match=r"worker-fastserve-demo-0: waiting for a machine with room"):
         run("--model-path-address", "fastserve-demo@any@1", "--cpus-per-worker", "50", "--wait-timeout-s", "20")
     run("--down")
+
+
+def test_a_model_over_two_machines_starts_and_comes_back(nodes: dict[str, Any]) -> None:
+    flags = ("--model-path-address", "fastserve-demo@any@1", "--tp-size", "2", "--cpus-per-worker", "2")
+    said = run(*flags)
+    parts = [f"worker-fastserve-demo-0-2x1-part{number}" for number in (0, 1)]
+    assert all(f"{part} runs at" in said for part in parts)
+    text = ask()
+    assert text
+    os.kill(pids("fleet.member")[1], signal.SIGKILL)
+
+    def serves() -> bool:
+        try:
+            return sum(states()[part].num_starts for part in parts) >= 3 and ask() == text
+        except (openai.OpenAIError, ray.exceptions.RayError, KeyError):
+            return False
+
+    until(serves)
+    run("--down")
+    assert not pids("fleet.member")
+    groups = ray.util.placement_group_table().values()
+    assert all(group["state"] == "REMOVED" for group in groups)

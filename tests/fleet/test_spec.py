@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from fastserve.config import ApiServerConfig, ControllerConfig, WorkerConfig
+from fastserve.distributed.gang import Gang
 from fastserve.errors import StartupError
+from fastserve.fleet.division import NodeRoom, num_machines, with_machines
+from fastserve.fleet.member import ENV_GANG
 from fastserve.fleet.spec import FleetSpec, RayConfig, ServiceSpec, make_spec, with_controller
 from fastserve.options import parse_config
 
 
 def spec_of(*flags: str, has_gpus: bool = False, api_keys: str | None = None) -> FleetSpec:
-    return make_spec(parse_config(RayConfig, flags, "x", {}), "the-cluster-key", api_keys, has_gpus=has_gpus)
+    nodes = [NodeRoom(16.0, 8.0 if has_gpus else 0.0)]
+    return make_spec(parse_config(RayConfig, flags, "x", {}), "the-cluster-key", api_keys, nodes)
 
 
 def settings_of(service: ServiceSpec, config_class: Any, address: str | None = "http://10.0.0.1:21001") -> Any:
@@ -74,3 +79,55 @@ def test_keys_are_in_no_command_line_and_api_keys_at_api_servers_only() -> None:
 def test_what_cannot_be_on_ray_is_refused_by_name(flag: str) -> None:
     with pytest.raises(StartupError, match=flag.partition("=")[0]):
         spec_of(flag)
+
+
+# ---- ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "cpus", "gpus", "nodes", "expected"),
+    [
+        (1, 1.0, 1, [(8, 8)], 1),
+        (4, 1.0, 1, [(8, 8), (8, 8)], 1),
+        (8, 1.0, 1, [(64, 4), (64, 4), (64, 4)], 2),
+        (4, 2.0, 0, [(2, 0), (2, 0), (2, 0), (2, 0)], 4),
+        (4, 2.0, 0, [(6, 0), (6, 0)], 2),
+        # As many ranks on each machine: 3 + 1 would do, and is not possible.
+        (4, 1.0, 1, [(8, 3), (8, 1)], 4),
+        (6, 1.0, 0, [(3, 0), (3, 0)], 2),
+        # Too few for all: it waits for a machine.
+        (8, 1.0, 1, [(8, 1), (8, 1)], 1),
+        (2, 0.0, 0, [(1, 0)], 1),
+    ],
+)
+def test_ranks_go_to_as_few_machines_as_hold_them(
+    num_ranks: int, cpus: float, gpus: int, nodes: list[tuple[float, float]], expected: int
+) -> None:
+    assert num_machines(num_ranks, cpus, gpus, [NodeRoom(*node) for node in nodes]) == expected
+
+
+def test_ranks_of_one_machine_are_one_service_with_their_gpus() -> None:
+    spec = spec_of("--tp-size", "4", "--cpus-per-worker", "2", has_gpus=True)
+    (worker,) = spec.services[2:]
+    assert (worker.num_gpus, worker.num_cpus, worker.part) == (4, 8.0, None)
+    assert settings_of(worker, WorkerConfig).tp_size == 4
+
+
+def test_ranks_of_several_machines_are_services_that_know_each_other() -> None:
+    config = parse_config(RayConfig, ["--tp-size", "4", "--replicas", "2"], "x", {})
+    spec = make_spec(config, "the-cluster-key", None, [NodeRoom(8.0, 2.0)] * 4)
+    first, second = spec.services[2:4]
+    assert [(item.num_gpus, item.num_cpus) for item in spec.services[2:]] == [(2, 2.0)] * 4
+    assert len({item.name for item in spec.services}) == 6
+    assert first.part is not None
+    assert second.part is not None
+    assert first.part.worker == second.part.worker
+    assert first.command == second.command
+    addresses = [("10.0.0.1", 4000), ("10.0.0.2", 5000)]
+    for part in (first.part, second.part):
+        command = with_machines(first.command, part, addresses)
+        gang = msgspec.json.decode(dict(command.environ)[ENV_GANG], type=Gang)
+        assert gang.size == 4
+        assert gang.part == part.number
+        assert [(machine.ip, machine.port) for machine in gang.machines] == addresses
+        assert gang.exchange_port(3) < 5000 + part.num_ports, "all ports that it listens on are reserved"
