@@ -10,9 +10,10 @@ import msgspec
 
 from fastserve.distributed.gang import Gang
 from fastserve.distributed.machines import Machine
-from fastserve.fleet.member import ENV_GANG
 from fastserve.fleet.service_process import Command
 
+ENV_GANG = "FASTSERVE_GANG"
+"""Environment variable of a part's process, with all machines (`Gang` as JSON)."""
 FORM_TIMEOUT_S = 1800.0
 """Longest wait for the ranks of other machines, which may have to be started first."""
 

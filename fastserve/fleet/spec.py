@@ -111,7 +111,7 @@ def _worker(
     return [
         dataclasses.replace(
             # The name has all that an actor cannot change.
-            _service(f"{name}-{count}x{share}-part{number}", "fleet.member", worker, environ, **resources),
+            _service(f"{name}-{count}x{share}-part{number}", "gang_worker", worker, environ, **resources),
             part=Part(name, number, count, share),
         )
         for number in range(count)

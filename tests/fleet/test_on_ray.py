@@ -136,7 +136,7 @@ def test_a_model_over_two_machines_starts_and_comes_back(nodes: dict[str, Any]) 
     assert all(f"{part} runs at" in said for part in parts)
     text = ask()
     assert text
-    os.kill(pids("fleet.member")[1], signal.SIGKILL)
+    os.kill(pids("gang_worker")[1], signal.SIGKILL)
 
     def serves() -> bool:
         try:
@@ -146,6 +146,6 @@ def test_a_model_over_two_machines_starts_and_comes_back(nodes: dict[str, Any]) 
 
     until(serves)
     run("--down")
-    assert not pids("fleet.member")
+    assert not pids("gang_worker")
     groups = ray.util.placement_group_table().values()
     assert all(group["state"] == "REMOVED" for group in groups)

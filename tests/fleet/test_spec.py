@@ -10,8 +10,7 @@ import pytest
 from fastserve.config import ApiServerConfig, ControllerConfig, WorkerConfig
 from fastserve.distributed.gang import Gang
 from fastserve.errors import StartupError
-from fastserve.fleet.division import NodeRoom, num_machines, with_machines
-from fastserve.fleet.member import ENV_GANG
+from fastserve.fleet.division import ENV_GANG, NodeRoom, num_machines, with_machines
 from fastserve.fleet.spec import FleetSpec, RayConfig, ServiceSpec, make_spec, with_controller
 from fastserve.options import parse_config
 

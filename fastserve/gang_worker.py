@@ -1,4 +1,4 @@
-"""`python -m fastserve.fleet.member FLAG ...`: one machine's part of a model worker that is divided over several.
+"""`python -m fastserve.gang_worker FLAG ...`: one machine's part of a model worker that is divided over several.
 
 The flags are those of `fastserve.model_worker`; FASTSERVE_GANG names the machines.
 """
@@ -12,8 +12,7 @@ import msgspec
 
 from fastserve import model_worker
 from fastserve.distributed.gang import Gang
-
-ENV_GANG = "FASTSERVE_GANG"
+from fastserve.fleet.division import ENV_GANG
 
 
 def main() -> None:
