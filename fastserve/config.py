@@ -422,7 +422,8 @@ class LoraOptions:
 
     @property
     def serves_adapters(self) -> bool:
-        return bool(self.enable_lora or self.lora_modules or self.lora_dirs or self.lora_root)
+        modules = any("".join(text.split()) != "{}" for text in self.lora_modules)  # rtp-llm's default of LORA_INFO
+        return bool(self.enable_lora or modules or self.lora_dirs or self.lora_root)
 
 
 @dataclass(frozen=True)
@@ -457,7 +458,7 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
     max_queued_tokens: int = limit(
         2_097_152, "maximum number of prompt tokens of all waiting requests; past that the answer is 429"
     )
-    max_adapters: int = limit(4096, "maximum number of adapters that a worker knows by name")
+    max_adapters: int = limit(4096, "maximum number of adapters that a worker knows by name", maximum=4096)
     max_messages: int = limit(4096, "maximum number of messages in one chat")
     max_content_parts: int = limit(4096, "maximum number of content parts and tool calls in one chat")
     max_prompts: int = limit(2048, "maximum number of prompts in one completion request")

@@ -70,13 +70,13 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def limit(default: Any, help: str, *, minimum: float = 1, group: str = LIMITS) -> Any:
+def limit(default: Any, help: str, *, minimum: float = 1, maximum: float | None = None, group: str = LIMITS) -> Any:
     """Declare a bound on outside input: a size, number, depth or time. Its name ends in its unit (`_bytes`, `_s`).
 
     The environment variable `FASTSERVE_<NAME>` sets it too, so services started by the launcher inherit it.
     docs/limits.md lists all limits.
     """
-    made = option(default, help, added=True, minimum=minimum, group=group)
+    made = option(default, help, added=True, minimum=minimum, maximum=maximum, group=group)
     return field(default=default, metadata={**made.metadata, "is_limit": True})
 
 

@@ -48,7 +48,10 @@ class FinalResponse(aiohttp.ClientResponse):
 
 
 def send_cluster_key(keys: Reloadable[ClusterKeys | None]) -> aiohttp.TraceConfig:
-    """For `ClientSession(trace_configs=[...])`: adds the current key to each request that has no key of its own."""
+    """For `ClientSession(trace_configs=[...])`: adds the current key to each request that has no key of its own.
+
+    The administrator's key is the only other one: a client's API key is never sent on.
+    """
 
     async def add_key(_: aiohttp.ClientSession, __: SimpleNamespace, request: aiohttp.TraceRequestStartParams) -> None:
         if keys.value is not None and "Authorization" not in request.headers:

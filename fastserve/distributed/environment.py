@@ -215,6 +215,7 @@ def _check_ports(machines: list[Machine], num_ports: int, problems: Problems) ->
 
 
 def _check_lora(variables: Variables, problems: Problems) -> None:
+    """The worker reads the variable itself, as the default of --lora-modules, and finds the folders."""
     text = variables.text("LORA_INFO")
     if text is None:
         return
@@ -225,9 +226,4 @@ def _check_lora(variables: Variables, problems: Problems) -> None:
     if not isinstance(adapters, dict) or not all(isinstance(path, str) for path in adapters.values()):
         problems.add(
             f'{variables.shown("LORA_INFO")} is no JSON object of names and folders, such as {{"a": "/path"}}.'
-        )
-    elif adapters:
-        problems.add(
-            f"{variables.shown('LORA_INFO')}: adapters beside the model are not supported. Give the folder of one "
-            "adapter as CHECKPOINT_PATH to serve it merged into its base model."
         )

@@ -54,8 +54,9 @@ async def _call_workers(request: Request, content: bytes, base: str | None, mess
     if not addresses:
         raise NoWorkerError("No worker of the model is known now. Try again in a moment.")
     headers = {"content-type": "application/json"}
-    if "authorization" in request.headers:
-        # The administrator's key; without one the request carries the cluster key.
+    if request.state.has_admin_keys:
+        # The caller's token is the administrator's key, which the workers check too. Without such keys the token, if
+        # any, is an API key: it stays here, and the session sends the cluster key.
         headers["Authorization"] = request.headers["authorization"]
     url_path = request.url.path
     outcomes = await asyncio.gather(*(_call(dispatcher, address, url_path, content, headers) for address in addresses))

@@ -64,6 +64,8 @@ PROBE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 MAX_PROBES = 64
 """Probes of workers at the same time."""
 SHOWN_NAME_CHARS = 100
+MAX_SHOWN_NAMES, MAX_SHOWN_CHARS = 100, 1000
+"""Bounds of the names in an error message."""
 BAD_ROWS_LOG_INTERVAL_S = 5.0
 MAX_CONTROLLER_ANSWER_BYTES = 2**27
 """Enough for a routing table of MAX_WORKERS rows; a longer answer is invalid."""
@@ -258,7 +260,7 @@ class Dispatcher:
         self, model: str, route: ModelRoute, lease_id: str, exclude: Collection[str], avoid: Collection[str]
     ) -> str:
         if len(model) > MAX_NAME_CHARS:
-            raise unknown_model(model)  # no worker can serve such a name
+            raise self.unknown_model(model)  # no worker can serve such a name
         if avoid:
             try:
                 return await self._choose_worker(model, route, lease_id, {*exclude, *avoid}, ())
@@ -282,7 +284,7 @@ class Dispatcher:
         if answer is None and not self._table.model_names():
             raise NoWorkerError("The controller cannot be reached and no worker is known yet. Try again in a moment.")
         if answer is not None and not answer.known and not self._known_models.contains(model):
-            raise unknown_model(model)
+            raise self.unknown_model(model)
         offered = self._table.capabilities(model) if answer is None or not answer.known else answer.capabilities
         if offered and route.capability not in offered and not self._known_models.contains(model, route.capability):
             raise self._unsupported(model, route, offered)
@@ -291,6 +293,18 @@ class Dispatcher:
     def base_models(self) -> list[str]:
         """Models that are no adapters, each by the first name of its workers."""
         return self._table.first_names()
+
+    def unknown_model(self, model: str) -> ModelNotFoundError:
+        """The error for a name that nobody serves, with the names of models and adapters that are served."""
+        names = itertools.islice(
+            itertools.chain(self.model_names(), (adapter.name for adapter in self.adapters)), MAX_SHOWN_NAMES
+        )
+        served = printable(", ".join(names), MAX_SHOWN_CHARS)
+        return ModelNotFoundError(
+            f"The model '{printable(model, SHOWN_NAME_CHARS)}' does not exist. Served: {served or 'none yet'}; "
+            "/v1/models lists all.",
+            param="model",
+        )
 
     def workers_of(self, base: str) -> list[str]:
         """Addresses of the workers of a base model."""
@@ -433,11 +447,6 @@ class Dispatcher:
         """At shutdown, after the background tasks have ended: try once more to release the leases that are left."""
         if self._unreleased and not await self._release_batch():
             logger.info("Not all leases could be given back; the controller will drop them.")
-
-
-def unknown_model(model: str) -> ModelNotFoundError:
-    shown = printable(model, SHOWN_NAME_CHARS)
-    return ModelNotFoundError(f"The model '{shown}' does not exist; /v1/models lists those that do.", param="model")
 
 
 def no_worker(model: str, retry_after_s: float | None = None) -> NoWorkerError:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastserve.errors import NoWorkerError
 from fastserve.gateway.attempt import ClientRequest
-from fastserve.gateway.dispatch import Dispatcher, no_worker, unknown_model
+from fastserve.gateway.dispatch import Dispatcher, no_worker
 from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.gateway.peek import peek
@@ -111,7 +111,8 @@ async def get_model(model: str, gateway: GatewayDep) -> Model:
         card = next((card for card in _adapter_cards(gateway) if model in (card.id, f"{card.parent}:{card.id}")), None)
         if card is not None:
             return card
-        raise no_worker(model) if gateway.dispatcher.is_known(model) else unknown_model(model)
+        dispatcher = gateway.dispatcher
+        raise no_worker(model) if dispatcher.is_known(model) else dispatcher.unknown_model(model)
     return describe_model(model, gateway.started_at)
 
 

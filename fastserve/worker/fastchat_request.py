@@ -72,9 +72,17 @@ def _completion_fields(runtime: Runtime, params: dict[str, Any], prompt: str) ->
 
 
 def _model(runtime: Runtime, model: Any) -> str:
-    """An adapter that the request names as its model, else the base: FastChat's clients need not name a model here."""
-    is_adapter = isinstance(model, str) and runtime.adapters.resolve(model)
-    return model if is_adapter else runtime.jobs.settings.model_names[0]
+    """The request's model. A worker without adapters answers to any name, as FastChat's workers do; one with adapters
+    refuses unknown names, which may be an adapter's. Clients need not name a model. Raises ModelNotFoundError.
+    """
+    adapters, base = runtime.adapters, runtime.jobs.settings.model_names[0]
+    if model in (None, "") or not adapters.is_enabled:
+        return base
+    if not isinstance(model, str):
+        raise invalid("model", model, "Give the name of the model or of an adapter.")
+    if adapters.resolve(model) is None:
+        raise adapters.unknown(model)
+    return model
 
 
 def _prompt(params: dict[str, Any]) -> str:

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from fastserve.config import WorkerConfig
 from fastserve.distributed.environment import read_environment
 from fastserve.distributed.gang import own_ip
 from fastserve.distributed.problems import EnvironmentFault
 from fastserve.distributed.shared_memory import small_shared_memory
+from fastserve.options import parse_config
 from fastserve.start_server import find_gang, worker_arguments
+from fastserve.worker.adapter_source import find_adapters
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ BAD = {
     ),
     "a device twice": ({"CUDA_VISIBLE_DEVICES": "0,0"}, ["twice"]),
     "adapters that are no JSON": ({"LORA_INFO": "a=b"}, ["LORA_INFO=a=b"]),
-    "adapters": ({"LORA_INFO": '{"a": "/b"}'}, ["LORA_INFO", "merged"]),
+    "an adapter without a path": ({"LORA_INFO": '{"a": 1}'}, ["LORA_INFO", "names and folders"]),
     "a control character": ({"TP_SIZE": "1\x1b[31m\n2"}, ["TP_SIZE=1\\x1b"]),
 }
 
@@ -331,3 +334,9 @@ def test_small_shared_memory_is_a_warning_with_its_remedy(monkeypatch: pytest.Mo
         assert part in warning
     assert small_shared_memory(1, str(tmp_path)) is None
     assert small_shared_memory(2, str(tmp_path / "missing")) is None
+
+
+def test_adapters_of_the_environment_reach_the_worker(model: Path) -> None:
+    environ = {"CHECKPOINT_PATH": str(model), "LORA_INFO": '{"words": "fastserve-demo-words"}'}
+    config = parse_config(WorkerConfig, worker_arguments(environ, []), "worker", environ)
+    assert [adapter.name for adapter in find_adapters(config, ("base",))] == ["words"]

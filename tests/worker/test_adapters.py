@@ -14,6 +14,7 @@ from fastserve.engine.contract import EngineInfo, EngineRequest
 from fastserve.engine.fake import Script
 from fastserve.errors import StartupError
 from fastserve.options import parse_config, to_argv
+from fastserve.protocol import MAX_ADAPTERS
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.adapter_source import Adapter, find_adapters
 from tests.worker.conftest import MODEL, Running, RunWorker, until
@@ -81,6 +82,30 @@ async def test_an_unknown_name_is_a_404_that_lists_what_there_is(run_worker: Run
         assert answer["error"]["code"] == "model_not_found"
         assert answer["error"]["param"] == "model"
         assert f"Served: {MODEL}, one, two." in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/worker_generate", "/worker_generate_stream"])
+@pytest.mark.parametrize("model", ["three", f"{MODEL}:three", "other:one", "one/", 1, ["one"]])
+async def test_fastchats_routes_refuse_an_unknown_name_where_there_are_adapters(
+    run_worker: RunWorker, root: Path, path: str, model: Any
+) -> None:
+    body = {"model": model, "prompt": "Hi", "echo": False, "max_new_tokens": 8}
+    async with run_worker(lora_root=str(root)) as running:
+        async with running.http.post(running.url + path, json=body) as response:
+            record = json.loads((await response.read()).rstrip(b"\0"))
+        assert record["error_code"] != 0
+        assert ("is not served here" if isinstance(model, str) else "'model'") in record["text"]
+
+
+async def test_fastchats_routes_answer_from_the_base_where_no_adapter_is_named(
+    run_worker: RunWorker, say_adapter: Script, root: Path
+) -> None:
+    body: dict[str, Any] = {"prompt": "Hi", "echo": False, "max_new_tokens": 8}
+    async with run_worker(say_adapter, lora_root=str(root)) as running:
+        for fields in ({}, {"model": None}, {"model": ""}, {"model": MODEL}):
+            assert (await running.post("/worker_generate", body | fields))[1]["text"] == "base"
+    async with run_worker(say_adapter) as running:
+        assert (await running.post("/worker_generate", body | {"model": "any"}))[1]["text"] == "base"
 
 
 async def test_models_and_adapters_are_listed_with_their_base(run_worker: RunWorker, root: Path) -> None:
@@ -257,6 +282,17 @@ def test_flags_of_vllm_slora_and_rtp_llm_name_adapters(root: Path) -> None:
         "words": "fastserve-demo-words",
     }  # fmt: skip
     assert adapters_of([], LORA_INFO="{}") == {}
+
+
+@pytest.mark.parametrize(("text", "serves"), [("{}", False), (" { }\n", False), ('{"a": "/a"}', True)])
+def test_a_worker_without_adapters_in_lora_info_is_one_without_adapters(text: str, serves: bool) -> None:
+    assert parse_config(WorkerConfig, [], "worker", {"LORA_INFO": text}).serves_adapters is serves
+
+
+def test_more_adapters_than_a_controller_lists_are_refused_at_start() -> None:
+    assert parse_config(WorkerConfig, ["--max-adapters", str(MAX_ADAPTERS)], "worker", {}).max_adapters == MAX_ADAPTERS
+    with pytest.raises(SystemExit):
+        parse_config(WorkerConfig, ["--max-adapters", str(MAX_ADAPTERS + 1)], "worker", {})
 
 
 @pytest.mark.parametrize(
