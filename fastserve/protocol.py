@@ -54,6 +54,8 @@ MAX_ADAPTERS = 4096
 """Served by one worker; the upper bound of `--max-adapters`."""
 MAX_ADAPTER_NAME_CHARS = 128
 MAX_ADAPTER_ROOT_CHARS = 512
+MAX_ADAPTER_LIST_BYTES = 2**19
+"""Of a worker's adapters in a heartbeat: half of a controller's `--max-body-bytes` by default."""
 MAX_LISTED_ADAPTERS = 100_000
 MAX_HELD_ADAPTERS = 64
 """In one heartbeat."""

@@ -55,7 +55,7 @@ SPEED_CHANGE = 0.05
 """Relative change of a worker's speed from which on its row of the table counts as changed."""
 MAX_HOLDER_LEAD = 4.0
 """Requests, relative to speed, by which a worker that has an adapter in memory may be busier than the least busy one
-and still gets the adapter's next request."""
+and still gets the adapter's next request. `python -m benchmarks.adapter_dispatch` compares leads."""
 BUSY_RETRY_AFTER_S = 1.0
 MAX_LINES_PER_S = 50
 LOADING_RETRY_AFTER_S = 5.0

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from fastserve.engine.calls.adapters import ListAdapters, LoadAdapter, UnloadAdapter
@@ -21,7 +22,7 @@ from fastserve.errors import (
     UnsupportedCapabilityError,
 )
 from fastserve.observability.text import printable
-from fastserve.protocol import MAX_HELD_ADAPTERS
+from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTER_ROOT_CHARS, MAX_HELD_ADAPTERS, AdapterEntry
 from fastserve.worker.adapter_source import CONFIG_FILE, Adapter, find_adapter_folder, name_problem
 
 logger = logging.getLogger(__name__)
@@ -289,6 +290,31 @@ class ServedAdapters:
         if before.keys() != self._members.keys():
             self._on_change()
         return found[1]
+
+
+def listed_adapters(adapters: Sequence[Adapter]) -> list[AdapterEntry]:
+    """For the controller, MAX_ADAPTER_LIST_BYTES at most: if they are more, without their roots; then without the last
+    ones, which only requests to this worker itself reach.
+    """
+    roots = (one.source.encode(errors="replace").decode()[:MAX_ADAPTER_ROOT_CHARS] for one in adapters)
+    entries = [AdapterEntry(name=one.name, root=root) for one, root in zip(adapters, roots, strict=True)]
+    if _num_bytes(entries) <= MAX_ADAPTER_LIST_BYTES:
+        return entries
+    entries = [AdapterEntry(name=one.name) for one in adapters]
+    sizes = accumulate(_num_bytes([entry]) for entry in entries)
+    listed = [entry for entry, size in zip(entries, sizes, strict=True) if size <= MAX_ADAPTER_LIST_BYTES]
+    if len(listed) < len(entries):
+        logger.warning(
+            "the names of %d adapters are too long for one list: the controller knows the first %d only.",
+            len(entries),
+            len(listed),
+        )
+    return listed
+
+
+def _num_bytes(entries: Iterable[AdapterEntry]) -> int:
+    """With the separators of a list."""
+    return sum(len(entry.model_dump_json().encode()) + 1 for entry in entries)
 
 
 def _member(root: Path, name: str) -> Adapter | None:

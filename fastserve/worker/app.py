@@ -31,7 +31,7 @@ from fastserve.errors import StartupError
 from fastserve.observability.metrics import CONTENT_TYPE
 from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
-from fastserve.protocol import MAX_ADAPTER_ROOT_CHARS, MAX_MODEL_NAMES, MAX_NAME_CHARS, AdapterEntry, WorkerStatus
+from fastserve.protocol import MAX_MODEL_NAMES, MAX_NAME_CHARS, AdapterEntry, WorkerStatus
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.tls import client_ssl_context
 from fastserve.text.chat_template import ChatTemplate, load_chat_template
@@ -40,7 +40,7 @@ from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
 from fastserve.worker.adapter_source import Adapter, find_root
-from fastserve.worker.adapters import ServedAdapters
+from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
@@ -298,8 +298,7 @@ class ModelWorker:
 
     def _adapter_entries(self) -> list[AdapterEntry]:
         runtime: Runtime | None = self.app.state.runtime
-        adapters = [] if runtime is None else runtime.adapters.all()
-        return [AdapterEntry(name=one.name, root=one.source[:MAX_ADAPTER_ROOT_CHARS]) for one in adapters]
+        return [] if runtime is None else listed_adapters(runtime.adapters.all())
 
     async def _run_critical(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run `work`, and end the process if it fails: the worker would neither recover nor be reachable without it."""

@@ -136,6 +136,19 @@ _HISTOGRAMS = {
 }
 
 
+_ADAPTER_GAUGES = {
+    "num_loras": ("num_adapters", "Adapters that the engine knows."),
+    "num_loras_on_device": ("num_on_device", "Adapters on the device."),
+    "num_loras_on_host": ("num_on_host", "Copies of adapters in host memory."),
+    "num_loras_running": ("num_running", "Different adapters of running sequences."),
+}
+_ADAPTER_COUNTERS = {
+    "lora_loads": ("loads", "Copies of adapters to the device."),
+    "lora_evictions": ("evictions", "Adapters that gave up their place on the device to others."),
+}
+"""As above, with fields of AdapterStats."""
+
+
 class _EngineCollector(Collector):
     """Exports the engine's latest statistics at each scrape."""
 
@@ -153,6 +166,11 @@ class _EngineCollector(Collector):
             yield HistogramMetricFamily(
                 f"fastserve_engine_{name}", text, buckets=_cumulative(histogram, bounds), sum_value=histogram.total
             )
+        if stats.adapters is not None:
+            for name, (field, text) in _ADAPTER_GAUGES.items():
+                yield GaugeMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats.adapters, field))
+            for name, (field, text) in _ADAPTER_COUNTERS.items():
+                yield CounterMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats.adapters, field))
         usage = kv_usage(stats)
         yield GaugeMetricFamily("fastserve_engine_kv_cache_usage_perc", "Used KV cache; 1 is all of it.", value=usage)
 

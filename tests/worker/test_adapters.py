@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from fastserve.config import WorkerConfig
+from fastserve.config import ControllerConfig, WorkerConfig
 from fastserve.engine.contract import EngineInfo, EngineRequest
 from fastserve.engine.fake import Script
 from fastserve.errors import StartupError
 from fastserve.options import parse_config, to_argv
-from fastserve.protocol import MAX_ADAPTERS
+from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTERS, HeartbeatRequest
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.adapter_source import Adapter, find_adapters
+from fastserve.worker.adapters import listed_adapters
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
@@ -258,6 +259,28 @@ async def test_the_number_of_adapters_is_bounded(run_worker: RunWorker, root: Pa
         left_out = next(name for name in members if name not in served)
         status, answer = await running.post("/v1/chat/completions", CHAT | {"model": left_out})
         assert (status, "--max-adapters" in answer["error"]["message"]) == (429, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "num_listed", "has_roots"),
+    [
+        ("{:04}", "one", MAX_ADAPTERS, True),
+        ("{:04}", "/" + "\N{SNOWMAN}" * 600, MAX_ADAPTERS, False),
+        ("{:04}" + "\N{GRINNING FACE}" * 124, "one", 900, False),
+        ("{:04}", "one\udcff", MAX_ADAPTERS, True),
+    ],
+)
+def test_the_list_for_the_controller_is_bounded_in_bytes(
+    name: str, source: str, num_listed: int, has_roots: bool
+) -> None:
+    adapters = [Adapter(name.format(number), source, "/path") for number in range(MAX_ADAPTERS)]
+    listed = listed_adapters(adapters)
+    assert num_listed <= len(listed) <= MAX_ADAPTERS
+    assert [entry.name for entry in listed] == [one.name for one in adapters[: len(listed)]]
+    assert all(bool(entry.root) is has_roots for entry in listed)
+    beat = HeartbeatRequest(worker_name="http://worker", queue_length=0, adapters=listed).model_dump_json()
+    assert len(beat.encode()) <= MAX_ADAPTER_LIST_BYTES + 1000 < ControllerConfig().max_body_bytes
+    assert HeartbeatRequest.model_validate_json(beat).adapters == listed
 
 
 # ---- flags ------------------------------------------------------------------------------------------------------

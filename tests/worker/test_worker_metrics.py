@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastserve.engine.contract import STEP_SECONDS_BOUNDS, STEP_SIZE_BOUNDS, EngineStats, FusedLayers, Histogram
+from fastserve.engine.contract import (
+    STEP_SECONDS_BOUNDS,
+    STEP_SIZE_BOUNDS,
+    AdapterStats,
+    EngineStats,
+    FusedLayers,
+    Histogram,
+)
 from fastserve.worker.admission import Admission
 from fastserve.worker.metrics import WorkerMetrics
 
@@ -32,6 +39,18 @@ def test_the_engines_statistics_have_the_usual_names() -> None:
         "num_preemptions_total": 4, "spec_decode_num_draft_tokens_total": 9, "spec_decode_num_accepted_tokens_total": 7,
     }  # fmt: skip
     assert {name: found[f"fastserve_engine_{name}"] for name in expected} == expected
+
+
+def test_adapters_are_counted_where_they_are_served() -> None:
+    assert not [name for name in read(EngineStats()) if "lora" in name]
+    found = read(
+        EngineStats(adapters=AdapterStats(9, num_on_device=3, num_on_host=5, num_running=2, loads=7, evictions=4))
+    )
+    counted = {name.removeprefix("fastserve_engine_"): value for name, value in found.items() if "lora" in name}
+    assert counted == {
+        "num_loras": 9, "num_loras_on_device": 3, "num_loras_on_host": 5, "num_loras_running": 2,
+        "lora_loads_total": 7, "lora_evictions_total": 4,
+    }  # fmt: skip
 
 
 def test_layers_without_a_fused_kernel_are_counted() -> None:
