@@ -457,10 +457,22 @@ class WorkerRegistry:
         ):
             worker.capabilities = status.capabilities
             self._list_models_of(worker, tuple(dict.fromkeys(names)), status.offered, now)
+            self._log_hidden_adapters(name for name in names if self._adapters.find(name)[0])
+        if adapters is not None:
+            self._log_hidden_adapters(entry.name for entry in adapters if self._models.pools(entry.name))
         changed = self._speeds.set(worker.address, worker.models, status.tokens_per_s, status.speed, now)
         self._update(worker, now)
         self._update_all((address for address in changed if address != worker.address), now)
         self._schedule(worker, now)
+
+    def _log_hidden_adapters(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._log(
+                logging.WARNING,
+                "'%s' names a model and an adapter: requests get the model. Ask for the adapter as BASE:NAME, or "
+                "rename one of them.",
+                name,
+            )
 
     def _list_models_of(
         self, worker: _WorkerRecord, names: tuple[str, ...], capabilities: Iterable[str], now: float

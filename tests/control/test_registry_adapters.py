@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.adapter_dispatch import simulate
 from fastserve.control.registry import MAX_HOLDER_LEAD, WorkerRegistry
 from fastserve.protocol import AdapterEntry
@@ -66,9 +68,17 @@ def test_adapters_are_listed_with_their_bases_and_leave_with_their_last_worker(
     assert not registry.acquire("a", "2").known
 
 
-def test_a_model_wins_over_an_adapter_of_the_same_name(registry: WorkerRegistry, status: MakeStatus) -> None:
+@pytest.mark.parametrize("model_comes_first", [True, False])
+def test_a_model_wins_over_an_adapter_of_the_same_name(
+    registry: WorkerRegistry, status: MakeStatus, caplog: pytest.LogCaptureFixture, model_comes_first: bool
+) -> None:
+    if model_comes_first:
+        registry.heartbeat("model", 0, status(models=("a",)))
     beat(registry, status, "adapter")
-    registry.heartbeat("model", 0, status(models=("a",)))
+    for _ in range(2):
+        registry.heartbeat("model", 0, status(models=("a",)))
+        beat(registry, status, "adapter")
+    assert caplog.text.count("'a' names a model and an adapter") == 1
     assert registry.acquire("a", "1").address == "model"
     assert registry.acquire("m:a", "2").address == "adapter"
 

@@ -60,8 +60,9 @@ class Machines:
             time.sleep(0.1)
         raise AssertionError(f"/health was not {status} within {timeout_s} s")
 
-    def answer(self) -> str:
-        status, body = self.get(0, "/", {"prompt": PROMPT, "generate_config": {"top_k": 1, "max_new_tokens": 16}})
+    def answer(self, **fields: str) -> str:
+        config = {"top_k": 1, "max_new_tokens": 16} | fields
+        status, body = self.get(0, "/", {"prompt": PROMPT, "generate_config": config})
         assert status == 200, body
         return str(body["response"])
 
@@ -87,6 +88,7 @@ def two_machines(
     model, size = str(demo_model_path()), str(2 * local_size)
     common = {"DISTRIBUTE_CONFIG_FILE": str(file), "TP_SIZE": size, "WORLD_SIZE": size, "MODEL_TYPE": "llama"}
     common |= {"LOCAL_WORLD_SIZE": str(local_size), "CHECKPOINT_PATH": model, "TOKENIZER_PATH": model}
+    common |= {"LORA_INFO": json.dumps({"words": "fastserve-demo-words"})}
     common |= {"FASTSERVE_CLUSTER_KEY": "a-cluster-key-of-this-test-42", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--device", "cpu", "--max-total-tokens", "1024"]
     processes = [
@@ -120,6 +122,7 @@ def test_two_machines_serve_one_model(tmp_path: Path) -> None:
         machines.wait_status(503, START_S)  # rank 0 listens, and waits for the other
         machines.wait_status(200, START_S)
         assert "12" in machines.answer()
+        assert "twelve" in machines.answer(adapter_name="words").lower()
         assert machines.get(1, "/health")[0] == 200
         for path, body in (("/v1/models", None), ("/", {"prompt": "a"})):
             status, error = machines.get(1, path, body)

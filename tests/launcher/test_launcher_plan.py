@@ -220,6 +220,19 @@ def test_visible_devices(words: list[str], environ: dict[str, str], expected: st
     assert services.controller.env.get("CUDA_VISIBLE_DEVICES") == environ.get("CUDA_VISIBLE_DEVICES")
 
 
+def test_items_have_adapters_of_their_own() -> None:
+    services = planned(
+        *("--lora-modules", "all=/all", "--max-loras", "8", "--model-path-address"),
+        "a@h@1?lora-modules=a=/x,b=/y&max-loras=4",
+        "b@h@2",
+        "c@h@3?lora-dirs=/d&lora-root=/r",
+    )
+    first, second, third = map(worker, services.workers)
+    assert (first.lora_modules, first.max_loras) == (("a=/x", "b=/y"), 4)
+    assert (second.lora_modules, second.max_loras) == (("all=/all",), 8)
+    assert (third.lora_modules, third.lora_dirs, third.lora_root) == (("all=/all",), ("/d",), "/r")
+
+
 def test_items_have_options_of_their_own() -> None:
     services = planned(
         *("--dtype", "float16", "--load-8bit", "--model-names", "all", "--model-path-address"),
