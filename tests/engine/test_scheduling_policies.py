@@ -20,8 +20,11 @@ from fastserve.engine.scheduling.vtc_fair import INPUT_PRICE, OUTPUT_PRICE
 from fastserve.errors import StartupError
 from fastserve.worker.refusals import refuse_unavailable
 
+from .weightless_adapters import weightless_adapters
+
 BLOCK, BLOCKS, MAX_SEQS, BUDGET = 4, 64, 8, 32
 RATE = 1.6
+ADAPTERS = (*map(str, range(9)), "heavy", "light", "first", "second", "away", "busy", *"abcde")
 
 
 class Simulation:
@@ -29,14 +32,16 @@ class Simulation:
 
     def __init__(self, policy: str, *, blocks: int = BLOCKS, max_num_seqs: int = MAX_SEQS, **options: Any) -> None:
         self.now_s = 0.0
+        pool = BlockPool(blocks, BLOCK, prefix_cache=False)
         self.scheduler = Scheduler(
-            BlockPool(blocks, BLOCK, prefix_cache=False),
+            pool,
             policy=scheduling.load(EngineOptions(scheduler=policy, **options), ["first", "second"]),
             max_num_batched_tokens=BUDGET,
             max_num_seqs=max_num_seqs,
             max_model_len=100,
             max_extra_rows=1,
             needs_last_token=lambda _: False,
+            adapters=weightless_adapters(pool, ADAPTERS),
             clock=lambda: self.now_s,
         )
         self.arrived: dict[str, tuple[float, str, int]] = {}
