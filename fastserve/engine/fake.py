@@ -25,7 +25,7 @@ from fastserve.engine.calls.handling import (
     NoWeights,
     Weights,
 )
-from fastserve.engine.calls.pending import PendingCalls
+from fastserve.engine.calls.pending import PendingCalls, refusal
 from fastserve.engine.contract import (
     AdapterInfo,
     Call,
@@ -43,7 +43,6 @@ from fastserve.engine.pausing import Pausing
 from fastserve.errors import (
     ConflictError,
     EngineDeadError,
-    InternalError,
     InvalidRequestError,
     ModelNotFoundError,
     StartupError,
@@ -233,7 +232,8 @@ class _Adapters:
 
 
 class FakeEngine:
-    """An `Engine` (see contract.py)."""
+    """An `Engine` (see contract.py). Policies (scheduling/) have no part in it: requests run in order of arrival, and
+    none is given up by itself."""
 
     def __init__(self, options: FakeOptions | None = None) -> None:
         self.options = options or FakeOptions()
@@ -370,9 +370,13 @@ class FakeEngine:
 
     def fail(self, request_id: str, reason: str) -> None:
         """End one request with an error of the engine."""
-        sequence = self._scheduler.sequences.pop(request_id)
+        self.refuse(RequestOutput(request_id, [], finish_reason="error", error=reason))
+
+    def refuse(self, output: RequestOutput) -> None:
+        """End one request with an output that has an error, as the scheduler's."""
+        sequence = self._scheduler.sequences.pop(output.request_id)
         self._pausing.update()
-        sequence.stream.fail(InternalError(f"The engine refused the request: {reason}."))
+        sequence.stream.fail(refusal(output))
 
     def _fail_all(self, reason: str) -> None:
         for sequence in self._scheduler.sequences.values():

@@ -335,7 +335,7 @@ class Scheduler:
 
     def can_run_ahead(self) -> bool:
         """Whether the next step can be planned while one is in flight: sampling needs no pending ids, and there are
-        blocks for all sequences."""
+        blocks for all sequences, and none is to be preempted."""
         needed = 0
         for sequence in self.running:
             if sequence.num_drafts or (sequence.num_pending and sequence.needs_last_token):
@@ -344,7 +344,7 @@ class Scheduler:
                 return False
             if not sequence.has_max_tokens:
                 needed += self._blocks_needed(sequence, min(sequence.num_uncomputed, self.max_num_batched_tokens))
-        return needed <= self.pool.num_free
+        return needed <= self.pool.num_free and self._yielding() is None
 
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan without chunks means that there is nothing to compute."""
@@ -365,6 +365,27 @@ class Scheduler:
         new = [self._new_sequence(self._by_id[seq_id]) for seq_id in step.chunks if not self._by_id[seq_id].in_runner]
         dropped, self._dropped = self._dropped, []
         return StepPlan(dropped, new, list(step.chunks.values()))
+
+    def _yielding(self) -> Sequence | None:
+        """The running sequence whose place the first waiting one gets, when all places are taken."""
+        if len(self.running) < self.max_num_seqs:
+            return None
+        first = self._policy.first(self.running)
+        # One whose adapter has not been read could not use the place at once.
+        if first is None or (first.adapter is not None and not first.adapter.slot and first.adapter.host is None):
+            return None
+        return self._policy.yields_to(first, self.running)
+
+    def _make_place(self, step: _Step) -> bool:
+        """Whether one more sequence may run; preempts one if the policy says so."""
+        if len(self.running) < self.max_num_seqs:
+            return True
+        victim = None if self._num_in_flight else self._yielding()
+        if victim is None:
+            return False
+        self._preempt(victim)
+        step.remove(victim.seq_id)
+        return True
 
     def _schedule_running(self, step: _Step) -> bool:
         """Add chunks of running sequences; return whether one was preempted."""
@@ -393,7 +414,7 @@ class Scheduler:
     def _schedule_waiting(self, step: _Step) -> None:
         """Start waiting sequences in order while budget, max_num_seqs and blocks allow."""
         self._unpark_ready()
-        while step.budget > 0 and len(self.running) < self.max_num_seqs:
+        while step.budget > 0 and self._make_place(step):
             sequence = self._policy.first(self.running)
             if sequence is None:
                 break

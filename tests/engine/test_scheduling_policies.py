@@ -20,23 +20,37 @@ from fastserve.engine.scheduling.vtc_fair import INPUT_PRICE, OUTPUT_PRICE
 from fastserve.errors import StartupError
 from fastserve.worker.refusals import refuse_unavailable
 
+from .weightless_adapters import weightless_adapters
+
 BLOCK, BLOCKS, MAX_SEQS, BUDGET = 4, 64, 8, 32
+STEP_S, TOKEN_S = 0.02, 0.001
 RATE = 1.6
+ADAPTERS = (*map(str, range(9)), "heavy", "light", "first", "second", "away", "busy", *"abcde")
 
 
 class Simulation:
     """A scheduler whose steps take a fixed time and a time for each token; all tokens are the same."""
 
-    def __init__(self, policy: str, *, blocks: int = BLOCKS, max_num_seqs: int = MAX_SEQS, **options: Any) -> None:
+    def __init__(
+        self,
+        policy: str,
+        *,
+        blocks: int = BLOCKS,
+        max_num_seqs: int = MAX_SEQS,
+        prefix_cache: bool = False,
+        **options: Any,
+    ) -> None:
         self.now_s = 0.0
+        pool = BlockPool(blocks, BLOCK, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(
-            BlockPool(blocks, BLOCK, prefix_cache=False),
+            pool,
             policy=scheduling.load(EngineOptions(scheduler=policy, **options), ["first", "second"]),
             max_num_batched_tokens=BUDGET,
             max_num_seqs=max_num_seqs,
             max_model_len=100,
             max_extra_rows=1,
             needs_last_token=lambda _: False,
+            adapters=weightless_adapters(pool, ADAPTERS),
             clock=lambda: self.now_s,
         )
         self.arrived: dict[str, tuple[float, str, int]] = {}
@@ -49,14 +63,16 @@ class Simulation:
     def add(self, adapter: str, prompt: int = 4, answer: int = 4, priority: int = 0) -> str:
         request_id = f"r{len(self.arrived)}"
         self.arrived[request_id] = (self.now_s, adapter, prompt)
-        request = EngineRequest(request_id, [1] * prompt, SamplingParams(answer), priority=priority, adapter=adapter)
+        request = EngineRequest(
+            request_id, [len(self.arrived)] * prompt, SamplingParams(answer), priority=priority, adapter=adapter
+        )
         assert self.scheduler.add(request) is None
         return request_id
 
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule()
         self.refused += self.scheduler.take_refused()
-        self.now_s += 0.02 + 0.001 * plan.num_tokens
+        self.now_s += STEP_S + TOKEN_S * plan.num_tokens
         sampled = {chunk.seq_id: [1] for chunk in plan.chunks if chunk.sample}
         for output in self.scheduler.commit(plan, StepResult(sampled)):
             _, adapter, prompt = self.arrived[output.request_id]
@@ -193,13 +209,39 @@ def test_the_client_with_the_most_service_is_preempted() -> None:
     assert all(item.request.adapter == "heavy" for item in waiting)
 
 
+def test_a_new_request_gets_a_place_of_the_client_that_has_the_most() -> None:
+    simulation = Simulation("vtc_fair", max_num_seqs=4)
+    for _ in range(8):
+        simulation.add("heavy", 4, 40)
+    for _ in range(3):
+        simulation.step()
+    light = [simulation.add("light", 4, 40) for _ in range(4)]
+    for _ in range(20):
+        simulation.step()
+    # Half of the places, and no more: equal places do not move.
+    assert [request_id in simulation.first_token_s for request_id in light] == [True, True, False, False]
+    assert simulation.scheduler.preemptions == 2
+    while simulation.scheduler.has_work:
+        simulation.step()
+    assert simulation.num_tokens == 12 * 40, "a preempted answer goes on where it was"
+
+
+def test_no_place_moves_within_a_client() -> None:
+    simulation = Simulation("vtc_fair", max_num_seqs=4)
+    for number in range(40):
+        simulation.add("heavy", 4, 4 + number % 5)
+    while simulation.scheduler.has_work:
+        simulation.step()
+    assert simulation.scheduler.preemptions == 0
+
+
 def _load(policy: str) -> Simulation:
     """Nine clients with RATE requests a second each, and one with ten times as many, for 30 s."""
     rng = random.Random(0)
     arrivals = [(at, str(client)) for client in range(9) for at in _poisson(rng, RATE, 30)]
     arrivals += [(at, "heavy") for at in _poisson(rng, 10 * RATE, 30)]
     arrivals.sort()
-    simulation = Simulation(policy, blocks=128, max_num_seqs=16)
+    simulation = Simulation(policy, blocks=256, max_num_seqs=16, prefix_cache=True)
     while arrivals or simulation.scheduler.has_work:
         while arrivals and (arrivals[0][0] <= simulation.now_s or not simulation.scheduler.has_work):
             at, adapter = arrivals.pop(0)

@@ -12,7 +12,9 @@ import aiohttp
 import openai
 import pytest
 
+from fastserve.engine.contract import RequestOutput
 from fastserve.engine.fake import Script, noise
+from fastserve.errors import FirstTokenLateError
 from fastserve.text.tokenizer import Tokenizer
 from tests.worker.conftest import MODEL, Running, RunWorker, until
 
@@ -83,6 +85,45 @@ async def test_keep_alive_comments_while_waiting(run_worker: RunWorker) -> None:
             data = [event.removeprefix("data: ") for event in stream if event.startswith("data: ")]
             assert data[-1] == "[DONE]"
             assert "".join(json.loads(item)["choices"][0]["text"] for item in data[:-1]) == "one two"
+
+
+def _give_up(running: Running) -> None:
+    """As policies do that give up requests before their first token."""
+    request_id, kind = running.engine.requests[-1].request_id, FirstTokenLateError.__name__
+    running.engine.refuse(RequestOutput(request_id, [], finish_reason="error", error="Too late.", error_kind=kind))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "prompt"), [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "hello"})]
+)
+async def test_a_request_given_up_before_any_byte_is_503_with_retry_after(
+    run_worker: RunWorker, stream: bool, path: str, prompt: dict[str, Any]
+) -> None:
+    async with run_worker(first_token_s=60.0) as running:
+        body = {"model": MODEL, "stream": stream, **prompt}
+        asking = asyncio.create_task(running.http.post(running.url + path, json=body))
+        await until(lambda: running.engine.requests)
+        _give_up(running)
+        async with await asking as response:
+            assert response.status == 503
+            assert int(response.headers["Retry-After"]) >= 1
+            assert (await response.json())["error"]["code"] == "first_token_late"
+        await running.idle()
+
+
+async def test_a_request_given_up_after_a_keep_alive_ends_with_an_error_event(run_worker: RunWorker) -> None:
+    async with run_worker(first_token_s=60.0) as running:
+        body = {"model": MODEL, "messages": HELLO, "stream": True}
+        async with running.http.post(running.url + "/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+            assert (await response.content.readline()).startswith(b": ")
+            _give_up(running)
+            rest = [line for line in (await response.text()).split("\n") if line.startswith("data: ")]
+        assert len(rest) == 2
+        assert json.loads(rest[0].removeprefix("data: "))["error"]["code"] == "first_token_late"
+        assert rest[1] == "data: [DONE]"
+        await running.idle()
 
 
 async def test_an_error_after_the_first_byte_is_the_last_event(run_worker: RunWorker) -> None:

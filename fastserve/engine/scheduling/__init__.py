@@ -60,6 +60,11 @@ class SchedulingPolicy(Protocol):
         """
         ...
 
+    def yields_to(self, first: RequestSequence, running: Sequence[RequestSequence]) -> RequestSequence | None:
+        """The running sequence to preempt so that `first` gets its place, when `--max-num-seqs` sequences run; None if
+        `first` is to wait. Only a sequence that has never begun may get a place, so preemptions come to an end."""
+        ...
+
     def served(self, sequence: RequestSequence, num_input_tokens: int, num_output_tokens: int) -> None:
         """Tokens were computed for a sequence: those of its prompt when it starts for the first time, without cached
         ones, and each token of the answer."""

@@ -53,6 +53,9 @@ class Policy:
     def victim(self, running: AnySequence[Sequence]) -> Sequence:
         return running[-1]
 
+    def yields_to(self, first: Sequence, running: AnySequence[Sequence]) -> Sequence | None:
+        return None
+
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         self._num_started += num_input_tokens > 0
 

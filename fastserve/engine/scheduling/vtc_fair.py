@@ -6,6 +6,9 @@ an answer, divided by its weight (`--fair-weights`). The client with the lowest 
 their own order, and the one with the highest counter is preempted. A client that had no request to start begins at the
 lowest counter of those that have, so that it cannot save up service.
 
+When all places (`--max-num-seqs`) are taken, a new request of a client with fewer places and less service gets one of
+the client with the most places. Places are compared per weight; equal ones never move.
+
 While two clients of weight 1 have waiting requests, their services differ by at most 2 max(INPUT_PRICE times the
 longest prompt, OUTPUT_PRICE times the tokens that the KV cache holds).
 """
@@ -13,7 +16,7 @@ longest prompt, OUTPUT_PRICE times the tokens that the KV cache holds).
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
 
@@ -78,6 +81,19 @@ class Policy:
 
     def victim(self, running: AnySequence[Sequence]) -> Sequence:
         return max(running, key=lambda item: (self._client(item).counter, *item.order))
+
+    def yields_to(self, first: Sequence, running: AnySequence[Sequence]) -> Sequence | None:
+        """The last sequence of the client with the most places for its weight, if that has had more service than the
+        client of `first`, and has as many places at least when one is moved."""
+        if first.is_begun:
+            return None
+        numbers = Counter(item.request.adapter for item in running)
+        name = max(numbers, key=lambda item: numbers[item] / self._clients[item].weight)
+        heavy, client = self._clients[name], self._client(first)
+        places = numbers[client.name] + 1
+        if (numbers[name] - 1) / heavy.weight < places / client.weight or heavy.counter <= client.counter:
+            return None
+        return next(item for item in reversed(running) if item.request.adapter == name)
 
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         client = self._client(sequence)
