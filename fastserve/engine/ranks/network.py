@@ -114,7 +114,7 @@ class NetworkRelay:
         first = self._own.start
         # Between steps nothing comes for a long time: the deadlines are those of the ranks.
         timeout_s = float("inf")
-        self._struct = RanksStruct(segment.address, first, segment.num_ranks, segment.slot_bytes, timeout_s, 0, 0, 0)
+        self._struct = RanksStruct(segment.address, first, segment.num_ranks, segment.slot_bytes, timeout_s, 0, 0)
         self._peers: dict[int, _Peer] = {}
         self._is_ending = threading.Event()
         self._threads: list[threading.Thread] = []
