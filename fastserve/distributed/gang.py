@@ -7,7 +7,6 @@ and get their plans, and P + 2 where process groups meet. P + 3 + L is where loc
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import socket
 from collections.abc import Mapping
 
@@ -82,17 +81,15 @@ class Gang(msgspec.Struct, frozen=True):
 
 
 def own_ip(peer: str) -> str:
-    """The address of the interface by which packets to `peer` leave; nothing is sent. A host name would not do: it may
-    resolve to 127.0.1.1. Raises StartupError when there is no route."""
-    family = socket.AF_INET6 if ipaddress.ip_address(peer).version == 6 else socket.AF_INET
-    with contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect((peer, _ANY_PORT))
-        except OSError as error:
-            raise StartupError(
-                f"This machine has no route to {peer}, another machine of the model: {error}."
-            ) from error
-        return str(probe.getsockname()[0])
+    """The address of the interface by which packets to `peer`, an address or a host name, leave; nothing is sent. The
+    name of this machine would not do: it may resolve to 127.0.1.1. Raises StartupError when there is no route."""
+    try:
+        family, *_, address = socket.getaddrinfo(peer, _ANY_PORT, type=socket.SOCK_DGRAM)[0]
+        with contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise StartupError(f"This machine has no route to {peer}, another machine of the model: {error}.") from error
 
 
 def endpoint(ip: str, port: int) -> str:

@@ -19,6 +19,7 @@ from fastserve.distributed.environment import read_environment
 from fastserve.distributed.gang import own_ip
 from fastserve.distributed.problems import EnvironmentFault
 from fastserve.distributed.shared_memory import small_shared_memory
+from fastserve.errors import StartupError
 from fastserve.options import parse_config
 from fastserve.start_server import find_gang, worker_arguments
 from fastserve.worker.adapter_source import find_adapters
@@ -323,6 +324,9 @@ def test_machines_on_one_address_need_ports_that_are_apart(model: Path) -> None:
 def test_the_own_address_is_that_of_the_route_to_the_others() -> None:
     assert own_ip("127.0.0.1") == "127.0.0.1"
     assert own_ip("127.0.0.9") == "127.0.0.1"
+    assert own_ip("localhost") in ("127.0.0.1", "::1")
+    with pytest.raises(StartupError, match=r"no route to nowhere\.invalid"):
+        own_ip("nowhere.invalid")
 
 
 def test_small_shared_memory_is_a_warning_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

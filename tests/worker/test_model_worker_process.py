@@ -142,8 +142,7 @@ class Dying(FakeEngine):
         return info
 
 entry._make_engine = lambda *_: Dying(FakeOptions())
-policy = RestartPolicy(attempts=2, first_pause_s=0.01)
-entry.WorkerSetup = functools.partial(entry.WorkerSetup, restart_policy=policy)
+entry.RestartPolicy = functools.partial(RestartPolicy, attempts=2, first_pause_s=0.01)
 entry.main(["--port", "0", "--no-register"])
 """
 
