@@ -58,6 +58,10 @@ async def test_a_stream_has_an_event_for_each_token(
         found = await events(running, {"inputs": "hello", "parameters": LONG})
         assert [item["token"]["id"] for item in found[:-1]] == ids
         assert "".join(item["token"]["text"] for item in found) == ANSWER
+        body = {"inputs": "hello", "parameters": LONG | {"return_details": True}}
+        assert [item["token"] for item in found] == (await running.post("/generate", body))[1]["tokens"]
+        pieces = [tokenizer.token_bytes(token_id).decode(errors="ignore") for token_id in ids]
+        assert [item["token"]["text"] for item in found[:5]] == pieces[:5]
         assert [item["finished"] for item in found] == [False] * len(ids) + [True]
         assert all(item["generated_text"] is None and item["details"] is None for item in found)
         found = await events(running, {"inputs": "hello", "parameters": {"max_new_tokens": 3}})
