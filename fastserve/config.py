@@ -296,11 +296,16 @@ class EngineOptions:
     max_model_len: int | None = option(
         None,
         "longest prompt and answer together, in tokens (one of each at least); from the model if unset",
+        alias="--max_req_total_len",
         added=True,
         minimum=2,
     )
     max_total_tokens: int | None = option(
-        None, "size of the KV cache in tokens; from free memory if unset", added=True, minimum=1
+        None,
+        "size of the KV cache in tokens; from free memory if unset",
+        alias="--max_total_token_num",
+        added=True,
+        minimum=1,
     )
     gpu_memory_utilization: float = option(
         0.9,
@@ -311,9 +316,19 @@ class EngineOptions:
     )
     block_size: int = option(16, "tokens in a block of the KV cache", added=True, minimum=1)
     max_num_batched_tokens: int | None = option(
-        None, "token budget of one engine step; if unset 256 on a CPU, 2048 elsewhere", added=True, minimum=1
+        None,
+        "token budget of one engine step; if unset 256 on a CPU, 2048 elsewhere",
+        alias="--batch_max_tokens",
+        added=True,
+        minimum=1,
     )
-    max_num_seqs: int = option(256, "maximum number of sequences in one engine step", added=True, minimum=1)
+    max_num_seqs: int = option(
+        256,
+        "maximum number of sequences in one engine step",
+        alias="--running_max_req_size",
+        added=True,
+        minimum=1,
+    )
     no_prefix_cache: bool = option(False, "do not reuse KV cache blocks of equal prompt prefixes", added=True)
     speculative_method: str = option(
         "ngram",

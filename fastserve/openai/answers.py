@@ -39,6 +39,7 @@ class DecodedToken:
     top: list[tuple[bytes, float]]
     text_offset: int
     """Characters of the text before the token."""
+    token_id: int
 
     @property
     def text(self) -> str:

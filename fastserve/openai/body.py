@@ -82,6 +82,15 @@ def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:
     return InvalidRequestError(f"Invalid value for '{name}': {shown(value)}. {remedy}", param=name)
 
 
+def renamed(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
+    """The error for a caller who knows the field by another name; `names` maps ours to the caller's."""
+    theirs = names.get(error.param or "")
+    if theirs is None:
+        return error
+    message = error.message.replace(f"'{error.param}'", f"'{theirs}'")
+    return type(error)(message, param=theirs, code=error.code)
+
+
 def shown(value: Any) -> str:
     """A value for an error message: as JSON, shortened, on one line and printable."""
     if isinstance(value, str):

@@ -82,6 +82,13 @@ class ServedAdapters:
             return name
         return None
 
+    def resolve_source(self, text: str) -> str | None:
+        """The adapter that was given as this path or repository id, or has this name; None for an unknown one."""
+        for adapter in [*self._named.values(), *self._members.values()]:
+            if adapter.source == text:
+                return adapter.name
+        return text if self._find(text) is not None else None
+
     def served_names(self) -> list[str]:
         """The names that requests may use: the model's, then those of adapters."""
         return [*self._model_names, *(adapter.name for adapter in self.all())]

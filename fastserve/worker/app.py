@@ -38,7 +38,7 @@ from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes
+from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes, slora_routes
 from fastserve.worker.adapter_source import Adapter, find_root
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
@@ -119,6 +119,7 @@ class ModelWorker:
             app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
+        app.include_router(slora_routes.router)
         app.include_router(admin_routes.router)
         app.include_router(adapter_routes.admin_router)
         app.include_router(adapter_routes.router)

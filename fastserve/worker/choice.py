@@ -70,7 +70,7 @@ def decode_token(
     """Decode a token and its alternatives. `max_top`: maximum number of alternatives; None: all."""
     data = tokenizer.token_bytes
     top = [(data(token_id), max(value, MIN_LOGPROB)) for token_id, value in entry.top[:max_top]]
-    return DecodedToken(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset)
+    return DecodedToken(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset, entry.token_id)
 
 
 class Choice:

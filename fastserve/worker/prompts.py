@@ -34,7 +34,7 @@ class Echo:
             first, *offsets = self._offsets
             rest = zip(logprobs, offsets, strict=True)
             self._tokens = [
-                DecodedToken(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first),
+                DecodedToken(self._tokenizer.token_bytes(self._token_ids[0]), None, [], first, self._token_ids[0]),
                 *(decode_token(self._tokenizer, entry, offset, self._num_top) for entry, offset in rest),
             ]
         return self._tokens

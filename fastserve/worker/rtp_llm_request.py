@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastserve.errors import InvalidRequestError, UnsupportedParameterError
-from fastserve.openai.body import RequestBounds, invalid, read_fields, shown
+from fastserve.openai.body import RequestBounds, invalid, read_fields, renamed, shown
 from fastserve.worker.caller import Caller
 from fastserve.worker.jobs import Job
 from fastserve.worker.runtime import Runtime
@@ -226,8 +226,4 @@ def _translated(runtime: Runtime, request: dict[str, Any], caller: Caller) -> Jo
     except InvalidRequestError as error:
         names = {ours: theirs for theirs, ours in _TRANSLATED.items()} | {"max_tokens": "max_new_tokens"}
         names |= {"n": "num_return_sequences"}
-        theirs = names.get(error.param or "")
-        if theirs is None:
-            raise
-        message = error.message.replace(f"'{error.param}'", f"'{theirs}'")
-        raise type(error)(message, param=theirs, code=error.code) from error
+        raise renamed(error, names) from error

@@ -22,6 +22,7 @@ from fastserve.serving.listen import bind
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.model_files import configured_eos_ids, read_json
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.adapter_source import find_adapters
 from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.openai_routes import HANDLERS
@@ -128,6 +129,9 @@ def run_worker(model_dir: Path) -> RunWorker:
         settings.setdefault("no_register", True)
         settings.setdefault("insecure", True)
         config = WorkerConfig(engine="fake", **settings)
+        adapters = find_adapters(config, config.model_names or (MODEL,))
+        if options.adapters is not None:
+            options.adapters |= {adapter.name: adapter.path for adapter in adapters}
         sockets = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         engine, ended, listening = FakeEngine(options), asyncio.Event(), asyncio.Event()
@@ -144,6 +148,7 @@ def run_worker(model_dir: Path) -> RunWorker:
             address=url,
             wait_listening=wait_listening,
             end_process=ended.set,
+            adapters=adapters,
             restart_policy=restart_policy or RestartPolicy(first_pause_s=0.01),
             handlers=handlers,
         )
