@@ -1,7 +1,8 @@
 """Several ranks compared with one of as many threads: `python -m benchmarks.ranks --model FOLDER`.
 
 Workers with --tp-size 1 and --tp-size N, one at a time and interleaved, speculation off, all CPUs used by both: output
-tokens/s with 1, 8 and 32 clients, start to first token, and memory. Nothing else should run on the machine.
+tokens/s with 1, 8 and 32 clients, start to first token, and memory. With --over-tcp, also N ranks that exchange over
+TCP as those of N machines do (machines.py). Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ def loads(tokens: int) -> list[Load]:
 
 
 def print_table(arms: list[Arm], titles: list[str], found: Figures) -> None:
-    print("\n| | " + " | ".join(arm.name for arm in arms) + " | ratio of medians |")
+    print("\n| | " + " | ".join(arm.name for arm in arms) + " | ratio of medians to the first |")
     print("|---|" + "---|" * (len(arms) + 1))
     for title in titles:
         middles = [statistics.median(found[arm.name, title]) for arm in arms]
-        print(f"| {title} | " + " | ".join(f"{middle:.4g}" for middle in middles), f"| {middles[1] / middles[0]:.2f} |")
+        ratios = ", ".join(f"{middle / middles[0]:.2f}" for middle in middles[1:])
+        print(f"| {title} | " + " | ".join(f"{middle:.4g}" for middle in middles), f"| {ratios} |")
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tp-size", type=int, default=2)
+    parser.add_argument("--over-tcp", action="store_true", help="also ranks that exchange over TCP")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--keep", type=Path, help="file of rounds: earlier ones are included, and new ones added")
@@ -54,15 +57,20 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cpus = os.cpu_count() or 1
     one, several = our_worker(args, "off"), our_worker(args, "off")
+    threads = max(1, cpus // args.tp_size)
     arms = [
         Arm(ONE, *one),
         Arm(
             f"{args.tp_size} ranks",
             [*several[0], "--tp-size", str(args.tp_size)],
             several[1],
-            threads=max(1, cpus // args.tp_size),
+            threads=threads,
         ),
     ]
+    if args.over_tcp:
+        (_, _, _, *flags), port = our_worker(args, "off")
+        command = [sys.executable, "-m", "benchmarks.machines", str(args.tp_size), *flags]
+        arms.append(Arm(f"{args.tp_size} ranks over TCP", command, port, threads=threads))
     rows = loads(args.max_tokens)
     found = read_rounds(args.keep)
     done = max((len(values) for values in found.values()), default=0)

@@ -10,16 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.distributed.machines import Machine, read_machines
+from fastserve.distributed.machines import NUM_PORTS, Machine, read_machines
 from fastserve.distributed.problems import Problems
 from fastserve.distributed.variables import Variables
 
 DEFAULT_PORT = 8088
-MAX_RANKS = 4096
+MAX_RANKS = 64
 DEFAULT_TIMEOUT_MIN = 30
 _MAX_TIMEOUT_MIN = 7 * 24 * 60
-NUM_SHARED_PORTS = 3
-"""Ports of a machine from START_PORT on, beside one for each of its ranks (gang.py)."""
 _DTYPES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float32"}
 _WEIGHT_TYPES = (*_DTYPES, "INT8", "INT4")
 WITHOUT_EFFECT = (
@@ -192,24 +190,24 @@ def _check_machines(
     if own.ip in ("0.0.0.0", "::"):
         problems.add(f"Machine {own.name} in DISTRIBUTE_CONFIG_FILE has the ip {own.ip}, which others cannot reach.")
     if local_size < size:
-        _check_ports(machines, NUM_SHARED_PORTS + local_size, problems)
+        _check_ports(machines, problems)
     return own
 
 
-def _check_ports(machines: list[Machine], num_ports: int, problems: Problems) -> None:
+def _check_ports(machines: list[Machine], problems: Problems) -> None:
     """Each machine takes ports from its own on; several of them may be on one host."""
     before: Machine | None = None
     for item in sorted(machines, key=lambda machine: (machine.ip, machine.port)):
-        if item.port + num_ports > 65536:
+        if item.port + NUM_PORTS > 65536:
             problems.add(
-                f"Machine {item.name} in DISTRIBUTE_CONFIG_FILE takes {num_ports} ports from {item.port} on, beyond "
+                f"Machine {item.name} in DISTRIBUTE_CONFIG_FILE takes {NUM_PORTS} ports from {item.port} on, beyond "
                 "65535. Choose a lower one."
             )
-        if before is not None and before.ip == item.ip and item.port < before.port + num_ports:
+        if before is not None and before.ip == item.ip and item.port < before.port + NUM_PORTS:
             problems.add(
                 f"Machines {before.name} and {item.name} in DISTRIBUTE_CONFIG_FILE have the ports {before.port} and "
-                f"{item.port} of one address, and each takes {num_ports} ports from its own on. Choose ports that are "
-                f"at least {num_ports} apart."
+                f"{item.port} of one address, and each takes {NUM_PORTS} ports from its own on. Choose ports that are "
+                f"at least {NUM_PORTS} apart."
             )
         before = item
 

@@ -1,7 +1,7 @@
 """The machines that compute one model together, and the addresses at which they reach each other.
 
 On the machine with START_PORT P (each machine has its own), P is HTTP. On part 0, P + 1 is where the other ranks join
-and get their plans, and P + 2 where process groups meet. P + 3 + L is where local rank L exchanges tensors.
+and get their plans, and P + 2 where process groups meet. P + 3 is where the machine exchanges tensors with the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastserve.errors import StartupError
 
 _CONTROL_OFFSET = 1
 _MEETING_OFFSET = 2
-_EXCHANGE_OFFSET = 3
+_RELAY_OFFSET = 3
 _ANY_PORT = 9
 
 
@@ -63,8 +63,9 @@ class Gang(msgspec.Struct, frozen=True):
     def meeting_port(self) -> int:
         return self.master.port + _MEETING_OFFSET
 
-    def exchange_port(self, rank: int) -> int:
-        return self.machines[rank // self.local_size].port + _EXCHANGE_OFFSET + rank % self.local_size
+    def relay_port(self, part: int) -> int:
+        """Where that machine exchanges tensors with the others."""
+        return self.machines[part].port + _RELAY_OFFSET
 
     def control_endpoint(self) -> str:
         """Where members reach rank 0."""
@@ -94,7 +95,11 @@ def own_ip(peer: str) -> str:
 
 def endpoint(ip: str, port: int) -> str:
     """ZeroMQ's form of an address."""
-    return f"tcp://{_bracketed(ip)}:{port}"
+    return f"tcp://{host_and_port(ip, port)}"
+
+
+def host_and_port(ip: str, port: int) -> str:
+    return f"{_bracketed(ip)}:{port}"
 
 
 def read_gang_keys(environ: Mapping[str, str]) -> CurveKeys | None:

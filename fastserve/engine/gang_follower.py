@@ -6,10 +6,12 @@ group is lost, and is started again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -59,7 +61,7 @@ def _join_and_follow(settings: GangRankSettings) -> int:
         from fastserve.engine.ranks.join import join_machines
         from fastserve.engine.sampling.order import LOGITS_PROCESSORS
 
-        collectives = join_machines(gang, settings.rank, link.wait_formed(), keys)
+        collectives = join_machines(gang, settings.rank, link.wait_formed(), keys, Path(settings.folder))
         model = build_rank(config, link.note_progress, LOGITS_PROCESSORS, collectives)
         collectives.set_timeout(MAX_STEP_SILENCE_S)
     except RefusedError as error:
@@ -75,7 +77,8 @@ def _join_and_follow(settings: GangRankSettings) -> int:
             link.fail(message)
         return 1
     end_loading()
-    return follow(collectives, model, link.receive)
+    with contextlib.closing(collectives):
+        return follow(collectives, model, link.receive)
 
 
 if __name__ == "__main__":

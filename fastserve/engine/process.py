@@ -216,7 +216,7 @@ def _serve_beside(
             others = ranks.enter_context(contextlib.closing(GangRanks(config, config.gang)))
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
-        core = _build(config, progress, others)
+        core = _build(config, progress, others, ranks)
         from fastserve.engine.profiling import StepProfiler
 
         profiler = StepProfiler(Path(config.profile_dir), lambda max_silence_s: send(Busy(max_silence_s)))
@@ -250,9 +250,12 @@ def _serve_beside(
 
 
 def _build(
-    config: EngineConfig, progress: Callable[[str, int, int], None], others: OtherRanks | GangRanks | None
+    config: EngineConfig,
+    progress: Callable[[str, int, int], None],
+    others: OtherRanks | GangRanks | None,
+    ranks: contextlib.ExitStack,
 ) -> EngineCore:
-    """Load the model, alone or beside the other ranks."""
+    """Load the model, alone or beside the other ranks, whose group is left with `ranks`."""
     if others is not None:
         use_own_devices(config, 0)
     # What they make stays, so looking for garbage in it would take a tenth of their time.
@@ -266,7 +269,8 @@ def _build(
     from fastserve.engine.ranks.join import join_machines, join_ranks
 
     if isinstance(others, GangRanks):
-        between = join_machines(others.gang, 0, others.hub.wait_formed(), others.keys)
+        between = join_machines(others.gang, 0, others.hub.wait_formed(), others.keys, others.folder)
+        ranks.enter_context(contextlib.closing(between))
         core = build_core(config, others.shared_progress(progress), collectives=between, send_to_ranks=others.send)
         between.set_timeout(MAX_STEP_SILENCE_S)
         return core

@@ -16,6 +16,7 @@ import ray
 import ray.util
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from fastserve.distributed.machines import NUM_PORTS
 from fastserve.fleet.division import Part, with_machines
 from fastserve.fleet.service_process import Command, ServiceProcess, ServiceState
 from fastserve.fleet.spec import CONTROLLER, FleetSpec, ServiceSpec, with_controller
@@ -96,7 +97,7 @@ class FleetManager:
         pending = {}
         for service, _ in services:
             if service.part is not None:
-                pending[service.name] = service_actor(service, self._namespace).reserve.remote(service.part.num_ports)
+                pending[service.name] = service_actor(service, self._namespace).reserve.remote(NUM_PORTS)
         found = self._answers(pending)
         ready = []
         for service, command in services:

@@ -36,11 +36,6 @@ class Part:
     num_parts: int
     ranks_per_machine: int
 
-    @property
-    def num_ports(self) -> int:
-        """Consecutive ports that it listens on (see distributed/gang.py)."""
-        return 3 + self.ranks_per_machine
-
 
 def num_machines(num_ranks: int, cpus_per_rank: float, gpus_per_rank: int, nodes: Sequence[NodeRoom]) -> int:
     """The fewest machines that hold all ranks, each as many of them; 1 if no number does: it may join later."""

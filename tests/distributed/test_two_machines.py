@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -142,6 +145,56 @@ def test_a_lost_rank_is_noticed_and_the_model_comes_back(tmp_path: Path, machine
         machines.wait_status(503, NOTICE_S + 1)
         machines.wait_status(200, START_S)
         assert machines.answer() == before
+
+
+PROMPTS = [f"<|im_start|>user\nWhat is {a} + {a + 3}?<|im_end|>\n<|im_start|>assistant\n" for a in range(8)]
+
+
+def post(url: str, prompt: str) -> tuple[int, str]:
+    """Status, and the text or the error's code."""
+    body = {"prompt": prompt, "generate_config": {"top_k": 1, "max_new_tokens": 24}}
+    response = httpx.post(url, json=body, timeout=60)
+    if response.status_code == 200:
+        return 200, str(response.json()["response"])
+    return response.status_code, str(response.json()["error"]["code"])
+
+
+def post_until_error(url: str, prompt: str) -> list[tuple[int, str]]:
+    found = [post(url, prompt)]
+    while found[-1][0] == 200:
+        found.append(post(url, prompt))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ranks_of_machines_lost_at_random_moments_come_back_each_time(tmp_path: Path) -> None:
+    """Under load: each request ends with its right answer or with the error of a lost engine."""
+    generator = random.Random(11)
+    num_losses = int(os.environ.get("FASTSERVE_RANK_LOSSES", "4"))
+    with (
+        two_machines(tmp_path, ["127.0.0.1"] * 2, loopback_ports(), 1, [[], []]) as machines,
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        url = machines.urls[0]
+        machines.wait_status(200, START_S)
+        expected = [post(url, prompt) for prompt in PROMPTS]
+        assert all(status == 200 for status, _ in expected)
+        for number in range(num_losses):
+            running = [pool.submit(post_until_error, url, prompt) for prompt in PROMPTS]
+            time.sleep(generator.random())
+            harm, machine = generator.choice([signal.SIGKILL, signal.SIGSTOP]), generator.randrange(2)
+            machines.rank_process(machine).send_signal(harm)
+            machines.wait_status(503, NOTICE_S + 1)
+            num_right = 0
+            for future, right in zip(running, expected, strict=True):
+                *answers, error = future.result()
+                assert all(answer == right for answer in answers)
+                assert error == (503, "engine_dead")
+                num_right += len(answers)
+            machines.wait_status(200, START_S)
+            assert list(pool.map(post, [url] * len(PROMPTS), PROMPTS)) == expected
+            print(f"loss {number + 1}: {harm.name} of rank {machine} after {num_right} answers", flush=True)
 
 
 def run(*command: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +18,16 @@ import zmq
 from fastserve.distributed.gang import Gang
 from fastserve.distributed.keys import CurveKeys, gang_secret
 from fastserve.distributed.machines import Machine
+from fastserve.engine.ranks import join
 from fastserve.engine.ranks.collectives import RankLostError
 from fastserve.engine.ranks.gang_hub import GangHub
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
 from fastserve.engine.ranks.gang_messages import Formed
-from fastserve.engine.ranks.mesh import MeshCollectives
+from fastserve.engine.ranks.join import join_machines
 from fastserve.engine.ranks.messages import ReadWeight
+from fastserve.engine.ranks.pass_segment import pass_segment, receive_segment
+from fastserve.engine.ranks.segment import Segment
+from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
 from fastserve.errors import StartupError
 from tests.processes import free_ports
 
@@ -30,10 +37,10 @@ SETTINGS = {"--dtype": "float32", "torch": "2.0"}
 WAIT_S = 10.0
 
 
-def make_gang(part: int = 0, timeout_s: float = WAIT_S, size: int = 2) -> Gang:
+def make_gang(part: int = 0, timeout_s: float = WAIT_S, size: int = 2, local_size: int = 1) -> Gang:
     (port,) = free_ports(1)
     machines = tuple(Machine(at, f"m_part{at}", "127.0.0.1", port + 20 * at) for at in range(size))
-    return Gang(machines, 1, part, timeout_s)
+    return Gang(machines, local_size, part, timeout_s)
 
 
 def on_part(gang: Gang, part: int) -> Gang:
@@ -175,50 +182,61 @@ def test_a_member_of_the_cluster_that_sends_nonsense_stops_nothing(
     context.destroy(linger=0)
 
 
-def run_mesh(
-    generations: tuple[int, int], work: Callable[[MeshCollectives], torch.Tensor], timeout_s: float = WAIT_S
-) -> list[torch.Tensor | Exception]:
-    """Two ranks in threads, each with its generation."""
-    gang = make_gang()
-    found: list[torch.Tensor | Exception] = [torch.empty(0)] * 2
-    formed = Formed(0, ("127.0.0.1", "127.0.0.1"))
-    addresses = [(ip, gang.exchange_port(rank)) for rank, ip in enumerate(formed.ips)]
-
-    def run(rank: int) -> None:
-        try:
-            mesh = MeshCollectives(addresses, rank, generations[rank], KEYS, timeout_s)
-        except RankLostError as error:
-            found[rank] = error
-            return
-        found[rank] = work(mesh)
-        mesh.barrier()
-        mesh.close()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+GENERATION = time.time_ns() // 1_000_000
 
 
-def test_sums_between_machines_are_the_same_bits_on_each() -> None:
-    def work(mesh: MeshCollectives) -> torch.Tensor:
-        part = torch.linspace(0, 1, 7, dtype=torch.bfloat16) * (mesh.rank + 1) / 3
-        total = mesh.all_reduce(part, torch.float32)
-        assert mesh.all_reduce_max(torch.tensor([mesh.rank, -mesh.rank])).tolist() == [1, 0]
-        rows = mesh.all_gather(torch.full((mesh.rank + 1, 2), mesh.rank), 0)
-        assert rows.tolist() == [[0, 0], [1, 1], [1, 1]]
-        return total
+def join_all(gang: Gang, generations: Sequence[int], folders: Sequence[Path]) -> list[SharedMemoryCollectives]:
+    """All ranks, in threads, each with its generation; `folders`: of each machine."""
+    formed = [Formed(generation, ("127.0.0.1",) * gang.size) for generation in generations]
 
-    first, second = run_mesh((5, 5), work)
-    assert isinstance(first, torch.Tensor)
-    assert isinstance(second, torch.Tensor)
-    assert torch.equal(first, second)
-    parts = [(torch.linspace(0, 1, 7, dtype=torch.bfloat16) * (rank + 1) / 3).float() for rank in range(2)]
-    assert torch.equal(first, parts[0] + parts[1])
+    def join(rank: int) -> SharedMemoryCollectives:
+        part = rank // gang.local_size
+        return join_machines(on_part(gang, part), rank, formed[rank], KEYS, folders[part])
+
+    with ThreadPoolExecutor(gang.size) as pool:
+        return list(pool.map(join, range(gang.size)))
 
 
-def test_ranks_of_different_generations_never_meet() -> None:
-    found = run_mesh((1, 2), lambda mesh: torch.ones(1), timeout_s=1.0)
-    assert all(isinstance(item, RankLostError) for item in found)
+def sums_of(ranks: Sequence[SharedMemoryCollectives]) -> list[torch.Tensor]:
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(lambda rank: rank.all_reduce(torch.full((7,), 1.0 + rank.rank)), ranks))
+
+
+@pytest.mark.parametrize("local_size", [1, 2, 3])
+def test_the_ranks_of_each_machine_share_a_segment_and_machines_a_relay(local_size: int, tmp_path: Path) -> None:
+    gang = make_gang(local_size=local_size)
+    folders = [tmp_path / str(part) for part in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    total = float(sum(range(1, gang.size + 1)))
+    for generation in (GENERATION, GENERATION + 1):  # a new group follows on the same ports and in the same folders
+        ranks = join_all(gang, [generation] * gang.size, folders)
+        assert [(rank.rank, rank.size) for rank in ranks] == [(rank, gang.size) for rank in range(gang.size)]
+        assert all(torch.equal(sums, torch.full((7,), total)) for sums in sums_of(ranks))
+        assert [len(list(folder.iterdir())) for folder in folders] == [0, 0], "the sockets are gone"
+        for rank in ranks:
+            rank.close()
+
+
+def test_machines_of_different_generations_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "MAX_START_SILENCE_S", 2.0)
+    with pytest.raises(RankLostError, match=r"newer group|have not joined"):
+        join_all(make_gang(), [GENERATION, GENERATION + 1], [tmp_path, tmp_path])
+
+
+def test_a_segment_of_another_generation_is_not_taken(tmp_path: Path) -> None:
+    with contextlib.closing(Segment.create(2)) as segment, ThreadPoolExecutor(1) as pool:
+        offer = pool.submit(pass_segment, segment, tmp_path, GENERATION, 1, WAIT_S)
+        with pytest.raises(RankLostError, match="did not pass its segment"):
+            receive_segment(tmp_path, GENERATION + 1, 2, 0.2)
+        with contextlib.closing(receive_segment(tmp_path, GENERATION, 2, WAIT_S)):
+            offer.result()
+
+
+def test_a_first_rank_names_how_many_did_not_ask_for_its_segment(tmp_path: Path) -> None:
+    (tmp_path / f"{GENERATION:x}").touch()  # left by a process that was killed
+    with contextlib.closing(Segment.create(3)) as segment, ThreadPoolExecutor(1) as pool:
+        offer = pool.submit(pass_segment, segment, tmp_path, GENERATION, 2, 0.5)
+        receive_segment(tmp_path, GENERATION, 3, WAIT_S).close()
+        with pytest.raises(RankLostError, match="1 of the 2 other ranks"):
+            offer.result()

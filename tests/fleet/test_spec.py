@@ -9,6 +9,7 @@ import pytest
 
 from fastserve.config import ApiServerConfig, ControllerConfig, WorkerConfig
 from fastserve.distributed.gang import Gang
+from fastserve.distributed.machines import NUM_PORTS
 from fastserve.errors import StartupError
 from fastserve.fleet.division import ENV_GANG, NodeRoom, num_machines, with_machines
 from fastserve.fleet.spec import FleetSpec, RayConfig, ServiceSpec, make_spec, with_controller
@@ -129,4 +130,4 @@ def test_ranks_of_several_machines_are_services_that_know_each_other() -> None:
         assert gang.size == 4
         assert gang.part == part.number
         assert [(machine.ip, machine.port) for machine in gang.machines] == addresses
-        assert gang.exchange_port(3) < 5000 + part.num_ports, "all ports that it listens on are reserved"
+        assert gang.relay_port(1) < 5000 + NUM_PORTS, "all ports that it listens on are reserved"

@@ -14,7 +14,7 @@ typedef SCALAR Scalar;
 extern "C" {
 
 void set_threads(int count) {
-    if (team().size() != count) team_slot() = new Team(count);
+    if (team_slot().load()->size() != count) team_slot().store(new Team(count));
 }
 
 // Make kernels that the calling thread runs use no other threads of the team.

@@ -142,15 +142,10 @@ class Team {
     std::vector<char> scratch_;
 };
 
-// Created at the first use and never destroyed: its threads live as long as the process.
-inline Team*& team_slot() {
-    static Team* team = nullptr;
+// The team of the next job. Teams are never destroyed: another thread may still run its job on the one before.
+inline std::atomic<Team*>& team_slot() {
+    static std::atomic<Team*> team{new Team(1)};
     return team;
-}
-
-inline Team& team() {
-    if (!team_slot()) team_slot() = new Team(1);
-    return *team_slot();
 }
 
 // Whether this thread runs kernels without the team, because several threads share the work.
@@ -171,8 +166,17 @@ inline void on_team(Work work) {
         work(single);
         return;
     }
-    auto call = [](void* context) { (*static_cast<Work*>(context))(team()); };
-    team().run(call, &work);
+    // All members work on the team of the job, whatever the slot holds meanwhile.
+    struct Job {
+        Work& work;
+        Team& team;
+    } job{work, *team_slot().load()};
+    job.team.run(
+        [](void* context) {
+            Job& job = *static_cast<Job*>(context);
+            job.work(job.team);
+        },
+        &job);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from fastserve.distributed.gang import Gang, read_gang_keys
 from fastserve.distributed.keys import CurveKeys
@@ -23,6 +24,11 @@ class GangRanks:
         self.keys: CurveKeys | None = read_gang_keys(os.environ)
         self.hub = GangHub(gang, self.keys, same_settings(config))
         self._local = LocalRanks(gang.local_ranks[1:], config, dict(os.environ))
+
+    @property
+    def folder(self) -> Path:
+        """Where the ranks of this machine meet."""
+        return self._local.folder
 
     def send(self, command: RankCommand) -> None:
         """Send a command to each rank, without waiting."""

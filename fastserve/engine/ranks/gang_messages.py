@@ -14,6 +14,8 @@ class GangRankSettings(msgspec.Struct, frozen=True):
     rank: int
     parent: int
     """Process id of the process that has started it."""
+    folder: str
+    """Where the ranks of this machine meet; private."""
     config: EngineConfig
 
 
@@ -24,7 +26,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     settings: dict[str, str]
     """What must be the same on all ranks (same_settings.py)."""
     ip: str
-    """Where this rank exchanges tensors, together with its port."""
+    """Of its machine; where the relays of the machines reach it."""
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastserve.distributed.gang import Gang
+from fastserve.distributed.gang import Gang, host_and_port
 from fastserve.distributed.keys import CurveKeys
 from fastserve.engine.devices.find import find_device
 from fastserve.engine.ranks.gang_messages import Formed
-from fastserve.engine.ranks.mesh import MeshCollectives
+from fastserve.engine.ranks.network import Machines, NetworkCollectives, NetworkRelay, kernels_for_machines
+from fastserve.engine.ranks.pass_segment import pass_segment, receive_segment
 from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.ranks.processes import MAX_START_SILENCE_S
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+from fastserve.errors import FastserveError, StartupError
 
 RankCollectives = SharedMemoryCollectives | ProcessGroupCollectives
 
@@ -31,7 +33,34 @@ def join_ranks(
     return ProcessGroupCollectives.join(meeting_file, rank, segment.num_ranks, device, timeout_s)
 
 
-def join_machines(gang: Gang, rank: int, formed: Formed, keys: CurveKeys | None) -> MeshCollectives:
-    """Join the ranks of several machines. Raises StartupError when this rank's port cannot be bound."""
-    addresses = [(ip, gang.exchange_port(other)) for other, ip in enumerate(formed.ips)]
-    return MeshCollectives(addresses, rank, formed.generation, keys, MAX_START_SILENCE_S)
+def join_machines(
+    gang: Gang, rank: int, formed: Formed, keys: CurveKeys | None, folder: Path
+) -> SharedMemoryCollectives:
+    """Join the ranks of several machines. `folder`: private, the same for all ranks of this machine. Should be closed.
+
+    Raises StartupError when the kernels cannot be built or the relay's port cannot be bound, and RankLostError when
+    another rank does not come."""
+    timeout_s = MAX_START_SILENCE_S
+    library = kernels_for_machines()
+    first, *others = gang.local_ranks
+    if rank != first:
+        segment = receive_segment(folder, formed.generation, gang.size, timeout_s)
+        return SharedMemoryCollectives(library, segment, rank, timeout_s)
+    machines = Machines([gang.local_size] * len(gang.machines), formed.generation)
+    addresses = [
+        host_and_port(formed.ips[part * gang.local_size], gang.relay_port(part)) for part in range(len(gang.machines))
+    ]
+    segment = Segment.create(gang.size)
+    try:
+        relay = NetworkRelay(segment, gang.part, machines, keys, addresses[gang.part])
+    except StartupError:
+        segment.close()
+        raise
+    collectives = NetworkCollectives(library, segment, rank, timeout_s, relay)
+    try:
+        pass_segment(segment, folder, formed.generation, len(others), timeout_s)
+        relay.join(addresses, timeout_s)
+    except FastserveError:
+        collectives.close()
+        raise
+    return collectives

@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from fastserve.engine.ranks.gang_messages import GangRankSettings
 from fastserve.engine.ranks.processes import CHECK_INTERVAL_S, RANK_LOST_EXIT_CODE, StopDetector
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.socket_folder import SocketFolder
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +55,22 @@ class LocalRanks:
         self._environ = environ
         self._on_refused = on_refused
         self._end = threading.Event()
+        self._folder = SocketFolder(environ)
         self._ranks = {rank: self._start(rank) for rank in ranks}
         self._watcher = threading.Thread(target=self._watch, name="local ranks", daemon=True)
         self._watcher.start()
+
+    @property
+    def folder(self) -> Path:
+        """Where the ranks of this machine meet."""
+        return self._folder.path
 
     @property
     def pids(self) -> list[int]:
         return [rank.process.pid for rank in self._ranks.values()]
 
     def _start(self, rank: int) -> _Rank:
-        settings = GangRankSettings(rank, os.getpid(), self._config)
+        settings = GangRankSettings(rank, os.getpid(), str(self.folder), self._config)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastserve.engine.gang_follower", msgspec.json.encode(settings).decode()],
             stdin=subprocess.DEVNULL,
@@ -109,3 +117,4 @@ class LocalRanks:
             except subprocess.TimeoutExpired:
                 rank.process.kill()
                 rank.process.wait()
+        self._folder.close()

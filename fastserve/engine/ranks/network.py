@@ -44,7 +44,7 @@ _LINGER_MS = 1000
 _MAX_QUEUED_MESSAGES = 100
 """More than two are never needed: a machine is at most one exchange ahead."""
 _HELLO, _PART, _FAREWELL = range(3)
-_HEADER = struct.Struct("<BIHI")
+_HEADER = struct.Struct("<BQHI")
 """Kind, generation, machine, and the number of the exchange (of a hello: whether the receiver's hello has come)."""
 _SIZE = struct.Struct("<q")
 _FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -97,9 +97,7 @@ class NetworkRelay:
         """Bind `address` (host:port; port 0: any free one). `keys`: None on networks where nobody else is.
 
         Raises StartupError where the kernels cannot be built, and when the address cannot be bound."""
-        library: Any = cpu_library(torch.float32)
-        if library is None:
-            raise StartupError("Ranks on several machines exchange by kernels in C++: install g++ or clang++.")
+        library = kernels_for_machines()
         library.wait_for_part.argtypes = (c_void_p, c_int64, c_uint32, c_void_p, c_void_p)
         library.write_part.argtypes = (c_void_p, c_int64, c_uint32, c_int64, c_char_p, c_int64)
         library.part_of.argtypes = (c_void_p, c_int64, c_uint32)
@@ -335,6 +333,14 @@ class NetworkCollectives(SharedMemoryCollectives):
     def close(self) -> None:
         self.relay.close()
         super().close()
+
+
+def kernels_for_machines() -> Any:
+    """The library of kernels, for relays and collectives. Raises StartupError where it cannot be built."""
+    library = cpu_library(torch.float32)
+    if library is None:
+        raise StartupError("Ranks on several machines exchange by kernels in C++: install g++ or clang++.")
+    return library
 
 
 def _events(monitor: zmq.Socket[bytes]) -> Iterator[int]:

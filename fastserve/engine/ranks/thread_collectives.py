@@ -68,11 +68,8 @@ def run_ranks(size: int, run: Callable[[Collectives], T], timeout_s: float = 60.
     """Call `run` on `size` threads, one for each rank; its results in rank order. When a rank fails, the others do too,
     and its exception is raised."""
     meeting = _Meeting(size)
-    num_threads = torch.get_num_threads()
 
     def start(rank: int) -> T:
-        # Teams of several OpenMP threads that different ranks start at once can wait for each other for ever.
-        torch.set_num_threads(1)
         try:
             return run(ThreadCollectives(rank, size, meeting, timeout_s))
         except BaseException:
@@ -81,7 +78,6 @@ def run_ranks(size: int, run: Callable[[Collectives], T], timeout_s: float = 60.
 
     with ThreadPoolExecutor(size, thread_name_prefix="rank") as pool:
         futures = [pool.submit(start, rank) for rank in range(size)]
-    torch.set_num_threads(num_threads)
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise next((error for error in errors if not isinstance(error, RankLostError)), errors[0])
