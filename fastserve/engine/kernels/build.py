@@ -80,6 +80,22 @@ def work_is_shared() -> Iterator[None]:
         torch.set_num_threads(_sharing.pop())
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For products of small matrices, where threads wait for each other: torch uses one thread, and so do the kernels
+    that this thread calls."""
+    import torch
+
+    try:
+        with work_is_shared():
+            work_alone()
+            yield
+    finally:
+        work_together()
+        for library in _loaded():
+            library.set_threads(torch.get_num_threads())  # for those that were loaded within the block
+
+
 def _cached_library(name: str) -> ctypes.CDLL | None:
     if name not in SCALARS:
         return None
@@ -91,9 +107,18 @@ def _cached_library(name: str) -> ctypes.CDLL | None:
 
 def work_alone() -> None:
     """Make kernels that this thread calls run without the team, for threads that share work."""
-    for library in list(_libraries.values()):
-        if library is not None:
-            library.work_alone(1)
+    for library in _loaded():
+        library.work_alone(1)
+
+
+def work_together() -> None:
+    """Undo `work_alone`."""
+    for library in _loaded():
+        library.work_alone(0)
+
+
+def _loaded() -> list[ctypes.CDLL]:
+    return [library for library in list(_libraries.values()) if library is not None]
 
 
 def build_library(name: str) -> ctypes.CDLL | None:

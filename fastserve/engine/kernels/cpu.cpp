@@ -17,6 +17,8 @@ void set_threads(int count) {
     if (team_slot().load()->size() != count) team_slot().store(new Team(count));
 }
 
+int num_threads() { return team_slot().load()->size(); }
+
 // Make kernels that the calling thread runs use no other threads of the team.
 void work_alone(int yes) { alone = yes; }
 

@@ -6,9 +6,7 @@ beyond a window shows within a few of the twin's tokens.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +51,6 @@ def make_twin(model: LoadedModel, max_model_len: int) -> Twin:
         return _make(model, min(max_model_len, model.context_length))
     except (StartupError, *TRIAL_ERRORS) as error:
         raise NoTwinError(str(error) or type(error).__name__) from error
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within the block, torch computes in one thread: on the matrices of a twin, more of them wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _make(model: LoadedModel, max_model_len: int) -> Twin:

@@ -15,13 +15,14 @@ import time
 
 import torch
 
+from fastserve.engine.kernels.build import one_thread
 from fastserve.engine.layers.linear import threads_for_kernels
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.loading.small_twin import TRIAL_ERRORS
 from fastserve.engine.runner.forward.forward_pass import ForwardPass
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.compare import Capacity, Work, difference
-from fastserve.engine.selfcheck.twin import NoTwinError, Twin, make_twin, one_thread
+from fastserve.engine.selfcheck.twin import NoTwinError, Twin, make_twin
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
