@@ -1,7 +1,7 @@
 """The machines that compute one model together, and the addresses at which they reach each other.
 
 On the machine with START_PORT P (each machine has its own), P is HTTP. On part 0, P + 1 is where the other ranks join
-and get their plans, and P + 2 where process groups meet. P + 3 is where the machine exchanges tensors with the others.
+and get their plans. P + 2 is where the machine exchanges tensors with the others.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from fastserve.distributed.machines import Machine
 from fastserve.errors import StartupError
 
 _CONTROL_OFFSET = 1
-_MEETING_OFFSET = 2
-_RELAY_OFFSET = 3
+_RELAY_OFFSET = 2
 _ANY_PORT = 9
 
 
 class Gang(msgspec.Struct, frozen=True):
-    """As one of the machines knows it."""
+    """The machines of a model, and which of them this one is."""
 
     machines: tuple[Machine, ...]
     local_size: int
@@ -58,10 +57,6 @@ class Gang(msgspec.Struct, frozen=True):
     @property
     def control_port(self) -> int:
         return self.master.port + _CONTROL_OFFSET
-
-    @property
-    def meeting_port(self) -> int:
-        return self.master.port + _MEETING_OFFSET
 
     def relay_port(self, part: int) -> int:
         """Where that machine exchanges tensors with the others."""

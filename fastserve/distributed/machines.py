@@ -22,7 +22,7 @@ from typing import Any
 from fastserve.distributed.problems import Problems
 from fastserve.observability.text import printable
 
-NUM_PORTS = 4
+NUM_PORTS = 3
 """Consecutive ports of each machine, from its own on (gang.py)."""
 MAX_FILE_BYTES = 2**20
 MAX_MACHINES = 4096

@@ -275,7 +275,7 @@ def test_each_machine_finds_itself_among_all(model: Path) -> None:
     assert (gang.part, list(gang.local_ranks), gang.size, gang.timeout_s) == (1, [2, 3], 4, 120.0)
     assert gang.service_url == "http://10.0.0.1:10000"
     assert gang.control_endpoint() == "tcp://10.0.0.1:10001"
-    assert [gang.relay_port(part) for part in range(2)] == [10003, 20003]
+    assert [gang.relay_port(part) for part in range(2)] == [10002, 20002]
     assert find_gang({"TP_SIZE": "2", "WORLD_SIZE": "2", "CHECKPOINT_PATH": str(model)}) is None
 
 
@@ -315,9 +315,9 @@ def test_a_machine_that_is_not_where_the_file_says_is_refused(
 
 
 def test_machines_on_one_address_need_ports_that_are_apart(model: Path) -> None:
-    entries = {f"m_part{at}": machine(f"m_part{at}", port=10000 + 3 * at) for at in range(2)}
+    entries = {f"m_part{at}": machine(f"m_part{at}", port=10000 + 2 * at) for at in range(2)}
     environ = TWO_BY_TWO | {"CHECKPOINT_PATH": str(model), "START_PORT": "10000"}
-    with pytest.raises(EnvironmentFault, match="at least 4 apart"):
+    with pytest.raises(EnvironmentFault, match="at least 3 apart"):
         find_gang(environ | {"DISTRIBUTE_CONFIG_FILE": machines_file(model, entries)})
 
 

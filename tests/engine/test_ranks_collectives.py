@@ -16,7 +16,6 @@ from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives, RankLos
 from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
-from tests.processes import free_ports
 
 from .machines import join_machines
 
@@ -190,25 +189,6 @@ def test_a_lost_peer_of_a_process_group_is_an_error_of_ours(tmp_path: Path) -> N
     with pytest.raises(RankLostError, match="was lost"):
         first.all_reduce(torch.ones(3))
     second.close()
-
-
-def test_ranks_of_several_machines_meet_at_an_address() -> None:
-    (free_port,) = free_ports(1)
-
-    def join(rank: int) -> ProcessGroupCollectives:
-        cpu = torch.device("cpu")
-        return ProcessGroupCollectives.join_machines("127.0.0.1", free_port, rank, 2, cpu, 20.0, "127.0.0.1")
-
-    with ThreadPoolExecutor(2) as pool:
-        group = Group(list(pool.map(join, range(2))))
-    for found in group.run(lambda ranks: ranks.all_reduce(torch.ones(3))):
-        assert torch.equal(found, 2 * torch.ones(3))
-
-
-def test_a_rank_that_does_not_come_to_the_address_is_lost() -> None:
-    (free_port,) = free_ports(1)
-    with pytest.raises(RankLostError, match=f"did not join at 127.0.0.1:{free_port}"):
-        ProcessGroupCollectives.join_machines("127.0.0.1", free_port, 0, 2, torch.device("cpu"), 1.0, "127.0.0.1")
 
 
 def test_progress_of_all_ranks_is_added_up() -> None:

@@ -26,27 +26,7 @@ class ProcessGroupCollectives:
     @classmethod
     def join(cls, file: Path, rank: int, size: int, device: torch.device, timeout_s: float) -> ProcessGroupCollectives:
         """Join the ranks of one machine that meet in `file`, which must be new and in a private folder."""
-        return cls._meet(dist.FileStore(str(file), size), rank, size, device, timeout_s, "127.0.0.1")
-
-    @classmethod
-    def join_machines(
-        cls, master: str, port: int, rank: int, size: int, device: torch.device, timeout_s: float, own: str
-    ) -> ProcessGroupCollectives:
-        """Join ranks of several machines, which meet at rank 0's address. `own`: this machine's address for the others.
-
-        Nothing here is authenticated or encrypted: for networks where nobody else is. Raises RankLostError when another
-        rank does not come in time."""
-        try:
-            store = dist.TCPStore(master, port, size, is_master=rank == 0, timeout=timedelta(seconds=timeout_s))
-            return cls._meet(store, rank, size, device, timeout_s, own)
-        except RuntimeError as error:  # all errors of torch.distributed are
-            reason = str(error).split("\n")[0]
-            raise RankLostError(f"Another rank of the model did not join at {master}:{port} ({reason}).") from error
-
-    @classmethod
-    def _meet(
-        cls, store: Any, rank: int, size: int, device: torch.device, timeout_s: float, own: str
-    ) -> ProcessGroupCollectives:
+        store = dist.FileStore(str(file), size)
         timeout = timedelta(seconds=timeout_s)
         group: Any
         if device.type == "cuda":
@@ -55,7 +35,7 @@ class ProcessGroupCollectives:
             group = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
             options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
             options._timeout = timeout
             group = dist.ProcessGroupGloo(store, rank, size, options)
         return cls(group, device if device.type == "cuda" else torch.device("cpu"), timeout_s)
