@@ -352,9 +352,9 @@ class EngineOptions:
     )
     fair_weights: tuple[str, ...] = option(
         (),
-        "--scheduler vtc_fair: comma-separated shares of adapters, NAME=WEIGHT, or weights in the order of the "
-        "adapters; 1 where none is given",
-        parse=comma_list,
+        "--scheduler vtc_fair: shares of adapters, NAME=WEIGHT, or weights in the order of the adapters, also "
+        "separated by commas; 1 where none is given",
+        repeatable=True,
         added=True,
     )
     batch_num_adapters: int | None = option(

@@ -18,6 +18,7 @@ from fastserve.engine.plan import StepPlan, StepResult
 from fastserve.engine.scheduler import Scheduler
 from fastserve.engine.scheduling.vtc_fair import INPUT_PRICE, OUTPUT_PRICE
 from fastserve.errors import StartupError
+from fastserve.options import parse_config
 from fastserve.worker.refusals import refuse_unavailable
 
 from .weightless_adapters import weightless_adapters
@@ -132,6 +133,23 @@ def test_a_wrong_weight_is_refused(weight: str) -> None:
 def test_more_weights_than_adapters_are_refused() -> None:
     with pytest.raises(StartupError, match="weight 3"):
         Simulation("vtc_fair", fair_weights=("1", "2", "3"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--fair-weights", "1", "--fair-weights", "4"],
+        ["--fair-weights", "1", "4"],
+        ["--fair-weights", "1,4"],
+        ["--fair-weights", "a=1,b=4"],
+        ["--fair-weights", "b=4"],
+    ],
+)
+def test_weights_may_be_given_in_several_forms(flags: list[str]) -> None:
+    options = parse_config(WorkerConfig, ["--scheduler", "vtc_fair", *flags], "x", {})
+    policy: Any = scheduling.load(options, ("a", "b"))
+    assert policy._weights.get("a", 1.0) == 1.0
+    assert policy._weights["b"] == 4.0
 
 
 # ---- fair shares ------------------------------------------------------------------------------------------------

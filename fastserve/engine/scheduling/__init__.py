@@ -11,11 +11,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol, cast
 
 from fastserve.config import EngineOptions
 from fastserve.engine.sequence import Sequence as RequestSequence
 from fastserve.errors import StartupError
+from fastserve.options import comma_list
 
 _NO_POLICIES = frozenset({"queue"})
 _REFUSED = {
@@ -132,9 +134,9 @@ def _chosen(options: EngineOptions) -> str:
 
 
 def _read_weights(texts: Sequence[str], adapters: Sequence[str]) -> dict[str, float]:
-    """NAME=WEIGHT, or weights alone in the order of the adapters."""
+    """NAME=WEIGHT, or weights alone in the order of the adapters; a text may have several, separated by commas."""
     weights: dict[str, float] = {}
-    for at, text in enumerate(texts):
+    for at, text in enumerate(chain.from_iterable(map(comma_list, texts))):
         name, equals, number = text.rpartition("=")
         if not equals:
             if at >= len(adapters):
