@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import msgspec
+
 from fastserve.engine.calls.adapters import ListAdapters, LoadAdapter, UnloadAdapter
-from fastserve.engine.contract import AdapterInfo, Engine
+from fastserve.engine.contract import AdapterInfo, AdapterStats, Engine
 from fastserve.errors import (
     ConflictError,
     FastserveError,
@@ -246,16 +248,19 @@ class ServedAdapters:
     async def watch(self) -> None:
         """Background task: find new and removed members of `root`, and which adapters are in memory."""
         seen: tuple[int, bool] | None = None
+        listed: AdapterStats | None = None
         while True:
             if self._root is not None:
                 seen = await self._scan(self._root, seen)
-            if self.is_enabled and self._in_engine:
+            # The list may be long, and the engine makes it between two steps.
+            stats = _without_running(self._engine.stats.adapters)
+            if self.is_enabled and self._in_engine and (stats is None or stats != listed):
                 try:
                     infos = (await self._engine.call(ListAdapters())).adapters
                 except FastserveError as error:
                     logger.debug("adapters are not listed: %s", error.message)
                 else:
-                    self._held = _held(infos)
+                    self._held, listed = _held(infos), stats
             await asyncio.sleep(SCAN_INTERVAL_S)
 
     async def _scan(self, root: Path, seen: tuple[int, bool] | None) -> tuple[int, bool]:
@@ -333,6 +338,11 @@ def _member(root: Path, name: str) -> Adapter | None:
         return Adapter(name, name, str(folder)) if (folder / CONFIG_FILE).is_file() else None
     except OSError:  # such as a name that is too long for the file system
         return None
+
+
+def _without_running(stats: AdapterStats | None) -> AdapterStats | None:
+    """What changes when adapters are loaded, unloaded, read or moved, and not with each request."""
+    return None if stats is None else msgspec.structs.replace(stats, num_running=0)
 
 
 def _held(infos: Iterable[AdapterInfo]) -> list[str]:
