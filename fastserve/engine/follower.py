@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import zmq
@@ -111,26 +111,40 @@ class Follower:
         return self._runner.adapter_memory
 
 
-def main() -> None:
+def run_rank_process(parent: int, log_level: str, run: Callable[[], int]) -> NoReturn:
+    """Call `run` in a process that ends with its parent and with nothing else, and end with the exit code that it
+    returns."""
     use_one_heap()
-    settings = msgspec.json.decode(sys.argv[1], type=RankSettings)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
-    end_with(settings.parent)
-    setup_logging(settings.config.log_level)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.PAIR)
-    socket.set_hwm(0)
-    socket.connect(settings.endpoint)
+    end_with(parent)
+    setup_logging(log_level)
     code = 1
     try:
-        code = _follow(settings, socket)
+        code = run()
+    except Exception:
+        logger.exception("a rank ends by an unexpected error")
     finally:
-        context.destroy(linger=1000)
         # Without the interpreter's own end, at which the threads of a broken process group may crash.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def main() -> None:
+    settings = msgspec.json.decode(sys.argv[1], type=RankSettings)
+    run_rank_process(settings.parent, settings.config.log_level, lambda: _connect_and_follow(settings))
+
+
+def _connect_and_follow(settings: RankSettings) -> int:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(settings.endpoint)
+    try:
+        return _follow(settings, socket)
+    finally:
+        context.destroy(linger=1000)
 
 
 def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
 import msgspec
 
 from fastserve.distributed.gang import read_gang_keys
-from fastserve.engine.follower import end_with, follow
-from fastserve.engine.memory import begin_loading, end_loading, use_one_heap
+from fastserve.engine.follower import follow, run_rank_process
+from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
 from fastserve.engine.ranks.gang_messages import GangRankSettings
 from fastserve.engine.ranks.local_ranks import REFUSED_EXIT_CODE
@@ -25,25 +24,13 @@ from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE
 from fastserve.engine.ranks.same_settings import same_settings
 from fastserve.errors import EngineDeadError, FastserveError
-from fastserve.observability.logging import setup_logging
 
 logger = logging.getLogger("fastserve.engine")
 
 
 def main() -> None:
-    use_one_heap()
     settings = msgspec.json.decode(sys.argv[1], type=GangRankSettings)
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, signal.SIG_IGN)
-    end_with(settings.parent)
-    setup_logging(settings.config.log_level)
-    code = 1
-    try:
-        code = _join_and_follow(settings)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    run_rank_process(settings.parent, settings.config.log_level, lambda: _join_and_follow(settings))
 
 
 def _join_and_follow(settings: GangRankSettings) -> int:
