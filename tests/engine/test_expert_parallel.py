@@ -28,7 +28,18 @@ from fastserve.errors import StartupError
 from .conftest import CONFIGS, SHAPE, TinyModels, logits_of
 from .packers import awq, gptq, round_to_nearest
 from .test_formats import compressed, pack_fp8_blocks, pack_int8
-from .test_partition import MORE_CONFIGS, PARAMS, TOKENS, assert_equal_answers, load, save, start_and_run
+from .test_partition import (
+    MORE_CONFIGS,
+    PARAMS,
+    TOKENS,
+    assert_equal_answers,
+    assert_round_trip,
+    load,
+    paths_of,
+    save,
+    start_and_run,
+    two_sets_of_weights,
+)
 from .test_partition_plan import on_meta
 
 SHAPE_OF_MOE: dict[str, Any] = {**SHAPE, "head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -45,16 +56,7 @@ MIXTURES: dict[str, PretrainedConfig] = {
 @pytest.fixture(scope="module")
 def mixtures(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The path of a tiny model by its name in MIXTURES."""
-    folder = tmp_path_factory.mktemp("mixtures")
-
-    def path_of(name: str) -> str:
-        if name in CONFIGS:
-            return tiny_models.path(name)
-        if not (folder / name).exists():
-            save(MIXTURES[name], folder / name)
-        return str(folder / name)
-
-    return path_of
+    return paths_of(MIXTURES, tiny_models, tmp_path_factory.mktemp("mixtures"))
 
 
 def experts_of(loaded: LoadedModel) -> list[Experts]:
@@ -76,19 +78,12 @@ def test_logits_equal_those_of_one_and_whole_weights_round_trip(
 ) -> None:
     path = mixtures(name)
     logits = logits_of(load(path), TOKENS)
-    expected = dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters())
-    generator = torch.Generator().manual_seed(1)
-    fresh = {weight: torch.randn(value.shape, generator=generator) for weight, value in expected.items()}
+    expected, fresh = two_sets_of_weights(path)
 
     def run_rank(collectives: Collectives) -> tuple[torch.Tensor, list[range]]:
         loaded = load_part(path, collectives)
-        weights, found = loaded.weights, logits_of(loaded, TOKENS)
-        assert weights.num_parameters == sum(value.numel() for value in expected.values())
-        for weight, value in expected.items():
-            assert torch.equal(weights.get(weight), value), weight
-        for weight, value in fresh.items():
-            weights.set(weight, value)
-            assert torch.equal(weights.get(weight), value), weight
+        found = logits_of(loaded, TOKENS)
+        assert_round_trip(loaded, expected, fresh)
         for layer in experts_of(loaded):
             assert all(len(layouts) == len(layer.own) for layouts in layer.layouts.values())
         return found, [layer.own for layer in experts_of(loaded)]

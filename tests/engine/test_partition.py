@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,42 @@ def assert_equal_answers(found: dict[str, list[TokenLogprob]], expected: dict[st
 @pytest.fixture(scope="module")
 def models(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The path of a tiny model by its name in CONFIGS or MORE_CONFIGS."""
-    folder = tmp_path_factory.mktemp("divided")
+    return paths_of(MORE_CONFIGS, tiny_models, tmp_path_factory.mktemp("divided"))
+
+
+def paths_of(configs: Mapping[str, PretrainedConfig], tiny_models: TinyModels, folder: Path) -> Callable[[str], str]:
+    """The path of a tiny model by its name in CONFIGS or `configs`, which is saved in `folder` when it is asked for."""
 
     def path_of(name: str) -> str:
         if name in CONFIGS:
             return tiny_models.path(name)
         path = folder / name.replace(" ", "-")
         if not path.exists():
-            save(MORE_CONFIGS[name], path)
+            save(configs[name], path)
         return str(path)
 
     return path_of
+
+
+def two_sets_of_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model's own weights by name, and random ones of the same shapes."""
+    own = dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    return own, {name: torch.randn(value.shape, generator=generator) for name, value in own.items()}
+
+
+def assert_round_trip(
+    loaded: LoadedModel, expected: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Tensor]
+) -> None:
+    """A rank of a divided model gives the whole weights `expected`, and `fresh` ones after they are set."""
+    weights = loaded.weights
+    assert len(weights.names()) >= len(expected)
+    assert weights.num_parameters == sum(value.numel() for value in expected.values())
+    for name, value in expected.items():
+        assert torch.equal(weights.get(name), value), name
+    for name, value in fresh.items():
+        weights.set(name, value)
+        assert torch.equal(weights.get(name), value), name
 
 
 def save(config: PretrainedConfig, folder: Path) -> None:
@@ -192,22 +217,14 @@ def test_logits_equal_those_of_one_and_whole_weights_round_trip(
 ) -> None:
     path = models(name)
     logits = logits_of(load(path), TOKENS)
-    expected = dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters())
-    generator = torch.Generator().manual_seed(1)
-    fresh = {weight: torch.randn(value.shape, generator=generator) for weight, value in expected.items()}
+    expected, fresh = two_sets_of_weights(path)
 
     def run_rank(collectives: Collectives) -> torch.Tensor:
         loaded = load(path, collectives)
-        weights, found = loaded.weights, logits_of(loaded, TOKENS)
-        assert len(weights.names()) >= len(expected)
-        assert weights.num_parameters == sum(value.numel() for value in expected.values())
-        for weight, value in expected.items():
-            assert torch.equal(weights.get(weight), value), weight
-        for weight, value in fresh.items():
-            weights.set(weight, value)
-            assert torch.equal(weights.get(weight), value), weight
+        found = logits_of(loaded, TOKENS)
+        assert_round_trip(loaded, expected, fresh)
         with pytest.raises(ValueError, match="has the shape"):
-            weights.set("model.norm.weight" if "model.norm.weight" in expected else weight, torch.zeros(1, 2, 3))
+            loaded.weights.set(next(iter(expected)), torch.zeros(1, 2, 3))
         return found
 
     found = run_ranks(size, run_rank)
