@@ -27,7 +27,7 @@ _POLL_MS = 200
 
 @dataclass(frozen=True)
 class CurveKeyPair:
-    """As ZeroMQ takes them, in Z85."""
+    """A CURVE key pair in Z85, ZeroMQ's text form."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -38,9 +38,9 @@ class CurveKeys:
     """The key pairs of all sockets between the ranks of a model."""
 
     server: CurveKeyPair
-    """Of sockets that bind."""
+    """Used by sockets that bind."""
     client: CurveKeyPair
-    """Of sockets that connect."""
+    """Used by sockets that connect."""
 
     @classmethod
     def derive(cls, secret: str) -> CurveKeys:

@@ -42,14 +42,14 @@ async def adapters(request: Request) -> Response:
 
 @admin_router.post("/v1/load_lora_adapter")
 async def load(request: Request) -> Response:
-    """vLLM's."""
+    """vLLM's route: load an adapter from a folder and serve it."""
     body = await _load(request)
     return Response(status_code=CLIENT_GONE) if body is None else PlainTextResponse(load_message(body.lora_name))
 
 
 @admin_router.post("/v1/unload_lora_adapter")
 async def unload(request: Request) -> Response:
-    """vLLM's; answers when the adapter's last request has ended."""
+    """vLLM's route: unload an adapter. Answers when its last request has ended."""
     body = await _unload(request)
     return Response(status_code=CLIENT_GONE) if body is None else PlainTextResponse(unload_message(body.lora_name))
 

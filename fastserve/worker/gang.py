@@ -30,7 +30,7 @@ from fastserve.worker.keeper import RestartPolicy
 logger = logging.getLogger(__name__)
 
 RESTARTS = RestartPolicy(attempts=10_000, window_s=60.0, max_pause_s=2.0)
-"""Of rank 0's engine: other machines may be away often and for long."""
+"""Restart policy of rank 0's engine: other machines may be away often and for long."""
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 

@@ -44,7 +44,7 @@ _SHOWN_NAMES = 20
 
 @dataclass(frozen=True, slots=True)
 class AdapterShape:
-    """Facts about an adapter that its file's header tells."""
+    """Rank, target modules and sizes of an adapter, from its configuration and file headers."""
 
     rank: int
     targets: tuple[str, ...]

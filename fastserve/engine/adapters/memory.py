@@ -67,7 +67,7 @@ class AdapterMemory:
             plane_bytes = self.tiles_per_plane * self.tile_size * dtype.itemsize
             self.planes_per_block = max(1, block_bytes // plane_bytes)
         self._planes: list[list[torch.Tensor]] = [[] for _ in range(num_slots)]
-        """Of each slot, (tiles, values of a tile)."""
+        """For each slot, the tiles of each plane: tensors of shape (tiles, values of a tile)."""
         self._addresses: list[torch.Tensor | None] = [None] * num_slots
         self._table = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._first_tile = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
@@ -195,7 +195,7 @@ class HostAdapterTables:
 
 
 class _Delta:
-    """What adapters add to the product of one layer."""
+    """A `Linear.delta`: adds the LoRA products of the batch's adapters to one layer's output."""
 
     def __init__(self, memory: AdapterMemory, sites: Sequence[Site]) -> None:
         self._memory = memory

@@ -143,7 +143,7 @@ class CpuLoraKernel:
     def add(
         self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | RecordedRows
     ) -> None:
-        """As in `LoraKernel`. Raises RuntimeError when a tensor does not fit the sites."""
+        """See `LoraKernel.add`. Raises RuntimeError when a tensor's shape or dtype does not fit the sites."""
         width = x.shape[-1]
         if isinstance(batch, RecordedRows):
             raise RuntimeError("steps cannot be recorded on CPUs")

@@ -25,7 +25,7 @@ _MAX_HASHED_BYTES = 64 << 20
 
 
 def same_settings(config: EngineConfig) -> dict[str, str]:
-    """By name, as texts. Raises OSError when a file of the model cannot be read."""
+    """The settings by name, each as text. Raises OSError when a file of the model cannot be read."""
     found = {name: _version(name) for name in _LIBRARIES}
     for item in fields(config):
         if item.name not in _OWN:
@@ -56,7 +56,7 @@ def _version(library: str) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """Of the configuration's content, and of names and sizes of the files with weights."""
+    """Digest of the configuration files' content, and of names and sizes of the weight files."""
     digest = hashlib.sha256()
     for path in _files(folder, _HASHED):
         with path.open("rb") as file:
