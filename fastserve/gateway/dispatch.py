@@ -130,6 +130,8 @@ class Dispatcher:
         self._has_missing = asyncio.Event()
         self.adapters: list[ServedAdapter] = []
         """The adapters of the controller's last list."""
+        self._adapter_bases: dict[str, str] = {}
+        """Their base models, by each name that a request may use: NAME or BASE:NAME."""
         self._adapters_version = 0
         self._refreshed_at = -math.inf
         self._refreshing = asyncio.Lock()
@@ -205,6 +207,11 @@ class Dispatcher:
             if table.adapters_version != self._adapters_version or table.epoch != self._table.epoch:
                 listed = _parse(AdapterTable, await self._request("GET", "/adapters", None))
                 self.adapters, self._adapters_version = listed.adapters or [], listed.version
+                self._adapter_bases = {
+                    name: one.parent
+                    for one in reversed(self.adapters)  # where two bases have one of a name, the first is meant
+                    for name in (one.name, f"{one.parent}:{one.name}")
+                }
         except ShortageError:
             return
         except ControllerAwayError as error:
@@ -312,10 +319,7 @@ class Dispatcher:
 
     def _base_of(self, model: str) -> str:
         """The base model of a known adapter, whose workers know the adapter; other names unchanged."""
-        for adapter in self.adapters:
-            if model in (adapter.name, f"{adapter.parent}:{adapter.name}"):
-                return adapter.parent
-        return model
+        return self._adapter_bases.get(model, model)
 
     def _unsupported(self, model: str, route: ModelRoute, offered: Sequence[str]) -> UnsupportedCapabilityError:
         return UnsupportedCapabilityError(
