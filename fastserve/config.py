@@ -417,7 +417,7 @@ class LoraOptions:
         32, "maximum number of different adapters in one engine step", added=True, minimum=1, maximum=4096
     )
     max_lora_rank: int = option(
-        64, "highest rank of an adapter; one of a higher rank is refused", added=True, minimum=1, maximum=512
+        64, "highest rank of an adapter; one of a higher rank is refused", added=True, minimum=1, maximum=256
     )
     max_cpu_loras: int = option(
         256, "maximum number of adapters that are kept in the machine's memory", added=True, minimum=1, maximum=65536

@@ -23,6 +23,7 @@ import triton.language as tl
 from fastserve.engine.kernels.lora import RecordedRows, RowsByAdapter, TileOrder, TilesOfSite
 
 MAX_RANK = 256
+"""The highest that --max-lora-rank allows."""
 _ROWS = 16
 """Maximum rows of a piece; tensor cores multiply as many."""
 _MAX_PARTS = 8
@@ -182,7 +183,7 @@ class TritonLoraKernel:
     def add(
         self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | RecordedRows
     ) -> None:
-        """As in `LoraKernel`."""
+        """See `LoraKernel.add`."""
         if isinstance(batch, RecordedRows):
             assert isinstance(batch, DeviceRows)
             rows = batch
