@@ -41,6 +41,12 @@ from fastserve.errors import StartupError
 _STACKED: list[tuple[type, Any]] = [(MergeModulelist, 0)]
 _STACKED_AND_JOINED: list[tuple[type, Any]] = [(MergeModulelist, 0), (Concatenate, 1)]
 """Operations of rules that make one tensor of all experts' weights, each perhaps of two with the same inputs."""
+_GRANITE = "block_sparse_moe.experts"
+_OWN_RULES = (
+    ([f"{_GRANITE}.*.gate_proj.weight", f"{_GRANITE}.*.up_proj.weight"], "gate_up_proj", _STACKED_AND_JOINED),
+    ([f"{_GRANITE}.*.down_proj.weight"], "down_proj", _STACKED),
+)
+"""For checkpoints with a tensor for each expert of models whose published ones have one for all."""
 
 
 @dataclass(slots=True)
@@ -200,7 +206,13 @@ class WeightLoad:
 
 def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[WeightLoad], list[Source]]:
     """The weight loads in the order of the files, and the sources that match no weight of the model."""
-    rules = get_model_conversion_mapping(model)
+    rules = [
+        *get_model_conversion_mapping(model),
+        *(
+            WeightConverter(patterns, f"{_GRANITE}.{target}", [kind(dim=dim) for kind, dim in steps])
+            for patterns, target, steps in _OWN_RULES
+        ),
+    ]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
