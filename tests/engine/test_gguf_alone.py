@@ -237,7 +237,7 @@ MODELS = {
 
 
 def config_of(name: str) -> tuple[str, Any]:
-    """Architecture in llama.cpp's words, and configuration. Skips what the release of transformers computes otherwise."""
+    """The architecture in llama.cpp's words, and the configuration. Skips what this transformers computes otherwise."""
     kind = name.split()[0]
     if kind == "granitemoe" and not hasattr(modeling_granitemoe, "GraniteMoeExperts"):
         pytest.skip("this release of transformers lets no other code compute Granite's experts")

@@ -69,23 +69,24 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
             continue
         stem, _, leaf = name.rpartition(".")
         if stem.endswith(_GRANITE_SHARED):
-            stored_names = [f"{names.get_name(stem.replace(_GRANITE_SHARED, part))}.{leaf}" for part in _SHARED_PARTS]
+            places = [f"{names.get_name(stem.replace(_GRANITE_SHARED, part))}.{leaf}" for part in _SHARED_PARTS]
         else:
-            stored_names = [f"{names.get_name(stem + '.layer' * stem.endswith(_GRANITE_ROUTER))}.{leaf}"]
-        tensors = [header.tensors[stored] for stored in stored_names if stored in header.tensors]
-        if len(tensors) < len(stored_names):
+            places = [f"{names.get_name(stem + '.layer' * stem.endswith(_GRANITE_ROUTER))}.{leaf}"]
+        tensors = [header.tensors[place] for place in places if place in header.tensors]
+        if len(tensors) < len(places):
             continue  # tied, or missing, which the loader reports
-        placed |= set(stored_names)
+        placed |= set(places)
         if len(tensors) > 1:
             found.append(_joined(name, tensors))
             continue
         [tensor] = tensors
         shape = tuple(parameter.shape)
+        stored = _stored(tensor, shape)
         make = _maker(tensor, _change(kind, name, tensor.shape, config))
         if shape == (1, *tensor.shape):  # the gate of a shared expert
-            found.append(source_of(name, [_stored(tensor, shape)], lambda data, make=make: make(data).unsqueeze(0)))
+            found.append(source_of(name, [stored], lambda data, make=make: make(data).unsqueeze(0)))
         else:
-            found.append(source_of(name, [_stored(tensor, shape)], make, _divider(tensor)))
+            found.append(source_of(name, [stored], make, _divider(tensor)))
     _refuse_unplaced(file, header.tensors.keys() - placed)
     return found
 
@@ -136,6 +137,7 @@ def _slices(stacked: GgufTensor, first: int, count: int) -> Iterator[tuple[GgufT
 
 def _joined(name: str, tensors: Sequence[GgufTensor]) -> Source:
     """A weight whose rows are in several tensors."""
+    stored = [_stored(tensor, tensor.shape) for tensor in tensors]
     makers = [_maker(tensor, _unchanged) for tensor in tensors]
 
     def make(*data: torch.Tensor) -> Value:
@@ -148,7 +150,7 @@ def _joined(name: str, tensors: Sequence[GgufTensor]) -> Source:
             [value.float() if isinstance(value, torch.Tensor) else value.dense(torch.float32) for value in values]
         )
 
-    return source_of(name, [_stored(tensor, tensor.shape) for tensor in tensors], make)
+    return source_of(name, stored, make)
 
 
 def _refuse_unplaced(file: Path, names: Iterable[str]) -> None:
