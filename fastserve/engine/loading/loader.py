@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS, fuse_norms
 from fastserve.engine.layers.quantizer import find_quantizer
 from fastserve.engine.layers.rope_switch import switch_rope_by_sequence
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
+from fastserve.engine.loading.config_values import described, largest_size, require_sound_values
 from fastserve.engine.loading.context_length import context_length, rope_switch_length
 from fastserve.engine.loading.conversion import match
 from fastserve.engine.loading.division_check import require_divisible
@@ -49,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _STATEFUL_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` that keep a state beside keys and values, or instead of them."""
+_MAX_CAUSE_CHARS = 500
+"""Of a message of a model's code that is repeated in ours."""
 _MAX_LAYERS = 10_000
 """Far more than any model has: a broken number must not have us build layers until memory ends."""
 _SPARSE_LAYERS = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}
@@ -247,6 +251,7 @@ def _own_attention(name: str) -> StartupError:
 def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         stated, _ = PretrainedConfig.get_config_dict(model_dir, local_files_only=True)
+        require_sound_values(stated, model_dir)
         return AutoConfig.from_pretrained(
             model_dir, trust_remote_code=trust_remote_code, local_files_only=True, **_readable_dtype(stated)
         )
@@ -263,7 +268,7 @@ def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError
         )
     lines = str(error).strip().split("\n")
     cause = " ".join(map(str.strip, lines if isinstance(error, StrictDataclassError) else lines[:1])).rstrip(".")
-    cause = cause or type(error).__name__
+    cause = printable(cause or type(error).__name__, _MAX_CAUSE_CHARS)
     field = _named_field(model_dir, cause)
     if field is None:
         return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
@@ -281,11 +286,22 @@ def _named_field(model_dir: str, message: str) -> str | None:
         return None
     if not isinstance(stated, dict):
         return None
-    words = re.findall(r"\w+", message)
-    by_name = (name for name in words if "_" in name and name in stated)
-    by_value = (name for name, value in stated.items() if isinstance(value, str) and value in words)
-    name = next(itertools.chain(by_name, by_value), None)
-    return None if name is None else f"{printable(name)} is {printable(json.dumps(stated[name]))}"
+    if "allocate memory" in message:
+        name = largest_size(stated)
+    else:
+        words = re.findall(r"\w+", message)
+        by_name = (name for name in words if "_" in name and name in stated)
+        by_value = (name for name, value in stated.items() if isinstance(value, str) and value in words)
+        name = next(itertools.chain(by_name, by_value, _with_rare_number(stated, words)), None)
+    return None if name is None else described(name, stated[name])
+
+
+def _with_rare_number(stated: Mapping[str, Any], words: Sequence[str]) -> Iterator[str]:
+    """The fields with a number that the words have, and no other field."""
+    numbers = Counter(str(value) for value in stated.values())
+    for name, value in stated.items():
+        if type(value) is int and value > _MAX_LAYERS and str(value) in words and numbers[str(value)] == 1:
+            yield name
 
 
 def _readable_dtype(stated: Mapping[str, Any]) -> dict[str, torch.dtype | None]:
