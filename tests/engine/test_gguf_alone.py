@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Callable
@@ -503,6 +504,30 @@ def test_a_gguf_file_as_draft_model(tmp_path: Path) -> None:
     assert draft is not None
     tokens = list(range(2, 19))
     torch.testing.assert_close(logits_of(draft, tokens), logits_of(load(file), tokens))
+
+
+def test_a_gguf_file_with_other_tokens_is_no_draft_model(tmp_path: Path) -> None:
+    """Beside a folder of safetensors, whose embeddings are of the same size."""
+    source = save(LlamaConfig(**SIZES), tmp_path / "plain")
+    write_gguf(source, tmp_path / "alone", "llama", "F32", describe)
+    draft = find_draft_model(str(tmp_path / "alone" / "model.gguf"))
+    tokenizer = json.loads((draft.folder / "tokenizer.json").read_text())
+
+    def start() -> None:
+        config = EngineConfig(
+            model_dir=source, device="cpu", dtype="float32", max_num_seqs=2,
+            speculative_model_dir=str(draft.folder), speculative_gguf_file=str(draft.gguf_file),
+        )  # fmt: skip
+        build_rank(config, lambda *_: None, (), SINGLE_RANK)
+
+    file = Path(source) / "tokenizer.json"
+    file.write_text(json.dumps(tokenizer))
+    start()
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["t1"], vocabulary["t2"] = vocabulary["t2"], vocabulary["t1"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(StartupError, match="a tokenizer with other tokens than the model's"):
+        start()
 
 
 BLOCK_TYPES = list(gguf.quants._type_traits)

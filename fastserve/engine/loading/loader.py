@@ -33,6 +33,7 @@ from fastserve.engine.loading.config_values import described, largest_size, requ
 from fastserve.engine.loading.context_length import context_length, rope_switch_length
 from fastserve.engine.loading.conversion import match
 from fastserve.engine.loading.division_check import require_divisible
+from fastserve.engine.loading.file_versions import FileVersions
 from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.lora.merge import merge_adapter
 from fastserve.engine.loading.lora.targets import AdapterTargets
@@ -45,6 +46,7 @@ from fastserve.engine.loading.weight_table import WeightTable
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
+from fastserve.gguf.file import part_files
 from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ def load_model(
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
+    files = FileVersions(_paths(folder, options))
     config = _read_config(model_dir, trust_remote_code)
     dtype = _choose_dtype(dtype_name, config, found)
     _refuse_unpageable(config)
@@ -134,9 +137,20 @@ def load_model(
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantize, partition)
-    stream_weights(model, weight_loads, unexpected, assembly, progress)
+    with files.unchanged():
+        stream_weights(model, weight_loads, unexpected, assembly, progress)
     loaded = _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
     return dataclasses.replace(loaded, adapter_targets=adapter_targets)
+
+
+def _paths(folder: Path, options: WeightOptions) -> Iterator[Path]:
+    """The files and folders that a model is made of."""
+    packed = None if options.packed is None else options.packed.path
+    for path in (folder, options.adapter_dir, packed):
+        if path is not None:
+            yield Path(path).expanduser()
+    if options.gguf_file is not None:
+        yield from part_files(Path(options.gguf_file))
 
 
 def prepare(
