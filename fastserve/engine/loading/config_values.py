@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ MAX_SIZE = 1 << 24
 _SIZES = ("_size", "_dim", "_heads", "_experts", "_embd", "_head", "_inner", "_positions", "_embeddings")
 """Ends of the names of sizes, which are not negative; with -1 some fields say that there is nothing. Other whole
 numbers may be negative, such as those of layers counted from the end."""
-_MAX_ROPE_BASE = 1e18
+_MAX_NUMBER = 1e18
 _UNBOUNDED = ("token_id", "token_ids", "token_index", "max_length", "seed")
 """Ends of the names of whole numbers that may be of any size."""
 _LANGUAGE_MODELS = ("text_config", "language_config", "llm_config")
@@ -75,13 +74,15 @@ def _broken_rope(name: str, rope: Mapping[str, Any]) -> Iterator[tuple[str, Any,
     """`rope`: the parameters of all layers, or those of each type of layer."""
     for part, value in rope.items():
         where = f"{name}.{part}"
-        if isinstance(value, Mapping):
-            yield from _broken_rope(where, value)
-        elif part in ("rope_type", "type"):
+        if part in ("rope_type", "type"):
             if value is not None and not isinstance(value, str):
                 yield where, value, "a text"
-        elif part == "rope_theta" and (isinstance(value, bool | str | list)):
+        elif part == "rope_theta" and isinstance(value, bool | str | list | Mapping):
             yield where, value, "a number"
+        elif isinstance(value, Mapping):
+            yield from _broken_rope(where, value)
+        elif part.endswith("_attention") and value is not None:
+            yield where, value, "an object with the parameters of these layers"
         elif (rule := _rule_of(part, value)) is not None:
             yield where, value, rule
 
@@ -97,12 +98,12 @@ def _known_fields(model_type: str | None) -> set[str]:
 
 def _rule_of(name: str, value: Any) -> str | None:
     """The rule that a value breaks, in words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
+    if isinstance(value, float) and not abs(value) <= _MAX_NUMBER:
+        return f"a number up to {_MAX_NUMBER:g}"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     if name.endswith(("theta", "base_freq")):
-        return None if 1 <= value <= _MAX_ROPE_BASE else f"a number from 1 to {_MAX_ROPE_BASE:g}"
+        return None if 1 <= value <= _MAX_NUMBER else f"a number from 1 to {_MAX_NUMBER:g}"
     if name.endswith(("eps", "epsilon")):
         return None if 0 <= value <= 1 else "a number from 0 to 1"
     smallest = -1 if name.endswith(_SIZES) else -MAX_SIZE

@@ -282,8 +282,9 @@ def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError
         )
     lines = str(error).strip().split("\n")
     cause = " ".join(map(str.strip, lines if isinstance(error, StrictDataclassError) else lines[:1])).rstrip(".")
-    cause = printable(cause or type(error).__name__, _MAX_CAUSE_CHARS)
+    cause = cause or type(error).__name__
     field = _named_field(model_dir, cause)
+    cause = printable(cause, _MAX_CAUSE_CHARS)
     if field is None:
         return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
     return StartupError(
