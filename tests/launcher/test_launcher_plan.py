@@ -264,6 +264,7 @@ def test_option_values_are_written_as_in_a_url() -> None:
         ("/srv/my models/$(rm -r x); m@h@1", "/srv/my models/$(rm -r x); m", "worker_$(rm _r x); m_h_1.log"),
         ("/srv/a@b/m@h@1?seed=1", "/srv/a@b/m", "worker_m_h_1.log"),
         ("/srv/m?x&y@h@1", "/srv/m?x&y", "worker_m?x&y_h_1.log"),
+        ("/srv/мои модели/模型 7b é@h@1?seed=1", "/srv/мои модели/模型 7b é", "worker_模型 7b é_h_1.log"),
     ],
 )  # fmt: skip
 def test_item_is_read_from_the_right(item: str, model: str, log: str) -> None:

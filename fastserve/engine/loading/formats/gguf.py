@@ -67,11 +67,7 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in experts:
             continue
-        stem, _, leaf = name.rpartition(".")
-        if stem.endswith(_GRANITE_SHARED):
-            places = [f"{names.get_name(stem.replace(_GRANITE_SHARED, part))}.{leaf}" for part in _SHARED_PARTS]
-        else:
-            places = [f"{names.get_name(stem + '.layer' * stem.endswith(_GRANITE_ROUTER))}.{leaf}"]
+        places = _places(names, name)
         tensors = [header.tensors[place] for place in places if place in header.tensors]
         if len(tensors) < len(places):
             continue  # tied, or missing, which the loader reports
@@ -89,6 +85,17 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
             found.append(source_of(name, [stored], make, _divider(tensor)))
     _refuse_unplaced(file, header.tensors.keys() - placed)
     return found
+
+
+def _places(names: gguf.TensorNameMap, name: str) -> list[str]:
+    """The names of the tensors that make up a weight of the model: one, or two whose rows are joined."""
+    stem, _, leaf = name.rpartition(".")
+    stems = [stem]
+    if stem.endswith(_GRANITE_ROUTER):
+        stems = [f"{stem}.layer"]
+    elif stem.endswith(_GRANITE_SHARED):
+        stems = [stem.replace(_GRANITE_SHARED, part) for part in _SHARED_PARTS]
+    return [f"{names.get_name(part)}.{leaf}" for part in stems]
 
 
 def _experts(header: Gguf, path: str, model_type: str) -> Iterator[tuple[str, GgufTensor, GgufTensor]]:
