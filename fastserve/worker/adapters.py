@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +24,8 @@ from fastserve.errors import (
 )
 from fastserve.observability.text import printable
 from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTER_ROOT_CHARS, MAX_HELD_ADAPTERS, AdapterEntry
-from fastserve.worker.adapter_source import CONFIG_FILE, Adapter, find_adapter_folder, name_problem
+from fastserve.worker.adapter_root import AdapterRoot
+from fastserve.worker.adapter_source import Adapter, find_adapter_folder, name_problem
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ServedAdapters:
         self._engine = engine
         self._model_names = tuple(model_names)
         self._at_start = {adapter.name: adapter for adapter in at_start}
-        self._root = root
+        self._root = None if root is None else AdapterRoot(root)
         self._allow_any_path = allow_any_path
         self._max_adapters = max_adapters
         self._on_change = on_change
@@ -117,7 +117,7 @@ class ServedAdapters:
     def _find(self, name: str) -> Adapter | None:
         found = self._named.get(name) or self._members.get(name)
         if found is None and self._root is not None and name not in self._withdrawn:
-            found = _member(self._root, name)
+            found = self._root.member(name)
         return found
 
     # ---- use ----------------------------------------------------------------------------------------------------
@@ -221,13 +221,9 @@ class ServedAdapters:
         for adapter in self._at_start.values():
             if source in (adapter.source, adapter.path):
                 return Path(adapter.path)
-        if self._root is not None and "\0" not in source:
-            member = _member(self._root, source)
-            if member is not None:
-                return Path(member.path)
-            folder = (self._root / source).resolve()
-            if folder.is_relative_to(self._root.resolve()) and (folder / CONFIG_FILE).is_file():
-                return folder
+        folder = None if self._root is None else self._root.folder(source)
+        if folder is not None:
+            return folder
         if self._allow_any_path:
             return find_adapter_folder(source)
         raise PermissionDeniedError(
@@ -247,11 +243,10 @@ class ServedAdapters:
 
     async def watch(self) -> None:
         """Background task: find new and removed members of `root`, and which adapters are in memory."""
-        seen: tuple[int, bool] | None = None
         listed: AdapterStats | None = None
         while True:
             if self._root is not None:
-                seen = await self._scan(self._root, seen)
+                await self._scan(self._root)
             # The list may be long, and the engine makes it between two steps.
             stats = _without_running(self._engine.stats.adapters)
             if self.is_enabled and self._in_engine and (stats is None or stats != listed):
@@ -263,45 +258,19 @@ class ServedAdapters:
                     self._held, listed = _held(infos), stats
             await asyncio.sleep(SCAN_INTERVAL_S)
 
-    async def _scan(self, root: Path, seen: tuple[int, bool] | None) -> tuple[int, bool]:
-        """List the folder again if it has changed since `seen`: its time of change, and whether all of its folders
-        were complete.
-        """
-        room = self._max_adapters - len(self._named)
-
-        def scan() -> tuple[dict[str, Adapter], tuple[int, bool]] | None:
-            changed_at = os.stat(root).st_mtime_ns
-            if seen == (changed_at, True):
-                return None
-            members: dict[str, Adapter] = {}
-            is_complete = True
-            with os.scandir(root) as entries:
-                for entry in entries:
-                    if len(members) >= room:
-                        logger.warning("--lora-root has more adapters than --max-adapters %d.", self._max_adapters)
-                        break
-                    if not entry.is_dir():
-                        continue
-                    member = _member(root, entry.name)
-                    if member is None:
-                        is_complete = False
-                    else:
-                        members[entry.name] = member
-            return members, (changed_at, is_complete)
-
+    async def _scan(self, root: AdapterRoot) -> None:
+        """Serve the members of the folder as it is now."""
         try:
-            found = await asyncio.to_thread(scan)
+            found = await asyncio.to_thread(root.changes, self._max_adapters - len(self._named))
         except OSError as error:
             logger.warning("--lora-root cannot be read: %s", error)
-            return (0, False)
+            return
         if found is None:
-            assert seen is not None
-            return seen
+            return
         before = self._members
-        self._members = {name: one for name, one in found[0].items() if name not in self._withdrawn}
+        self._members = {name: one for name, one in found.items() if name not in self._withdrawn}
         if before.keys() != self._members.keys():
             self._on_change()
-        return found[1]
 
 
 def listed_adapters(adapters: Sequence[Adapter]) -> list[AdapterEntry]:
@@ -327,17 +296,6 @@ def listed_adapters(adapters: Sequence[Adapter]) -> list[AdapterEntry]:
 def _num_bytes(entries: Iterable[AdapterEntry]) -> int:
     """With the separators of a list."""
     return sum(len(entry.model_dump_json().encode()) + 1 for entry in entries)
-
-
-def _member(root: Path, name: str) -> Adapter | None:
-    """The adapter in the folder `name` of `root`; None if there is none, or no adapter can have such a name."""
-    if "/" in name or "\\" in name or name in ("", ".", "..") or name_problem(name) is not None:
-        return None
-    folder = root / name
-    try:
-        return Adapter(name, name, str(folder)) if (folder / CONFIG_FILE).is_file() else None
-    except OSError:  # such as a name that is too long for the file system
-        return None
 
 
 def _without_running(stats: AdapterStats | None) -> AdapterStats | None:

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import pytest
 
@@ -231,6 +232,19 @@ def test_items_have_adapters_of_their_own() -> None:
     assert (first.lora_modules, first.max_loras) == (("a=/x", "b=/y"), 4)
     assert (second.lora_modules, second.max_loras) == (("all=/all",), 8)
     assert (third.lora_modules, third.lora_dirs, third.lora_root) == (("all=/all",), ("/d",), "/r")
+
+
+@pytest.mark.parametrize("value", ["/x,y", "/x,,y", ",", "/a\\,b", "/a\\", "/%2C", "/one two,"])
+def test_a_value_of_a_list_in_an_item_may_have_commas(value: str) -> None:
+    """Every list, up to the command line of the worker."""
+    written = quote(value, safe="")
+    services = planned(
+        "--model-path-address",
+        f"a@h@1?lora-modules=a={written},b=/y&lora-dirs={written}&model-names={written},b&allowed-hosts={written},b",
+    )
+    first = worker(services.workers[0])
+    assert (first.lora_modules, first.lora_dirs) == ((f"a={value}", "b=/y"), (value,))
+    assert (first.model_names, first.allowed_hosts) == ((value, "b"), (value, "b"))
 
 
 def test_items_have_options_of_their_own() -> None:

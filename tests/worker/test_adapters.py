@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from fastserve.errors import StartupError
 from fastserve.options import parse_config, to_argv
 from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTERS, HeartbeatRequest
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.adapter_root import AdapterRoot
 from fastserve.worker.adapter_source import Adapter, find_adapters
 from fastserve.worker.adapters import listed_adapters
 from tests.worker.conftest import MODEL, Running, RunWorker, until
@@ -134,6 +138,43 @@ async def test_members_of_the_root_appear_and_disappear(run_worker: RunWorker, s
         (root / "two").rmdir()
         await until(lambda: "two" not in running.runtime.adapters.served_names())
         assert (await running.post("/v1/chat/completions", CHAT | {"model": "two"}))[0] == 404
+
+
+def test_the_root_is_listed_again_only_after_a_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while folders in it have no adapter: those that get one are noticed, which the root itself does not show."""
+    (root / "empty").mkdir()
+    (root / "group" / "deep").mkdir(parents=True)
+    now = time.time()
+    found = AdapterRoot(root, lambda: now)
+    lists: list[Path] = []
+    scan = os.scandir
+
+    def listing(path: Path) -> Any:
+        lists.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    listed = found.changes(10)
+    assert listed is not None
+    assert set(listed) == {"one", "two"}
+    assert found.changes(10) is not None, "a change within the same tick of the file system would be missed"
+    now += 60
+    assert found.changes(10) is not None
+    del lists[:]
+    for _ in range(5):
+        assert found.changes(10) is None
+    assert not lists
+    (root / "empty" / "adapter_config.json").write_text("{}")
+    os.utime(root / "empty", (now, now))
+    listed = found.changes(10)
+    assert listed is not None
+    assert set(listed) == {"one", "two", "empty"}
+    assert found.changes(10) is None
+    shutil.rmtree(root / "group")
+    os.utime(root, (now, now))
+    now += 60
+    assert found.changes(10) is not None
+    assert found.changes(10) is None
 
 
 async def test_adapters_are_loaded_replaced_and_unloaded_like_vllm_and_sglang(
