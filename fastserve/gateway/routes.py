@@ -24,7 +24,7 @@ from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import ModelRoute
-from fastserve.protocol import MAX_SEED
+from fastserve.protocol import MAX_SEED, ServedAdapter
 from fastserve.serving.responses import run_until_disconnect
 
 READY_REFRESH_S = 0.2
@@ -93,27 +93,25 @@ async def list_models(gateway: GatewayDep) -> ModelCards:
     """The models that workers serve now."""
     await gateway.dispatcher.ensure_fresh()
     cards = [describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()]
-    return ModelCards(data=cards + _adapter_cards(gateway))
+    cards += [_adapter_card(gateway, name, adapter) for name, adapter in gateway.dispatcher.adapters().items()]
+    return ModelCards(data=cards)
 
 
-def _adapter_cards(gateway: Gateway) -> list[Model]:
-    return [
-        describe_model(one.name, gateway.started_at, parent=one.parent, root=one.root)
-        for one in gateway.dispatcher.adapters
-    ]
+def _adapter_card(gateway: Gateway, name: str, adapter: ServedAdapter) -> Model:
+    return describe_model(name, gateway.started_at, parent=adapter.parent, root=adapter.root)
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, gateway: GatewayDep) -> Model:
     """One model."""
     await gateway.dispatcher.ensure_fresh()
-    if model not in gateway.dispatcher.model_names():
-        card = next((card for card in _adapter_cards(gateway) if model in (card.id, f"{card.parent}:{card.id}")), None)
-        if card is not None:
-            return card
-        dispatcher = gateway.dispatcher
-        raise no_worker(model) if dispatcher.is_known(model) else dispatcher.unknown_model(model)
-    return describe_model(model, gateway.started_at)
+    dispatcher = gateway.dispatcher
+    if model in dispatcher.model_names():
+        return describe_model(model, gateway.started_at)
+    adapter = dispatcher.find_adapter(model)
+    if adapter is not None:
+        return _adapter_card(gateway, *adapter)
+    raise no_worker(model) if dispatcher.is_known(model) else dispatcher.unknown_model(model)
 
 
 @router.get("/health")

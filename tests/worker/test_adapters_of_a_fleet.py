@@ -15,10 +15,13 @@ import pytest
 from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.config import ApiServerConfig, ControllerConfig
 from fastserve.control.app import create_app as create_controller
+from fastserve.engine.fake import Script
 from fastserve.gateway.app import create_app as create_api_server
 from tests.apps import serve_app
 from tests.worker.conftest import MODEL, Running, RunWorker
-from tests.worker.test_adapters import make_adapter
+from tests.worker.test_adapters import make_adapter, say_adapter
+
+__all__ = ["say_adapter"]
 
 API_KEY = "an-api-key-of-a-client"
 ADMIN_KEY = "an-admin-key-0123456789"
@@ -50,12 +53,15 @@ class Fleet:
 async def started(run_worker: RunWorker, roots: list[Path], **access: Any) -> AsyncIterator[Fleet]:
     """A controller, a worker for each folder of adapters, and an API server."""
     api_keys = access.pop("api_keys", None)
+    script, names = access.pop("script", None), access.pop("names", [MODEL] * len(roots))
     access.setdefault("insecure", True)
     async with AsyncExitStack() as stack:
         controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig(**access))))
         workers = [
             await stack.enter_async_context(
                 run_worker(
+                    script,
+                    model_names=(name,),
                     lora_root=str(root),
                     no_register=False,
                     heartbeat_interval_s=0.05,
@@ -63,7 +69,7 @@ async def started(run_worker: RunWorker, roots: list[Path], **access: Any) -> As
                     **access,
                 )
             )
-            for root in roots
+            for name, root in zip(names, roots, strict=True)
         ]
         server = ApiServerConfig(host="127.0.0.1", controller_address=controller, api_keys=api_keys, **access)
         url = await stack.enter_async_context(serve_app(create_api_server(server)))
@@ -123,6 +129,34 @@ async def test_an_unknown_name_lists_models_and_adapters(run_worker: RunWorker, 
             assert status == 404
             assert answer["error"]["code"] == "model_not_found"
             assert f"Served: {MODEL}, a;" in answer["error"]["message"]
+
+
+async def test_each_id_is_listed_once_where_models_have_adapters_of_one_name(
+    run_worker: RunWorker, roots: list[Path], say_adapter: Script
+) -> None:
+    make_adapter(roots[0] / "only")
+    make_adapter(roots[1] / "first")  # also the name of a model
+    names = ["first", "second"]
+    async with started(run_worker, roots, script=say_adapter, names=names) as fleet:
+        expected = {"first": None, "second": None, "first:a": "first", "second:a": "second", "only": "first"}
+        await fleet.until_names(expected | {"second:first": "second"})
+        _, answer = await fleet.call("GET", "/v1/models")
+        assert len(answer["data"]) == 6
+        for name in answer["data"]:
+            status, card = await fleet.call("GET", f"/v1/models/{name['id']}")
+            assert (status, card["id"]) == (200, name["id"])
+            body = {"model": name["id"], "messages": [{"role": "user", "content": "Hi"}]}
+            status, answer = await fleet.call("POST", "/v1/chat/completions", body)
+            assert status == 200
+            adapter = name["id"].rpartition(":")[2] if name["parent"] else "base"
+            assert answer["choices"][0]["message"]["content"] == adapter
+        for method, path, given in (
+            ("POST", "/v1/completions", {"model": "a", "prompt": "Hi"}),
+            ("GET", "/v1/models/a", None),
+        ):
+            status, answer = await fleet.call(method, path, given)
+            assert (status, answer["error"]["code"]) == (404, "model_not_found")
+            assert "first:a, second:a" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("has_admin_key", [True, False])
