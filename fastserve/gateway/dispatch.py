@@ -64,6 +64,8 @@ RESTART_PAUSE_S = 1.0
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 MAX_PROBES = 64
 """Probes of workers at the same time."""
+ADAPTERS_MAX_AGE_S = 0.2
+"""Age of the list of adapters from which on it is fetched again before an unknown one is refused."""
 SHOWN_NAME_CHARS = 100
 MAX_SHOWN_NAMES, MAX_SHOWN_CHARS = 100, 1000
 """Bounds of the names in an error message."""
@@ -322,6 +324,35 @@ class Dispatcher:
         """Id and adapter of a request's `model`; None if it names no adapter, or adapters of several models."""
         adapter = self._adapters.find(model)
         return None if adapter is None else (self._adapters.id_of(adapter, self.model_names()), adapter)
+
+    async def find_source(self, source: str, base: str | None) -> str:
+        """BASE:NAME of the adapter that was loaded from this path or repository id, or has this name, of the model
+        `base` if that is given.
+
+        Raises ModelNotFoundError for an unknown one, InvalidRequestError for one of several models.
+        """
+        found = self._adapters.from_source(source)
+        if not found:
+            await self.ensure_fresh(ADAPTERS_MAX_AGE_S)
+            found = self._adapters.from_source(source)
+        if not found:
+            names = itertools.islice(self.adapters(), MAX_SHOWN_NAMES)
+            served = printable(", ".join(names), MAX_SHOWN_CHARS)
+            raise ModelNotFoundError(
+                f"The adapter '{printable(source, SHOWN_NAME_CHARS)}' ('lora_dir') is not served. Served: "
+                f"{served or 'none'}. Leave it out for the base model.",
+                param="lora_dir",
+            )
+        if base is not None:
+            return f"{base}:{next((one.name for one in found if one.parent == base), found[0].name)}"
+        parents = list(dict.fromkeys(one.parent for one in found))
+        if len(parents) > 1:
+            raise InvalidRequestError(
+                f"Several models have the adapter '{printable(source, SHOWN_NAME_CHARS)}' ('lora_dir'). Give one of "
+                f"them as 'model': {printable(', '.join(parents[:MAX_SHOWN_NAMES]), MAX_SHOWN_CHARS)}.",
+                param="model",
+            )
+        return f"{parents[0]}:{found[0].name}"
 
     def workers_of(self, base: str) -> list[str]:
         """Addresses of the workers of a base model."""

@@ -12,9 +12,12 @@ class KnownAdapters:
         self._by_name: dict[str, list[ServedAdapter]] = {}
         self._by_full_name: dict[str, ServedAdapter] = {}
         """By BASE:NAME."""
+        self._by_root: dict[str, list[ServedAdapter]] = {}
         for one in adapters:
             self._by_name.setdefault(one.name, []).append(one)
             self._by_full_name[_full_name(one)] = one
+            if one.root:
+                self._by_root.setdefault(one.root, []).append(one)
 
     def find(self, model: str) -> ServedAdapter | None:
         """The adapter of a request's `model`, NAME or BASE:NAME; None for an unknown one, and for the NAME of adapters
@@ -22,6 +25,10 @@ class KnownAdapters:
         """
         same = self._by_name.get(model, ())
         return same[0] if len(same) == 1 else self._by_full_name.get(model)
+
+    def from_source(self, source: str) -> list[ServedAdapter]:
+        """The adapters that were loaded from this path or repository id, else those of this name."""
+        return self._by_root.get(source, self._by_name.get(source, []))
 
     def choices(self, name: str) -> list[str]:
         """What to ask for in place of the NAME of adapters of several models; empty for any other text."""

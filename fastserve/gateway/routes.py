@@ -15,11 +15,11 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from fastserve.errors import NoWorkerError
+from fastserve.gateway.apis.find import APIS
 from fastserve.gateway.attempt import ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, no_worker
 from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
-from fastserve.gateway.peek import peek
 from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
@@ -55,6 +55,7 @@ class GenerationEndpoint:
 
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
+        self._api = APIS[route.api]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
@@ -64,7 +65,7 @@ class GenerationEndpoint:
             body = await request.body()
         except ClientDisconnect:
             return
-        model, stream = peek(body)
+        model, stream = await self._api.read_target(body, gateway.dispatcher, streams=self._route.streams)
         state = request.state
         client_request = ClientRequest(
             self._route,

@@ -54,6 +54,7 @@ async def started(run_worker: RunWorker, roots: list[Path], **access: Any) -> As
     """A controller, a worker for each folder of adapters, and an API server."""
     api_keys = access.pop("api_keys", None)
     script, names = access.pop("script", None), access.pop("names", [MODEL] * len(roots))
+    token_s = access.pop("token_s", 0.0)
     access.setdefault("insecure", True)
     async with AsyncExitStack() as stack:
         controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig(**access))))
@@ -61,6 +62,7 @@ async def started(run_worker: RunWorker, roots: list[Path], **access: Any) -> As
             await stack.enter_async_context(
                 run_worker(
                     script,
+                    token_s=token_s,
                     model_names=(name,),
                     lora_root=str(root),
                     no_register=False,
