@@ -122,6 +122,8 @@ class LaunchPlan:
     controller: ChildSpec
     workers: tuple[ChildSpec, ...]
     server: ChildSpec
+    state_files: tuple[str, ...] = ()
+    """Files of workers that outlive their restarts, and not the launch."""
 
     @property
     def services(self) -> tuple[ChildSpec, ...]:
@@ -221,7 +223,7 @@ def plan(
         },
     )
     keys = {"FASTSERVE_API_KEYS": comma_join(config.api_keys)} if config.api_keys else {}
-    workers = []
+    workers, state_files = [], []
     for item in items:
         worker = worker_config(config, item)
         env = {"CUDA_VISIBLE_DEVICES": worker.gpus} if worker.gpus else {}
@@ -229,11 +231,17 @@ def plan(
             env |= keys
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
+        if worker.serves_adapters and worker.lora_state_file is None:
+            log = Path(log_path(log_dir, log_name, item.port, is_second=is_second))
+            state_file = str(log.with_suffix(".adapters.json").absolute())
+            worker = dataclasses.replace(worker, lora_state_file=state_file)
+            state_files.append(state_file)
         workers.append(service("model_worker", name, log_name, worker, **env))
     return LaunchPlan(
         service("controller", "controller", "controller.log", controller),
         tuple(workers),
         service("openai_api_server", "openai_api_server", "openai_api_server.log", server, **keys),
+        tuple(state_files),
     )
 
 

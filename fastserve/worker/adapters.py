@@ -26,6 +26,7 @@ from fastserve.observability.text import printable
 from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTER_ROOT_CHARS, MAX_HELD_ADAPTERS, AdapterEntry
 from fastserve.worker.adapter_root import AdapterRoot
 from fastserve.worker.adapter_source import Adapter, find_adapter_folder, name_problem
+from fastserve.worker.adapter_state import AdapterState, CalledAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,11 @@ class ServedAdapters:
         root: Path | None = None,
         allow_any_path: bool = False,
         max_adapters: int = 4096,
+        state: AdapterState | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`at_start`: adapters that the engine knows whenever it starts. `root`: folder whose members are served.
+        `state` keeps the outcomes of calls; `restore` reads them.
         `on_change` is called when the names have changed.
         """
         self.is_enabled = is_enabled
@@ -59,13 +62,15 @@ class ServedAdapters:
         self._root = None if root is None else AdapterRoot(root)
         self._allow_any_path = allow_any_path
         self._max_adapters = max_adapters
+        self._state = state
+        self._saving = asyncio.Lock()
         self._on_change = on_change
         self._named = dict(self._at_start)
         """Adapters of the flags, and those that were loaded by call."""
         self._members: dict[str, Adapter] = {}
         """Those found in `root`."""
         self._withdrawn: set[str] = set()
-        """Members of `root` that were unloaded by call."""
+        """Adapters of the flags and members of `root` that were unloaded by call."""
         self._in_engine = set(self._at_start)
         self._loading: dict[str, asyncio.Task[AdapterInfo]] = {}
         self._held: list[str] = []
@@ -170,23 +175,42 @@ class ServedAdapters:
                 "This worker serves no adapters: start it with --enable-lora, --lora-modules, --lora-dirs or "
                 "--lora-root."
             )
-        problem = name_problem(name)
-        if problem is not None:
-            raise InvalidRequestError(problem, param="lora_name")
-        if name in self._model_names:
-            raise InvalidRequestError(f"'{printable(name)}' is the name of the model.", param="lora_name")
         if name in self._in_engine and name in self.served_names() and not replace:
             raise InvalidRequestError(
                 f"The lora adapter '{printable(name)}' has already been loaded. Send load_inplace=true to replace it.",
                 param="lora_name",
                 code="adapter_exists",
             )
-        self._check_room(name)
-        path = await asyncio.to_thread(self._allowed_path, source)
-        adapter = Adapter(name, source, str(path))
+        adapter = await self._check(name, source)
         if name in self._loading:
             raise ConflictError(f"The adapter '{printable(name)}' is being loaded already.", param="lora_name")
-        return await asyncio.shield(self._start_loading(adapter))
+        info = await asyncio.shield(self._start_loading(adapter))
+        await self._save()
+        return info
+
+    async def restore(self) -> None:
+        """After a start of the worker: serve what calls had loaded, and not what they had unloaded. An adapter that
+        cannot be served any more is logged. The engine reads each when it is asked for.
+        """
+        if self._state is None or not self.is_enabled:
+            return
+        called = await asyncio.to_thread(self._state.read)
+        for name in called.unloaded:
+            self._named.pop(name, None)
+            self._withdrawn.add(name)
+        for name, source in called.loaded.items():
+            try:
+                adapter = await self._check(name, source)
+            except FastserveError as error:
+                logger.warning(
+                    "The adapter %s, which was loaded by call, is not served again: %s",
+                    printable(name, 80),
+                    error.message,
+                )
+                continue
+            self._named[name] = adapter
+            self._withdrawn.discard(name)
+        self.engine_restarted()
 
     async def unload(self, name: str) -> AdapterInfo | None:
         """Stop serving an adapter; returns when its last request has ended. None if it had never been read."""
@@ -194,11 +218,14 @@ class ServedAdapters:
             raise ModelNotFoundError(f"The lora adapter '{printable(name, 80)}' cannot be found.", param="lora_name")
         self._named.pop(name, None)
         self._members.pop(name, None)
-        self._withdrawn.add(name)
+        if name in self._at_start or (self._root is not None and self._root.member(name) is not None):
+            self._withdrawn.add(name)
         self._on_change()
-        if name not in self._in_engine:
-            return None
+        is_known = name in self._in_engine
         self._in_engine.discard(name)
+        await self._save()
+        if not is_known:
+            return None
         return await self._engine.call(UnloadAdapter(name))
 
     def engine_restarted(self) -> None:
@@ -215,6 +242,24 @@ class ServedAdapters:
             self._withdrawn.discard(name)
             self._on_change()
         return info
+
+    async def _check(self, name: str, source: str) -> Adapter:
+        """The adapter that may be loaded under this name. Raises RequestError."""
+        problem = name_problem(name)
+        if problem is not None:
+            raise InvalidRequestError(problem, param="lora_name")
+        if name in self._model_names:
+            raise InvalidRequestError(f"'{printable(name)}' is the name of the model.", param="lora_name")
+        self._check_room(name)
+        return Adapter(name, source, str(await asyncio.to_thread(self._allowed_path, source)))
+
+    async def _save(self) -> None:
+        """Keep the outcomes of all calls so far."""
+        if self._state is None:
+            return
+        async with self._saving:
+            loaded = {name: one.source for name, one in self._named.items() if self._at_start.get(name) != one}
+            await asyncio.to_thread(self._state.write, CalledAdapters(loaded, sorted(self._withdrawn)))
 
     def _allowed_path(self, source: str) -> Path:
         """The folder that an administrator may load from. Raises PermissionDeniedError and InvalidRequestError."""

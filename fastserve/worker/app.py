@@ -40,6 +40,7 @@ from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes, slora_routes
 from fastserve.worker.adapter_source import Adapter, find_root
+from fastserve.worker.adapter_state import AdapterState
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.heartbeat import Heartbeat
@@ -239,6 +240,7 @@ class ModelWorker:
         metrics.show_fused_layers(info.fused_layers)
         settings = _job_settings(setup, info, tokenizer)
         adapters = self._serve_adapters()
+        await adapters.restore()
         self._log_ready(info, admission)
         return Runtime(
             info=info,
@@ -266,6 +268,7 @@ class ModelWorker:
             root=find_root(config),
             allow_any_path=config.allow_any_lora_path,
             max_adapters=config.max_adapters,
+            state=None if config.lora_state_file is None else AdapterState(Path(config.lora_state_file)),
             on_change=self._announce_status,
         )
 

@@ -283,6 +283,89 @@ async def test_an_adapter_that_was_loaded_by_call_survives_the_engines_restart(
         assert await ask(running, "mine") == "mine"
 
 
+@pytest.fixture
+def state_file(root: Path) -> str:
+    return str(root.parent / "worker.adapters.json")
+
+
+async def load(running: Running, name: str, source: str, **fields: Any) -> None:
+    body = {"lora_name": name, "lora_path": source, **fields}
+    async with running.http.post(running.url + "/v1/load_lora_adapter", json=body) as response:
+        assert response.status == 200, await response.text()
+
+
+async def unload(running: Running, name: str) -> None:
+    async with running.http.post(running.url + "/v1/unload_lora_adapter", json={"lora_name": name}) as response:
+        assert response.status == 200, await response.text()
+
+
+async def test_the_outcomes_of_calls_outlive_a_restart_of_the_worker(
+    run_worker: RunWorker, say_adapter: Script, root: Path, state_file: str
+) -> None:
+    make_adapter(root / "three")
+    flags: dict[str, Any] = {
+        "lora_root": str(root),
+        "lora_modules": (f"flag={root}/one", f"other={root}/one", f"third={root}/one"),
+        "lora_state_file": state_file,
+    }
+    async with run_worker(say_adapter, **flags) as running:
+        await load(running, "mine", "one")
+        await load(running, "gone", "two")
+        await unload(running, "gone")
+        await load(running, "other", "two", load_inplace=True)
+        await unload(running, "third")
+        await unload(running, "three")
+    for _ in range(2):
+        async with run_worker(say_adapter, **flags) as running:
+            await until(lambda: "two" in running.runtime.adapters.served_names())
+            served = {adapter.name: Path(adapter.path).name for adapter in running.runtime.adapters.all()}
+            assert served == {"flag": "one", "other": "two", "mine": "one", "one": "one", "two": "two"}
+            for name in served:
+                assert await ask(running, name) == name
+            infos = {adapter.name: info for adapter, info in await running.runtime.adapters.infos()}
+            assert infos["other"] is not None
+            assert Path(infos["other"].path).name == "two"
+    assert os.stat(state_file).st_mode & 0o77 == 0
+
+
+async def test_an_adapter_whose_folder_is_gone_is_a_line_in_the_log(
+    run_worker: RunWorker, say_adapter: Script, root: Path, state_file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags: dict[str, Any] = {"lora_root": str(root), "lora_state_file": state_file}
+    async with run_worker(say_adapter, **flags) as running:
+        await load(running, "mine", "one")
+        await load(running, "kept", "two")
+    shutil.rmtree(root / "one")
+    async with run_worker(say_adapter, **flags) as running:
+        assert await ask(running, "kept") == "kept"
+        assert (await running.post("/v1/chat/completions", CHAT | {"model": "mine"}))[0] == 404
+    assert "The adapter mine, which was loaded by call, is not served again" in caplog.text
+
+
+BROKEN = {
+    "empty": b"",
+    "cut": b"{",
+    "a list": b"[]",
+    "a number": b'{"loaded": 5}',
+    "a path that is a number": b'{"loaded": {"a": 1}}',
+    "no text": b"\xff",
+    "deep": b"[" * 10_000,
+    "names that no adapter has": b'{"loaded": {"a:b": "one", "fastserve-demo": "one"}}',
+    "a path that is not allowed": b'{"loaded": {"c": "../outside"}}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+async def test_a_broken_file_of_adapters_is_no_failed_start(
+    run_worker: RunWorker, root: Path, state_file: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open(state_file, "wb") as file:  # noqa: ASYNC230
+        file.write(content)
+    async with run_worker(lora_root=str(root), lora_state_file=state_file) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 2)
+    assert "not served again" in caplog.text
+
+
 async def test_a_worker_without_adapters_says_how_to_have_them(run_worker: RunWorker) -> None:
     async with run_worker(prepare=lambda options: setattr(options, "adapters", None)) as running:
         status, answer = await running.post("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "b"})
