@@ -16,6 +16,7 @@ from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.config import ApiServerConfig, ControllerConfig
 from fastserve.control.app import create_app as create_controller
 from fastserve.engine.fake import Script
+from fastserve.errors import EngineDeadError
 from fastserve.gateway.app import create_app as create_api_server
 from tests.apps import serve_app
 from tests.worker.conftest import MODEL, Running, RunWorker
@@ -106,19 +107,57 @@ async def test_loading_and_unloading_reach_all_workers_of_the_base(run_worker: R
         await fleet.until_names({MODEL: None, "a": MODEL})
 
 
-async def test_a_worker_that_fails_is_named_and_the_others_are_not_undone(
-    run_worker: RunWorker, roots: list[Path]
-) -> None:
+async def test_an_adapter_is_loaded_on_all_workers_or_on_none(run_worker: RunWorker, roots: list[Path]) -> None:
     make_adapter(roots[0] / "only")
     async with started(run_worker, roots) as fleet:
         await fleet.until_names({MODEL: None, "a": MODEL, "only": MODEL})
         first, second = (worker.url for worker in fleet.workers)
         status, answer = await fleet.call("POST", "/v1/load_lora_adapter", {"lora_name": "m", "lora_path": "only"})
-        assert {row["address"]: row["status"] for row in answer["workers"]} == {first: 200, second: 403}
+        rows = {row["address"]: row for row in answer["workers"]}
+        assert {address: row["status"] for address, row in rows.items()} == {first: 200, second: 403}
+        assert rows[first]["undone"]
         assert status == 403
-        assert answer["error"]["message"].startswith(f"1 of 2 workers failed; {second}: 'only' is not an adapter")
-        assert "m" in fleet.workers[0].runtime.adapters.served_names()
-        assert "m" not in fleet.workers[1].runtime.adapters.served_names()
+        message = answer["error"]["message"]
+        assert message.startswith(f"1 of 2 workers failed; {second}: 'only' is not an adapter")
+        assert message.endswith("It is loaded on none.")
+        for worker in fleet.workers:
+            assert "m" not in worker.runtime.adapters.served_names()
+        make_adapter(roots[1] / "only")
+        assert (await fleet.call("POST", "/v1/load_lora_adapter", {"lora_name": "m", "lora_path": "only"}))[0] == 200
+
+
+async def test_a_replaced_adapter_stays_where_it_was_replaced(run_worker: RunWorker, roots: list[Path]) -> None:
+    make_adapter(roots[0] / "only")
+    async with started(run_worker, roots) as fleet:
+        await fleet.until_names({MODEL: None, "a": MODEL, "only": MODEL})
+        assert (await fleet.call("POST", "/v1/load_lora_adapter", {"lora_name": "m", "lora_path": "a"}))[0] == 200
+        body = {"lora_name": "m", "lora_path": "only", "load_inplace": True}
+        status, answer = await fleet.call("POST", "/v1/load_lora_adapter", body)
+        assert status == 403
+        assert answer["error"]["message"].endswith("1 have the new one.")
+        sources = [{one.name: one.source for one in worker.runtime.adapters.all()}["m"] for worker in fleet.workers]
+        assert sources == ["only", "a"]
+
+
+async def test_unloading_reaches_all_workers_that_have_the_adapter_and_can_be_repeated(
+    run_worker: RunWorker, roots: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(run_worker, roots) as fleet:
+        await fleet.until_names({MODEL: None, "a": MODEL})
+        body = {"lora_name": "m", "lora_path": "a"}
+        assert (await fleet.call("POST", "/v1/load_lora_adapter", body))[0] == 200
+
+        async def fail(name: str) -> None:
+            raise EngineDeadError("The engine died.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet.workers[1].runtime.adapters, "unload", fail)
+            status, answer = await fleet.call("POST", "/v1/unload_lora_adapter", {"lora_name": "m"})
+        assert (status, [row["status"] for row in answer["workers"]].count(200)) == (503, 1)
+        assert "1 of 2 workers failed" in answer["error"]["message"]
+        for expected in (200, 404):
+            status, answer = await fleet.call("POST", "/v1/unload_lora_adapter", {"lora_name": "m"})
+            assert status == expected, answer
 
 
 @pytest.mark.parametrize("name", ["three", f"{MODEL}:three", "other:a", "x" * 600])
