@@ -27,6 +27,7 @@ from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTER_ROOT_CHARS, M
 from fastserve.worker.adapter_root import AdapterRoot
 from fastserve.worker.adapter_source import Adapter, find_adapter_folder, name_problem
 from fastserve.worker.adapter_state import AdapterState, CalledAdapters
+from fastserve.worker.fingerprint import files_digest
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class ServedAdapters:
         self._loading: dict[str, asyncio.Task[AdapterInfo]] = {}
         self._held: list[str] = []
         self._digest: tuple[tuple[str, ...], str] = ((), "")
+        self._file_digests: dict[str, tuple[Adapter, str]] = {}
+        """Digests of adapters' files by name, each with the adapter that it is for."""
 
     # ---- names --------------------------------------------------------------------------------------------------
 
@@ -113,6 +116,16 @@ class ServedAdapters:
             text = "\n\n".join((*self._model_names, *key)) if key else ""
             self._digest = (key, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32] if text else "")
         return self._digest[1]
+
+    def file_digest(self, name: str) -> str:
+        """Digest of an adapter's files, as of its last load; "" for an unknown one. May read files."""
+        adapter = self._find(name)
+        if adapter is None:
+            return ""
+        known = self._file_digests.get(name)
+        if known is None or known[0] != adapter:
+            known = self._file_digests[name] = (adapter, files_digest([Path(adapter.path)]))
+        return known[1]
 
     @property
     def held(self) -> list[str]:
@@ -218,6 +231,7 @@ class ServedAdapters:
             raise ModelNotFoundError(f"The lora adapter '{printable(name, 80)}' cannot be found.", param="lora_name")
         self._named.pop(name, None)
         self._members.pop(name, None)
+        self._file_digests.pop(name, None)
         if name in self._at_start or (self._root is not None and self._root.member(name) is not None):
             self._withdrawn.add(name)
         self._on_change()
@@ -236,6 +250,8 @@ class ServedAdapters:
     async def _load(self, adapter: Adapter) -> AdapterInfo:
         info = await self._engine.call(LoadAdapter(adapter.name, adapter.path, replace=True))
         name = adapter.name
+        # Its files may be others than those of an adapter of the same name and path before.
+        self._file_digests[name] = (adapter, await asyncio.to_thread(files_digest, [Path(adapter.path)]))
         self._in_engine.add(name)
         if self._members.get(name) != adapter and self._named.get(name) != adapter:
             self._named[name] = adapter
