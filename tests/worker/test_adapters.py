@@ -89,6 +89,19 @@ async def test_an_unknown_name_is_a_404_that_lists_what_there_is(run_worker: Run
         assert f"Served: {MODEL}, one, two." in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("field", ["lora_path", "lora_dir", "adapter_id", "adapter_name", "lora", "lora_request"])
+async def test_other_servers_fields_for_an_adapter_never_get_an_answer_of_the_base(
+    run_worker: RunWorker, root: Path, field: str
+) -> None:
+    async with run_worker(lora_root=str(root)) as running:
+        for path, body in (("chat/completions", CHAT), ("completions", {"prompt": "Hi"})):
+            given = body | {"model": MODEL, field: "one"}
+            status, answer = await running.post(f"/v1/{path}", given)
+            assert (status, answer["error"]["param"]) == (400, field)
+            assert "as 'model'" in answer["error"]["message"]
+            assert (await running.post(f"/v1/{path}", given | {field: None}))[0] == 200
+
+
 @pytest.mark.parametrize("path", ["/worker_generate", "/worker_generate_stream"])
 @pytest.mark.parametrize("model", ["three", f"{MODEL}:three", "other:one", "one/", 1, ["one"]])
 async def test_fastchats_routes_refuse_an_unknown_name_where_there_are_adapters(
