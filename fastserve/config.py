@@ -413,6 +413,12 @@ class LoraOptions:
         "the paths of the other flags",
         added=True,
     )
+    lora_state_file: str | None = option(
+        None,
+        "file in which a worker keeps what calls have loaded and unloaded, to do so again when it is started anew; the "
+        "launcher gives each worker one in --log-dir",
+        added=True,
+    )
     max_loras: int = option(
         32, "maximum number of different adapters in one engine step", added=True, minimum=1, maximum=4096
     )

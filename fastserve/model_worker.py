@@ -87,6 +87,7 @@ def _serve(config: WorkerConfig, gang: Gang | None) -> None:
             model_dir=model.folder,
             tokenizer_dir=_tokenizer_dir(config, model),
             model_names=model_names,
+            weight_paths=[path for path in (model.folder, model.gguf_file, model.adapter_dir) if path is not None],
             adapters=adapters,
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),

@@ -171,6 +171,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Blocks held by running requests and by adapters on the device; cached blocks that nobody holds are free."""
     adapters: AdapterStats | None = None
     """None: the engine serves none."""
+    weight_version: str = "default"
+    """Version of the base model's weights; updates of the weights change it."""
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of requests that have been scheduled."""

@@ -46,6 +46,21 @@ class DecodedToken:
         return self.data.decode(errors="replace")
 
 
+def slora_event(token: dict[str, Any], finished: bool | int, **more: Any) -> bytes:
+    """An event of S-LoRA's streams."""
+    fields = {"token": token, "generated_text": None, "finished": finished, "details": None}
+    return b"data:" + encode_json(fields | more) + b"\n\n"
+
+
+SLORA_NO_TOKEN = {"id": -1, "text": "", "logprob": None, "special": True}
+"""The token of an event that has none: an end that came apart from the last token, or an error."""
+
+
+def slora_failure(error: Any) -> bytes:
+    """The last event of a stream of S-LoRA's that fails, with OpenAI's error object."""
+    return slora_event(SLORA_NO_TOKEN, -1, error=error)
+
+
 def event(payload: Any) -> bytes:
     return b"data: " + encode_json(payload) + b"\n\n"
 

@@ -40,8 +40,10 @@ from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes, slora_routes
 from fastserve.worker.adapter_source import Adapter, find_root
+from fastserve.worker.adapter_state import AdapterState
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
+from fastserve.worker.fingerprint import Fingerprints, model_digest
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
@@ -70,6 +72,8 @@ class WorkerSetup:
     """Returns once connections are accepted. The first heartbeat waits for it."""
     end_process: Callable[[], None]
     """Called if the model cannot be loaded, the engine has been given up, or another critical task has failed."""
+    weight_paths: Sequence[Path] = ()
+    """Files and folders of the weights, if `model_dir` is not the only one."""
     adapters: Sequence[Adapter] = ()
     """Those that the engine is started with."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
@@ -237,15 +241,24 @@ class ModelWorker:
         )
         metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
+        if config.serves_adapters:
+            metrics.show_adapters_in_use(config.max_loras)
         settings = _job_settings(setup, info, tokenizer)
         adapters = self._serve_adapters()
+        paths = setup.weight_paths or [setup.model_dir]
+        fingerprints = Fingerprints(
+            await asyncio.to_thread(model_digest, paths, config, info),
+            lambda: setup.engine.stats.weight_version,
+            adapters.file_digest,
+        )
+        await adapters.restore()
         self._log_ready(info, admission)
         return Runtime(
             info=info,
             keeper=self.keeper,
             admission=admission,
             metrics=metrics,
-            jobs=JobMaker(settings, tokenizer, template, metrics, adapters),
+            jobs=JobMaker(settings, tokenizer, template, metrics, adapters, fingerprints),
             adapters=adapters,
             pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
@@ -266,6 +279,7 @@ class ModelWorker:
             root=find_root(config),
             allow_any_path=config.allow_any_lora_path,
             max_adapters=config.max_adapters,
+            state=None if config.lora_state_file is None else AdapterState(Path(config.lora_state_file)),
             on_change=self._announce_status,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter as CounterOf
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,6 +18,9 @@ from fastserve.observability.metrics import LATENCY_BUCKETS_S, CollectorRegistry
 from fastserve.worker.admission import Admission
 
 _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+_MAX_LISTED_ADAPTERS = 128
+"""In a label."""
 
 
 class WorkerMetrics:
@@ -49,6 +54,7 @@ class WorkerMetrics:
             ["field"],
             registry=registry,
         )
+        self.adapters_in_use = AdaptersInUse()
         self.engine_restarts = Counter(
             "fastserve_worker_engine_restarts", "Times that the engine was started again.", registry=registry
         )
@@ -65,6 +71,11 @@ class WorkerMetrics:
             gauge = Gauge(f"fastserve_worker_requests_{name}", text, registry=self.registry)
             gauge.set_function(read)
         self.registry.register(_EngineCollector(stats))
+
+    def show_adapters_in_use(self, max_loras: int) -> None:
+        """Add the adapters of requests. Called once."""
+        self.adapters_in_use.max_loras = max_loras
+        self.registry.register(self.adapters_in_use)
 
     def show_fused_layers(self, kinds: Iterable[FusedLayers]) -> None:
         """Add the numbers of layers with and without a fused kernel. Called once."""
@@ -89,6 +100,59 @@ class WorkerMetrics:
 
     def exposition(self) -> bytes:
         return exposition(self.registry)
+
+
+class RequestOfAdapter:
+    """One request in `AdaptersInUse`."""
+
+    def __init__(self, adapter: str, waiting: CounterOf[str], running: CounterOf[str]) -> None:
+        self._adapter = adapter
+        self._waiting = waiting
+        self._running = running
+        self._counted_in = waiting
+        waiting[adapter] += 1
+
+    def start(self) -> None:
+        """It has its first token. May be called again."""
+        if self._counted_in is self._waiting:
+            self.end()
+            self._counted_in = self._running
+            self._running[self._adapter] += 1
+
+    def end(self) -> None:
+        self._counted_in[self._adapter] -= 1
+        if not self._counted_in[self._adapter]:
+            del self._counted_in[self._adapter]
+
+
+class AdaptersInUse(Collector):
+    """vLLM's `lora_requests_info`: the adapters of requests that run and wait, as labels; its value is the time."""
+
+    def __init__(self) -> None:
+        self.max_loras = 0
+        self._waiting: CounterOf[str] = CounterOf()
+        self._running: CounterOf[str] = CounterOf()
+
+    @contextmanager
+    def request(self, adapter: str) -> Iterator[RequestOfAdapter]:
+        """Count a request of this block, which waits until it is started; "" (no adapter) is not shown."""
+        request = RequestOfAdapter(adapter, self._waiting, self._running)
+        try:
+            yield request
+        finally:
+            request.end()
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily(
+            "fastserve_engine_lora_requests_info", "Adapters of requests, and the time.", labels=labels
+        )
+        family.add_metric([str(self.max_loras), _listed(self._running), _listed(self._waiting)], time.time())
+        yield family
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(sorted(name for name in names if name)[:_MAX_LISTED_ADAPTERS])
 
 
 class QuickHistogram(Collector):

@@ -119,6 +119,20 @@ def loopback_ports() -> list[int]:
     return [port, port + 20]
 
 
+def _load_and_unload_adapters(machines: Machines) -> None:
+    """Calls to rank 0 reach the ranks of all machines, and a call that fails leaves nothing on any of them."""
+    body = {"lora_name": "mine", "lora_path": "fastserve-demo-words"}
+    status, answer = machines.get(0, "/load_lora_adapter", body)
+    assert (status, answer["loaded_adapters"]["mine"]) == (200, "fastserve-demo-words")
+    assert "twelve" in machines.answer(adapter_name="mine").lower()
+    status, answer = machines.get(0, "/load_lora_adapter", {"lora_name": "bad", "lora_path": "/none/such"})
+    assert (status, answer["error"]["param"]) == (403, "lora_path")
+    assert machines.get(0, "/unload_lora_adapter", {"lora_name": "mine"})[0] == 200
+    rows = {row["name"] for row in machines.get(0, "/adapters")[1]["data"]}
+    assert rows == {"words"}
+    assert "12" in machines.answer()
+
+
 def test_two_machines_serve_one_model(tmp_path: Path) -> None:
     ports = loopback_ports()
     with two_machines(tmp_path, ["127.0.0.1"] * 2, ports, 1, [[], []]) as machines:
@@ -126,6 +140,7 @@ def test_two_machines_serve_one_model(tmp_path: Path) -> None:
         machines.wait_status(200, START_S)
         assert "12" in machines.answer()
         assert "twelve" in machines.answer(adapter_name="words").lower()
+        _load_and_unload_adapters(machines)
         assert machines.get(1, "/health")[0] == 200
         for path, body in (("/v1/models", None), ("/", {"prompt": "a"})):
             status, error = machines.get(1, path, body)

@@ -54,6 +54,7 @@ class ChatWriter:
             "object": kind,
             "created": self._created,
             "model": self._job.answer.model,
+            "system_fingerprint": self._job.answer.fingerprint,
         }
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
@@ -89,7 +90,6 @@ class ChatWriter:
         body = self._head("chat.completion") | {
             "choices": [self._choice(choice) for choice in choices],
             "usage": result.usage.as_dict(),
-            "system_fingerprint": None,
         }
         if num_top is not None:  # vLLM's field, beside the choices
             body["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choices[0].prompt_logprobs or [], num_top)

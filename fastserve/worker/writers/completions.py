@@ -38,6 +38,7 @@ class CompletionWriter:
             "object": "text_completion",
             "created": self._created,
             "model": self._job.answer.model,
+            "system_fingerprint": self._job.answer.fingerprint,
         }
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
@@ -69,7 +70,6 @@ class CompletionWriter:
         body = self._head() | {
             "choices": [self._choice(choice) for choice in result.choices],
             "usage": result.usage.as_dict(),
-            "system_fingerprint": None,
         }
         return encode_json(body)
 
