@@ -37,8 +37,11 @@ def make_adapter(base: str, folder: Path, rank: int, layers: Sequence[str] = LAY
         if path.rpartition(".")[2] in layers:
             shape = tuple(module.weight.shape)
             out, width = shape if isinstance(module, torch.nn.Linear) else shape[::-1]
-            tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(rank, width, generator=generator) * 0.2
-            tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.2
+            parts = ("lora_A.weight", "lora_B.weight")
+            if isinstance(module, torch.nn.Embedding):
+                parts = ("lora_embedding_A", "lora_embedding_B")
+            for part, size in zip(parts, ((rank, width), (out, rank)), strict=True):
+                tensors[f"base_model.model.{path}.{part}"] = torch.randn(size, generator=generator) * 0.2
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {
@@ -438,7 +441,7 @@ def test_what_cannot_be_applied_in_a_batch_is_refused_by_name(
 @pytest.mark.parametrize(
     ("base", "rank", "layers", "words"),
     [
-        ("llama", 4, ("lm_head",), "changes lm_head, which is no linear layer"),
+        ("gpt2", 4, ("wpe",), "changes transformer.wpe, which the base model does not have"),
         ("llama", 9, ("q_proj",), "rank 9 .* at most 8 is served; raise --max-lora-rank"),
         ("gpt2", 4, ("c_attn",), "which the base model does not have"),
         ("qwen3", 4, ("q_proj",), "have the shapes"),

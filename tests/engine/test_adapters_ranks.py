@@ -16,7 +16,11 @@ from .test_adapters import LAYERS, Answer, assert_same, make_adapter, mixture, r
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("llama", LAYERS), pytest.param("gpt2", ("c_attn", "c_proj", "c_fc"), marks=pytest.mark.slow)]
+    ("name", "layers"),
+    [
+        ("llama", (*LAYERS, "embed_tokens", "lm_head")),
+        pytest.param("gpt2", ("c_attn", "c_proj", "c_fc"), marks=pytest.mark.slow),
+    ],
 )
 async def test_two_ranks_answer_a_mixture_as_one_does(
     tiny_models: TinyModels, tmp_path: Path, name: str, layers: tuple[str, ...]
@@ -27,7 +31,7 @@ async def test_two_ranks_answer_a_mixture_as_one_does(
     expected = run(serve(base, folders), requests)
     modules = tuple((adapter, str(folder)) for adapter, folder in folders.items())
     config = EngineConfig(
-        model_dir=base, device="cpu", dtype="float32", tp_size=2, max_total_tokens=16 * 60,
+        model_dir=base, device="cpu", dtype="float32", tp_size=2, max_total_tokens=16 * 90,
         adapters=AdapterOptions(modules=modules, max_loras=2, max_cpu_loras=2),
     )  # fmt: skip
     engine = EngineProcess(config)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastserve.engine.adapters.batch import AdapterBatch, SiteTables
@@ -19,6 +21,7 @@ from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, TILE_WIDTHS, num_
 from fastserve.engine.attention.backend import KVCache
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.lora import RecordedRows
+from fastserve.engine.layers.linear import Linear
 
 
 class AdapterMemory:
@@ -75,6 +78,8 @@ class AdapterMemory:
         self._of_slot: list[HostAdapterTables | None] = [None] * num_slots
         self.batch: AdapterBatch | RecordedRows | None = None
         """Rows with adapters of the step that is computed."""
+        self.head_batch: AdapterBatch | RecordedRows | None = None
+        """The same of the rows that the LM head gets."""
 
     @property
     def num_slots(self) -> int:
@@ -92,20 +97,28 @@ class AdapterMemory:
 
     def attach(self) -> None:
         """Have the model's layers add the products of the step's adapters."""
-        by_linear: dict[int, list[Site]] = {}
+        by_layer: dict[int, list[Site]] = {}
         for site in self.sites:
-            by_linear.setdefault(id(site.linear), []).append(site)
-        for joined in by_linear.values():
-            joined[0].linear.delta = _Delta(self, joined)
+            by_layer.setdefault(id(site.layer), []).append(site)
+        for joined in by_layer.values():
+            layer = joined[0].layer
+            if isinstance(layer, Linear):
+                layer.delta = _Delta(self, joined)
+            else:
+                layer.register_forward_hook(_EmbeddingDelta(self, joined[0]))
 
     @contextmanager
-    def running(self, batch: AdapterBatch | RecordedRows | None) -> Iterator[None]:
-        """Within the block, layers compute the step of `batch`."""
-        self.batch = batch if self.computes else None
+    def running(
+        self, batch: AdapterBatch | RecordedRows | None, logit_rows: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[None]:
+        """Within the block, layers compute the step of `batch`. `logit_rows`: those of the LM head; None: all."""
+        self.batch = self.head_batch = batch if self.computes else None
+        if isinstance(self.batch, AdapterBatch) and logit_rows is not None:
+            self.head_batch = self.batch.select(logit_rows)
         try:
             yield
         finally:
-            self.batch = None
+            self.batch = self.head_batch = None
 
     def place(self, slot: int, host: HostAdapter, block_ids: Sequence[int]) -> None:
         """Copy an adapter to the device, into `block_ids`."""
@@ -146,11 +159,8 @@ class AdapterMemory:
             tiles[first - begin * per_plane :], groups, site.in_size, site.out_size, self.width, self.order
         )
 
-    def add(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Add the products of the step's adapters: `x` (rows, in), `out` (rows, outputs of the layer)."""
-        batch = self.batch
-        if not isinstance(batch, AdapterBatch):
-            return
+    def add(self, site: Site, x: torch.Tensor, out: torch.Tensor, batch: AdapterBatch) -> None:
+        """Add the products of the adapters of `batch`: `x` (rows, in), `out` (rows, outputs of the layer)."""
         rows = torch.from_numpy(batch.row_index).to(x.device)
         part = out[:, site.out_begin : site.out_begin + site.out_size]
         if self._pads_ranks:
@@ -165,6 +175,17 @@ class AdapterMemory:
                 # Each row by itself has the same sum in any batch only as far as the library's product has.
                 product = x[of_adapter].to(a.dtype) @ a.t() @ b.t()
                 part.index_add_(0, of_adapter, product.to(out.dtype))
+
+    def add_embedding(self, site: Site, ids: torch.Tensor, out: torch.Tensor, batch: AdapterBatch) -> None:
+        """The same for an embedding: `ids` (rows,), `out` (rows, hidden)."""
+        rows = torch.from_numpy(batch.row_index).to(out.device)
+        for slot, of_adapter in zip(
+            batch.segment_slot.tolist(), rows.split(np.diff(batch.segment_start).tolist()), strict=True
+        ):
+            found = self.matrices(site, slot)
+            if found is not None:
+                a, b = found
+                out.index_add_(0, of_adapter, (a.t()[ids[of_adapter]] @ b.t()).to(out.dtype))
 
     def _add_padded(
         self, site: Site, batch: AdapterBatch, rows: torch.Tensor, x: torch.Tensor, part: torch.Tensor
@@ -201,14 +222,35 @@ class _Delta:
         self._memory = memory
         self._sites = sites
         self._tables = [memory.tables(site) for site in sites]
+        self._is_head = sites[0].is_head
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         memory = self._memory
-        if memory.batch is None:
+        batch = memory.head_batch if self._is_head else memory.batch
+        if batch is None:
             return
         rows, products = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
         if memory.kernel is not None:
-            memory.kernel.add(rows, products, self._tables, memory.batch)
+            memory.kernel.add(rows, products, self._tables, batch)
+        elif isinstance(batch, AdapterBatch):
+            for site in self._sites:
+                memory.add(site, rows, products, batch)
+
+
+class _EmbeddingDelta:
+    """A forward hook of an embedding, which adds the LoRA products of the batch's adapters to its output."""
+
+    def __init__(self, memory: AdapterMemory, site: Site) -> None:
+        self._memory = memory
+        self._site = site
+        self._tables = memory.tables(site)
+
+    def __call__(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        memory, batch = self._memory, self._memory.batch
+        if batch is None:
             return
-        for site in self._sites:
-            memory.add(site, rows, products)
+        ids, rows = args[0].reshape(-1), out.view(-1, out.shape[-1])
+        if memory.kernel is not None:
+            memory.kernel.add_embedding(ids, rows, self._tables, batch)
+        elif isinstance(batch, AdapterBatch):
+            memory.add_embedding(self._site, ids, rows, batch)

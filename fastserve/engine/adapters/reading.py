@@ -14,11 +14,15 @@ from fastserve.engine.adapters.manager import AdapterShape
 from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
 from fastserve.engine.kernels.lora import TileOrder
+from fastserve.engine.loading.checkpoint import StoredTensor
 from fastserve.engine.loading.lora.parts import LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import AdapterSettings, read_settings
 from fastserve.engine.loading.lora.targets import AdapterTargets
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import InvalidRequestError, StartupError
 
+_COMPARED_ROWS = 4096
 MERGE_AT_START = "Serve it merged instead, with its folder as --model-path."
 
 
@@ -68,7 +72,9 @@ class AdapterReader:
     def inspect(self, path: str) -> AdapterShape:
         """Read the settings and the shapes. Raises InvalidRequestError for a folder that is no adapter of this model,
         or an adapter that cannot be applied in a batch."""
-        changes = self._changes(path)
+        changes, whole = self._changes(path)
+        for site, stored in whole:
+            self._require_unchanged(site, stored)
         count = max(self._count(changes, rank) for rank in range(self._targets.num_ranks))
         return AdapterShape(
             rank=max(change.rank for change in changes),
@@ -86,7 +92,7 @@ class AdapterReader:
                 f"The files of the adapter in {path} were changed or removed since it was loaded; load it again, "
                 "replacing the one of its name."
             )
-        changes = self._changes(path)
+        changes, _ = self._changes(path)
         parts = [self._empty(changes, rank) for rank in range(self._targets.num_ranks)]
         at = [0] * len(parts)
         for change in changes:
@@ -119,8 +125,9 @@ class AdapterReader:
             num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width) for change in changes
         )
 
-    def _changes(self, path: str) -> list[_LowRank]:
-        """In the order of the sites."""
+    def _changes(self, path: str) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:
+        """The low-rank changes in the order of the sites, and the base model's embedding and LM head where the file has
+        them too."""
         folder = Path(path)
         try:
             settings = read_settings(folder / "adapter_config.json")
@@ -128,10 +135,11 @@ class AdapterReader:
         except StartupError as error:
             raise InvalidRequestError(error.message) from error
         _refuse_variants(folder, settings)
+        whole = {name: self._vocabulary_site(name) for name in parts.whole.keys() - parts.saved}
         for names, field in (
             (parts.rows, "trainable_token_indices"),
             (parts.saved, "modules_to_save"),
-            (parts.whole, "whole weights"),
+            ([name for name, site in whole.items() if site is None], "whole weights"),
         ):
             for name in names:
                 raise InvalidRequestError(
@@ -149,7 +157,36 @@ class AdapterReader:
                 )
         if not found:
             raise InvalidRequestError(f"The adapter in {folder} changes no layer.")
-        return [found[index] for index in sorted(found)]
+        return (
+            [found[index] for index in sorted(found)],
+            [(site, parts.whole[name]) for name, site in whole.items() if site is not None],
+        )
+
+    def _vocabulary_site(self, own_name: str) -> Site | None:
+        """The site of a weight that is that of the embedding or the LM head."""
+        path = (self._targets.names.find(own_name) or "").removesuffix(".weight")
+        return self._sites.get(path) if path in (self._targets.embedding, self._targets.head) else None
+
+    def _require_unchanged(self, site: Site, stored: StoredTensor) -> None:
+        """PEFT saves the base model's embedding and LM head beside the changes of them (save_embedding_layers). Raises
+        InvalidRequestError where they are not those of this model, as far as this rank has them."""
+        begin, end = self._targets.rows(site.path, 0)
+        in_size, out_size = self._targets.sizes[site.path]
+        is_equal = stored.shape == (
+            (in_size, out_size) if site.path == self._targets.embedding else (out_size, in_size)
+        )
+        for first in range(begin, end, _COMPARED_ROWS) if is_equal else ():
+            last = min(first + _COMPARED_ROWS, end)
+            shard = Shard(stored.shape, 0, ((first, last),))
+            found = take(shard, stored.read()) if stored.read_shard is None else stored.read_shard(shard)
+            base = site.weight_rows(first - begin, last - begin)
+            is_equal = is_equal and torch.equal(found.to(base.dtype), base)
+        if not is_equal:
+            raise InvalidRequestError(
+                f"{stored.file}: {stored.name} differs from {site.path} of the base model, and cannot be replaced in a "
+                f"batch. If it is that of the base model before it was quantized, save the adapter again with "
+                f"save_embedding_layers=False. {MERGE_AT_START}"
+            )
 
     def _change(self, folder: Path, settings: AdapterSettings, parts: LowRankParts) -> _LowRank:
         a, b = parts.a, parts.b
@@ -162,10 +199,16 @@ class AdapterReader:
                     f"The adapter in {folder} changes {parts.path}, which the base model does not have."
                 )
             raise InvalidRequestError(
-                f"The adapter in {folder} changes {parts.path}, which is no linear layer that adapters of a batch can "
-                f"change (embeddings, LM head, experts). {MERGE_AT_START}"
+                f"The adapter in {folder} changes {parts.path}, which is no layer that adapters of a batch can change. "
+                f"{MERGE_AT_START}"
             )
-        others = parts.tensors.keys() - {"lora_A.weight", "lora_B.weight"}
+        if parts.of_embedding != (path == self._targets.embedding):
+            raise InvalidRequestError(
+                f"{a.file} has {a.name}, and {path} of the base model is {'no' if parts.of_embedding else 'an'} "
+                "embedding. Save the adapter again."
+            )
+        self._refuse_twice_tied(folder, settings, path)
+        others = parts.tensors.keys() - {"lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
         for other in sorted(others):
             raise InvalidRequestError(
                 f"{a.file} has a {other} for {parts.path}, which cannot be applied in a batch. {MERGE_AT_START}"
@@ -189,7 +232,14 @@ class AdapterReader:
                 f"The adapter in {folder} has rank {rank} for {parts.path}, and at most {self._max_rank} is served; "
                 "raise --max-lora-rank."
             )
-        return _LowRank(site, parts, rank, settings.scale_of(names, rank))
+        return _LowRank(site, parts, rank, settings.scale_of(names, rank) * site.scale)
+
+    def _refuse_twice_tied(self, folder: Path, settings: AdapterSettings, path: str) -> None:
+        if settings.ensure_weight_tying and path in (self._targets.embedding, self._targets.head):
+            raise InvalidRequestError(
+                f"The adapter in {folder} changes {path} with ensure_weight_tying, which PEFT applies in one way in "
+                "training and in another when it merges. Train it without."
+            )
 
     def _may_be_an_expert(self, path: str) -> bool:
         return ".experts." in f".{path}."

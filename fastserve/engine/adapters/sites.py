@@ -1,4 +1,4 @@
-"""The sites of a model: linear layers, and parts of joined ones, that adapters change while a batch is computed."""
+"""The sites of a model: layers, and parts of joined ones, that adapters change while a batch is computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fastserve.engine.layers.fusion import FusedGatedMLP
-from fastserve.engine.layers.linear import Linear
+from fastserve.engine.layers.linear import Linear, TiedEmbedding, can_be_tied, embedding_scale
+from fastserve.engine.layers.parallel import VocabParallelEmbedding
 from fastserve.engine.loading.lora.targets import AdapterTargets
 
 
@@ -16,11 +17,26 @@ class Site:
     index: int
     path: str
     """The layer's path in transformers' model."""
-    linear: Linear
+    layer: torch.nn.Module
+    """A Linear, or an embedding, whose inputs are tokens."""
     in_size: int
     out_size: int
     out_begin: int = 0
     """First of the site's outputs in the product of a joined layer."""
+    scale: float = 1.0
+    """Factor that the layer applies to its output."""
+    is_head: bool = False
+    """Whether its rows are those of the logits."""
+
+    def weight_rows(self, begin: int, end: int) -> torch.Tensor:
+        """Some rows of the weight of an embedding or LM head (tokens, hidden), on the host."""
+        layer = self.layer
+        if isinstance(layer, Linear):
+            return layer.layout.part(slice(begin, end)).get().cpu()
+        if isinstance(layer, TiedEmbedding):
+            return layer.layout.rows(torch.arange(begin, end)).cpu()
+        rows: torch.Tensor = layer.weight[begin:end]
+        return rows.cpu()
 
 
 def find_sites(model: torch.nn.Module, targets: AdapterTargets, rank: int) -> dict[str, Site]:
@@ -29,13 +45,14 @@ def find_sites(model: torch.nn.Module, targets: AdapterTargets, rank: int) -> di
     for path in targets.sizes:
         found = _find(model, path)
         if found is not None:
-            linear, out_begin = found
+            layer, out_begin = found
             in_size, out_size = targets.part_sizes(path, rank)
-            sites[path] = Site(len(sites), path, linear, in_size, out_size, out_begin)
+            scale = 1.0 if isinstance(layer, Linear) else embedding_scale(layer)
+            sites[path] = Site(len(sites), path, layer, in_size, out_size, out_begin, scale, path == targets.head)
     return sites
 
 
-def _find(model: torch.nn.Module, path: str) -> tuple[Linear, int] | None:
+def _find(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, int] | None:
     parent_path, _, name = path.rpartition(".")
     if ".experts." in f".{path}.":
         return None  # its rows are those of the expert's tokens, not those of the batch
@@ -44,4 +61,7 @@ def _find(model: torch.nn.Module, path: str) -> tuple[Linear, int] | None:
         half: int = parent.parts[0].get().shape[0]
         return parent.gate_up, half if name == "up_proj" else 0
     module = getattr(parent, name, None)
-    return (module, 0) if isinstance(module, Linear) else None
+    if isinstance(module, VocabParallelEmbedding):
+        module = module.part
+    is_layer = isinstance(module, Linear | TiedEmbedding) or (module is not None and can_be_tied(module))
+    return (module, 0) if is_layer else None

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastserve.engine.layers.linear import can_be_tied
 from fastserve.engine.loading.lora.names import Names
 from fastserve.engine.loading.sharding import Shard, Sharding
 from fastserve.engine.loading.tensor_shards import take
@@ -22,16 +23,33 @@ class AdapterTargets:
         self.names = Names(model)
         self.num_ranks = num_ranks
         self._shardings = shardings
-        head = model.get_output_embeddings()
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.sizes: dict[str, tuple[int, int]] = {}
-        """(inputs, outputs) of each linear layer by path, without the LM head."""
+        """(inputs, outputs) of each linear layer by path; an embedding's inputs are the tokens."""
+        self.embedding: str | None = None
+        self.head: str | None = None
+        """Paths of the embedding of the tokens and of the LM head."""
         self._transposed: set[str] = set()
         for path, module in model.named_modules():
-            if type(module) is torch.nn.Linear and module is not head:
+            if type(module) is torch.nn.Linear:
                 self.sizes[path] = (module.in_features, module.out_features)
+                self.head = path if module is head else self.head
+            elif module is embedding and can_be_tied(module):
+                self.sizes[path] = (module.num_embeddings, module.embedding_dim)
+                self._transposed.add(path)
+                self.embedding = path
             elif type(module) is Conv1D:
                 self.sizes[path] = (module.weight.shape[0], module.weight.shape[1])
                 self._transposed.add(path)
+
+    def rows(self, path: str, rank: int) -> tuple[int, int]:
+        """The first row, and one after the last, of the embedding's or LM head's weight (tokens, hidden) that a rank
+        has."""
+        sharding = self._shardings.get(f"{path}.weight")
+        if sharding is None:
+            in_size, out_size = self.sizes[path]
+            return 0, in_size if path == self.embedding else out_size
+        return sharding.of(rank).ranges[0]
 
     def part_sizes(self, path: str, rank: int) -> tuple[int, int]:
         """(inputs, outputs) of a layer that a rank has."""
