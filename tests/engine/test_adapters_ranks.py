@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,16 @@ async def test_two_ranks_answer_a_mixture_as_one_does(
 ) -> None:
     base = tiny_models.path(name)
     folders = {f"x{rank}": make_adapter(base, tmp_path / f"x{rank}", rank, layers) for rank in (4, 20, 9)}
+    await assert_same_on_two_ranks(base, folders)
+
+
+async def assert_same_on_two_ranks(base: str, folders: dict[str, Path], **options: Any) -> None:
     requests = mixture(["", *folders], 12, seed=5)
     expected = run(serve(base, folders), requests)
     modules = tuple((adapter, str(folder)) for adapter, folder in folders.items())
     config = EngineConfig(
         model_dir=base, device="cpu", dtype="float32", tp_size=2, max_total_tokens=16 * 90,
-        adapters=AdapterOptions(modules=modules, max_loras=2, max_cpu_loras=2),
+        adapters=AdapterOptions(modules=modules, max_loras=2, max_cpu_loras=2), **options,
     )  # fmt: skip
     engine = EngineProcess(config)
     await engine.start(lambda _: None)
@@ -49,6 +54,6 @@ async def test_two_ranks_answer_a_mixture_as_one_does(
             assert_same(answers[one.request_id], expected[one.request_id], f"{one.request_id} {one.adapter}")
         stats = engine.stats.adapters
         assert stats is not None
-        assert stats.loads >= 3
+        assert stats.loads >= len(folders)
     finally:
         await engine.close()

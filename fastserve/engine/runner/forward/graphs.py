@@ -83,6 +83,9 @@ class GraphForward:
             return "it has more new tokens than are recorded"
         if self._computes_adapters(step) and self._adapter_rows is None:
             return "it has rows with adapters, whose products cannot be recorded"
+        adapters = self._parts.adapters
+        if step.adapters is not None and adapters is not None and adapters.changes_experts(step.adapters):
+            return "its adapters change experts"
         return None
 
     def __call__(self, step: PackedStep) -> torch.Tensor:
