@@ -22,7 +22,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3_moe": {
         "all": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
                 "rank_pattern": {r"experts\.down_proj": 3}},
-        "first": {"target_modules": [], "target_parameters": ["gate_up_proj"], "r": 9},
+        "first": {"target_modules": [], "target_parameters": ["gate_up_proj", "k_proj.weight"], "r": 9},
         "router": {"target_modules": [], "target_parameters": ["gate.weight", "experts.down_proj"]},
         "none": {"target_modules": ["o_proj"]},
     },
@@ -142,6 +142,9 @@ def test_experts_that_the_base_model_does_not_have_are_refused(adapters: Adapter
         folder = write(tmp_path / path, {path: (48, 32)}, target_modules="all-linear")
         with pytest.raises(InvalidRequestError, match=words):
             load(core, "x", folder)
+    folder = write(tmp_path / "y", {"transformer.h.0.attn.c_proj": (48, 48)}, target_parameters=["c_proj.weight"])
+    with pytest.raises(InvalidRequestError, match=r"attn\.c_proj, .* by target_parameters"):
+        load(serve(adapters.base("gpt2"), {}), "x", folder)
     folder = adapters.make(adapters.base("qwen3_moe"), tmp_path / "x", KINDS["qwen3_moe"]["first"])
     edit(folder, target_parameters=["experts.down_proj"])
     with pytest.raises(InvalidRequestError, match=r"have the shapes|does not have"):

@@ -97,7 +97,8 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
         # In float32 and in the order of the experts, so that a token's sum does not depend on the rest of the batch.
         out = torch.zeros_like(x, dtype=torch.float32)
         for group in groups:
-            experts, of_group = [expert for expert, _ in group], torch.cat([of_expert for _, of_expert in group])
+            experts = [expert for expert, _ in group]
+            of_group = group[0][1] if len(group) == 1 else torch.cat([of_expert for _, of_expert in group])
             sizes = [len(of_expert) for _, of_expert in group]
             tokens = of_group // top_k_index.shape[-1]
             if delta is not None:
@@ -106,7 +107,7 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
             if has_norm:
                 y = original.post_expert_norm(self.collectives.all_reduce(y, x.dtype) if self._has_parts else y)
             weighted = (y * top_k_weights.flatten()[of_group, None]).float()
-            for to, part in zip(tokens.split(sizes), weighted.split(sizes), strict=True):
+            for to, part in zip(_split(tokens, sizes), _split(weighted, sizes), strict=True):
                 out.index_add_(0, to, part)
         is_whole = has_norm and self._has_parts
         return out.to(x.dtype) if is_whole else self.collectives.all_reduce(out, x.dtype)
@@ -130,7 +131,7 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
     def _products(self, name: str, x: torch.Tensor, experts: Sequence[int], sizes: list[int]) -> torch.Tensor:
         parts = [
             self._product(name, expert - self.own.start, part)
-            for expert, part in zip(experts, x.split(sizes), strict=True)
+            for expert, part in zip(experts, _split(x, sizes), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -148,6 +149,11 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
             return self.layouts[name][index]
         weight = getattr(self, name)[index]
         return PlainWeight(weight.t() if self.is_transposed else weight)
+
+
+def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """The rows of each expert. Often there is one, and each call of torch costs as much as a small product."""
+    return (rows,) if len(sizes) == 1 else rows.split(sizes)
 
 
 class ExpertsBesideAdapters(Experts):
