@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from fastserve.config import EngineOptions
+from fastserve.engine.adapters.deltas import attach
 from fastserve.engine.adapters.manager import AdapterManager
 from fastserve.engine.adapters.memory import AdapterMemory
 from fastserve.engine.adapters.reading import AdapterReader
@@ -211,7 +212,7 @@ def _make_adapter_memory(
         computes=not options.no_lora_compute,
         pads_ranks=options.bmm,
     )
-    memory.attach()
+    attach(loaded.model, memory)
     return memory
 
 

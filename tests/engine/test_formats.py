@@ -154,15 +154,19 @@ def test_a_model_that_is_not_packed_is_no_gptq_model(base: str) -> None:
         load(base, packed=PackedCheckpoint("gptq", None, 4))
 
 
-@pytest.mark.parametrize("group", [32, -1])
-@pytest.mark.parametrize("by_flags", [False, True])
-def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
+def awq_packer(group: int) -> Pack:
     def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         rounded = round_to_nearest(weight, 4, group)
         return awq(name, rounded), rounded.dense()
 
+    return pack
+
+
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("by_flags", [False, True])
+def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
-    expected = write_packed(base, tmp_path, pack, None if by_flags else settings)
+    expected = write_packed(base, tmp_path, awq_packer(group), None if by_flags else settings)
     packed = PackedCheckpoint("awq", None, 4, None if group == -1 else group) if by_flags else None
     loaded = load(tmp_path, packed=packed)
     assert layouts(loaded).count(QuantizedWeight) == 14

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fastserve.engine.adapters.batch import AdapterBatch, SiteTables
+from fastserve.engine.adapters.batch import NO_SLOT, AdapterBatch, SiteTables
 from fastserve.engine.adapters.reading import HostAdapter
 from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, TILE_WIDTHS, num_tiles, tile_width, unpack_tiles
@@ -69,12 +72,17 @@ class AdapterMemory:
         self._planes: list[list[torch.Tensor]] = [[] for _ in range(num_slots)]
         """For each slot, the tiles of each plane: tensors of shape (tiles, values of a tile)."""
         self._addresses: list[torch.Tensor | None] = [None] * num_slots
-        self._table = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._first_tile = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
-        self._rank_groups = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
+        num_rows = max((site.index + site.num_experts for site in self.sites), default=0)
+        most_experts = max((site.num_experts for site in self.sites), default=1)
+        self._table = torch.zeros((most_experts, num_slots), dtype=torch.int64, device=device)
+        """The same for each expert, whose tables are one table of experts times slots."""
+        self._first_tile = torch.zeros((num_rows, num_slots), dtype=torch.int32, device=device)
+        self._rank_groups = torch.zeros((num_rows, num_slots), dtype=torch.int32, device=device)
         self._of_slot: list[HostAdapterTables | None] = [None] * num_slots
         self.batch: AdapterBatch | RecordedRows | None = None
         """Rows with adapters of the step that is computed."""
+        self.head_batch: AdapterBatch | RecordedRows | None = None
+        """The same of the rows that the LM head gets."""
 
     @property
     def num_slots(self) -> int:
@@ -85,27 +93,25 @@ class AdapterMemory:
         return self.planes_per_block * self.tiles_per_plane
 
     def tables(self, site: Site) -> SiteTables:
+        """Those of experts are for the slots of `slots_of_experts`."""
+        rows = slice(site.index, site.index + site.num_experts)
         return SiteTables(
-            self._table, self._first_tile[site.index], self._rank_groups[site.index],
+            self._table[: site.num_experts].view(-1), self._first_tile[rows].view(-1), self._rank_groups[rows].view(-1),
             site.in_size, site.out_size, site.out_begin, self.width, self.tiles_per_plane,
         )  # fmt: skip
 
-    def attach(self) -> None:
-        """Have the model's layers add the products of the step's adapters."""
-        by_linear: dict[int, list[Site]] = {}
-        for site in self.sites:
-            by_linear.setdefault(id(site.linear), []).append(site)
-        for joined in by_linear.values():
-            joined[0].linear.delta = _Delta(self, joined)
-
     @contextmanager
-    def running(self, batch: AdapterBatch | RecordedRows | None) -> Iterator[None]:
-        """Within the block, layers compute the step of `batch`."""
-        self.batch = batch if self.computes else None
+    def running(
+        self, batch: AdapterBatch | RecordedRows | None, logit_rows: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[None]:
+        """Within the block, layers compute the step of `batch`. `logit_rows`: those of the LM head; None: all."""
+        self.batch = self.head_batch = batch if self.computes else None
+        if isinstance(self.batch, AdapterBatch) and logit_rows is not None:
+            self.head_batch = self.batch.select(logit_rows)
         try:
             yield
         finally:
-            self.batch = None
+            self.batch = self.head_batch = None
 
     def place(self, slot: int, host: HostAdapter, block_ids: Sequence[int]) -> None:
         """Copy an adapter to the device, into `block_ids`."""
@@ -121,24 +127,41 @@ class AdapterMemory:
             plane[: len(tiles)].copy_(tiles, non_blocking=True)
         addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(self._device)
         self._planes[slot], self._addresses[slot] = planes, addresses
-        self._of_slot[slot] = HostAdapterTables(host.first_tile.tolist(), host.rank_groups.tolist())
-        self._table[slot] = addresses.data_ptr()
+        experts = {
+            site.index
+            for site in self.sites
+            if site.kind == "experts" and host.rank_groups[site.index : site.index + site.num_experts].any()
+        }
+        self._of_slot[slot] = HostAdapterTables(host.first_tile.tolist(), host.rank_groups.tolist(), experts)
+        self._table[:, slot] = addresses.data_ptr()
         self._first_tile[:, slot] = torch.from_numpy(host.first_tile).to(self._device)
         self._rank_groups[:, slot] = torch.from_numpy(host.rank_groups).to(self._device)
 
     def clear(self, slot: int) -> None:
         """Forget the adapter of a slot; its blocks may be used for other things."""
         self._rank_groups[:, slot] = 0
-        self._table[slot] = 0
+        self._table[:, slot] = 0
         self._planes[slot], self._addresses[slot], self._of_slot[slot] = [], None, None
+
+    def slots_of_experts(self, slots: npt.NDArray[np.int32], experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The slots in the tables of experts; NO_SLOT stays."""
+        return np.where(slots == NO_SLOT, NO_SLOT, experts * self.num_slots + slots)
+
+    def changes_experts(self, batch: AdapterBatch, sites: Sequence[Site] | None = None) -> bool:
+        """Whether an adapter of the batch changes experts. `sites`: these; None: any."""
+        changed = [
+            tables.experts for slot in batch.segment_slot.tolist() if (tables := self._of_slot[slot]) is not None
+        ]
+        return any(changed) if sites is None else any(site.index in found for found in changed for site in sites)
 
     def matrices(self, site: Site, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A (rank, in) and B (out, rank) of a slot's adapter, or None if it does not change the layer."""
-        tables = self._of_slot[slot]
-        groups = 0 if tables is None else tables.rank_groups[site.index]
+        expert, slot = divmod(slot, self.num_slots)
+        tables, row = self._of_slot[slot], site.index + expert
+        groups = 0 if tables is None else tables.rank_groups[row]
         if tables is None or not groups:
             return None
-        first, per_plane = tables.first_tile[site.index], self.tiles_per_plane
+        first, per_plane = tables.first_tile[row], self.tiles_per_plane
         end = first + num_tiles(groups * RANK_GROUP, site.in_size, site.out_size, self.width)
         begin = first // per_plane
         tiles = torch.cat(self._planes[slot][begin : -(-end // per_plane)])
@@ -146,11 +169,8 @@ class AdapterMemory:
             tiles[first - begin * per_plane :], groups, site.in_size, site.out_size, self.width, self.order
         )
 
-    def add(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Add the products of the step's adapters: `x` (rows, in), `out` (rows, outputs of the layer)."""
-        batch = self.batch
-        if not isinstance(batch, AdapterBatch):
-            return
+    def add(self, site: Site, x: torch.Tensor, out: torch.Tensor, batch: AdapterBatch) -> None:
+        """Add the products of the adapters of `batch`: `x` (rows, in), `out` (rows, outputs of the layer)."""
         rows = torch.from_numpy(batch.row_index).to(x.device)
         part = out[:, site.out_begin : site.out_begin + site.out_size]
         if self._pads_ranks:
@@ -165,6 +185,17 @@ class AdapterMemory:
                 # Each row by itself has the same sum in any batch only as far as the library's product has.
                 product = x[of_adapter].to(a.dtype) @ a.t() @ b.t()
                 part.index_add_(0, of_adapter, product.to(out.dtype))
+
+    def add_embedding(self, site: Site, ids: torch.Tensor, out: torch.Tensor, batch: AdapterBatch) -> None:
+        """The same for an embedding: `ids` (rows,), `out` (rows, hidden)."""
+        rows = torch.from_numpy(batch.row_index).to(out.device)
+        for slot, of_adapter in zip(
+            batch.segment_slot.tolist(), rows.split(np.diff(batch.segment_start).tolist()), strict=True
+        ):
+            found = self.matrices(site, slot)
+            if found is not None:
+                a, b = found
+                out.index_add_(0, of_adapter, (a.t()[ids[of_adapter]] @ b.t()).to(out.dtype))
 
     def _add_padded(
         self, site: Site, batch: AdapterBatch, rows: torch.Tensor, x: torch.Tensor, part: torch.Tensor
@@ -184,31 +215,11 @@ class AdapterMemory:
             part.index_add_(0, of_adapter, product[: len(of_adapter)].to(part.dtype))
 
 
+@dataclass(frozen=True, slots=True)
 class HostAdapterTables:
     """A slot's tables on the host."""
 
-    __slots__ = ("first_tile", "rank_groups")
-
-    def __init__(self, first_tile: list[int], rank_groups: list[int]) -> None:
-        self.first_tile = first_tile
-        self.rank_groups = rank_groups
-
-
-class _Delta:
-    """A `Linear.delta`: adds the LoRA products of the batch's adapters to one layer's output."""
-
-    def __init__(self, memory: AdapterMemory, sites: Sequence[Site]) -> None:
-        self._memory = memory
-        self._sites = sites
-        self._tables = [memory.tables(site) for site in sites]
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        memory = self._memory
-        if memory.batch is None:
-            return
-        rows, products = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        if memory.kernel is not None:
-            memory.kernel.add(rows, products, self._tables, memory.batch)
-            return
-        for site in self._sites:
-            memory.add(site, rows, products)
+    first_tile: list[int]
+    rank_groups: list[int]
+    experts: set[int]
+    """`index` of the sites of experts that the adapter changes."""

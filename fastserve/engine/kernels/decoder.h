@@ -8,7 +8,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
-#include "lora.h"
+#include "lora_embedding.h"
 
 namespace {
 
@@ -35,7 +35,7 @@ struct Decoder {
     // it has `vocabulary` rows of the embedding from `first_token` on. `ranks` is null if one rank has the whole model.
     Ranks* ranks;
     int64_t first_token, vocabulary;
-    const LoraSite* head_lora;     // or null
+    const LoraSite *head_lora, *embedding_lora;  // or null
 };
 
 // Activations of a step.
@@ -119,23 +119,24 @@ class Run {
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
             T* to = hidden + r * m.hidden;
             const int64_t token = tokens[r] - (is_cut ? m.first_token : 0);
-            if (is_cut && (token < 0 || token >= m.vocabulary)) std::memset((void*)to, 0, m.hidden * sizeof(T));
-            else if (m.embedding) std::memcpy(to, (const T*)m.embedding + token * m.hidden, m.hidden * sizeof(T));
+            if (is_cut && (token < 0 || token >= m.vocabulary)) {
+                std::memset((void*)to, 0, m.hidden * sizeof(T));
+                return;
+            }
+            if (m.embedding) std::memcpy(to, (const T*)m.embedding + token * m.hidden, m.hidden * sizeof(T));
             else row_of(m.head, token, to);
+            if (scale != 1.0f)
+                for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
+            if (view && m.embedding_lora && view->places[r].at >= 0)
+                add_embedding_lora(*m.embedding_lora, view->places[r].slot, token, to);
         });
-        if (is_cut) {
-            float* partial = partial_sums();
-            team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
-                for (int64_t i = 0; i < m.hidden; ++i) partial[r * m.hidden + i] = to_float(hidden[r * m.hidden + i]);
-            });
-            all_reduce([&](int64_t r, int64_t at, Vec sums, int count) {
-                store_some(hidden + r * m.hidden + at, sums, count);
-            });
-        }
-        if (scale == 1.0f) return;
+        if (!is_cut) return;
+        float* partial = partial_sums();
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
-            T* to = hidden + r * m.hidden;
-            for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
+            for (int64_t i = 0; i < m.hidden; ++i) partial[r * m.hidden + i] = to_float(hidden[r * m.hidden + i]);
+        });
+        all_reduce([&](int64_t r, int64_t at, Vec sums, int count) {
+            store_some(hidden + r * m.hidden + at, sums, count);
         });
     }
 

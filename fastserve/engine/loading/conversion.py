@@ -204,6 +204,11 @@ class WeightLoad:
         return QuantizedExperts(experts) if len(experts) == len(joined) else None
 
 
+def stacks_experts(rule: WeightConverter) -> bool:
+    """Whether a rule makes one tensor of all experts' weights, each perhaps of several one after the other."""
+    return [(type(step), getattr(step, "dim", None)) for step in rule.operations] in (_STACKED, _STACKED_AND_JOINED)
+
+
 def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[WeightLoad], list[Source]]:
     """The weight loads in the order of the files, and the sources that match no weight of the model."""
     rules = [
