@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from fastserve.engine.adapters.reading import HostAdapter
+from fastserve.engine.adapters.store import DeviceStore
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.contract import EngineRequest
 from fastserve.engine.settings import AdapterOptions, EngineConfig
@@ -48,3 +53,24 @@ async def test_two_ranks_answer_a_mixture_as_one_does(
         assert stats.loads >= 3
     finally:
         await engine.close()
+
+
+def test_each_rank_is_sent_its_own_part_of_an_adapter_alone() -> None:
+    sent: list[tuple[int | None, bytes]] = []
+    placed: list[HostAdapter] = []
+
+    class Memory:
+        def place(self, slot: int, part: HostAdapter, block_ids: list[int]) -> None:
+            placed.append(part)
+
+    def send(command: Any, rank: int | None = None) -> None:
+        sent.append((rank, command.part.tiles))
+
+    def part(rank: int) -> HostAdapter:
+        return HostAdapter(torch.full((1, 4), rank, dtype=torch.uint8), np.zeros(1, np.int32), np.ones(1, np.int32))
+
+    memory: Any = Memory()
+    reader: Any = None
+    DeviceStore(reader, memory, send).place(0, [part(rank) for rank in range(3)], [7])
+    assert sent == [(1, bytes([1] * 4)), (2, bytes([2] * 4))]
+    assert [int(one.tiles[0, 0]) for one in placed] == [0]

@@ -96,7 +96,7 @@ def plan_partition(model: PreTrainedModel, size: int, *, expert_parallel: bool =
     if expert_parallel and not plan.whole_experts:
         raise StartupError(
             f"{type(model).__name__} has no experts that can be given out to ranks. Start it without "
-            "--enable-expert-parallel."
+            "--enable-expert-parallel and EP_SIZE."
         )
     return plan
 
