@@ -90,6 +90,11 @@ def refuse_unavailable(config: WorkerConfig, num_local_ranks: int | None = None)
 
     `num_local_ranks`: ranks on this machine, if others are on other machines."""
     _refuse_gpus(config, num_local_ranks or config.tp_size)
+    if config.machine_collectives is not None and num_local_ranks is None:
+        raise StartupError(
+            f"--machine-collectives {config.machine_collectives} says how ranks on several machines exchange tensors "
+            "(DISTRIBUTE_CONFIG_FILE): leave it out."
+        )
     for is_refused, message in REFUSALS:
         if is_refused(config):
             raise StartupError(message)

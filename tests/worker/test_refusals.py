@@ -16,6 +16,7 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"num_gpus": 0}, "--num-gpus 0"),
         ({"tp_size": 2, "num_gpus": 2}, "--tp-size excludes --num-gpus"),
         ({"tp_size": 2, "cpu_offloading": True}, "--tp-size excludes --num-gpus"),
+        ({"machine_collectives": "host", "tp_size": 2}, "--machine-collectives host says"),
         ({"enable_expert_parallel": True}, "give --tp-size of at least 2 too"),
         ({"tp_size": 3, "gpus": "0,1"}, "Larger --tp-size (3) than --gpus 0,1"),
         ({"tp_size": 2, "engine": "fake"}, "--engine fake computes nothing that ranks could divide"),
