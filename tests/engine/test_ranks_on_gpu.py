@@ -95,7 +95,9 @@ def test_a_model_with_the_exchanges_of_ranks_in_its_layers(
     monkeypatch: pytest.MonkeyPatch, tiny_models: TinyModels, single_rank: ProcessGroupCollectives, name: str
 ) -> None:
     """Divided over one rank, as over several: the same code computes it, and its decoding steps are recorded."""
-    monkeypatch.setattr(Partition, "of", lambda model, collectives: Partition(plan_partition(model, 1), collectives))
+    monkeypatch.setattr(
+        Partition, "of", lambda model, collectives, **_: Partition(plan_partition(model, 1), collectives)
+    )
     path = tiny_models.path(name)
     exchanges = count_calls(monkeypatch, single_rank, "all_reduce")
     config = EngineConfig(
