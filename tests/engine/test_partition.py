@@ -190,6 +190,19 @@ def test_answers_of_ranks_equal_those_of_one(models: Callable[[str], str], name:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_answers_of_a_real_model_equal_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """9 heads and 3 KV heads, some of which several of 4 ranks share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = find_model(str(smollm2_file()), "main")
+    weights = WeightOptions(gguf_file=str(source.gguf_file))
+    expected = start_and_run(str(source.folder), weights=weights)
+    found = run_ranks(size, lambda collectives: start_and_run(str(source.folder), collectives, weights=weights))
+    assert all(answers == found[0] for answers in found)
+    assert_equal_answers(found[0], expected)
+
+
+@pytest.mark.slow
 def test_a_real_model_of_which_the_ranks_have_uneven_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """9 heads and 3 KV heads over 2 ranks: one has 3 heads, the other 6."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
