@@ -40,9 +40,9 @@ class Machines:
         self.gang = Gang(tuple(Machine(part, f"m_part{part}", "127.0.0.1", port) for part in range(2)), 1, 0, 10.0)
         self.groups: list[MachineGroupCollectives] = []
 
-    def join(self, rank: int, generation: int, keys: CurveKeys | None = KEYS, timeout_s: float = 10.0) -> Any:
+    def join(self, rank: int, generation: int, timeout_s: float = 10.0, is_lost: Any = lambda: False) -> Any:
         formed = Formed(generation, ("127.0.0.1", "127.0.0.1"))
-        return MachineGroupCollectives.join_gang(self.gang, rank, formed, keys, CPU, timeout_s)
+        return MachineGroupCollectives.join_gang(self.gang, rank, formed, KEYS, CPU, timeout_s, is_lost)
 
     def form(self, generation: int) -> list[MachineGroupCollectives]:
         with ThreadPoolExecutor(2) as pool:
@@ -106,6 +106,17 @@ def test_a_machine_that_does_not_come_ends_the_start(machines: Machines) -> None
     with pytest.raises(RankLostError):
         machines.join(0, 1, timeout_s=0.5)
     assert machines.form(2)  # the port is free again
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_stops_waiting_for_one_that_is_known_to_be_lost(machines: Machines, rank: int) -> None:
+    lost = threading.Event()
+    timer = threading.Timer(0.2, lost.set)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(RankLostError):
+        machines.join(rank, 1, timeout_s=60.0, is_lost=lost.is_set)
+    assert time.monotonic() - begin < 5
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -113,12 +113,16 @@ class StoreServer:
 class CurveStore(dist.Store):  # type: ignore[misc]
     """A rank's access to the keys. Threads of a process group call it too. Must be closed."""
 
-    def __init__(self, keys: CurveKeys | None, address: str, timeout_s: float) -> None:
-        """`address`: of the server. `timeout_s`: longest wait for a key that another rank sets.
+    def __init__(
+        self, keys: CurveKeys | None, address: str, timeout_s: float, is_lost: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`address`: of the server. `timeout_s`: longest wait for a key that another rank sets. `is_lost`: whether
+        the ranks that should meet here are known to be lost.
 
         Its methods raise RankLostError when there is no answer, no such key in time, or after `abort`."""
         super().__init__()
         self._timeout_s = timeout_s
+        self._is_lost = is_lost
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._is_answered = False
@@ -183,8 +187,8 @@ class CurveStore(dist.Store):  # type: ignore[misc]
         while (found := self._ask(b"get", key)) is None:
             if time.monotonic() >= deadline:
                 raise RankLostError(f"Another rank of the model did not come within {timeout_s:.3g} s (it sets {key}).")
-            if self._is_aborted.wait(_RETRY_S):
-                raise RankLostError("The wait for the other ranks of the model was given up.")
+            if self._is_aborted.wait(_RETRY_S) or self._is_lost():
+                raise RankLostError("The wait for the other ranks of the model was given up: one is lost.")
         return found
 
     def _ask(self, operation: bytes, key: str, first: bytes = b"", second: bytes = b"") -> bytes | None:
@@ -196,7 +200,7 @@ class CurveStore(dist.Store):  # type: ignore[misc]
             if self._is_aborted.is_set():
                 raise RankLostError("The process group of the model's ranks has ended.")
             is_sent = False
-            while (left_s := deadline - time.monotonic()) > 0 and not self._is_aborted.is_set():
+            while (left_s := deadline - time.monotonic()) > 0 and not self._is_aborted.is_set() and not self._is_lost():
                 # It cannot be sent while the connection is refused or away.
                 if not self._socket.poll(min(_POLL_MS, int(1000 * left_s) + 1), zmq.POLLIN if is_sent else zmq.POLLOUT):
                     continue

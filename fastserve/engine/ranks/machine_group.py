@@ -1,7 +1,7 @@
 """Collectives of several machines by torch.distributed: NCCL between their GPUs (gloo on CPUs, for tests).
 
 Ranks meet in a store that asks for the cluster key (curve_store.py). Tensors then go as NCCL sends them: it neither
-encrypts nor asks for keys, so the network between the machines must be private. relays (network.py) do both.
+encrypts nor asks for keys, so the network between the machines must be private. Relays (network.py) do both.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -41,9 +42,17 @@ class MachineGroupCollectives(ProcessGroupCollectives):
 
     @classmethod
     def join_gang(
-        cls, gang: Gang, rank: int, formed: Formed, keys: CurveKeys | None, device: torch.device, timeout_s: float
+        cls,
+        gang: Gang,
+        rank: int,
+        formed: Formed,
+        keys: CurveKeys | None,
+        device: torch.device,
+        timeout_s: float,
+        is_lost: Callable[[], bool] = lambda: False,
     ) -> MachineGroupCollectives:
-        """Join the ranks of all machines, which meet where part 0 would relay tensors otherwise.
+        """Join the ranks of all machines, which meet where part 0 would relay tensors otherwise. `is_lost`: whether
+        another one was lost since they formed a group.
 
         Raises StartupError when that port cannot be bound, and RankLostError when another rank does not come."""
         address = host_and_port(formed.ips[0], gang.relay_port(0))
@@ -58,7 +67,7 @@ class MachineGroupCollectives(ProcessGroupCollectives):
                 )
         store = None
         try:
-            store = CurveStore(keys, address, timeout_s)
+            store = CurveStore(keys, address, timeout_s, is_lost)
             return cls.meet(store, server, f"{formed.generation:x}", rank, gang.size, device, timeout_s, ip)
         except FastserveError:
             if store is not None:
