@@ -276,6 +276,14 @@ class EngineOptions:
         added=True,
         group="model",
     )
+    machine_collectives: str | None = option(
+        None,
+        "how GPUs of several machines exchange tensors: nccl (if unset; not encrypted, so their network must be "
+        "private), or host: through the hosts' memory, encrypted with the cluster key",
+        added=True,
+        choices=("nccl", "host"),
+        group="model",
+    )
     max_gpu_memory: str | None = option(
         None,
         "maximum weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, gang: Gang | None = None) -> None:
                 return
             drop_default_threads(os.environ)
             config = replace(config, tp_size=torchrun.size)
-        refuse_unavailable(config)
+        refuse_unavailable(config, None if gang is None else gang.local_size)
         if config.gpus is not None:
             # For the engine's process, which inherits it; this process uses no GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = config.gpus

@@ -30,6 +30,7 @@ from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.ranks.executor import RankedExecutor, RankedWeights, Send
+from fastserve.engine.ranks.step_deadline import StepDeadline
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
@@ -62,6 +63,11 @@ class RankModel:
     sizes: Sizes
     runner: ModelRunner
     speed: SpeedMeter
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether a step may compile kernels."""
+        return any(device_of(device).compiles_in_steps for device in self.loaded.devices)
 
 
 def build_rank(
@@ -122,7 +128,7 @@ def build_core(
     executor: Executor = runner
     weights: Weights = loaded.weights
     if send_to_ranks is not None:
-        executor = RankedExecutor(runner, send_to_ranks, collectives)
+        executor = RankedExecutor(runner, send_to_ranks, StepDeadline(collectives, may_compile=model.may_compile))
         weights = RankedWeights(weights, send_to_ranks)
     draft_model = None
     if model.draft is not None:

@@ -71,8 +71,7 @@ _NO_PLAN = StepPlan([], [], [])
 class Follower:
     """Does what rank 0 does, on this rank's part of the model."""
 
-    def __init__(self, runner: ModelRunner, weights: Weights, rank: int, deadline: StepDeadline) -> None:
-        self._rank = rank
+    def __init__(self, runner: ModelRunner, weights: Weights, deadline: StepDeadline) -> None:
         self._runner = runner
         self._weights = weights
         self._deadline = deadline
@@ -98,7 +97,7 @@ class Follower:
             case PlaceAdapter():
                 from fastserve.engine.adapters.store import place_part
 
-                place_part(self._adapters(), command, self._rank)
+                place_part(self._adapters(), command)
             case ClearAdapter(slot):
                 self._adapters().clear(slot)
             case EndRank():
@@ -179,7 +178,7 @@ def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:
 def follow(collectives: Collectives, model: RankModel, receive: Callable[[], RankCommand]) -> int:
     """Do what rank 0 says until it says that it ends; return the process's exit code."""
     rank = collectives.rank
-    follower = Follower(model.runner, model.loaded.weights, rank, StepDeadline(collectives))
+    follower = Follower(model.runner, model.loaded.weights, StepDeadline(collectives, may_compile=model.may_compile))
     try:
         while follower.handle(receive()):
             pass

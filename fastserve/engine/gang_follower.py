@@ -45,10 +45,12 @@ def _join_and_follow(settings: GangRankSettings) -> int:
         link = GangLink(gang, settings.rank, keys, same_settings(config))
         begin_loading()
         from fastserve.engine.build import build_rank
-        from fastserve.engine.ranks.join import join_machines
+        from fastserve.engine.ranks.join import join_machines, uses_nccl
         from fastserve.engine.sampling.order import LOGITS_PROCESSORS
 
-        collectives = join_machines(gang, settings.rank, link.wait_formed(), keys, Path(settings.folder))
+        collectives = join_machines(
+            gang, settings.rank, link.wait_formed(), keys, Path(settings.folder), nccl=uses_nccl(config)
+        )
         model = build_rank(config, link.note_progress, LOGITS_PROCESSORS, collectives)
         collectives.set_timeout(MAX_STEP_SILENCE_S)
     except RefusedError as error:

@@ -266,10 +266,11 @@ def _build(
     gc.enable()
     if others is None:
         return build_core(config, progress)
-    from fastserve.engine.ranks.join import join_machines, join_ranks
+    from fastserve.engine.ranks.join import join_machines, join_ranks, uses_nccl
 
     if isinstance(others, GangRanks):
-        between = join_machines(others.gang, 0, others.hub.wait_formed(), others.keys, others.folder)
+        nccl = uses_nccl(config)
+        between = join_machines(others.gang, 0, others.hub.wait_formed(), others.keys, others.folder, nccl=nccl)
         ranks.enter_context(contextlib.closing(between))
         core = build_core(config, others.shared_progress(progress), collectives=between, send_to_ranks=others.send)
         between.set_timeout(MAX_STEP_SILENCE_S)

@@ -35,6 +35,7 @@ class Machines:
     urls: list[str]
     prefixes: list[list[str]]
     """Command that enters each machine's network."""
+    logs: list[Path]
 
     def get(self, machine: int, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and JSON body; status 0: nobody answers."""
@@ -94,15 +95,20 @@ def two_machines(
     common |= {"LORA_INFO": json.dumps({"words": "fastserve-demo-words"})}
     common |= {"FASTSERVE_CLUSTER_KEY": "a-cluster-key-of-this-test-42", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--device", "cpu", "--max-total-tokens", "1024"]
-    processes = [
-        subprocess.Popen(
-            [*prefixes[part], sys.executable, "-m", "fastserve.start_server", *flags],
-            env=os.environ | common | {"START_PORT": str(ports[part]), "WORLD_RANK": str(part * local_size)},
-        )
-        for part in range(2)
-    ]
+    logs = [folder / f"part{part}.log" for part in range(2)]
+    processes = []
+    for part, log in enumerate(logs):
+        with log.open("wb") as file_of_log:
+            processes.append(
+                subprocess.Popen(
+                    [*prefixes[part], sys.executable, "-m", "fastserve.start_server", *flags],
+                    env=os.environ | common | {"START_PORT": str(ports[part]), "WORLD_RANK": str(part * local_size)},
+                    stderr=file_of_log,
+                )
+            )
+    urls = [f"http://{ip}:{port}" for ip, port in zip(ips, ports, strict=True)]
     try:
-        yield Machines(processes, [f"http://{ip}:{port}" for ip, port in zip(ips, ports, strict=True)], prefixes)
+        yield Machines(processes, urls, prefixes, logs)
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -112,6 +118,8 @@ def two_machines(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for log in logs:
+            print(log.read_text())  # shown when the test fails
 
 
 def loopback_ports() -> list[int]:
@@ -146,6 +154,8 @@ def test_two_machines_serve_one_model(tmp_path: Path) -> None:
             status, error = machines.get(1, path, body)
             assert status == 421
             assert f"http://127.0.0.1:{ports[0]}" in error["error"]["message"]
+        # What launchers wait for.
+        assert ["Uvicorn running on" in log.read_text() for log in machines.logs] == [True, False]
 
 
 @pytest.mark.slow

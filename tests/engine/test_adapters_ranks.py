@@ -6,8 +6,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from fastserve.engine.adapters.reading import HostAdapter
+from fastserve.engine.adapters.store import DeviceStore
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.contract import EngineRequest
 from fastserve.engine.settings import AdapterOptions, EngineConfig
@@ -57,3 +61,24 @@ async def assert_same_on_two_ranks(base: str, folders: dict[str, Path], **option
         assert stats.loads >= len(folders)
     finally:
         await engine.close()
+
+
+def test_each_rank_is_sent_its_own_part_of_an_adapter_alone() -> None:
+    sent: list[tuple[int | None, bytes]] = []
+    placed: list[HostAdapter] = []
+
+    class Memory:
+        def place(self, slot: int, part: HostAdapter, block_ids: list[int]) -> None:
+            placed.append(part)
+
+    def send(command: Any, rank: int | None = None) -> None:
+        sent.append((rank, command.part.tiles))
+
+    def part(rank: int) -> HostAdapter:
+        return HostAdapter(torch.full((1, 4), rank, dtype=torch.uint8), np.zeros(1, np.int32), np.ones(1, np.int32))
+
+    memory: Any = Memory()
+    reader: Any = None
+    DeviceStore(reader, memory, send).place(0, [part(rank) for rank in range(3)], [7])
+    assert sent == [(1, bytes([1] * 4)), (2, bytes([2] * 4))]
+    assert [int(one.tiles[0, 0]) for one in placed] == [0]

@@ -45,14 +45,14 @@ def test_a_draft_model_beside_ranks_changes_no_answer(tiny_models: TinyModels, d
         if collectives.rank == 1:
             model = build_rank(config, lambda *_: None, LOGITS_PROCESSORS, collectives)
             assert model.draft is None
-            follower = Follower(model.runner, model.loaded.weights, 1, StepDeadline(collectives))
+            follower = Follower(model.runner, model.loaded.weights, StepDeadline(collectives))
             while follower.handle(msgspec.msgpack.decode(commands.get(timeout=20), type=RankCommand)):
                 pass
             return None
         try:
             core = build_core(
                 config, lambda *_: None, collectives=collectives,
-                send_to_ranks=lambda command: commands.put(msgspec.msgpack.encode(command)),
+                send_to_ranks=lambda command, rank=None: commands.put(msgspec.msgpack.encode(command)),
             )  # fmt: skip
             core._speculator = core.scheduler._drafting = eager(PlaceholderProposer())
             for request in requests:

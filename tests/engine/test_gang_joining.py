@@ -91,6 +91,11 @@ def test_all_ranks_form_one_group_and_get_commands_in_order(
         hub.send(ReadWeight(str(number)))
     for link in links:
         assert [link.receive() for _ in range(3)] == [ReadWeight(str(number)) for number in range(3)]
+    for rank in (1, 2):
+        hub.send(ReadWeight(f"of rank {rank}"), rank)
+    hub.send(ReadWeight("of all"))
+    for link, rank in zip(links, (2, 1), strict=True):
+        assert [link.receive() for _ in range(2)] == [ReadWeight(f"of rank {rank}"), ReadWeight("of all")]
 
 
 def test_rank_0_says_which_machines_are_missing(

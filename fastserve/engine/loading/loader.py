@@ -32,12 +32,11 @@ from fastserve.engine.loading.assembly import Assembly, OneDevice, install
 from fastserve.engine.loading.config_values import described, largest_size, require_sound_values
 from fastserve.engine.loading.context_length import context_length, rope_switch_length
 from fastserve.engine.loading.conversion import match
-from fastserve.engine.loading.division_check import require_divisible
 from fastserve.engine.loading.file_versions import FileVersions
+from fastserve.engine.loading.division_check import try_partition
 from fastserve.engine.loading.formats.find import find_sources
 from fastserve.engine.loading.lora.merge import merge_adapter
 from fastserve.engine.loading.lora.targets import AdapterTargets
-from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
 from fastserve.engine.loading.reference import Prompt, Reference, own_logits
 from fastserve.engine.loading.skeleton import build_skeleton, read_generation_config
@@ -123,10 +122,8 @@ def load_model(
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
-    partition = Partition.of(model, collectives, expert_parallel=expert_parallel)
+    partition = try_partition(model, collectives, expert_parallel=expert_parallel)
     adapter_targets = AdapterTargets(model, partition.plan.weights, collectives.size) if has_adapters else None
-    if collectives.size > 1 and collectives.rank == 0:
-        require_divisible(model, collectives.size, expert_parallel=expert_parallel)
     if partition.own_experts is not None:
         logger.info("rank %d has %s", collectives.rank, partition.own_experts)
     collectives.barrier()  # no rank reads weights before all have found that they can be divided

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,11 +43,20 @@ class Partition:
         """By name, for weights of which the rank has a part."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, collectives: Collectives, *, expert_parallel: bool = False) -> Partition:
-        """Raises StartupError when the model cannot be divided over the ranks."""
+    def of(
+        cls,
+        model: PreTrainedModel,
+        collectives: Collectives,
+        *,
+        expert_parallel: bool = False,
+        undivided: Collection[str] = (),
+    ) -> Partition:
+        """`undivided`: classes of attention modules to leave whole. Raises StartupError when the model cannot be
+        divided over the ranks."""
         if collectives.size == 1:
             return WHOLE
-        return cls(plan_partition(model, collectives.size, expert_parallel=expert_parallel), collectives)
+        plan = plan_partition(model, collectives.size, expert_parallel=expert_parallel, undivided=undivided)
+        return cls(plan, collectives)
 
     @property
     def own_experts(self) -> str | None:

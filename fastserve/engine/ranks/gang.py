@@ -30,9 +30,9 @@ class GangRanks:
         """Where the ranks of this machine meet."""
         return self._local.folder
 
-    def send(self, command: RankCommand) -> None:
-        """Send a command to each rank, without waiting."""
-        self.hub.send(command)
+    def send(self, command: RankCommand, rank: int | None = None) -> None:
+        """Send a command to each rank, or to one, without waiting."""
+        self.hub.send(command, rank)
 
     def serving(self) -> None:
         """Call it once the model is ready: from now on this process ends when a rank is lost."""

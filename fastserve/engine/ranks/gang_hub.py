@@ -156,9 +156,9 @@ class GangHub:
         reasons = "".join(f"; refused: {self._refusals[rank]}" for rank in missing if rank in self._refusals)
         return f"missing {shown}{more}{reasons}"
 
-    def send(self, command: RankCommand) -> None:
-        """Send a command to each rank, without waiting. For the main thread."""
-        self._commands.send(self._encode(command))
+    def send(self, command: RankCommand, rank: int | None = None) -> None:
+        """Send a command to each rank, or to one, without waiting. For the main thread."""
+        self._commands.send_multipart([b"" if rank is None else b"%d" % rank, self._encode(command)])
 
     def serving(self) -> None:
         """Call it once the model is ready: from now on this process ends when a rank is lost."""
@@ -198,7 +198,8 @@ class GangHub:
         while True:
             ready = dict(poller.poll(_POLL_MS))
             if self._from_main in ready:
-                self._pass_on(self._from_main.recv())
+                rank, command = self._from_main.recv_multipart()
+                self._pass_on(command, int(rank) if rank else None)
             elif self._end.is_set():
                 return
             if self._router in ready:
@@ -217,9 +218,10 @@ class GangHub:
             for _ in range(_MAX_MESSAGES_AT_ONCE):
                 self._take(*self._router.recv_multipart(zmq.NOBLOCK)[:2])
 
-    def _pass_on(self, message: bytes) -> None:
-        for member in self._members.values():
-            self._router.send_multipart([member.identity, message])
+    def _pass_on(self, message: bytes, to: int | None = None) -> None:
+        for rank, member in self._members.items():
+            if to is None or rank == to:
+                self._router.send_multipart([member.identity, message])
 
     def _answer(self, identity: bytes, message: FromRank0) -> None:
         self._router.send_multipart([identity, self._encode(message)])

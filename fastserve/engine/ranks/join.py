@@ -8,12 +8,14 @@ from fastserve.distributed.gang import Gang, host_and_port
 from fastserve.distributed.keys import CurveKeys
 from fastserve.engine.devices.find import find_device
 from fastserve.engine.ranks.gang_messages import Formed
+from fastserve.engine.ranks.machine_group import MachineGroupCollectives
 from fastserve.engine.ranks.network import Machines, NetworkCollectives, NetworkRelay, kernels_for_machines
 from fastserve.engine.ranks.pass_segment import pass_segment, receive_segment
 from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.ranks.processes import MAX_START_SILENCE_S
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+from fastserve.engine.settings import EngineConfig
 from fastserve.errors import FastserveError, StartupError
 
 RankCollectives = SharedMemoryCollectives | ProcessGroupCollectives
@@ -33,14 +35,25 @@ def join_ranks(
     return ProcessGroupCollectives.join(meeting_file, rank, segment.num_ranks, device, timeout_s)
 
 
-def join_machines(
-    gang: Gang, rank: int, formed: Formed, keys: CurveKeys | None, folder: Path
-) -> SharedMemoryCollectives:
-    """Join the ranks of several machines. `folder`: private, the same for all ranks of this machine. Should be closed.
+def uses_nccl(config: EngineConfig) -> bool:
+    """Whether ranks on several machines exchange by NCCL. Raises StartupError when they should and have no GPU."""
+    on_gpus = find_device(config.device).torch_device.type == "cuda"
+    if config.machine_collectives == "nccl" and not on_gpus:
+        raise StartupError("--machine-collectives nccl needs --device cuda: on other devices leave it out.")
+    return on_gpus and config.machine_collectives != "host"
 
-    Raises StartupError when the kernels cannot be built or the relay's port cannot be bound, and RankLostError when
-    another rank does not come."""
+
+def join_machines(
+    gang: Gang, rank: int, formed: Formed, keys: CurveKeys | None, folder: Path, *, nccl: bool = False
+) -> SharedMemoryCollectives | MachineGroupCollectives:
+    """Join the ranks of several machines, through the hosts' memory unless by `nccl`. Should be closed.
+
+    `folder`: private, the same for all ranks of this machine. Raises StartupError when the kernels cannot be built or
+    the relay's port cannot be bound, and RankLostError when another rank does not come."""
     timeout_s = MAX_START_SILENCE_S
+    if nccl:
+        device = find_device("cuda").torch_device
+        return MachineGroupCollectives.join_gang(gang, rank, formed, keys, device, timeout_s)
     library = kernels_for_machines()
     first, *others = gang.local_ranks
     if rank != first:

@@ -58,8 +58,8 @@ class PlaceAdapter(msgspec.Struct, frozen=True, tag=True):
 
     slot: int
     block_ids: list[int]
-    parts: list[AdapterPart]
-    """Those of rank 1 and up."""
+    part: AdapterPart
+    """That of the rank to which it is sent."""
 
 
 class ClearAdapter(msgspec.Struct, frozen=True, tag=True):

@@ -104,10 +104,10 @@ class OtherRanks:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def send(self, command: RankCommand) -> None:
-        """Send a command to each rank, without waiting."""
+    def send(self, command: RankCommand, rank: int | None = None) -> None:
+        """Send a command to each rank, or to one, without waiting."""
         message = self._encode(command)
-        for socket in self._sockets:
+        for socket in self._sockets if rank is None else [self._sockets[rank - 1]]:
             socket.send(message)
 
     def serving(self) -> None:
