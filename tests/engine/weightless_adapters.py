@@ -10,7 +10,7 @@ from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.settings import AdapterOptions
 
 
-class _Store:
+class WeightlessStore:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
 
@@ -31,7 +31,7 @@ def weightless_adapters(pool: BlockPool, names: Sequence[str]) -> AdapterManager
     """A manager of these adapters, all of which may run at once."""
     count = len(names)
     options = AdapterOptions(modules=tuple((name, name) for name in names), max_loras=count, max_cpu_loras=count)
-    manager = AdapterManager(_Store(count + 1), options, pool)
+    manager = AdapterManager(WeightlessStore(count + 1), options, pool)
     for name in names:
         adapter = manager.find(name)
         assert adapter is not None
