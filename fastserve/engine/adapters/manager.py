@@ -65,6 +65,10 @@ class AdapterStore(Protocol):
         """Maximum number of adapters on the device."""
         ...
 
+    def begin_reading(self) -> None:
+        """Called once by the thread that will read."""
+        ...
+
     def inspect(self, path: str) -> AdapterShape:
         """Read an adapter's shapes. Raises InvalidRequestError. Any thread may call it."""
         ...
@@ -154,7 +158,7 @@ class AdapterManager:
         self._on_host: OrderedDict[Adapter, None] = OrderedDict()
         self._num_distinct = 0
         """Adapters with running requests."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=store.begin_reading)
         self._asked_for: OrderedDict[Adapter, None] = OrderedDict()
         """Adapters to be read, in order."""
         self._reading: OrderedDict[Adapter, Future[Any]] = OrderedDict()

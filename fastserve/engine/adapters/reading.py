@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ from fastserve.engine.loading.lora.settings import AdapterSettings, read_setting
 from fastserve.engine.loading.lora.targets import AdapterTargets
 from fastserve.errors import InvalidRequestError, StartupError
 
+_GROUP_VALUES = 1 << 20
+"""Values of matrices that are packed at once."""
 MERGE_AT_START = "Serve it merged instead, with its folder as --model-path."
 
 
@@ -88,25 +92,55 @@ class AdapterReader:
             )
         changes = self._changes(path)
         parts = [self._empty(changes, rank) for rank in range(self._targets.num_ranks)]
-        at = [0] * len(parts)
-        for change in changes:
-            try:
-                a, b = change.parts.a.read().float(), change.parts.b.read().float() * change.scale
-            except (StartupError, OSError, ValueError, RuntimeError) as error:
-                raise InvalidRequestError(f"{change.parts.a.file} cannot be read: {error}") from error
-            for rank, part in enumerate(parts):
-                of_rank = self._targets.part(change.site.path, rank, a, b)
-                packed = pack_tiles(*of_rank, self._width, self._order).to(self._dtype)
-                if not bool(packed.isfinite().all()):
-                    raise InvalidRequestError(
-                        f"{change.parts.a.file}: {change.parts.a.name} or {change.parts.b.name} is not finite in the "
-                        "dtype of the model. Start with --dtype float32, or train the adapter again."
-                    )
-                begin, at[rank] = at[rank], at[rank] + len(packed)
-                part.tiles[begin : at[rank]] = packed
+        for rank, part in enumerate(parts):
+            begin = 0
+            for change in changes:
                 part.first_tile[change.site.index] = begin
                 part.rank_groups[change.site.index] = num_rank_groups(change.rank)
+                begin += self._num_tiles(change, rank)
+        for alike in self._alike(changes):
+            try:
+                pairs = [(change.parts.a.read(), change.parts.b.read().float() * change.scale) for change in alike]
+            except (StartupError, OSError, ValueError, RuntimeError) as error:
+                raise InvalidRequestError(f"{alike[0].parts.a.file} cannot be read: {error}") from error
+            for rank, part in enumerate(parts):
+                of_rank = [
+                    self._targets.part(change.site.path, rank, *pair) for change, pair in zip(alike, pairs, strict=True)
+                ]
+                a, b = (torch.stack(matrices).to(self._dtype) for matrices in zip(*of_rank, strict=True))
+                packed = pack_tiles(a, b, self._width, self._order)
+                for change, tiles in zip(alike, packed, strict=True):
+                    begin = part.first_tile[change.site.index]
+                    part.tiles[begin : begin + len(tiles)] = tiles
+        for rank, part in enumerate(parts):
+            self._require_finite(changes, rank, part)
         return parts
+
+    def _alike(self, changes: Sequence[_LowRank]) -> list[list[_LowRank]]:
+        """The changes in groups that can be packed by the same operations, and that are small enough to be held beside
+        their tiles."""
+        groups: dict[Any, list[list[_LowRank]]] = {}
+        for change in changes:
+            a, b = change.parts.a, change.parts.b
+            sizes = [self._targets.part_sizes(change.site.path, rank) for rank in range(self._targets.num_ranks)]
+            key = (change.rank, a.dtype, a.shape, b.shape, *sizes)
+            last = groups.setdefault(key, [[]])
+            if len(last[-1]) >= max(1, _GROUP_VALUES // (math.prod(a.shape) + math.prod(b.shape))):
+                last.append([])
+            last[-1].append(change)
+        return [group for split in groups.values() for group in split]
+
+    def _require_finite(self, changes: Sequence[_LowRank], rank: int, part: HostAdapter) -> None:
+        if _is_finite(part.tiles):
+            return
+        for change in changes:
+            begin = part.first_tile[change.site.index]
+            if not _is_finite(part.tiles[begin : begin + self._num_tiles(change, rank)]):
+                a, b = change.parts.a, change.parts.b
+                raise InvalidRequestError(
+                    f"{a.file}: {a.name} or {b.name} is not finite in the dtype of the model. Start with --dtype "
+                    "float32, or train the adapter again."
+                )
 
     def _empty(self, changes: Sequence[_LowRank], rank: int) -> HostAdapter:
         tables = (np.zeros(len(self._sites), dtype=np.int32) for _ in range(2))
@@ -115,9 +149,10 @@ class AdapterReader:
 
     def _count(self, changes: Sequence[_LowRank], rank: int) -> int:
         """Number of tiles of a rank's part."""
-        return sum(
-            num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width) for change in changes
-        )
+        return sum(self._num_tiles(change, rank) for change in changes)
+
+    def _num_tiles(self, change: _LowRank, rank: int) -> int:
+        return num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
 
     def _changes(self, path: str) -> list[_LowRank]:
         """In the order of the sites."""
@@ -193,6 +228,11 @@ class AdapterReader:
 
     def _may_be_an_expert(self, path: str) -> bool:
         return ".experts." in f".{path}."
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """By the least and greatest value, which a NaN would be: one pass without temporary tensors."""
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(values))
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
