@@ -23,6 +23,9 @@ from fastserve.engine.attention.backend import KVCache
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.lora import RecordedRows
 
+_STAGED_VALUES = 1 << 25
+"""Values of an adapter that are copied to the device at once."""
+
 
 class AdapterMemory:
     def __init__(
@@ -69,8 +72,7 @@ class AdapterMemory:
         if not self.shares_blocks:
             plane_bytes = self.tiles_per_plane * self.tile_size * dtype.itemsize
             self.planes_per_block = max(1, block_bytes // plane_bytes)
-        self._planes: list[list[torch.Tensor]] = [[] for _ in range(num_slots)]
-        """For each slot, the tiles of each plane: tensors of shape (tiles, values of a tile)."""
+        self._planes: list[_Planes | None] = [None] * num_slots
         self._addresses: list[torch.Tensor | None] = [None] * num_slots
         num_rows = max((site.index + site.num_experts for site in self.sites), default=0)
         most_experts = max((site.num_experts for site in self.sites), default=1)
@@ -115,17 +117,14 @@ class AdapterMemory:
 
     def place(self, slot: int, host: HostAdapter, block_ids: Sequence[int]) -> None:
         """Copy an adapter to the device, into `block_ids`."""
-        per_plane = self.tiles_per_plane
-        count = -(-len(host.tiles) // per_plane)
-        used = per_plane * self.tile_size
-        if self.shares_blocks:
-            planes = [layer[block_id, :used] for block_id in block_ids for layer in self._layers][:count]
-        else:
-            planes = list(torch.zeros((count, used), dtype=self.dtype, device=self._device))
-        planes = [plane.view(per_plane, self.tile_size) for plane in planes]
-        for plane, tiles in zip(planes, host.tiles.split(per_plane), strict=True):
-            plane[: len(tiles)].copy_(tiles, non_blocking=True)
-        addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(self._device)
+        count = -(-len(host.tiles) // self.tiles_per_plane)
+        layers, ids = self._layers, list(block_ids)
+        if not self.shares_blocks:
+            size = self.tiles_per_plane * self.tile_size
+            layers, ids = [torch.zeros((count, size), dtype=self.dtype, device=self._device)], list(range(count))
+        planes = _Planes(layers, ids, self.tiles_per_plane, self.tile_size)
+        planes.fill(host.tiles)
+        addresses = torch.from_numpy(planes.addresses()[:count]).to(self._device)
         self._planes[slot], self._addresses[slot] = planes, addresses
         experts = {
             site.index
@@ -141,7 +140,7 @@ class AdapterMemory:
         """Forget the adapter of a slot; its blocks may be used for other things."""
         self._rank_groups[:, slot] = 0
         self._table[:, slot] = 0
-        self._planes[slot], self._addresses[slot], self._of_slot[slot] = [], None, None
+        self._planes[slot] = self._addresses[slot] = self._of_slot[slot] = None
 
     def slots_of_experts(self, slots: npt.NDArray[np.int32], experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The slots in the tables of experts; NO_SLOT stays."""
@@ -157,14 +156,14 @@ class AdapterMemory:
     def matrices(self, site: Site, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A (rank, in) and B (out, rank) of a slot's adapter, or None if it does not change the layer."""
         expert, slot = divmod(slot, self.num_slots)
-        tables, row = self._of_slot[slot], site.index + expert
+        tables, planes, row = self._of_slot[slot], self._planes[slot], site.index + expert
         groups = 0 if tables is None else tables.rank_groups[row]
-        if tables is None or not groups:
+        if tables is None or planes is None or not groups:
             return None
         first, per_plane = tables.first_tile[row], self.tiles_per_plane
         end = first + num_tiles(groups * RANK_GROUP, site.in_size, site.out_size, self.width)
         begin = first // per_plane
-        tiles = torch.cat(self._planes[slot][begin : -(-end // per_plane)])
+        tiles = torch.cat(planes.tiles(range(begin, -(-end // per_plane))))
         return unpack_tiles(
             tiles[first - begin * per_plane :], groups, site.in_size, site.out_size, self.width, self.order
         )
@@ -213,6 +212,47 @@ class AdapterMemory:
         products = torch.bmm(torch.bmm(xs, all_a.transpose(1, 2)), all_b)
         for (of_adapter, _, _), product in zip(changed, products, strict=True):
             part.index_add_(0, of_adapter, product[: len(of_adapter)].to(part.dtype))
+
+
+class _Planes:
+    """The tiles of an adapter in its blocks: first those of a block's first plane, then of its second."""
+
+    def __init__(
+        self, layers: Sequence[torch.Tensor], block_ids: list[int], tiles_per_plane: int, tile_size: int
+    ) -> None:
+        """`layers`: planes of all blocks, (blocks, elements)."""
+        self._layers = [layer[:, : tiles_per_plane * tile_size] for layer in layers]
+        self._block_ids = block_ids
+        self._shape = (tiles_per_plane, tile_size)
+
+    def fill(self, tiles: torch.Tensor) -> None:
+        """Copy `tiles`, in as few operations as planes of a layer allow: this is done between two steps."""
+        per_plane, num_layers = self._shape[0], len(self._layers)
+        device = self._layers[0].device
+        ids = torch.tensor(self._block_ids).to(device)
+        num_whole = len(tiles) // (num_layers * per_plane)
+        num_staged = max(1, _STAGED_VALUES // (num_layers * self._layers[0].shape[1]))
+        for first in range(0, num_whole, num_staged):
+            last = min(first + num_staged, num_whole)
+            staged = tiles[first * num_layers * per_plane : last * num_layers * per_plane]
+            by_layer = staged.to(device, non_blocking=True).view(last - first, num_layers, -1)
+            for at, layer in enumerate(self._layers):
+                layer.index_copy_(0, ids[first:last], by_layer[:, at])
+        begin = num_whole * num_layers
+        for at in range(begin, -(-len(tiles) // per_plane)):
+            (plane,), part = self.tiles(range(at, at + 1)), tiles[at * per_plane : (at + 1) * per_plane]
+            plane[: len(part)].copy_(part, non_blocking=True)
+
+    def tiles(self, planes: range) -> list[torch.Tensor]:
+        """The tiles in each of these planes: (tiles, values of a tile)."""
+        count = len(self._layers)
+        return [self._layers[at % count][self._block_ids[at // count]].view(self._shape) for at in planes]
+
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Of each plane."""
+        begins = np.array([layer.data_ptr() for layer in self._layers], dtype=np.int64)
+        sizes = np.array([layer.stride(0) * layer.element_size() for layer in self._layers], dtype=np.int64)
+        return (begins + np.array(self._block_ids, dtype=np.int64)[:, None] * sizes).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,8 @@ from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import InvalidRequestError, StartupError
 
 _COMPARED_ROWS = 4096
+_GROUP_VALUES = 1 << 20
+"""Values of matrices that are packed at once."""
 MERGE_AT_START = "Serve it merged instead, with its folder as --model-path."
 
 
@@ -119,32 +123,31 @@ class AdapterReader:
             )
         changes, _ = self._changes(path)
         parts = [self._empty(changes, rank) for rank in range(self._targets.num_ranks)]
-        at = [0] * len(parts)
-        for change in changes:
-            try:
-                matrices = list(change.matrices())
-            except (StartupError, OSError, ValueError, RuntimeError) as error:
-                raise InvalidRequestError(f"{change.parts.a.file} cannot be read: {error}") from error
-            for rank, part in enumerate(parts):
-                own = self._own_experts(change, rank)
-                for expert, a, b in matrices:
-                    if expert not in own:
-                        continue
-                    packed = self._pack(change, *self._targets.part(change.site.path, rank, a, b))
-                    begin, at[rank] = at[rank], at[rank] + len(packed)
-                    part.tiles[begin : at[rank]] = packed
+        for rank, part in enumerate(parts):
+            begin = 0
+            for change in changes:
+                for expert in self._own_experts(change, rank):
                     part.first_tile[change.site.index + expert] = begin
                     part.rank_groups[change.site.index + expert] = num_rank_groups(change.rank)
+                    begin += self._num_tiles(change, rank)
+        for alike in self._alike(changes):
+            try:
+                matrices = [(change, *found) for change in alike for found in change.matrices()]
+            except (StartupError, OSError, ValueError, RuntimeError) as error:
+                raise InvalidRequestError(f"{alike[0].parts.a.file} cannot be read: {error}") from error
+            for rank, part in enumerate(parts):
+                own = [found for found in matrices if found[1] in self._own_experts(found[0], rank)]
+                if not own:
+                    continue
+                of_rank = [self._targets.part(change.site.path, rank, a, b) for change, _, a, b in own]
+                a, b = (torch.stack(found).to(self._dtype) for found in zip(*of_rank, strict=True))
+                packed = pack_tiles(a, b, self._width, self._order)
+                for (change, expert, _, _), tiles in zip(own, packed, strict=True):
+                    begin = part.first_tile[change.site.index + expert]
+                    part.tiles[begin : begin + len(tiles)] = tiles
+        for rank, part in enumerate(parts):
+            self._require_finite(changes, rank, part)
         return parts
-
-    def _pack(self, change: _LowRank, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        packed = pack_tiles(a, b, self._width, self._order).to(self._dtype)
-        if not bool(packed.isfinite().all()):
-            raise InvalidRequestError(
-                f"{change.parts.a.file}: {change.parts.a.name} or {change.parts.b.name} is not finite in the dtype of "
-                "the model. Start with --dtype float32, or train the adapter again."
-            )
-        return packed
 
     def _own_experts(self, change: _LowRank, rank: int) -> range:
         """Those that a rank has, of the experts that are changed."""
@@ -152,6 +155,35 @@ class AdapterReader:
             return change.experts
         own = self._targets.own_experts(change.site.path, rank)
         return range(max(own.start, change.experts.start), min(own.stop, change.experts.stop))
+
+    def _alike(self, changes: Sequence[_LowRank]) -> list[list[_LowRank]]:
+        """The changes in groups that can be packed by the same operations, and that are small enough to be held beside
+        their tiles."""
+        groups: dict[Any, list[list[_LowRank]]] = {}
+        for change in changes:
+            a, b = change.parts.a, change.parts.b
+            sizes = [self._targets.part_sizes(change.site.path, rank) for rank in range(self._targets.num_ranks)]
+            key = (change.rank, a.dtype, a.shape, b.shape, *sizes)
+            last = groups.setdefault(key, [[]])
+            if len(last[-1]) >= max(1, _GROUP_VALUES // (math.prod(a.shape) + math.prod(b.shape))):
+                last.append([])
+            last[-1].append(change)
+        return [group for split in groups.values() for group in split]
+
+    def _require_finite(self, changes: Sequence[_LowRank], rank: int, part: HostAdapter) -> None:
+        if _is_finite(part.tiles):
+            return
+        for change in changes:
+            own = self._own_experts(change, rank)
+            if not own:
+                continue
+            begin = part.first_tile[change.site.index + own.start]
+            if not _is_finite(part.tiles[begin : begin + self._num_tiles(change, rank) * len(own)]):
+                a, b = change.parts.a, change.parts.b
+                raise InvalidRequestError(
+                    f"{a.file}: {a.name} or {b.name} is not finite in the dtype of the model. Start with --dtype "
+                    "float32, or train the adapter again."
+                )
 
     def _empty(self, changes: Sequence[_LowRank], rank: int) -> HostAdapter:
         rows = sum(site.num_experts for site in self._sites.values())
@@ -161,11 +193,11 @@ class AdapterReader:
 
     def _count(self, changes: Sequence[_LowRank], rank: int) -> int:
         """Number of tiles of a rank's part."""
-        return sum(
-            num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
-            * len(self._own_experts(change, rank))
-            for change in changes
-        )
+        return sum(self._num_tiles(change, rank) * len(self._own_experts(change, rank)) for change in changes)
+
+    def _num_tiles(self, change: _LowRank, rank: int) -> int:
+        """Of one expert, where it has experts."""
+        return num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
 
     def _changes(self, path: str) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:
         """The low-rank changes in the order of the sites, and the base model's embedding and LM head where the file has
@@ -309,6 +341,11 @@ class AdapterReader:
                 "",
             )
         return _Place(f"{module}.{name}", (parts.path,), found.expert, False)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """By the least and greatest value, which a NaN would be: one pass without temporary tensors."""
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(values))
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:

@@ -27,6 +27,10 @@ class DeviceStore:
     def num_slots(self) -> int:
         return self._memory.num_slots
 
+    def begin_reading(self) -> None:
+        """Torch's threads of a second caller would wait for the cores of those that compute the step."""
+        torch.set_num_threads(1)
+
     def inspect(self, path: str) -> AdapterShape:
         return self._reader.inspect(path)
 
