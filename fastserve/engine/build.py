@@ -142,6 +142,7 @@ def build_core(
         eos_token_ids=loaded.eos_token_ids,
         num_parameters=loaded.weights.num_parameters,
         load_s=time.perf_counter() - begin,
+        num_ranks=collectives.size,
         fused_layers=_fused_layers(loaded, runner),
     )
     for layers in info.fused_layers:

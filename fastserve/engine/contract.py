@@ -117,6 +117,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     load_s: float
+    num_ranks: int = 1
+    """Processes that the model is divided over."""
     fused_layers: tuple[FusedLayers, ...] = ()
     """By kind. Shows when a new release of transformers keeps layers from being recognised."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fastserve.engine.weight_messages import FromDisk
 from fastserve.errors import FastserveError, InvalidRequestError
 
-from ..conftest import CONFIGS, TinyModels
+from tests.engine.conftest import CONFIGS, TinyModels
 from .driver import Serving, as_bytes, other_weights, same_answers
 
 FEW = ("llama", "qwen3_moe", "gpt2")
@@ -55,7 +55,7 @@ def test_weights_are_quantized_anew(
     from fastserve.engine.settings import WeightOptions
 
     new = other_weights(CONFIGS["llama"], tmp_path / "new")
-    settings: dict[str, Any] = {"weights": WeightOptions(quantize=quantize)}  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"weights": WeightOptions(quantize=quantize)}
     fresh = Serving(new, **settings)
     updated = Serving(tiny_models.path("llama"), **settings)
     updated.update(FromDisk(str(new)))
