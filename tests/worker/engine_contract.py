@@ -380,7 +380,7 @@ class EngineContract:
         async with generating(engine, max_tokens=100) as tasks:
             with pytest.raises(
                 UnsupportedParameterError,
-                match=r"no call CallThatNoEngineKnows; it has ListAdapters, LoadAdapter, Pause, ",
+                match=r"no call CallThatNoEngineKnows; it has CheckWeights, FinishWeightUpdate, GetWeight, ",
             ):
                 await engine.call(CallThatNoEngineKnows())
             with pytest.raises(ConflictError, match="no profile was started"):

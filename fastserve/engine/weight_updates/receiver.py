@@ -41,6 +41,7 @@ from fastserve.errors import (
     FastserveError,
     InternalError,
     InvalidRequestError,
+    ShortageError,
     StartupError,
     UnsupportedCapabilityError,
     WeightGroupNotFoundError,
@@ -128,6 +129,9 @@ class LocalReceiver:
         self._drop(name)
         return GroupState(True, "left the group")
 
+    def has_group(self, name: str) -> bool:
+        return self._groups.get(name) is not None
+
     def _find(self, name: str) -> WeightGroup:
         group = self._groups.get(name)
         if group is None:
@@ -154,6 +158,20 @@ class LocalReceiver:
             self._staged = StagedWeights(self._names, is_direct=is_direct)
         staged = self._staged
         return _in_thread(lambda: self._receive(source, staged, is_direct=is_direct))
+
+    def prepare(self, source: WeightSource) -> None:
+        """Check what is announced without receiving it. Raises ShortageError when there is no memory for a copy."""
+        self._require_changeable()
+        items = None
+        if isinstance(source, FromGroup):
+            self._find(source.group_name)
+            items = self._names.check(source.tensors)
+        try:
+            self._require_memory(items, is_direct=False)
+        except NeedsWindowError:
+            raise ShortageError(
+                "There is no memory for a second copy of the weights, which an update of a model on several ranks needs."
+            ) from None
 
     def commit(self) -> None:
         """Put what has been received in place. No step may be in flight."""
@@ -186,9 +204,10 @@ class LocalReceiver:
         total_s = time.perf_counter() - begin
         return received + Received(load_s=staged.load_s - load_s, total_s=total_s)
 
-    def _require_memory(self, items: Sequence[Incoming], *, is_direct: bool) -> None:
-        targets = {item.place.target for item in items}
+    def _require_memory(self, items: Sequence[Incoming] | None, *, is_direct: bool) -> None:
+        """`items`: those that are received; None: all."""
         table = self._names.table
+        targets = table.names() if items is None else {item.place.target for item in items}
         needed = sum(table.shape(target).numel() * table.dtype(target).itemsize for target in targets) + _SPARE_BYTES
         if not is_direct and needed > self._free_bytes():
             raise NeedsWindowError

@@ -63,7 +63,11 @@ class Incoming:
 class WeightNames:
     """Finds the places of tensors, by the names of checkpoints and of the model."""
 
-    def __init__(self, table: WeightTable, conversion: Conversion | None, model: Any) -> None:
+    def __init__(
+        self, table: WeightTable, conversion: Conversion | None, model: Any, *, is_divided: bool = False
+    ) -> None:
+        """`is_divided`: this is one of several ranks, which cannot read whole weights in a thread."""
+        self._is_divided = is_divided
         self.table = table
         self.model = model
         self._conversion = conversion
@@ -98,7 +102,24 @@ class WeightNames:
             twice = next(spec.name for spec in tensors if [other.name for other in tensors].count(spec.name) > 1)
             raise InvalidRequestError(f"The weight {_shown(twice)} is named twice. Send each once.", param="names")
         self._check_rules(found)
+        if self._is_divided:
+            self._require_whole_stacks(found)
         return found
+
+    def _require_whole_stacks(self, tensors: Iterable[Incoming]) -> None:
+        counts: dict[str, int] = defaultdict(int)
+        for item in tensors:
+            if item.place.stack is not None:
+                counts[item.place.target] += 1
+                needed = self.table.shape(item.place.target)[0] * item.place.stack[2]
+                counts[item.place.target] -= needed if counts[item.place.target] == needed else 0
+        partial = next((target for target, count in counts.items() if count), None)
+        if partial is not None:
+            raise InvalidRequestError(
+                f"Only some of the experts of {partial} are there. Send all of a layer's in one update, because this "
+                "model is divided over ranks.",
+                param="names",
+            )
 
     def _check(self, spec: TensorSpec, *, converts: bool) -> Incoming:
         place = self.find(spec.name)

@@ -193,7 +193,7 @@ def test_a_trainer_that_does_not_come_costs_a_time_out_while_requests_are_served
     joining = serving.core.updates.join(settings(free_port(), "alone", timeout_s=1.0))
     assert serving.ask([3, 4]).finish_reason == "length"
     assert not joining.done()
-    with pytest.raises(EngineTimeoutError, match="did not form at 127.0.0.1"):
+    with pytest.raises(EngineTimeoutError, match=r"did not form at 127\.0\.0\.1"):
         serving.wait(joining)
     with pytest.raises(WeightGroupNotFoundError):
         serving.core.updates.leave("alone")
@@ -234,7 +234,7 @@ def test_a_trainer_joins_again_after_one_that_died(serving: Serving, trainer: Tr
 
 def test_an_address_that_cannot_be_is_named(serving: Serving) -> None:
     nowhere = GroupSettings("g", "no.such.host.invalid", 1, 1, 2, "gloo", 5.0, False)
-    with pytest.raises(InvalidRequestError, match="no.such.host.invalid"):
+    with pytest.raises(InvalidRequestError, match=r"no\.such\.host"):
         serving.wait(serving.core.updates.join(nowhere))
     nccl = GroupSettings("g", "127.0.0.1", 1, 1, 2, "nccl", 5.0, False)
     with pytest.raises(InvalidRequestError, match="give gloo"):
