@@ -170,7 +170,8 @@ class LocalReceiver:
             self._require_memory(items, is_direct=False)
         except NeedsWindowError:
             raise ShortageError(
-                "There is no memory for a second copy of the weights, which an update of a model on several ranks needs."
+                "There is no memory for a second copy of the weights, which an update of a model on several ranks "
+                "needs."
             ) from None
 
     def commit(self) -> None:

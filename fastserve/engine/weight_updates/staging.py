@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,13 +107,10 @@ class WeightNames:
         return found
 
     def _require_whole_stacks(self, tensors: Iterable[Incoming]) -> None:
-        counts: dict[str, int] = defaultdict(int)
-        for item in tensors:
-            if item.place.stack is not None:
-                counts[item.place.target] += 1
-                needed = self.table.shape(item.place.target)[0] * item.place.stack[2]
-                counts[item.place.target] -= needed if counts[item.place.target] == needed else 0
-        partial = next((target for target, count in counts.items() if count), None)
+        stacks = [item.place for item in tensors if item.place.stack is not None]
+        counts = Counter(place.target for place in stacks)
+        parts = {place.target: place.stack[2] for place in stacks if place.stack is not None}
+        partial = next((one for one in counts if counts[one] < self.table.shape(one)[0] * parts[one]), None)
         if partial is not None:
             raise InvalidRequestError(
                 f"Only some of the experts of {partial} are there. Send all of a layer's in one update, because this "

@@ -25,9 +25,9 @@ PROMPTS = ([3, 4, 5, 6, 7], [9, 8, 7], [11] * 20)
 class Serving:
     """Owns a core; collects what each request got."""
 
-    def __init__(self, path: str | Path, **settings: Any) -> None:
+    def __init__(self, path: str | Path, *, make: Callable[[EngineConfig], EngineCore] | None = None, **settings: Any):
         config = EngineConfig(model_dir=str(path), device="cpu", dtype="float32", max_total_tokens=1024, **settings)
-        self.core: EngineCore = build_core(config, lambda *_: None)
+        self.core: EngineCore = build_core(config, lambda *_: None) if make is None else make(config)
         self.answers: dict[str, RequestOutput] = {}
         self._number = 0
 
