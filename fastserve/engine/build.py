@@ -45,15 +45,19 @@ from fastserve.engine.speculation.speculator import PlaceholderProposer, Specula
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.engine.spread import Spread, read_gpu_memory
+from fastserve.engine.updating import WeightReceiver
 from fastserve.engine.weight_updates.checker import Checker
 from fastserve.engine.weight_updates.ranked import RankedReceiver
 from fastserve.engine.weight_updates.receiver import LocalReceiver
 from fastserve.engine.weight_updates.staging import WeightNames
-from fastserve.engine.weight_updates.updates import WeightReceiver
 from fastserve.errors import StartupError
 from fastserve.options import check_ranges
 
 logger = logging.getLogger(__name__)
+
+_SMALL_UPDATE_BYTES = 16 << 20
+_TRANSFER_BYTES = 128 << 20
+"""Memory that a weight update takes beside the copy of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +183,15 @@ def _make_receiver(
     config: EngineConfig, loaded: LoadedModel, names: WeightNames, collectives: Collectives
 ) -> LocalReceiver:
     device = device_of(loaded.device)
+
+    def has_room(num_bytes: int) -> bool:
+        # Measuring free memory takes as long as a small update.
+        return num_bytes <= _SMALL_UPDATE_BYTES or num_bytes + _TRANSFER_BYTES <= device.free_memory().num_bytes
+
     return LocalReceiver(
         names,
         loaded.device,
-        free_bytes=lambda: device.free_memory().num_bytes,
+        has_room=has_room,
         rank=collectives.rank,
         fixed=_why_fixed(config, loaded),
     )

@@ -40,6 +40,7 @@ from fastserve.engine.contract import (
     TokenLogprob,
 )
 from fastserve.engine.pausing import Pausing
+from fastserve.engine.updating import WeightUpdates
 from fastserve.engine.weight_messages import (
     DEFAULT_VERSION,
     FromDisk,
@@ -50,7 +51,6 @@ from fastserve.engine.weight_messages import (
     WeightSource,
     WeightValues,
 )
-from fastserve.engine.weight_updates.updates import WeightUpdates
 from fastserve.errors import (
     ConflictError,
     EngineDeadError,
