@@ -56,6 +56,10 @@ from fastserve.options import check_ranges
 logger = logging.getLogger(__name__)
 
 _SMALL_UPDATE_BYTES = 16 << 20
+_DRAFT_MODEL_STAYS = (
+    "The draft model keeps its weights: the further the updated model moves away from it, the fewer of its drafts are "
+    "accepted."
+)
 _TRANSFER_BYTES = 128 << 20
 """Memory that a weight update takes beside the copy of the weights."""
 
@@ -104,7 +108,7 @@ def build_rank(
     runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
     speed = _measure(runner, sizes.num_blocks, config)
     names = WeightNames(loaded.weights, loaded.conversion, loaded.model, is_divided=collectives.size > 1)
-    receiver = _make_receiver(config, loaded, names, collectives)
+    receiver = _make_receiver(config, loaded, names, collectives, has_draft_model=draft is not None)
     return RankModel(loaded, draft, sizes, runner, speed, names, receiver)
 
 
@@ -180,7 +184,12 @@ def build_core(
 
 
 def _make_receiver(
-    config: EngineConfig, loaded: LoadedModel, names: WeightNames, collectives: Collectives
+    config: EngineConfig,
+    loaded: LoadedModel,
+    names: WeightNames,
+    collectives: Collectives,
+    *,
+    has_draft_model: bool,
 ) -> LocalReceiver:
     device = device_of(loaded.device)
 
@@ -194,6 +203,7 @@ def _make_receiver(
         has_room=has_room,
         rank=collectives.rank,
         fixed=_why_fixed(config, loaded),
+        note=_DRAFT_MODEL_STAYS if has_draft_model else None,
     )
 
 

@@ -54,7 +54,7 @@ async def test_a_trainer_updates_a_serving_worker_and_joins_again_after_it_died(
                     return response.status == 200
 
             async with asyncio.timeout(60):
-                while not await is_ready():
+                while not await is_ready():  # noqa: ASYNC110  it has no event for this
                     await asyncio.sleep(0.1)
             _, before = await post("/v1/completions", QUESTION)
             _, checked = await post("/weights_checker", {"action": "checksum"})

@@ -78,14 +78,16 @@ class LocalReceiver:
         has_room: Callable[[int], bool],
         rank: int = 0,
         fixed: str | None = None,
+        note: str | None = None,
     ) -> None:
         """`has_room`: whether there is memory for a copy of so many bytes. `fixed`: why these weights cannot be
-        replaced."""
+        replaced. `note`: logged when they are for the first time."""
         self._names = names
         self._device = device
         self._has_room = has_room
         self._rank = rank
         self._fixed = fixed
+        self._note = note
         self._groups: dict[str, WeightGroup | None] = {}
         """None: being joined."""
         self._staged: StagedWeights | None = None
@@ -182,6 +184,9 @@ class LocalReceiver:
         if self._staged is not None:
             self._staged.commit()
         self._staged = None
+        if self._note is not None:
+            logger.warning("%s", self._note)
+            self._note = None
 
     def discard(self) -> None:
         """Forget what has been received. Called when no transfer runs."""
