@@ -84,8 +84,8 @@ class History:
         self.updates: list[tuple[str, Future[WeightUpdate]]] = []
         self.pauses: list[Future[Any]] = []
         receiver: Any = serving.core.updates._receiver
+        self.has_room: bool = True
         receiver._has_room = lambda num_bytes: self.has_room
-        self.has_room = True
         serving.answers.clear()
 
     def run(self, num_actions: int) -> None:
