@@ -522,7 +522,6 @@ class FakeEngine:
             version = self._scheduler.weight_version
             if version not in sequence.weight_versions[-1:]:
                 sequence.weight_versions.append(version)
-            if output.finish_reason is not None:
                 output.weight_versions = tuple(sequence.weight_versions)
             self._counters.generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:

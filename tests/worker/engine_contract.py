@@ -76,7 +76,7 @@ async def run(engine: Engine, engine_request: EngineRequest, whole: RequestOutpu
             assert whole.finish_reason is None, "nothing may follow the last output"
             whole.token_ids += output.token_ids
             whole.finish_reason = output.finish_reason
-            whole.weight_versions = output.weight_versions
+            whole.weight_versions = output.weight_versions or whole.weight_versions
             whole.num_cached_tokens = max(whole.num_cached_tokens, output.num_cached_tokens)
             if output.logprobs is not None:
                 whole.logprobs = (whole.logprobs or []) + output.logprobs
@@ -410,9 +410,9 @@ class EngineContract:
             await engine.call(StartWeightUpdate(UpdateOptions(mode, new)))
             update = await engine.call(FinishWeightUpdate())
             assert (update.success, update.weight_version) == (True, new)
-            if mode == "abort":
-                assert update.num_aborted == sum((await task).finish_reason == "abort" for task in tasks)
-            for answer in await asyncio.gather(*tasks):
+            answers = await asyncio.gather(*tasks)
+            assert update.num_aborted == sum(answer.finish_reason == "abort" for answer in answers)
+            for answer in answers:
                 if answer.finish_reason == "length":  # it may have ended before the update
                     assert answer.weight_versions in ({(old,)} if mode in ("drain", "abort") else {(old,), (old, new)})
         assert engine.stats.weight_version == new

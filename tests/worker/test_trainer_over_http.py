@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastserve.demo import demo_model_path
-from tests.engine.weight_updates.test_groups import Trainer, free_port
+from tests.engine.weight_updates.trainer_process import Trainer, free_port
 from tests.worker.conftest import until
 from tests.worker.test_model_worker_process import Process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,38 @@ async def test_an_update_waits_for_running_requests_or_ends_them(worker: Running
         assert worker.engine.stats.num_running == (body == {"mode": "retract"})
         assert (await runs)[0] == expected
         await worker.idle()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_an_answer_of_two_versions_says_so(worker: Running, path: str) -> None:
+    prompt: dict[str, Any] = {"prompt": "one"}
+    if "chat" in path:
+        prompt = {"messages": [{"role": "user", "content": "one"}]}
+    body = {"model": MODEL, "max_tokens": 150, **prompt}
+
+    async def choice(stream: bool, mode: str) -> dict[str, Any]:
+        asked = asyncio.create_task(ask(stream))
+        await until(lambda: worker.engine.stats.num_running == 1 and worker.engine.stats.generated_tokens)
+        await asyncio.sleep(0.02)
+        old = worker.engine.stats.weight_version
+        _, answer = await worker.post("/update_weights_from_disk", {"model_path": "/x", "mode": mode})
+        found = await asked
+        await worker.idle()
+        expected = {"weight_versions": [old, answer["weight_version"]]} if mode == "retract" else {}
+        assert {name: value for name, value in found.items() if name == "weight_versions"} == expected
+        return found
+
+    async def ask(stream: bool) -> dict[str, Any]:
+        async with worker.http.post(worker.url + path, json=body | {"stream": stream}) as response:
+            text = await response.text()
+        if not stream:
+            return dict(json.loads(text)["choices"][0])
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        return dict(chunks[-1]["choices"][0])
+
+    for stream in (False, True):
+        for mode in ("retract", "drain"):
+            assert (await choice(stream, mode))["finish_reason"] == "length"
 
 
 async def test_generation_is_paused_and_continued_as_sglang_does(worker: Running) -> None:

@@ -210,6 +210,8 @@ class LocalReceiver:
                 received = self._from_bytes(source, staged, is_direct=is_direct)
             case FromDisk():
                 received = self._from_disk(source, staged, is_direct=is_direct)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the engine's thread puts in place what is there by now
         total_s = time.perf_counter() - begin
         return received + Received(load_s=staged.load_s - load_s, total_s=total_s)
 

@@ -39,7 +39,7 @@ class Serving:
             assert known.finish_reason is None, "nothing may follow the last output"
             known.token_ids += output.token_ids
             known.finish_reason, known.error_kind = output.finish_reason, output.error_kind
-            known.weight_versions = output.weight_versions
+            known.weight_versions = output.weight_versions or known.weight_versions
             known.num_cached_tokens = max(known.num_cached_tokens, output.num_cached_tokens)
             if output.logprobs is not None:
                 known.logprobs = (known.logprobs or []) + output.logprobs

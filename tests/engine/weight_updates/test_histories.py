@@ -73,6 +73,9 @@ def serving(weights: Weights) -> Serving:
 
 
 class History:
+    has_room = True
+    """Whether there is memory for a second copy of the weights."""
+
     def __init__(self, serving: Serving, weights: Weights, seed: int) -> None:
         self.serving = serving
         self.weights = weights
@@ -84,7 +87,6 @@ class History:
         self.updates: list[tuple[str, Future[WeightUpdate]]] = []
         self.pauses: list[Future[Any]] = []
         receiver: Any = serving.core.updates._receiver
-        self.has_room: bool = True
         receiver._has_room = lambda num_bytes: self.has_room
         serving.answers.clear()
 
@@ -214,7 +216,7 @@ def test_modes_treat_running_requests_as_they_say(serving: Serving, weights: Wei
         ("drain", ("length", ("A",))),
         ("retract", ("length", ("A", "B"))),
         ("in_place", ("length", ("A", "B"))),
-        ("abort", ("abort", ())),
+        ("abort", ("abort", ("A",))),
     ):
         begun = serving.add([3, 4, 5], max_tokens=30)
         serving.until(lambda begun=begun: begun in serving.answers)  # type: ignore[misc]

@@ -22,7 +22,8 @@ from fastserve.errors import InvalidRequestError
 from tests.engine.conftest import CONFIGS, TinyModels
 
 from .driver import PROMPTS, Serving, as_bytes, other_weights
-from .test_groups import Trainer, announced, free_port
+from .test_groups import announced
+from .trainer_process import Trainer, free_port
 
 
 def check(serving: Serving, trainer: Trainer, new: Path, old: Path) -> None:
@@ -51,6 +52,8 @@ def check(serving: Serving, trainer: Trainer, new: Path, old: Path) -> None:
     trainer.answer()
     is_like(old)
     serving.core.updates.leave("ranks")
+    trainer.begin("leave", name="ranks")
+    trainer.answer()
     serving.update(FromDisk(str(new)))
     is_like(new)
     stored = load_file(old / "model.safetensors")
@@ -64,7 +67,7 @@ def check(serving: Serving, trainer: Trainer, new: Path, old: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_all_ranks_take_their_parts_together(
-    tiny_models: TinyModels, tmp_path: Path, no_start_check: None, name: str
+    tiny_models: TinyModels, tmp_path: Path, no_start_check: None, trainer: Trainer, name: str
 ) -> None:
     old = Path(tiny_models.path(name))
     new = other_weights(CONFIGS[name], tmp_path / "new")
@@ -82,11 +85,9 @@ def test_all_ranks_take_their_parts_together(
             model = build_rank(config, lambda *_: None, LOGITS_PROCESSORS, collectives)
             follow(collectives, model, lambda: msgspec.msgpack.decode(commands.get(timeout=20), type=RankCommand))
             return
-        trainer = Trainer()
         try:
             check(Serving(old, make=make), trainer, new, old)
         finally:
             commands.put(msgspec.msgpack.encode(EndRank()))
-            trainer.end()
 
     run_ranks(2, run_rank)
