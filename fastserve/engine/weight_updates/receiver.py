@@ -159,9 +159,9 @@ class LocalReceiver:
         self._require_changeable()
         if isinstance(source, FromGroup):
             self._find(source.group_name)
-        if self._staged is None or is_direct:
-            self._staged = StagedWeights(self._names, is_direct=is_direct)
-        staged = self._staged
+        staged = self._staged = self._staged or StagedWeights(self._names)
+        if is_direct:
+            staged.write_directly()
         return self._thread.run(lambda: self._receive(source, staged, is_direct=is_direct))
 
     def prepare(self, source: WeightSource) -> None:

@@ -216,16 +216,21 @@ class _Pieces:
 class StagedWeights:
     """New weights beside those that compute, until they take their place. One thread at a time may use it."""
 
-    def __init__(self, names: WeightNames, *, is_direct: bool = False) -> None:
-        """`is_direct`: write into the weights that compute, for want of memory. No step may run meanwhile."""
+    def __init__(self, names: WeightNames) -> None:
         self._names = names
-        self._is_direct = is_direct
+        self._is_direct = False
         self._memo: Memo = {}
         self._copies: dict[WeightSlot, WeightSlot] = {}
         self._pieces: dict[str, _Pieces] = {}
         self.arrived: set[str] = set()
         """The model's weights that are there whole."""
         self.load_s = 0.0
+
+    def write_directly(self) -> None:
+        """Put in place what is here and, for want of memory, what is added from now on. No step may run until all has
+        come."""
+        self.commit()
+        self._is_direct = True
 
     def expect(self, tensors: Sequence[Incoming]) -> None:
         """Called before the tensors of a transfer are added."""

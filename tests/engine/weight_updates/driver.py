@@ -27,8 +27,8 @@ class Serving:
 
     def __init__(self, path: str | Path, *, make: Callable[[EngineConfig], EngineCore] | None = None, **settings: Any):
         # Drafts come as measured speeds say, and the last bits of logits depend on the size of a step.
-        settings = {"max_total_tokens": 1024, "speculative_method": "off"} | settings
-        config = EngineConfig(model_dir=str(path), device="cpu", dtype="float32", **settings)
+        chosen: dict[str, Any] = {"max_total_tokens": 1024, "speculative_method": "off"} | settings
+        config = EngineConfig(model_dir=str(path), device="cpu", dtype="float32", **chosen)
         self.core: EngineCore = build_core(config, lambda *_: None) if make is None else make(config)
         self.answers: dict[str, RequestOutput] = {}
         self._number = 0
