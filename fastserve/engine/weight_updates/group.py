@@ -69,7 +69,7 @@ class WeightGroup:
         except RuntimeError as error:  # torch's errors of stores and groups, time-outs among them
             raise EngineTimeoutError(
                 f"The group {printable(settings.group_name)} of {settings.world_size} members did not form at {where} "
-                f"within {settings.timeout_s:g} s: start the trainer with the same address, port, world_size and "
+                f"(time-out: {settings.timeout_s:g} s): start the trainer with the same address, port, world_size and "
                 f"group_name. torch says: {_first_line(error)}"
             ) from error
         return cls(settings, rank, store, group, device if settings.backend == "nccl" else torch.device("cpu"))

@@ -162,7 +162,12 @@ class LocalReceiver:
         staged = self._staged = self._staged or StagedWeights(self._names)
         if is_direct:
             staged.write_directly()
-        return self._thread.run(lambda: self._receive(source, staged, is_direct=is_direct))
+
+        def receive() -> Received:
+            with torch.no_grad():
+                return self._receive(source, staged, is_direct=is_direct)
+
+        return self._thread.run(receive)
 
     def prepare(self, source: WeightSource) -> None:
         """Check what is announced without receiving it. Raises ShortageError when there is no memory for a copy."""

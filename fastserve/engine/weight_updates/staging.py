@@ -241,9 +241,9 @@ class StagedWeights:
         self._pieces = {target: _Pieces(count) for target, count in counts.items()}
 
     def add(self, item: Incoming, value: torch.Tensor) -> None:
+        """Called without gradients."""
         begin = time.perf_counter()
-        with torch.no_grad():
-            self._add(item, value)
+        self._add(item, value)
         self.load_s += time.perf_counter() - begin
 
     def _add(self, item: Incoming, value: torch.Tensor) -> None:

@@ -190,6 +190,8 @@ def test_a_trainer_that_goes_away_halfway_changes_nothing_and_another_can_come(
     assert serving.update(FromGroup("mortal", announced(new, ["model.norm.weight"]))).success
     trainer.answer()
     serving.core.updates.leave("mortal")
+    trainer.begin("leave", name="mortal")
+    trainer.answer()
 
 
 def test_an_address_that_cannot_be_is_named(serving: Serving) -> None:
