@@ -32,7 +32,7 @@ class WeightGroup:
         self.settings = settings
         self.device = device
         """Where tensors are received."""
-        self._rank = rank
+        self.rank = rank
         self._store = store
         self._group = group
 
@@ -88,8 +88,11 @@ class WeightGroup:
         options = dist.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
+        group = self._group
         try:
-            return Broadcast(self, self._group.broadcast([tensor], options))
+            if group is None:
+                raise RuntimeError("this member has left the group")
+            return Broadcast(self, group.broadcast([tensor], options))
         except RuntimeError as error:
             raise self._lost(error) from error
 

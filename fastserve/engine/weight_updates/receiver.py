@@ -220,12 +220,12 @@ class LocalReceiver:
         total_s = time.perf_counter() - begin
         return received + Received(load_s=staged.load_s - load_s, total_s=total_s)
 
-    def _require_memory(self, items: Sequence[Incoming] | None, *, is_direct: bool) -> None:
-        """`items`: those that are received; None: all."""
+    def _require_memory(self, items: Sequence[Incoming] | None, *, is_direct: bool, transfer_bytes: int = 0) -> None:
+        """`items`: those that are received; None: all. `transfer_bytes`: needed beside their copy."""
         table = self._names.table
         targets = table.names() if items is None else {item.place.target for item in items}
         needed = sum(table.shape(target).numel() * table.dtype(target).itemsize for target in targets)
-        if not is_direct and not self._has_room(needed):
+        if not is_direct and not self._has_room(needed + transfer_bytes):
             raise NeedsWindowError
 
     def _from_group(self, source: FromGroup, staged: StagedWeights, *, is_direct: bool) -> Received:
@@ -233,14 +233,17 @@ class LocalReceiver:
         if len(source.tensors) > MAX_UPDATED_TENSORS:
             raise InvalidRequestError(f"names: at most {MAX_UPDATED_TENSORS} tensors can be sent in one call.")
         group = self._find(source.group_name)
-        if not 0 <= source.root < group.settings.world_size:
+        if source.root == group.rank or not 0 <= source.root < group.settings.world_size:
             raise InvalidRequestError(
-                f"src: {source.root} is no rank of the group's {group.settings.world_size}.", param="src"
+                f"src: {source.root} is not the rank of another member; the group has {group.settings.world_size}, and "
+                f"this one is {group.rank}.",
+                param="src",
             )
         items = self._names.check(source.tensors)
-        self._require_memory(items, is_direct=is_direct)
-        staged.expect(items)
         waiting = deque(_buckets(items, source.bucket_bytes))
+        largest = max((sum(item.num_bytes for item in bucket) for bucket in waiting), default=0)
+        self._require_memory(items, is_direct=is_direct, transfer_bytes=largest)
+        staged.expect(items)
         num_buckets, is_bucket = len(waiting), source.bucket_bytes is not None
         in_flight: deque[_Bucket] = deque()
         ahead = 0

@@ -124,6 +124,9 @@ def test_what_is_announced_is_checked_before_the_first_byte(serving: Serving, tr
     ):
         with pytest.raises(InvalidRequestError, match=words):
             serving.update(FromGroup("checked", [spec, *good[1:]]))
+    for root in (1, 2):
+        with pytest.raises(InvalidRequestError, match="is not the rank of another member"):
+            serving.update(FromGroup("checked", good, root))
     assert serving.checksum() == before
     # Nothing was received, so the trainer's first broadcast is still the next one.
     trainer.begin("broadcast", folder=str(new), names=[spec.name for spec in good], name="checked")
