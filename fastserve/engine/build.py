@@ -45,6 +45,9 @@ from fastserve.engine.speculation.speculator import PlaceholderProposer, Specula
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.engine.spread import Spread, read_gpu_memory
+from fastserve.engine.weight_updates.checker import Checker
+from fastserve.engine.weight_updates.receiver import LocalReceiver
+from fastserve.engine.weight_updates.staging import WeightNames
 from fastserve.errors import StartupError
 from fastserve.options import check_ranges
 
@@ -127,6 +130,7 @@ def build_core(
     if model.draft is not None:
         draft_model = _make_draft_model(config, model.draft, sizes, processors, loaded)
         executor = DraftingExecutor(draft_model, executor)
+    names = WeightNames(loaded.weights, loaded.conversion, loaded.model)
     info = EngineInfo(
         architecture=type(loaded.model).__name__,
         device=", ".join(map(str, loaded.devices)),
@@ -138,6 +142,7 @@ def build_core(
         eos_token_ids=loaded.eos_token_ids,
         num_parameters=loaded.weights.num_parameters,
         load_s=time.perf_counter() - begin,
+        num_ranks=collectives.size,
         fused_layers=_fused_layers(loaded, runner),
     )
     for layers in info.fused_layers:
@@ -156,7 +161,39 @@ def build_core(
         overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
         weights=weights,
         make_adapters=_adapters_maker(config, loaded, runner, send_to_ranks),
+        receiver=make_receiver(config, loaded, names, collectives),
+        checker=Checker(weights, names),
     )
+
+
+def make_receiver(
+    config: EngineConfig, loaded: LoadedModel, names: WeightNames, collectives: Collectives
+) -> LocalReceiver:
+    """What receives this rank's part of new weights."""
+    device = device_of(loaded.device)
+    return LocalReceiver(
+        names,
+        loaded.device,
+        free_bytes=lambda: device.free_memory().num_bytes,
+        rank=collectives.rank,
+        fixed=_why_fixed(config, loaded),
+    )
+
+
+def _why_fixed(config: EngineConfig, loaded: LoadedModel) -> str | None:
+    """Why the weights of this model cannot be replaced while it serves; None: they can."""
+    if loaded.stored_format is not None:
+        return (
+            f"The weights of this worker are those of a {loaded.stored_format} checkpoint, which cannot be replaced "
+            "while it serves: start it with the unquantized checkpoint, and with --load-8bit or --load-4bit to have "
+            "its weights quantized anew with each update."
+        )
+    if config.tp_size > 1 and config.weights.quantize is not None:
+        return (
+            "Weights that are quantized while they are loaded cannot be replaced where they are divided over ranks: "
+            "leave out --load-8bit and --load-4bit, or --tp-size."
+        )
+    return None
 
 
 def _load(

@@ -100,20 +100,23 @@ class EngineLoop:
             weights=core.weights,
             profiler=profiler,
             adapters=core.adapters,
+            updates=core.updates,
             send_outputs=self._outputs.extend,
             announce=lambda max_silence_s: self._send(Busy(max_silence_s)),
         )
         self._calls = CallDispatcher(handlers, context)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(core.wakeup, zmq.POLLIN)
 
     def run(self) -> None:
         """Run until Shutdown. Raises what a step raises: the runner's state is then unknown, so the process must end;
         the worker fails its requests and starts it again."""
         while self._take_commands():
+            self._outputs += self._core.update()
             if self._core.has_work:
                 self._outputs += self._core.step()
                 self._profiler.step_done()
-            else:
-                self._core.adapters.update()
             self._report()
             self._core.pausing.update()
         self._profiler.close()
@@ -122,8 +125,9 @@ class EngineLoop:
         """Handle all commands received so far; wait for one only when there is nothing else to do. False: Shutdown."""
         busy = self._core.has_work or self._outputs
         wait_s = _READING_WAIT_S if self._core.adapters.is_busy else _IDLE_REPORT_S
-        if not busy and not self._socket.poll(int(wait_s * 1000)):
-            return True
+        if not busy:
+            self._poller.poll(int(wait_s * 1000))
+            self._core.wakeup.clear()
         while True:
             try:
                 command = self._decode(self._socket.recv(zmq.NOBLOCK))

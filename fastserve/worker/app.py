@@ -27,7 +27,7 @@ from fastserve.access.key_files import reloading
 from fastserve.access.service import guard_client_service, guard_cluster_service, load_access
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine, EngineInfo
-from fastserve.errors import StartupError
+from fastserve.errors import StartupError, WeightsIncompleteError
 from fastserve.observability.metrics import CONTENT_TYPE
 from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
@@ -38,7 +38,15 @@ from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes, slora_routes
+from fastserve.worker import (
+    adapter_routes,
+    admin_routes,
+    fastchat_routes,
+    openai_routes,
+    rtp_llm_routes,
+    slora_routes,
+    weight_routes,
+)
 from fastserve.worker.adapter_source import Adapter, find_root
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
@@ -122,6 +130,8 @@ class ModelWorker:
         app.include_router(slora_routes.router)
         app.include_router(admin_routes.router)
         app.include_router(adapter_routes.admin_router)
+        app.include_router(weight_routes.admin_router)
+        app.include_router(weight_routes.router)
         app.include_router(adapter_routes.router)
         app.add_api_route("/health", _health, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"])
@@ -395,6 +405,8 @@ async def _health(request: Request) -> Response:
     else:
         stats = keeper.engine.stats
         state = "paused" if stats.paused else "pausing" if stats.pausing else "ready"
+        if stats.weights_incomplete:
+            state = "weights incomplete"
     fails = keeper.gave_up or (request.app.state.has_other_machines and not keeper.ready)
     return JSONResponse({"status": state}, status_code=503 if fails else 200)
 
@@ -403,6 +415,8 @@ async def _ready(request: Request) -> Response:
     """200 while requests can be served now."""
     runtime = runtime_of(request)
     runtime.keeper.require_ready()
+    if runtime.keeper.engine.stats.weights_incomplete:
+        raise WeightsIncompleteError("A weight update failed halfway, and no whole set of weights has come since.")
     return JSONResponse({"status": "ready", "models": runtime.jobs.settings.model_names})
 
 

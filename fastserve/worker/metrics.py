@@ -112,6 +112,7 @@ _GAUGES = {
     "num_requests_running": ("num_running", "Sequences that run."),
     "num_requests_waiting": ("num_waiting", "Sequences that wait in the engine."),
     "paused": ("paused", "1 while an administrator has paused the engine."),
+    "weights_incomplete": ("weights_incomplete", "1 after a weight update that failed halfway."),
     "num_blocks": ("num_blocks", "Blocks of the KV cache."),
     "num_used_blocks": ("num_used_blocks", "Blocks that running sequences hold."),
     "tokens_per_s": ("tokens_per_s", "Decode speed on the reference batch."),
@@ -125,6 +126,7 @@ _COUNTERS = {
     "generation_tokens": ("generated_tokens", "Tokens generated."),
     "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens that speculative decoding guessed."),
     "spec_decode_num_accepted_tokens": ("accepted_tokens", "Of these, the right ones."),
+    "weight_updates": ("weight_updates", "Weight updates that were put in place."),
     "num_preemptions": ("preemptions", "Preemptions."),
     "finished": ("finished", "Sequences that ended by themselves."),
     "aborted": ("aborted", "Sequences that were aborted."),
@@ -171,6 +173,11 @@ class _EngineCollector(Collector):
                 yield GaugeMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats.adapters, field))
             for name, (field, text) in _ADAPTER_COUNTERS.items():
                 yield CounterMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats.adapters, field))
+        version = GaugeMetricFamily(
+            "fastserve_engine_weight_version", "1 for the version of the weights that compute.", labels=["version"]
+        )
+        version.add_metric([stats.weight_version], 1.0)
+        yield version
         usage = kv_usage(stats)
         yield GaugeMetricFamily("fastserve_engine_kv_cache_usage_perc", "Used KV cache; 1 is all of it.", value=usage)
 

@@ -29,9 +29,9 @@ from fastserve.engine.layers.quantizer import find_quantizer
 from fastserve.engine.layers.rope_switch import switch_rope_by_sequence
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
 from fastserve.engine.loading.context_length import context_length, rope_switch_length
-from fastserve.engine.loading.conversion import match
+from fastserve.engine.loading.conversion import Conversion
 from fastserve.engine.loading.division_check import require_divisible
-from fastserve.engine.loading.formats.find import find_sources
+from fastserve.engine.loading.formats.find import find_sources, stored_format_of
 from fastserve.engine.loading.lora.merge import merge_adapter
 from fastserve.engine.loading.lora.targets import AdapterTargets
 from fastserve.engine.loading.partition import Partition
@@ -74,6 +74,10 @@ class LoadedModel:
     placement: Placement | None = None
     """None for a model on a single device."""
     fused_layers: tuple[FusedLayers, ...] = ()
+    conversion: Conversion | None = None
+    """The names of its checkpoints; None for a model that was not loaded from one."""
+    stored_format: str | None = None
+    """The quantization method of its checkpoint, or "gguf"."""
     adapter_targets: AdapterTargets | None = None
     """The layers that adapters of a batch may change, if there are to be any."""
 
@@ -111,7 +115,9 @@ def load_model(
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     prepare_positions(model, attention)
     read_generation_config(model, folder)
-    weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    conversion = Conversion(model)
+    weight_loads, unexpected = conversion.match(find_sources(model, folder, packed_settings, options))
+    stored_format = None if options.dummy else stored_format_of(folder, packed_settings, options)
     if model.config is not config:  # it is the language model of a composite
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
@@ -132,7 +138,9 @@ def load_model(
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantize, partition)
     stream_weights(model, weight_loads, unexpected, assembly, progress)
     loaded = _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
-    return dataclasses.replace(loaded, adapter_targets=adapter_targets)
+    return dataclasses.replace(
+        loaded, conversion=conversion, stored_format=stored_format, adapter_targets=adapter_targets
+    )
 
 
 def prepare(

@@ -20,9 +20,9 @@ from fastserve.engine.layers.parallel import (
     VocabParallelHead,
 )
 from fastserve.engine.loading.partition_plan import AttentionPlan, PartitionPlan, plan_partition
-from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.sharding import Shard, Sharding
 from fastserve.engine.loading.tensor_shards import join, take
-from fastserve.engine.loading.weight_table import WeightSlot
+from fastserve.engine.loading.weight_table import Memo, WeightSlot
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
@@ -132,11 +132,7 @@ class Partition:
         sharding = self.plan.weights.get(name)
         if sharding is None:
             return slot
-        shard = self.shards[name]
-        return WeightSlot(
-            lambda: join(sharding, self.collectives.all_gather(slot.get(), sharding.dim)),
-            lambda tensor: slot.set(take(shard, tensor)),
-        )
+        return _DividedSlot(slot, sharding, self.shards[name], self.collectives)
 
     def whole_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """Shape of the whole weight; `shape`: that of the rank's part."""
@@ -145,6 +141,28 @@ class Partition:
 
 WHOLE = Partition(PartitionPlan(1), SINGLE_RANK)
 """The partition of a model that one rank holds whole."""
+
+
+class _DividedSlot:
+    """A whole weight, of which `slot` holds the rank's part."""
+
+    def __init__(self, slot: WeightSlot, sharding: Sharding, shard: Shard, collectives: Collectives) -> None:
+        self._slot = slot
+        self._sharding = sharding
+        self._shard = shard
+        self._collectives = collectives
+
+    def get(self) -> torch.Tensor:
+        return join(self._sharding, self._collectives.all_gather(self._slot.get(), self._sharding.dim))
+
+    def set(self, weight: torch.Tensor) -> None:
+        self._slot.set(take(self._shard, weight))
+
+    def copied(self, memo: Memo) -> _DividedSlot:
+        return _DividedSlot(self._slot.copied(memo), self._sharding, self._shard, self._collectives)
+
+    def take_over(self, other: _DividedSlot) -> None:
+        self._slot.take_over(other._slot)
 
 
 class _ConfigOfRank:

@@ -6,7 +6,7 @@ A new layout (another quantization, sharding over ranks) is one more file with a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,11 @@ class WeightLayout(Protocol):
 
     def set(self, weight: torch.Tensor) -> None:
         """Overwrite it with `weight` (out, in)."""
+        ...
+
+    def take_over(self, other: Any) -> None:
+        """Take over the weight of a deep copy of this layout, without another conversion and at the same addresses:
+        structs and recorded graphs stay valid."""
         ...
 
     def part(self, rows: slice) -> WeightLayout:
@@ -73,6 +78,9 @@ class RowsOfWeight:
         whole = self._whole.get().clone()
         whole[self._rows] = weight
         self._whole.set(whole)
+
+    def take_over(self, other: RowsOfWeight) -> None:
+        self._whole.take_over(other._whole)
 
     def part(self, rows: slice) -> WeightLayout:
         return RowsOfWeight(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))

@@ -57,6 +57,9 @@ class GroupedWeight:
     def set(self, weight: torch.Tensor) -> None:
         self._kernel.pack(weight.to(self._packed.dtype), self._packed)
 
+    def take_over(self, other: GroupedWeight) -> None:
+        self._packed.copy_(other._packed)
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self._kernel.rows(ids, self.struct(None), self._shape[1], self._packed.dtype)
 
