@@ -3,9 +3,9 @@
     python -m fastserve.launcher
     python examples/reinforce.py
 
-Each step samples answers to sums in Lisp's notation, `(+ 7 5)`, from the API server, gives 1 for each right answer and 0
-for the others, takes one step of policy gradient (REINFORCE; the mean reward of a question's answers is the baseline, as
-in GRPO), and sends the new weights to all workers of the model. The reward is written to `reinforce.csv` and, where
+Each step samples answers to sums in Lisp's notation, `(+ 7 5)`, from the API server, gives 1 for each right answer and
+0 for the others, takes one step of policy gradient (REINFORCE; the mean reward of a question's answers is the baseline,
+as in GRPO), and sends the new weights to all workers of the model. The reward is written to `reinforce.csv` and, where
 matplotlib is installed, drawn in `reinforce.png`.
 """
 

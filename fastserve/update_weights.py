@@ -1,7 +1,7 @@
-"""Gives all workers of a model new weights from a folder: `python -m fastserve.update_weights --model NAME --path DIR`.
+"""Gives all workers of a model the weights of a folder: `python -m fastserve.update_weights --model NAME --path DIR`.
 
-One worker after the other, so that the others serve meanwhile, or all at once. A worker that fails keeps its old weights
-and is named; the exit code is 1 then.
+One worker after the other, so that the others serve meanwhile, or all at once. A worker that fails keeps its old
+weights and is named; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def update_weights(config: UpdateWeightsConfig, console: Console) -> bool:
             outcomes = list(pool.map(update, workers))
     failed = [outcome.address for outcome in outcomes if not outcome.is_success]
     if failed:
-        console.say(f"{len(outcomes) - len(failed)} of {len(outcomes)} workers have the new weights; not {', '.join(failed)}")
+        console.say(
+            f"{len(outcomes) - len(failed)} of {len(outcomes)} workers have the new weights; not {', '.join(failed)}"
+        )
     else:
         console.say(f"All {len(outcomes)} workers of {config.model} have the new weights.")
     return not failed

@@ -15,17 +15,19 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from fastserve.access.cluster_client import CONNECT_TIMEOUT_S, ClusterClient, Outcome
 from fastserve.engine.weight_messages import GroupSettings, UpdateMode
-from fastserve.engine.weight_updates.buckets import Bucket, split_into_buckets
+from fastserve.engine.weight_updates.buckets import fill_bucket, split_into_buckets
 from fastserve.engine.weight_updates.group import Broadcast, WeightGroup
 from fastserve.errors import FastserveError
-from fastserve.access.cluster_client import ClusterClient, Outcome
+
+AnswerT = TypeVar("AnswerT")
 
 BUCKET_BYTES = 64 << 20
 MAX_JOIN_S = 120.0
@@ -76,6 +78,7 @@ class WeightSender:
         device: torch.device | str = "cpu",
         host: str | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        convert: bool = True,
         timeout_s: float = 300.0,
         key: str | None = None,
         ca_file: str | None = None,
@@ -88,6 +91,7 @@ class WeightSender:
             device: The GPU that nccl uses.
             host: Where the workers reach this process; None: the own address on the route to them.
             bucket_bytes: Tensors are sent together up to this size; two such buffers are kept.
+            convert: Floating-point tensors to the dtype in which the model is served. Otherwise they must have it.
             timeout_s: For each broadcast, and for each call beside its broadcasts.
             key: Admin key or cluster key; None: see `ClusterClient`.
             ca_file: For workers with TLS.
@@ -100,7 +104,10 @@ class WeightSender:
         self._device = torch.device(device)
         self._host = host
         self._bucket_bytes = bucket_bytes
+        self._convert = convert
         self._timeout_s = timeout_s
+        self._dtype: torch.dtype | None = None
+        """In which the model is served; None: not known, or not wanted."""
         self._workers: list[str] = []
         self._group: WeightGroup | None = None
         self._group_name = ""
@@ -123,7 +130,7 @@ class WeightSender:
         if self._group is not None:
             return
         self._workers = [self._cluster.address] if self._model is None else self._cluster.workers_of(self._model)
-        sizes = self._world_sizes()
+        sizes = self._ask_workers()
         host = self._host or _own_address(self._workers[0])
         self._group_name = f"fastserve-{secrets.token_hex(4)}"
         # The store's server lives as long as this object; the group finds it by its port.
@@ -178,19 +185,20 @@ class WeightSender:
         `version`: what workers call the weights afterwards; None: the number of updates sent. `mode`: what becomes of
         running requests (see docs/live_weights.md). Tensors must not change until this returns. Raises SendError.
         """
-        tensors = [(name, tensor.detach()) for name, tensor in named_tensors]
-        if not tensors:
-            raise SendError("There are no tensors to send.")
         begin = time.perf_counter()
         self.connect()
+        tensors = [(name, self._converted(tensor.detach())) for name, tensor in named_tensors]
+        if not tensors:
+            raise SendError("There are no tensors to send.")
         version = str(self._num_sent + 1) if version is None else version
-        buckets = split_into_buckets([(tensor.nbytes, tensor) for _, tensor in tensors], self._bucket_bytes)
+        buckets = split_into_buckets(
+            [tensor for _, tensor in tensors], lambda tensor: tensor.nbytes, self._bucket_bytes
+        )
         body = {
             "names": [name for name, _ in tensors],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
             "shapes": [list(tensor.shape) for _, tensor in tensors],
             "group_name": self._group_name,
-            "load_format": "flattened_bucket",
             "bucket_bytes": self._bucket_bytes,
             "mode": mode,
             "weight_version": version,
@@ -209,16 +217,25 @@ class WeightSender:
 
     # ---- the group ----------------------------------------------------------------------------------------------
 
-    def _world_sizes(self) -> list[int]:
-        """The number of ranks of each worker."""
+    def _ask_workers(self) -> list[int]:
+        """The number of ranks of each worker. Learns the dtype of the model, too."""
         sizes = []
         for worker in self._workers:
-            outcome = self._cluster.call(worker, "/get_world_size", None, self._timeout_s)
-            size = outcome.reply.get("world_size")
-            if not outcome.is_success or not isinstance(size, int):
-                raise SendError(f"{worker}: {outcome.message or 'it does not say how many ranks it has'}", [outcome])
-            sizes.append(size)
+            sizes.append(self._ask(worker, "/get_world_size", "world_size", int))
+            if self._convert:
+                dtype = getattr(torch, self._ask(worker, "/get_model_info", "dtype", str), None)
+                self._dtype = dtype if isinstance(dtype, torch.dtype) else None
         return sizes
+
+    def _ask(self, worker: str, path: str, name: str, kind: type[AnswerT]) -> AnswerT:
+        outcome = self._cluster.call(worker, path, None, CONNECT_TIMEOUT_S)
+        value = outcome.reply.get(name)
+        if not outcome.is_success or not isinstance(value, kind):
+            raise SendError(f"{worker}{path}: {outcome.message or f'the answer has no {name}'}", [outcome])
+        return value
+
+    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)
 
     def _join(self, settings: GroupSettings) -> WeightGroup:
         group = WeightGroup.connect(settings, 0, self._device)
@@ -240,12 +257,12 @@ class WeightSender:
         limit_s = max(3600.0, self._timeout_s) if timeout_s is None else timeout_s + 10.0
         call = self._cluster.call
         works = [
-            lambda worker=worker, body=body: call(worker, path, body, limit_s)  # type: ignore[misc]
+            lambda worker=worker, body=body: call(worker, path, body, limit_s)
             for worker, body in zip(self._workers, bodies, strict=True)
         ]
         return _Calls(works, self._leave)
 
-    def _broadcast(self, buckets: Sequence[Bucket[torch.Tensor]], calls: _Calls) -> None:
+    def _broadcast(self, buckets: Sequence[Sequence[torch.Tensor]], calls: _Calls) -> None:
         """Fill a bucket while the one before is transferred."""
         group = self._group
         if group is None:
@@ -256,7 +273,7 @@ class WeightSender:
         for number, bucket in enumerate(buckets):
             if len(in_flight) == len(buffers):
                 calls.wait_for(in_flight.pop(0))
-            filled = _fill(buffers[number % len(buffers)], bucket)
+            filled = fill_bucket(buffers[number % len(buffers)], bucket)
             in_flight.append(group.broadcast(filled, 0))
         for broadcast in in_flight:
             calls.wait_for(broadcast)
@@ -322,21 +339,11 @@ def _in_thread(work: Callable[[], WeightGroup]) -> Future[WeightGroup]:
     def run() -> None:
         try:
             done.set_result(work())
-        except Exception as error:
+        except (FastserveError, RuntimeError) as error:
             done.set_exception(error)
 
     threading.Thread(target=run, name="weight-group", daemon=True).start()
     return done
-
-
-def _fill(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copy the bytes of the tensors into the buffer, in order and without gaps; return the part that they take."""
-    at = 0
-    for tensor in tensors:
-        data = tensor.contiguous().reshape(-1).view(torch.uint8)
-        buffer[at : at + data.numel()].copy_(data)
-        at += data.numel()
-    return buffer[:at]
 
 
 def _own_address(worker: str) -> str:

@@ -34,7 +34,8 @@ from fastserve.engine.weight_messages import (
     TensorSpec,
     WeightSource,
 )
-from fastserve.engine.weight_updates.group import Broadcast, WeightGroup, split_bucket
+from fastserve.engine.weight_updates.buckets import split_bucket, split_into_buckets
+from fastserve.engine.weight_updates.group import Broadcast, WeightGroup
 from fastserve.engine.weight_updates.staging import Incoming, StagedWeights, WeightNames
 from fastserve.errors import (
     ConflictError,
@@ -205,7 +206,7 @@ class LocalReceiver:
         items = self._names.check(source.tensors)
         self._require_memory(items, is_direct=is_direct)
         staged.expect(items)
-        waiting = deque(_buckets(items, source.bucket_bytes))
+        waiting = deque(split_into_buckets(items, lambda item: item.num_bytes, source.bucket_bytes))
         num_buckets, is_bucket = len(waiting), source.bucket_bytes is not None
         in_flight: deque[_Bucket] = deque()
         ahead = 0
@@ -307,20 +308,6 @@ def _open(folder: Path) -> dict[str, StoredTensor]:
     if settings is not None:
         raise StartupError(f"The checkpoint in {folder} is quantized: give the unquantized one.")
     return open_folder(folder)
-
-
-def _buckets(items: Sequence[Incoming], max_bytes: int | None) -> list[list[Incoming]]:
-    if max_bytes is None:
-        return [[item] for item in items]
-    found: list[list[Incoming]] = []
-    size = 0
-    for item in items:
-        if not found or size + item.num_bytes > max_bytes:
-            found.append([])
-            size = 0
-        found[-1].append(item)
-        size += item.num_bytes
-    return found
 
 
 def _spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from fastserve.engine.weight_messages import FromDisk
 from fastserve.errors import FastserveError, InvalidRequestError
-
 from tests.engine.conftest import CONFIGS, TinyModels
+
 from .driver import Serving, as_bytes, other_weights, same_answers
 
 FEW = ("llama", "qwen3_moe", "gpt2")
