@@ -299,15 +299,16 @@ class _Calls:
                 return
         self._leave()  # what still waits for the group ends
         self._pool.shutdown(wait=False)
-        failed = [outcome for outcome in self.outcomes() if not outcome.is_success]
-        if failed:
+        outcomes = self.outcomes()
+        failed = [outcome for outcome in outcomes if not outcome.is_success]
+        if isinstance(error, FastserveError):  # the own part failed first
+            raise SendError(error.message, outcomes) from error
+        if failed and (error is None or isinstance(error, SendError)):
             raise SendError(
                 f"{len(failed)} of {len(self._futures)} workers did not take the weights; "
                 f"{failed[0].address}: {failed[0].message}",
-                self.outcomes(),
+                outcomes,
             ) from error
-        if isinstance(error, FastserveError):
-            raise SendError(error.message, self.outcomes()) from error
 
     def outcomes(self) -> list[Outcome]:
         """Those of the calls that have ended."""

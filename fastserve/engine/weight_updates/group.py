@@ -87,6 +87,8 @@ class WeightGroup:
         options = dist.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
+        if self._group is None:
+            raise self._lost(RuntimeError("the group was left"))
         try:
             return Broadcast(self, self._group.broadcast([tensor], options))
         except RuntimeError as error:
