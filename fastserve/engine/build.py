@@ -45,13 +45,23 @@ from fastserve.engine.speculation.speculator import PlaceholderProposer, Specula
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.engine.spread import Spread, read_gpu_memory
+from fastserve.engine.updating import WeightReceiver
 from fastserve.engine.weight_updates.checker import Checker
+from fastserve.engine.weight_updates.ranked import RankedReceiver
 from fastserve.engine.weight_updates.receiver import LocalReceiver
 from fastserve.engine.weight_updates.staging import WeightNames
 from fastserve.errors import StartupError
 from fastserve.options import check_ranges
 
 logger = logging.getLogger(__name__)
+
+_SMALL_UPDATE_BYTES = 16 << 20
+_DRAFT_MODEL_STAYS = (
+    "The draft model keeps its weights: the further the updated model moves away from it, the fewer of its drafts are "
+    "accepted."
+)
+_TRANSFER_BYTES = 128 << 20
+"""Memory that a weight update takes beside the copy of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,9 @@ class RankModel:
     sizes: Sizes
     runner: ModelRunner
     speed: SpeedMeter
+    names: WeightNames
+    receiver: LocalReceiver
+    """Receives the rank's part of new weights."""
 
 
 def build_rank(
@@ -93,7 +106,10 @@ def build_rank(
         sizes = replace(sizes, num_blocks=sizes.num_blocks + more)
         make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks, collectives)
     runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
-    return RankModel(loaded, draft, sizes, runner, _measure(runner, sizes.num_blocks, config))
+    speed = _measure(runner, sizes.num_blocks, config)
+    names = WeightNames(loaded.weights, loaded.conversion, loaded.model, is_divided=collectives.size > 1)
+    receiver = _make_receiver(config, loaded, names, collectives, has_draft_model=draft is not None)
+    return RankModel(loaded, draft, sizes, runner, speed, names, receiver)
 
 
 def _smallest(sizes: Sizes, collectives: Collectives) -> Sizes:
@@ -123,14 +139,15 @@ def build_core(
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     executor: Executor = runner
     weights: Weights = loaded.weights
+    receiver: WeightReceiver = model.receiver
     if send_to_ranks is not None:
         executor = RankedExecutor(runner, send_to_ranks, collectives)
         weights = RankedWeights(weights, send_to_ranks)
+        receiver = RankedReceiver(model.receiver, send_to_ranks, collectives)
     draft_model = None
     if model.draft is not None:
         draft_model = _make_draft_model(config, model.draft, sizes, processors, loaded)
         executor = DraftingExecutor(draft_model, executor)
-    names = WeightNames(loaded.weights, loaded.conversion, loaded.model)
     info = EngineInfo(
         architecture=type(loaded.model).__name__,
         device=", ".join(map(str, loaded.devices)),
@@ -161,22 +178,32 @@ def build_core(
         overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
         weights=weights,
         make_adapters=_adapters_maker(config, loaded, runner, send_to_ranks),
-        receiver=make_receiver(config, loaded, names, collectives),
-        checker=Checker(weights, names),
+        receiver=receiver,
+        checker=Checker(weights, model.names),
     )
 
 
-def make_receiver(
-    config: EngineConfig, loaded: LoadedModel, names: WeightNames, collectives: Collectives
+def _make_receiver(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    names: WeightNames,
+    collectives: Collectives,
+    *,
+    has_draft_model: bool,
 ) -> LocalReceiver:
-    """What receives this rank's part of new weights."""
     device = device_of(loaded.device)
+
+    def has_room(num_bytes: int) -> bool:
+        # Measuring free memory takes as long as a small update.
+        return num_bytes <= _SMALL_UPDATE_BYTES or num_bytes + _TRANSFER_BYTES <= device.free_memory().num_bytes
+
     return LocalReceiver(
         names,
         loaded.device,
-        free_bytes=lambda: device.free_memory().num_bytes,
+        has_room=has_room,
         rank=collectives.rank,
         fixed=_why_fixed(config, loaded),
+        note=_DRAFT_MODEL_STAYS if has_draft_model else None,
     )
 
 

@@ -85,7 +85,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     error_kind: str | None = None
     """Name of the error class in fastserve/errors.py if the request is at fault; None: InternalError."""
     weight_versions: tuple[str, ...] = ()
-    """With a finish_reason: the versions of the weights that computed the answer's tokens, in order."""
+    """The versions of the weights that computed the answer's tokens so far, in order. Sent with the first token of each
+    version."""
 
 
 class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
@@ -413,7 +414,7 @@ class RequestStream:
             pending.token_ids += output.token_ids
             pending.finish_reason = output.finish_reason
             pending.error = output.error
-            pending.weight_versions = output.weight_versions
+            pending.weight_versions = output.weight_versions or pending.weight_versions
             pending.num_cached_tokens = max(pending.num_cached_tokens, output.num_cached_tokens)
             if output.logprobs is not None:
                 pending.logprobs = (pending.logprobs or []) + output.logprobs

@@ -32,8 +32,8 @@ from fastserve.engine.scheduler import Scheduler, refused
 from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.speculation.speculator import Speculator
 from fastserve.engine.speed import SpeedMeter
+from fastserve.engine.updating import NoReceiver, WeightChecker, WeightReceiver, WeightUpdates
 from fastserve.engine.wakeup import Wakeup
-from fastserve.engine.weight_updates.updates import NoReceiver, WeightChecker, WeightReceiver, WeightUpdates
 from fastserve.errors import WeightsIncompleteError
 
 logger = logging.getLogger(__name__)

@@ -40,6 +40,7 @@ from fastserve.engine.contract import (
     TokenLogprob,
 )
 from fastserve.engine.pausing import Pausing
+from fastserve.engine.updating import WeightUpdates
 from fastserve.engine.weight_messages import (
     DEFAULT_VERSION,
     FromDisk,
@@ -50,7 +51,6 @@ from fastserve.engine.weight_messages import (
     WeightSource,
     WeightValues,
 )
-from fastserve.engine.weight_updates.updates import WeightUpdates
 from fastserve.errors import (
     ConflictError,
     EngineDeadError,
@@ -522,7 +522,6 @@ class FakeEngine:
             version = self._scheduler.weight_version
             if version not in sequence.weight_versions[-1:]:
                 sequence.weight_versions.append(version)
-            if output.finish_reason is not None:
                 output.weight_versions = tuple(sequence.weight_versions)
             self._counters.generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:

@@ -34,12 +34,17 @@ from fastserve.engine.memory import (
 from fastserve.engine.plan import StepPlan
 from fastserve.engine.ranks.messages import (
     ClearAdapter,
+    CommitWeights,
+    DiscardWeights,
     EndRank,
     ExecuteStep,
+    JoinGroup,
+    LeaveGroup,
     PlaceAdapter,
     RankCommand,
     RankSettings,
     ReadWeight,
+    ReceiveWeights,
     WriteWeight,
 )
 from fastserve.engine.ranks.own_devices import use_own_devices
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
     from fastserve.engine.build import RankModel
     from fastserve.engine.ranks.collectives import Collectives
     from fastserve.engine.runner.runner import ModelRunner
+    from fastserve.engine.weight_updates.ranked import RankWeights
 
 logger = logging.getLogger("fastserve.engine")
 
@@ -71,11 +77,14 @@ _NO_PLAN = StepPlan([], [], [])
 class Follower:
     """Does what rank 0 does, on this rank's part of the model."""
 
-    def __init__(self, runner: ModelRunner, weights: Weights, rank: int, deadline: StepDeadline) -> None:
+    def __init__(
+        self, runner: ModelRunner, weights: Weights, rank: int, deadline: StepDeadline, new_weights: RankWeights
+    ) -> None:
         self._rank = rank
         self._runner = runner
         self._weights = weights
         self._deadline = deadline
+        self._new_weights = new_weights
         self._last = _NO_PLAN
 
     def handle(self, command: RankCommand) -> bool:
@@ -101,6 +110,8 @@ class Follower:
                 place_part(self._adapters(), command, self._rank)
             case ClearAdapter(slot):
                 self._adapters().clear(slot)
+            case JoinGroup() | LeaveGroup() | ReceiveWeights() | CommitWeights() | DiscardWeights():
+                self._new_weights.handle(command)
             case EndRank():
                 return False
         return True
@@ -179,7 +190,10 @@ def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:
 def follow(collectives: Collectives, model: RankModel, receive: Callable[[], RankCommand]) -> int:
     """Do what rank 0 says until it says that it ends; return the process's exit code."""
     rank = collectives.rank
-    follower = Follower(model.runner, model.loaded.weights, rank, StepDeadline(collectives))
+    from fastserve.engine.weight_updates.ranked import RankWeights
+
+    new_weights = RankWeights(model.receiver, collectives)
+    follower = Follower(model.runner, model.loaded.weights, rank, StepDeadline(collectives), new_weights)
     try:
         while follower.handle(receive()):
             pass

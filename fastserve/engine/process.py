@@ -123,7 +123,7 @@ class EngineLoop:
 
     def _take_commands(self) -> bool:
         """Handle all commands received so far; wait for one only when there is nothing else to do. False: Shutdown."""
-        busy = self._core.has_work or self._outputs
+        busy = self._core.has_work or self._outputs or self._core.updates.has_news
         wait_s = _READING_WAIT_S if self._core.adapters.is_busy else _IDLE_REPORT_S
         if not busy:
             self._poller.poll(int(wait_s * 1000))

@@ -664,7 +664,6 @@ class Scheduler:
                 break
         if self.weight_version not in sequence.weight_versions[-1:]:
             sequence.weight_versions.append(self.weight_version)
-        if output.finish_reason is not None:
             output.weight_versions = tuple(sequence.weight_versions)
         count = len(output.token_ids)
         # All but the last of them were drafts, so they are computed already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,22 @@ class ChunkStream:
         """`head`: the first fields of each chunk. `content_field`: the field of a choice with its new content."""
         self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
         self._include_usage = include_usage
-        choice = b'{"index":%%d,"%b":%%b,"logprobs":%%b,"finish_reason":%%b}' % content_field.encode()
+        choice = b'{"index":%%d,"%b":%%b,"logprobs":%%b,"finish_reason":%%b%%b}' % content_field.encode()
         tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._template = self._head.replace(b"%", b"%%") + choice + tail
 
-    def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish_reason: bytes = b"null") -> bytes:
-        """A chunk of the choice `index`. All values are encoded JSON."""
-        return self._template % (index, content, logprobs, finish_reason)
+    def chunk(
+        self,
+        index: int,
+        content: bytes,
+        logprobs: bytes = b"null",
+        finish_reason: bytes = b"null",
+        weight_versions: Sequence[str] = (),
+    ) -> bytes:
+        """A chunk of the choice `index`. All values but the last are encoded JSON. `weight_versions`: of an answer that
+        several versions of the weights computed."""
+        versions = b',"weight_versions":' + encode_json(weight_versions) if weight_versions else b""
+        return self._template % (index, content, logprobs, finish_reason, versions)
 
     def end(self, usage: Usage) -> bytes:
         """The end of the stream, after a chunk with the usage if requested."""

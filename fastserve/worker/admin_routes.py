@@ -117,8 +117,10 @@ async def call_engine(request: Request, body: AdminBody, call: Call[ReplyT], *, 
     keeper = runtime_of(request).keeper
     keeper.require_ready()
     logger.info("administrator's call: %s", call if summary is None else summary)
-    reply = await run_until_disconnect(request, keeper.engine.call(call, timeout_s=body.timeout_s))
-    status_changed(request)
+    try:
+        reply = await run_until_disconnect(request, keeper.engine.call(call, timeout_s=body.timeout_s))
+    finally:  # a weight update that fails may leave the worker unable to serve
+        status_changed(request)
     if reply is None:
         return Response(status_code=CLIENT_GONE)
     return Response(msgspec.json.encode(reply), media_type=JSON)

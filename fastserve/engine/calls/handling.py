@@ -11,7 +11,7 @@ import msgspec
 
 from fastserve.engine.contract import AdapterInfo, Call, CallError, CallReply, CallRequest, RequestOutput
 from fastserve.engine.pausing import Pausing
-from fastserve.engine.weight_updates.updates import WeightUpdates
+from fastserve.engine.updating import WeightUpdates
 from fastserve.errors import (
     FastserveError,
     InvalidRequestError,

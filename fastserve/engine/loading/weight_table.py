@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.layouts.layout import WeightLayout, copied_tensor
 
-Memo = dict[int, Any]
+Memo = dict[Any, Any]
 """The memo of `copy.deepcopy`: memory that several slots share is copied once."""
 
 
@@ -46,7 +46,7 @@ class ParameterSlot:
         self._parameter.copy_(weight)
 
     def copied(self, memo: Memo) -> ParameterSlot:
-        return ParameterSlot(copy.deepcopy(self._parameter, memo))
+        return ParameterSlot(copied_tensor(self._parameter.data, memo))
 
     def take_over(self, other: ParameterSlot) -> None:
         self._parameter.copy_(other._parameter)

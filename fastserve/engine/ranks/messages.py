@@ -7,6 +7,7 @@ import msgspec
 from fastserve.engine.contract import StartFailed
 from fastserve.engine.plan import StepPlan
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.weight_messages import GroupSettings, WeightSource
 
 
 class RankSettings(msgspec.Struct, frozen=True):
@@ -68,10 +69,35 @@ class ClearAdapter(msgspec.Struct, frozen=True, tag=True):
     slot: int
 
 
+class JoinGroup(msgspec.Struct, frozen=True, tag=True):
+    """Join a trainer's process group, in a thread."""
+
+    settings: GroupSettings
+
+
+class LeaveGroup(msgspec.Struct, frozen=True, tag=True):
+    name: str
+
+
+class ReceiveWeights(msgspec.Struct, frozen=True, tag=True):
+    """Receive new weights, in a thread, beside those that compute."""
+
+    source: WeightSource
+
+
+class CommitWeights(msgspec.Struct, frozen=True, tag=True):
+    """Put them in place, if every rank has received them: all ranks say so to each other."""
+
+
+class DiscardWeights(msgspec.Struct, frozen=True, tag=True):
+    """Forget what has been received."""
+
+
 class EndRank(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | EndRank
+WeightCommand = JoinGroup | LeaveGroup | ReceiveWeights | CommitWeights | DiscardWeights
+RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | WeightCommand | EndRank
 RankEvent = StartFailed
 """A rank other than 0 reports this alone: what it computes reaches rank 0 through collectives."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections import deque
@@ -42,6 +43,7 @@ from fastserve.errors import (
     FastserveError,
     InternalError,
     InvalidRequestError,
+    ShortageError,
     StartupError,
     UnsupportedCapabilityError,
     WeightGroupNotFoundError,
@@ -55,8 +57,6 @@ ResultT = TypeVar("ResultT")
 _MAX_AHEAD_BYTES = 64 << 20
 """Bytes of broadcasts that are in flight before the first of them is converted; one more always is."""
 _MAX_AHEAD = 64
-_SPARE_BYTES = 128 << 20
-"""Memory that a transfer takes beside the copy of the weights."""
 _MAX_NAMES = 3
 
 
@@ -76,19 +76,23 @@ class LocalReceiver:
         names: WeightNames,
         device: torch.device,
         *,
-        free_bytes: Callable[[], int],
+        has_room: Callable[[int], bool],
         rank: int = 0,
         fixed: str | None = None,
+        note: str | None = None,
     ) -> None:
-        """`free_bytes`: memory that a copy of the weights may take. `fixed`: why these weights cannot be replaced."""
+        """`has_room`: whether there is memory for a copy of so many bytes. `fixed`: why these weights cannot be
+        replaced. `note`: logged when they are for the first time."""
         self._names = names
         self._device = device
-        self._free_bytes = free_bytes
+        self._has_room = has_room
         self._rank = rank
         self._fixed = fixed
+        self._note = note
         self._groups: dict[str, WeightGroup | None] = {}
         """None: being joined."""
         self._staged: StagedWeights | None = None
+        self._thread = _Thread()
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
@@ -104,7 +108,9 @@ class LocalReceiver:
         if len(self._groups) >= MAX_GROUPS:
             raise ConflictError(f"There are {MAX_GROUPS} groups already: destroy one first.", param="group_name")
         self._groups[name] = None
-        return _in_thread(lambda: self._join(settings))
+        joined: Future[GroupState] = Future()
+        threading.Thread(target=_complete, args=(joined, lambda: self._join(settings)), daemon=True).start()
+        return joined
 
     def _join(self, settings: GroupSettings) -> GroupState:
         begin = time.perf_counter()
@@ -128,6 +134,9 @@ class LocalReceiver:
         self._find(name).close()
         self._drop(name)
         return GroupState(True, "left the group")
+
+    def has_group(self, name: str) -> bool:
+        return self._groups.get(name) is not None
 
     def _find(self, name: str) -> WeightGroup:
         group = self._groups.get(name)
@@ -154,13 +163,31 @@ class LocalReceiver:
         if self._staged is None or is_direct:
             self._staged = StagedWeights(self._names, is_direct=is_direct)
         staged = self._staged
-        return _in_thread(lambda: self._receive(source, staged, is_direct=is_direct))
+        return self._thread.run(lambda: self._receive(source, staged, is_direct=is_direct))
+
+    def prepare(self, source: WeightSource) -> None:
+        """Check what is announced without receiving it. Raises ShortageError when there is no memory for a copy."""
+        self._require_changeable()
+        items = None
+        if isinstance(source, FromGroup):
+            self._find(source.group_name)
+            items = self._names.check(source.tensors)
+        try:
+            self._require_memory(items, is_direct=False)
+        except NeedsWindowError:
+            raise ShortageError(
+                "There is no memory for a second copy of the weights, which an update of a model on several ranks "
+                "needs."
+            ) from None
 
     def commit(self) -> None:
         """Put what has been received in place. No step may be in flight."""
         if self._staged is not None:
             self._staged.commit()
         self._staged = None
+        if self._note is not None:
+            logger.warning("%s", self._note)
+            self._note = None
 
     def discard(self) -> None:
         """Forget what has been received. Called when no transfer runs."""
@@ -184,14 +211,17 @@ class LocalReceiver:
                 received = self._from_bytes(source, staged, is_direct=is_direct)
             case FromDisk():
                 received = self._from_disk(source, staged, is_direct=is_direct)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the engine's thread puts in place what is there by now
         total_s = time.perf_counter() - begin
         return received + Received(load_s=staged.load_s - load_s, total_s=total_s)
 
-    def _require_memory(self, items: Sequence[Incoming], *, is_direct: bool) -> None:
-        targets = {item.place.target for item in items}
+    def _require_memory(self, items: Sequence[Incoming] | None, *, is_direct: bool) -> None:
+        """`items`: those that are received; None: all."""
         table = self._names.table
-        needed = sum(table.shape(target).numel() * table.dtype(target).itemsize for target in targets) + _SPARE_BYTES
-        if not is_direct and needed > self._free_bytes():
+        targets = table.names() if items is None else {item.place.target for item in items}
+        needed = sum(table.shape(target).numel() * table.dtype(target).itemsize for target in targets)
+        if not is_direct and not self._has_room(needed):
             raise NeedsWindowError
 
     def _from_group(self, source: FromGroup, staged: StagedWeights, *, is_direct: bool) -> Received:
@@ -314,21 +344,34 @@ def _spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
     return TensorSpec(name, str(dtype).removeprefix("torch."), tuple(shape))
 
 
-def _in_thread(work: Callable[[], ResultT]) -> Future[ResultT]:
-    """Run `work` in a thread that does not keep the process from ending."""
-    done: Future[ResultT] = Future()
+class _Thread:
+    """Does one piece of work after the other, and does not keep the process from ending. It begins with the first."""
 
-    def run() -> None:
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_running = False
+
+    def run(self, work: Callable[[], ResultT]) -> Future[ResultT]:
+        done: Future[ResultT] = Future()
+        self._work.put(lambda: _complete(done, work))
+        if not self._is_running:
+            self._is_running = True
+            threading.Thread(target=self._go_on, name="weights", daemon=True).start()
+        return done
+
+    def _go_on(self) -> None:
         work_alone()  # the kernels' threads serve the steps
-        try:
-            result = work()
-        except (FastserveError, NeedsWindowError) as error:
-            done.set_exception(error)
-        except Exception as error:
-            logger.exception("a weight update failed")
-            done.set_exception(InternalError(f"The update failed: {type(error).__name__}: {error}."))
-        else:
-            done.set_result(result)
+        while True:
+            self._work.get()()
 
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    return done
+
+def _complete(done: Future[ResultT], work: Callable[[], ResultT]) -> None:
+    try:
+        result = work()
+    except (FastserveError, NeedsWindowError) as error:
+        done.set_exception(error)
+    except Exception as error:
+        logger.exception("a weight update failed")
+        done.set_exception(InternalError(f"The update failed: {type(error).__name__}: {error}."))
+    else:
+        done.set_result(result)

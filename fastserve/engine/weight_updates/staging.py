@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +63,11 @@ class Incoming:
 class WeightNames:
     """Finds the places of tensors, by the names of checkpoints and of the model."""
 
-    def __init__(self, table: WeightTable, conversion: Conversion | None, model: Any) -> None:
+    def __init__(
+        self, table: WeightTable, conversion: Conversion | None, model: Any, *, is_divided: bool = False
+    ) -> None:
+        """`is_divided`: this is one of several ranks, which cannot read whole weights in a thread."""
+        self._is_divided = is_divided
         self.table = table
         self.model = model
         self._conversion = conversion
@@ -98,7 +102,21 @@ class WeightNames:
             twice = next(spec.name for spec in tensors if [other.name for other in tensors].count(spec.name) > 1)
             raise InvalidRequestError(f"The weight {_shown(twice)} is named twice. Send each once.", param="names")
         self._check_rules(found)
+        if self._is_divided:
+            self._require_whole_stacks(found)
         return found
+
+    def _require_whole_stacks(self, tensors: Iterable[Incoming]) -> None:
+        stacks = [item.place for item in tensors if item.place.stack is not None]
+        counts = Counter(place.target for place in stacks)
+        parts = {place.target: place.stack[2] for place in stacks if place.stack is not None}
+        partial = next((one for one in counts if counts[one] < self.table.shape(one)[0] * parts[one]), None)
+        if partial is not None:
+            raise InvalidRequestError(
+                f"Only some of the experts of {partial} are there. Send all of a layer's in one update, because this "
+                "model is divided over ranks.",
+                param="names",
+            )
 
     def _check(self, spec: TensorSpec, *, converts: bool) -> Incoming:
         place = self.find(spec.name)

@@ -16,7 +16,7 @@ from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.prompts import logprobs_by_id
-from fastserve.worker.results import ChoiceResult, JobResult
+from fastserve.worker.results import ChoiceResult, JobResult, weight_versions_of
 
 Fields = dict[str, Any]
 
@@ -74,7 +74,9 @@ class ChatWriter:
             out += chunk(index, encode_json(piece), encode_json(chat_logprobs(tokens)) if tokens else b"null")
             tokens = None
         if delta.finish_reason is not None:
-            out += chunk(index, b"{}", finish_reason=encode_json(delta.finish_reason))
+            out += chunk(
+                index, b"{}", finish_reason=encode_json(delta.finish_reason), weight_versions=delta.weight_versions
+            )
         return out
 
     def end(self, usage: Usage) -> bytes:
@@ -96,12 +98,13 @@ class ChatWriter:
         return encode_json(body)
 
     def _choice(self, choice: ChoiceResult) -> Fields:
-        return {
+        fields = {
             "index": choice.index,
             "message": fold_deltas(self._fields[type(part)](part) for part in choice.parts),
             "logprobs": None if choice.tokens is None else chat_logprobs(choice.tokens),
             "finish_reason": choice.finish_reason,
         }
+        return fields | weight_versions_of(choice)
 
 
 def fold_deltas(deltas: Iterable[Fields]) -> Fields:

@@ -25,9 +25,11 @@ PROMPTS = ([3, 4, 5, 6, 7], [9, 8, 7], [11] * 20)
 class Serving:
     """Owns a core; collects what each request got."""
 
-    def __init__(self, path: str | Path, **settings: Any) -> None:
-        config = EngineConfig(model_dir=str(path), device="cpu", dtype="float32", max_total_tokens=1024, **settings)
-        self.core: EngineCore = build_core(config, lambda *_: None)
+    def __init__(self, path: str | Path, *, make: Callable[[EngineConfig], EngineCore] | None = None, **settings: Any):
+        # Drafts come as measured speeds say, and the last bits of logits depend on the size of a step.
+        settings = {"max_total_tokens": 1024, "speculative_method": "off"} | settings
+        config = EngineConfig(model_dir=str(path), device="cpu", dtype="float32", **settings)
+        self.core: EngineCore = build_core(config, lambda *_: None) if make is None else make(config)
         self.answers: dict[str, RequestOutput] = {}
         self._number = 0
 
@@ -37,7 +39,7 @@ class Serving:
             assert known.finish_reason is None, "nothing may follow the last output"
             known.token_ids += output.token_ids
             known.finish_reason, known.error_kind = output.finish_reason, output.error_kind
-            known.weight_versions = output.weight_versions
+            known.weight_versions = output.weight_versions or known.weight_versions
             known.num_cached_tokens = max(known.num_cached_tokens, output.num_cached_tokens)
             if output.logprobs is not None:
                 known.logprobs = (known.logprobs or []) + output.logprobs

@@ -14,6 +14,20 @@ import torch.nn.functional as F
 from fastserve.engine.kernels.packed_linear import WeightStruct
 
 
+def copied_tensor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
+    """A deep copy with `copy.deepcopy`'s memo, in which views of one memory stay such; several times as fast."""
+    storage = tensor.untyped_storage()
+    key = ("storage", storage.data_ptr())
+    if key not in memo:
+        if tensor.is_contiguous() and tensor.nbytes == storage.nbytes():
+            whole = tensor.clone()
+            memo[key] = whole.untyped_storage()
+            return whole
+        memo[key] = storage.clone()
+    copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return copied.set_(memo[key], tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
 class WeightLayout(Protocol):
     """A stored weight of shape (out, in)."""
 
