@@ -172,7 +172,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     pausing: bool = False
     """A pause waits for the requests that run; new ones wait already."""
     weight_version: str = "default"
-    """Version of the weights that compute."""
+    """Version of the base model's weights, which updates change."""
     weight_updates: int = 0
     weights_incomplete: bool = False
     """A weight update failed halfway: requests are refused until a whole set of weights has come."""
@@ -181,8 +181,6 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Blocks held by running requests and by adapters on the device; cached blocks that nobody holds are free."""
     adapters: AdapterStats | None = None
     """None: the engine serves none."""
-    weight_version: str = "default"
-    """Version of the base model's weights; updates of the weights change it."""
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of requests that have been scheduled."""

@@ -77,9 +77,7 @@ _NO_PLAN = StepPlan([], [], [])
 class Follower:
     """Does what rank 0 does, on this rank's part of the model."""
 
-    def __init__(
-        self, runner: ModelRunner, weights: Weights, deadline: StepDeadline, new_weights: RankWeights
-    ) -> None:
+    def __init__(self, runner: ModelRunner, weights: Weights, deadline: StepDeadline, new_weights: RankWeights) -> None:
         self._runner = runner
         self._weights = weights
         self._deadline = deadline

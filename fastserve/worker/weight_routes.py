@@ -398,6 +398,7 @@ async def model_info(request: Request) -> Response:
             "model_path": name,
             "tokenizer_path": name,
             "is_generation": True,
+            "dtype": runtime.info.dtype,
             "weight_version": runtime.keeper.engine.stats.weight_version,
         }
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -125,6 +124,10 @@ class Broadcast:
         self._group = group
         self._work = work
 
+    def is_done(self) -> bool:
+        """Whether `wait` returns at once, or raises."""
+        return bool(self._work.is_completed())
+
     def wait(self) -> None:
         """Wait until the tensor is there. Raises WeightTransferError."""
         self._group._wait(self._work)
@@ -143,17 +146,3 @@ def _make_group(settings: GroupSettings, store: Any, rank: int, timeout: timedel
     options._timeout = timeout
     options.group_name = settings.group_name
     return dist.ProcessGroupNCCL(store, rank, settings.world_size, options)
-
-
-def split_bucket(bucket: torch.Tensor, sizes: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[torch.Tensor]:
-    """The tensors of a bucket of bytes, in order and without gaps between them."""
-    found = []
-    at = 0
-    for dtype, shape in sizes:
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        part = bucket[at : at + num_bytes]
-        if at % dtype.itemsize:
-            part = part.clone()  # a view must begin at a multiple of its items
-        found.append(part.view(dtype).view(shape))
-        at += num_bytes
-    return found

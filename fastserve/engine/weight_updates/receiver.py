@@ -35,7 +35,8 @@ from fastserve.engine.weight_messages import (
     TensorSpec,
     WeightSource,
 )
-from fastserve.engine.weight_updates.group import Broadcast, WeightGroup, split_bucket
+from fastserve.engine.weight_updates.buckets import split_bucket, split_into_buckets
+from fastserve.engine.weight_updates.group import Broadcast, WeightGroup
 from fastserve.engine.weight_updates.staging import Incoming, StagedWeights, WeightNames
 from fastserve.errors import (
     ConflictError,
@@ -240,7 +241,7 @@ class LocalReceiver:
                 param="src",
             )
         items = self._names.check(source.tensors)
-        waiting = deque(_buckets(items, source.bucket_bytes))
+        waiting = deque(split_into_buckets(items, lambda item: item.num_bytes, source.bucket_bytes))
         largest = max((sum(item.num_bytes for item in bucket) for bucket in waiting), default=0)
         self._require_memory(items, is_direct=is_direct, transfer_bytes=largest)
         staged.expect(items)
@@ -345,20 +346,6 @@ def _open(folder: Path) -> dict[str, StoredTensor]:
     if settings is not None:
         raise StartupError(f"The checkpoint in {folder} is quantized: give the unquantized one.")
     return open_folder(folder)
-
-
-def _buckets(items: Sequence[Incoming], max_bytes: int | None) -> list[list[Incoming]]:
-    if max_bytes is None:
-        return [[item] for item in items]
-    found: list[list[Incoming]] = []
-    size = 0
-    for item in items:
-        if not found or size + item.num_bytes > max_bytes:
-            found.append([])
-            size = 0
-        found[-1].append(item)
-        size += item.num_bytes
-    return found
 
 
 def _spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
