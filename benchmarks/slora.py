@@ -131,7 +131,7 @@ def fairness_runs(args: argparse.Namespace) -> list[Run]:
 
 def memory_runs(args: argparse.Namespace) -> list[Run]:
     def run(num_adapters: int) -> Run:
-        every = tuple(TraceRequest(index * 0.02, index, 8, 1) for index in range(num_adapters))
+        every = tuple(TraceRequest(index * 0.05, index, 8, 1) for index in range(num_adapters))
         flags = ("--max-loras", "16", "--max-cpu-loras", "16")
         return Run(f"{num_adapters} adapters", flags, S1, num_adapters, every, 2 * args.cut_s + 1, args.cut_s, None, 90)
 
