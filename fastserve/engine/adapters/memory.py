@@ -1,8 +1,8 @@
 """Adapters on the device, in the same blocks as the KV cache, and products with them.
 
 A block has a *plane* in each layer's keys and one in its values. An adapter's tiles fill the planes of its blocks one
-after the other, a fixed number of tiles in each. Where planes are too small or the KV cache is of another dtype,
-adapters have memory of their own, divided in the same way, and their blocks only count it.
+after the other, layer by layer, a fixed number of tiles in each. Where planes are too small or the KV cache is of
+another dtype, adapters have memory of their own, divided in the same way, and their blocks only count it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class AdapterMemory:
         count = -(-len(host.tiles) // per_plane)
         used = per_plane * self.tile_size
         if self.shares_blocks:
-            planes = [layer[block_id, :used] for block_id in block_ids for layer in self._layers][:count]
+            # A layer's planes of adjacent blocks are adjacent, so most of an adapter is read in long runs.
+            in_order = sorted(block_ids)
+            planes = [layer[block_id, :used] for layer in self._layers for block_id in in_order][:count]
         else:
             planes = list(torch.zeros((count, used), dtype=self.dtype, device=self._device))
         planes = [plane.view(per_plane, self.tile_size) for plane in planes]
