@@ -1,8 +1,8 @@
 """Adapters on the device, in the same blocks as the KV cache, and products with them.
 
 A block has a *plane* in each layer's keys and one in its values. An adapter's tiles fill the planes of its blocks one
-after the other, a fixed number of tiles in each. Where planes are too small or the KV cache is of another dtype,
-adapters have memory of their own, divided in the same way, and their blocks only count it.
+after the other, layer by layer, a fixed number of tiles in each. Where planes are too small or the KV cache is of
+another dtype, adapters have memory of their own, divided in the same way, and their blocks only count it.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class AdapterMemory:
 
     def place(self, slot: int, host: HostAdapter, block_ids: Sequence[int]) -> None:
         """Copy an adapter to the device, into `block_ids`."""
+<<<<<<< HEAD
         count = -(-len(host.tiles) // self.tiles_per_plane)
         layers, ids = self._layers, list(block_ids)
         if not self.shares_blocks:
@@ -125,6 +126,21 @@ class AdapterMemory:
         planes = _Planes(layers, ids, self.tiles_per_plane, self.tile_size)
         planes.fill(host.tiles)
         addresses = torch.from_numpy(planes.addresses()[:count]).to(self._device)
+=======
+        per_plane = self.tiles_per_plane
+        count = -(-len(host.tiles) // per_plane)
+        used = per_plane * self.tile_size
+        if self.shares_blocks:
+            # A layer's planes of adjacent blocks are adjacent, so most of an adapter is read in long runs.
+            in_order = sorted(block_ids)
+            planes = [layer[block_id, :used] for layer in self._layers for block_id in in_order][:count]
+        else:
+            planes = list(torch.zeros((count, used), dtype=self.dtype, device=self._device))
+        planes = [plane.view(per_plane, self.tile_size) for plane in planes]
+        for plane, tiles in zip(planes, host.tiles.split(per_plane), strict=True):
+            plane[: len(tiles)].copy_(tiles, non_blocking=True)
+        addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(self._device)
+>>>>>>> lorakernels3
         self._planes[slot], self._addresses[slot] = planes, addresses
         experts = {
             site.index
