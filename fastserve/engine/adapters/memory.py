@@ -23,8 +23,6 @@ from fastserve.engine.attention.backend import KVCache
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.lora import RecordedRows
 
-_STAGED_VALUES = 1 << 25
-"""Values of an adapter that are copied to the device at once."""
 
 
 class AdapterMemory:
@@ -117,30 +115,14 @@ class AdapterMemory:
 
     def place(self, slot: int, host: HostAdapter, block_ids: Sequence[int]) -> None:
         """Copy an adapter to the device, into `block_ids`."""
-<<<<<<< HEAD
         count = -(-len(host.tiles) // self.tiles_per_plane)
-        layers, ids = self._layers, list(block_ids)
+        layers, ids = self._layers, sorted(block_ids)
         if not self.shares_blocks:
             size = self.tiles_per_plane * self.tile_size
             layers, ids = [torch.zeros((count, size), dtype=self.dtype, device=self._device)], list(range(count))
         planes = _Planes(layers, ids, self.tiles_per_plane, self.tile_size)
         planes.fill(host.tiles)
         addresses = torch.from_numpy(planes.addresses()[:count]).to(self._device)
-=======
-        per_plane = self.tiles_per_plane
-        count = -(-len(host.tiles) // per_plane)
-        used = per_plane * self.tile_size
-        if self.shares_blocks:
-            # A layer's planes of adjacent blocks are adjacent, so most of an adapter is read in long runs.
-            in_order = sorted(block_ids)
-            planes = [layer[block_id, :used] for layer in self._layers for block_id in in_order][:count]
-        else:
-            planes = list(torch.zeros((count, used), dtype=self.dtype, device=self._device))
-        planes = [plane.view(per_plane, self.tile_size) for plane in planes]
-        for plane, tiles in zip(planes, host.tiles.split(per_plane), strict=True):
-            plane[: len(tiles)].copy_(tiles, non_blocking=True)
-        addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(self._device)
->>>>>>> lorakernels3
         self._planes[slot], self._addresses[slot] = planes, addresses
         experts = {
             site.index
@@ -231,44 +213,39 @@ class AdapterMemory:
 
 
 class _Planes:
-    """The tiles of an adapter in its blocks: first those of a block's first plane, then of its second."""
+    """The tiles of an adapter in its blocks: first those of the first layer's planes, then of the second's. A layer's
+    planes of adjacent blocks are adjacent, so most of an adapter is read in long runs."""
 
     def __init__(
         self, layers: Sequence[torch.Tensor], block_ids: list[int], tiles_per_plane: int, tile_size: int
     ) -> None:
-        """`layers`: planes of all blocks, (blocks, elements)."""
+        """`layers`: planes of all blocks, (blocks, elements); `block_ids`: in ascending order."""
         self._layers = [layer[:, : tiles_per_plane * tile_size] for layer in layers]
         self._block_ids = block_ids
         self._shape = (tiles_per_plane, tile_size)
 
     def fill(self, tiles: torch.Tensor) -> None:
-        """Copy `tiles`, in as few operations as planes of a layer allow: this is done between two steps."""
-        per_plane, num_layers = self._shape[0], len(self._layers)
+        """Copy `tiles`, with one operation for a layer: this is done between two steps."""
+        per_plane = self._shape[0]
         device = self._layers[0].device
         ids = torch.tensor(self._block_ids).to(device)
-        num_whole = len(tiles) // (num_layers * per_plane)
-        num_staged = max(1, _STAGED_VALUES // (num_layers * self._layers[0].shape[1]))
-        for first in range(0, num_whole, num_staged):
-            last = min(first + num_staged, num_whole)
-            staged = tiles[first * num_layers * per_plane : last * num_layers * per_plane]
-            by_layer = staged.to(device, non_blocking=True).view(last - first, num_layers, -1)
-            for at, layer in enumerate(self._layers):
-                layer.index_copy_(0, ids[first:last], by_layer[:, at])
-        begin = num_whole * num_layers
-        for at in range(begin, -(-len(tiles) // per_plane)):
-            (plane,), part = self.tiles(range(at, at + 1)), tiles[at * per_plane : (at + 1) * per_plane]
-            plane[: len(part)].copy_(part, non_blocking=True)
+        for layer, part in zip(self._layers, tiles.split(per_plane * len(ids)), strict=False):
+            num_whole = len(part) // per_plane
+            whole, rest = part[: num_whole * per_plane], part[num_whole * per_plane :]
+            layer.index_copy_(0, ids[:num_whole], whole.to(device, non_blocking=True).view(num_whole, layer.shape[1]))
+            if len(rest):
+                layer[self._block_ids[num_whole]].view(self._shape)[: len(rest)].copy_(rest, non_blocking=True)
 
     def tiles(self, planes: range) -> list[torch.Tensor]:
         """The tiles in each of these planes: (tiles, values of a tile)."""
-        count = len(self._layers)
-        return [self._layers[at % count][self._block_ids[at // count]].view(self._shape) for at in planes]
+        count = len(self._block_ids)
+        return [self._layers[at // count][self._block_ids[at % count]].view(self._shape) for at in planes]
 
     def addresses(self) -> npt.NDArray[np.int64]:
         """Of each plane."""
         begins = np.array([layer.data_ptr() for layer in self._layers], dtype=np.int64)
         sizes = np.array([layer.stride(0) * layer.element_size() for layer in self._layers], dtype=np.int64)
-        return (begins + np.array(self._block_ids, dtype=np.int64)[:, None] * sizes).reshape(-1)
+        return (begins[:, None] + np.array(self._block_ids, dtype=np.int64) * sizes[:, None]).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
