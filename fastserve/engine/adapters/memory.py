@@ -24,7 +24,6 @@ from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.lora import RecordedRows
 
 
-
 class AdapterMemory:
     def __init__(
         self,
