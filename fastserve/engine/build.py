@@ -27,6 +27,7 @@ from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, load_model
 from fastserve.engine.loading.placement import find_placement
 from fastserve.engine.loading.streaming import Progress
+from fastserve.engine.model_memory import ModelMemory
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.ranks.executor import RankedExecutor, RankedWeights, Send
@@ -187,6 +188,8 @@ def build_core(
         make_adapters=_adapters_maker(config, loaded, runner, send_to_ranks),
         receiver=receiver,
         checker=Checker(weights, model.names),
+        memory=_memory(config, loaded),
+        model_dir=config.model_dir,
     )
 
 
@@ -211,6 +214,16 @@ def _make_receiver(
         rank=collectives.rank,
         fixed=_why_fixed(config, loaded),
         note=_DRAFT_MODEL_STAYS if has_draft_model else None,
+    )
+
+
+def _memory(config: EngineConfig, loaded: LoadedModel) -> ModelMemory:
+    ranks = "leave out --tp-size: the memory of several ranks is not released." if config.tp_size > 1 else None
+    adapters = "adapters are in the KV cache's memory." if config.adapters is not None else None
+    return ModelMemory(
+        loaded.attention.caches(),
+        loaded.weights,
+        {"kv_cache": ranks or adapters, "weights": ranks or _why_fixed(config, loaded)},
     )
 
 

@@ -26,6 +26,7 @@ from fastserve.engine.contract import (
 )
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.kv_cache import BlockPool
+from fastserve.engine.occupation import EngineMemory, NoMemory, Occupation
 from fastserve.engine.pausing import Pausing
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, MAX_EXTRA_ROWS, StepPlan
 from fastserve.engine.scheduler import Scheduler, refused
@@ -70,11 +71,14 @@ class EngineCore:
         make_adapters: Callable[[BlockPool], AdapterManager] | None = None,
         receiver: WeightReceiver | None = None,
         checker: WeightChecker | None = None,
+        memory: EngineMemory | None = None,
+        model_dir: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model.
         `make_adapters`: for an engine that serves adapters, whose weights take blocks of the pool. `receiver` and
-        `checker`: of weights that may change; None: they cannot."""
+        `checker`: of weights that may change; None: they cannot. `memory`: that may be released; weights come back
+        from `model_dir`."""
         self.info = info
         self.weights = weights or NoWeights()
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache)
@@ -98,6 +102,7 @@ class EngineCore:
         self.wakeup = Wakeup()
         """Set when `update` has something to do."""
         self.updates = WeightUpdates(self.scheduler, self.pausing, receiver or NoReceiver(), checker, self.wakeup.set)
+        self.occupation = Occupation(self.scheduler, self.pausing, self.updates, memory or NoMemory(), model_dir)
         self._executor = executor
         self._overlap = overlap
         self._in_flight: _Launched | None = None

@@ -39,6 +39,7 @@ from fastserve.engine.contract import (
     RequestStream,
     TokenLogprob,
 )
+from fastserve.engine.occupation import NoMemory, Occupation
 from fastserve.engine.pausing import Pausing
 from fastserve.engine.updating import WeightUpdates
 from fastserve.engine.weight_messages import (
@@ -360,6 +361,7 @@ class FakeEngine:
             profiler=self._profiler,
             adapters=self._adapters,
             updates=self._updates,
+            occupation=Occupation(self._scheduler, self._pausing, self._updates, NoMemory(), "fake"),
             send_outputs=self._count_aborted,
             announce=lambda max_silence_s: None,
         )

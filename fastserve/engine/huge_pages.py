@@ -32,6 +32,8 @@ _MAX_OPEN = 4
 """Mappings with room left that are kept for later tensors."""
 
 
+DROPS_PAGES = sys.platform == "linux"
+_MADV_DONTNEED = 4
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -106,6 +108,18 @@ def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     does not write zeros to pages that the system hands out as zeros."""
     size = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(tuple(shape))
+
+
+def drop_pages(tensor: torch.Tensor) -> int:
+    """Give the physical memory of a tensor on the CPU back to the system, and return its bytes. The tensor keeps its
+    address, and its values are zeros or undefined; pages that it shares with others stay. Linux only (DROPS_PAGES)."""
+    if tensor.untyped_storage().filename is not None:  # the system takes pages of files back by itself
+        return 0
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size: int = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if size <= 0 or not tensor.is_contiguous() or _libc().madvise(begin, size, _MADV_DONTNEED):
+        return 0
+    return size
 
 
 def close_mappings() -> None:

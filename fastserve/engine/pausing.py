@@ -52,6 +52,7 @@ class Pausing:
         self._mode: PauseMode | None = None
         self._waiters: list[Future[PauseState]] = []
         self._num_holds = 0
+        self._num_stops = 0
 
     def hold(self) -> None:
         """Have requests that have not begun wait until `release`, whether the engine is paused or not."""
@@ -62,15 +63,25 @@ class Pausing:
         self._num_holds -= 1
         self._release_new()
 
+    def stop(self) -> None:
+        """Compute no step until `start`, whatever is paused and resumed meanwhile: memory for it is missing."""
+        self._num_stops += 1
+        self.hold()
+        self.update()
+
+    def start(self) -> None:
+        self._num_stops -= 1
+        self.release()
+
     @property
     def is_pausing(self) -> bool:
         """Requests that had begun are still being finished."""
-        return self._mode == "wait" and self._scheduler.has_work
+        return self._mode == "wait" and not self._num_stops and self._scheduler.has_work
 
     @property
     def is_paused(self) -> bool:
         """No step may be computed."""
-        return self._mode is not None and not self.is_pausing
+        return self._num_stops > 0 or (self._mode is not None and not self.is_pausing)
 
     def pause(self, mode: PauseMode, send: Callable[[list[RequestOutput]], None]) -> Future[PauseState]:
         """Pause, or change the mode of a pause. The future is done once no step is computed any more; it fails with

@@ -101,6 +101,7 @@ class EngineLoop:
             profiler=profiler,
             adapters=core.adapters,
             updates=core.updates,
+            occupation=core.occupation,
             send_outputs=self._outputs.extend,
             announce=lambda max_silence_s: self._send(Busy(max_silence_s)),
         )

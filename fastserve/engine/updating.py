@@ -37,6 +37,7 @@ from fastserve.errors import ConflictError, FastserveError, UnsupportedCapabilit
 logger = logging.getLogger(__name__)
 
 SendOutputs = Callable[[list[RequestOutput]], None]
+_RELEASED = "The memory of the weights was released, and not all of them have come since."
 
 
 class WeightReceiver(Protocol):
@@ -60,7 +61,7 @@ class WeightReceiver(Protocol):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all weights of the model have been received since the last commit."""
+        """Whether all weights of the model have been put in place since the last `discard`."""
         ...
 
 
@@ -165,6 +166,8 @@ class WeightUpdates:
         self._received = Received()
         """Since the last commit."""
         self._is_window = False
+        self.is_released = False
+        """The memory of the weights was given back, and they have not come anew."""
         self.count = 0
         """Updates that were put in place."""
         self.problem: str | None = None
@@ -186,6 +189,8 @@ class WeightUpdates:
         if self._checker is None:
             raise UnsupportedCapabilityError("This engine has no weights.")
         self._require_idle()
+        if self.is_released:
+            raise ConflictError("The weights are released: call /resume_memory_occupation, or update all of them.")
         return self._checker
 
     # ---- groups -------------------------------------------------------------------------------------------------
@@ -228,6 +233,7 @@ class WeightUpdates:
                 "An update of several transfers has not been finished: call /finish_weight_update, or "
                 "/start_weight_update to give it up."
             )
+        self._is_window = self._is_window or self.is_released  # no step needs the old ones
         chosen = options if self._session is None else self._session
         self._current = _Update(chosen, send, Future(), self._clock(), source, is_direct=self._is_window)
         return self._begin_transfer(self._current, source)
@@ -245,6 +251,17 @@ class WeightUpdates:
         self._quiesce(self._current)
         self._wake()
         return reply
+
+    def release(self) -> None:
+        """The weights are about to be released: no request is computed until all of them have come anew. Raises
+        ConflictError while an update runs."""
+        self._require_idle()
+        if self._session is not None:
+            raise ConflictError("An update of several transfers has not been finished: call /finish_weight_update.")
+        self._receiver.discard()
+        self._pausing.stop()
+        self.is_released = True
+        self.problem = _RELEASED
 
     def set_version(self, version: str) -> None:
         """Rename the weights that compute. Raises ConflictError while an update runs."""
@@ -297,6 +314,8 @@ class WeightUpdates:
             received = self._receiver.receive(source, is_direct=self._is_window)
         except FastserveError:
             self._current = None
+            if self.is_released and self._session is None:
+                self._is_window = False
             raise
         self._after(received, lambda done: self._transferred(update, done))
         return update.reply
@@ -347,7 +366,6 @@ class WeightUpdates:
 
     def _apply(self, update: _Update) -> None:
         begin_s = self._clock()
-        is_complete = self._receiver.is_complete
         try:
             self._receiver.commit()
         except FastserveError as error:
@@ -358,8 +376,11 @@ class WeightUpdates:
         self._scheduler.weight_version = str(self.count) if update.options.version is None else update.options.version
         received, self._received = self._received, Received()
         self._is_window = False
-        if is_complete:
+        if self.problem is not None and self._receiver.is_complete:
             self.problem = None
+            if self.is_released:
+                self.is_released = False
+                self._pausing.start()
         self._release(update)
         flush_s = self._clock() - begin_s
         logger.info("weights %s: %d tensors in place within %.3f s", self.version, received.num_tensors, flush_s)
@@ -396,7 +417,7 @@ class WeightUpdates:
 
     def _abandon(self, reason: str, send: SendOutputs) -> None:
         """Forget what has been received; if it was written into the weights that compute, they are no longer whole."""
-        if self._is_window:
+        if self._is_window and not self.is_released:
             self.problem = f"A weight update failed halfway ({reason}), and no whole set of weights has come since."
             logger.error("%s Requests are refused until then.", self.problem)
             send(self._scheduler.refuse_all(WeightsIncompleteError(self.problem)))

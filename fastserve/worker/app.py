@@ -430,7 +430,7 @@ async def _ready(request: Request) -> Response:
     runtime = runtime_of(request)
     runtime.keeper.require_ready()
     if runtime.keeper.engine.stats.weights_incomplete:
-        raise WeightsIncompleteError("A weight update failed halfway, and no whole set of weights has come since.")
+        raise WeightsIncompleteError("Weights are missing: an update failed halfway, or their memory is released.")
     return JSONResponse({"status": "ready", "models": runtime.jobs.settings.model_names})
 
 

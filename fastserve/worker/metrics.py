@@ -176,7 +176,10 @@ _GAUGES = {
     "num_requests_running": ("num_running", "Sequences that run."),
     "num_requests_waiting": ("num_waiting", "Sequences that wait in the engine."),
     "paused": ("paused", "1 while an administrator has paused the engine."),
-    "weights_incomplete": ("weights_incomplete", "1 after a weight update that failed halfway."),
+    "weights_incomplete": (
+        "weights_incomplete",
+        "1 while weights are missing: an update failed halfway, or their memory is released.",
+    ),
     "num_blocks": ("num_blocks", "Blocks of the KV cache."),
     "num_used_blocks": ("num_used_blocks", "Blocks that running sequences hold."),
     "tokens_per_s": ("tokens_per_s", "Decode speed on the reference batch."),

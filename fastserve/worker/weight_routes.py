@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from fastserve.access.admin import require_admin
+from fastserve.engine.calls.memory import ReleaseMemory, ResumeMemory
 from fastserve.engine.calls.pause import Pause, Resume
 from fastserve.engine.calls.reset_prefix_cache import ResetPrefixCache
 from fastserve.engine.calls.weights import (
@@ -26,6 +27,7 @@ from fastserve.engine.calls.weights import (
     StartWeightUpdate,
     UpdateWeights,
 )
+from fastserve.engine.occupation import MEMORY_TAGS, MemoryTag
 from fastserve.engine.weight_messages import (
     MAX_UPDATED_TENSORS,
     FromBytes,
@@ -145,6 +147,11 @@ class CheckBody(AdminBody):
 
 class PauseBody(AdminBody):
     mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class MemoryBody(AdminBody):
+    tags: Annotated[list[MemoryTag], Field(min_length=1, max_length=2)] | None = None
+    """None: all."""
 
 
 class VersionBody(AdminBody):
@@ -375,6 +382,28 @@ async def pause_generation(request: Request) -> Response:
 @_both("/continue_generation")
 async def continue_generation(request: Request) -> Response:
     return await call_engine(request, await _read(request, AdminBody), Resume())
+
+
+@_both("/release_memory_occupation")
+async def release_memory(request: Request) -> Response:
+    body = await _read(request, MemoryBody)
+    return await call_engine(request, body, ReleaseMemory(tuple(body.tags or MEMORY_TAGS)))
+
+
+@_both("/resume_memory_occupation")
+async def resume_memory(request: Request) -> Response:
+    body = await _read(request, MemoryBody)
+    return await call_engine(request, body, ResumeMemory(tuple(body.tags or MEMORY_TAGS)))
+
+
+@_both("/init_communicator/", "/update_named_param/", "/close_communicator/")
+async def trl_communicator(request: Request) -> Response:
+    """TRL's calls of a group whose members find each other by pickled ids."""
+    raise UnsupportedParameterError(
+        f"{request.url.path} is of vLLM's communicator, which passes pickles. Join a torch process group instead: POST "
+        "/init_weights_update_group with rank_offset 0, and the trainer as the last rank of world_size; then "
+        "/update_weights_from_distributed with src, while the trainer broadcasts."
+    )
 
 
 @_both("/flush_cache", methods=("GET", "POST"))

@@ -43,6 +43,11 @@ ADMIN_ROUTES = (
     "/start_weight_update",
     "/update_weights",
     "/finish_weight_update",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/init_communicator/",
+    "/update_named_param/",
+    "/close_communicator/",
 )
 
 
@@ -192,6 +197,39 @@ async def test_vllms_calls_are_one_update_of_several_transfers(worker: Running) 
     assert (await worker.post("/start_weight_update", {"is_checkpoint_format": False}))[0] == 400
 
 
+async def test_memory_is_released_and_requests_wait_for_it(worker: Running) -> None:
+    running = asyncio.create_task(worker.post("/v1/completions", LONG))
+    await until(lambda: worker.engine.stats.num_running == 1)
+    status, answer = await worker.post("/release_memory_occupation", {})
+    assert (status, answer["success"]) == (409, False)
+    assert (await running)[0] == 200
+    status, answer = await worker.post("/release_memory_occupation", {"tags": ["kv_cache"]})
+    assert (status, answer["released"]) == (200, ["kv_cache"])
+    assert worker.runtime.status().paused
+    waiting = asyncio.create_task(worker.post("/v1/completions", LONG))
+    await until(lambda: worker.engine.stats.num_waiting == 1)
+    assert (await worker.post("/release_memory_occupation", {}))[1]["released"] == ["kv_cache", "weights"]
+    assert (await worker.post("/v1/completions", LONG))[1]["error"]["code"] == "weights_incomplete"
+    assert (await worker.post("/update_weights_from_disk", {"model_path": "/x"}))[0] == 200
+    assert not waiting.done()
+    assert (await worker.post("/resume_memory_occupation", {}))[1]["released"] == []
+    assert (await waiting)[0] == 200
+    assert (await worker.post("/release_memory_occupation", {"tags": ["weights"]}))[0] == 200
+    assert (await worker.post("/resume_memory_occupation", {"tags": ["weights"]}))[0] == 200
+    assert (await get(worker, "/get_weight_version"))[1] == {"weight_version": "default"}
+
+
+async def test_trls_calls_with_a_slash_at_the_end_work_or_say_what_does(worker: Running) -> None:
+    async with worker.http.get(worker.url + "/health/") as response:
+        assert response.status == 200
+    assert (await get(worker, "/get_world_size/"))[1] == {"world_size": 1}
+    assert (await worker.post("/reset_prefix_cache/", {}))[0] == 200
+    body = {"host": "127.0.0.1", "port": 51216, "world_size": 2, "client_device_uuid": "cpu"}
+    status, answer = await worker.post("/init_communicator/", body)
+    assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+    assert "/init_weights_update_group with rank_offset 0" in answer["error"]["message"]
+
+
 async def test_weights_are_read_and_checked(worker: Running) -> None:
     for path in ("/get_weights_by_name", "/get_weights_by_parameter_name"):
         assert await get(worker, f"{path}?name=a&truncate_size=1") == (200, [0.5])
@@ -223,6 +261,8 @@ async def test_weights_are_read_and_checked(worker: Running) -> None:
         ("/update_weights_from_disk", {"model_path": "/x/bad"}, "names"),
         ("/update_weights_from_disk", {"model_path": "/x", "is_async": True}, "is_async"),
         ("/weights_checker", {"action": "guess"}, "action"),
+        ("/release_memory_occupation", {"tags": ["cuda_graph"]}, "tags.0"),
+        ("/release_memory_occupation", {"tags": []}, "tags"),
         ("/update_weight_version", {"new_version": ""}, "new_version"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastserve.engine.calls import adapters, pause, profile, reset_prefix_cache, weights
+from fastserve.engine.calls import adapters, memory, pause, profile, reset_prefix_cache, weights
 from fastserve.engine.calls.handling import CallHandler
 
 ALL_CALLS: tuple[CallHandler[Any, Any], ...] = (
@@ -13,4 +13,5 @@ ALL_CALLS: tuple[CallHandler[Any, Any], ...] = (
     *profile.HANDLERS,
     *adapters.HANDLERS,
     *weights.HANDLERS,
+    *memory.HANDLERS,
 )

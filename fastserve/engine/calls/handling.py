@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from fastserve.engine.contract import AdapterInfo, Call, CallError, CallReply, CallRequest, RequestOutput
+from fastserve.engine.occupation import Occupation
 from fastserve.engine.pausing import Pausing
 from fastserve.engine.updating import WeightUpdates
 from fastserve.errors import (
@@ -148,6 +149,7 @@ class CallContext:
     profiler: Profiler
     adapters: Adapters
     updates: WeightUpdates
+    occupation: Occupation
     send_outputs: Callable[[list[RequestOutput]], None]
     """Sends outputs of requests that the call ends, before its reply."""
     announce: Callable[[float], None]

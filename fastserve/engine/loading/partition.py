@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,9 @@ class _DividedSlot:
 
     def take_over(self, other: _DividedSlot) -> None:
         self._slot.take_over(other._slot)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return self._slot.tensors()
 
 
 class _ConfigOfRank:

@@ -32,6 +32,10 @@ class WeightSlot(Protocol):
         """Take over the weight of a slot that `copied` made, at the addresses that kernels know."""
         ...
 
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The memory that `set` writes in place."""
+        ...
+
 
 class ParameterSlot:
     """A plain parameter."""
@@ -50,6 +54,9 @@ class ParameterSlot:
 
     def take_over(self, other: ParameterSlot) -> None:
         self._parameter.copy_(other._parameter)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self._parameter.data,)
 
 
 class LayoutSlot:
@@ -73,6 +80,9 @@ class LayoutSlot:
     def take_over(self, other: LayoutSlot) -> None:
         self._layout.take_over(other._layout)
 
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return self._layout.tensors()
+
 
 class ExpertsSlot:
     """The weights of all experts of a layer, (experts, ...)."""
@@ -93,6 +103,9 @@ class ExpertsSlot:
     def take_over(self, other: ExpertsSlot) -> None:
         for slot, one in zip(self._slots, other._slots, strict=True):
             slot.take_over(one)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return [tensor for slot in self._slots for tensor in slot.tensors()]
 
 
 class WeightTable:

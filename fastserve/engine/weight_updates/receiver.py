@@ -92,6 +92,8 @@ class LocalReceiver:
         self._groups: dict[str, WeightGroup | None] = {}
         """None: being joined."""
         self._staged: StagedWeights | None = None
+        self._in_place: set[str] = set()
+        """Weights that have been put in place since the last `discard`."""
         self._thread = _Thread()
 
     # ---- groups -------------------------------------------------------------------------------------------------
@@ -189,6 +191,7 @@ class LocalReceiver:
         """Put what has been received in place. No step may be in flight."""
         if self._staged is not None:
             self._staged.commit()
+            self._in_place |= self._staged.arrived
         self._staged = None
         if self._note is not None:
             logger.warning("%s", self._note)
@@ -197,11 +200,12 @@ class LocalReceiver:
     def discard(self) -> None:
         """Forget what has been received. Called when no transfer runs."""
         self._staged = None
+        self._in_place.clear()
 
     @property
     def is_complete(self) -> bool:
-        """Whether all weights of the model have been received since the last commit."""
-        return self._staged is not None and self._staged.is_complete
+        """Whether all weights of the model have been put in place since the last `discard`."""
+        return len(self._in_place) == len(self._names.table.names())
 
     def _require_changeable(self) -> None:
         if self._fixed is not None:

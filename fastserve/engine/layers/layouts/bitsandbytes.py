@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class BitsAndBytesWeight:
     def take_over(self, other: BitsAndBytesWeight) -> None:
         for old, new in zip(self._tensors(), other._tensors(), strict=True):
             old.copy_(new)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return self._tensors()
 
     def _tensors(self) -> list[torch.Tensor]:
         """All that graphs know the addresses of."""

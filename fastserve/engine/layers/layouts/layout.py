@@ -5,7 +5,7 @@ A new layout (another quantization, sharding over ranks) is one more file with a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -53,6 +53,10 @@ class WeightLayout(Protocol):
         structs and recorded graphs stay valid."""
         ...
 
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The memory that `set` writes in place; none where it makes a new object."""
+        ...
+
     def part(self, rows: slice) -> WeightLayout:
         """The layout of some of its rows (outputs), sharing its memory."""
         ...
@@ -95,6 +99,9 @@ class RowsOfWeight:
 
     def take_over(self, other: RowsOfWeight) -> None:
         self._whole.take_over(other._whole)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return self._whole.tensors()
 
     def part(self, rows: slice) -> WeightLayout:
         return RowsOfWeight(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastserve.engine.kernels.packed_linear import WeightStruct
@@ -42,6 +44,9 @@ class OneDnnWeight:
 
     def take_over(self, other: OneDnnWeight) -> None:
         self._packed = other._packed  # no kernel of ours knows its address
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return ()
 
     def part(self, rows: slice) -> WeightLayout:
         return RowsOfWeight(self, rows)

@@ -64,6 +64,9 @@ class GroupedWeight:
     def take_over(self, other: GroupedWeight) -> None:
         self._packed.copy_(other._packed)
 
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self._packed,)
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self._kernel.rows(ids, self.struct(None), self._shape[1], self._packed.dtype)
 

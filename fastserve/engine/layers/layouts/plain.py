@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +31,9 @@ class PlainWeight:
 
     def take_over(self, other: PlainWeight) -> None:
         self._weight.copy_(other._weight)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return (self._weight,)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self._weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,9 @@ class QuantizedWeight:
     def take_over(self, other: QuantizedWeight) -> None:
         for old, new in zip(self._store.tensors(), other._store.tensors(), strict=True):
             old.copy_(new)
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return tuple(self._store.tensors())
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         if isinstance(self._store, PackedStorage):
