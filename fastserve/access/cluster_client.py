@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
+import selectors
+import socket
 import ssl
+import threading
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
-
-import httpx
 
 from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.access.cluster_key import load_cluster_keys
@@ -33,7 +38,7 @@ class Outcome:
 
     @property
     def is_success(self) -> bool:
-        return self.status == httpx.codes.OK
+        return self.status == HTTPStatus.OK
 
 
 class ClusterClient:
@@ -55,18 +60,16 @@ class ClusterClient:
         self.address = _checked(address)
         if key is None:
             key = _find_key(environ, urlsplit(self.address).hostname or "", admin_key_file, cluster_key_file)
-        verify: ssl.SSLContext | bool = True
-        if ca_file is not None:
-            try:
-                verify = ssl.create_default_context(cafile=ca_file)
-            except (OSError, ssl.SSLError) as error:
-                raise StartupError(f"The certificates in {ca_file} cannot be read: {error}.") from error
-        self._client = httpx.Client(
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            verify=verify,
-            trust_env=False,  # services of a cluster are not called through a proxy
-            timeout=httpx.Timeout(CONNECT_TIMEOUT_S),
-        )
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise StartupError("The key has characters that no HTTP header may have.")
+        try:
+            self._tls = ssl.create_default_context(cafile=ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise StartupError(f"The certificates in {ca_file} cannot be read: {error}.") from error
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = defaultdict(list)
+        """Open connections by scheme and host; a call takes one away, so that threads share none."""
+        self._lock = threading.Lock()
 
     def __enter__(self) -> ClusterClient:
         return self
@@ -75,19 +78,22 @@ class ClusterClient:
         self.close()
 
     def close(self) -> None:
-        self._client.close()
+        with self._lock:
+            connections = [connection for idle in self._idle.values() for connection in idle]
+            self._idle.clear()
+        for connection in connections:
+            connection.close()
 
     def workers_of(self, model: str) -> list[str]:
         """Addresses of the workers that serve the model, by the controller's table. Raises StartupError if there are
         none, or the controller does not answer."""
         url = f"{self.address}/workers"
         try:
-            response = self._client.get(url)
-            response.raise_for_status()
-            table = RoutingTable.model_validate_json(response.content)
-        except httpx.HTTPStatusError as error:
-            raise StartupError(f"{url}: {_message(error.response)}") from error
-        except (httpx.HTTPError, ValueError) as error:
+            status, content = self._request(url, None, CONNECT_TIMEOUT_S)
+            if status != HTTPStatus.OK:
+                raise StartupError(f"{url}: {_message(status, content)}")
+            table = RoutingTable.model_validate_json(content)
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise StartupError(f"{url} did not answer as a controller does: {error}") from error
         found = [entry.address for entry in table.workers if model in entry.status.model_names]
         if not found:
@@ -97,22 +103,65 @@ class ClusterClient:
 
     def call(self, worker: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Outcome:
         """Call a worker: POST with a body, GET without one. Never raises for what the worker or the network does."""
-        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        url = worker.rstrip("/") + path
         try:
-            if body is None:
-                response = self._client.get(url, timeout=timeout)
-            else:
-                response = self._client.post(url, json=dict(body), timeout=timeout)
-        except httpx.HTTPError as error:
+            status, content = self._request(worker.rstrip("/") + path, body, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
             return Outcome(worker, 0, {}, f"It did not answer: {error or type(error).__name__}.")
         try:
-            reply = response.json()
+            reply = json.loads(content)
         except ValueError:
             reply = None
         fields = reply if isinstance(reply, dict) else {}
-        message = str(fields.get("message", "")) if response.status_code == httpx.codes.OK else _message(response)
-        return Outcome(worker, response.status_code, fields, message)
+        message = str(fields.get("message", "")) if status == HTTPStatus.OK else _message(status, content)
+        return Outcome(worker, status, fields, message)
+
+    def _request(self, url: str, body: Mapping[str, Any] | None, timeout_s: float) -> tuple[int, bytes]:
+        """Status and body of the answer. Proxies are not used. The connection is kept: making one takes as long as a
+        small weight update. Raises OSError or HTTPException."""
+        parts = urlsplit(url)
+        connection = self._connect(parts.scheme, parts.netloc)
+        try:
+            assert connection.sock is not None
+            connection.sock.settimeout(timeout_s)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            if body is None:
+                connection.request("GET", target, headers=self._headers)
+            else:
+                headers = self._headers | {"Content-Type": "application/json"}
+                connection.request("POST", target, json.dumps(dict(body)).encode(), headers)
+            response = connection.getresponse()
+            status, content = response.status, response.read()
+        except BaseException:
+            connection.close()
+            raise
+        if connection.sock is not None:  # the service has not closed it
+            with self._lock:
+                self._idle[parts.scheme, parts.netloc].append(connection)
+        return status, content
+
+    def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
+        """A connection that no other call uses."""
+        while True:
+            with self._lock:
+                idle = self._idle[scheme, host]
+                connection = idle.pop() if idle else None
+            if connection is None:
+                break
+            if connection.sock is not None and not _is_readable(connection.sock):
+                return connection
+            connection.close()  # the service has closed it meanwhile, or sent what nobody asked for
+        if scheme == "https":
+            connection = http.client.HTTPSConnection(host, timeout=CONNECT_TIMEOUT_S, context=self._tls)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=CONNECT_TIMEOUT_S)
+        connection.connect()
+        return connection
+
+
+def _is_readable(connection: socket.socket) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 def _checked(address: str) -> str:
@@ -137,9 +186,9 @@ def _find_key(
     return None if keys is None else keys.current
 
 
-def _message(response: httpx.Response) -> str:
+def _message(status: int, content: bytes) -> str:
     """The message of an error body, else the body."""
     try:
-        return str(response.json()["error"]["message"])[:MAX_SHOWN_CHARS]
+        return str(json.loads(content)["error"]["message"])[:MAX_SHOWN_CHARS]
     except (ValueError, KeyError, TypeError):
-        return f"status {response.status_code}: {response.text[:MAX_SHOWN_CHARS]}"
+        return f"status {status}: {content.decode(errors='replace')[:MAX_SHOWN_CHARS]}"

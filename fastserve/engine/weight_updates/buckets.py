@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 ItemT = TypeVar("ItemT")
+_SMALL_BYTES = 1 << 16
+"""Below this, calling torch takes longer than copying a tensor."""
 
 
 def split_into_buckets(
@@ -28,11 +31,14 @@ def split_into_buckets(
 
 def fill_bucket(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Copy the bytes of the tensors into the buffer of bytes, without gaps; return the part that they take."""
+    parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
     at = 0
-    for tensor in tensors:
-        data = tensor.contiguous().reshape(-1).view(torch.uint8)
-        buffer[at : at + data.numel()].copy_(data)
-        at += data.numel()
+    for (is_small, _), group in itertools.groupby(parts, lambda part: (part.numel() < _SMALL_BYTES, part.device)):
+        run = list(group)
+        # One operation for many small tensors; several threads copy each large one.
+        for one in [torch.cat(run)] if is_small else run:
+            buffer[at : at + one.numel()].copy_(one)
+            at += one.numel()
     return buffer[:at]
 
 

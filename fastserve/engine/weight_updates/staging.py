@@ -54,10 +54,7 @@ class Incoming:
     dtype: torch.dtype
     shape: tuple[int, ...]
     place: Place
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * int(self.dtype.itemsize)
+    num_bytes: int
 
 
 class WeightNames:
@@ -146,7 +143,7 @@ class WeightNames:
                 "a model with the same configuration.",
                 param="shapes",
             )
-        return Incoming(spec.name, dtype, spec.shape, place)
+        return Incoming(spec.name, dtype, spec.shape, place, math.prod(spec.shape) * dtype.itemsize)
 
     def _shape(self, place: Place) -> tuple[int, ...] | None:
         """None: it shows only once all sources of the rule are there."""
@@ -273,7 +270,8 @@ class StagedWeights:
 
     def _make(self, target: str, pieces: _Pieces) -> None:
         sources = [
-            Incoming(name, value.dtype, tuple(value.shape), Place(target)) for name, value in pieces.values.items()
+            Incoming(name, value.dtype, tuple(value.shape), Place(target), value.nbytes)
+            for name, value in pieces.values.items()
         ]
         for name, weight in self._names.make(target, sources, list(pieces.values.values())).items():
             self._set(name, weight)
