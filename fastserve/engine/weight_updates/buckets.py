@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -44,13 +45,15 @@ def fill_bucket(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.
 
 def split_bucket(bucket: torch.Tensor, sizes: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[torch.Tensor]:
     """The tensors of a bucket of bytes, in order and without gaps between them."""
-    found = []
+    found: list[torch.Tensor] = []
     at = 0
-    for dtype, shape in sizes:
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    for dtype, run in itertools.groupby(sizes, lambda size: size[0]):
+        shapes = [shape for _, shape in run]
+        counts = [math.prod(shape) for shape in shapes]
+        num_bytes = sum(counts) * dtype.itemsize
         part = bucket[at : at + num_bytes]
         if at % dtype.itemsize:
             part = part.clone()  # a view must begin at a multiple of its items
-        found.append(part.view(dtype).view(shape))
+        found += [one.view(shape) for one, shape in zip(part.view(dtype).split(counts), shapes, strict=True)]
         at += num_bytes
     return found
