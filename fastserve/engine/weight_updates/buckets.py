@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 
 ItemT = TypeVar("ItemT")
-_SMALL_BYTES = 1 << 16
-"""Below this, calling torch takes longer than copying a tensor."""
+_RUN_BYTES = 1 << 15
+"""Small tensors are copied together up to this size, from which torch starts threads for a copy."""
 
 
 def split_into_buckets(
@@ -34,10 +34,9 @@ def fill_bucket(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.
     """Copy the bytes of the tensors into the buffer of bytes, without gaps; return the part that they take."""
     parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
     at = 0
-    for (is_small, _), group in itertools.groupby(parts, lambda part: (part.numel() < _SMALL_BYTES, part.device)):
-        run = list(group)
-        # One operation for many small tensors; several threads copy each large one.
-        for one in [torch.cat(run)] if is_small else run:
+    for run in split_into_buckets(parts, torch.Tensor.numel, _RUN_BYTES):
+        can_join = len(run) > 1 and len({part.device for part in run}) == 1
+        for one in [torch.cat(run)] if can_join else run:
             buffer[at : at + one.numel()].copy_(one)
             at += one.numel()
     return buffer[:at]
