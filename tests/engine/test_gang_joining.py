@@ -196,7 +196,9 @@ def join_all(gang: Gang, generations: Sequence[int], folders: Sequence[Path]) ->
 
     def join(rank: int) -> SharedMemoryCollectives:
         part = rank // gang.local_size
-        return join_machines(on_part(gang, part), rank, formed[rank], KEYS, folders[part])
+        joined = join_machines(on_part(gang, part), rank, formed[rank], KEYS, folders[part])
+        assert isinstance(joined, SharedMemoryCollectives)
+        return joined
 
     with ThreadPoolExecutor(gang.size) as pool:
         return list(pool.map(join, range(gang.size)))
