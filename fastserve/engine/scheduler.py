@@ -179,6 +179,9 @@ class Scheduler:
         refused = self._adapter_problem(request)
         if refused is not None:
             return refused
+        adapter = self._adapters.find(request.adapter) if self._adapters is not None and request.adapter else None
+        if adapter is not None:
+            request = self._lowered(request, adapter)
         now_s = self._clock()
         sequence = Sequence.of(
             self._next_id,
@@ -193,10 +196,9 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason=reason)
         self._sequences[request.request_id] = sequence
         self._by_id[sequence.seq_id] = sequence
-        if self._adapters is not None and request.adapter:
-            sequence.adapter = self._adapters.find(request.adapter)
-            if sequence.adapter is not None:
-                self._adapters.enter(sequence.adapter)
+        if self._adapters is not None and adapter is not None:
+            sequence.adapter = adapter
+            self._adapters.enter(adapter)
         if self._holds_new:
             self._held[sequence.seq_id] = sequence
         else:
@@ -226,19 +228,32 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
         problem = self._adapters.problem(request.adapter)
         adapter = self._adapters.find(request.adapter)
-        if adapter is not None:
-            num_tokens = len(request.prompt_ids) + request.params.max_tokens
-            needed = adapter.shape.num_blocks + self._blocks_for(num_tokens)
-            if needed > self.pool.num_blocks:
-                kind = InvalidRequestError.__name__
-                problem = (
-                    f"prompt and max_tokens ({num_tokens} tokens) and the adapter {printable(adapter.name)} together "
-                    f"need {needed} blocks of memory, and there are {self.pool.num_blocks}: ask for fewer tokens, or "
-                    "start the worker with a larger --max-total-tokens or --pool-size-lora."
-                )
+        if adapter is not None and self._max_tokens_beside(adapter) <= len(request.prompt_ids):
+            kind = InvalidRequestError.__name__
+            problem = (
+                f"The prompt ({len(request.prompt_ids)} tokens), one token of the answer and the adapter "
+                f"{printable(adapter.name)} together need more than the {self.pool.num_blocks} blocks of memory "
+                f"({adapter.shape.num_blocks} for the adapter, one for each {self.pool.block_size} tokens): shorten "
+                "the prompt, or start the worker with a larger --max-total-tokens or --pool-size-lora."
+            )
         if problem is None:
             return None
         return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
+
+    def _max_tokens_beside(self, adapter: Adapter) -> int:
+        """Longest sequence that fits the pool with its adapter."""
+        return (self.pool.num_blocks - adapter.shape.num_blocks) * self.pool.block_size
+
+    def _lowered(self, request: EngineRequest, adapter: Adapter) -> EngineRequest:
+        """The request with a max_tokens that fits the pool with its adapter. Workers lower max_tokens to what the
+        context leaves, and do not know the adapter's size."""
+        fits = self._max_tokens_beside(adapter) - len(request.prompt_ids)
+        if request.params.max_tokens <= fits:
+            return request
+        params = msgspec.structs.replace(
+            request.params, max_tokens=fits, min_tokens=min(request.params.min_tokens, fits)
+        )
+        return msgspec.structs.replace(request, params=params)
 
     def abort(self, request_id: str) -> None:
         """Remove a request and free its blocks. Unknown ids, of requests that have just finished, are ignored."""

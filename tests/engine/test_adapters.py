@@ -313,6 +313,30 @@ def test_a_request_that_never_fits_with_its_adapter_is_refused_at_once_and_block
     assert len(answers["next"].token_ids) == 3
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_an_answer_ends_where_the_kv_cache_beside_its_adapter_does(
+    tiny_models: TinyModels, folders: dict[str, Path], merged: Merged, is_last: bool
+) -> None:
+    """A chat without max_tokens may fill the context, which the adapter then may not leave free. `is_last`: the prompt
+    leaves room for one token."""
+    folder = folders["a0"]
+    base = tiny_models.path("llama")
+    needed = manager(serve(base, {"a0": folder})).find("a0")
+    assert needed is not None
+    num_blocks = needed.shape.num_blocks + 5
+    core = serve(base, {"a0": folder}, settings={"max_total_tokens": 16 * num_blocks, "max_model_len": 16 * num_blocks})
+    prompt = [5 + index % 90 for index in range(79 if is_last else 9)]
+    limit = 16 * num_blocks - len(prompt)
+    one = request("r", prompt, limit, "a0", logprobs=0, min_tokens=limit)
+    answer = run(core, [one, request("bare", [5], 3)])["r"]
+    assert (answer.finish_reason, len(answer.token_ids)) == ("length", 80 - len(prompt))
+    assert_same(answer, merged.answer(folder, request("r", prompt, 80 - len(prompt), logprobs=0)), "r")
+    refused = core.add(request("full", [5] * 80, 1, "a0"))
+    assert refused is not None
+    assert (refused.error_kind, refused.finish_reason) == ("InvalidRequestError", "error")
+    assert "shorten the prompt" in str(refused.error)
+
+
 @pytest.mark.parametrize("damage", ["gone", "changed"])
 def test_an_adapter_that_cannot_be_read_any_more_fails_its_requests_alone(
     tiny_models: TinyModels, folders: dict[str, Path], tmp_path: Path, damage: str
