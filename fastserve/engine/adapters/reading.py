@@ -284,7 +284,7 @@ class AdapterReader:
         return torch.empty((count, self._tile_size), dtype=self._dtype, pin_memory=self._pins_memory)
 
     def _num_tiles(self, change: _LowRank, rank: int) -> int:
-        """Of one expert, where it has experts."""
+        """Number of tiles of a change; of one expert, where the layer has experts."""
         return num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
 
     def _changes(self, folder: Path) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:
