@@ -105,8 +105,9 @@ class Policy:
     def may_prefill(self, sequence: Sequence, prefills: AnySequence[Sequence]) -> bool:
         """Not beside the prompt of a client that is behind by more than half of the credit: it would make the step, and
         so that client's time to the first token, longer."""
-        least = self._client(sequence).counter - self._credit / 2
-        return all(self._client(item).counter >= least for item in prefills)
+        counter = self._client(sequence).counter
+        clients = map(self._client, prefills)
+        return all(client.counter + self._credit / 2 / client.weight >= counter for client in clients)
 
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         client = self._client(sequence)
