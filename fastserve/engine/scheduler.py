@@ -44,6 +44,8 @@ from fastserve.observability.text import printable
 
 _TOO_MANY = 0
 """Key of parked sequences; numbers of adapters begin at 1."""
+_YIELDING_SHARE = 4
+"""A running sequence's prompt gets one part of this many of a step's tokens while one waits that goes before it."""
 PRIORITY_LEVEL_S = 10.0
 """A request passes requests one level lower that arrived up to this many seconds earlier."""
 
@@ -72,6 +74,8 @@ class _Step:
     extra_rows: int
     """Rows of logits that may be added beyond one for each sequence."""
     chunks: dict[int, Chunk] = field(default_factory=dict)
+    prefills: dict[int, Sequence] = field(default_factory=dict)
+    """Sequences with tokens in the step that are not the last one alone, by id."""
 
     def add(self, chunk: Chunk) -> None:
         self.chunks[chunk.seq_id] = chunk
@@ -83,6 +87,7 @@ class _Step:
         if chunk is not None:
             self.budget += chunk.num_tokens
             self.extra_rows += chunk.num_scored
+            self.prefills.pop(seq_id, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +414,7 @@ class Scheduler:
         """Add chunks of running sequences; return whether one was preempted."""
         decoding = self.decoding
         prefilling = [item for item in self.running if item.num_uncomputed != 1 and not item.has_max_tokens]
+        first = self._policy.first(self.running) if prefilling else None
         preempted = False
         for sequence in decoding + prefilling:
             if step.budget == 0:
@@ -416,6 +422,8 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue
             count = self._count(sequence, sequence.num_computed, step)
+            if sequence.num_uncomputed != 1 and first is not None and not self._policy.may_prefill(sequence, [first]):
+                count = min(count, max(1, self.max_num_batched_tokens // _YIELDING_SHARE))
             while self._blocks_needed(sequence, count) > self.pool.num_free:
                 if self._evict_idle_adapter():
                     continue
@@ -426,6 +434,8 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.status is Status.RUNNING and count > 0:
+                if sequence.num_uncomputed != 1:
+                    step.prefills[sequence.seq_id] = sequence
                 step.add(self._chunk(sequence, count))
         return preempted
 
@@ -434,7 +444,7 @@ class Scheduler:
         self._unpark_ready()
         while step.budget > 0 and self._make_place(step):
             sequence = self._policy.first(self.running)
-            if sequence is None:
+            if sequence is None or not self._policy.may_prefill(sequence, list(step.prefills.values())):
                 break
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
@@ -478,6 +488,7 @@ class Scheduler:
                 self.cached_tokens += sequence.num_cached
                 self.prompt_tokens += sequence.num_prompt_tokens
                 self._policy.served(sequence, sequence.num_prompt_tokens - sequence.num_cached, 0)
+            step.prefills[sequence.seq_id] = sequence
             step.add(self._chunk(sequence, count))
 
     # ---- adapters -----------------------------------------------------------------------------------------------
