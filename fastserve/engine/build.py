@@ -63,11 +63,21 @@ class RankModel:
     speed: SpeedMeter
 
 
-def build_rank(
-    config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor], collectives: Collectives
-) -> RankModel:
-    """Load one rank's part of the model and verify it, side by side with the other ranks. Raises StartupError with a
-    message for the user."""
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """One rank's part of a model, and what other models it needs."""
+
+    loaded: LoadedModel
+    draft: LoadedModel | None
+    """On rank 0 alone, and whole: a draft model is small."""
+
+
+LoadRank = Callable[[EngineConfig, Progress, Collectives], LoadedRank]
+
+
+def load_rank(config: EngineConfig, progress: Progress, collectives: Collectives) -> LoadedRank:
+    """Load one rank's part of the model, side by side with the other ranks. Raises StartupError with a message for the
+    user."""
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
     spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
@@ -80,7 +90,20 @@ def build_rank(
         collectives,
         has_adapters=config.adapters is not None,
     )
-    draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
+    return LoadedRank(loaded, _load_draft(config, loaded, progress) if collectives.rank == 0 else None)
+
+
+def build_rank(
+    config: EngineConfig,
+    progress: Progress,
+    processors: Sequence[LogitsProcessor],
+    collectives: Collectives,
+    load: LoadRank = load_rank,
+) -> RankModel:
+    """Load one rank's part of the model and verify it, side by side with the other ranks. `load`: for a rank that may
+    have its weights already. Raises StartupError with a message for the user."""
+    rank = load(config, progress, collectives)
+    loaded, draft = rank.loaded, rank.draft
     collectives.barrier()  # all have loaded, so that free memory is what they share
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], config.num_local_ranks)
     sizes = _smallest(sizes, collectives)
@@ -107,16 +130,17 @@ def build_core(
     *,
     collectives: Collectives = SINGLE_RANK,
     send_to_ranks: Send | None = None,
+    load: LoadRank = load_rank,
 ) -> EngineCore:
     """Load the model and make everything ready. Raises StartupError with a message for the user.
 
     `processors` are applied in their order. `collectives`: of the ranks that the model is divided over; this is rank 0.
-    `send_to_ranks`: sends commands to the others, if there are any.
+    `send_to_ranks`: sends commands to the others, if there are any. `load`: see `build_rank`.
     """
     begin = time.perf_counter()
     adapters = () if config.adapters is None else [name for name, _ in config.adapters.modules]
     policy = load_policy(config, adapters)
-    model = build_rank(config, progress, processors, collectives)
+    model = build_rank(config, progress, processors, collectives, load)
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     executor: Executor = runner
     weights: Weights = loaded.weights

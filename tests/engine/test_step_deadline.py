@@ -137,8 +137,7 @@ def test_a_rank_that_computes_without_end_is_noticed(
         engine = EngineProcess(config)
         await engine.start(lambda event: None)
         assert engine.pid is not None
-        children = psutil.Process(engine.pid).children()
-        [rank] = [child for child in children if "fastserve.engine.follower" in child.cmdline()]
+        [rank] = map(psutil.Process, engine.rank_pids)
         begin = 0.0
 
         async def generate() -> None:

@@ -4,24 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from fastserve.engine.contract import StartFailed
 from fastserve.engine.plan import StepPlan
-from fastserve.engine.settings import EngineConfig
-
-
-class RankSettings(msgspec.Struct, frozen=True):
-    """Sent as JSON on the command line of a rank other than 0."""
-
-    rank: int
-    endpoint: str
-    """Rank 0's socket for this rank."""
-    descriptor: int
-    """The inherited descriptor of the shared segment."""
-    meeting_file: str
-    """Where process groups meet."""
-    parent: int
-    """Process id of rank 0."""
-    config: EngineConfig
 
 
 class ExecuteStep(msgspec.Struct, frozen=True, tag=True):
@@ -73,5 +56,3 @@ class EndRank(msgspec.Struct, frozen=True, tag=True):
 
 
 RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | EndRank
-RankEvent = StartFailed
-"""A rank other than 0 reports this alone: what it computes reaches rank 0 through collectives."""

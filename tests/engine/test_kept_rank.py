@@ -1,0 +1,166 @@
+"""A rank that is lost is replaced by one that loads by itself, and the other ranks keep their weights. Ranks are threads
+here."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from fastserve.engine import kept_rank
+from fastserve.engine.build import RankModel, build_rank
+from fastserve.engine.contract import SamplingParams
+from fastserve.engine.kept_rank import KeptRank
+from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.ranks.exchange_record import ExchangeRecord
+from fastserve.engine.ranks.segment import Segment
+from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+from fastserve.engine.sampling.order import LOGITS_PROCESSORS
+from fastserve.engine.settings import AdapterOptions, EngineConfig, WeightOptions
+from fastserve.errors import StartupError
+
+from .conftest import TinyModels
+
+
+class Ranks:
+    """The ranks of a model, in one group after the other."""
+
+    def __init__(self, config: EngineConfig, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.config = config
+        self.loads: list[int] = []
+        """Ranks that have loaded, in order."""
+        original = kept_rank.load_rank
+
+        def counted(config: EngineConfig, progress: Any, collectives: Any) -> Any:
+            self.loads.append(collectives.rank)
+            return original(config, progress, collectives)
+
+        monkeypatch.setattr(kept_rank, "load_rank", counted)
+        self.kept = [KeptRank() for _ in range(size)]
+        self.models: list[RankModel] = []
+        self.form()
+
+    def form(self) -> None:
+        segment = Segment.create(len(self.kept))
+
+        def enter(rank: int) -> RankModel:
+            joined = SharedMemoryCollectives.load(segment, rank, 30.0)
+            if joined is None:
+                pytest.skip("no C++ compiler")
+            collectives = self.kept[rank].enter(joined)
+            return build_rank(self.config, lambda *_: None, LOGITS_PROCESSORS, collectives, self.kept[rank].load)
+
+        with ThreadPoolExecutor(len(self.kept)) as pool:
+            self.models = list(pool.map(enter, range(len(self.kept))))
+
+    def lose(self, *ranks: int) -> None:
+        self.models.clear()
+        for rank, kept in enumerate(self.kept):
+            if rank in ranks:
+                self.kept[rank] = KeptRank()
+            else:
+                kept.leave()
+        self.loads.clear()
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Of the last token, which are the same on all ranks."""
+        count = len(token_ids)
+        plan = StepPlan([], [NewSequence(0, list(token_ids), count, SamplingParams(1, temperature=0.0), 0)], [])
+        plan.chunks.append(Chunk(0, 0, count, list(range(-(-count // 16))), sample=True))
+
+        def forward(model: RankModel) -> torch.Tensor:
+            found = model.runner.forward(plan).clone()
+            model.runner.forget([0])
+            return found
+
+        with ThreadPoolExecutor(len(self.models)) as pool:
+            first, *others = pool.map(forward, self.models)
+        assert all(torch.equal(first, other) for other in others)
+        return first
+
+    def references(self) -> list[torch.Tensor]:
+        return [model.loaded.reference.logits for model in self.models]
+
+
+def tiny(path: str, **settings: Any) -> EngineConfig:
+    values: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_total_tokens": 160, "tp_size": 2} | settings
+    return EngineConfig(model_dir=path, **values)
+
+
+PROMPT = [5, 9, 70, 31, 2, 2, 8, 100, 44]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"weights": WeightOptions(quantize="int8"), "adapters": AdapterOptions(max_loras=2)}),
+        ("qwen3", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_only_the_lost_rank_loads_and_answers_stay_the_same(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any]
+) -> None:
+    ranks = Ranks(tiny(tiny_models.path(name), **settings), 2, monkeypatch)
+    before, references = ranks.logits(PROMPT), ranks.references()
+    for lost in (1, 0):
+        ranks.lose(lost)
+        ranks.form()
+        assert ranks.loads == [lost]
+        assert torch.equal(ranks.logits(PROMPT), before)
+        assert all(torch.equal(*pair) for pair in zip(ranks.references(), references, strict=True))
+
+
+def test_several_ranks_may_be_lost_at_once_and_again(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tiny(tiny_models.path("llama"), tp_size=4), 4, monkeypatch)
+    before = ranks.logits(PROMPT)
+    for lost in ((1, 3), (0, 2, 3), (1,)):  # in the second loss, the only rank left has loaded from a record itself
+        ranks.lose(*lost)
+        ranks.form()
+        assert sorted(ranks.loads) == list(lost)
+        assert torch.equal(ranks.logits(PROMPT), before)
+
+
+def test_nothing_of_a_lost_group_is_kept_but_weights(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = AdapterOptions(max_loras=2)
+    ranks = Ranks(tiny(tiny_models.path("llama"), adapters=adapters), 2, monkeypatch)
+    runners = [weakref.ref(model.runner) for model in ranks.models]
+    ranks.lose(1)
+    assert all(one() is None for one in runners)
+
+
+def recorded(*results: torch.Tensor) -> ExchangeRecord:
+    record = ExchangeRecord()
+    for result in results:
+        record.result(lambda result=result: result)  # type: ignore[misc]
+    return ExchangeRecord.from_bytes(record.to_bytes())
+
+
+def nothing() -> torch.Tensor:
+    raise AssertionError("an exchange was made, though its result is recorded")
+
+
+def test_a_record_gives_its_results_in_order() -> None:
+    results = [
+        torch.randn(3, 5),
+        torch.empty(0, dtype=torch.uint8),
+        torch.arange(4),
+        torch.ones(2, dtype=torch.bfloat16),
+    ]
+    record = recorded(*results)
+    assert all(torch.equal(record.result(nothing), result) for result in results)
+    record.require_end()
+
+
+@pytest.mark.parametrize(
+    "use", [lambda record: record.require_end(), lambda record: [record.result(nothing) for _ in range(2)]]
+)
+def test_a_rank_that_loads_another_model_is_refused(use: Callable[[ExchangeRecord], Any]) -> None:
+    record = recorded(torch.ones(2))
+    with pytest.raises(StartupError, match="its files were changed"):
+        use(record)
