@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import zmq
@@ -28,7 +29,7 @@ from fastserve.engine.ranks.messages import ReadWeight
 from fastserve.engine.ranks.pass_segment import pass_segment, receive_segment
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
-from fastserve.errors import StartupError
+from fastserve.errors import EngineDeadError, StartupError
 from tests.processes import free_ports
 
 KEYS = CurveKeys.derive(gang_secret("a cluster key of these tests"))
@@ -143,6 +144,85 @@ def test_rank_0_begins_anew_when_another_rank_falls_silent(
     assert time.monotonic() - begin < 5.0
 
 
+def form(hub: GangHub, links: Sequence[GangLink]) -> Formed:
+    """Wait for a new group on all sides."""
+    with ThreadPoolExecutor(len(links)) as pool:
+        waiting = [pool.submit(link.wait_formed) for link in links]
+        formed = hub.wait_formed()
+        assert [one.result() for one in waiting] == [formed] * len(links)
+    return formed
+
+
+def keeping(hub: GangHub, links: Sequence[GangLink]) -> None:
+    hub.serving(keeps_weights=True)
+    for link in links:
+        link.keep_weights()
+
+
+def test_ranks_that_keep_their_weights_form_a_new_group_with_the_one_that_is_back(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink], lost: threading.Event
+) -> None:
+    gang = make_gang(size=3)
+    hub, links = make_hub(gang), [make_link(gang, rank) for rank in (1, 2)]
+    first = form(hub, links)
+    keeping(hub, links)
+    aborted = [threading.Event() for _ in range(2)]
+    hub.watch(aborted[0].set)
+    links[0].watch(aborted[1].set)
+    hub.send(ReadWeight("of the first group"))
+    links[1].close()
+    assert all(one.wait(WAIT_S) for one in aborted)
+    with pytest.raises(EngineDeadError, match=r"rank 2 .* has been silent"):
+        hub.require_group()
+    hub.leave("it is lost")
+    links[1] = make_link(gang, 2)
+    second = form(hub, links)
+    assert second.generation > first.generation
+    hub.send(ReadWeight("of the second group"))
+    assert [link.receive() for link in links] == [ReadWeight("of the second group")] * 2
+    assert not lost.is_set()
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_a_group_whose_exchanges_have_failed_on_one_side_is_left_by_all(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink], leaves_first: int
+) -> None:
+    gang = make_gang()
+    hub, links = make_hub(gang), [make_link(gang)]
+    first = form(hub, links)
+    keeping(hub, links)
+    if leaves_first == 0:
+        hub.leave("an exchange failed")
+        with pytest.raises(EngineDeadError, match="an exchange failed"):
+            links[0].receive()
+        second = form(hub, links)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(links[0].wait_formed)
+            deadline = time.monotonic() + WAIT_S
+            while not hub.is_lost and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with pytest.raises(EngineDeadError, match="has left the group"):
+                hub.require_group()
+            second = hub.wait_formed()
+            assert waiting.result() == second
+    assert second.generation > first.generation
+
+
+def test_other_ranks_keep_their_weights_while_rank_0_is_started_again(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink]
+) -> None:
+    gang = make_gang()
+    hub, links = make_hub(gang), [make_link(gang)]
+    form(hub, links)
+    keeping(hub, links)
+    hub.close()
+    hub = make_hub(gang)
+    with pytest.raises(EngineDeadError, match="rank 0 has been"):
+        links[0].receive()
+    form(hub, links)
+
+
 @pytest.mark.parametrize("keys", [None, OTHER_KEYS])
 def test_a_stranger_joins_nothing_and_stops_nothing(
     make_hub: Callable[[Gang], GangHub],
@@ -191,7 +271,8 @@ def join_all(gang: Gang, generations: Sequence[int], folders: Sequence[Path]) ->
 
     def join(rank: int) -> SharedMemoryCollectives:
         part = rank // gang.local_size
-        return join_machines(on_part(gang, part), rank, formed[rank], KEYS, folders[part])
+        own = msgspec.structs.replace(on_part(gang, part), folder=str(folders[part]))
+        return join_machines(own, rank, formed[rank], KEYS)
 
     with ThreadPoolExecutor(gang.size) as pool:
         return list(pool.map(join, range(gang.size)))

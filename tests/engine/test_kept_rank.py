@@ -1,5 +1,4 @@
-"""A rank that is lost is replaced by one that loads by itself, and the other ranks keep their weights. Ranks are threads
-here."""
+"""A rank that is lost is replaced by one that loads by itself; others keep their weights. Ranks are threads here."""
 
 from __future__ import annotations
 
@@ -56,6 +55,9 @@ class Ranks:
 
         with ThreadPoolExecutor(len(self.kept)) as pool:
             self.models = list(pool.map(enter, range(len(self.kept))))
+        assert not any(model.runner.forward_passes.refusals for model in self.models), [
+            model.runner.forward_passes.refusals for model in self.models
+        ]
 
     def lose(self, *ranks: int) -> None:
         self.models.clear()
