@@ -123,6 +123,8 @@ class EngineProcess:
         try:
             if not lives_on or self._process is None:
                 self._process = await self._start_process()
+            if self._config.gang is not None:
+                self._stop_watcher = asyncio.create_task(self._watch_stopped(self._process))
             info = await self._wait_ready(self._process, on_progress)
         except BaseException:
             await self._tear_down()
@@ -130,11 +132,11 @@ class EngineProcess:
             raise
         self._receiver = asyncio.create_task(self._receive(self._process))
         self._watcher = asyncio.create_task(self._watch(self._process))
-        if self._config.gang is not None:
-            self._stop_watcher = asyncio.create_task(self._watch_stopped(self._process))
         return info
 
     async def _start_process(self) -> asyncio.subprocess.Process:
+        if os.name == "nt" and self._config.gang is not None:
+            raise StartupError("--tp-size needs Linux or macOS: on Windows leave it out.")
         environment = ENGINE_ENVIRONMENT | os.environ | dict(self._environment)
         endpoint, config = self._open_socket(), self._config
         if config.gang is not None:

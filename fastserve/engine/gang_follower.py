@@ -19,7 +19,7 @@ from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
 from fastserve.engine.ranks.gang_messages import GangRankSettings
 from fastserve.engine.ranks.local_ranks import REFUSED_EXIT_CODE
-from fastserve.engine.ranks.messages import RankCommand, WriteWeight
+from fastserve.engine.ranks.messages import CHANGES_WEIGHTS, RankCommand
 from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE, SharedProgress
 from fastserve.engine.ranks.same_settings import same_settings
@@ -76,7 +76,9 @@ class _Member:
         """Join a group and follow rank 0 until that ends. Returns the process's exit code, or None when this rank has
         kept its weights for the next group."""
         try:
-            return self._join_and_follow()
+            code = self._join_and_follow()
+            self._kept.close()
+            return code
         except EngineDeadError as error:
             logger.info("rank %d leaves its group: %s", self._rank, error.message)
         if not self._kept.can_stay or self._has_new_weights:
@@ -106,7 +108,7 @@ class _Member:
 
     def _receive(self) -> RankCommand:
         command = self._link.receive()
-        self._has_new_weights |= isinstance(command, WriteWeight)
+        self._has_new_weights |= isinstance(command, CHANGES_WEIGHTS)
         return command
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastserve.engine import kept_rank
-from fastserve.engine.build import RankModel, build_rank
+from fastserve.engine.build import RankModel, build_rank, load_rank
 from fastserve.engine.contract import SamplingParams
 from fastserve.engine.kept_rank import KeptRank
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
@@ -32,13 +31,12 @@ class Ranks:
         self.config = config
         self.loads: list[int] = []
         """Ranks that have loaded, in order."""
-        original = kept_rank.load_rank
 
         def counted(config: EngineConfig, progress: Any, collectives: Any) -> Any:
             self.loads.append(collectives.rank)
-            return original(config, progress, collectives)
+            return load_rank(config, progress, collectives)
 
-        monkeypatch.setattr(kept_rank, "load_rank", counted)
+        monkeypatch.setattr("fastserve.engine.kept_rank.load_rank", counted)
         self.kept = [KeptRank() for _ in range(size)]
         self.models: list[RankModel] = []
         self.form()
@@ -55,9 +53,6 @@ class Ranks:
 
         with ThreadPoolExecutor(len(self.kept)) as pool:
             self.models = list(pool.map(enter, range(len(self.kept))))
-        assert not any(model.runner.forward_passes.refusals for model in self.models), [
-            model.runner.forward_passes.refusals for model in self.models
-        ]
 
     def lose(self, *ranks: int) -> None:
         self.models.clear()

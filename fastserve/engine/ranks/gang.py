@@ -7,7 +7,7 @@ import os
 from fastserve.distributed.gang import Gang, read_gang_keys
 from fastserve.distributed.keys import CurveKeys
 from fastserve.engine.ranks.gang_hub import GangHub
-from fastserve.engine.ranks.messages import RankCommand, WriteWeight
+from fastserve.engine.ranks.messages import CHANGES_WEIGHTS, RankCommand
 from fastserve.engine.ranks.processes import Report
 from fastserve.engine.ranks.same_settings import same_settings
 from fastserve.engine.settings import EngineConfig
@@ -26,7 +26,7 @@ class GangRanks:
 
     def send(self, command: RankCommand) -> None:
         """Send a command to each rank, without waiting."""
-        if isinstance(command, WriteWeight):
+        if isinstance(command, CHANGES_WEIGHTS):
             self.has_new_weights = True
         self.hub.send(command)
 

@@ -336,7 +336,7 @@ class GangHub:
             if not self._is_wanted or self._formed is not None or len(self._members) < self._gang.size - 1:
                 return
             ips = [self._gang.own_ip(), *(self._members[rank].ip for rank in range(1, self._gang.size))]
-            self._formed = Formed(time.time_ns() // 1_000_000, tuple(ips))
+            self._formed = Formed(time.time_ns() // 1_000_000, tuple(ips), os.getpid())
             logger.info("all %d ranks have joined", self._gang.size)
             self._pass_on(self._encode(self._formed))
             self._changed.notify_all()
@@ -345,11 +345,13 @@ class GangHub:
         """Notice at once when a rank of this machine has ended."""
         for rank in self._gang.local_ranks[1:]:
             member = self._members.get(rank)
-            if self._formed is not None and member is not None and not _is_alive(member.pid):
+            if member is not None and self._formed is not None and not is_alive(member.pid):
                 self._lose(f"{self._gang.name_of(rank)} (process {member.pid}) has ended")
 
     def _check(self, now: float) -> None:
-        silent = [rank for rank, member in self._members.items() if now - member.heard_s > MAX_SILENCE_S]
+        # A rank of this machine that is stopped is killed by its parent; silence alone shows nothing.
+        others = [(rank, member) for rank, member in self._members.items() if rank not in self._gang.local_ranks]
+        silent = [rank for rank, member in others if now - member.heard_s > MAX_SILENCE_S]
         if not silent:
             self._form()  # the main thread may have begun to wait
             return
@@ -424,7 +426,7 @@ def _nothing() -> None:
     pass
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -20,6 +20,7 @@ from fastserve.engine.ranks.gang_hub import (
     MAX_SILENCE_S,
     REPORT_INTERVAL_S,
     TCP_SILENCE_MS,
+    is_alive,
 )
 from fastserve.engine.ranks.gang_messages import Beat, Formed, FromRank0, Join, Lost, RankFailed, Refused, ToRank0
 from fastserve.engine.ranks.messages import RankCommand
@@ -61,6 +62,7 @@ class GangLink:
         self._entered: int | None = None
         """The last group that the main thread has entered."""
         self._left_generation = 0
+        self._pid_of_rank_0 = 0
         self._loss: str | None = None
         self._abort: Callable[[], None] | None = None
         self._keeps_weights = False
@@ -174,8 +176,11 @@ class GangLink:
                     self._send(Beat(*self._progress))
                 elif self._is_wanted:
                     self._send(msgspec.structs.replace(self._join, left_generation=self._left_generation))
-                if is_formed and not is_late and now - heard_s > MAX_SILENCE_S:
+                if self._gang.part > 0 and not is_late and now - heard_s > MAX_SILENCE_S:
                     self._lose(f"rank 0 has been silent for {MAX_SILENCE_S:g} s")
+            # Where rank 0 is on this machine and stopped, it is killed by its parent; silence alone shows nothing.
+            if self._gang.part == 0 and self._generation is not None and not is_alive(self._pid_of_rank_0):
+                self._lose(f"rank 0 (process {self._pid_of_rank_0}) has ended")
         if self._failure is not None:
             self._send(RankFailed(self._failure))
 
@@ -185,6 +190,7 @@ class GangLink:
                 with self._lock:
                     if self._is_wanted:
                         self._is_wanted, self._generation = False, message.generation
+                        self._pid_of_rank_0 = message.pid
                         self._formed.put(message)
             case Refused():
                 self._formed.put(message)

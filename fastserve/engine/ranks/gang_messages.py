@@ -52,6 +52,8 @@ class Formed(msgspec.Struct, frozen=True, tag=True):
     """Larger than in any group before."""
     ips: tuple[str, ...]
     """By rank."""
+    pid: int = 0
+    """Of rank 0's process, for the ranks of its machine."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -56,3 +56,5 @@ class EndRank(msgspec.Struct, frozen=True, tag=True):
 
 
 RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | EndRank
+CHANGES_WEIGHTS = (WriteWeight,)
+"""Commands after which a rank that loads the model's files has other weights than the rest."""
