@@ -113,10 +113,10 @@ def test_only_the_lost_rank_loads_and_answers_stay_the_same(
         assert all(torch.equal(*pair) for pair in zip(ranks.references(), references, strict=True))
 
 
-def test_several_ranks_may_be_lost_at_once_and_again(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(tiny(tiny_models.path("llama"), tp_size=4), 4, monkeypatch)
+def test_a_group_without_weights_loads_as_at_first(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(tiny(tiny_models.path("llama")), 2, monkeypatch)
     before = ranks.logits(PROMPT)
-    for lost in ((1, 3), (0, 2, 3), (1,)):  # in the second loss, the only rank left has loaded from a record itself
+    for lost in ((0, 1), (1,)):
         ranks.lose(*lost)
         ranks.form()
         assert sorted(ranks.loads) == list(lost)

@@ -222,6 +222,25 @@ async def test_a_lost_rank_is_noticed_and_starts_again_alone(
 
 
 @pytest.mark.slow
+async def test_several_ranks_lost_at_once_come_back(tiny_models: TinyModels) -> None:
+    engine = EngineProcess(config(tiny_models.path("llama"), tp_size=4))
+    started = Started(engine, await engine.start(lambda event: None), [])
+    request = make_requests()[1]
+    try:
+        before = (await collect(engine, request, None)).token_ids
+        for lost in ([1, 3], [0, 2], [1, 2, 3]):
+            pids = started.rank_pids
+            for rank in lost:
+                kill(pids[rank])
+            await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
+            await engine.start(lambda event: None)
+            assert [rank for rank in range(4) if started.rank_pids[rank] != pids[rank]] == lost
+            assert (await collect(engine, request, None)).token_ids == before
+    finally:
+        await engine.close()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_ranks_lost_at_random_moments_come_back_each_time(started: Started, tiny_models: TinyModels) -> None:
     engine, generator = started.engine, random.Random(7)
