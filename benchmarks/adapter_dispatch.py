@@ -1,7 +1,7 @@
 """How far a worker that has an adapter in memory may be ahead in load and still get the adapter's next request:
 `python -m benchmarks.adapter_dispatch`.
 
-A simulation of the controller's rule (MAX_HOLDER_LEAD in fastserve/control/registry.py) with power-law adapters.
+A simulation of the controller's rule (MAX_HOLDER_LEAD in fastserve/control/choice.py) with power-law adapters.
 Workers run a number of requests at once, the others wait in order of arrival; a request whose adapter is not in a
 worker's memory waits until it is read, and then the least recently used adapter is dropped. The controller knows what
 workers hold as of their last heartbeat. Wait: from arrival to the start of the prefill. It takes seconds, anywhere.

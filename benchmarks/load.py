@@ -65,9 +65,20 @@ def brings_token(choice: dict[str, Any]) -> bool:
     return "text" in choice or "content" in choice.get("delta", {}) or choice.get("finish_reason") is not None
 
 
-async def send(session: aiohttp.ClientSession, args: argparse.Namespace, index: int, outcome: Outcome) -> None:
+def adapter_fields(args: argparse.Namespace, client: int) -> dict[str, Any]:
+    """The fields of a client's requests that name its own adapter, or the model."""
+    if args.adapter_prefix is not None:
+        return {"model": f"{args.adapter_prefix}{client}"}
+    if args.adapter_numbers:
+        return {"model": args.model, "lora": [{"id": client, "scale": 1.0}]}
+    return {"model": args.model}
+
+
+async def send(
+    session: aiohttp.ClientSession, args: argparse.Namespace, client: int, index: int, outcome: Outcome
+) -> None:
     body: dict[str, Any] = {
-        "model": args.model,
+        **adapter_fields(args, client),
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "stream": True,
@@ -141,12 +152,12 @@ async def run(args: argparse.Namespace) -> int:
     timeout = aiohttp.ClientTimeout(total=args.timeout_s)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
 
-        async def client() -> None:
+        async def client(number: int) -> None:
             for index in remaining:
-                await send(session, args, index, outcome)
+                await send(session, args, number, index, outcome)
 
         begin = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(args.concurrency)))
+        await asyncio.gather(*(client(number) for number in range(args.concurrency)))
         wall_s = time.perf_counter() - begin
     print(json.dumps(summarise(args, outcome, wall_s)))
     for error in outcome.errors[:3]:
@@ -158,6 +169,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Closed-loop load on an OpenAI-compatible server; prints a JSON row.")
     parser.add_argument("--base-url", default="http://localhost:8888/v1")
     parser.add_argument("--model", default="fastserve-demo")
+    parser.add_argument("--adapter-prefix", help="client 0 asks for the adapter of this name and 0, and so on")
+    parser.add_argument(
+        "--adapter-numbers", action="store_true", help="client 0 asks for adapter 0, in the way of llama.cpp, and so on"
+    )
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--label", default="")
     parser.add_argument("--concurrency", type=int, default=8)

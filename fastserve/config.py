@@ -276,6 +276,14 @@ class EngineOptions:
         added=True,
         group="model",
     )
+    machine_collectives: str | None = option(
+        None,
+        "how GPUs of several machines exchange tensors: nccl (if unset; not encrypted, so their network must be "
+        "private), or host: through the hosts' memory, encrypted with the cluster key",
+        added=True,
+        choices=("nccl", "host"),
+        group="model",
+    )
     max_gpu_memory: str | None = option(
         None,
         "maximum weights on one GPU, such as 13GiB or 13GB; used with several GPUs or --cpu-offloading only",
@@ -411,6 +419,12 @@ class LoraOptions:
         False,
         "let administrators load adapters from any path and from the Hugging Face hub; else only from --lora-root and "
         "the paths of the other flags",
+        added=True,
+    )
+    lora_state_file: str | None = option(
+        None,
+        "file in which a worker keeps what calls have loaded and unloaded, to do so again when it is started anew; the "
+        "launcher gives each worker one in --log-dir",
         added=True,
     )
     max_loras: int = option(

@@ -10,6 +10,8 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
+        WeightNotFoundError           404
+        WeightGroupNotFoundError      404  no group of a trainer has this name
         ConflictError                 409  the name belongs to somebody else
         RequestTimeoutError           408  headers or body did not come in time
         BodyTooLargeError             413
@@ -30,6 +32,8 @@
         WorkerTimeoutError            504
         FirstTokenLateError           503  --enable-abort: the first token would come later than it is of use
         EngineTimeoutError            504  the engine has not answered a call in time
+        WeightTransferError           502  a trainer went away, or sent something else than it announced
+        WeightsIncompleteError        503  a weight update failed halfway, and a whole set of weights has not come yet
         RequestAbortedError           503  an administrator aborted the running requests
       InternalError                 500
         RequestKilledWorkersError     500  two workers died while they worked on the request; it is not tried again
@@ -125,6 +129,16 @@ class ModelNotFoundError(RequestError):
     status = 404
     code = "model_not_found"
     legacy_code = 40301
+
+
+class WeightNotFoundError(RequestError):
+    status = 404
+    code = "weight_not_found"
+
+
+class WeightGroupNotFoundError(RequestError):
+    status = 404
+    code = "group_not_found"
 
 
 class ConflictError(RequestError):
@@ -238,6 +252,16 @@ class EngineTimeoutError(ServiceError):
 
 class FirstTokenLateError(ServiceError):
     code = "first_token_late"
+
+
+class WeightTransferError(ServiceError):
+    status = 502
+    code = "weight_transfer_failed"
+    retry_after_s = None
+
+
+class WeightsIncompleteError(ServiceError):
+    code = "weights_incomplete"
 
 
 class RequestAbortedError(ServiceError):

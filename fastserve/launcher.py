@@ -86,6 +86,11 @@ def _prepare(
             rotate(Path(log), config.log_keep)
         except OSError as error:
             raise StartupError(f"The log {log} cannot be written: {reason(error)}.") from error
+    for file in services.state_files:
+        try:
+            Path(file).unlink(missing_ok=True)
+        except OSError as error:
+            raise StartupError(f"{file} cannot be removed: {reason(error)}.") from error
     order = Order(
         run_id=uuid.uuid4().hex[:12],
         log_dir=str(log_dir),

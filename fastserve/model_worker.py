@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, gang: Gang | None = None) -> None:
                 return
             drop_default_threads(os.environ)
             config = replace(config, tp_size=torchrun.size)
-        refuse_unavailable(config)
+        refuse_unavailable(config, None if gang is None else gang.local_size)
         if config.gpus is not None:
             # For the engine's process, which inherits it; this process uses no GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = config.gpus
@@ -87,6 +87,7 @@ def _serve(config: WorkerConfig, gang: Gang | None) -> None:
             model_dir=model.folder,
             tokenizer_dir=_tokenizer_dir(config, model),
             model_names=model_names,
+            weight_paths=[path for path in (model.folder, model.gguf_file, model.adapter_dir) if path is not None],
             adapters=adapters,
             address=config.worker_address or advertised_address(config.host, port, ssl=serves_tls(config)),
             wait_listening=lambda: _wait_listening(sockets[0]),

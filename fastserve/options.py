@@ -13,10 +13,11 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
 from typing import Any, TypeVar
 
@@ -26,8 +27,30 @@ ConfigT = TypeVar("ConfigT")
 LIMITS = "limits"
 
 
+_COMMA = re.compile(r"(\\*),")
+
+
 def comma_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """Values separated by commas. In a value a comma is written `\\,`, and a backslash before one `\\\\`."""
+    parts, at = [""], 0
+    for match in _COMMA.finditer(text):
+        num_backslashes = len(match[1])
+        parts[-1] += text[at : match.start()] + "\\" * (num_backslashes // 2)
+        at = match.end()
+        if num_backslashes % 2:
+            parts[-1] += ","
+        else:
+            parts.append("")
+    parts[-1] += text[at:]
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def comma_join(values: Iterable[str]) -> str:
+    """The text that `comma_list` makes `values` of, if none is empty or has blanks at its ends."""
+    escaped = [_COMMA.sub(r"\1\1\\,", value) for value in values]
+    for at, value in enumerate(escaped[:-1]):
+        escaped[at] += value[len(value.rstrip("\\")) :]
+    return ",".join(escaped)
 
 
 def json_list(text: str) -> tuple[str, ...]:
@@ -35,6 +58,11 @@ def json_list(text: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("expected a JSON list of strings")
     return tuple(value)
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text of a repeatable option is JSON, which has commas of its own."""
+    return text.lstrip().startswith("{")
 
 
 def option(
@@ -254,7 +282,7 @@ def to_argv(config: Any) -> list[str]:
         elif isinstance(value, tuple) and (item.metadata["nargs"] or item.metadata["repeatable"]):
             argv += [flag_of(item), *map(str, value)]
         elif isinstance(value, tuple):
-            argv += [flag_of(item), ",".join(map(str, value))]
+            argv += [flag_of(item), comma_join(value)]
         else:
             argv.append(f"{flag_of(item)}={value}")
     return argv
@@ -306,6 +334,12 @@ def pass_on(*config_classes: type[Any], names: Sequence[str] = ()) -> Callable[[
     return add
 
 
+def is_comma_list(config_class: type[Any], name: str) -> bool:
+    """Whether the option's text outside a command line is a list separated by commas."""
+    item = next(item for item in dataclasses.fields(config_class) if item.name == name)
+    return bool(item.metadata["repeatable"]) or item.metadata["parse"] is comma_list
+
+
 def parse_option(config_class: type[Any], name: str, text: str) -> Any:
     """Parse one option's value outside a command line. Raises ValueError with the reason if it is invalid."""
     item = next(item for item in dataclasses.fields(config_class) if item.name == name)
@@ -315,8 +349,7 @@ def parse_option(config_class: type[Any], name: str, text: str) -> Any:
             raise ValueError(f"{text!r} is neither true nor false")
         return text.lower() != "false"
     if item.metadata["repeatable"]:
-        # JSON is one text, since it has commas of its own.
-        return (text,) if text.lstrip().startswith("{") else comma_list(text)
+        return (text,) if is_json_object(text) else comma_list(text)
     try:
         value = (item.metadata["parse"] or kind)(text)
     except ValueError:

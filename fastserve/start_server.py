@@ -21,6 +21,8 @@ from fastserve.errors import StartupError
 from fastserve.serving.server import run_entry
 
 logger = logging.getLogger(__name__)
+ALL_ADDRESSES = "::"
+"""IPv4 and IPv6: machines of a model reach each other by either."""
 ENV_CONTROLLER = "FASTSERVE_CONTROLLER_ADDRESS"
 POLL_S = 1.0
 REPORT_INTERVAL_S = 10.0
@@ -81,7 +83,7 @@ def worker_arguments(environ: Mapping[str, str], flags: Sequence[str]) -> list[s
     warning = small_shared_memory(world.local_size)
     if warning is not None:
         logger.warning(warning)
-    arguments = ["--model-path", str(settings.checkpoint), "--host", "0.0.0.0", "--port", str(world.port)]
+    arguments = ["--model-path", str(settings.checkpoint), "--host", ALL_ADDRESSES, "--port", str(world.port)]
     for flag, value in (
         ("--tokenizer-path", settings.tokenizer),
         ("--tp-size", world.size if world.size > 1 else None),
@@ -94,6 +96,7 @@ def worker_arguments(environ: Mapping[str, str], flags: Sequence[str]) -> list[s
             arguments += [flag, str(value)]
     registers = bool(environ.get(ENV_CONTROLLER)) or any(flag.startswith("--controller") for flag in flags)
     for flag, is_set in (
+        ("--enable-expert-parallel", world.expert_parallel),
         ("--load-8bit", settings.load_8bit),
         ("--load-4bit", settings.load_4bit),
         ("--no-prefix-cache", not settings.reuse_cache),

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, WorkerConfig
 from fastserve.errors import StartupError
-from fastserve.options import build_parser, limit, limits_of, parse_config, to_argv
+from fastserve.options import build_parser, comma_join, comma_list, limit, limits_of, parse_config, to_argv
 
 KEYS = {"FASTSERVE_API_KEYS": "hush-1,hush-2"}
 
@@ -23,6 +25,11 @@ def test_flags_go_over_the_environment_over_defaults() -> None:
     assert parse_config(ApiServerConfig, [], "x", {}).api_keys is None
     assert parse_config(ApiServerConfig, [], "x", KEYS).api_keys == ("hush-1", "hush-2")
     assert parse_config(ApiServerConfig, ["--api-keys", "flag"], "x", KEYS).api_keys == ("flag",)
+
+
+@given(st.lists(st.text(alphabet="a\\, ", min_size=1).filter(lambda value: value == value.strip())))
+def test_a_comma_list_holds_any_values(values: list[str]) -> None:
+    assert comma_list(comma_join(values)) == tuple(values)
 
 
 def test_help_shows_no_secret_from_the_environment(capsys: pytest.CaptureFixture[str]) -> None:

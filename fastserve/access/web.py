@@ -48,11 +48,15 @@ def check_media_type(method: str, headers: Headers) -> None:
             has_body = value.strip(b"0") != b""
         elif name == b"transfer-encoding":
             has_body = True
-    if has_body and media_type.partition(b";")[0].strip().lower() != b"application/json":
+    if has_body and media_type.partition(b";")[0].strip().lower() not in _MEDIA_TYPES:
         raise UnsupportedMediaTypeError(
             f"The body has the content type {_shown(media_type)}: send JSON with the header 'Content-Type: "
             "application/json'."
         )
+
+
+_MEDIA_TYPES = (b"application/json", b"application/octet-stream")
+"""Pages send neither without a preflight. Only routes that read bytes take the second: weights, for example."""
 
 
 class WebPageGuard(Guard):

@@ -14,17 +14,18 @@ import logging
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastserve import dispatch
-from fastserve.breaker import Breaker, fleet_allows
 from fastserve.breaker import State as BreakerState
 from fastserve.control.adapters import AdapterDirectory
 from fastserve.control.changes import ChangeLog
+from fastserve.control.choice import WorkerChoice
 from fastserve.control.leases import WorkerLeases
 from fastserve.control.metrics import Figures, WorkerFigures
 from fastserve.control.models import Pool, ServedModels
 from fastserve.control.speed import WorkerSpeeds
+from fastserve.control.workers import WorkerRecord
 from fastserve.errors import OverloadedError
 from fastserve.observability.text import printable
 from fastserve.protocol import (
@@ -53,9 +54,6 @@ REPORT_MEMORY_S = 30.0
 this time."""
 SPEED_CHANGE = 0.05
 """Relative change of a worker's speed from which on its row of the table counts as changed."""
-MAX_HOLDER_LEAD = 4.0
-"""Requests, relative to speed, by which a worker that has an adapter in memory may be busier than the least busy one
-and still gets the adapter's next request. `python -m benchmarks.adapter_dispatch` compares leads."""
 BUSY_RETRY_AFTER_S = 1.0
 MAX_LINES_PER_S = 50
 LOADING_RETRY_AFTER_S = 5.0
@@ -69,39 +67,6 @@ class RegistryLimits:
     max_leases: int
     """For all workers together."""
     model_memory_s: float
-
-
-@dataclass(slots=True, eq=False)
-class _WorkerRecord:
-    address: str
-    status: WorkerStatus
-    check_heart_beat: bool
-    last_beat: float
-    models: tuple[str, ...] = ()
-    """Model names that it is listed with, each once."""
-    capabilities: Sequence[str] | None = ()
-    """`capabilities` of the status that it is listed with."""
-    pools: dict[tuple[str, str], Pool] = field(default_factory=dict)
-    """Its pools, by model and capability."""
-    breaker: Breaker = field(default_factory=Breaker)
-    probe: str | None = None
-    """Lease of the request that serves as its breaker's probe."""
-    unleased: int = 0
-    """Requests without a lease, as of the last heartbeat."""
-    sent_unleased: int = 0
-    """Requests sent to it without a lease since the last heartbeat."""
-    dispatched: dict[str, int] = field(default_factory=dict)
-    """Requests dispatched to it, by model."""
-    failed_at: float | None = None
-    """Time at which a connection to it failed; None after a sign of life."""
-    answered_at: float = -math.inf
-    reported_at: float = -math.inf
-    wake_at: float = math.inf
-    """Time of its next entry in the queue of due checks."""
-    row: tuple[object, ...] = ()
-    """Values of its last row of the table, besides the speed; the row has changed when the current ones differ."""
-    row_speed: float = 0.0
-    row_json: bytes | None = None
 
 
 class WorkerRegistry:
@@ -122,14 +87,16 @@ class WorkerRegistry:
         self._limits = limits
         self._clock = clock
         self._rng = rng
-        self._workers: dict[str, _WorkerRecord] = {}
-        self._models = ServedModels(dispatch.load(dispatch_method), limits.max_model_names, limits.model_memory_s)
+        self._workers: dict[str, WorkerRecord] = {}
+        make_index = dispatch.load(dispatch_method)
+        self._models = ServedModels(make_index, limits.max_model_names, limits.model_memory_s)
         self._adapters = AdapterDirectory()
         self._leases = WorkerLeases(limits.max_leases)
         self._speeds = WorkerSpeeds()
+        self._choice = WorkerChoice(make_index, self._models, self._adapters, self._workers, self._load_of, rng)
         self._rows = ChangeLog()
         self._epoch = f"{rng.getrandbits(64):016x}"
-        self._wakes: list[tuple[float, int, _WorkerRecord]] = []
+        self._wakes: list[tuple[float, int, WorkerRecord]] = []
         self._sequence = itertools.count()
         self._log_second, self._num_lines = -math.inf, 0
         self._num_refused = 0
@@ -171,8 +138,7 @@ class WorkerRegistry:
 
     def misses_adapters(self, name: str) -> bool:
         """Whether the worker should send the list of its adapters with the next heartbeat."""
-        worker = self._workers.get(name)
-        return worker is not None and self._adapters.is_missing(worker.status.adapters_digest)
+        return self._adapters.is_missing(name)
 
     def polled(self, name: str, status: WorkerStatus) -> None:
         """Update a worker with the status that it gave when polled.
@@ -233,9 +199,10 @@ class WorkerRegistry:
             self._update(self._workers[before], now)
         if self._leases.is_full:
             raise OverloadedError(f"{self._limits.max_leases:,} requests are running, and no more are taken.")
-        worker = self._choose(model, capability, exclude)
+        worker = self._choice.choose(model, capability, exclude)
         if worker is None:
-            return self._refusal(self._base_of(model), capability, now)
+            self._num_refused += 1
+            return self._refusal(self._choice.base_of(model), capability, now)
         self._leases.grant(lease, worker.address, now)
         if not worker.breaker.is_closed and worker.breaker.state(now) == "half-open":
             worker.breaker.start(now)
@@ -251,7 +218,7 @@ class WorkerRegistry:
         now = self._clock()
         ended = dict.fromkeys(itertools.chain(leases, failed, unused))
         failed, unused = frozenset(failed), frozenset(unused)
-        touched: dict[str, _WorkerRecord] = {}
+        touched: dict[str, WorkerRecord] = {}
         for lease in ended:
             address = self._leases.owner(lease)
             if address is None:
@@ -279,8 +246,9 @@ class WorkerRegistry:
         heartbeat.
         """
         self.expire()
-        worker = self._choose(model, None, ())
+        worker = self._choice.choose(model, None, ())
         if worker is None:
+            self._num_refused += 1
             return ""
         worker.sent_unleased += 1
         self._update(worker, self._clock())
@@ -403,15 +371,15 @@ class WorkerRegistry:
         if worker is None or worker.status.model_names != status.model_names:
             self._models.check_room(dict.fromkeys(status.model_names))
 
-    def _add(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> _WorkerRecord:
-        worker = self._workers[name] = _WorkerRecord(name, status, check_heart_beat, self._clock())
+    def _add(self, name: str, check_heart_beat: bool, status: WorkerStatus) -> WorkerRecord:
+        worker = self._workers[name] = WorkerRecord(name, status, check_heart_beat, self._clock())
         self._log(logging.INFO, "Worker %s is registered. %s", *_named(worker))
         return worker
 
     def _remove(self, name: str, reason: str) -> None:
         now = self._clock()
         worker = self._workers[name]
-        self._list_models_of(worker, (), (), now)
+        self._choice.place(worker, (), (), "", now)
         self._adapters.remove(name)
         del self._workers[name]
         worker.wake_at = math.inf
@@ -423,7 +391,7 @@ class WorkerRegistry:
 
     def _sign_of_life(
         self,
-        worker: _WorkerRecord,
+        worker: WorkerRecord,
         queue_length: int,
         status: WorkerStatus | None,
         adapters: Sequence[AdapterEntry] | None = None,
@@ -450,14 +418,19 @@ class WorkerRegistry:
             worker.status = status = status.model_copy(update={"leases": []})
         names = status.model_names
         self._adapters.set(worker.address, names, status.adapters_digest, adapters)
+        self._adapters.set_held(worker.address, status.held_adapters)
+        adapter_list = self._adapters.list_of(worker.address)
         if (
             len(names) != len(worker.models)
             or any(map(str.__ne__, names, worker.models))
             or status.capabilities != worker.capabilities
+            or adapter_list != worker.adapter_list
         ):
+            has_new_names = tuple(names) != worker.models
             worker.capabilities = status.capabilities
-            self._list_models_of(worker, tuple(dict.fromkeys(names)), status.offered, now)
-            self._log_hidden_adapters(name for name in names if self._adapters.find(name)[0])
+            self._choice.place(worker, tuple(dict.fromkeys(names)), status.offered, adapter_list, now)
+            if has_new_names:
+                self._log_hidden_adapters(name for name in names if self._adapters.has_name(name))
         if adapters is not None:
             self._log_hidden_adapters(entry.name for entry in adapters if self._models.pools(entry.name))
         changed = self._speeds.set(worker.address, worker.models, status.tokens_per_s, status.speed, now)
@@ -474,49 +447,24 @@ class WorkerRegistry:
                 name,
             )
 
-    def _list_models_of(
-        self, worker: _WorkerRecord, names: tuple[str, ...], capabilities: Iterable[str], now: float
-    ) -> None:
-        """Put the worker into the pools of these models and capabilities, and take it out of all others."""
-        offered = dict.fromkeys(itertools.product(names, capabilities))
-        served = frozenset(names)
-        for name, capability in worker.pools.keys() - offered.keys():
-            self._set_usable(worker.pools.pop((name, capability)), worker, False)
-            self._models.discard(name, capability, worker.address, now, is_withdrawn=name in served)
-        for name, capability in offered:
-            if (name, capability) not in worker.pools:
-                worker.pools[name, capability] = self._models.add(name, capability, worker.address)
-        worker.dispatched = {name: count for name, count in worker.dispatched.items() if name in served}
-        worker.models = names
-
     def _update_all(self, addresses: Iterable[str], now: float) -> None:
         for address in addresses:
             self._update(self._workers[address], now)
 
-    def _update(self, worker: _WorkerRecord, now: float) -> None:
+    def _update(self, worker: WorkerRecord, now: float) -> None:
         """Update the dispatch indexes and the routing table with the worker's current state."""
         usable = self._is_usable(worker, now)
-        address, in_flight, speed = worker.address, self._in_flight(worker), self._speeds.speed(worker.address)
-        is_allowed = worker.breaker.is_closed or worker.breaker.allows(now)
-        for pool in worker.pools.values():
-            if pool.workers[address] != usable:
-                self._set_usable(pool, worker, usable)
-            if not usable:
-                continue
-            if is_allowed:
-                pool.ejected.pop(address, None)
-            elif address not in pool.ejected and fleet_allows(len(pool.ejected), pool.num_usable):
-                pool.ejected[address] = None
-                self._schedule(worker, now)
-            if address in pool.ejected:
-                pool.remove(address)
-            else:
-                pool.set(address, speed, in_flight, is_paused=worker.status.paused)
+        address = worker.address
+        if self._choice.update(
+            worker, usable=usable, is_allowed=worker.breaker.is_closed or worker.breaker.allows(now)
+        ):
+            self._schedule(worker, now)
         if not usable:
             self._rows.remove(address)
             worker.row = ()
             return
         status = worker.status
+        speed, in_flight = self._load_of(worker)
         state: BreakerState = "closed" if worker.breaker.is_closed else worker.breaker.state(now)
         row = (
             *(in_flight, state, worker.models, worker.capabilities),
@@ -526,25 +474,7 @@ class WorkerRegistry:
             worker.row, worker.row_speed, worker.row_json = row, speed, None
             self._rows.put(address)
 
-    def _set_usable(self, pool: Pool, worker: _WorkerRecord, usable: bool) -> None:
-        """Mark the worker as usable, or not, in one of its pools."""
-        if pool.workers[worker.address] == usable:
-            return
-        pool.workers[worker.address] = usable
-        pool.num_usable += 1 if usable else -1
-        if usable:
-            return
-        pool.remove(worker.address)
-        pool.ejected.pop(worker.address, None)
-        while 2 * len(pool.ejected) > pool.num_usable:
-            # The pool has shrunk: put ejected workers back until at most half of it is ejected.
-            address = next(iter(pool.ejected))
-            del pool.ejected[address]
-            other = self._workers[address]
-            speed, in_flight = self._speeds.speed(address), self._in_flight(other)
-            pool.set(address, speed, in_flight, is_paused=other.status.paused)
-
-    def _failed_request(self, worker: _WorkerRecord, now: float, sent_at: float | None) -> None:
+    def _failed_request(self, worker: WorkerRecord, now: float, sent_at: float | None) -> None:
         if worker.breaker.fail(now, sent_at):
             self._num_breakers_opened += 1
             worker.probe = None
@@ -563,7 +493,7 @@ class WorkerRegistry:
         if self._num_lines <= MAX_LINES_PER_S:
             logger.log(level, text, *values)
 
-    def _schedule(self, worker: _WorkerRecord, now: float) -> None:
+    def _schedule(self, worker: WorkerRecord, now: float) -> None:
         """Schedule a check of the worker for when its timeout or its breaker's probe is due, unless an earlier one is
         scheduled.
         """
@@ -581,60 +511,6 @@ class WorkerRegistry:
                 waking = [w for w in self._workers.values() if w.wake_at < math.inf]
                 self._wakes = [(w.wake_at, next(self._sequence), w) for w in waking]
                 heapq.heapify(self._wakes)
-
-    def _choose(self, model: str, capability: str | None, exclude: Collection[str]) -> _WorkerRecord | None:
-        pools = self._models.pools(model)
-        exclude = frozenset(exclude)
-        if not pools:
-            adapter, addresses = self._adapters.find(model)
-            if adapter:
-                return self._choose_for_adapter(adapter, addresses, capability, exclude)
-        offering = list(pools.values()) if capability is None else [pools[capability]] if capability in pools else []
-        for index in (*(pool.index for pool in offering), *(pool.paused_index for pool in offering)):
-            address = index.choose(exclude, self._rng)
-            if address is not None:
-                break
-        else:
-            self._num_refused += 1
-            return None
-        worker = self._workers[address]
-        worker.dispatched[model] = worker.dispatched.get(model, 0) + 1
-        return worker
-
-    def _choose_for_adapter(
-        self, adapter: str, addresses: Iterable[str], capability: str | None, exclude: Collection[str]
-    ) -> _WorkerRecord | None:
-        """The least busy of the workers that have the adapter in memory, unless it is busier than the least busy one of
-        all by more than MAX_HOLDER_LEAD.
-        """
-        waits: dict[str, tuple[bool, float, float]] = {}
-        for address in addresses:
-            worker = self._workers[address]
-            pools = (pool for (_, offered), pool in worker.pools.items() if capability in (None, offered))
-            if address in exclude or not any(pool.workers[address] and address not in pool.ejected for pool in pools):
-                continue
-            speed = self._speeds.speed(address)
-            wait = self._in_flight(worker) / speed if speed > 0 else math.inf
-            waits[address] = (worker.status.paused, wait, self._rng.random())
-        if not waits:
-            self._num_refused += 1
-            return None
-        best = min(waits, key=waits.__getitem__)
-        holders = [address for address in waits if adapter in self._workers[address].status.held_adapters]
-        holder = min(holders, key=waits.__getitem__, default=best)
-        is_paused, wait, _ = waits[holder]
-        if is_paused == waits[best][0] and wait <= waits[best][1] + MAX_HOLDER_LEAD:
-            best = holder
-        worker = self._workers[best]
-        worker.dispatched[worker.models[0]] = worker.dispatched.get(worker.models[0], 0) + 1
-        return worker
-
-    def _base_of(self, model: str) -> str:
-        """The base model of an adapter; other names unchanged."""
-        if self._models.pools(model):
-            return model
-        _, addresses = self._adapters.find(model)
-        return self._workers[addresses[0]].models[0] if addresses and self._workers[addresses[0]].models else model
 
     def _refusal(self, name: str, capability: str | None, now: float) -> AcquireResponse:
         pools = self._models.pools(name)
@@ -660,7 +536,7 @@ class WorkerRegistry:
         statuses = (self._workers[address].status for pool in pools for address in pool.workers)
         return any(not status.ready and status.capabilities is None for status in statuses)
 
-    def _entry(self, worker: _WorkerRecord) -> WorkerEntry:
+    def _entry(self, worker: WorkerRecord) -> WorkerEntry:
         return WorkerEntry.model_construct(
             address=worker.address,
             status=worker.status,
@@ -669,7 +545,7 @@ class WorkerRegistry:
             breaker=worker.breaker.state(self._clock()),
         )
 
-    def _row_json(self, worker: _WorkerRecord) -> bytes:
+    def _row_json(self, worker: WorkerRecord) -> bytes:
         """The row as of its last change."""
         if worker.row_json is None:
             worker.row_json = (
@@ -677,22 +553,26 @@ class WorkerRegistry:
             )
         return worker.row_json
 
-    def _in_flight(self, worker: _WorkerRecord) -> int:
+    def _load_of(self, worker: WorkerRecord) -> tuple[float, int]:
+        """Relative speed, and number of requests."""
+        return self._speeds.speed(worker.address), self._in_flight(worker)
+
+    def _in_flight(self, worker: WorkerRecord) -> int:
         # Capped at the most that API servers accept in a row.
         return min(self._leases.count(worker.address) + worker.unleased + worker.sent_unleased, MAX_REQUESTS)
 
-    def _is_usable(self, worker: _WorkerRecord, now: float) -> bool:
+    def _is_usable(self, worker: WorkerRecord, now: float) -> bool:
         if not worker.status.ready:
             return False
         if worker.failed_at is None:
             return True
         return not worker.check_heart_beat and now - worker.failed_at >= RETRY_S
 
-    def _patience_s(self, worker: _WorkerRecord) -> float:
+    def _patience_s(self, worker: WorkerRecord) -> float:
         interval = worker.status.heartbeat_interval_s
         return self._heartbeat_expiration_s if interval is None else max(MISSED_HEARTBEATS * interval, MIN_EXPIRATION_S)
 
 
-def _named(worker: _WorkerRecord) -> tuple[str, str]:
+def _named(worker: WorkerRecord) -> tuple[str, str]:
     """Address and models, for a log line."""
     return printable(worker.address), f"Models: {printable(', '.join(worker.status.model_names)) or 'none'}."

@@ -41,6 +41,8 @@ class World:
     """All machines by part; empty if this one is alone, or if the file that lists them does not exist yet."""
     timeout_min: int
     """Minutes that a machine waits for the others."""
+    expert_parallel: bool
+    """Whether experts are given out whole to the ranks."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,15 @@ def _world(variables: Variables, problems: Problems) -> World:
     local_size = variables.integer("LOCAL_WORLD_SIZE", 1 if file else size, 1, MAX_RANKS)
     if pp_size > 1 and variables.are_valid("PP_SIZE"):
         problems.add(f"PP_SIZE={pp_size}: layers cannot be divided over ranks (pipeline parallelism). Leave it out.")
-    for name in ("DP_SIZE", "EP_SIZE"):
-        value = variables.integer(name, 1, 0, MAX_RANKS)
-        if value > 1:
-            problems.add(f"{name}={value} is not supported: start more workers of the model in its place.")
+    dp_size = variables.integer("DP_SIZE", 1, 0, MAX_RANKS)
+    if dp_size > 1:
+        problems.add(f"DP_SIZE={dp_size} is not supported: start more workers of the model in its place.")
+    ep_size = variables.integer("EP_SIZE", 1, 0, MAX_RANKS)
+    if ep_size > 1 and variables.are_valid("TP_SIZE") and ep_size != tp_size:
+        problems.add(
+            f"EP_SIZE={ep_size} and TP_SIZE={tp_size}: experts are given out to all ranks or to none. "
+            f"Set EP_SIZE={tp_size}, or leave it out to have every expert divided like the rest of the model."
+        )
     if variables.are_valid("TP_SIZE", "PP_SIZE", "WORLD_SIZE") and tp_size * pp_size != size:
         problems.add(
             f"TP_SIZE={tp_size} times PP_SIZE={pp_size} is {tp_size * pp_size}, and WORLD_SIZE={size}: "
@@ -133,7 +140,7 @@ def _world(variables: Variables, problems: Problems) -> World:
                 f"START_PORT={port}, and DISTRIBUTE_CONFIG_FILE has port {own.port} for machine {own.name}, which "
                 f"WORLD_RANK={first_rank} is the first rank of. Set START_PORT={own.port}, or correct the file."
             )
-    return World(size, local_size, first_rank, port, tuple(machines), timeout_min)
+    return World(size, local_size, first_rank, port, tuple(machines), timeout_min, ep_size > 1)
 
 
 def _check_machine_size(local_size: int, size: int, file: str | None, problems: Problems) -> None:

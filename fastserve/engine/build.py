@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from fastserve.config import EngineOptions
+from fastserve.engine.adapters.deltas import attach
 from fastserve.engine.adapters.manager import AdapterManager
 from fastserve.engine.adapters.memory import AdapterMemory
 from fastserve.engine.adapters.reading import AdapterReader
@@ -29,6 +30,7 @@ from fastserve.engine.loading.streaming import Progress
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.ranks.executor import RankedExecutor, RankedWeights, Send
+from fastserve.engine.ranks.step_deadline import StepDeadline
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
@@ -45,10 +47,23 @@ from fastserve.engine.speculation.speculator import PlaceholderProposer, Specula
 from fastserve.engine.speculation.vocabulary import require_same_vocabulary
 from fastserve.engine.speed import REFERENCE_BATCH, SpeedMeter
 from fastserve.engine.spread import Spread, read_gpu_memory
+from fastserve.engine.updating import WeightReceiver
+from fastserve.engine.weight_updates.checker import Checker
+from fastserve.engine.weight_updates.ranked import RankedReceiver
+from fastserve.engine.weight_updates.receiver import LocalReceiver
+from fastserve.engine.weight_updates.staging import WeightNames
 from fastserve.errors import StartupError
 from fastserve.options import check_ranges
 
 logger = logging.getLogger(__name__)
+
+_SMALL_UPDATE_BYTES = 16 << 20
+_DRAFT_MODEL_STAYS = (
+    "The draft model keeps its weights: the further the updated model moves away from it, the fewer of its drafts are "
+    "accepted."
+)
+_TRANSFER_BYTES = 128 << 20
+"""Memory that a weight update takes beside the copy of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,14 @@ class RankModel:
     sizes: Sizes
     runner: ModelRunner
     speed: SpeedMeter
+    names: WeightNames
+    receiver: LocalReceiver
+    """Receives the rank's part of new weights."""
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether a step may compile kernels."""
+        return any(device_of(device).compiles_in_steps for device in self.loaded.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +136,10 @@ def build_rank(
         sizes = replace(sizes, num_blocks=sizes.num_blocks + more)
         make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks, collectives)
     runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
-    return RankModel(loaded, draft, sizes, runner, _measure(runner, sizes.num_blocks, config))
+    speed = _measure(runner, sizes.num_blocks, config)
+    names = WeightNames(loaded.weights, loaded.conversion, loaded.model, is_divided=collectives.size > 1)
+    receiver = _make_receiver(config, loaded, names, collectives, has_draft_model=draft is not None)
+    return RankModel(loaded, draft, sizes, runner, speed, names, receiver)
 
 
 def _smallest(sizes: Sizes, collectives: Collectives) -> Sizes:
@@ -144,9 +170,11 @@ def build_core(
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     executor: Executor = runner
     weights: Weights = loaded.weights
+    receiver: WeightReceiver = model.receiver
     if send_to_ranks is not None:
-        executor = RankedExecutor(runner, send_to_ranks, collectives)
+        executor = RankedExecutor(runner, send_to_ranks, StepDeadline(collectives, may_compile=model.may_compile))
         weights = RankedWeights(weights, send_to_ranks)
+        receiver = RankedReceiver(model.receiver, send_to_ranks, collectives)
     draft_model = None
     if model.draft is not None:
         draft_model = _make_draft_model(config, model.draft, sizes, processors, loaded)
@@ -162,6 +190,7 @@ def build_core(
         eos_token_ids=loaded.eos_token_ids,
         num_parameters=loaded.weights.num_parameters,
         load_s=time.perf_counter() - begin,
+        num_ranks=collectives.size,
         fused_layers=_fused_layers(loaded, runner),
     )
     for layers in info.fused_layers:
@@ -180,7 +209,49 @@ def build_core(
         overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
         weights=weights,
         make_adapters=_adapters_maker(config, loaded, runner, send_to_ranks),
+        receiver=receiver,
+        checker=Checker(weights, model.names),
     )
+
+
+def _make_receiver(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    names: WeightNames,
+    collectives: Collectives,
+    *,
+    has_draft_model: bool,
+) -> LocalReceiver:
+    device = device_of(loaded.device)
+
+    def has_room(num_bytes: int) -> bool:
+        # Measuring free memory takes as long as a small update.
+        return num_bytes <= _SMALL_UPDATE_BYTES or num_bytes + _TRANSFER_BYTES <= device.free_memory().num_bytes
+
+    return LocalReceiver(
+        names,
+        loaded.device,
+        has_room=has_room,
+        rank=collectives.rank,
+        fixed=_why_fixed(config, loaded),
+        note=_DRAFT_MODEL_STAYS if has_draft_model else None,
+    )
+
+
+def _why_fixed(config: EngineConfig, loaded: LoadedModel) -> str | None:
+    """Why the weights of this model cannot be replaced while it serves; None: they can."""
+    if loaded.stored_format is not None:
+        return (
+            f"The weights of this worker are those of a {loaded.stored_format} checkpoint, which cannot be replaced "
+            "while it serves: start it with the unquantized checkpoint, and with --load-8bit or --load-4bit to have "
+            "its weights quantized anew with each update."
+        )
+    if config.tp_size > 1 and config.weights.quantize is not None:
+        return (
+            "Weights that are quantized while they are loaded cannot be replaced where they are divided over ranks: "
+            "leave out --load-8bit and --load-4bit, or --tp-size."
+        )
+    return None
 
 
 def _load(
@@ -235,7 +306,7 @@ def _make_adapter_memory(
         computes=not options.no_lora_compute,
         pads_ranks=options.bmm,
     )
-    memory.attach()
+    attach(loaded.model, memory)
     return memory
 
 

@@ -84,6 +84,9 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """Error message, with finish_reason "error"."""
     error_kind: str | None = None
     """Name of the error class in fastserve/errors.py if the request is at fault; None: InternalError."""
+    weight_versions: tuple[str, ...] = ()
+    """The versions of the weights that computed the answer's tokens so far, in order. Sent with the first token of each
+    version."""
 
 
 class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
@@ -115,6 +118,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     load_s: float
+    num_ranks: int = 1
+    """Processes that the model is divided over."""
     fused_layers: tuple[FusedLayers, ...] = ()
     """By kind. Shows when a new release of transformers keeps layers from being recognised."""
 
@@ -166,6 +171,11 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Nothing is computed until the engine is resumed."""
     pausing: bool = False
     """A pause waits for the requests that run; new ones wait already."""
+    weight_version: str = "default"
+    """Version of the base model's weights, which updates change."""
+    weight_updates: int = 0
+    weights_incomplete: bool = False
+    """A weight update failed halfway: requests are refused until a whole set of weights has come."""
     num_blocks: int = 0
     num_used_blocks: int = 0
     """Blocks held by running requests and by adapters on the device; cached blocks that nobody holds are free."""
@@ -412,6 +422,7 @@ class RequestStream:
             pending.token_ids += output.token_ids
             pending.finish_reason = output.finish_reason
             pending.error = output.error
+            pending.weight_versions = output.weight_versions or pending.weight_versions
             pending.num_cached_tokens = max(pending.num_cached_tokens, output.num_cached_tokens)
             if output.logprobs is not None:
                 pending.logprobs = (pending.logprobs or []) + output.logprobs

@@ -28,10 +28,13 @@ from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.pausing import Pausing
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, MAX_EXTRA_ROWS, StepPlan
-from fastserve.engine.scheduler import Scheduler
+from fastserve.engine.scheduler import Scheduler, refused
 from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.speculation.speculator import Speculator
 from fastserve.engine.speed import SpeedMeter
+from fastserve.engine.updating import NoReceiver, WeightChecker, WeightReceiver, WeightUpdates
+from fastserve.engine.wakeup import Wakeup
+from fastserve.errors import WeightsIncompleteError
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +68,13 @@ class EngineCore:
         overlap: bool = False,
         weights: Weights | None = None,
         make_adapters: Callable[[BlockPool], AdapterManager] | None = None,
+        receiver: WeightReceiver | None = None,
+        checker: WeightChecker | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model.
-        `make_adapters`: for an engine that serves adapters, whose weights take blocks of the pool."""
+        `make_adapters`: for an engine that serves adapters, whose weights take blocks of the pool. `receiver` and
+        `checker`: of weights that may change; None: they cannot."""
         self.info = info
         self.weights = weights or NoWeights()
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache)
@@ -89,6 +95,9 @@ class EngineCore:
             clock=clock,
         )
         self.pausing = Pausing(self.scheduler)
+        self.wakeup = Wakeup()
+        """Set when `update` has something to do."""
+        self.updates = WeightUpdates(self.scheduler, self.pausing, receiver or NoReceiver(), checker, self.wakeup.set)
         self._executor = executor
         self._overlap = overlap
         self._in_flight: _Launched | None = None
@@ -105,14 +114,27 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do. False while paused."""
-        return self._in_flight is not None or (self.scheduler.has_work and not self.pausing.is_paused)
+        may_compute = not self.pausing.is_paused and not self.updates.blocks_steps
+        return self._in_flight is not None or (self.scheduler.has_work and may_compute)
 
     def add(self, request: EngineRequest) -> RequestOutput | None:
         """Queue a request. If it cannot run, or is finished already, return its last output at once."""
         problem = _unknown_token(request, self.info.vocab_size)
         if problem is not None:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
+        if self.updates.problem is not None:
+            return refused(request.request_id, WeightsIncompleteError(self.updates.problem))
         return self.scheduler.add(request)
+
+    def update(self) -> list[RequestOutput]:
+        """Complete what adapters and weight updates have done meanwhile; return the outputs of the step in flight if
+        that had to end before."""
+        self.adapters.update()
+        if not self.updates.has_news:
+            return []
+        outputs = self.drain()
+        self.updates.update()
+        return outputs
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
@@ -180,6 +202,9 @@ class EngineCore:
             num_waiting=scheduler.num_waiting,
             paused=self.pausing.is_paused,
             pausing=self.pausing.is_pausing,
+            weight_version=self.updates.version,
+            weight_updates=self.updates.count,
+            weights_incomplete=self.updates.problem is not None,
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_blocks - scheduler.pool.num_free,
             adapters=self.adapters.stats if isinstance(self.adapters, AdapterManager) else None,

@@ -40,12 +40,27 @@ from fastserve.engine.contract import (
     TokenLogprob,
 )
 from fastserve.engine.pausing import Pausing
+from fastserve.engine.updating import WeightUpdates
+from fastserve.engine.weight_messages import (
+    DEFAULT_VERSION,
+    FromDisk,
+    FromGroup,
+    GroupSettings,
+    GroupState,
+    Received,
+    WeightSource,
+    WeightValues,
+)
 from fastserve.errors import (
     ConflictError,
     EngineDeadError,
+    FastserveError,
     InvalidRequestError,
     ModelNotFoundError,
     StartupError,
+    WeightGroupNotFoundError,
+    WeightNotFoundError,
+    WeightsIncompleteError,
 )
 
 Script = Callable[[EngineRequest, EngineInfo], Sequence[int]]
@@ -87,6 +102,8 @@ class FakeOptions:
     adapters: dict[str, str] | None = field(default_factory=dict)
     """Paths by name of the adapters at start; None: adapters are not served. Any path can be loaded but those whose
     last part is "bad"."""
+    transfer_s: float = 0.0
+    """Duration of a weight update's transfer. Names and paths whose last part is "bad" are refused."""
 
 
 class _Sequence:
@@ -97,6 +114,7 @@ class _Sequence:
         self.num_emitted = len(request.emitted_ids)
         self.ready_at = ready_at
         self.is_begun = False
+        self.weight_versions: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -112,6 +130,7 @@ class _Scheduler:
         self.sequences: dict[str, _Sequence] = {}
         self._options = options
         self._holds_new = False
+        self.weight_version = DEFAULT_VERSION
 
     @property
     def num_requests(self) -> int:
@@ -142,6 +161,12 @@ class _Scheduler:
             outputs.append(RequestOutput(request_id, [], finish_reason="abort"))
             self.sequences.pop(request_id).stream.put(outputs[-1])
         return outputs
+
+    def refuse_all(self, error: FastserveError) -> list[RequestOutput]:
+        for sequence in self.sequences.values():
+            sequence.stream.fail(error)
+        self.sequences.clear()
+        return []
 
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> _CacheReset:
         return _CacheReset(0, self.num_begun if reset_running_requests else 0)
@@ -231,6 +256,78 @@ class _Adapters:
         pass
 
 
+class _Weights:
+    """Receives weights that nobody keeps, and "checks" them."""
+
+    is_complete = True
+
+    def __init__(self, transfer_s: float) -> None:
+        self._transfer_s = transfer_s
+        self._groups: set[str] = set()
+
+    def join(self, settings: GroupSettings) -> Future[GroupState]:
+        if settings.group_name in self._groups:
+            raise ConflictError(f"There is a group {settings.group_name} already.", param="group_name")
+        self._groups.add(settings.group_name)
+        return self._later(GroupState(True, "joined"))
+
+    def leave(self, name: str) -> GroupState:
+        self._require(name)
+        self._groups.remove(name)
+        return GroupState(True, "left the group")
+
+    def _require(self, group_name: str) -> None:
+        if group_name not in self._groups:
+            raise WeightGroupNotFoundError(f"There is no group {group_name}.", param="group_name")
+
+    def receive(self, source: WeightSource, *, is_direct: bool = False) -> Future[Received]:
+        names = [source.path.rpartition("/")[2]] if isinstance(source, FromDisk) else []
+        if isinstance(source, FromGroup):
+            self._require(source.group_name)
+            names = [tensor.name for tensor in source.tensors]
+        bad = "bad" in names
+        error = InvalidRequestError("The model has no weight bad.", param="names") if bad else None
+        return self._later(Received(len(names)), error)
+
+    def _later(self, result: Any, error: FastserveError | None = None) -> Future[Any]:
+        done: Future[Any] = Future()
+
+        def complete() -> None:
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+        if self._transfer_s:
+            asyncio.get_running_loop().call_later(self._transfer_s, complete)
+        else:
+            complete()
+        return done
+
+    def commit(self) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
+    def values(self, name: str, num_rows: int) -> WeightValues:
+        if name == "bad":
+            raise WeightNotFoundError("The model has no weight bad.", param="name")
+        return WeightValues(name, "float32", (2,), [0.5, 1.5][:num_rows])
+
+    def checksum(self) -> str:
+        return "0" * 64
+
+    def snapshot(self) -> None:
+        pass
+
+    def compare(self) -> list[str]:
+        return []
+
+    def randomize(self) -> None:
+        pass
+
+
 class FakeEngine:
     """An `Engine` (see contract.py). Policies (scheduling/) have no part in it: requests run in order of arrival, and
     none is given up by itself."""
@@ -254,12 +351,15 @@ class FakeEngine:
         self._profiler = _Profiler()
         names = self.options.adapters
         self._adapters: Adapters = NoAdapters() if names is None else _Adapters(names, self._scheduler)
+        weights = _Weights(self.options.transfer_s)
+        self._updates = WeightUpdates(self._scheduler, self._pausing, weights, weights, self._wake)
         context = CallContext(
             scheduler=self._scheduler,
             pausing=self._pausing,
             weights=self.options.weights,
             profiler=self._profiler,
             adapters=self._adapters,
+            updates=self._updates,
             send_outputs=self._count_aborted,
             announce=lambda max_silence_s: None,
         )
@@ -305,6 +405,10 @@ class FakeEngine:
             sequence.stream.fail(ModelNotFoundError(problem))
             yield sequence.stream
             return
+        if self._updates.problem is not None:
+            sequence.stream.fail(WeightsIncompleteError(self._updates.problem))
+            yield sequence.stream
+            return
         sequences[request.request_id] = sequence
         self._work.set()
         try:
@@ -314,6 +418,7 @@ class FakeEngine:
                 self._counters.aborted += 1
                 self._pausing.update()
                 self._adapters.update()
+                self._wake()
 
     async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
         if self._info is None or self._loop_task is None:
@@ -322,6 +427,9 @@ class FakeEngine:
 
     def _handle(self, request: CallRequest) -> None:
         self._dispatcher.dispatch(request, self._calls.settle)
+        self._work.set()
+
+    def _wake(self) -> None:
         self._work.set()
 
     def _count_aborted(self, outputs: list[RequestOutput]) -> None:
@@ -336,6 +444,9 @@ class FakeEngine:
             num_waiting=scheduler.num_requests - len(running),
             paused=self._pausing.is_paused,
             pausing=self._pausing.is_pausing,
+            weight_version=self._updates.version,
+            weight_updates=self._updates.count,
+            weights_incomplete=self._updates.problem is not None,
             num_blocks=counters.num_blocks,
             num_used_blocks=sum(map(self._blocks_of, running)),
             steps=counters.steps,
@@ -388,8 +499,11 @@ class FakeEngine:
         loop = asyncio.get_running_loop()
         while True:
             self._work.clear()
+            if self._updates.has_news:
+                self._updates.update()
             now = loop.time()
-            running = [] if self._pausing.is_paused else self._scheduler.scheduled()
+            is_still = self._pausing.is_paused or self._updates.blocks_steps
+            running = [] if is_still else self._scheduler.scheduled()
             for sequence in running:
                 sequence.is_begun = True
             due = [sequence for sequence in running if sequence.ready_at <= now]
@@ -405,6 +519,10 @@ class FakeEngine:
         self._counters.steps += 1
         for sequence in sequences:
             output = _next_output(sequence, info)
+            version = self._scheduler.weight_version
+            if version not in sequence.weight_versions[-1:]:
+                sequence.weight_versions.append(version)
+                output.weight_versions = tuple(sequence.weight_versions)
             self._counters.generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 del self._scheduler.sequences[output.request_id]

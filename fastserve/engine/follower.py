@@ -18,11 +18,16 @@ from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE, is_out_of_memory, u
 from fastserve.engine.plan import StepPlan
 from fastserve.engine.ranks.messages import (
     ClearAdapter,
+    CommitWeights,
+    DiscardWeights,
     EndRank,
     ExecuteStep,
+    JoinGroup,
+    LeaveGroup,
     PlaceAdapter,
     RankCommand,
     ReadWeight,
+    ReceiveWeights,
     WriteWeight,
 )
 from fastserve.engine.ranks.processes import CHECK_INTERVAL_S
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from fastserve.engine.build import RankModel
     from fastserve.engine.ranks.collectives import Collectives
     from fastserve.engine.runner.runner import ModelRunner
+    from fastserve.engine.weight_updates.ranked import RankWeights
 
 logger = logging.getLogger("fastserve.engine")
 
@@ -45,11 +51,11 @@ _NO_PLAN = StepPlan([], [], [])
 class Follower:
     """Does what rank 0 does, on this rank's part of the model."""
 
-    def __init__(self, runner: ModelRunner, weights: Weights, rank: int, deadline: StepDeadline) -> None:
-        self._rank = rank
+    def __init__(self, runner: ModelRunner, weights: Weights, deadline: StepDeadline, new_weights: RankWeights) -> None:
         self._runner = runner
         self._weights = weights
         self._deadline = deadline
+        self._new_weights = new_weights
         self._last = _NO_PLAN
 
     def handle(self, command: RankCommand) -> bool:
@@ -72,9 +78,11 @@ class Follower:
             case PlaceAdapter():
                 from fastserve.engine.adapters.store import place_part
 
-                place_part(self._adapters(), command, self._rank)
+                place_part(self._adapters(), command)
             case ClearAdapter(slot):
                 self._adapters().clear(slot)
+            case JoinGroup() | LeaveGroup() | ReceiveWeights() | CommitWeights() | DiscardWeights():
+                self._new_weights.handle(command)
             case EndRank():
                 return False
         return True
@@ -109,7 +117,11 @@ def follow(collectives: Collectives, model: RankModel, receive: Callable[[], Ran
     """Do what rank 0 says until it says that this rank ends; return the process's exit code. Raises EngineDeadError
     when the group is lost."""
     rank = collectives.rank
-    follower = Follower(model.runner, model.loaded.weights, rank, StepDeadline(collectives))
+    from fastserve.engine.weight_updates.ranked import RankWeights
+
+    new_weights = RankWeights(model.receiver, collectives)
+    deadline = StepDeadline(collectives, may_compile=model.may_compile)
+    follower = Follower(model.runner, model.loaded.weights, deadline, new_weights)
     try:
         while follower.handle(receive()):
             pass

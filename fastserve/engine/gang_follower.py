@@ -94,13 +94,12 @@ class _Member:
 
         link = self._link
         formed = link.wait_formed()
-        joined = join_group(self._config.device, self._gang, self._rank, formed, self._keys, lambda: link.is_lost)
+        joined = join_group(self._config, self._gang, self._rank, formed, self._keys, lambda: link.is_lost)
         collectives = self._kept.enter(joined)
+        link.watch(collectives.abort)
         progress = link.note_progress
-        if isinstance(collectives, SharedMemoryCollectives):
-            link.watch(collectives.abort)
-            if self._gang.is_one_machine:
-                progress = SharedProgress(collectives.segment, self._rank)
+        if self._gang.is_one_machine and isinstance(collectives, SharedMemoryCollectives):
+            progress = SharedProgress(collectives.segment, self._rank)
         model = build_rank(self._config, progress, LOGITS_PROCESSORS, collectives, self._kept.load)
         collectives.set_timeout(MAX_STEP_SILENCE_S)
         end_loading()

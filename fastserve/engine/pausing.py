@@ -51,6 +51,16 @@ class Pausing:
         self._scheduler = scheduler
         self._mode: PauseMode | None = None
         self._waiters: list[Future[PauseState]] = []
+        self._num_holds = 0
+
+    def hold(self) -> None:
+        """Have requests that have not begun wait until `release`, whether the engine is paused or not."""
+        self._num_holds += 1
+        self._scheduler.hold_new()
+
+    def release(self) -> None:
+        self._num_holds -= 1
+        self._release_new()
 
     @property
     def is_pausing(self) -> bool:
@@ -84,7 +94,7 @@ class Pausing:
         self._fail_waiters()
         if self._mode is not None:
             self._mode = None
-            self._scheduler.release_new()
+            self._release_new()
         return self._state()
 
     def update(self) -> None:
@@ -93,6 +103,10 @@ class Pausing:
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
                 waiter.set_result(self._state())
+
+    def _release_new(self) -> None:
+        if self._mode is None and not self._num_holds:
+            self._scheduler.release_new()
 
     def _fail_waiters(self) -> None:
         waiters, self._waiters = self._waiters, []

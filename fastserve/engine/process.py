@@ -99,33 +99,37 @@ class EngineLoop:
             weights=core.weights,
             profiler=profiler,
             adapters=core.adapters,
+            updates=core.updates,
             send_outputs=self._outputs.extend,
             announce=lambda max_silence_s: self._send(Busy(max_silence_s)),
         )
         self._calls = CallDispatcher(handlers, context)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(core.wakeup, zmq.POLLIN)
 
     def run(self) -> None:
         """Run until Shutdown. Raises what a step raises: the runner's state is then unknown, so the process must end;
         the worker fails its requests and starts it again. Raises EngineDeadError when another rank is lost."""
         while self._take_commands():
+            self._outputs += self._core.update()
             if self._core.has_work:
                 self._outputs += self._core.step()
                 self._profiler.step_done()
-            else:
-                self._core.adapters.update()
             self._report()
             self._core.pausing.update()
         self._profiler.close()
 
     def _take_commands(self) -> bool:
         """Handle all commands received so far; wait for one only when there is nothing else to do. False: Shutdown."""
-        busy = self._core.has_work or self._outputs
+        busy = self._core.has_work or self._outputs or self._core.updates.has_news
         wait_s = _READING_WAIT_S if self._core.adapters.is_busy else _IDLE_REPORT_S
         if self._require_ranks is not None:
             self._require_ranks()
             wait_s = min(wait_s, _RANKS_INTERVAL_S)
-        if not busy and not self._socket.poll(int(wait_s * 1000)):
-            return True
+        if not busy:
+            self._poller.poll(int(wait_s * 1000))
+            self._core.wakeup.clear()
         while True:
             try:
                 command = self._decode(self._socket.recv(zmq.NOBLOCK))
@@ -307,15 +311,14 @@ class _Engine:
         from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
 
         hub = others.hub
-        joined = join_group(config.device, others.gang, 0, hub.wait_formed(), others.keys, lambda: hub.is_lost)
+        joined = join_group(config, others.gang, 0, hub.wait_formed(), others.keys, lambda: hub.is_lost)
         collectives = self._kept.enter(joined)
+        hub.watch(collectives.abort)
         progress = others.shared_progress(self._report)
         update: Callable[[], None] | None = None
-        if isinstance(collectives, SharedMemoryCollectives):
-            hub.watch(collectives.abort)
-            if others.gang.is_one_machine:
-                progress = shared = SharedProgress(collectives.segment, 0, self._report)
-                update = shared.update
+        if others.gang.is_one_machine and isinstance(collectives, SharedMemoryCollectives):
+            progress = shared = SharedProgress(collectives.segment, 0, self._report)
+            update = shared.update
         core = build_core(config, progress, collectives=collectives, send_to_ranks=others.send, load=self._kept.load)
         if update is not None:
             update()  # the others may have been slower

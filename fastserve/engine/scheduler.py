@@ -38,7 +38,8 @@ from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.sequence import Sequence, Status
-from fastserve.errors import FirstTokenLateError, InvalidRequestError, ModelNotFoundError
+from fastserve.engine.weight_messages import DEFAULT_VERSION
+from fastserve.errors import FastserveError, FirstTokenLateError, InvalidRequestError, ModelNotFoundError
 from fastserve.observability.text import printable
 
 _TOO_MANY = 0
@@ -141,6 +142,8 @@ class Scheduler:
         self._next_id = 0
         self._num_in_flight = 0
         """Plans that are not committed yet."""
+        self.weight_version = DEFAULT_VERSION
+        """Of the weights that compute the next step."""
         self.preemptions = 0
         self.finished = 0
         self.aborted = 0
@@ -268,6 +271,14 @@ class Scheduler:
         self.aborted += len(begun)
         return [RequestOutput(sequence.request.request_id, [], finish_reason="abort") for sequence in begun]
 
+    def refuse_all(self, error: FastserveError) -> list[RequestOutput]:
+        """End all requests with an error; return the last output of each. No step may be in flight."""
+        ended = list(self._sequences.values())
+        for sequence in ended:
+            self._remove(sequence)
+        self.aborted += len(ended)
+        return [refused(sequence.request.request_id, error) for sequence in ended]
+
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> CacheReset:
         """Remove all blocks from the prefix cache. Running requests keep their blocks, or are preempted and recomputed
         with `reset_running_requests`. No step may be in flight.
@@ -288,15 +299,7 @@ class Scheduler:
             self._remove(sequence)
             self.aborted += 1
             message = "The server is overloaded: the first token would come too late. Send the request again later."
-            self._refused.append(
-                RequestOutput(
-                    sequence.request.request_id,
-                    [],
-                    finish_reason="error",
-                    error=message,
-                    error_kind=FirstTokenLateError.__name__,
-                )
-            )
+            self._refused.append(refused(sequence.request.request_id, FirstTokenLateError(message)))
 
     def _remove(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
@@ -659,6 +662,9 @@ class Scheduler:
             output.finish_reason = self._finish_reason(sequence)
             if output.finish_reason is not None:
                 break
+        if self.weight_version not in sequence.weight_versions[-1:]:
+            sequence.weight_versions.append(self.weight_version)
+            output.weight_versions = tuple(sequence.weight_versions)
         count = len(output.token_ids)
         # All but the last of them were drafts, so they are computed already.
         sequence.num_computed += count - 1
@@ -697,3 +703,8 @@ class Scheduler:
                 raise RuntimeError(f"sequence {sequence.seq_id} waits but holds blocks")
             if len(sequence.block_ids) != self._blocks_for(sequence.num_computed + sequence.num_drafts):
                 raise RuntimeError(f"sequence {sequence.seq_id} does not hold the blocks of its computed tokens")
+
+
+def refused(request_id: str, error: FastserveError) -> RequestOutput:
+    """The last output of a request that ends with an error."""
+    return RequestOutput(request_id, [], finish_reason="error", error=error.message, error_kind=type(error).__name__)

@@ -55,6 +55,8 @@ class Sequence:
     """Computed with the rotary frequencies of long sequences (see `Scheduler`)."""
     num_cached: int | None = None
     """Prompt tokens found in the prefix cache when first scheduled; None before."""
+    weight_versions: list[str] = field(default_factory=list)
+    """Versions of the weights that computed tokens of the answer, in order."""
     in_runner: bool = False
     """Whether the runner holds it."""
     prompt_logprobs: list[TokenLogprob] | None = None

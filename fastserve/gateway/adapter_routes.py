@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -12,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from fastserve.access.admin import require_admin
 from fastserve.access.outgoing import read_bounded
-from fastserve.errors import InvalidRequestError, NoWorkerError
+from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.openai.adapters import (
     LoadAdapterBody,
@@ -21,6 +22,7 @@ from fastserve.openai.adapters import (
     read_adapter_body,
     unload_message,
 )
+from fastserve.openai.answers import encode_json
 from fastserve.openai.body import shown
 
 router = APIRouter(dependencies=[Depends(require_admin)])
@@ -30,42 +32,68 @@ MAX_SHOWN_CHARS = 1000
 UNREACHABLE = 502
 
 
-@router.post("/v1/load_lora_adapter")
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+@router.post(LOAD)
 async def load(request: Request) -> Response:
-    """Load an adapter on all workers of a base model."""
+    """Load an adapter on all workers of a base model, or on none: if one fails, it is unloaded from the others again.
+    With `load_inplace` there is no way back, and workers that have replaced it keep the new one.
+    """
     content = await request.body()
     body = read_adapter_body(content, LoadAdapterBody)
-    return await _call_workers(request, content, body.base_model_name, load_message(body.lora_name))
+    outcomes = await _call_workers(request, LOAD, content, body.base_model_name)
+    if all(outcome["status"] == 200 for outcome in outcomes):
+        return JSONResponse({"message": load_message(body.lora_name), "workers": outcomes})
+    loaded = [outcome for outcome in outcomes if outcome["status"] == 200]
+    if body.load_inplace:
+        return _failure(outcomes, f"{len(loaded)} have the new one." if loaded else "")
+    undo = encode_json({"lora_name": body.lora_name})
+    undone = await _call_all(request, UNLOAD, undo, [outcome["address"] for outcome in loaded])
+    for outcome, unloaded in zip(loaded, undone, strict=True):
+        outcome["undone"] = unloaded["status"] == 200
+    left = [outcome["address"] for outcome in loaded if not outcome["undone"]]
+    return _failure(outcomes, f"It is still loaded on {', '.join(left)}." if left else "It is loaded on none.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post(UNLOAD)
 async def unload(request: Request) -> Response:
-    """Unload an adapter on all workers of a base model."""
+    """Unload an adapter on all workers of a base model that have it. What failed can be repeated."""
     content = await request.body()
     body = read_adapter_body(content, UnloadAdapterBody)
-    return await _call_workers(request, content, body.base_model_name, unload_message(body.lora_name))
+    outcomes = await _call_workers(request, UNLOAD, content, body.base_model_name)
+    statuses = {outcome["status"] for outcome in outcomes}
+    if 200 in statuses and statuses <= {200, ModelNotFoundError.status}:
+        return JSONResponse({"message": unload_message(body.lora_name), "workers": outcomes})
+    return _failure(outcomes, "")
 
 
-async def _call_workers(request: Request, content: bytes, base: str | None, message: str) -> Response:
-    """The answer has the outcome of each worker. Its status is 200 if all succeeded, else the highest of theirs."""
+async def _call_workers(request: Request, path: str, content: bytes, base: str | None) -> list[dict[str, Any]]:
+    """The outcome of each worker of the base model."""
     dispatcher: Dispatcher = request.state.gateway.dispatcher
     await dispatcher.ensure_fresh()
     addresses = dispatcher.workers_of(_base(dispatcher, base))
     if not addresses:
         raise NoWorkerError("No worker of the model is known now. Try again in a moment.")
+    return await _call_all(request, path, content, addresses)
+
+
+async def _call_all(request: Request, path: str, content: bytes, addresses: Sequence[str]) -> list[dict[str, Any]]:
+    dispatcher: Dispatcher = request.state.gateway.dispatcher
     headers = {"content-type": "application/json"}
     if request.state.has_admin_keys:
         # The caller's token is the administrator's key, which the workers check too. Without such keys the token, if
         # any, is an API key: it stays here, and the session sends the cluster key.
         headers["Authorization"] = request.headers["authorization"]
-    url_path = request.url.path
-    outcomes = await asyncio.gather(*(_call(dispatcher, address, url_path, content, headers) for address in addresses))
+    return await asyncio.gather(*(_call(dispatcher, address, path, content, headers) for address in addresses))
+
+
+def _failure(outcomes: Sequence[dict[str, Any]], rest: str) -> Response:
+    """The answer has the outcome of each worker. Its status is the highest of theirs."""
     status = max(outcome["status"] for outcome in outcomes)
-    if status == 200:
-        return JSONResponse({"message": message, "workers": outcomes})
     failed = next(outcome for outcome in outcomes if outcome["status"] == status)
     num_failed = sum(outcome["status"] != 200 for outcome in outcomes)
-    text = f"{num_failed} of {len(outcomes)} workers failed; {failed['address']}: {failed['message']}"
+    text = f"{num_failed} of {len(outcomes)} workers failed; {failed['address']}: {failed['message']} {rest}".rstrip()
     error = {"message": text, "type": "adapter_error", "param": None, "code": "workers_failed"}
     return JSONResponse({"error": error, "workers": outcomes}, status_code=status)
 

@@ -59,8 +59,18 @@ class Body(msgspec.Struct):
 
 
 decode_body = msgspec.json.Decoder(Body).decode
-CHOICES = "choices"
 _decode_any = msgspec.json.Decoder().decode
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The field of an answer that is a non-empty list of objects, or of strings."""
+
+    name: str = "choices"
+    has_texts: bool = False
+
+
+CHOICES = Contents()
 
 
 @dataclass(frozen=True)
@@ -119,9 +129,9 @@ class ByteBudget:
 
 
 async def read_answer(
-    response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget, contents: str = CHOICES
+    response: aiohttp.ClientResponse, body: AnswerBody, max_bytes: int, budget: ByteBudget, contents: Contents = CHOICES
 ) -> Answer:
-    """Read and check an answer, whose list is called `contents`. Raises InvalidAnswerError, ShortageError, and
+    """Read and check an answer with these `contents`. Raises InvalidAnswerError, ShortageError, and
     aiohttp's errors for a lost connection.
 
     The budget is charged only while the answer is read.
@@ -162,14 +172,14 @@ def check_headers(headers: Mapping[str, str], content_type: str) -> None:
         raise InvalidAnswerError(f"The worker's answer has the wrong type of content: {shown}, not {content_type}.")
 
 
-def check_answer(status: int, body: bytes, retry_after: str | None, contents: str = CHOICES) -> Answer:
+def check_answer(status: int, body: bytes, retry_after: str | None, contents: Contents = CHOICES) -> Answer:
     """Raises InvalidAnswerError for a body that does not fit the status."""
     if status in (404, 405) and _is_foreign(body):
         return Answer(status, body)
     parsed = parse_body(body, contents)
     if status == 200:
         if not parsed.choices:
-            raise InvalidAnswerError(f"The worker's answer has no {contents}.")
+            raise InvalidAnswerError(f"The worker's answer has no {contents.name}.")
         return Answer(status, body)
     if parsed.error is None:
         raise InvalidAnswerError(f"The worker answered with status {status} and no error object.")
@@ -182,9 +192,9 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: st
     return Answer(status, body, retry_after, parsed.error.code)
 
 
-def parse_body(data: bytes, contents: str = CHOICES) -> Body:
-    """Raises InvalidAnswerError unless the data is UTF-8 and a JSON object with OpenAI's `choices` (or another list of
-    objects, `contents`) or `error`.
+def parse_body(data: bytes, contents: Contents = CHOICES) -> Body:
+    """Raises InvalidAnswerError unless the data is UTF-8 and a JSON object with OpenAI's `choices` (or other
+    `contents`) or `error`.
 
     Takes time and memory in proportion to the size.
     """
@@ -201,12 +211,19 @@ def parse_body(data: bytes, contents: str = CHOICES) -> Body:
 
 
 @functools.cache
-def _decoder_of(contents: str) -> Callable[[bytes], Body]:
+def _decoder_of(contents: Contents) -> Callable[[bytes], Body]:
     if contents == CHOICES:
         return decode_body
-    fields = [("choices", list[_Object] | None, None), ("error", _Error | None, None)]
-    kind = cast(type[Body], msgspec.defstruct("Body", fields, rename={"choices": contents}))
+    items = list[str] if contents.has_texts else list[_Object]
+    fields = [("choices", items | None, None), ("error", _Error | None, None)]
+    kind = cast(type[Body], msgspec.defstruct("Body", fields, rename={"choices": contents.name}))
     return msgspec.json.Decoder(kind).decode
+
+
+def error_alone(data: bytes) -> bytes:
+    """The error of an event as the body of an answer; other fields of the event are dropped."""
+    found = _decode_any(data)
+    return data if found.keys() == {"error"} else msgspec.json.encode({"error": found["error"]})
 
 
 def too_long(max_bytes: int) -> InvalidAnswerError:

@@ -86,8 +86,10 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
     return {
         "summary": route.summary,
-        "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
-        "operationId": request_name,
+        "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`."
+        if route.api == "openai"
+        else "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
+        "operationId": request_name + ("Stream" if route.streams else ""),
         "security": [{"key": []}],
         "requestBody": {
             "required": True,
@@ -95,7 +97,9 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
         },
         "responses": {
             "200": {
-                "description": f"OpenAI's `{route.answer}` object, or its chunks",
+                "description": f"OpenAI's `{route.answer}` object, or its chunks"
+                if route.api == "openai"
+                else route.answer,
                 "content": {
                     "application/json": {"schema": {"type": "object", "required": [route.contents]}},
                     "text/event-stream": {"schema": {"type": "string"}},

@@ -19,7 +19,17 @@ from fastserve.errors import (
     WorkerLostError,
     WorkerTimeoutError,
 )
-from fastserve.gateway.answers import Answer, ByteBudget, check_answer, check_headers, parse_body, read_answer
+from fastserve.gateway.answers import (
+    Answer,
+    ByteBudget,
+    Contents,
+    check_answer,
+    check_headers,
+    error_alone,
+    parse_body,
+    read_answer,
+)
+from fastserve.gateway.apis.find import APIS
 from fastserve.gateway.body import AnswerBody
 from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
@@ -41,7 +51,6 @@ ERROR_STATUSES = {
     RequestError.type: RequestError.status,
 }
 """Status of an error event by its type, had it come as an answer of its own."""
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,8 @@ class AttemptRunner:
 
     async def _relay_events(self, body: AnswerBody, request: ClientRequest, client: Downstream) -> Answer | None:
         """Relay a stream to its end and return None, or return an error event that came before any data."""
-        stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes)
+        api = APIS[request.route.api]
+        stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes, api)
         while not stream.is_done:
             piece = await body.read()
             events = stream.feed(piece) if piece else stream.finish()
@@ -199,13 +209,15 @@ class AttemptRunner:
                 raise AttemptError(
                     "cut", WorkerLostError("The worker ended its stream before the answer was complete.")
                 )
-            await client.write(DONE)
+            if api.end_of_errors:
+                await client.write(api.end_of_errors)
         await client.end()
         await _read_last_chunk(body)
         return None
 
     async def _read_answer(self, request: ClientRequest, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
-        return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, request.route.contents)
+        contents = Contents(request.route.contents, has_texts=request.route.has_texts)
+        return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, contents)
 
     def _open_body(
         self, response: aiohttp.ClientResponse, deadline: _Deadline, silence_s: float = math.inf
@@ -264,7 +276,7 @@ def refusal_of(data: bytes) -> Answer:
     status = 500 if error is None or error.type is None else ERROR_STATUSES.get(error.type, 500)
     if error is not None and isinstance(error.code, int) and 400 <= error.code < 600:
         status = error.code  # vLLM puts the status there
-    return check_answer(status, data, None)
+    return check_answer(status, error_alone(data), None)
 
 
 async def _read_last_chunk(body: AnswerBody) -> None:

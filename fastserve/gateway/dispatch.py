@@ -32,6 +32,7 @@ from fastserve.errors import (
     ShortageError,
     UnsupportedCapabilityError,
 )
+from fastserve.gateway.known_adapters import KnownAdapters
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
 from fastserve.observability.logging import Throttle
@@ -63,6 +64,8 @@ RESTART_PAUSE_S = 1.0
 PROBE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 MAX_PROBES = 64
 """Probes of workers at the same time."""
+ADAPTERS_MAX_AGE_S = 0.2
+"""Age of the list of adapters from which on it is fetched again before an unknown one is refused."""
 SHOWN_NAME_CHARS = 100
 MAX_SHOWN_NAMES, MAX_SHOWN_CHARS = 100, 1000
 """Bounds of the names in an error message."""
@@ -128,10 +131,7 @@ class Dispatcher:
         self._releasable = asyncio.Event()
         self._watchers: dict[str, list[Callable[[], None]]] = {}
         self._has_missing = asyncio.Event()
-        self.adapters: list[ServedAdapter] = []
-        """The adapters of the controller's last list."""
-        self._adapter_bases: dict[str, str] = {}
-        """Their base models, by each name that a request may use: NAME or BASE:NAME."""
+        self._adapters = KnownAdapters([])
         self._adapters_version = 0
         self._refreshed_at = -math.inf
         self._refreshing = asyncio.Lock()
@@ -206,12 +206,7 @@ class Dispatcher:
             table = self._parse_table(await self._request("GET", f"/workers?{position}", None))
             if table.adapters_version != self._adapters_version or table.epoch != self._table.epoch:
                 listed = _parse(AdapterTable, await self._request("GET", "/adapters", None))
-                self.adapters, self._adapters_version = listed.adapters or [], listed.version
-                self._adapter_bases = {
-                    name: one.parent
-                    for one in reversed(self.adapters)  # where two bases have one of a name, the first is meant
-                    for name in (one.name, f"{one.parent}:{one.name}")
-                }
+                self._adapters, self._adapters_version = KnownAdapters(listed.adapters or []), listed.version
         except ShortageError:
             return
         except ControllerAwayError as error:
@@ -260,8 +255,8 @@ class Dispatcher:
         return table
 
     def is_known(self, model: str) -> bool:
-        """Whether a worker has served the model lately."""
-        return self._known_models.contains(model)
+        """Whether a worker has served the model lately, and its name means one thing."""
+        return self._known_models.contains(model) and not self._adapters.choices(model)
 
     async def _choose_worker(
         self, model: str, route: ModelRoute, lease_id: str, exclude: Collection[str], avoid: Collection[str]
@@ -285,12 +280,15 @@ class Dispatcher:
             return answer.address
         # The controller is away, or has no worker: it may have just been restarted, and the cached table is better.
         # Workers that it lists are not chosen against it: it may have reasons (a circuit breaker, a model that loads).
-        address = self._table.choose(self._base_of(model), route.capability, exclude, self._in_flight)
+        # An adapter is chosen by its base model, whose workers know it.
+        adapter = self._adapters.find(model)
+        base = model if adapter is None else adapter.parent
+        address = self._table.choose(base, route.capability, exclude, self._in_flight)
         if address and (answer is None or not answer.known or not self._table.is_listed(address)):
             return address
         if answer is None and not self._table.model_names():
             raise NoWorkerError("The controller cannot be reached and no worker is known yet. Try again in a moment.")
-        if answer is not None and not answer.known and not self._known_models.contains(model):
+        if answer is not None and not answer.known and not self.is_known(model):
             raise self.unknown_model(model)
         offered = self._table.capabilities(model) if answer is None or not answer.known else answer.capabilities
         if offered and route.capability not in offered and not self._known_models.contains(model, route.capability):
@@ -302,24 +300,63 @@ class Dispatcher:
         return self._table.first_names()
 
     def unknown_model(self, model: str) -> ModelNotFoundError:
-        """The error for a name that nobody serves, with the names of models and adapters that are served."""
-        names = itertools.islice(
-            itertools.chain(self.model_names(), (adapter.name for adapter in self.adapters)), MAX_SHOWN_NAMES
-        )
+        """The error for a name that nobody serves, or that adapters of several models have, with the names of models
+        and adapters that are served.
+        """
+        shown = printable(model, SHOWN_NAME_CHARS)
+        choices = self._adapters.choices(model)
+        if choices:
+            listed = printable(", ".join(choices[:MAX_SHOWN_NAMES]), MAX_SHOWN_CHARS)
+            return ModelNotFoundError(
+                f"Several models have an adapter '{shown}'. Name the model too: {listed}.", param="model"
+            )
+        names = itertools.islice(itertools.chain(self.model_names(), self.adapters()), MAX_SHOWN_NAMES)
         served = printable(", ".join(names), MAX_SHOWN_CHARS)
         return ModelNotFoundError(
-            f"The model '{printable(model, SHOWN_NAME_CHARS)}' does not exist. Served: {served or 'none yet'}; "
-            "/v1/models lists all.",
-            param="model",
+            f"The model '{shown}' does not exist. Served: {served or 'none yet'}; /v1/models lists all.", param="model"
         )
+
+    def adapters(self) -> dict[str, ServedAdapter]:
+        """The adapters of the controller's last list by their ids."""
+        return dict(self._adapters.ids(frozenset(self.model_names())))
+
+    def find_adapter(self, model: str) -> tuple[str, ServedAdapter] | None:
+        """Id and adapter of a request's `model`; None if it names no adapter, or adapters of several models."""
+        adapter = self._adapters.find(model)
+        return None if adapter is None else (self._adapters.id_of(adapter, self.model_names()), adapter)
+
+    async def find_source(self, source: str, base: str | None) -> str:
+        """BASE:NAME of the adapter that was loaded from this path or repository id, or has this name, of the model
+        `base` if that is given.
+
+        Raises ModelNotFoundError for an unknown one, InvalidRequestError for one of several models.
+        """
+        found = self._adapters.from_source(source)
+        if not found:
+            await self.ensure_fresh(ADAPTERS_MAX_AGE_S)
+            found = self._adapters.from_source(source)
+        if not found:
+            names = itertools.islice(self.adapters(), MAX_SHOWN_NAMES)
+            served = printable(", ".join(names), MAX_SHOWN_CHARS)
+            raise ModelNotFoundError(
+                f"The adapter '{printable(source, SHOWN_NAME_CHARS)}' ('lora_dir') is not served. Served: "
+                f"{served or 'none'}. Leave it out for the base model.",
+                param="lora_dir",
+            )
+        if base is not None:
+            return f"{base}:{next((one.name for one in found if one.parent == base), found[0].name)}"
+        parents = list(dict.fromkeys(one.parent for one in found))
+        if len(parents) > 1:
+            raise InvalidRequestError(
+                f"Several models have the adapter '{printable(source, SHOWN_NAME_CHARS)}' ('lora_dir'). Give one of "
+                f"them as 'model': {printable(', '.join(parents[:MAX_SHOWN_NAMES]), MAX_SHOWN_CHARS)}.",
+                param="model",
+            )
+        return f"{parents[0]}:{found[0].name}"
 
     def workers_of(self, base: str) -> list[str]:
         """Addresses of the workers of a base model."""
         return self._table.workers_of(base)
-
-    def _base_of(self, model: str) -> str:
-        """The base model of a known adapter, whose workers know the adapter; other names unchanged."""
-        return self._adapter_bases.get(model, model)
 
     def _unsupported(self, model: str, route: ModelRoute, offered: Sequence[str]) -> UnsupportedCapabilityError:
         return UnsupportedCapabilityError(

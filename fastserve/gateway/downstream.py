@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from starlette.types import Send
 
 from fastserve.gateway.answers import Answer
+from fastserve.gateway.apis import Api
+from fastserve.gateway.apis.openai import OPENAI
 
 
 class Downstream:
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, api: Api = OPENAI) -> None:
         self._send = send
+        self._api = api
         self.started = False
         """The status line has been sent: errors can only be sent as events."""
         self.has_data = False
@@ -34,8 +36,8 @@ class Downstream:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: Any) -> None:
-        """End a started stream with an OpenAI error object."""
-        await self.write(b"data: " + msgspec.json.encode({"error": error}) + b"\n\ndata: [DONE]\n\n")
+        """End a started stream with the event of an OpenAI error object."""
+        await self.write(self._api.failure(error))
         await self.end()
 
     async def answer(self, answer: Answer) -> None:

@@ -8,7 +8,8 @@ that no client gets one that its SDK cannot read.
 from __future__ import annotations
 
 from fastserve.errors import InvalidAnswerError
-from fastserve.gateway.answers import parse_body
+from fastserve.gateway.apis import Api
+from fastserve.gateway.apis.openai import OPENAI
 
 MAX_SILENT_BYTES = 2**20
 """Limit on the bytes of comments between two data events. Keep-alive comments, one a second, take hours to reach it."""
@@ -20,7 +21,9 @@ FIELDS = (b":", b"event:", b"id:", b"retry:")
 class EventStream:
     """The state of one stream. `feed` takes pieces of any size, in linear time."""
 
-    def __init__(self, max_event_bytes: int, max_stream_bytes: int) -> None:
+    def __init__(self, max_event_bytes: int, max_stream_bytes: int, api: Api = OPENAI) -> None:
+        self._api = api
+        self._event_start = api.event_start
         self._max_event_bytes = max_event_bytes
         self._bytes_left = max_stream_bytes
         self._max_stream_bytes = max_stream_bytes
@@ -30,7 +33,7 @@ class EventStream:
         self.has_data = False
         """A data event other than an error has come."""
         self.is_done = False
-        """`[DONE]` has come: everything after it is dropped."""
+        """The answer is complete: everything after its end (`[DONE]` in OpenAI's API) is dropped."""
         self.error: bytes | None = None
         """The data of an error event."""
 
@@ -45,9 +48,9 @@ class EventStream:
         if self._bytes_left < 0:
             raise InvalidAnswerError(f"The worker's stream is longer than {self._max_stream_bytes} bytes.")
         is_one_line = piece.find(b"\n") == size - 2 and piece.endswith(b"\n\n")
-        if is_one_line and piece.startswith(b"data: {") and not self._held and b"\r" not in piece:
+        if is_one_line and piece.startswith(self._event_start) and not self._held and b"\r" not in piece:
             # Fast path for the usual case.
-            self._take(piece[6:-2])
+            self._take(piece[len(self._event_start) - 1 : -2])
             return piece
         if self._held or not piece.endswith(BLANK_LINES):
             piece = self._hold(piece)
@@ -112,16 +115,15 @@ class EventStream:
             self._take(b"\n".join(data).strip())
 
     def _take(self, data: bytes) -> None:
-        if data == b"[DONE]":
+        kind = self._api.read_event(data)
+        if kind == "end":
             if not self.has_data and self.error is None:
                 raise InvalidAnswerError("The worker's stream has no data.")
             self.is_done = True
             return
-        body = parse_body(data)
-        if body.error is not None:
+        if kind == "error":
             self.error = data
-        elif body.choices is None:
-            raise InvalidAnswerError("An event of the worker's stream has neither choices nor an error.")
         else:
             self.has_data = True
+            self.is_done = kind == "last"
         self._silent_bytes = 0

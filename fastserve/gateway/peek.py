@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import TypeVar
+
 import msgspec
 
 from fastserve.errors import InvalidRequestError
 from fastserve.observability.text import printable
 from fastserve.openai.body import explain_json
+
+PeekT = TypeVar("PeekT")
 
 
 class Peek(msgspec.Struct):
@@ -16,20 +21,42 @@ class Peek(msgspec.Struct):
     stream: bool | None = None
 
 
+class _SLoraPeek(msgspec.Struct):
+    model: str | None = None
+    lora_dir: str | None = None
+
+
+_EXPECTED = {
+    "model": "a string",
+    "stream": "true or false",
+    "lora_dir": "a string as in --lora-dirs, or the name of an adapter",
+}
+_FIELD = re.compile(r"`\$\.(\w+)`")
 _decoder = msgspec.json.Decoder(Peek)
+_slora_decoder = msgspec.json.Decoder(_SLoraPeek)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MAX_SHOWN_BYTES = 80
 
 
 def peek(body: bytes) -> tuple[str, bool]:
     """Returns the request's `model` and `stream`. Raises InvalidRequestError."""
-    try:
-        seen = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _explain(body, error) from error
+    seen = _decode(_decoder, body)
     if not seen.model:
         raise InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
     return seen.model, bool(seen.stream)
+
+
+def peek_slora(body: bytes) -> tuple[str | None, str | None]:
+    """Returns `model` and `lora_dir` of a request of S-LoRA's. Raises InvalidRequestError."""
+    seen = _decode(_slora_decoder, body)
+    return seen.model, seen.lora_dir
+
+
+def _decode(decoder: msgspec.json.Decoder[PeekT], body: bytes) -> PeekT:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _explain(body, error) from error
 
 
 def _explain(body: bytes, error: Exception) -> InvalidRequestError:
@@ -44,8 +71,9 @@ def _explain(body: bytes, error: Exception) -> InvalidRequestError:
         return InvalidRequestError("The request body must be a JSON object.")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as other:  # behind the field that is wrong
         return _explain(body, other)
-    name, expected = ("model", "a string") if "`$.model`" in str(error) else ("stream", "true or false")
+    found = _FIELD.search(str(error))
+    name = "model" if found is None else found[1]
     value = bytes(fields[name])[: _MAX_SHOWN_BYTES + 1].decode(errors="replace")
     return InvalidRequestError(
-        f"Invalid value for '{name}': {printable(value, _MAX_SHOWN_BYTES)}. Give {expected}.", param=name
+        f"Invalid value for '{name}': {printable(value, _MAX_SHOWN_BYTES)}. Give {_EXPECTED[name]}.", param=name
     )

@@ -24,6 +24,7 @@ from fastserve.errors import (
     UnsupportedCapabilityError,
 )
 from fastserve.gateway.answers import Answer
+from fastserve.gateway.apis.find import APIS
 from fastserve.gateway.attempt import AttemptError, AttemptRunner, ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, Lease, no_worker
 from fastserve.gateway.downstream import Downstream
@@ -85,7 +86,7 @@ class Relay:
         Raises a FastserveError only if nothing has been sent. When cancelled (the client has disconnected), it closes
         the connection to the worker, which ends the generation there, and releases the lease.
         """
-        client = Downstream(send)
+        client = Downstream(send, APIS[request.route.api])
         progress = _Progress()
         self._budget.note_request()
         while True:
@@ -156,8 +157,8 @@ class Relay:
         self._outliers.note_refusal(lease.address)
         if answer.kind == "foreign":
             progress.last = NoWorkerError(
-                f"The workers of the model '{printable(request.model, 100)}' do not speak OpenAI's API (a FastChat "
-                "worker is one of those); only FastChat's own API server reaches them."
+                f"The workers of the model '{printable(request.model, 100)}' have no route {request.route.path} (a "
+                "FastChat worker is one of those); only FastChat's own API server reaches them."
             )
         else:
             progress.last = no_worker(request.model) if answer.status == ModelNotFoundError.status else answer

@@ -15,16 +15,16 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from fastserve.errors import NoWorkerError
+from fastserve.gateway.apis.find import APIS
 from fastserve.gateway.attempt import ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, no_worker
 from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
-from fastserve.gateway.peek import peek
 from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import ModelRoute
-from fastserve.protocol import MAX_SEED
+from fastserve.protocol import MAX_SEED, ServedAdapter
 from fastserve.serving.responses import run_until_disconnect
 
 READY_REFRESH_S = 0.2
@@ -55,6 +55,7 @@ class GenerationEndpoint:
 
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
+        self._api = APIS[route.api]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
@@ -64,7 +65,7 @@ class GenerationEndpoint:
             body = await request.body()
         except ClientDisconnect:
             return
-        model, stream = peek(body)
+        model, stream = await self._api.read_target(body, gateway.dispatcher, streams=self._route.streams)
         state = request.state
         client_request = ClientRequest(
             self._route,
@@ -93,27 +94,25 @@ async def list_models(gateway: GatewayDep) -> ModelCards:
     """The models that workers serve now."""
     await gateway.dispatcher.ensure_fresh()
     cards = [describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()]
-    return ModelCards(data=cards + _adapter_cards(gateway))
+    cards += [_adapter_card(gateway, name, adapter) for name, adapter in gateway.dispatcher.adapters().items()]
+    return ModelCards(data=cards)
 
 
-def _adapter_cards(gateway: Gateway) -> list[Model]:
-    return [
-        describe_model(one.name, gateway.started_at, parent=one.parent, root=one.root)
-        for one in gateway.dispatcher.adapters
-    ]
+def _adapter_card(gateway: Gateway, name: str, adapter: ServedAdapter) -> Model:
+    return describe_model(name, gateway.started_at, parent=adapter.parent, root=adapter.root)
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, gateway: GatewayDep) -> Model:
     """One model."""
     await gateway.dispatcher.ensure_fresh()
-    if model not in gateway.dispatcher.model_names():
-        card = next((card for card in _adapter_cards(gateway) if model in (card.id, f"{card.parent}:{card.id}")), None)
-        if card is not None:
-            return card
-        dispatcher = gateway.dispatcher
-        raise no_worker(model) if dispatcher.is_known(model) else dispatcher.unknown_model(model)
-    return describe_model(model, gateway.started_at)
+    dispatcher = gateway.dispatcher
+    if model in dispatcher.model_names():
+        return describe_model(model, gateway.started_at)
+    adapter = dispatcher.find_adapter(model)
+    if adapter is not None:
+        return _adapter_card(gateway, *adapter)
+    raise no_worker(model) if dispatcher.is_known(model) else dispatcher.unknown_model(model)
 
 
 @router.get("/health")

@@ -32,6 +32,10 @@ _NOT_NEEDED = {
     "vocab_size",
 }
 """Keys that change no logit, or repeat what the tensors say."""
+_WITH_EXPERTS = {"llama", "qwen2moe", "qwen3moe", "olmoe", "granitemoe"}
+"""Architectures that are served with a mixture of experts; all but the first have one always."""
+_SOFTMAX = 1
+"""The gating function, in llama.cpp's numbers."""
 
 
 def make_config(file: Gguf, vocabulary: Vocabulary) -> Config:
@@ -70,9 +74,9 @@ def refuse_architecture(file: Gguf) -> StartupError:
     )
 
 
-_BOOLEANS = {"attention.causal", "rope.scaling.finetuned"}
+_BOOLEANS = {"attention.causal", "rope.scaling.finetuned", "expert_weights_norm"}
 _TEXTS = {"rope.scaling.type"}
-_WHOLE_NUMBERS = ("_count", "_count_kv", "_length", "sliding_window")
+_WHOLE_NUMBERS = ("_count", "_count_kv", "_length", "_func", "sliding_window")
 _PATTERN_KEY = "attention.sliding_window_pattern"
 """A whole number, or true or false for each layer."""
 
@@ -189,10 +193,10 @@ def _rounded(value: Any) -> Any:
 
 
 def _common(keys: _Keys, vocabulary: Vocabulary) -> Config:
-    if keys.get("expert_count"):
+    if keys.get("expert_count") and keys.file.architecture not in _WITH_EXPERTS:
         raise StartupError(
-            f"{keys.file.file} holds a mixture of experts, which is not served from GGUF files. Use the model's "
-            "safetensors."
+            f"{keys.file.file} holds a mixture of experts, which is not served for the architecture "
+            f"{keys.file.architecture}. Use the model's safetensors."
         )
     if keys.file.metadata.get("general.type", "model") != "model":
         raise StartupError(
@@ -382,7 +386,54 @@ def _some_windows(keys: _Keys) -> Config:
     return {"use_sliding_window": True, "sliding_window": window, "layer_types": _layer_types(keys)}
 
 
+def _experts(keys: _Keys, *, normalized: bool) -> tuple[int, int]:
+    """Number of experts, and how many of them compute each token. `normalized`: whether the architecture's code scales
+    the weights of a token's experts so that they sum to 1. Raises StartupError for another kind of routing."""
+    for key, served in (("expert_gating_func", _SOFTMAX), ("expert_weights_norm", normalized)):
+        found = keys.get(key, served)
+        if found != served:
+            raise StartupError(
+                f"{keys.file.file}: {keys.file.architecture}.{key} is {str(found)[:80]!r}, which is not served for "
+                "this architecture. Use the model's safetensors."
+            )
+    num_experts, num_used = keys.count("expert_count"), keys.count("expert_used_count")
+    if num_used > num_experts:
+        raise StartupError(
+            f"{keys.file.file}: {keys.file.architecture}.expert_used_count is {num_used}, and there are {num_experts} "
+            "experts. Download it again."
+        )
+    return num_experts, num_used
+
+
+def _qwen_experts(keys: _Keys, *, normalized: bool) -> Config:
+    num_experts, num_used = _experts(keys, normalized=normalized)
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_used,
+        "norm_topk_prob": normalized,
+        # As llama.cpp reads files without the key.
+        "moe_intermediate_size": keys.get("expert_feed_forward_length", keys.count("feed_forward_length") // num_used),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _mixtral(keys: _Keys) -> Config:
+    num_experts, num_used = _experts(keys, normalized=True)
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "sliding_window": keys.get("attention.sliding_window") or None,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": num_used,
+    }
+
+
 def _llama(keys: _Keys) -> Config:
+    if keys.get("expert_count"):
+        return _mixtral(keys)
     window = keys.get("attention.sliding_window")
     if window:
         return {
@@ -402,6 +453,31 @@ def _llama(keys: _Keys) -> Config:
     }
 
 
+def _mistral3(keys: _Keys) -> Config:
+    """Ministral 3, or Mistral Small 3, which does not scale its queries by position."""
+    beta = keys.get("attention.temperature_scale", 0.0)
+    config = {
+        "architectures": ["Ministral3ForCausalLM" if beta else "MistralForCausalLM"],
+        "model_type": "ministral3" if beta else "mistral",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "sliding_window": None,
+    }
+    rope = _rope(keys)
+    if rope["rope_type"] == "yarn":
+        multiplier = keys.get("rope.scaling.yarn_log_multiplier")
+        if multiplier:
+            rope |= {"mscale": 1.0, "mscale_all_dim": multiplier}
+    if beta:
+        if rope["rope_type"] != "yarn":
+            raise StartupError(
+                f"{keys.file.file}: mistral3.attention.temperature_scale is {beta}, and there is no YaRN scaling of "
+                "positions, whose original length it needs. Download it again."
+            )
+        rope["llama_4_scaling_beta"] = beta
+    return config | {"rope_parameters": rope}
+
+
 def _qwen2(keys: _Keys) -> Config:
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -409,6 +485,43 @@ def _qwen2(keys: _Keys) -> Config:
         "hidden_act": "silu",
         "head_dim": keys.head_dim,
         **_some_windows(keys),
+    }
+
+
+def _qwen2moe(keys: _Keys) -> Config:
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "qkv_bias": keys.has("blk.0.attn_q.bias"),
+        "shared_expert_intermediate_size": keys.get(
+            "expert_shared_feed_forward_length", keys.count("feed_forward_length")
+        ),
+        **_qwen_experts(keys, normalized=False),
+    }
+
+
+def _qwen3moe(keys: _Keys) -> Config:
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "head_dim": keys.head_dim,
+        "attention_bias": keys.has("blk.0.attn_q.bias"),
+        **_qwen_experts(keys, normalized=True),
+    }
+
+
+def _olmoe(keys: _Keys) -> Config:
+    num_experts, num_used = _experts(keys, normalized=False)
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "hidden_act": "silu",
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_used,
+        "norm_topk_prob": False,
     }
 
 
@@ -501,7 +614,8 @@ def _smollm3(keys: _Keys) -> Config:
 def _granite(keys: _Keys) -> Config:
     if not keys.get("rope.scaling.finetuned", True):
         raise StartupError(
-            f"{keys.file.file}: Granite without rotary positions (granite.rope.scaling.finetuned) is not served."
+            f"{keys.file.file}: Granite without rotary positions ({keys.file.architecture}.rope.scaling.finetuned) is "
+            "not served."
         )
     return {
         "architectures": ["GraniteForCausalLM"],
@@ -517,15 +631,33 @@ def _granite(keys: _Keys) -> Config:
     }
 
 
+def _granitemoe(keys: _Keys) -> Config:
+    num_experts, num_used = _experts(keys, normalized=True)
+    shared = keys.get("expert_shared_feed_forward_length", 0)
+    return {
+        **_granite(keys),
+        "architectures": ["GraniteMoeSharedForCausalLM" if shared else "GraniteMoeForCausalLM"],
+        "model_type": "granitemoeshared" if shared else "granitemoe",
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": num_used,
+        **({"shared_intermediate_size": shared} if shared else {}),
+    }
+
+
 ARCHITECTURES: dict[str, Callable[[_Keys], Config]] = {
     "llama": _llama,
+    "mistral3": _mistral3,
     "qwen2": _qwen2,
+    "qwen2moe": _qwen2moe,
     "qwen3": _qwen3,
+    "qwen3moe": _qwen3moe,
+    "olmoe": _olmoe,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,
     "smollm3": _smollm3,
     "granite": _granite,
+    "granitemoe": _granitemoe,
 }
 """Architectures that are served from GGUF files, each with the keys of config.json that not all of them share."""

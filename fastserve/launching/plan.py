@@ -1,8 +1,9 @@
 """The plan of a launch, made before anything starts: items of --model-path-address and the services' commands.
 
 An item may end in options for its own worker, named like the worker's flags and written as a URL's query:
-`MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. Values are percent-encoded (%26 for &, %40 for @).
-Host and port are read from the right, so the model's path may contain any character.
+`MODEL@HOST@PORT?device=cuda&gpus=0,1&num-gpus=2&model-names=a,b`. Values are percent-encoded (%26 for &, %40 for @,
+and in a list %2C for a comma that does not separate). Host and port are read from the right, so the model's path may
+contain any character.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastserve.config import ApiServerConfig, ControllerConfig, LauncherConfig, 
 from fastserve.errors import StartupError
 from fastserve.launching.log_files import worker_log_name
 from fastserve.launching.processes import absolute
-from fastserve.options import parse_option, to_argv
+from fastserve.options import comma_join, is_comma_list, is_json_object, parse_option, to_argv
 from fastserve.serving.listen import WILDCARDS, local_host, url_of
 from fastserve.serving.tls import serves_tls
 
@@ -77,10 +78,18 @@ def parse_item(text: str) -> Item:
         if name not in WORKER_OPTIONS:
             raise StartupError(f"--model-path-address {text!r}: a worker has no option {flag!r} ({ITEM_FORM}).")
         try:
-            options[name] = parse_option(WorkerConfig, name, unquote(value))
+            options[name] = parse_option(WorkerConfig, name, _decode(name, value))
         except ValueError as error:
             raise StartupError(f"--model-path-address {text!r}: {flag}: {error}.") from None
     return Item(os.path.expanduser(match["model"]), match["ipv6"] or match["host"], int(match["port"]), options)
+
+
+def _decode(name: str, value: str) -> str:
+    """The text of an item's option. In a list, a comma that is percent-encoded is a part of its value."""
+    text = unquote(value)
+    if not is_comma_list(WorkerConfig, name) or is_json_object(text):
+        return text
+    return comma_join(unquote(part) for part in value.split(","))
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------
@@ -113,6 +122,8 @@ class LaunchPlan:
     controller: ChildSpec
     workers: tuple[ChildSpec, ...]
     server: ChildSpec
+    state_files: tuple[str, ...] = ()
+    """Files of workers that outlive their restarts, and not the launch."""
 
     @property
     def services(self) -> tuple[ChildSpec, ...]:
@@ -211,8 +222,8 @@ def plan(
             "controller_address": controller_address(config),
         },
     )
-    keys = {"FASTSERVE_API_KEYS": ",".join(config.api_keys)} if config.api_keys else {}
-    workers = []
+    keys = {"FASTSERVE_API_KEYS": comma_join(config.api_keys)} if config.api_keys else {}
+    workers, state_files = [], []
     for item in items:
         worker = worker_config(config, item)
         env = {"CUDA_VISIBLE_DEVICES": worker.gpus} if worker.gpus else {}
@@ -220,11 +231,17 @@ def plan(
             env |= keys
         name = f"model_worker {item.label}"
         log_name = worker_log_name(item.model, item.host, item.port)
+        if worker.serves_adapters and worker.lora_state_file is None:
+            log = Path(log_path(log_dir, log_name, item.port, is_second=is_second))
+            state_file = str(log.with_suffix(".adapters.json").absolute())
+            worker = dataclasses.replace(worker, lora_state_file=state_file)
+            state_files.append(state_file)
         workers.append(service("model_worker", name, log_name, worker, **env))
     return LaunchPlan(
         service("controller", "controller", "controller.log", controller),
         tuple(workers),
         service("openai_api_server", "openai_api_server", "openai_api_server.log", server, **keys),
+        tuple(state_files),
     )
 
 

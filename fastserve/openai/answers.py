@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,21 @@ class DecodedToken:
         return self.data.decode(errors="replace")
 
 
+def slora_event(token: dict[str, Any], finished: bool | int, **more: Any) -> bytes:
+    """An event of S-LoRA's streams."""
+    fields = {"token": token, "generated_text": None, "finished": finished, "details": None}
+    return b"data:" + encode_json(fields | more) + b"\n\n"
+
+
+SLORA_NO_TOKEN = {"id": -1, "text": "", "logprob": None, "special": True}
+"""The token of an event that has none: an end that came apart from the last token, or an error."""
+
+
+def slora_failure(error: Any) -> bytes:
+    """The last event of a stream of S-LoRA's that fails, with OpenAI's error object."""
+    return slora_event(SLORA_NO_TOKEN, -1, error=error)
+
+
 def event(payload: Any) -> bytes:
     return b"data: " + encode_json(payload) + b"\n\n"
 
@@ -57,13 +73,22 @@ class ChunkStream:
         """`head`: the first fields of each chunk. `content_field`: the field of a choice with its new content."""
         self._head = b"data: " + encode_json(head)[:-1] + b',"choices":['
         self._include_usage = include_usage
-        choice = b'{"index":%%d,"%b":%%b,"logprobs":%%b,"finish_reason":%%b}' % content_field.encode()
+        choice = b'{"index":%%d,"%b":%%b,"logprobs":%%b,"finish_reason":%%b%%b}' % content_field.encode()
         tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._template = self._head.replace(b"%", b"%%") + choice + tail
 
-    def chunk(self, index: int, content: bytes, logprobs: bytes = b"null", finish_reason: bytes = b"null") -> bytes:
-        """A chunk of the choice `index`. All values are encoded JSON."""
-        return self._template % (index, content, logprobs, finish_reason)
+    def chunk(
+        self,
+        index: int,
+        content: bytes,
+        logprobs: bytes = b"null",
+        finish_reason: bytes = b"null",
+        weight_versions: Sequence[str] = (),
+    ) -> bytes:
+        """A chunk of the choice `index`. All values but the last are encoded JSON. `weight_versions`: of an answer that
+        several versions of the weights computed."""
+        versions = b',"weight_versions":' + encode_json(weight_versions) if weight_versions else b""
+        return self._template % (index, content, logprobs, finish_reason, versions)
 
     def end(self, usage: Usage) -> bytes:
         """The end of the stream, after a chunk with the usage if requested."""

@@ -32,6 +32,8 @@ class Model(BaseModel):
     root: str
     parent: str | None = None
     permission: list[ModelPermission]
+    weight_version: str | None = None
+    """Version of the weights that compute, where they may change."""
 
 
 class ModelCards(BaseModel):
@@ -39,10 +41,19 @@ class ModelCards(BaseModel):
     data: list[Model]
 
 
-def describe_model(name: str, created: int, *, parent: str | None = None, root: str | None = None) -> Model:
+def describe_model(
+    name: str, created: int, *, parent: str | None = None, root: str | None = None, weight_version: str | None = None
+) -> Model:
     """Describe a served model, or an adapter of the model `parent` from `root`. The permission's id is derived from the
     name, so that it is stable.
     """
     digest = hashlib.sha256(name.encode()).hexdigest()[:24]
     permission = ModelPermission(id=f"modelperm-{digest}", created=created)
-    return Model(id=name, created=created, root=name if root is None else root, parent=parent, permission=[permission])
+    return Model(
+        id=name,
+        created=created,
+        root=name if root is None else root,
+        parent=parent,
+        permission=[permission],
+        weight_version=weight_version,
+    )

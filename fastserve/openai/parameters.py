@@ -7,7 +7,7 @@ neutral), or unknown (accepted, and reported by the caller: OpenAI's clients sen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastserve.errors import UnsupportedParameterError
@@ -23,6 +23,8 @@ class KnownFields:
     without_effect: frozenset[str]
     unsupported: Mapping[str, tuple[Any, ...]]
     """Unsupported fields, with their neutral values besides null."""
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """What to do instead of leaving an unsupported field out."""
 
     def refuse_unsupported(self, fields: Mapping[str, Any], path: str) -> None:
         """Raises UnsupportedParameterError for the first unsupported field without a neutral value.
@@ -31,8 +33,9 @@ class KnownFields:
         """
         for name, value in fields.items():
             if name in self.unsupported and value is not None and not _is_neutral(value, self.unsupported[name]):
+                remedy = self.remedies.get(name, "Leave it out.")
                 raise UnsupportedParameterError(
-                    f"'{path}{name}' is not supported yet (given: {shown(value)}). Leave it out.", param=path + name
+                    f"'{path}{name}' is not supported yet (given: {shown(value)}). {remedy}", param=path + name
                 )
 
     def unknown(self, names: Iterable[str]) -> list[str]:
@@ -96,7 +99,15 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-REQUEST_FIELDS = KnownFields("", _WITHOUT_EFFECT, _UNSUPPORTED)
+# Without the field the base model would answer.
+_ADAPTER_FIELDS = ("adapter_id", "adapter_name", "lora", "lora_dir", "lora_path", "lora_request")
+
+REQUEST_FIELDS = KnownFields(
+    "",
+    _WITHOUT_EFFECT,
+    {**_UNSUPPORTED, **dict.fromkeys(_ADAPTER_FIELDS, ("", []))},
+    dict.fromkeys(_ADAPTER_FIELDS, "Name the adapter as 'model': NAME or BASE:NAME."),
+)
 STREAM_OPTIONS_FIELDS = KnownFields(
     "stream_options.", frozenset(), {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 )

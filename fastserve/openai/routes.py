@@ -8,12 +8,14 @@ capabilities. A new capability is one more line here, and its handler on the wor
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pydantic import BaseModel
 
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
+from fastserve.openai.slora import GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,19 @@ class ModelRoute:
     request: type[BaseModel]
     """Schema of the body."""
     answer: str
-    """Value of the answer's `object` field."""
+    """Value of the answer's `object` field; on S-LoRA's routes the words for the answer."""
     summary: str
     contents: str = "choices"
     """Field of the answer that is a non-empty list of objects."""
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
+    api: Literal["openai", "slora"] = "openai"
+    """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
+    streams: bool | None = None
+    """Whether all answers are streams; None: each request says so."""
+    has_texts: bool = False
+    """`contents` is a list of strings, not of objects."""
 
 
 CHAT = ModelRoute(
@@ -44,9 +52,30 @@ CHAT = ModelRoute(
 COMPLETIONS = ModelRoute("/v1/completions", "completions", CompletionRequest, "text_completion", "Continue a text")
 
 MODEL_ROUTES = (CHAT, COMPLETIONS)
+"""OpenAI's."""
+
+GENERATE = ModelRoute(
+    "/generate",
+    "completions",
+    GenerateRequest,
+    "S-LoRA's answer",
+    "Continue a text (S-LoRA's route)",
+    contents="generated_text",
+    api="slora",
+    streams=False,
+    has_texts=True,
+)
+GENERATE_STREAM = replace(
+    GENERATE,
+    path="/generate_stream",
+    answer="S-LoRA's stream: an event for each token",
+    summary="Continue a text in a stream (S-LoRA's route)",
+    streams=True,
+)
+SLORA_ROUTES = (GENERATE, GENERATE_STREAM)
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:
     """List capabilities with their paths for an error message, such as `completions (/v1/completions)`."""
-    paths = {route.capability: f"{route.capability} ({route.path})" for route in routes}
+    paths = {route.capability: f"{route.capability} ({route.path})" for route in reversed(routes)}
     return ", ".join(paths.get(capability, capability) for capability in capabilities)

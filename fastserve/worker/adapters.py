@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +24,10 @@ from fastserve.errors import (
 )
 from fastserve.observability.text import printable
 from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTER_ROOT_CHARS, MAX_HELD_ADAPTERS, AdapterEntry
-from fastserve.worker.adapter_source import CONFIG_FILE, Adapter, find_adapter_folder, name_problem
+from fastserve.worker.adapter_root import AdapterRoot
+from fastserve.worker.adapter_source import Adapter, find_adapter_folder, name_problem
+from fastserve.worker.adapter_state import AdapterState, CalledAdapters
+from fastserve.worker.fingerprint import files_digest
 
 logger = logging.getLogger(__name__)
 
@@ -47,29 +49,35 @@ class ServedAdapters:
         root: Path | None = None,
         allow_any_path: bool = False,
         max_adapters: int = 4096,
+        state: AdapterState | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`at_start`: adapters that the engine knows whenever it starts. `root`: folder whose members are served.
+        `state` keeps the outcomes of calls; `restore` reads them.
         `on_change` is called when the names have changed.
         """
         self.is_enabled = is_enabled
         self._engine = engine
         self._model_names = tuple(model_names)
         self._at_start = {adapter.name: adapter for adapter in at_start}
-        self._root = root
+        self._root = None if root is None else AdapterRoot(root)
         self._allow_any_path = allow_any_path
         self._max_adapters = max_adapters
+        self._state = state
+        self._saving = asyncio.Lock()
         self._on_change = on_change
         self._named = dict(self._at_start)
         """Adapters of the flags, and those that were loaded by call."""
         self._members: dict[str, Adapter] = {}
         """Those found in `root`."""
         self._withdrawn: set[str] = set()
-        """Members of `root` that were unloaded by call."""
+        """Adapters of the flags and members of `root` that were unloaded by call."""
         self._in_engine = set(self._at_start)
         self._loading: dict[str, asyncio.Task[AdapterInfo]] = {}
         self._held: list[str] = []
         self._digest: tuple[tuple[str, ...], str] = ((), "")
+        self._file_digests: dict[str, tuple[Adapter, str]] = {}
+        """Digests of adapters' files by name, each with the adapter that it is for."""
 
     # ---- names --------------------------------------------------------------------------------------------------
 
@@ -109,6 +117,16 @@ class ServedAdapters:
             self._digest = (key, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32] if text else "")
         return self._digest[1]
 
+    def file_digest(self, name: str) -> str:
+        """Digest of an adapter's files, as of its last load; "" for an unknown one. May read files."""
+        adapter = self._find(name)
+        if adapter is None:
+            return ""
+        known = self._file_digests.get(name)
+        if known is None or known[0] != adapter:
+            known = self._file_digests[name] = (adapter, files_digest([Path(adapter.path)]))
+        return known[1]
+
     @property
     def held(self) -> list[str]:
         """Names of adapters whose weights are in memory, those on the device first, MAX_HELD_ADAPTERS at most."""
@@ -117,7 +135,7 @@ class ServedAdapters:
     def _find(self, name: str) -> Adapter | None:
         found = self._named.get(name) or self._members.get(name)
         if found is None and self._root is not None and name not in self._withdrawn:
-            found = _member(self._root, name)
+            found = self._root.member(name)
         return found
 
     # ---- use ----------------------------------------------------------------------------------------------------
@@ -170,23 +188,42 @@ class ServedAdapters:
                 "This worker serves no adapters: start it with --enable-lora, --lora-modules, --lora-dirs or "
                 "--lora-root."
             )
-        problem = name_problem(name)
-        if problem is not None:
-            raise InvalidRequestError(problem, param="lora_name")
-        if name in self._model_names:
-            raise InvalidRequestError(f"'{printable(name)}' is the name of the model.", param="lora_name")
         if name in self._in_engine and name in self.served_names() and not replace:
             raise InvalidRequestError(
                 f"The lora adapter '{printable(name)}' has already been loaded. Send load_inplace=true to replace it.",
                 param="lora_name",
                 code="adapter_exists",
             )
-        self._check_room(name)
-        path = await asyncio.to_thread(self._allowed_path, source)
-        adapter = Adapter(name, source, str(path))
+        adapter = await self._check(name, source)
         if name in self._loading:
             raise ConflictError(f"The adapter '{printable(name)}' is being loaded already.", param="lora_name")
-        return await asyncio.shield(self._start_loading(adapter))
+        info = await asyncio.shield(self._start_loading(adapter))
+        await self._save()
+        return info
+
+    async def restore(self) -> None:
+        """After a start of the worker: serve what calls had loaded, and not what they had unloaded. An adapter that
+        cannot be served any more is logged. The engine reads each when it is asked for.
+        """
+        if self._state is None or not self.is_enabled:
+            return
+        called = await asyncio.to_thread(self._state.read)
+        for name in called.unloaded:
+            self._named.pop(name, None)
+            self._withdrawn.add(name)
+        for name, source in called.loaded.items():
+            try:
+                adapter = await self._check(name, source)
+            except FastserveError as error:
+                logger.warning(
+                    "The adapter %s, which was loaded by call, is not served again: %s",
+                    printable(name, 80),
+                    error.message,
+                )
+                continue
+            self._named[name] = adapter
+            self._withdrawn.discard(name)
+        self.engine_restarted()
 
     async def unload(self, name: str) -> AdapterInfo | None:
         """Stop serving an adapter; returns when its last request has ended. None if it had never been read."""
@@ -194,11 +231,15 @@ class ServedAdapters:
             raise ModelNotFoundError(f"The lora adapter '{printable(name, 80)}' cannot be found.", param="lora_name")
         self._named.pop(name, None)
         self._members.pop(name, None)
-        self._withdrawn.add(name)
+        self._file_digests.pop(name, None)
+        if name in self._at_start or (self._root is not None and self._root.member(name) is not None):
+            self._withdrawn.add(name)
         self._on_change()
-        if name not in self._in_engine:
-            return None
+        is_known = name in self._in_engine
         self._in_engine.discard(name)
+        await self._save()
+        if not is_known:
+            return None
         return await self._engine.call(UnloadAdapter(name))
 
     def engine_restarted(self) -> None:
@@ -209,6 +250,8 @@ class ServedAdapters:
     async def _load(self, adapter: Adapter) -> AdapterInfo:
         info = await self._engine.call(LoadAdapter(adapter.name, adapter.path, replace=True))
         name = adapter.name
+        # Its files may be others than those of an adapter of the same name and path before.
+        self._file_digests[name] = (adapter, await asyncio.to_thread(files_digest, [Path(adapter.path)]))
         self._in_engine.add(name)
         if self._members.get(name) != adapter and self._named.get(name) != adapter:
             self._named[name] = adapter
@@ -216,18 +259,32 @@ class ServedAdapters:
             self._on_change()
         return info
 
+    async def _check(self, name: str, source: str) -> Adapter:
+        """The adapter that may be loaded under this name. Raises RequestError."""
+        problem = name_problem(name)
+        if problem is not None:
+            raise InvalidRequestError(problem, param="lora_name")
+        if name in self._model_names:
+            raise InvalidRequestError(f"'{printable(name)}' is the name of the model.", param="lora_name")
+        self._check_room(name)
+        return Adapter(name, source, str(await asyncio.to_thread(self._allowed_path, source)))
+
+    async def _save(self) -> None:
+        """Keep the outcomes of all calls so far."""
+        if self._state is None:
+            return
+        async with self._saving:
+            loaded = {name: one.source for name, one in self._named.items() if self._at_start.get(name) != one}
+            await asyncio.to_thread(self._state.write, CalledAdapters(loaded, sorted(self._withdrawn)))
+
     def _allowed_path(self, source: str) -> Path:
         """The folder that an administrator may load from. Raises PermissionDeniedError and InvalidRequestError."""
         for adapter in self._at_start.values():
             if source in (adapter.source, adapter.path):
                 return Path(adapter.path)
-        if self._root is not None and "\0" not in source:
-            member = _member(self._root, source)
-            if member is not None:
-                return Path(member.path)
-            folder = (self._root / source).resolve()
-            if folder.is_relative_to(self._root.resolve()) and (folder / CONFIG_FILE).is_file():
-                return folder
+        folder = None if self._root is None else self._root.folder(source)
+        if folder is not None:
+            return folder
         if self._allow_any_path:
             return find_adapter_folder(source)
         raise PermissionDeniedError(
@@ -247,11 +304,10 @@ class ServedAdapters:
 
     async def watch(self) -> None:
         """Background task: find new and removed members of `root`, and which adapters are in memory."""
-        seen: tuple[int, bool] | None = None
         listed: AdapterStats | None = None
         while True:
             if self._root is not None:
-                seen = await self._scan(self._root, seen)
+                await self._scan(self._root)
             # The list may be long, and the engine makes it between two steps.
             stats = _without_running(self._engine.stats.adapters)
             if self.is_enabled and self._in_engine and (stats is None or stats != listed):
@@ -263,45 +319,19 @@ class ServedAdapters:
                     self._held, listed = _held(infos), stats
             await asyncio.sleep(SCAN_INTERVAL_S)
 
-    async def _scan(self, root: Path, seen: tuple[int, bool] | None) -> tuple[int, bool]:
-        """List the folder again if it has changed since `seen`: its time of change, and whether all of its folders
-        were complete.
-        """
-        room = self._max_adapters - len(self._named)
-
-        def scan() -> tuple[dict[str, Adapter], tuple[int, bool]] | None:
-            changed_at = os.stat(root).st_mtime_ns
-            if seen == (changed_at, True):
-                return None
-            members: dict[str, Adapter] = {}
-            is_complete = True
-            with os.scandir(root) as entries:
-                for entry in entries:
-                    if len(members) >= room:
-                        logger.warning("--lora-root has more adapters than --max-adapters %d.", self._max_adapters)
-                        break
-                    if not entry.is_dir():
-                        continue
-                    member = _member(root, entry.name)
-                    if member is None:
-                        is_complete = False
-                    else:
-                        members[entry.name] = member
-            return members, (changed_at, is_complete)
-
+    async def _scan(self, root: AdapterRoot) -> None:
+        """Serve the members of the folder as it is now."""
         try:
-            found = await asyncio.to_thread(scan)
+            found = await asyncio.to_thread(root.changes, self._max_adapters - len(self._named))
         except OSError as error:
             logger.warning("--lora-root cannot be read: %s", error)
-            return (0, False)
+            return
         if found is None:
-            assert seen is not None
-            return seen
+            return
         before = self._members
-        self._members = {name: one for name, one in found[0].items() if name not in self._withdrawn}
+        self._members = {name: one for name, one in found.items() if name not in self._withdrawn}
         if before.keys() != self._members.keys():
             self._on_change()
-        return found[1]
 
 
 def listed_adapters(adapters: Sequence[Adapter]) -> list[AdapterEntry]:
@@ -327,17 +357,6 @@ def listed_adapters(adapters: Sequence[Adapter]) -> list[AdapterEntry]:
 def _num_bytes(entries: Iterable[AdapterEntry]) -> int:
     """With the separators of a list."""
     return sum(len(entry.model_dump_json().encode()) + 1 for entry in entries)
-
-
-def _member(root: Path, name: str) -> Adapter | None:
-    """The adapter in the folder `name` of `root`; None if there is none, or no adapter can have such a name."""
-    if "/" in name or "\\" in name or name in ("", ".", "..") or name_problem(name) is not None:
-        return None
-    folder = root / name
-    try:
-        return Adapter(name, name, str(folder)) if (folder / CONFIG_FILE).is_file() else None
-    except OSError:  # such as a name that is too long for the file system
-        return None
 
 
 def _without_running(stats: AdapterStats | None) -> AdapterStats | None:

@@ -27,7 +27,7 @@ from fastserve.access.key_files import reloading
 from fastserve.access.service import guard_client_service, guard_cluster_service, load_access
 from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine, EngineInfo
-from fastserve.errors import StartupError
+from fastserve.errors import StartupError, WeightsIncompleteError
 from fastserve.observability.metrics import CONTENT_TYPE
 from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds
@@ -38,10 +38,20 @@ from fastserve.text.chat_template import ChatTemplate, load_chat_template
 from fastserve.text.conversation import derive_conversation
 from fastserve.text.load_tokenizer import load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.worker import adapter_routes, admin_routes, fastchat_routes, openai_routes, rtp_llm_routes, slora_routes
+from fastserve.worker import (
+    adapter_routes,
+    admin_routes,
+    fastchat_routes,
+    openai_routes,
+    rtp_llm_routes,
+    slora_routes,
+    weight_routes,
+)
 from fastserve.worker.adapter_source import Adapter, find_root
+from fastserve.worker.adapter_state import AdapterState
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
+from fastserve.worker.fingerprint import Fingerprints, model_digest
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
@@ -70,6 +80,8 @@ class WorkerSetup:
     """Returns once connections are accepted. The first heartbeat waits for it."""
     end_process: Callable[[], None]
     """Called if the model cannot be loaded, the engine has been given up, or another critical task has failed."""
+    weight_paths: Sequence[Path] = ()
+    """Files and folders of the weights, if `model_dir` is not the only one."""
     adapters: Sequence[Adapter] = ()
     """Those that the engine is started with."""
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
@@ -122,6 +134,8 @@ class ModelWorker:
         app.include_router(slora_routes.router)
         app.include_router(admin_routes.router)
         app.include_router(adapter_routes.admin_router)
+        app.include_router(weight_routes.admin_router)
+        app.include_router(weight_routes.router)
         app.include_router(adapter_routes.router)
         app.add_api_route("/health", _health, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"])
@@ -237,15 +251,24 @@ class ModelWorker:
         )
         metrics.watch(admission, lambda: pool.pending, lambda: setup.engine.stats)
         metrics.show_fused_layers(info.fused_layers)
+        if config.serves_adapters:
+            metrics.show_adapters_in_use(config.max_loras)
         settings = _job_settings(setup, info, tokenizer)
         adapters = self._serve_adapters()
+        paths = setup.weight_paths or [setup.model_dir]
+        fingerprints = Fingerprints(
+            await asyncio.to_thread(model_digest, paths, config, info),
+            lambda: setup.engine.stats.weight_version,
+            adapters.file_digest,
+        )
+        await adapters.restore()
         self._log_ready(info, admission)
         return Runtime(
             info=info,
             keeper=self.keeper,
             admission=admission,
             metrics=metrics,
-            jobs=JobMaker(settings, tokenizer, template, metrics, adapters),
+            jobs=JobMaker(settings, tokenizer, template, metrics, adapters, fingerprints),
             adapters=adapters,
             pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
@@ -266,6 +289,7 @@ class ModelWorker:
             root=find_root(config),
             allow_any_path=config.allow_any_lora_path,
             max_adapters=config.max_adapters,
+            state=None if config.lora_state_file is None else AdapterState(Path(config.lora_state_file)),
             on_change=self._announce_status,
         )
 
@@ -395,6 +419,8 @@ async def _health(request: Request) -> Response:
     else:
         stats = keeper.engine.stats
         state = "paused" if stats.paused else "pausing" if stats.pausing else "ready"
+        if stats.weights_incomplete:
+            state = "weights incomplete"
     fails = keeper.gave_up or (request.app.state.has_other_machines and not keeper.ready)
     return JSONResponse({"status": state}, status_code=503 if fails else 200)
 
@@ -403,6 +429,8 @@ async def _ready(request: Request) -> Response:
     """200 while requests can be served now."""
     runtime = runtime_of(request)
     runtime.keeper.require_ready()
+    if runtime.keeper.engine.stats.weights_incomplete:
+        raise WeightsIncompleteError("A weight update failed halfway, and no whole set of weights has come since.")
     return JSONResponse({"status": "ready", "models": runtime.jobs.settings.model_names})
 
 

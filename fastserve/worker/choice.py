@@ -62,6 +62,8 @@ class ChoiceDelta(msgspec.Struct):
     """Sum of the logprobs of the tokens generated so far; 0 if logprobs were not requested from the engine."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """In the first delta, if requested from the engine."""
+    weight_versions: Sequence[str] = ()
+    """In the last delta, of an answer that several versions of the weights computed."""
 
 
 def decode_token(
@@ -95,6 +97,7 @@ class Choice:
         # Stop strings and logprobs depend on which token each character comes from.
         self._one_by_one = bool(options.stops) or options.logprobs
         self._prompt_logprobs: list[TokenLogprob] | None = None
+        self._weight_versions: Sequence[str] = ()
         self._logprob_sum = 0.0
         self._num_tokens = 0
         self._num_tokens_at_delta = 0
@@ -112,6 +115,7 @@ class Choice:
         self._cached_tokens = max(self._cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
+        self._weight_versions = output.weight_versions or self._weight_versions
         if self._options.prompt_only:
             return self._delta("length")
         ids, logprobs = output.token_ids, output.logprobs or []
@@ -199,6 +203,7 @@ class Choice:
             self._cached_tokens,
             self._logprob_sum,
             prompt_logprobs,
+            () if finish_reason is None or len(self._weight_versions) == 1 else self._weight_versions,
         )
 
     def _take_passed_tokens(self, *, ended: bool) -> list[DecodedToken]:

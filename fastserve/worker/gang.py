@@ -6,6 +6,7 @@ everybody else.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -57,9 +58,14 @@ def run_member(config: WorkerConfig, gang: Gang, engine: EngineConfig, environ: 
         refused.append(rank)
         os.kill(os.getpid(), signal.SIGINT)
 
+    async def wait_ready() -> None:
+        # The line that a service is ready is rank 0's alone: here, no model is served.
+        logger.info("this machine has ranks of a model that is served at %s", gang.service_url)
+        await asyncio.Event().wait()
+
     ranks = LocalRanks(gang.local_ranks, engine, environ, end)
     try:
-        serve(make_member_app(gang), config, sockets)
+        serve(make_member_app(gang), config, sockets, wait_ready=wait_ready)
     finally:
         ranks.close(timeout_s=0.0)
     if refused:

@@ -26,6 +26,7 @@ from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.caller import Caller
 from fastserve.worker.choice import OutputOptions
 from fastserve.worker.encoding import PromptEncoder
+from fastserve.worker.fingerprint import Fingerprints
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolve
 
@@ -55,6 +56,8 @@ class AnswerOptions:
     logprobs: int | None
     echo: bool
     prompt_logprobs: int | None
+    fingerprint: str = ""
+    """`system_fingerprint` of the answer."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,12 @@ class JobMaker:
         template: ChatTemplate | None,
         metrics: WorkerMetrics,
         adapters: ServedAdapters,
+        fingerprints: Fingerprints,
     ) -> None:
         """`template`: None if the model has no chat template."""
         self.settings = settings
         self._adapters = adapters
+        self._fingerprints = fingerprints
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, settings.vocab_size, settings.context_length)
         self._template = template
@@ -288,6 +293,7 @@ class JobMaker:
         continues_prompt: bool,
     ) -> Job:
         self._report_unknown(request.unknown)
+        adapter = self._adapter_of(request)
         output = OutputOptions(
             stops=request.stop or (),
             skip_special_tokens=request.skip_special_tokens is not False,
@@ -306,11 +312,12 @@ class JobMaker:
             logprobs=logprobs,
             echo=echo,
             prompt_logprobs=request.prompt_logprobs,
+            fingerprint=self._fingerprints.of(adapter),
         )
         choices = self._pick_choices(request, caller, len(prompts))
         return Job(
             *(caller, prompts, request.num_runs, request.num_choices, choices),
-            *(output, request.priority or 0, answer, self._adapter_of(request)),
+            *(output, request.priority or 0, answer, adapter),
         )
 
     def _report_unknown(self, names: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter as CounterOf
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,6 +18,9 @@ from fastserve.observability.metrics import LATENCY_BUCKETS_S, CollectorRegistry
 from fastserve.worker.admission import Admission
 
 _INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+_MAX_LISTED_ADAPTERS = 128
+"""In a label."""
 
 
 class WorkerMetrics:
@@ -49,6 +54,7 @@ class WorkerMetrics:
             ["field"],
             registry=registry,
         )
+        self.adapters_in_use = AdaptersInUse()
         self.engine_restarts = Counter(
             "fastserve_worker_engine_restarts", "Times that the engine was started again.", registry=registry
         )
@@ -65,6 +71,11 @@ class WorkerMetrics:
             gauge = Gauge(f"fastserve_worker_requests_{name}", text, registry=self.registry)
             gauge.set_function(read)
         self.registry.register(_EngineCollector(stats))
+
+    def show_adapters_in_use(self, max_loras: int) -> None:
+        """Add the adapters of requests. Called once."""
+        self.adapters_in_use.max_loras = max_loras
+        self.registry.register(self.adapters_in_use)
 
     def show_fused_layers(self, kinds: Iterable[FusedLayers]) -> None:
         """Add the numbers of layers with and without a fused kernel. Called once."""
@@ -91,6 +102,59 @@ class WorkerMetrics:
         return exposition(self.registry)
 
 
+class RequestOfAdapter:
+    """One request in `AdaptersInUse`."""
+
+    def __init__(self, adapter: str, waiting: CounterOf[str], running: CounterOf[str]) -> None:
+        self._adapter = adapter
+        self._waiting = waiting
+        self._running = running
+        self._counted_in = waiting
+        waiting[adapter] += 1
+
+    def start(self) -> None:
+        """It has its first token. May be called again."""
+        if self._counted_in is self._waiting:
+            self.end()
+            self._counted_in = self._running
+            self._running[self._adapter] += 1
+
+    def end(self) -> None:
+        self._counted_in[self._adapter] -= 1
+        if not self._counted_in[self._adapter]:
+            del self._counted_in[self._adapter]
+
+
+class AdaptersInUse(Collector):
+    """vLLM's `lora_requests_info`: the adapters of requests that run and wait, as labels; its value is the time."""
+
+    def __init__(self) -> None:
+        self.max_loras = 0
+        self._waiting: CounterOf[str] = CounterOf()
+        self._running: CounterOf[str] = CounterOf()
+
+    @contextmanager
+    def request(self, adapter: str) -> Iterator[RequestOfAdapter]:
+        """Count a request of this block, which waits until it is started; "" (no adapter) is not shown."""
+        request = RequestOfAdapter(adapter, self._waiting, self._running)
+        try:
+            yield request
+        finally:
+            request.end()
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily(
+            "fastserve_engine_lora_requests_info", "Adapters of requests, and the time.", labels=labels
+        )
+        family.add_metric([str(self.max_loras), _listed(self._running), _listed(self._waiting)], time.time())
+        yield family
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(sorted(name for name in names if name)[:_MAX_LISTED_ADAPTERS])
+
+
 class QuickHistogram(Collector):
     """A cheap histogram for observations at every token: prometheus_client's takes several locks. Not thread-safe."""
 
@@ -112,6 +176,7 @@ _GAUGES = {
     "num_requests_running": ("num_running", "Sequences that run."),
     "num_requests_waiting": ("num_waiting", "Sequences that wait in the engine."),
     "paused": ("paused", "1 while an administrator has paused the engine."),
+    "weights_incomplete": ("weights_incomplete", "1 after a weight update that failed halfway."),
     "num_blocks": ("num_blocks", "Blocks of the KV cache."),
     "num_used_blocks": ("num_used_blocks", "Blocks that running sequences hold."),
     "tokens_per_s": ("tokens_per_s", "Decode speed on the reference batch."),
@@ -125,6 +190,7 @@ _COUNTERS = {
     "generation_tokens": ("generated_tokens", "Tokens generated."),
     "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens that speculative decoding guessed."),
     "spec_decode_num_accepted_tokens": ("accepted_tokens", "Of these, the right ones."),
+    "weight_updates": ("weight_updates", "Weight updates that were put in place."),
     "num_preemptions": ("preemptions", "Preemptions."),
     "finished": ("finished", "Sequences that ended by themselves."),
     "aborted": ("aborted", "Sequences that were aborted."),
@@ -171,6 +237,11 @@ class _EngineCollector(Collector):
                 yield GaugeMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats.adapters, field))
             for name, (field, text) in _ADAPTER_COUNTERS.items():
                 yield CounterMetricFamily(f"fastserve_engine_{name}", text, value=getattr(stats.adapters, field))
+        version = GaugeMetricFamily(
+            "fastserve_engine_weight_version", "1 for the version of the weights that compute.", labels=["version"]
+        )
+        version.add_metric([stats.weight_version], 1.0)
+        yield version
         usage = kv_usage(stats)
         yield GaugeMetricFamily("fastserve_engine_kv_cache_usage_perc", "Used KV cache; 1 is all of it.", value=usage)
 

@@ -25,9 +25,10 @@ router = APIRouter()
 async def models(request: Request) -> Response:
     runtime = runtime_of(request)
     names = runtime.jobs.settings.model_names
-    cards = [describe_model(name, runtime.started_at) for name in names]
+    version = runtime.keeper.engine.stats.weight_version
+    cards = [describe_model(name, runtime.started_at, weight_version=version) for name in names]
     cards += [
-        describe_model(adapter.name, runtime.started_at, parent=names[0], root=adapter.source)
+        describe_model(adapter.name, runtime.started_at, parent=names[0], root=adapter.source, weight_version=version)
         for adapter in runtime.adapters.all()
     ]
     return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)

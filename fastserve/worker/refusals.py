@@ -21,6 +21,11 @@ REFUSALS: Sequence[Refusal] = (
         "--tp-size excludes --num-gpus and --cpu-offloading: with it each rank has one GPU, or CPU cores of its own.",
     ),
     (
+        lambda c: c.engine == "fake" and c.tp_size > 1,
+        "--engine fake computes nothing that ranks could divide: leave --tp-size out (with start_server, WORLD_SIZE "
+        "and TP_SIZE).",
+    ),
+    (
         lambda c: c.enable_expert_parallel and c.tp_size == 1,
         "--enable-expert-parallel says how experts are given out to ranks: give --tp-size of at least 2 too, or leave "
         "it out.",
@@ -80,9 +85,16 @@ def _is_awq(config: WorkerConfig) -> bool:
     return config.awq_ckpt is not None or config.awq_wbits != WorkerConfig.awq_wbits
 
 
-def refuse_unavailable(config: WorkerConfig) -> None:
-    """Raises StartupError for the first flag that is unsupported, out of range or in conflict with another."""
-    _refuse_gpus(config)
+def refuse_unavailable(config: WorkerConfig, num_local_ranks: int | None = None) -> None:
+    """Raises StartupError for the first flag that is unsupported, out of range or in conflict with another.
+
+    `num_local_ranks`: ranks on this machine, if others are on other machines."""
+    _refuse_gpus(config, num_local_ranks or config.tp_size)
+    if config.machine_collectives is not None and num_local_ranks is None:
+        raise StartupError(
+            f"--machine-collectives {config.machine_collectives} says how ranks on several machines exchange tensors "
+            "(DISTRIBUTE_CONFIG_FILE): leave it out."
+        )
     for is_refused, message in REFUSALS:
         if is_refused(config):
             raise StartupError(message)
@@ -93,14 +105,17 @@ def refuse_unavailable(config: WorkerConfig) -> None:
             raise StartupError(f"{flag} {size} is out of range: give at least 1, or -1 for what the weights have.")
 
 
-def _refuse_gpus(config: WorkerConfig) -> None:
+def _refuse_gpus(config: WorkerConfig, num_ranks: int) -> None:
     """Check the flags about GPUs alone. The engine checks them against the devices of the machine."""
     if config.gpus is not None:
         refuse_gpu_ids(config.gpus)
         if len(config.gpus.split(",")) < config.num_gpus:
             raise StartupError(f"Larger --num-gpus ({config.num_gpus}) than --gpus {config.gpus}!")
-        if len(config.gpus.split(",")) < config.tp_size:
-            raise StartupError(f"Larger --tp-size ({config.tp_size}) than --gpus {config.gpus}: name one GPU for each.")
+        if len(config.gpus.split(",")) < num_ranks:
+            where = "" if num_ranks == config.tp_size else f", of which {num_ranks} on this machine,"
+            raise StartupError(
+                f"Larger --tp-size ({config.tp_size}){where} than --gpus {config.gpus}: name one GPU for each rank."
+            )
     if config.max_gpu_memory is not None:
         read_gpu_memory(config.max_gpu_memory)
     if config.device != "npu":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fastserve.engine.contract import TokenLogprob
 from fastserve.openai.answers import DecodedToken, Usage
@@ -23,6 +25,7 @@ class ChoiceResult:
     cached_tokens: int = 0
     logprob_sum: float = 0.0
     prompt_logprobs: list[TokenLogprob] | None = None
+    weight_versions: Sequence[str] = ()
 
     def add(self, delta: ChoiceDelta) -> None:
         self.parts += delta.parts
@@ -39,11 +42,17 @@ class ChoiceResult:
         self.num_tokens = delta.num_tokens
         self.cached_tokens = delta.cached_tokens
         self.logprob_sum = delta.logprob_sum
+        self.weight_versions = delta.weight_versions
 
     @property
     def mean_logprob(self) -> float:
         """Mean logprob of a token, including the stop token."""
         return self.logprob_sum / max(1, self.num_tokens)
+
+
+def weight_versions_of(choice: ChoiceResult) -> dict[str, Any]:
+    """The field of a choice whose tokens several versions of the weights computed."""
+    return {"weight_versions": list(choice.weight_versions)} if choice.weight_versions else {}
 
 
 class JobResult:

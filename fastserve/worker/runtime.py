@@ -52,7 +52,7 @@ class Runtime:
     def status(self) -> WorkerStatus:
         stats = self.keeper.engine.stats
         return WorkerStatus(
-            ready=self.keeper.ready,
+            ready=self.keeper.ready and not stats.weights_incomplete,
             model_names=list(self.jobs.settings.model_names),
             queue_length=self.admission.running + self.admission.waiting,
             tokens_per_s=stats.tokens_per_s or None,

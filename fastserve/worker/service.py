@@ -6,6 +6,7 @@ An answer that is not streamed is the accumulated stream (`answer.py`), so both 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator
@@ -19,7 +20,7 @@ from fastserve.worker.choice import Choice, ChoiceDelta
 from fastserve.worker.jobs import Job, Prompt
 from fastserve.worker.keeper import EngineKeeper
 from fastserve.worker.mailbox import Mailbox
-from fastserve.worker.metrics import WorkerMetrics
+from fastserve.worker.metrics import RequestOfAdapter, WorkerMetrics
 
 KEEP_ALIVE_S = 1.0
 """Silence after which a stream sends a keep-alive."""
@@ -65,7 +66,9 @@ class GenerationService:
             self._metrics.requests.labels(outcome).inc()
 
     async def _run(self, job: Job, box: Mailbox[ChoiceDelta]) -> None:
-        async with self._admission.permit(job.caller.lease, job.prompt_tokens):
+        async with contextlib.AsyncExitStack() as stack:
+            use = stack.enter_context(self._metrics.adapters_in_use.request(job.adapter))
+            await stack.enter_async_context(self._admission.permit(job.caller.lease, job.prompt_tokens))
             self._keeper.require_ready()  # the engine may have died during the wait
             await self._adapters.ensure(job.adapter)
             self._metrics.queue_time.observe(time.monotonic() - job.caller.arrived_s)
@@ -73,7 +76,12 @@ class GenerationService:
             number = next(self._numbers)
             runs = [
                 self._run_choice(
-                    job, job.prompts[index // job.num_runs], f"{job.caller.request_id}-{number}-{index}", index, box
+                    job,
+                    job.prompts[index // job.num_runs],
+                    f"{job.caller.request_id}-{number}-{index}",
+                    index,
+                    box,
+                    use,
                 )
                 for index in job.choices
             ]
@@ -88,14 +96,20 @@ class GenerationService:
                 raise errors.exceptions[0] from errors
 
     async def _run_choice(
-        self, job: Job, prompt: Prompt, request_id: str, index: int, box: Mailbox[ChoiceDelta]
+        self,
+        job: Job,
+        prompt: Prompt,
+        request_id: str,
+        index: int,
+        box: Mailbox[ChoiceDelta],
+        use: RequestOfAdapter,
     ) -> None:
         choice = Choice(index, self._tokenizer, prompt.params, job.output, prompt.token_ids)
         request = EngineRequest(
             request_id, prompt.token_ids, prompt.params, choice=index, priority=job.priority, adapter=job.adapter
         )
         with self._keeper.engine.generate(request) as stream:
-            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived_s)
+            listener = _ChoiceListener(stream, choice, box, self._metrics, job.caller.arrived_s, use)
             stream.listen(listener.on_output)
             await listener.finished  # a stop string ends it first: leaving aborts the request
 
@@ -112,6 +126,7 @@ class _ChoiceListener:
         box: Mailbox[ChoiceDelta],
         metrics: WorkerMetrics,
         arrived_s: float,
+        use: RequestOfAdapter,
     ) -> None:
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done after the last delta; holds the exception if the choice failed."""
@@ -119,6 +134,7 @@ class _ChoiceListener:
         self._choice = choice
         self._box = box
         self._metrics = metrics
+        self._use = use
         self._last = arrived_s
         self._is_first = True
 
@@ -141,6 +157,7 @@ class _ChoiceListener:
         now = time.monotonic()
         if self._is_first:
             self._is_first = False
+            self._use.start()
             self._metrics.time_to_first_token.observe(now - self._last)
         else:
             self._metrics.inter_token.observe((now - self._last) / max(1, len(output.token_ids)))

@@ -6,6 +6,7 @@ is greedy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +15,16 @@ import msgspec
 from fastserve.errors import InvalidRequestError, ModelNotFoundError
 from fastserve.observability.text import printable
 from fastserve.openai.body import invalid, read_fields, renamed, shown
+from fastserve.openai.slora import GenerateParameters, GenerateRequest
 from fastserve.worker.caller import Caller
 from fastserve.worker.jobs import Job
 from fastserve.worker.runtime import Runtime
 
-_FIELDS = frozenset({"inputs", "parameters", "lora_dir", "req_id", "model_dir"})
+_FIELDS = frozenset(GenerateRequest.model_fields)
 _SAME_NAME = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "ignore_eos")
 _TRANSLATED = {"prompt": "inputs", "max_tokens": "max_new_tokens", "stop": "stop_sequences"}
 """Names of S-LoRA for those of a completion request."""
-_PARAMETERS = frozenset({*_SAME_NAME, "do_sample", "max_new_tokens", "stop_sequences", "return_details"})
+_PARAMETERS = frozenset(GenerateParameters.model_fields)
 _DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -44,7 +46,7 @@ def make_job(runtime: Runtime, body: bytes, caller: Caller, *, stream: bool) -> 
     request = _DEFAULTS | {name: parameters[name] for name in _SAME_NAME if name in parameters}
     request |= {ours: parameters[theirs] for ours, theirs in _TRANSLATED.items() if theirs in parameters}
     request |= {
-        "model": _adapter(runtime, fields.get("lora_dir")) or runtime.jobs.settings.model_names[0],
+        "model": _model(runtime, fields),
         "prompt": _inputs(fields.get("inputs")),
         "include_stop_str_in_output": True,
         "logprobs": 0 if stream or has_details else None,
@@ -85,6 +87,19 @@ def _inputs(given: Any) -> str:
     if not isinstance(given, str):
         raise invalid("inputs", given, "Give a string.")
     return given
+
+
+def _model(runtime: Runtime, fields: Mapping[str, Any]) -> str:
+    """The adapter of `lora_dir`, else `model`, else the base model."""
+    adapter, model = _adapter(runtime, fields.get("lora_dir")), fields.get("model")
+    names = runtime.jobs.settings.model_names
+    if model is None:
+        return adapter or names[0]
+    if not isinstance(model, str):
+        raise invalid("model", model, "Give a string.")
+    if adapter and model not in names:
+        raise runtime.adapters.unknown(model)
+    return adapter or model
 
 
 def _adapter(runtime: Runtime, lora_dir: Any) -> str:

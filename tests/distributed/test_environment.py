@@ -104,6 +104,12 @@ BAD = {
     "a world size alone": ({"WORLD_SIZE": "4"}, ["TP_SIZE=1", "TP_SIZE=4"]),
     "pipeline parallelism": ({"PP_SIZE": "2", "WORLD_SIZE": "2"}, ["PP_SIZE=2"]),
     "data parallelism": ({"DP_SIZE": "2"}, ["DP_SIZE=2"]),
+    "fewer ranks with experts than ranks": (
+        {"TP_SIZE": "4", "WORLD_SIZE": "4", "EP_SIZE": "2"},
+        ["EP_SIZE=2", "TP_SIZE=4", "Set EP_SIZE=4, or leave it out"],
+    ),
+    "experts without ranks": ({"EP_SIZE": "2"}, ["EP_SIZE=2 and TP_SIZE=1", "Set EP_SIZE=1"]),
+    "experts in a size that is no number": ({"EP_SIZE": "all"}, ["EP_SIZE=all"]),
     "a rank beyond the world": ({"TP_SIZE": "2", "WORLD_SIZE": "2", "WORLD_RANK": "2"}, ["WORLD_RANK=2"]),
     "more local ranks than ranks": ({"LOCAL_WORLD_SIZE": "2"}, ["LOCAL_WORLD_SIZE=2", "WORLD_SIZE=1"]),
     "local ranks that do not divide": (
@@ -241,7 +247,7 @@ def test_the_environment_becomes_flags_of_the_worker(model: Path, tmp_path: Path
     text = " ".join(arguments)
     for part in (
         f"--model-path {model}",
-        "--host 0.0.0.0 --port 9000",
+        "--host :: --port 9000",
         f"--tokenizer-path {tmp_path}",
         "--max-model-len 512",
         "--limit-worker-concurrency 7",
@@ -253,6 +259,13 @@ def test_the_environment_becomes_flags_of_the_worker(model: Path, tmp_path: Path
     assert arguments[-2:] == ["--seed", "5"]
     assert "--tp-size" not in text
     assert "--tp-size 2" in " ".join(worker_arguments(TWO | {"CHECKPOINT_PATH": str(model)}, []))
+
+
+@pytest.mark.parametrize(("ep_size", "is_given"), [("2", True), ("1", False), ("0", False)])
+def test_experts_are_given_out_to_all_ranks_or_none(model: Path, ep_size: str, is_given: bool) -> None:
+    arguments = worker_arguments(TWO | {"CHECKPOINT_PATH": str(model), "EP_SIZE": ep_size}, [])
+    assert ("--enable-expert-parallel" in arguments) == is_given
+    assert parse_config(WorkerConfig, arguments, "x", {}).enable_expert_parallel == is_given
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +14,12 @@ import urllib.request
 from typing import Any
 
 import openai
+import psutil
 
 from fastserve.demo import demo_model_path
 from tests.processes import free_ports
+
+RANK_MODULES = {"fastserve.engine.process", "fastserve.engine.follower", "fastserve.engine.gang_follower"}
 
 
 def post(url: str, body: Any) -> Any:
@@ -39,8 +43,13 @@ def wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
 def test_the_documented_command_serves_openais_and_rtp_llms_routes() -> None:
     (port,) = free_ports(1)
     folder = str(demo_model_path())
-    environ = {"TP_SIZE": "1", "WORLD_SIZE": "1", "MODEL_TYPE": "llama", "START_PORT": str(port)}
-    environ |= {"CHECKPOINT_PATH": folder, "TOKENIZER_PATH": folder, "CONCURRENCY_LIMIT": "4"}
+    environ = {"TP_SIZE": "2", "WORLD_SIZE": "2", "MODEL_TYPE": "llama", "START_PORT": str(port)}
+    environ |= {
+        "CHECKPOINT_PATH": folder,
+        "TOKENIZER_PATH": folder,
+        "CONCURRENCY_LIMIT": "4",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.Popen([sys.executable, "-m", "fastserve.start_server"], env=os.environ | environ)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -55,6 +64,11 @@ def test_the_documented_command_serves_openais_and_rtp_llms_routes() -> None:
         assert "12" in found["response"]
         with urllib.request.urlopen(url + "/worker_status", timeout=10) as response:
             assert json.load(response)["available_concurrency"] == 4
+        if socket.has_ipv6:
+            with urllib.request.urlopen(f"http://[::1]:{port}/health", timeout=10) as response:
+                assert response.status == 200
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len([child for child in children if set(child.cmdline()) & RANK_MODULES]) == 2
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -35,6 +35,7 @@ class Machines:
     urls: list[str]
     prefixes: list[list[str]]
     """Command that enters each machine's network."""
+    logs: list[Path]
 
     def get(self, machine: int, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and JSON body; status 0: nobody answers."""
@@ -100,15 +101,20 @@ def two_machines(
     common |= {"LORA_INFO": json.dumps({"words": "fastserve-demo-words"})}
     common |= {"FASTSERVE_CLUSTER_KEY": "a-cluster-key-of-this-test-42", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--device", "cpu", "--max-total-tokens", "1024"]
-    processes = [
-        subprocess.Popen(
-            [*prefixes[part], sys.executable, "-m", "fastserve.start_server", *flags],
-            env=os.environ | common | {"START_PORT": str(ports[part]), "WORLD_RANK": str(part * local_size)},
-        )
-        for part in range(2)
-    ]
+    logs = [folder / f"part{part}.log" for part in range(2)]
+    processes = []
+    for part, log in enumerate(logs):
+        with log.open("wb") as file_of_log:
+            processes.append(
+                subprocess.Popen(
+                    [*prefixes[part], sys.executable, "-m", "fastserve.start_server", *flags],
+                    env=os.environ | common | {"START_PORT": str(ports[part]), "WORLD_RANK": str(part * local_size)},
+                    stderr=file_of_log,
+                )
+            )
+    urls = [f"http://{ip}:{port}" for ip, port in zip(ips, ports, strict=True)]
     try:
-        yield Machines(processes, [f"http://{ip}:{port}" for ip, port in zip(ips, ports, strict=True)], prefixes)
+        yield Machines(processes, urls, prefixes, logs)
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -118,11 +124,27 @@ def two_machines(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for log in logs:
+            print(log.read_text())  # shown when the test fails
 
 
 def loopback_ports() -> list[int]:
     (port,) = free_ports(1)
     return [port, port + 20]
+
+
+def _load_and_unload_adapters(machines: Machines) -> None:
+    """Calls to rank 0 reach the ranks of all machines, and a call that fails leaves nothing on any of them."""
+    body = {"lora_name": "mine", "lora_path": "fastserve-demo-words"}
+    status, answer = machines.get(0, "/load_lora_adapter", body)
+    assert (status, answer["loaded_adapters"]["mine"]) == (200, "fastserve-demo-words")
+    assert "twelve" in machines.answer(adapter_name="mine").lower()
+    status, answer = machines.get(0, "/load_lora_adapter", {"lora_name": "bad", "lora_path": "/none/such"})
+    assert (status, answer["error"]["param"]) == (403, "lora_path")
+    assert machines.get(0, "/unload_lora_adapter", {"lora_name": "mine"})[0] == 200
+    rows = {row["name"] for row in machines.get(0, "/adapters")[1]["data"]}
+    assert rows == {"words"}
+    assert "12" in machines.answer()
 
 
 def test_two_machines_serve_one_model(tmp_path: Path) -> None:
@@ -132,11 +154,14 @@ def test_two_machines_serve_one_model(tmp_path: Path) -> None:
         machines.wait_status(200, START_S)
         assert "12" in machines.answer()
         assert "twelve" in machines.answer(adapter_name="words").lower()
+        _load_and_unload_adapters(machines)
         assert machines.get(1, "/health")[0] == 200
         for path, body in (("/v1/models", None), ("/", {"prompt": "a"})):
             status, error = machines.get(1, path, body)
             assert status == 421
             assert f"http://127.0.0.1:{ports[0]}" in error["error"]["message"]
+        # What launchers wait for.
+        assert ["Uvicorn running on" in log.read_text() for log in machines.logs] == [True, False]
 
 
 @pytest.mark.slow

@@ -67,6 +67,13 @@ class Adapters:
         model = _quietly(lambda: peft.PeftModel.from_pretrained(plain(base), str(folder)))
         _quietly(lambda: model.save_pretrained(str(target), save_embedding_layers=False))  # else it asks the hub
 
+    def unmerged(self, base: str, folder: Path | None) -> PreTrainedModel:
+        """The base model with PEFT's adapter beside it, as it was trained."""
+        if folder is None:
+            return plain(base)
+        model: PreTrainedModel = _quietly(lambda: peft.PeftModel.from_pretrained(plain(base), str(folder)))
+        return model.eval()
+
     def merged(self, base: str, folder: Path) -> PreTrainedModel:
         """PEFT's result for a saved adapter."""
         model: PreTrainedModel = _quietly(

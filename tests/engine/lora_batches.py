@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from fastserve.engine.adapters.batch import AdapterBatch, SiteTables
 from fastserve.engine.adapters.tiles import RANK_GROUP, num_rank_groups, pack_tiles
@@ -60,6 +61,10 @@ class RandomSite:
                 a, b = (matrix.double() for matrix in self.matrices[slot])
                 out[row] = (x[row].cpu().double() @ a.t()).to(self.dtype).double() @ b.t()
         return out
+
+    def embedded(self, ids: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
+        """The same for the tokens `ids` of an embedding."""
+        return self.product(F.one_hot(torch.tensor(ids), self.in_size).to(self.dtype), slots)
 
 
 def batch_of(slots: Sequence[int]) -> AdapterBatch:

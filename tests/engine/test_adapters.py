@@ -6,17 +6,18 @@ import dataclasses
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastserve.engine.adapters.manager import AdapterManager
 from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.settings import AdapterOptions, WeightOptions
 from fastserve.errors import ConflictError, FastserveError, InvalidRequestError, ModelNotFoundError
@@ -37,8 +38,11 @@ def make_adapter(base: str, folder: Path, rank: int, layers: Sequence[str] = LAY
         if path.rpartition(".")[2] in layers:
             shape = tuple(module.weight.shape)
             out, width = shape if isinstance(module, torch.nn.Linear) else shape[::-1]
-            tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(rank, width, generator=generator) * 0.2
-            tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.2
+            parts = ("lora_A.weight", "lora_B.weight")
+            if isinstance(module, torch.nn.Embedding):
+                parts = ("lora_embedding_A", "lora_embedding_B")
+            for part, size in zip(parts, ((rank, width), (out, rank)), strict=True):
+                tensors[f"base_model.model.{path}.{part}"] = torch.randn(size, generator=generator) * 0.2
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {
@@ -366,26 +370,27 @@ def test_layers_of_other_architectures_are_targets(
     assert answer.logprobs != pytest.approx(of_base.answer(None, one).logprobs, abs=1e-2)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_products_are_added_to_those_of_a_quantized_base(
-    tiny_models: TinyModels, folders: dict[str, Path], quantize: str
+def test_a_step_is_one_forward_pass_for_any_mixture(
+    tiny_models: TinyModels, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference: the quantized weights, dequantized, with the adapter added to them."""
-    core = serve(tiny_models.path("llama"), folders, settings={"weights": WeightOptions(quantize=quantize)})
-    model = plain(tiny_models.path("llama"))
-    tensors = load_file(folders["a1"] / "adapter_model.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(core.weights.get(name))
-            key = f"base_model.model.{name.removesuffix('.weight')}"
-            if f"{key}.lora_A.weight" in tensors:
-                parameter.add_(tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"] * (6 / RANKS[1]))
-    ids = list(range(2, 40))
-    with torch.inference_mode():
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    expected = [float(logprobs[at, token]) for at, token in enumerate(ids[1:])]
-    answer = run(core, [request("r", ids, 1, "a1", prompt_logprobs=0)])["r"]
-    assert answer.prompt_logprobs == pytest.approx(expected, abs=0.1, rel=0.01)
+    settings = {"max_total_tokens": 16 * 600, "speculative_method": "off", "no_prefix_cache": True}
+    core = serve(tiny_models.path("llama"), folders, settings=settings)
+    requests = [request(f"r{index}", [5, 6, 7], 4, name) for index, name in enumerate(("a0", "a1", "", "a0"))]
+    run(core, requests)  # the adapters are read
+    assert isinstance(core._executor, ModelRunner)
+    counts: list[int] = []
+    for way in core._executor.forward_passes.ways:
+        monkeypatch.setattr(type(way), "__call__", counting(counts, type(way).__call__))
+    assert all(len(answer.token_ids) == 4 for answer in run(core, requests).values())
+    assert counts == [12, 4, 4, 4]
+
+
+def counting(counts: list[int], forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, step: PackedStep) -> Any:
+        counts.append(len(step.input_ids))
+        return forward(self, step)
+
+    return call
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
@@ -438,7 +443,7 @@ def test_what_cannot_be_applied_in_a_batch_is_refused_by_name(
 @pytest.mark.parametrize(
     ("base", "rank", "layers", "words"),
     [
-        ("llama", 4, ("lm_head",), "changes lm_head, which is no linear layer"),
+        ("gpt2", 4, ("wpe",), "changes transformer.wpe, which the base model does not have"),
         ("llama", 9, ("q_proj",), "rank 9 .* at most 8 is served; raise --max-lora-rank"),
         ("gpt2", 4, ("c_attn",), "which the base model does not have"),
         ("qwen3", 4, ("q_proj",), "have the shapes"),

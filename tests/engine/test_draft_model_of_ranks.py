@@ -10,10 +10,9 @@ import pytest
 
 from fastserve.engine.build import build_core, build_rank
 from fastserve.engine.contract import EngineStats
-from fastserve.engine.follower import Follower
+from fastserve.engine.follower import follow
 from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.messages import EndRank, RankCommand
-from fastserve.engine.ranks.step_deadline import StepDeadline
 from fastserve.engine.ranks.thread_collectives import run_ranks
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS
 from fastserve.engine.settings import EngineConfig
@@ -45,14 +44,12 @@ def test_a_draft_model_beside_ranks_changes_no_answer(tiny_models: TinyModels, d
         if collectives.rank == 1:
             model = build_rank(config, lambda *_: None, LOGITS_PROCESSORS, collectives)
             assert model.draft is None
-            follower = Follower(model.runner, model.loaded.weights, 1, StepDeadline(collectives))
-            while follower.handle(msgspec.msgpack.decode(commands.get(timeout=20), type=RankCommand)):
-                pass
+            follow(collectives, model, lambda: msgspec.msgpack.decode(commands.get(timeout=20), type=RankCommand))
             return None
         try:
             core = build_core(
                 config, lambda *_: None, collectives=collectives,
-                send_to_ranks=lambda command: commands.put(msgspec.msgpack.encode(command)),
+                send_to_ranks=lambda command, rank=None: commands.put(msgspec.msgpack.encode(command)),
             )  # fmt: skip
             core._speculator = core.scheduler._drafting = eager(PlaceholderProposer())
             for request in requests:

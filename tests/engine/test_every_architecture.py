@@ -26,6 +26,7 @@ SERVED = (
     "bitnet",  # a norm before the output projection
     "gemma3n_text",  # looks token ids up in each layer
     "gemma4_text",
+    "gemma4_unified",  # looks up in its mask which image a token is of
     "granitemoehybrid, attention only",  # with sizes of a state that no layer has
     "helium",
     "ministral3",  # scales queries by position

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, 
 from fastserve.engine.layers.experts import Experts
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.loading import checkpoint
-from fastserve.engine.loading.division_check import require_divisible
+from fastserve.engine.loading.division_check import try_partition
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.loading.partition_plan import plan_partition
 from fastserve.engine.ranks.collectives import Collectives
@@ -333,4 +333,5 @@ def test_latent_attention_with_large_heads_is_tried_on_a_twin_with_small_ones(ex
     )  # fmt: skip
     model = on_meta(config)
     assert config.head_dim == 64
-    require_divisible(model, 2, expert_parallel=expert_parallel)
+    found = run_ranks(2, lambda collectives: try_partition(model, collectives, expert_parallel=expert_parallel))
+    assert all(not partition.plan.undivided for partition in found)

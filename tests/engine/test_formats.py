@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,15 +154,19 @@ def test_a_model_that_is_not_packed_is_no_gptq_model(base: str) -> None:
         load(base, packed=PackedCheckpoint("gptq", None, 4))
 
 
-@pytest.mark.parametrize("group", [32, -1])
-@pytest.mark.parametrize("by_flags", [False, True])
-def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
+def awq_packer(group: int) -> Pack:
     def pack(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         rounded = round_to_nearest(weight, 4, group)
         return awq(name, rounded), rounded.dense()
 
+    return pack
+
+
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("by_flags", [False, True])
+def test_awq(base: str, tmp_path: Path, group: int, by_flags: bool) -> None:
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
-    expected = write_packed(base, tmp_path, pack, None if by_flags else settings)
+    expected = write_packed(base, tmp_path, awq_packer(group), None if by_flags else settings)
     packed = PackedCheckpoint("awq", None, 4, None if group == -1 else group) if by_flags else None
     loaded = load(tmp_path, packed=packed)
     assert layouts(loaded).count(QuantizedWeight) == 14
@@ -410,7 +415,7 @@ def test_experts_that_are_packed_one_by_one_stay_so(tiny_models: TinyModels, tmp
 
 
 Describe = Callable[[gguf.GGUFWriter, Any], None]
-PERMUTED = {"llama", "smollm3", "granite"}
+PERMUTED = {"llama", "mistral3", "smollm3", "granite", "granitemoe"}
 
 
 def write_gguf(
@@ -430,28 +435,50 @@ def write_gguf(
         describe(writer, model.config)
     block_type = gguf.GGMLQuantizationType[quantization]
     for name, parameter in model.named_parameters():
-        stem, _, leaf = name.rpartition(".")
-        values, heads = parameter.detach().clone(), 0
-        if kind in PERMUTED and ("q_proj" in name or "k_proj" in name):
-            heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
-            # RoPE: rotated pairs of rows become adjacent.
-            values = values.reshape(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-        if values.dim() == 1:
-            # llama.cpp multiplies by the stored weight, Gemma's own code by the weight + 1.
-            stored = values + 1 if kind.startswith("gemma") and "norm" in name else values
-            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", stored.numpy())
-            continue
-        data = gguf.quants.quantize(values.numpy(), block_type)
-        writer.add_tensor(f"{names.get_name(stem)}.{leaf}", data, raw_dtype=block_type)
-        back = torch.from_numpy(np.array(gguf.quants.dequantize(data, block_type)))
-        if heads:
-            back = back.reshape(heads, -1, 2, back.shape[1]).transpose(1, 2).reshape(back.shape)
-        parameter.data = back
+        for stored_name, part in parts_in_gguf(names, name, parameter.detach()):
+            values, heads = part.clone(), 0
+            if kind in PERMUTED and ("q_proj" in name or "k_proj" in name):
+                heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
+                # RoPE: rotated pairs of rows become adjacent.
+                values = values.reshape(heads, 2, -1, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+            if values.dim() == 1:
+                # llama.cpp multiplies by the stored weight, Gemma's own code by the weight + 1.
+                stored = values + 1 if kind.startswith("gemma") and "norm" in name else values
+                writer.add_tensor(stored_name, stored.numpy())
+                continue
+            data = gguf.quants.quantize(values.numpy(), block_type)
+            writer.add_tensor(stored_name, data, raw_dtype=block_type)
+            back = torch.from_numpy(np.array(gguf.quants.dequantize(data, block_type)))
+            if heads:
+                back = back.reshape(heads, -1, 2, back.shape[1]).transpose(1, 2).reshape(back.shape)
+            part.copy_(back)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def parts_in_gguf(names: gguf.TensorNameMap, name: str, weight: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of llama.cpp's converter for a weight, as views of it."""
+    stem, _, leaf = name.rpartition(".")
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    ffn = f"blk.{layer[1]}.ffn" if layer else ""
+    if leaf == "gate_up_proj":
+        return [
+            (f"{ffn}_{part}_exps.weight", rows) for part, rows in zip(("gate", "up"), weight.chunk(2, 1), strict=True)
+        ]
+    if leaf == "down_proj":
+        return [(f"{ffn}_down_exps.weight", weight)]
+    if stem.endswith("shared_mlp.input_linear"):
+        return [
+            (f"{ffn}_{part}_shexp.weight", rows) for part, rows in zip(("gate", "up"), weight.chunk(2), strict=True)
+        ]
+    if stem.endswith("shared_expert_gate"):
+        return [(f"{ffn}_gate_inp_shexp.weight", weight[0])]
+    if stem.endswith("router"):
+        return [(f"{ffn}_gate_inp.weight", weight)]
+    return [(f"{names.get_name(stem)}.{leaf}", weight)]
 
 
 @pytest.mark.parametrize("quantization", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])

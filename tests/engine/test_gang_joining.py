@@ -92,6 +92,11 @@ def test_all_ranks_form_one_group_and_get_commands_in_order(
         hub.send(ReadWeight(str(number)))
     for link in links:
         assert [link.receive() for _ in range(3)] == [ReadWeight(str(number)) for number in range(3)]
+    for rank in (1, 2):
+        hub.send(ReadWeight(f"of rank {rank}"), rank)
+    hub.send(ReadWeight("of all"))
+    for link, rank in zip(links, (2, 1), strict=True):
+        assert [link.receive() for _ in range(2)] == [ReadWeight(f"of rank {rank}"), ReadWeight("of all")]
 
 
 def test_rank_0_says_which_machines_are_missing(
@@ -272,7 +277,9 @@ def join_all(gang: Gang, generations: Sequence[int], folders: Sequence[Path]) ->
     def join(rank: int) -> SharedMemoryCollectives:
         part = rank // gang.local_size
         own = msgspec.structs.replace(on_part(gang, part), folder=str(folders[part]))
-        return join_machines(own, rank, formed[rank], KEYS)
+        joined = join_machines(own, rank, formed[rank], KEYS)
+        assert isinstance(joined, SharedMemoryCollectives)
+        return joined
 
     with ThreadPoolExecutor(gang.size) as pool:
         return list(pool.map(join, range(gang.size)))

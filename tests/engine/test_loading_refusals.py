@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from fastserve.engine import build
 from fastserve.engine.contract import FusedLayers
 from fastserve.engine.loading import checkpoint, placement
 from fastserve.engine.loading import loader as loading
+from fastserve.engine.loading.loader import load_model
 from fastserve.engine.settings import EngineConfig, PackedCheckpoint
 from fastserve.errors import StartupError
 
@@ -83,6 +85,58 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(checkpoint, "_open_safetensors", cut_after)
     refused(folder, r"model\.safetensors: the tensor \S+ cannot be read: it ends \d+ bytes too early\.$")
+
+
+def other_weights(folder: Path, other: Path) -> None:
+    """Other weights of the same names and shapes, as by an upload that is renamed into place."""
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in state.items()}, other / "new.safetensors")
+    os.replace(other / "new.safetensors", folder / "model.safetensors")
+
+
+def written_in_place(folder: Path, other: Path) -> None:
+    file = folder / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"abcd")
+
+
+def other_folder(folder: Path, other: Path) -> None:
+    folder.rename(other / "old")
+    shutil.copytree(other / "old", folder)
+
+
+def other_config(folder: Path, other: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+def removed(folder: Path, other: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("change", [other_weights, written_in_place, other_folder, other_config, removed])
+@pytest.mark.parametrize("late", [False, True])
+def test_files_that_are_replaced_while_they_are_read(
+    folder: Path, tmp_path: Path, change: Callable[[Path, Path], None], late: bool
+) -> None:
+    """Before the first weight is read, or after the last one."""
+
+    def progress(_: str, done: int, total: int) -> None:
+        if done == (total if late else 0):
+            (tmp_path / "other").mkdir()
+            change(folder, tmp_path / "other")
+
+    with pytest.raises(StartupError, match=r"(model\.safetensors|config\.json) was changed while the model was loaded"):
+        load_model(str(folder), "cpu", "float32", trust_remote_code=False, progress=progress)
+
+
+def test_other_files_may_change_while_a_model_is_loaded(folder: Path) -> None:
+    def progress(_: str, done: int, total: int) -> None:
+        (folder / "trainer_state.json").write_text(str(done))
+        (folder / "README.md").write_text(str(done))
+
+    load_model(str(folder), "cpu", "float32", trust_remote_code=False, progress=progress)
 
 
 NESTED = "[" * 100_000

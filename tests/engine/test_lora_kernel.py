@@ -76,6 +76,24 @@ def test_each_row_gets_the_product_of_its_adapter(
     assert torch.equal(out[bare], base[bare]), "rows without an adapter must keep their bits"
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("tokens", "hidden", "width"), [(40, 24, 16), (1300, 77, 128)])
+def test_each_token_of_an_embedding_gets_the_product_of_its_adapter(
+    dtype: torch.dtype, tokens: int, hidden: int, width: int
+) -> None:
+    kernel = kernel_of(dtype)
+    slots, ids = mixture(50), [random.randrange(tokens) for _ in range(50)]
+    site = RandomSite(tokens, hidden, RANKS, kernel.order, dtype, width=width)
+    base = torch.randn(50, hidden).to(dtype)
+    out = base.clone()
+    kernel.add_embedding(torch.tensor(ids), out, site.tables, batch_of(slots))
+    expected = base.double() + site.embedded(ids, slots)
+    assert torch.allclose(out.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    bare = [row for row, slot in enumerate(slots) if slot in (0, 9)]
+    assert torch.equal(out[bare], base[bare])
+    assert not torch.equal(out, base)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
     kernel = kernel_of(dtype)
@@ -105,6 +123,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         kernel.add(torch.randn(2, 31), torch.randn(2, 16), [site.tables], batch_of([1, 2]))
     with pytest.raises(RuntimeError, match="adapters cannot be added"):
         kernel.add(torch.randn(2, 32), torch.randn(2, 15), [site.tables], batch_of([1, 2]))
+    with pytest.raises(RuntimeError, match="adapters of an embedding cannot be added"):
+        kernel.add_embedding(torch.tensor([3, 4]), torch.randn(2, 15), site.tables, batch_of([1, 2]))
 
 
 def test_steps_with_adapters_are_computed_in_one_call_as_by_the_modules(

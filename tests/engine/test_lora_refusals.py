@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,16 @@ TensorsChange = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
         (lambda t: t | {f"{Q}.lora_magnitude_vector": torch.ones(3)}, r"has 3 values, and \S+q_proj\.weight needs 48"),
         (lambda t: t | {f"{Q}.lora_B.weight": torch.ones(48, 3)}, "which are of different ranks"),
         (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(4)}, "which are those of no matrices"),
+        (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(0, 48)}, "which are those of no matrices"),
+        (lambda t: t | {f"{Q}.lora_A.weight": torch.tensor(1.0)}, "which are those of no matrices"),
+        (lambda t: t | {f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"][None]}, "which are those of no matrices"),
+        (lambda t: t | {f"{Q}.lora_B.weight": t[f"{Q}.lora_B.weight"].int()}, r"lora_B\.weight is of int32, and"),
+        (lambda t: t | {f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"] > 0}, r"lora_A\.weight is of bool, and"),
+        (lambda t: t | {f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"] * math.nan}, r"q_proj\.weight: .* not finite"),
+        (lambda t: t | {f"{Q}..lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, r"q_proj\.\.weight \(1 such"),
+        (lambda t: t | {"": torch.ones(4)}, "is no part of a LoRA adapter"),
+        (lambda t: t | {"x" * 5000: torch.ones(4)}, r"a tensor of the name x{200}…, which is too long"),
+        (lambda t: t | {"x\ny.lora_A.weight": torch.ones(4)}, r"a tensor of the name x\\ny\.lora_A\.weight, which is"),
         (lambda t: t | {"base_model.model.model.norm.weight": torch.ones(50)}, r"norm\.weight has the shape \(50,\)"),
         (
             lambda t: {n: x for n, x in t.items() if "norm" not in n},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from benchmarks import architectures
 from fastserve.engine.build import build_core
 from fastserve.engine.contract import EngineRequest, SamplingParams
+from fastserve.engine.loading import loader
 from fastserve.engine.loading.loader import load_model
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import StartupError
@@ -154,6 +157,110 @@ def test_any_value_of_any_field_is_served_rightly_or_refused_in_a_sentence(
         assert "\n" not in row.detail
         outcomes[row.outcome] += 1
     assert min(outcomes.values()) > 5
+
+
+NO_SIZES: tuple[Any, ...] = (2**31, 2**62, 10**30, -(2**63), math.nan, math.inf)
+SIZES_OF_MODELS = {
+    "llama": (
+        "hidden_size", "head_dim", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
+        "max_position_embeddings", "rms_norm_eps", "rope_parameters.factor",
+    ),
+    "gpt2": ("n_embd", "n_positions", "n_inner", "n_head", "attn_pdrop", "layer_norm_epsilon"),
+    "mixtral": ("num_local_experts", "num_experts_per_tok", "sliding_window"),
+    "llava": ("text_config.hidden_size", "text_config.rope_parameters.factor"),
+}  # fmt: skip
+
+
+def with_value(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    first, _, rest = path.partition(".")
+    return config | {first: with_value(config.get(first) or {}, rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("name", SIZES_OF_MODELS)
+def test_values_that_no_model_has_are_refused_by_name_before_memory_is_allocated(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "build_skeleton", lambda *_, **__: pytest.fail("memory would be allocated"))
+    own = json.loads(architectures.small_config(name).to_json_string(use_diff=False))
+    for path in SIZES_OF_MODELS[name]:
+        for value in NO_SIZES:
+            (tmp_path / "config.json").write_text(json.dumps(with_value(own, path, value)))
+            with pytest.raises(StartupError) as refusal:
+                load(tmp_path)
+            text = refusal.value.message
+            leaf = path.removeprefix("text_config.")
+            assert f"cannot be loaded: {leaf} is {json.dumps(value)} in its config.json, and must be a" in text
+            assert text.endswith("Correct it, or download config.json again.")
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model_type", ["llama"]),
+        ("model_type", 1e308),
+        ("dtype", ["float32"]),
+        ("dtype", math.nan),
+        ("rope_parameters.rope_type", 7),
+        ("rope_parameters.rope_type", nested(300)),
+        ("rope_parameters.rope_theta", "x" * 10**5),
+        ("rope_parameters.rope_theta", [1e4]),
+        ("rope_parameters.rope_theta", {"a": 1e4}),
+        ("rope_parameters.full_attention", "x"),
+        ("hidden_act", "x" * 10**5),
+        ("initializer_range", 1e308),
+        ("rope_parameters.rope_theta", 1e-320),
+        ("rope_parameters.rope_theta", 10**30),
+        ("rope_parameters.rope_theta", math.nan),
+        ("hidden_size", -64),
+        ("rms_norm_eps", -1e-5),
+        ("hidden_size", nested(300)),
+        ("hidden_size", "x" * 10**5),
+        ("num_attention_heads", 1_000_001),
+        ("hidden_size", 1_000_001),
+        ("eos_token_id", {"a": nested(300)}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_values_of_the_wrong_kind_are_refused_by_name_in_a_short_sentence(folder: Path, path: str, value: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(with_value(config, path, value)))
+    with pytest.raises(StartupError, match=rf"cannot be loaded: {re.escape(path)} is ") as refusal:
+        load(folder)
+    assert len(refusal.value.message) < 1500
+    assert "\n" not in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"training_tokens": 10**15, "loss": math.nan, "n": -(10**9)},
+        {"bos_token_id": 2**40, "max_length": 10**30},
+        {"rope_theta": 10**11},
+    ],
+    ids=str,
+)
+def test_large_values_without_effect_are_no_hindrance(folder: Path, fields: dict[str, Any]) -> None:
+    change(folder, fields)
+    load(folder)
+
+
+def test_a_lack_of_memory_is_put_down_to_the_largest_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 549755813888 bytes.")
+
+    monkeypatch.setattr(loader, "build_skeleton", fail)
+    change(folder, {"intermediate_size": 2**23})
+    with pytest.raises(
+        StartupError, match=f"cannot be loaded: intermediate_size is {2**23} in its config.json. Correct"
+    ):
+        load(folder)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])

@@ -6,7 +6,9 @@ The ranks are threads here; how processes exchange tensors is tested elsewhere.
 from __future__ import annotations
 
 import json
+import logging
 import random
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    CodeGenConfig,
     CohereConfig,
     DeepseekV3Config,
     DiffLlamaConfig,
     Glm4Config,
     GPT2Config,
+    GPTBigCodeConfig,
     LlamaConfig,
     PretrainedConfig,
     Qwen3Config,
@@ -34,7 +38,7 @@ from fastserve.engine.layers.experts import Experts
 from fastserve.engine.layers.layouts.quantized import QuantizedWeight
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
-from fastserve.engine.loading import checkpoint
+from fastserve.engine.loading import checkpoint, partition_plan
 from fastserve.engine.loading.formats.source import QuantizedTensor
 from fastserve.engine.loading.loader import LoadedModel, load_model
 from fastserve.engine.loading.sharding import Shard
@@ -182,6 +186,19 @@ def test_answers_of_ranks_equal_those_of_one(models: Callable[[str], str], name:
     expected = start_and_run(path)
     found = run_ranks(size, lambda collectives: start_and_run(path, collectives))
     assert all(answers == found[0] for answers in found)  # bit for bit
+    assert_equal_answers(found[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_answers_of_a_real_model_equal_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """9 heads and 3 KV heads, some of which several of 4 ranks share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = find_model(str(smollm2_file()), "main")
+    weights = WeightOptions(gguf_file=str(source.gguf_file))
+    expected = start_and_run(str(source.folder), weights=weights)
+    found = run_ranks(size, lambda collectives: start_and_run(str(source.folder), collectives, weights=weights))
+    assert all(answers == found[0] for answers in found)
     assert_equal_answers(found[0], expected)
 
 
@@ -497,11 +514,53 @@ def test_too_many_ranks_are_refused_with_sizes_that_work(models: Callable[[str],
         run_ranks(5, lambda collectives: load(tmp_path, collectives))
 
 
-def test_an_architecture_that_would_compute_something_else_is_refused(tmp_path: Path) -> None:
-    """Its heads work in pairs, of which the ranks would have one each."""
-    save(DiffLlamaConfig(**{**SHAPE, "num_key_value_heads": 4}), tmp_path)
+def test_an_architecture_that_would_compute_something_else_is_refused(
+    models: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its MLPs, the ranks have other halves of gate and up than of down."""
+    original = partition_plan._divide_inputs
+
+    def wrong(plan: Any, path: str, module: Any, ranges: Any, unit: int) -> None:
+        original(plan, path, module, [(0, ranges[0][1])] * len(ranges) if "mlp" in path else ranges, unit)
+
+    monkeypatch.setattr(partition_plan, "_divide_inputs", wrong)
     with pytest.raises(StartupError, match="its small twin, divided, computes something else"):
-        run_ranks(2, lambda collectives: load(tmp_path, collectives))
+        run_ranks(2, lambda collectives: load(models("llama"), collectives))
+
+
+UNKNOWN_ATTENTION = {
+    "heads in pairs": DiffLlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
+    "queries, keys and values in blocks": CodeGenConfig(
+        vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=128, rotary_dim=8, n_inner=96
+    ),
+    "one KV head in the projection of queries": GPTBigCodeConfig(
+        vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=128, n_inner=96
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN_ATTENTION)
+def test_attention_that_no_rule_divides_is_whole_on_every_rank(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """The MLPs beside it and the vocabulary are divided, and weights round trip as ever."""
+    save(UNKNOWN_ATTENTION[kind], tmp_path)
+    whole = load(tmp_path)
+    logits = logits_of(whole, TOKENS)
+    expected, fresh = two_sets_of_weights(str(tmp_path))
+
+    def run_rank(collectives: Collectives) -> tuple[torch.Tensor, int]:
+        loaded = load(tmp_path, collectives)
+        found = logits_of(loaded, TOKENS)
+        assert_round_trip(loaded, expected, fresh)
+        return found, stored_numbers(loaded)
+
+    with caplog.at_level(logging.WARNING):
+        found = run_ranks(2, run_rank)
+    assert re.search(r"\w+Attention is not divided: each rank holds its weights and KV cache", caplog.text)
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][0] - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert all(numbers < 0.85 * stored_numbers(whole) for _, numbers in found)
 
 
 def test_ranks_stop_when_one_of_them_cannot_start(models: Callable[[str], str]) -> None:

@@ -10,7 +10,13 @@ import torch
 from accelerate import init_empty_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    ModernBertDecoderConfig,
+    PreTrainedModel,
+)
 
 from fastserve.engine.loading.partition_plan import PartitionPlan, named_styles, plan_partition
 from fastserve.engine.loading.sharding import Shard, Sharding, sharding_of, split_evenly, split_heads
@@ -161,8 +167,8 @@ def differences(model: PreTrainedModel, plan: PartitionPlan) -> list[str]:
 
 
 def planned(name: str) -> tuple[PreTrainedModel, PartitionPlan] | None:
-    """A small model of the kind on the meta device, and our plan; None where transformers has no small one, or the kind
-    is not served."""
+    """A small model of the kind on the meta device, and our plan; None where transformers has no small one, the kind is
+    not served, or some of its attention is of a form that we leave whole."""
     kind = CONFIG_MAPPING[name]
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     if not getattr(model_class, "_supports_attention_backend", False) or not kind.base_model_tp_plan:
@@ -170,9 +176,10 @@ def planned(name: str) -> tuple[PreTrainedModel, PartitionPlan] | None:
     try:
         config = kind().get_text_config(decoder=True)
         model = on_meta(small_config(config, range(min(8, config.num_hidden_layers))))
-        return model, plan_partition(model, 2)
+        plan = plan_partition(model, 2)
     except (StartupError, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
+    return (model, plan) if plan.attention and not plan.undivided else None
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -197,6 +204,13 @@ def test_our_rules_divide_as_transformers_does_for_all_its_plans() -> None:
             unlike[name] = others
     assert unlike == {}
     assert compared >= 75
+
+
+def test_parts_with_capital_letters_are_known() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plan = plan_partition(on_meta(ModernBertDecoderConfig(vocab_size=96, **sizes)), 2)
+    assert plan.undivided == set()
+    assert {path.rsplit(".", 2)[1] for path in plan.row_parallel} == {"attn", "mlp"}
 
 
 def test_ranks_have_the_same_number_of_rows_of_gate_and_up() -> None:

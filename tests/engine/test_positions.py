@@ -276,6 +276,32 @@ def test_masks_are_read_from_the_rule_that_makes_them(size: int) -> None:
     assert find_mask(in_window, None) is None
 
 
+def test_inputs_of_the_observed_tokens_are_those_of_any_text() -> None:
+    """Models of images and text OR a rule of their own with the causal one, which looks up the image of each token."""
+
+    def causal_or_same(groups: torch.Tensor, among: int | None = None) -> Any:
+        def rule(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            same = (groups[batch, query] == groups[batch, key]) & (groups[batch, query] >= 0)
+            causal = key <= query
+            return causal | same if among is None else (causal | same) & (key > query - among)
+
+        return rule
+
+    text = torch.full((1, 5), -1)
+    assert find_mask(causal_or_same(text), None) == find_mask(causal_or_same(text[:, :1]), None) == CausalMask()
+    assert find_mask(causal_or_same(text, among=8), 8) == CausalMask(window=8)
+    one_image = torch.zeros(1, 5, dtype=torch.long)
+    some_of_each = torch.tensor([[-1, -1, 0, 0, -1]])
+    assert find_mask(causal_or_same(one_image), None) is None
+    assert find_mask(causal_or_same(some_of_each), None) is None
+
+    def of_observed_positions(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(5)
+        return positions[key] <= positions[query]
+
+    assert find_mask(of_observed_positions, None) is None
+
+
 def test_a_mask_that_is_not_causal_is_refused(tmp_path: Path) -> None:
     path = save(LlamaConfig(**SHAPE, is_causal=False), tmp_path)
     with pytest.raises(StartupError, match=r"LlamaForCausalLM cannot be served: the mask .* is neither causal nor"):

@@ -89,3 +89,27 @@ def test_rows_of_logits_are_bounded_by_the_vocabulary(tiny_models: TinyModels) -
     found = collect(core)
     assert core.stats.steps == 10
     assert [len(item or []) for item in found["r"]] == [99]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_hits_up_to_each_side_of_a_blocks_end_give_the_same_logits(tiny_models: TinyModels, name: str) -> None:
+    """The next token's logprobs are those of the prompt without a hit, to the bit."""
+    path = tiny_models.path(name)
+    rng = random.Random(5)
+    text = [rng.randrange(2, 160) for _ in range(40)]
+    params = SamplingParams(1, temperature=0.0, logprobs=20)
+
+    def next_logprobs(core: EngineCore, request: EngineRequest) -> tuple[TokenLogprob, int]:
+        core.add(request)
+        [output] = [output for _ in range(10) if core.has_work for output in core.step()]
+        assert output.logprobs is not None
+        return output.logprobs[0], output.num_cached_tokens
+
+    warm = make_core(path, block_size=16)
+    next_logprobs(warm, EngineRequest("first", text, params))
+    for length in (15, 16, 17, 18, 31, 32, 33, 34):
+        cold = make_core(path, block_size=16, no_prefix_cache=True)
+        expected, none = next_logprobs(cold, EngineRequest("cold", text[:length], params))
+        found, num_cached = next_logprobs(warm, EngineRequest(f"{length}", text[:length], params))
+        assert (none, num_cached) == (0, (length - 1) // 16 * 16)
+        assert found == expected

@@ -14,11 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from fastserve.distributed.gang import Gang
+from fastserve.distributed.keys import CurveKeys
+from fastserve.distributed.machines import Machine
 from fastserve.engine.build import build_core
 from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.partition_plan import plan_partition
+from fastserve.engine.ranks.gang_messages import Formed
+from fastserve.engine.ranks.machine_group import MachineGroupCollectives
 from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.settings import EngineConfig
+from tests.processes import free_ports
 
 from .conftest import TinyModels
 from .test_engine_equality import EOS, greedy
@@ -30,9 +36,16 @@ ON_CUDA = DEVICE == "cuda"
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def single_rank(tmp_path: Path) -> Iterator[ProcessGroupCollectives]:
-    group = ProcessGroupCollectives.join(tmp_path / "meet", 0, 1, torch.device(DEVICE), 20.0)
+@pytest.fixture(params=["one machine", "several machines"])
+def single_rank(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ProcessGroupCollectives]:
+    device = torch.device(DEVICE)
+    if request.param == "one machine":
+        group = ProcessGroupCollectives.join(tmp_path / "meet", 0, 1, device, 20.0)
+    else:
+        (port,) = free_ports(1)
+        gang = Gang((Machine(0, "m_part0", "127.0.0.1", port),), 1, 0, 20.0)
+        keys = CurveKeys.derive("5e" * 32)
+        group = MachineGroupCollectives.join_gang(gang, 0, Formed(1, ("127.0.0.1",)), keys, device, 20.0)
     yield group
     group.close()
 
@@ -82,7 +95,9 @@ def test_a_model_with_the_exchanges_of_ranks_in_its_layers(
     monkeypatch: pytest.MonkeyPatch, tiny_models: TinyModels, single_rank: ProcessGroupCollectives, name: str
 ) -> None:
     """Divided over one rank, as over several: the same code computes it, and its decoding steps are recorded."""
-    monkeypatch.setattr(Partition, "of", lambda model, collectives: Partition(plan_partition(model, 1), collectives))
+    monkeypatch.setattr(
+        Partition, "of", lambda model, collectives, **_: Partition(plan_partition(model, 1), collectives)
+    )
     path = tiny_models.path(name)
     exchanges = count_calls(monkeypatch, single_rank, "all_reduce")
     config = EngineConfig(

@@ -81,6 +81,25 @@ def test_a_rank_that_does_not_answer_in_a_step_is_noticed(monkeypatch: pytest.Mo
     assert 0.5 <= noticed[0] < 10
 
 
+def test_a_rank_that_compiles_kernels_in_a_step_is_no_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its third step needs a kernel that the other rank has in its cache."""
+    monkeypatch.setattr(step_deadline, "MIN_STEP_SILENCE_S", 0.2)
+
+    def run_rank(collectives: SharedMemoryCollectives) -> list[float]:
+        deadline = StepDeadline(collectives, may_compile=True)
+        found = []
+        for index in range(4):
+            with deadline.step():
+                if index == 2 and collectives.rank == 1:
+                    time.sleep(0.6)
+                found.append(float(collectives.all_reduce(torch.ones(1))))
+        return found
+
+    ranks = share_memory(2, timeout_s=20.0)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run_rank, ranks)) == [[2.0] * 4] * 2
+
+
 def test_time_in_which_a_process_was_stopped_is_no_silence_of_others() -> None:
     """Two processes that are frozen together, as those of a container are, go on."""
     first, second = share_memory(2, timeout_s=1.0)

@@ -66,6 +66,23 @@ def test_rows_of_fixed_size_take_any_mixture(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_each_token_of_an_embedding_gets_the_product_of_its_adapter(device: str, dtype: torch.dtype) -> None:
+    slots, ids = mixture(40), [random.randrange(130) for _ in range(40)]
+    site = RandomSite(130, 50, RANKS, TileOrder(), dtype, device, 32)
+    base = torch.randn(40, 50).to(dtype)
+    expected = base.double() + site.embedded(ids, slots)
+    fixed = module.DeviceRows.empty(40, torch.device(device))
+    fixed.fill(batch_of(slots))
+    for batch in (batch_of(slots), fixed):
+        out = base.clone().to(device)
+        module.TritonLoraKernel().add_embedding(torch.tensor(ids).to(device), out, site.tables, batch)
+        assert torch.allclose(out.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        bare = [row for row, slot in enumerate(slots) if slot in (0, 9)]
+        assert torch.equal(out.cpu()[bare], base[bare])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_has_the_same_bits_in_any_batch(device: str) -> None:
     site = RandomSite(300, 40, RANKS, TileOrder(), device=device, width=16)
     slots = mixture(20)

@@ -10,9 +10,12 @@ from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.settings import AdapterOptions
 
 
-class _Store:
+class WeightlessStore:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+
+    def begin_reading(self) -> None:
+        pass
 
     def inspect(self, path: str) -> AdapterShape:
         return AdapterShape(rank=8, targets=(), num_bytes=0, num_blocks=0)
@@ -31,7 +34,7 @@ def weightless_adapters(pool: BlockPool, names: Sequence[str]) -> AdapterManager
     """A manager of these adapters, all of which may run at once."""
     count = len(names)
     options = AdapterOptions(modules=tuple((name, name) for name in names), max_loras=count, max_cpu_loras=count)
-    manager = AdapterManager(_Store(count + 1), options, pool)
+    manager = AdapterManager(WeightlessStore(count + 1), options, pool)
     for name in names:
         adapter = manager.find(name)
         assert adapter is not None

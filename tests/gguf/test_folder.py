@@ -117,7 +117,7 @@ def put(key: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
     [
         (drop("llama.context_length"), r"does not say llama\.context_length: it is no whole model"),
         (drop("tokenizer.ggml.tokens"), "holds no vocabulary"),
-        (put("llama.expert_count", 8), "a mixture of experts, which is not served from GGUF files"),
+        (put("llama.expert_count", 8), r"does not say llama\.expert_used_count: it is no whole model"),
         (put("llama.embedding_length", "eight"), r"llama\.embedding_length is 'eight', and must be a whole"),
         (put("llama.attention.head_count", 0), r"llama\.attention\.head_count is 0, and must be a positive whole"),
         (put("llama.block_count", "x" * 500), r"llama\.block_count is 'x{79}, and must be a whole number"),

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import pytest
 
@@ -233,6 +234,27 @@ def test_items_have_adapters_of_their_own() -> None:
     assert (third.lora_modules, third.lora_dirs, third.lora_root) == (("all=/all",), ("/d",), "/r")
 
 
+def test_workers_with_adapters_keep_what_calls_have_loaded() -> None:
+    services = planned("--model-path-address", "a@h@1", "b@h@2?enable-lora", "c@h@3?lora-root=/r&lora-state-file=/f")
+    first, second, third = map(worker, services.workers)
+    assert (first.lora_state_file, third.lora_state_file) == (None, "/f")
+    assert second.lora_state_file == str(Path(services.workers[1].log).with_suffix(".adapters.json").absolute())
+    assert services.state_files == (second.lora_state_file,), "a new launch begins without it"
+
+
+@pytest.mark.parametrize("value", ["/x,y", "/x,,y", ",", "/a\\,b", "/a\\", "/%2C", "/one two,"])
+def test_a_value_of_a_list_in_an_item_may_have_commas(value: str) -> None:
+    """Every list, up to the command line of the worker."""
+    written = quote(value, safe="")
+    services = planned(
+        "--model-path-address",
+        f"a@h@1?lora-modules=a={written},b=/y&lora-dirs={written}&model-names={written},b&allowed-hosts={written},b",
+    )
+    first = worker(services.workers[0])
+    assert (first.lora_modules, first.lora_dirs) == ((f"a={value}", "b=/y"), (value,))
+    assert (first.model_names, first.allowed_hosts) == ((value, "b"), (value, "b"))
+
+
 def test_items_have_options_of_their_own() -> None:
     services = planned(
         *("--dtype", "float16", "--load-8bit", "--model-names", "all", "--model-path-address"),
@@ -264,6 +286,7 @@ def test_option_values_are_written_as_in_a_url() -> None:
         ("/srv/my models/$(rm -r x); m@h@1", "/srv/my models/$(rm -r x); m", "worker_$(rm _r x); m_h_1.log"),
         ("/srv/a@b/m@h@1?seed=1", "/srv/a@b/m", "worker_m_h_1.log"),
         ("/srv/m?x&y@h@1", "/srv/m?x&y", "worker_m?x&y_h_1.log"),
+        ("/srv/мои модели/模型 7b é@h@1?seed=1", "/srv/мои модели/模型 7b é", "worker_模型 7b é_h_1.log"),
     ],
 )  # fmt: skip
 def test_item_is_read_from_the_right(item: str, model: str, log: str) -> None:

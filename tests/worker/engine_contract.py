@@ -19,6 +19,15 @@ from fastserve.engine.calls.adapters import ListAdapters, LoadAdapter, UnloadAda
 from fastserve.engine.calls.pause import Pause, Resume
 from fastserve.engine.calls.profile import StartProfile, StopProfile
 from fastserve.engine.calls.reset_prefix_cache import ResetPrefixCache
+from fastserve.engine.calls.weights import (
+    CheckWeights,
+    FinishWeightUpdate,
+    GetWeight,
+    LeaveWeightGroup,
+    SetWeightVersion,
+    StartWeightUpdate,
+    UpdateWeights,
+)
 from fastserve.engine.contract import (
     Call,
     Engine,
@@ -30,6 +39,7 @@ from fastserve.engine.contract import (
     SamplingParams,
 )
 from fastserve.engine.pausing import PauseMode, PauseState
+from fastserve.engine.weight_messages import FromDisk, FromGroup, TensorSpec, UpdateMode, UpdateOptions
 from fastserve.errors import (
     ConflictError,
     EngineDeadError,
@@ -37,6 +47,8 @@ from fastserve.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     UnsupportedParameterError,
+    WeightGroupNotFoundError,
+    WeightNotFoundError,
 )
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
@@ -64,6 +76,7 @@ async def run(engine: Engine, engine_request: EngineRequest, whole: RequestOutpu
             assert whole.finish_reason is None, "nothing may follow the last output"
             whole.token_ids += output.token_ids
             whole.finish_reason = output.finish_reason
+            whole.weight_versions = output.weight_versions or whole.weight_versions
             whole.num_cached_tokens = max(whole.num_cached_tokens, output.num_cached_tokens)
             if output.logprobs is not None:
                 whole.logprobs = (whole.logprobs or []) + output.logprobs
@@ -380,13 +393,46 @@ class EngineContract:
         async with generating(engine, max_tokens=100) as tasks:
             with pytest.raises(
                 UnsupportedParameterError,
-                match=r"no call CallThatNoEngineKnows; it has ListAdapters, LoadAdapter, Pause, ",
+                match=r"no call CallThatNoEngineKnows; it has CheckWeights, FinishWeightUpdate, GetWeight, ",
             ):
                 await engine.call(CallThatNoEngineKnows())
             with pytest.raises(ConflictError, match="no profile was started"):
                 await engine.call(StopProfile())
             for answer in await asyncio.gather(*tasks):
                 assert len(answer.token_ids) == 100
+
+    @pytest.mark.parametrize("mode", ["drain", "retract", "in_place", "abort"])
+    async def test_a_weight_update_treats_running_requests_as_its_mode_says(
+        self, engine: Engine, mode: UpdateMode
+    ) -> None:
+        old, new = engine.stats.weight_version, f"{mode} it"
+        async with generating(engine) as tasks:
+            await engine.call(StartWeightUpdate(UpdateOptions(mode, new)))
+            update = await engine.call(FinishWeightUpdate())
+            assert (update.success, update.weight_version) == (True, new)
+            answers = await asyncio.gather(*tasks)
+            assert update.num_aborted == sum(answer.finish_reason == "abort" for answer in answers)
+            for answer in answers:
+                if answer.finish_reason == "length":  # it may have ended before the update
+                    assert answer.weight_versions in ({(old,)} if mode in ("drain", "abort") else {(old,), (old, new)})
+        assert engine.stats.weight_version == new
+        assert (await run(engine, request())).weight_versions == (new,)
+
+    async def test_weight_updates_that_cannot_be_fail_by_name_and_change_nothing(self, engine: Engine) -> None:
+        await engine.call(SetWeightVersion("these"))
+        checksum = (await engine.call(CheckWeights("checksum"))).checksum
+        with pytest.raises(WeightGroupNotFoundError, match="nothing"):
+            await engine.call(LeaveWeightGroup("nothing"))
+        with pytest.raises(WeightGroupNotFoundError, match="nothing"):
+            await engine.call(UpdateWeights(FromGroup("nothing", [TensorSpec("a", "float32", (1,))])))
+        with pytest.raises(InvalidRequestError, match="bad"):
+            await engine.call(UpdateWeights(FromDisk("/nowhere/bad")))
+        with pytest.raises(ConflictError, match="start_weight_update"):
+            await engine.call(FinishWeightUpdate())
+        with pytest.raises(WeightNotFoundError, match="bad"):
+            await engine.call(GetWeight("bad", 1))
+        assert (await engine.call(CheckWeights("checksum"))).checksum == checksum
+        assert engine.stats.weight_version == "these"
 
     async def test_adapters_come_and_go_while_the_engine_serves(self, engine: Engine, adapter_dir: str) -> None:
         assert (await engine.call(ListAdapters())).adapters == []

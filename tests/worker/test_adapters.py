@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from fastserve.errors import StartupError
 from fastserve.options import parse_config, to_argv
 from fastserve.protocol import MAX_ADAPTER_LIST_BYTES, MAX_ADAPTERS, HeartbeatRequest
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.adapter_root import AdapterRoot
 from fastserve.worker.adapter_source import Adapter, find_adapters
 from fastserve.worker.adapters import listed_adapters
 from tests.worker.conftest import MODEL, Running, RunWorker, until
@@ -85,6 +89,19 @@ async def test_an_unknown_name_is_a_404_that_lists_what_there_is(run_worker: Run
         assert f"Served: {MODEL}, one, two." in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("field", ["lora_path", "lora_dir", "adapter_id", "adapter_name", "lora", "lora_request"])
+async def test_other_servers_fields_for_an_adapter_never_get_an_answer_of_the_base(
+    run_worker: RunWorker, root: Path, field: str
+) -> None:
+    async with run_worker(lora_root=str(root)) as running:
+        for path, body in (("chat/completions", CHAT), ("completions", {"prompt": "Hi"})):
+            given = body | {"model": MODEL, field: "one"}
+            status, answer = await running.post(f"/v1/{path}", given)
+            assert (status, answer["error"]["param"]) == (400, field)
+            assert "as 'model'" in answer["error"]["message"]
+            assert (await running.post(f"/v1/{path}", given | {field: None}))[0] == 200
+
+
 @pytest.mark.parametrize("path", ["/worker_generate", "/worker_generate_stream"])
 @pytest.mark.parametrize("model", ["three", f"{MODEL}:three", "other:one", "one/", 1, ["one"]])
 async def test_fastchats_routes_refuse_an_unknown_name_where_there_are_adapters(
@@ -134,6 +151,43 @@ async def test_members_of_the_root_appear_and_disappear(run_worker: RunWorker, s
         (root / "two").rmdir()
         await until(lambda: "two" not in running.runtime.adapters.served_names())
         assert (await running.post("/v1/chat/completions", CHAT | {"model": "two"}))[0] == 404
+
+
+def test_the_root_is_listed_again_only_after_a_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while folders in it have no adapter: those that get one are noticed, which the root itself does not show."""
+    (root / "empty").mkdir()
+    (root / "group" / "deep").mkdir(parents=True)
+    now = time.time()
+    found = AdapterRoot(root, lambda: now)
+    lists: list[Path] = []
+    scan = os.scandir
+
+    def listing(path: Path) -> Any:
+        lists.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    listed = found.changes(10)
+    assert listed is not None
+    assert set(listed) == {"one", "two"}
+    assert found.changes(10) is not None, "a change within the same tick of the file system would be missed"
+    now += 60
+    assert found.changes(10) is not None
+    del lists[:]
+    for _ in range(5):
+        assert found.changes(10) is None
+    assert not lists
+    (root / "empty" / "adapter_config.json").write_text("{}")
+    os.utime(root / "empty", (now, now))
+    listed = found.changes(10)
+    assert listed is not None
+    assert set(listed) == {"one", "two", "empty"}
+    assert found.changes(10) is None
+    shutil.rmtree(root / "group")
+    os.utime(root, (now, now))
+    now += 60
+    assert found.changes(10) is not None
+    assert found.changes(10) is None
 
 
 async def test_adapters_are_loaded_replaced_and_unloaded_like_vllm_and_sglang(
@@ -240,6 +294,89 @@ async def test_an_adapter_that_was_loaded_by_call_survives_the_engines_restart(
         await until(lambda: not running.worker.keeper.ready)
         await until(lambda: running.worker.keeper.ready)
         assert await ask(running, "mine") == "mine"
+
+
+@pytest.fixture
+def state_file(root: Path) -> str:
+    return str(root.parent / "worker.adapters.json")
+
+
+async def load(running: Running, name: str, source: str, **fields: Any) -> None:
+    body = {"lora_name": name, "lora_path": source, **fields}
+    async with running.http.post(running.url + "/v1/load_lora_adapter", json=body) as response:
+        assert response.status == 200, await response.text()
+
+
+async def unload(running: Running, name: str) -> None:
+    async with running.http.post(running.url + "/v1/unload_lora_adapter", json={"lora_name": name}) as response:
+        assert response.status == 200, await response.text()
+
+
+async def test_the_outcomes_of_calls_outlive_a_restart_of_the_worker(
+    run_worker: RunWorker, say_adapter: Script, root: Path, state_file: str
+) -> None:
+    make_adapter(root / "three")
+    flags: dict[str, Any] = {
+        "lora_root": str(root),
+        "lora_modules": (f"flag={root}/one", f"other={root}/one", f"third={root}/one"),
+        "lora_state_file": state_file,
+    }
+    async with run_worker(say_adapter, **flags) as running:
+        await load(running, "mine", "one")
+        await load(running, "gone", "two")
+        await unload(running, "gone")
+        await load(running, "other", "two", load_inplace=True)
+        await unload(running, "third")
+        await unload(running, "three")
+    for _ in range(2):
+        async with run_worker(say_adapter, **flags) as running:
+            await until(lambda: "two" in running.runtime.adapters.served_names())
+            served = {adapter.name: Path(adapter.path).name for adapter in running.runtime.adapters.all()}
+            assert served == {"flag": "one", "other": "two", "mine": "one", "one": "one", "two": "two"}
+            for name in served:
+                assert await ask(running, name) == name
+            infos = {adapter.name: info for adapter, info in await running.runtime.adapters.infos()}
+            assert infos["other"] is not None
+            assert Path(infos["other"].path).name == "two"
+    assert os.stat(state_file).st_mode & 0o77 == 0
+
+
+async def test_an_adapter_whose_folder_is_gone_is_a_line_in_the_log(
+    run_worker: RunWorker, say_adapter: Script, root: Path, state_file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags: dict[str, Any] = {"lora_root": str(root), "lora_state_file": state_file}
+    async with run_worker(say_adapter, **flags) as running:
+        await load(running, "mine", "one")
+        await load(running, "kept", "two")
+    shutil.rmtree(root / "one")
+    async with run_worker(say_adapter, **flags) as running:
+        assert await ask(running, "kept") == "kept"
+        assert (await running.post("/v1/chat/completions", CHAT | {"model": "mine"}))[0] == 404
+    assert "The adapter mine, which was loaded by call, is not served again" in caplog.text
+
+
+BROKEN = {
+    "empty": b"",
+    "cut": b"{",
+    "a list": b"[]",
+    "a number": b'{"loaded": 5}',
+    "a path that is a number": b'{"loaded": {"a": 1}}',
+    "no text": b"\xff",
+    "deep": b"[" * 10_000,
+    "names that no adapter has": b'{"loaded": {"a:b": "one", "fastserve-demo": "one"}}',
+    "a path that is not allowed": b'{"loaded": {"c": "../outside"}}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+async def test_a_broken_file_of_adapters_is_no_failed_start(
+    run_worker: RunWorker, root: Path, state_file: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open(state_file, "wb") as file:  # noqa: ASYNC230
+        file.write(content)
+    async with run_worker(lora_root=str(root), lora_state_file=state_file) as running:
+        await until(lambda: len(running.runtime.adapters.all()) == 2)
+    assert "not served again" in caplog.text
 
 
 async def test_a_worker_without_adapters_says_how_to_have_them(run_worker: RunWorker) -> None:

@@ -91,8 +91,9 @@ async def _answers(running: Running) -> dict[str, str]:
         async with running.http.post(running.url + path, json=body, headers={"x-request-id": "golden"}) as response:
             text = (await response.read()).decode()
         text = f"{response.status} " + re.sub(r'"created":\d+', '"created":0', text)
+        text = re.sub(r'"fp_[0-9a-f]{16}"', '"fp"', text)
         # Recorded once for each answer, and short for all others.
-        heads = list(dict.fromkeys(re.findall(r'data: {"id":.*?"model":.*?,', text)))
+        heads = list(dict.fromkeys(re.findall(r'data: {"id":.*?"system_fingerprint":.*?,', text)))
         for head in heads:
             first = text.index(head) + len(head)
             text = text[:first] + text[first:].replace(head, "~")

@@ -16,8 +16,10 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"num_gpus": 0}, "--num-gpus 0"),
         ({"tp_size": 2, "num_gpus": 2}, "--tp-size excludes --num-gpus"),
         ({"tp_size": 2, "cpu_offloading": True}, "--tp-size excludes --num-gpus"),
+        ({"machine_collectives": "host", "tp_size": 2}, "--machine-collectives host says"),
         ({"enable_expert_parallel": True}, "give --tp-size of at least 2 too"),
         ({"tp_size": 3, "gpus": "0,1"}, "Larger --tp-size (3) than --gpus 0,1"),
+        ({"tp_size": 2, "engine": "fake"}, "--engine fake computes nothing that ranks could divide"),
         ({"num_gpus": 2, "device": "cpu"}, "--num-gpus 2"),
         ({"num_gpus": 2, "device": "mps"}, "--num-gpus 2"),
         ({"num_gpus": 2, "device": "xpu"}, "one worker for each GPU"),
@@ -65,6 +67,13 @@ def test_contradictory_gpu_flags() -> None:
     with pytest.raises(StartupError) as caught:
         refuse_unavailable(WorkerConfig(gpus="0,1", num_gpus=3))
     assert caught.value.message == "Larger --num-gpus (3) than --gpus 0,1!"
+
+
+def test_a_machine_needs_gpus_for_its_own_ranks_alone() -> None:
+    config = WorkerConfig(gpus="0,1", tp_size=4)
+    refuse_unavailable(config, num_local_ranks=2)
+    with pytest.raises(StartupError, match=r"Larger --tp-size \(4\), of which 3 on this machine, than --gpus 0,1"):
+        refuse_unavailable(config, num_local_ranks=3)
 
 
 def test_the_launchers_defaults_pass() -> None:

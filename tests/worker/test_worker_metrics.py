@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve.engine.contract import (
     STEP_SECONDS_BOUNDS,
     STEP_SIZE_BOUNDS,
     AdapterStats,
+    EngineInfo,
+    EngineRequest,
     EngineStats,
     FusedLayers,
     Histogram,
 )
 from fastserve.worker.admission import Admission
 from fastserve.worker.metrics import WorkerMetrics
+from tests.worker.conftest import MODEL, Running, RunWorker
 
 
 def read(stats: EngineStats) -> dict[str, float]:
@@ -51,6 +59,39 @@ def test_adapters_are_counted_where_they_are_served() -> None:
         "num_loras": 9, "num_loras_on_device": 3, "num_loras_on_host": 5, "num_loras_running": 2,
         "lora_loads_total": 7, "lora_evictions_total": 4,
     }  # fmt: skip
+
+
+async def test_adapters_of_requests_are_labels_as_in_vllm(run_worker: RunWorker) -> None:
+    name = "fastserve_engine_lora_requests_info"
+    words = ("fastserve-demo-words", "fastserve-demo-capitals")
+
+    async def labels(running: Running) -> dict[str, str]:
+        async with running.http.get(running.url + "/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+        (sample,) = [sample for family in families for sample in family.samples if sample.name == name]
+        assert abs(sample.value - time.time()) < 60
+        return dict(sample.labels)
+
+    def script(request: EngineRequest, info: EngineInfo) -> Sequence[int]:
+        return [300] * 400
+
+    flags: dict[str, Any] = {"lora_dirs": words, "limit_worker_concurrency": 2, "max_loras": 7}
+    async with run_worker(script, token_s=0.01, **flags) as running:
+        none = {"max_lora": "7", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        assert await labels(running) == none
+        body = {"prompt": "Hi", "max_tokens": 300, "stream": True}
+        async with AsyncExitStack() as stack:
+            for model in (MODEL, *words):
+                post = running.http.post(running.url + "/v1/completions", json=body | {"model": model})
+                response = await stack.enter_async_context(post)
+                if model != words[1]:
+                    await response.content.readline()
+            expected = {"running_lora_adapters": words[0], "waiting_lora_adapters": words[1]}
+            assert await labels(running) == none | expected
+        await running.idle()
+        assert await labels(running) == none
+    async with run_worker() as running, running.http.get(running.url + "/metrics") as response:
+        assert name not in await response.text()
 
 
 def test_layers_without_a_fused_kernel_are_counted() -> None:

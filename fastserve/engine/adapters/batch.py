@@ -41,6 +41,16 @@ class AdapterBatch:
         segment_start = np.append(begins, len(row_index)).astype(np.int32)
         return cls(row_index, segment_start, sorted_slots[begins])
 
+    def slots(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The slots of some rows of the packed batch."""
+        of_row = np.full(1 + max(int(rows.max()), int(self.row_index.max())), NO_SLOT, dtype=np.int32)
+        of_row[self.row_index] = np.repeat(self.segment_slot, np.diff(self.segment_start))
+        return of_row[rows]
+
+    def select(self, rows: npt.NDArray[np.int64]) -> AdapterBatch | None:
+        """The batch that consists of these rows, in their order."""
+        return AdapterBatch.of(self.slots(rows))
+
 
 @dataclass(frozen=True, slots=True)
 class SiteTables:

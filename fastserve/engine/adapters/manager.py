@@ -2,9 +2,9 @@
 
 An adapter takes blocks of the same pool as the KV cache while it is on the device. It is held there by the running
 requests that use it; when nobody does, it is idle, and gives its blocks back when they are needed, least recently used
-first. A thread reads adapters of waiting requests from disk, one at a time and in the order in which they were asked
-for; a step never waits for it. Copies in host memory are bounded, and given up least recently used first, but those
-that a request needs.
+first. A thread reads adapters of waiting requests from disk, one after the other in the order in which they were asked
+for, also while a step runs; a step never waits for it. Copies in host memory are bounded, and given up least recently
+used first, but those that a request needs.
 
 An adapter that is replaced or unloaded stays until its last request is done. Each one that is loaded has a number of
 its own, which is part of the root of its prefix cache: so keys and values of another one of the same name are never
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_ADAPTERS = 1 << 16
 """Adapters that an engine knows, at most."""
 MAX_PENDING_LOADS = 64
+_MAX_READS = 8
+"""Adapters that the thread is given at once, so that it need not wait for the end of a step before the next one."""
 _SHOWN_CHARS = 80
 _SHOWN_NAMES = 20
 
@@ -61,6 +63,10 @@ class AdapterStore(Protocol):
     @property
     def num_slots(self) -> int:
         """Maximum number of adapters on the device."""
+        ...
+
+    def begin_reading(self) -> None:
+        """Called once by the thread that will read."""
         ...
 
     def inspect(self, path: str) -> AdapterShape:
@@ -152,10 +158,11 @@ class AdapterManager:
         self._on_host: OrderedDict[Adapter, None] = OrderedDict()
         self._num_distinct = 0
         """Adapters with running requests."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=store.begin_reading)
         self._asked_for: OrderedDict[Adapter, None] = OrderedDict()
         """Adapters to be read, in order."""
-        self._read: tuple[Adapter, Future[Any]] | None = None
+        self._reading: OrderedDict[Adapter, Future[Any]] = OrderedDict()
+        """Adapters that the thread reads, in order."""
         self._loads: list[tuple[_Load, Future[tuple[AdapterShape, Any]]]] = []
         self._unloads: list[tuple[Adapter, Future[AdapterInfo]]] = []
         self._unloading: set[str] = set()
@@ -320,20 +327,18 @@ class AdapterManager:
     @property
     def is_busy(self) -> bool:
         """Whether something is being read."""
-        return self._read is not None or bool(self._loads)
+        return bool(self._reading or self._loads)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until something has been read."""
         pending: list[Future[Any]] = [future for _, future in self._loads]
-        if self._read is not None:
-            pending.append(self._read[1])
+        pending += self._reading.values()
         wait(pending, timeout_s, return_when="FIRST_COMPLETED")
 
     def update(self) -> None:
         """Take what has been read, and complete calls. Called between two steps."""
-        if self._read is not None and self._read[1].done():
-            (adapter, future), self._read = self._read, None
-            self._take(adapter, future)
+        for adapter in [one for one, future in self._reading.items() if future.done()]:
+            self._take(adapter, self._reading.pop(adapter))
         if self._loads:
             done = [item for item in self._loads if item[1].done()]
             self._loads = [item for item in self._loads if item not in done]
@@ -349,22 +354,20 @@ class AdapterManager:
         self._start_reading()
 
     def _ask_for(self, adapter: Adapter) -> None:
-        is_read = self._read is not None and self._read[0] is adapter
-        if adapter.slot or adapter.host is not None or is_read or adapter in self._asked_for:
+        if adapter.slot or adapter.host is not None or adapter in self._reading or adapter in self._asked_for:
             return
         self._asked_for[adapter] = None
         self._start_reading()
 
     def _start_reading(self) -> None:
-        if self._read is not None or not self._asked_for or not self._make_room_on_host():
-            return
-        adapter, _ = self._asked_for.popitem(last=False)
-        self._read = (adapter, self._thread.submit(self._store.read, adapter.path, adapter.shape))
+        while self._asked_for and len(self._reading) < _MAX_READS and self._make_room_on_host():
+            adapter, _ = self._asked_for.popitem(last=False)
+            self._reading[adapter] = self._thread.submit(self._store.read, adapter.path, adapter.shape)
 
     def _make_room_on_host(self) -> bool:
-        """Give up copies until one more may be made; False if requests need them all. A request keeps its adapter's
+        """Give up copies until one more may be read; False if requests need them all. A request keeps its adapter's
         copy until its end, or a preempted one might wait for room that others hold."""
-        while len(self._on_host) >= self._options.max_cpu_loras:
+        while len(self._on_host) + len(self._reading) >= self._options.max_cpu_loras:
             found = next((one for one in self._on_host if not one.num_users), None)
             if found is None:
                 return False

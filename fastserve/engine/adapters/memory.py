@@ -1,18 +1,21 @@
 """Adapters on the device, in the same blocks as the KV cache, and products with them.
 
 A block has a *plane* in each layer's keys and one in its values. An adapter's tiles fill the planes of its blocks one
-after the other, a fixed number of tiles in each. Where planes are too small or the KV cache is of another dtype,
-adapters have memory of their own, divided in the same way, and their blocks only count it.
+after the other, layer by layer, a fixed number of tiles in each. Where planes are too small or the KV cache is of
+another dtype, adapters have memory of their own, divided in the same way, and their blocks only count it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from fastserve.engine.adapters.batch import AdapterBatch, SiteTables
+from fastserve.engine.adapters.batch import NO_SLOT, AdapterBatch, SiteTables
 from fastserve.engine.adapters.reading import HostAdapter
 from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, TILE_WIDTHS, num_tiles, tile_width, unpack_tiles
@@ -66,15 +69,19 @@ class AdapterMemory:
         if not self.shares_blocks:
             plane_bytes = self.tiles_per_plane * self.tile_size * dtype.itemsize
             self.planes_per_block = max(1, block_bytes // plane_bytes)
-        self._planes: list[list[torch.Tensor]] = [[] for _ in range(num_slots)]
-        """For each slot, the tiles of each plane: tensors of shape (tiles, values of a tile)."""
+        self._planes: list[_Planes | None] = [None] * num_slots
         self._addresses: list[torch.Tensor | None] = [None] * num_slots
-        self._table = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._first_tile = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
-        self._rank_groups = torch.zeros((len(self.sites), num_slots), dtype=torch.int32, device=device)
+        num_rows = max((site.index + site.num_experts for site in self.sites), default=0)
+        most_experts = max((site.num_experts for site in self.sites), default=1)
+        self._table = torch.zeros((most_experts, num_slots), dtype=torch.int64, device=device)
+        """The same for each expert, whose tables are one table of experts times slots."""
+        self._first_tile = torch.zeros((num_rows, num_slots), dtype=torch.int32, device=device)
+        self._rank_groups = torch.zeros((num_rows, num_slots), dtype=torch.int32, device=device)
         self._of_slot: list[HostAdapterTables | None] = [None] * num_slots
         self.batch: AdapterBatch | RecordedRows | None = None
         """Rows with adapters of the step that is computed."""
+        self.head_batch: AdapterBatch | RecordedRows | None = None
+        """The same of the rows that the LM head gets."""
 
     @property
     def num_slots(self) -> int:
@@ -85,72 +92,81 @@ class AdapterMemory:
         return self.planes_per_block * self.tiles_per_plane
 
     def tables(self, site: Site) -> SiteTables:
+        """Those of experts are for the slots of `slots_of_experts`."""
+        rows = slice(site.index, site.index + site.num_experts)
         return SiteTables(
-            self._table, self._first_tile[site.index], self._rank_groups[site.index],
+            self._table[: site.num_experts].view(-1), self._first_tile[rows].view(-1), self._rank_groups[rows].view(-1),
             site.in_size, site.out_size, site.out_begin, self.width, self.tiles_per_plane,
         )  # fmt: skip
 
-    def attach(self) -> None:
-        """Have the model's layers add the products of the step's adapters."""
-        by_linear: dict[int, list[Site]] = {}
-        for site in self.sites:
-            by_linear.setdefault(id(site.linear), []).append(site)
-        for joined in by_linear.values():
-            joined[0].linear.delta = _Delta(self, joined)
-
     @contextmanager
-    def running(self, batch: AdapterBatch | RecordedRows | None) -> Iterator[None]:
-        """Within the block, layers compute the step of `batch`."""
-        self.batch = batch if self.computes else None
+    def running(
+        self, batch: AdapterBatch | RecordedRows | None, logit_rows: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[None]:
+        """Within the block, layers compute the step of `batch`. `logit_rows`: those of the LM head; None: all."""
+        self.batch = self.head_batch = batch if self.computes else None
+        if isinstance(self.batch, AdapterBatch) and logit_rows is not None:
+            self.head_batch = self.batch.select(logit_rows)
         try:
             yield
         finally:
-            self.batch = None
+            self.batch = self.head_batch = None
 
     def place(self, slot: int, host: HostAdapter, block_ids: Sequence[int]) -> None:
         """Copy an adapter to the device, into `block_ids`."""
-        per_plane = self.tiles_per_plane
-        count = -(-len(host.tiles) // per_plane)
-        used = per_plane * self.tile_size
-        if self.shares_blocks:
-            planes = [layer[block_id, :used] for block_id in block_ids for layer in self._layers][:count]
-        else:
-            planes = list(torch.zeros((count, used), dtype=self.dtype, device=self._device))
-        planes = [plane.view(per_plane, self.tile_size) for plane in planes]
-        for plane, tiles in zip(planes, host.tiles.split(per_plane), strict=True):
-            plane[: len(tiles)].copy_(tiles, non_blocking=True)
-        addresses = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(self._device)
+        count = -(-len(host.tiles) // self.tiles_per_plane)
+        layers, ids = self._layers, sorted(block_ids)
+        if not self.shares_blocks:
+            size = self.tiles_per_plane * self.tile_size
+            layers, ids = [torch.zeros((count, size), dtype=self.dtype, device=self._device)], list(range(count))
+        planes = _Planes(layers, ids, self.tiles_per_plane, self.tile_size)
+        planes.fill(host.tiles)
+        addresses = torch.from_numpy(planes.addresses()[:count]).to(self._device)
         self._planes[slot], self._addresses[slot] = planes, addresses
-        self._of_slot[slot] = HostAdapterTables(host.first_tile.tolist(), host.rank_groups.tolist())
-        self._table[slot] = addresses.data_ptr()
+        experts = {
+            site.index
+            for site in self.sites
+            if site.kind == "experts" and host.rank_groups[site.index : site.index + site.num_experts].any()
+        }
+        self._of_slot[slot] = HostAdapterTables(host.first_tile.tolist(), host.rank_groups.tolist(), experts)
+        self._table[:, slot] = addresses.data_ptr()
         self._first_tile[:, slot] = torch.from_numpy(host.first_tile).to(self._device)
         self._rank_groups[:, slot] = torch.from_numpy(host.rank_groups).to(self._device)
 
     def clear(self, slot: int) -> None:
         """Forget the adapter of a slot; its blocks may be used for other things."""
         self._rank_groups[:, slot] = 0
-        self._table[slot] = 0
-        self._planes[slot], self._addresses[slot], self._of_slot[slot] = [], None, None
+        self._table[:, slot] = 0
+        self._planes[slot] = self._addresses[slot] = self._of_slot[slot] = None
+
+    def slots_of_experts(self, slots: npt.NDArray[np.int32], experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The slots in the tables of experts; NO_SLOT stays."""
+        return np.where(slots == NO_SLOT, NO_SLOT, experts * self.num_slots + slots)
+
+    def changes_experts(self, batch: AdapterBatch, sites: Sequence[Site] | None = None) -> bool:
+        """Whether an adapter of the batch changes experts. `sites`: these; None: any."""
+        changed = [
+            tables.experts for slot in batch.segment_slot.tolist() if (tables := self._of_slot[slot]) is not None
+        ]
+        return any(changed) if sites is None else any(site.index in found for found in changed for site in sites)
 
     def matrices(self, site: Site, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A (rank, in) and B (out, rank) of a slot's adapter, or None if it does not change the layer."""
-        tables = self._of_slot[slot]
-        groups = 0 if tables is None else tables.rank_groups[site.index]
-        if tables is None or not groups:
+        expert, slot = divmod(slot, self.num_slots)
+        tables, planes, row = self._of_slot[slot], self._planes[slot], site.index + expert
+        groups = 0 if tables is None else tables.rank_groups[row]
+        if tables is None or planes is None or not groups:
             return None
-        first, per_plane = tables.first_tile[site.index], self.tiles_per_plane
+        first, per_plane = tables.first_tile[row], self.tiles_per_plane
         end = first + num_tiles(groups * RANK_GROUP, site.in_size, site.out_size, self.width)
         begin = first // per_plane
-        tiles = torch.cat(self._planes[slot][begin : -(-end // per_plane)])
+        tiles = torch.cat(planes.tiles(range(begin, -(-end // per_plane))))
         return unpack_tiles(
             tiles[first - begin * per_plane :], groups, site.in_size, site.out_size, self.width, self.order
         )
 
-    def add(self, site: Site, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Add the products of the step's adapters: `x` (rows, in), `out` (rows, outputs of the layer)."""
-        batch = self.batch
-        if not isinstance(batch, AdapterBatch):
-            return
+    def add(self, site: Site, x: torch.Tensor, out: torch.Tensor, batch: AdapterBatch) -> None:
+        """Add the products of the adapters of `batch`: `x` (rows, in), `out` (rows, outputs of the layer)."""
         rows = torch.from_numpy(batch.row_index).to(x.device)
         part = out[:, site.out_begin : site.out_begin + site.out_size]
         if self._pads_ranks:
@@ -165,6 +181,17 @@ class AdapterMemory:
                 # Each row by itself has the same sum in any batch only as far as the library's product has.
                 product = x[of_adapter].to(a.dtype) @ a.t() @ b.t()
                 part.index_add_(0, of_adapter, product.to(out.dtype))
+
+    def add_embedding(self, site: Site, ids: torch.Tensor, out: torch.Tensor, batch: AdapterBatch) -> None:
+        """The same for an embedding: `ids` (rows,), `out` (rows, hidden)."""
+        rows = torch.from_numpy(batch.row_index).to(out.device)
+        for slot, of_adapter in zip(
+            batch.segment_slot.tolist(), rows.split(np.diff(batch.segment_start).tolist()), strict=True
+        ):
+            found = self.matrices(site, slot)
+            if found is not None:
+                a, b = found
+                out.index_add_(0, of_adapter, (a.t()[ids[of_adapter]] @ b.t()).to(out.dtype))
 
     def _add_padded(
         self, site: Site, batch: AdapterBatch, rows: torch.Tensor, x: torch.Tensor, part: torch.Tensor
@@ -184,31 +211,47 @@ class AdapterMemory:
             part.index_add_(0, of_adapter, product[: len(of_adapter)].to(part.dtype))
 
 
+class _Planes:
+    """The tiles of an adapter in its blocks: first those of the first layer's planes, then of the second's. A layer's
+    planes of adjacent blocks are adjacent, so most of an adapter is read in long runs."""
+
+    def __init__(
+        self, layers: Sequence[torch.Tensor], block_ids: list[int], tiles_per_plane: int, tile_size: int
+    ) -> None:
+        """`layers`: planes of all blocks, (blocks, elements); `block_ids`: in ascending order."""
+        self._layers = [layer[:, : tiles_per_plane * tile_size] for layer in layers]
+        self._block_ids = block_ids
+        self._shape = (tiles_per_plane, tile_size)
+
+    def fill(self, tiles: torch.Tensor) -> None:
+        """Copy `tiles`, with one operation for a layer: this is done between two steps."""
+        per_plane = self._shape[0]
+        device = self._layers[0].device
+        ids = torch.tensor(self._block_ids).to(device)
+        for layer, part in zip(self._layers, tiles.split(per_plane * len(ids)), strict=False):
+            num_whole = len(part) // per_plane
+            whole, rest = part[: num_whole * per_plane], part[num_whole * per_plane :]
+            layer.index_copy_(0, ids[:num_whole], whole.to(device, non_blocking=True).view(num_whole, layer.shape[1]))
+            if len(rest):
+                layer[self._block_ids[num_whole]].view(self._shape)[: len(rest)].copy_(rest, non_blocking=True)
+
+    def tiles(self, planes: range) -> list[torch.Tensor]:
+        """The tiles in each of these planes: (tiles, values of a tile)."""
+        count = len(self._block_ids)
+        return [self._layers[at // count][self._block_ids[at % count]].view(self._shape) for at in planes]
+
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Of each plane."""
+        begins = np.array([layer.data_ptr() for layer in self._layers], dtype=np.int64)
+        sizes = np.array([layer.stride(0) * layer.element_size() for layer in self._layers], dtype=np.int64)
+        return (begins[:, None] + np.array(self._block_ids, dtype=np.int64) * sizes[:, None]).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdapterTables:
     """A slot's tables on the host."""
 
-    __slots__ = ("first_tile", "rank_groups")
-
-    def __init__(self, first_tile: list[int], rank_groups: list[int]) -> None:
-        self.first_tile = first_tile
-        self.rank_groups = rank_groups
-
-
-class _Delta:
-    """A `Linear.delta`: adds the LoRA products of the batch's adapters to one layer's output."""
-
-    def __init__(self, memory: AdapterMemory, sites: Sequence[Site]) -> None:
-        self._memory = memory
-        self._sites = sites
-        self._tables = [memory.tables(site) for site in sites]
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        memory = self._memory
-        if memory.batch is None:
-            return
-        rows, products = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        if memory.kernel is not None:
-            memory.kernel.add(rows, products, self._tables, memory.batch)
-            return
-        for site in self._sites:
-            memory.add(site, rows, products)
+    first_tile: list[int]
+    rank_groups: list[int]
+    experts: set[int]
+    """`index` of the sites of experts that the adapter changes."""

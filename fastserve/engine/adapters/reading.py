@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +16,17 @@ from fastserve.engine.adapters.manager import AdapterShape
 from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
 from fastserve.engine.kernels.lora import TileOrder
+from fastserve.engine.loading.checkpoint import StoredTensor
 from fastserve.engine.loading.lora.parts import LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import AdapterSettings, read_settings
 from fastserve.engine.loading.lora.targets import AdapterTargets
+from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.tensor_shards import take
 from fastserve.errors import InvalidRequestError, StartupError
 
+_COMPARED_ROWS = 4096
+_GROUP_VALUES = 1 << 20
+"""Values of matrices that are packed at once."""
 MERGE_AT_START = "Serve it merged instead, with its folder as --model-path."
 
 
@@ -40,6 +48,31 @@ class _LowRank:
     parts: LowRankParts
     rank: int
     scale: float
+    experts: range
+    """The experts that it changes; 0 alone for other layers."""
+
+    def matrices(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """For each expert: its number, A (rank, in), and B (out, rank) with the scale."""
+        count = len(self.experts)
+        # PEFT has one matrix of all experts: in A the expert is the first part of an index of ranks, in B the last.
+        a = self.parts.a.read().float().unflatten(0, (count, self.rank))
+        b = (self.parts.b.read().float() * self.scale).unflatten(1, (self.rank, count))
+        for place, expert in enumerate(self.experts):
+            yield expert, a[place], b[:, :, place]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The layer that a low-rank change is for."""
+
+    path: str
+    """As in `AdapterTargets.sizes`, if it is there."""
+    names: tuple[str, ...]
+    """Names by which adapter_config.json may have settings of it."""
+    expert: int | None
+    """None: all, or no experts."""
+    is_parameter: bool
+    """Whether PEFT found it by `target_parameters`."""
 
 
 class AdapterReader:
@@ -68,7 +101,9 @@ class AdapterReader:
     def inspect(self, path: str) -> AdapterShape:
         """Read the settings and the shapes. Raises InvalidRequestError for a folder that is no adapter of this model,
         or an adapter that cannot be applied in a batch."""
-        changes = self._changes(path)
+        changes, whole = self._changes(path)
+        for site, stored in whole:
+            self._require_unchanged(site, stored)
         count = max(self._count(changes, rank) for rank in range(self._targets.num_ranks))
         return AdapterShape(
             rank=max(change.rank for change in changes),
@@ -86,41 +121,87 @@ class AdapterReader:
                 f"The files of the adapter in {path} were changed or removed since it was loaded; load it again, "
                 "replacing the one of its name."
             )
-        changes = self._changes(path)
+        changes, _ = self._changes(path)
         parts = [self._empty(changes, rank) for rank in range(self._targets.num_ranks)]
-        at = [0] * len(parts)
-        for change in changes:
+        for rank, part in enumerate(parts):
+            begin = 0
+            for change in changes:
+                for expert in self._own_experts(change, rank):
+                    part.first_tile[change.site.index + expert] = begin
+                    part.rank_groups[change.site.index + expert] = num_rank_groups(change.rank)
+                    begin += self._num_tiles(change, rank)
+        for alike in self._alike(changes):
             try:
-                a, b = change.parts.a.read().float(), change.parts.b.read().float() * change.scale
+                matrices = [(change, *found) for change in alike for found in change.matrices()]
             except (StartupError, OSError, ValueError, RuntimeError) as error:
-                raise InvalidRequestError(f"{change.parts.a.file} cannot be read: {error}") from error
+                raise InvalidRequestError(f"{alike[0].parts.a.file} cannot be read: {error}") from error
             for rank, part in enumerate(parts):
-                of_rank = self._targets.part(change.site.path, rank, a, b)
-                packed = pack_tiles(*of_rank, self._width, self._order).to(self._dtype)
-                if not bool(packed.isfinite().all()):
-                    raise InvalidRequestError(
-                        f"{change.parts.a.file}: {change.parts.a.name} or {change.parts.b.name} is not finite in the "
-                        "dtype of the model. Start with --dtype float32, or train the adapter again."
-                    )
-                begin, at[rank] = at[rank], at[rank] + len(packed)
-                part.tiles[begin : at[rank]] = packed
-                part.first_tile[change.site.index] = begin
-                part.rank_groups[change.site.index] = num_rank_groups(change.rank)
+                own = [found for found in matrices if found[1] in self._own_experts(found[0], rank)]
+                if not own:
+                    continue
+                of_rank = [self._targets.part(change.site.path, rank, a, b) for change, _, a, b in own]
+                a, b = (torch.stack(found).to(self._dtype) for found in zip(*of_rank, strict=True))
+                packed = pack_tiles(a, b, self._width, self._order)
+                for (change, expert, _, _), tiles in zip(own, packed, strict=True):
+                    begin = part.first_tile[change.site.index + expert]
+                    part.tiles[begin : begin + len(tiles)] = tiles
+        for rank, part in enumerate(parts):
+            self._require_finite(changes, rank, part)
         return parts
 
+    def _own_experts(self, change: _LowRank, rank: int) -> range:
+        """Those that a rank has, of the experts that are changed."""
+        if change.site.kind != "experts":
+            return change.experts
+        own = self._targets.own_experts(change.site.path, rank)
+        return range(max(own.start, change.experts.start), min(own.stop, change.experts.stop))
+
+    def _alike(self, changes: Sequence[_LowRank]) -> list[list[_LowRank]]:
+        """The changes in groups that can be packed by the same operations, and that are small enough to be held beside
+        their tiles."""
+        groups: dict[Any, list[list[_LowRank]]] = {}
+        for change in changes:
+            a, b = change.parts.a, change.parts.b
+            sizes = [self._targets.part_sizes(change.site.path, rank) for rank in range(self._targets.num_ranks)]
+            key = (change.rank, a.dtype, a.shape, b.shape, *sizes)
+            last = groups.setdefault(key, [[]])
+            if len(last[-1]) >= max(1, _GROUP_VALUES // (math.prod(a.shape) + math.prod(b.shape))):
+                last.append([])
+            last[-1].append(change)
+        return [group for split in groups.values() for group in split]
+
+    def _require_finite(self, changes: Sequence[_LowRank], rank: int, part: HostAdapter) -> None:
+        if _is_finite(part.tiles):
+            return
+        for change in changes:
+            own = self._own_experts(change, rank)
+            if not own:
+                continue
+            begin = part.first_tile[change.site.index + own.start]
+            if not _is_finite(part.tiles[begin : begin + self._num_tiles(change, rank) * len(own)]):
+                a, b = change.parts.a, change.parts.b
+                raise InvalidRequestError(
+                    f"{a.file}: {a.name} or {b.name} is not finite in the dtype of the model. Start with --dtype "
+                    "float32, or train the adapter again."
+                )
+
     def _empty(self, changes: Sequence[_LowRank], rank: int) -> HostAdapter:
-        tables = (np.zeros(len(self._sites), dtype=np.int32) for _ in range(2))
+        rows = sum(site.num_experts for site in self._sites.values())
+        tables = (np.zeros(rows, dtype=np.int32) for _ in range(2))
         shape = (self._count(changes, rank), RANK_GROUP * self._width)
         return HostAdapter(torch.empty(shape, dtype=self._dtype, pin_memory=self._pins_memory), *tables)
 
     def _count(self, changes: Sequence[_LowRank], rank: int) -> int:
         """Number of tiles of a rank's part."""
-        return sum(
-            num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width) for change in changes
-        )
+        return sum(self._num_tiles(change, rank) * len(self._own_experts(change, rank)) for change in changes)
 
-    def _changes(self, path: str) -> list[_LowRank]:
-        """In the order of the sites."""
+    def _num_tiles(self, change: _LowRank, rank: int) -> int:
+        """Of one expert, where it has experts."""
+        return num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
+
+    def _changes(self, path: str) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:
+        """The low-rank changes in the order of the sites, and the base model's embedding and LM head where the file has
+        them too."""
         folder = Path(path)
         try:
             settings = read_settings(folder / "adapter_config.json")
@@ -128,10 +209,11 @@ class AdapterReader:
         except StartupError as error:
             raise InvalidRequestError(error.message) from error
         _refuse_variants(folder, settings)
+        whole = {name: self._vocabulary_site(name) for name in parts.whole.keys() - parts.saved}
         for names, field in (
             (parts.rows, "trainable_token_indices"),
             (parts.saved, "modules_to_save"),
-            (parts.whole, "whole weights"),
+            ([name for name, site in whole.items() if site is None], "whole weights"),
         ):
             for name in names:
                 raise InvalidRequestError(
@@ -141,44 +223,80 @@ class AdapterReader:
         found: dict[int, _LowRank] = {}
         for low_rank in parts.low_rank:
             change = self._change(folder, settings, low_rank)
-            other = found.setdefault(change.site.index, change)
-            if other is not change:
-                raise InvalidRequestError(
-                    f"{low_rank.a.file}: {other.parts.a.name} and {low_rank.a.name} both change {change.site.path}. "
-                    "Save the adapter again."
-                )
+            for expert in change.experts:
+                other = found.setdefault(change.site.index + expert, change)
+                if other is not change:
+                    raise InvalidRequestError(
+                        f"{low_rank.a.file}: {other.parts.a.name} and {low_rank.a.name} both change "
+                        f"{change.site.path}. Save the adapter again."
+                    )
         if not found:
             raise InvalidRequestError(f"The adapter in {folder} changes no layer.")
-        return [found[index] for index in sorted(found)]
+        return (
+            list({id(found[row]): found[row] for row in sorted(found)}.values()),
+            [(site, parts.whole[name]) for name, site in whole.items() if site is not None],
+        )
+
+    def _vocabulary_site(self, own_name: str) -> Site | None:
+        """The site of a weight that is that of the embedding or the LM head."""
+        path = (self._targets.names.find(own_name) or "").removesuffix(".weight")
+        return self._sites.get(path) if path in (self._targets.embedding, self._targets.head) else None
+
+    def _require_unchanged(self, site: Site, stored: StoredTensor) -> None:
+        """PEFT saves the base model's embedding and LM head beside the changes of them (save_embedding_layers). Raises
+        InvalidRequestError where they are not those of this model, as far as this rank has them."""
+        begin, end = self._targets.rows(site.path, 0)
+        in_size, out_size = self._targets.sizes[site.path]
+        is_equal = stored.shape == (
+            (in_size, out_size) if site.path == self._targets.embedding else (out_size, in_size)
+        )
+        for first in range(begin, end, _COMPARED_ROWS) if is_equal else ():
+            last = min(first + _COMPARED_ROWS, end)
+            shard = Shard(stored.shape, 0, ((first, last),))
+            found = take(shard, stored.read()) if stored.read_shard is None else stored.read_shard(shard)
+            base = site.weight_rows(first - begin, last - begin)
+            is_equal = is_equal and torch.equal(found.to(base.dtype), base)
+        if not is_equal:
+            raise InvalidRequestError(
+                f"{stored.file}: {stored.name} differs from {site.path} of the base model, and cannot be replaced in a "
+                f"batch. If it is that of the base model before it was quantized, save the adapter again with "
+                f"save_embedding_layers=False. {MERGE_AT_START}"
+            )
 
     def _change(self, folder: Path, settings: AdapterSettings, parts: LowRankParts) -> _LowRank:
         a, b = parts.a, parts.b
-        name = self._targets.names.find(f"{parts.path}.weight") if parts.nesting == 0 else None
-        path = name.removesuffix(".weight") if name is not None else parts.path
-        site = self._sites.get(path)
-        if site is None:
-            if name is None and not self._may_be_an_expert(parts.path):
-                raise InvalidRequestError(
-                    f"The adapter in {folder} changes {parts.path}, which the base model does not have."
-                )
+        place = self._place(settings, parts)
+        site = None if place is None else self._sites.get(place.path)
+        if place is None or (site is not None and (place.expert or 0) >= site.num_experts):
             raise InvalidRequestError(
-                f"The adapter in {folder} changes {parts.path}, which is no linear layer that adapters of a batch can "
-                f"change (embeddings, LM head, experts). {MERGE_AT_START}"
+                f"The adapter in {folder} changes {parts.path}, which the base model does not have."
             )
-        others = parts.tensors.keys() - {"lora_A.weight", "lora_B.weight"}
+        path = place.path
+        if site is None or (place.is_parameter and self._targets.is_transposed(path)):
+            raise InvalidRequestError(
+                f"The adapter in {folder} changes {path}, which is no layer that adapters of a batch can change"
+                f"{' by target_parameters' if place.is_parameter else ''}. {MERGE_AT_START}"
+            )
+        if parts.of_embedding != (path == self._targets.embedding):
+            raise InvalidRequestError(
+                f"{a.file} has {a.name}, and {path} of the base model is {'no' if parts.of_embedding else 'an'} "
+                "embedding. Save the adapter again."
+            )
+        self._refuse_twice_tied(folder, settings, path)
+        others = parts.tensors.keys() - {"lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
         for other in sorted(others):
             raise InvalidRequestError(
                 f"{a.file} has a {other} for {parts.path}, which cannot be applied in a batch. {MERGE_AT_START}"
             )
-        names = (parts.path, path)
-        if not any(settings.targets(one) for one in names):
+        if not place.is_parameter and not any(settings.targets(one) for one in place.names):
             raise InvalidRequestError(
                 f"{a.file} has {a.name}, and by its adapter_config.json the adapter is not for {parts.path} "
                 "(target_modules, exclude_modules, layers_to_transform). Save the adapter again."
             )
-        rank = settings.rank_of(names)
+        experts = range(site.num_experts) if place.expert is None else range(place.expert, place.expert + 1)
+        rank = settings.rank_of(place.names)
         in_size, out_size = self._targets.sizes[path]
-        needed = ((rank, in_size), (out_size, rank))
+        needed = ((rank * len(experts), in_size), (out_size, rank * len(experts)))
         if (tuple(a.shape), tuple(b.shape)) != needed:
             raise InvalidRequestError(
                 f"{a.file}: {a.name} and {b.name} have the shapes {a.shape} and {b.shape}; with the rank of "
@@ -189,10 +307,45 @@ class AdapterReader:
                 f"The adapter in {folder} has rank {rank} for {parts.path}, and at most {self._max_rank} is served; "
                 "raise --max-lora-rank."
             )
-        return _LowRank(site, parts, rank, settings.scale_of(names, rank))
+        return _LowRank(site, parts, rank, settings.scale_of(place.names, rank) * site.scale, experts)
 
-    def _may_be_an_expert(self, path: str) -> bool:
-        return ".experts." in f".{path}."
+    def _refuse_twice_tied(self, folder: Path, settings: AdapterSettings, path: str) -> None:
+        if settings.ensure_weight_tying and path in (self._targets.embedding, self._targets.head):
+            raise InvalidRequestError(
+                f"The adapter in {folder} changes {path} with ensure_weight_tying, which PEFT applies in one way in "
+                "training and in another when it merges. Train it without."
+            )
+
+    def _place(self, settings: AdapterSettings, parts: LowRankParts) -> _Place | None:
+        """None: the base model has no such layer."""
+        names = self._targets.names
+        parameters = names.targeted_parameters(parts.path, settings.target_parameters)
+        if parts.nesting < len(parameters):
+            name = parameters[-1 - parts.nesting]
+            return _Place(name.removesuffix(".weight"), (f"{parts.path}.{name.rpartition('.')[2]}", name), None, True)
+        weight = names.find(f"{parts.path}.weight")
+        if weight is not None and parts.nesting == 0:
+            path = weight.removesuffix(".weight")
+            return _Place(path, (parts.path, path), None, False)
+        found = names.find_expert(parts.path) if parts.nesting == 0 else None
+        if found is None:
+            return None
+        module, _, name = found.weight.rpartition(".")
+        if found.num_parts > 1:
+            name = next(
+                (
+                    path.rpartition(".")[2]
+                    for path, target in self._targets.experts.items()
+                    if (target.module, target.name, target.part) == (module, name, found.part)
+                ),
+                "",
+            )
+        return _Place(f"{module}.{name}", (parts.path,), found.expert, False)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """By the least and greatest value, which a NaN would be: one pass without temporary tensors."""
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(values))
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
@@ -212,7 +365,6 @@ def _refuse_variants(folder: Path, settings: AdapterSettings) -> None:
         ("use_bdlora", settings.use_bdlora is not None),
         ("kasa_config", settings.kasa_config is not None),
         ("init_lora_weights", settings.changed_base is not None),
-        ("target_parameters", bool(settings.target_parameters)),
         ("modules_to_save", bool(settings.modules_to_save)),
         ("trainable_token_indices", bool(settings.trainable_token_indices)),
     ):

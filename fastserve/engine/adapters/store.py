@@ -27,6 +27,10 @@ class DeviceStore:
     def num_slots(self) -> int:
         return self._memory.num_slots
 
+    def begin_reading(self) -> None:
+        """Torch's threads of a second caller would wait for the cores of those that compute the step."""
+        torch.set_num_threads(1)
+
     def inspect(self, path: str) -> AdapterShape:
         return self._reader.inspect(path)
 
@@ -36,7 +40,8 @@ class DeviceStore:
     def place(self, slot: int, host: Sequence[HostAdapter], block_ids: list[int]) -> None:
         own, *others = host
         if self._send is not None:
-            self._send(PlaceAdapter(slot, block_ids, [_to_bytes(part) for part in others]))
+            for rank, part in enumerate(others, 1):
+                self._send(PlaceAdapter(slot, block_ids, _to_bytes(part)), rank)
         self._memory.place(slot, own, block_ids)
 
     def clear(self, slot: int) -> None:
@@ -45,9 +50,9 @@ class DeviceStore:
         self._memory.clear(slot)
 
 
-def place_part(memory: AdapterMemory, message: PlaceAdapter, rank: int) -> None:
+def place_part(memory: AdapterMemory, message: PlaceAdapter) -> None:
     """Put the part of a rank other than 0 on its device."""
-    part = message.parts[rank - 1]
+    part = message.part
     tiles = torch.frombuffer(bytearray(part.tiles), dtype=memory.dtype).view(-1, memory.tile_size)
     tables = (np.array(table, dtype=np.int32) for table in (part.first_tile, part.rank_groups))
     memory.place(message.slot, HostAdapter(tiles, *tables), message.block_ids)

@@ -31,15 +31,16 @@ def num_tiles(rank: int, in_size: int, out_size: int, width: int) -> int:
 
 
 def pack_tiles(a: torch.Tensor, b: torch.Tensor, width: int, order: TileOrder = PLAIN) -> torch.Tensor:
-    """`a` (rank, in), `b` (out, rank) with the adapter's scale -> (tiles, RANK_GROUP * width): first those of A, for
-    each rank group one for each slice of the inputs, then those of B in the same way."""
-    tiles_of_a, tiles_of_b = _tiles(a, width), _tiles(b.t(), width)
+    """`a` (..., rank, in), `b` (..., out, rank) with the adapter's scale -> (..., tiles, RANK_GROUP * width): first
+    those of A, for each rank group one for each slice of the inputs, then those of B in the same way."""
+    tiles_of_a, tiles_of_b = _tiles(a, width), _tiles(b.mT, width)
     if order.chunk is not None:
         tiles_of_a = tiles_of_a.view(-1, RANK_GROUP, width // order.chunk, order.chunk).transpose(1, 2)
     if order.lanes is not None:
         split = tiles_of_b.view(-1, RANK_GROUP // order.pair, order.pair, width // order.lanes, order.lanes)
         tiles_of_b = split.permute(0, 3, 1, 4, 2)
-    return torch.cat([tiles.reshape(-1, RANK_GROUP * width) for tiles in (tiles_of_a, tiles_of_b)])
+    shape = (*a.shape[:-2], -1, RANK_GROUP * width)
+    return torch.cat([tiles.reshape(shape) for tiles in (tiles_of_a, tiles_of_b)], dim=-2)
 
 
 def unpack_tiles(
@@ -60,11 +61,11 @@ def unpack_tiles(
 
 
 def _tiles(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """(rank, size) -> (tiles, RANK_GROUP, width)"""
-    rank, size = matrix.shape
+    """(..., rank, size) -> (tiles of all matrices, RANK_GROUP, width)"""
+    rank, size = matrix.shape[-2:]
     padded = F.pad(matrix, (0, -size % width, 0, -rank % RANK_GROUP))
-    groups = padded.view(padded.shape[0] // RANK_GROUP, RANK_GROUP, -1, width)
-    return groups.transpose(1, 2).reshape(-1, RANK_GROUP, width)
+    groups = padded.view(*padded.shape[:-2], padded.shape[-2] // RANK_GROUP, RANK_GROUP, -1, width)
+    return groups.transpose(-3, -2).reshape(-1, RANK_GROUP, width)
 
 
 def _matrix(tiles: torch.Tensor, rank_groups: int, width: int) -> torch.Tensor:

@@ -7,11 +7,12 @@ see which, and the mask that it returns is only a label, by which the layers tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _MAX_POSITION = 1 << 20
 """Rules are compared at positions up to here."""
@@ -51,11 +52,34 @@ def find_mask(rule: Rule, size: int | None) -> CausalMask | None:
     query, key = positions.unsqueeze(1), positions.unsqueeze(0)
     zero = torch.zeros((), dtype=torch.long)
     try:
-        expected = torch.as_tensor(rule(zero, zero, query, key)).expand(len(positions), len(positions)).bool()
+        with _TextBeyondTheEnd():
+            found = rule(zero, zero, query, key)
+        expected = torch.as_tensor(found).expand(len(positions), len(positions)).bool()
     except _CAUSES:
         return None
     candidates = [CausalMask()] if size is None else [CausalMask(window=size), CausalMask(chunk=size), CausalMask()]
     return next((mask for mask in candidates if torch.equal(mask.sees(query, key), expected)), None)
+
+
+class _TextBeyondTheEnd(TorchFunctionMode):
+    """Lets a rule look up per-token inputs (such as the image that a token is of) at positions beyond the tokens of the
+    observed pass. All its tokens are text: an input that is the same for all of them has this value at other positions
+    too. One that differs between them raises IndexError, as without this mode."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except IndexError:
+            if func is not torch.Tensor.__getitem__:
+                raise
+            per_token, index = args
+            parts = index if isinstance(index, tuple) else (index,)
+            value = per_token.flatten()[:1]
+            if len(parts) != per_token.dim() or not bool((per_token == value).all()):
+                raise
+            return value.expand(torch.broadcast_shapes(*(torch.as_tensor(part).shape for part in parts)))
 
 
 def _test_positions(size: int | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastserve.engine.calls import adapters, pause, profile, reset_prefix_cache
+from fastserve.engine.calls import adapters, pause, profile, reset_prefix_cache, weights
 from fastserve.engine.calls.handling import CallHandler
 
 ALL_CALLS: tuple[CallHandler[Any, Any], ...] = (
@@ -12,4 +12,5 @@ ALL_CALLS: tuple[CallHandler[Any, Any], ...] = (
     *pause.HANDLERS,
     *profile.HANDLERS,
     *adapters.HANDLERS,
+    *weights.HANDLERS,
 )

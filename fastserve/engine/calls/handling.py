@@ -11,6 +11,7 @@ import msgspec
 
 from fastserve.engine.contract import AdapterInfo, Call, CallError, CallReply, CallRequest, RequestOutput
 from fastserve.engine.pausing import Pausing
+from fastserve.engine.updating import WeightUpdates
 from fastserve.errors import (
     FastserveError,
     InvalidRequestError,
@@ -146,6 +147,7 @@ class CallContext:
     weights: Weights
     profiler: Profiler
     adapters: Adapters
+    updates: WeightUpdates
     send_outputs: Callable[[list[RequestOutput]], None]
     """Sends outputs of requests that the call ends, before its reply."""
     announce: Callable[[float], None]

@@ -23,6 +23,7 @@ class CpuDevice(Device):
     kv_cache_share = 0.5  # the machine's memory is shared with others
     holds_host_state = True
     packs_weights = True
+    compiles_in_steps = False
 
     def free_memory(self) -> FreeMemory:
         return free_host_memory()

@@ -63,6 +63,8 @@ class Device(ABC):
     """Whether matrix products are faster with weights in a packed layout, also those of single experts."""
     runs_ahead: ClassVar[bool] = False
     """Whether the host may plan and launch a step while the device still computes the last one."""
+    compiles_in_steps: ClassVar[bool] = True
+    """Whether a step may compile kernels: seconds that one rank takes and another, with a warm cache, does not."""
     pins_memory: ClassVar[bool] = False
     """Whether transfers from pinned memory are asynchronous."""
     has_float64: bool = True

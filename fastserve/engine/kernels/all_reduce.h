@@ -25,7 +25,6 @@
 namespace {
 
 constexpr int MAX_RANKS = 64;
-constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t HEADER_BYTES = 16384;
 // About 50 us. Spinning without yielding was not faster where each rank has cores of its own, and keeps the core from the
 // other rank where they share one. A rank that waits longer leaves its core to whoever keeps the other from its own.

@@ -7,6 +7,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "lora.h"
+#include "lora_embedding.h"
 #include "quantized.h"
 
 typedef SCALAR Scalar;
@@ -126,6 +127,11 @@ int add_lora(const Scalar* x, int64_t x_stride, int64_t rows, const LoraSite* co
     else
         add_lora_of(x, x_stride, rows, sites, count, *batch, (Scalar*)y, y_stride);
     return 0;
+}
+
+// `ids`: the tokens of all rows.
+void add_embedding_lora(const int64_t* ids, const LoraSite* site, const LoraRows* batch, void* y, int64_t y_stride) {
+    add_embedding_lora_of(ids, *site, *batch, (Scalar*)y, y_stride);
 }
 
 // `adapters` are those of the step's rows, or null. Returns why other ranks were lost, as above.

@@ -8,7 +8,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
-#include "lora.h"
+#include "lora_embedding.h"
 
 namespace {
 
@@ -35,7 +35,7 @@ struct Decoder {
     // it has `vocabulary` rows of the embedding from `first_token` on. `ranks` is null if one rank has the whole model.
     Ranks* ranks;
     int64_t first_token, vocabulary;
-    const LoraSite* head_lora;     // or null
+    const LoraSite *head_lora, *embedding_lora;  // or null
 };
 
 // Activations of a step.
@@ -66,8 +66,9 @@ class Run {
             attention(layer);
             // After the keys and values of the last layer, only the logit rows are needed.
             if (i + 1 == m.num_layers) keep_logit_rows();
-            add(query, layer.output, layer.output_lora, layer.attention_out_norm);
-            mlp(layer);
+            add(query, layer.output, layer.output_lora, layer.attention_out_norm, {layer.gate_lora, layer.up_lora});
+            if (i + 1 == m.num_layers) mlp(layer, {m.head_lora});
+            else mlp(layer, {(&layer)[1].query_lora, (&layer)[1].key_lora, (&layer)[1].value_lora});
         }
         head();
         if (m.ranks) m.ranks->done.store(exchange, std::memory_order_relaxed);
@@ -102,15 +103,11 @@ class Run {
         ++exchange;
     }
 
-    LoraProducts<T> lora_products(std::initializer_list<const LoraSite*> sites, const T* x, int64_t x_stride) {
+    // `next`: sites of the products that follow.
+    LoraProducts<T> lora_products(std::initializer_list<const LoraSite*> sites, std::initializer_list<const LoraSite*> next,
+                                  const T* x, int64_t x_stride) {
         if (!view) return {};
-        return LoraProducts<T>(team, *lora, *view, sites.begin(), int(sites.size()), x, x_stride);
-    }
-
-    static auto prefetch(const LoraProducts<T>& adapters) {
-        return [&](int which, int64_t begin, int64_t end, int64_t at, int64_t outs) {
-            adapters.prefetch(which, begin, end, at, outs);
-        };
+        return LoraProducts<T>(team, *lora, *view, sites.begin(), int(sites.size()), x, x_stride, next);
     }
 
     void embed() {
@@ -119,23 +116,24 @@ class Run {
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
             T* to = hidden + r * m.hidden;
             const int64_t token = tokens[r] - (is_cut ? m.first_token : 0);
-            if (is_cut && (token < 0 || token >= m.vocabulary)) std::memset((void*)to, 0, m.hidden * sizeof(T));
-            else if (m.embedding) std::memcpy(to, (const T*)m.embedding + token * m.hidden, m.hidden * sizeof(T));
+            if (is_cut && (token < 0 || token >= m.vocabulary)) {
+                std::memset((void*)to, 0, m.hidden * sizeof(T));
+                return;
+            }
+            if (m.embedding) std::memcpy(to, (const T*)m.embedding + token * m.hidden, m.hidden * sizeof(T));
             else row_of(m.head, token, to);
+            if (scale != 1.0f)
+                for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
+            if (view && m.embedding_lora && view->places[r].at >= 0)
+                add_embedding_lora(*m.embedding_lora, view->places[r].slot, token, to);
         });
-        if (is_cut) {
-            float* partial = partial_sums();
-            team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
-                for (int64_t i = 0; i < m.hidden; ++i) partial[r * m.hidden + i] = to_float(hidden[r * m.hidden + i]);
-            });
-            all_reduce([&](int64_t r, int64_t at, Vec sums, int count) {
-                store_some(hidden + r * m.hidden + at, sums, count);
-            });
-        }
-        if (scale == 1.0f) return;
+        if (!is_cut) return;
+        float* partial = partial_sums();
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
-            T* to = hidden + r * m.hidden;
-            for (int64_t i = 0; i < m.hidden; ++i) store_one(to + i, to_float(to[i]) * scale);
+            for (int64_t i = 0; i < m.hidden; ++i) partial[r * m.hidden + i] = to_float(hidden[r * m.hidden + i]);
+        });
+        all_reduce([&](int64_t r, int64_t at, Vec sums, int count) {
+            store_some(hidden + r * m.hidden + at, sums, count);
         });
     }
 
@@ -149,7 +147,8 @@ class Run {
     }
 
     // Adds a product to the residual stream, through a norm or none.
-    void add(const T* x, const Weight& weight, const LoraSite* site, const void* norm) {
+    void add(const T* x, const Weight& weight, const LoraSite* site, const void* norm,
+             std::initializer_list<const LoraSite*> next) {
         T* to = norm ? normed : hidden;
         const auto put = [&](int64_t r, int64_t at, Vec sums, int outs) {
             T* out = to + r * m.hidden + at;
@@ -161,13 +160,13 @@ class Run {
             }
             store_some(out, sums, outs);
         };
-        const LoraProducts<T> adapters = lora_products({site}, x, weight.in);
+        LoraProducts<T> adapters = lora_products({site}, next, x, weight.in);
         float* partial = partial_sums();
         products(team, x, weight.in, rows, &weight, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
             adapters.add_to(sums, 0, r, at);
             if (partial) store_some(partial + r * m.hidden + at, sums, outs);
             else put(r, at, sums, outs);
-        }, prefetch(adapters));
+        }, adapters);
         if (partial) all_reduce(put);
         if (!norm) return;
         team.share(rows, rows_at_once(m.hidden), [&](int64_t r) {
@@ -187,12 +186,12 @@ class Run {
         const Weight weights[3] = {layer.query, layer.key, layer.value};
         T* const to[3] = {query, key, value};
         const int64_t strides[3] = {Q, K, K};
-        const LoraProducts<T> adapters =
-            lora_products({layer.query_lora, layer.key_lora, layer.value_lora}, x, m.hidden);
+        LoraProducts<T> adapters = lora_products({layer.query_lora, layer.key_lora, layer.value_lora}, {layer.output_lora},
+                                                 x, m.hidden);
         products(team, x, m.hidden, rows, weights, 3, [&](int which, int64_t r, int64_t at, Vec sums, int outs) {
             adapters.add_to(sums, which, r, at);
             store_some(to[which] + r * strides[which] + at, sums, outs);
-        }, prefetch(adapters));
+        }, adapters);
         const Layer call = {query, key, value, normed, layer.keys, layer.values, nullptr, Q, D, K, D, K, D,
                              m.heads, m.kv_heads, D, D, m.block_size, layer.window, 0, m.scaling, m.softcap};
         team.share(rows, rows_at_once(Q), [&](int64_t r) {
@@ -233,10 +232,10 @@ class Run {
             rotate_head(x + h * m.head_dim, cos, sin, x + h * m.head_dim, m.rotary_dim);
     }
 
-    void mlp(const DecoderLayer& layer) {
+    void mlp(const DecoderLayer& layer, std::initializer_list<const LoraSite*> next) {
         const T* x = before(layer.mlp_norm);
         const bool gelu = m.activation == 1;
-        const LoraProducts<T> adapters = lora_products({layer.gate_lora, layer.up_lora}, x, m.hidden);
+        LoraProducts<T> adapters = lora_products({layer.gate_lora, layer.up_lora}, {layer.down_lora}, x, m.hidden);
         gated_products(team, x, m.hidden, rows, layer.gate, layer.up,
                        [&](int64_t r, int64_t at, Vec gate, Vec up, int outs) {
                            adapters.add_to(gate, 0, r, at);
@@ -244,22 +243,22 @@ class Run {
                            T* out = inner + r * m.intermediate + at;
                            store_some(out, (gelu ? gelu_tanh(gate) : silu(gate)) * up, outs);
                        },
-                       prefetch(adapters));
-        add(inner, layer.down, layer.down_lora, layer.mlp_out_norm);
+                       adapters);
+        add(inner, layer.down, layer.down_lora, layer.mlp_out_norm, next);
     }
 
     void head() {
         team.share(num_logit_rows, rows_at_once(m.hidden), [&](int64_t i) {
             norm_row(hidden + i * m.hidden, (const T*)m.norm, normed + i * m.hidden, m.hidden, m.eps, m.norm_offset);
         });
-        const LoraProducts<T> adapters = lora_products({m.head_lora}, normed, m.hidden);
+        LoraProducts<T> adapters = lora_products({m.head_lora}, {}, normed, m.hidden);
         const float cap = m.logit_softcap;
         products(team, normed, m.hidden, num_logit_rows, &m.head, 1, [&](int, int64_t r, int64_t at, Vec sums, int outs) {
             adapters.add_to(sums, 0, r, at);
             if (cap != 0.0f)
                 for (int i = 0; i < LANES; ++i) sums[i] = std::tanh(sums[i] / cap) * cap;
             store_some(logits + r * m.head.out + at, sums, outs);
-        }, prefetch(adapters));
+        }, adapters);
     }
 };
 

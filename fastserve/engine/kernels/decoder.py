@@ -39,7 +39,7 @@ class DecoderStruct(ctypes.Structure):
         *((name, c_float) for name in ("eps", "norm_offset", "embedding_scale", "scaling", "softcap", "logit_softcap")),
         ("ranks", c_void_p),
         *((name, c_int64) for name in ("first_token", "vocabulary")),
-        ("head_lora", c_void_p),
+        *((name, c_void_p) for name in ("head_lora", "embedding_lora")),
     ]
 
 

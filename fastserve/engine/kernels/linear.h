@@ -14,29 +14,40 @@ inline int64_t lanes_of(const Weight& weight) { return (weight.out + LANES - 1) 
 inline int unit_of(const Weight& weight) { return weight.bits ? UNIT : 2; }
 
 // `rows` tokens times `count` groups of 16 outputs of a unit, from group `first` on. Calls put(row, group, sums).
-template <class T, class Put>
-inline void unit_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put) {
+template <class T, class Put, class FindPages = NoPages>
+inline void unit_sums(const Weight& weight, int64_t first, int count, const Input<T>& input, int64_t rows, Put put,
+                      FindPages find_pages = {}) {
+    if (weight.bits)
+        for (Ahead ahead = find_pages(0, rows); ahead.line < ahead.end;) ahead.prefetch_line();
     if (weight.bits == 8) return code_sums<T, 8>(weight, first / UNIT, count, input, rows, put);
     if (weight.bits == 4) return code_sums<T, 4>(weight, first / UNIT, count, input, rows, put);
     for (int g = 0; g < count; g += 2) {
         const T* from = (const T*)weight.data + (first + g) * LANES * weight.in;
         const T* both[2] = {from, from + LANES * weight.in};
         auto done = [&](int64_t r, int one, Vec sums) { put(r, g + one, sums); };
-        if (count - g >= 2) tiles<T, 2>(input.x, input.stride, rows, both, weight.in, 2 * LANES * weight.in, done);
-        else tiles<T, 1>(input.x, input.stride, rows, both, weight.in, 0, done);
+        if (count - g >= 2) tiles<T, 2>(input.x, input.stride, rows, both, weight.in, 2 * LANES * weight.in, done, find_pages);
+        else tiles<T, 1>(input.x, input.stride, rows, both, weight.in, 0, done, find_pages);
     }
 }
 
-// What products call before their sums, where nothing is to be prefetched.
-struct NoPrefetch {
-    void operator()(int, int64_t, int64_t, int64_t, int64_t) const {}
+// Some rows and outputs of products: those of `sites` weights from the `first_site`th on, up to `columns` times 16 outputs
+// of each from `output` on. `unit` of `units`: its place in the order of all outputs. `all_rows`: of the products.
+struct Region {
+    int first_site, sites;
+    int64_t begin, end, output, columns, unit, units, all_rows;
+};
+
+// What products ask for values that `put` adds, where there are none.
+struct NoAddend {
+    void find(const Region&) {}
+    Ahead pages(int64_t, int64_t) const { return {}; }
 };
 
 // Products of one input with `count` weights. Calls put(which, row, first output, sums, outputs) for each 16 outputs, and
-// prefetch(which, first row, end row, first output, outputs) before those of several rows and outputs.
-template <class T, class Put, class Prefetch = NoPrefetch>
+// before those of a region addend.find(region), then addend.pages(first row, rows) for what to prefetch.
+template <class T, class Put, class Addend>
 inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight* weights, int count, Put put,
-                     Prefetch prefetch = {}) {
+                     Addend& addend) {
     Input<T> inputs[8];
     make_inputs(team, x, x_stride, rows, weights, count, inputs);
     int64_t begins[9] = {0};
@@ -57,16 +68,17 @@ inline void products(Team& team, const T* x, int64_t x_stride, int64_t rows, con
             if (weight.bias) sums += load_some((const T*)weight.bias + at, outs);
             put(which, begin + r, at, sums, outs);
         };
-        prefetch(which, begin, end, first * LANES, groups * LANES);
-        unit_sums(weight, first, groups, inputs[which].from(begin, weight), end - begin, done);
+        addend.find({which, 1, begin, end, first * LANES, unit_of(weight), unit, begins[count], rows});
+        unit_sums(weight, first, groups, inputs[which].from(begin, weight), end - begin, done,
+                  [&](int64_t row, int64_t some) { return addend.pages(begin + row, some); });
     });
 }
 
 // Products of one input with two weights of the same shape. Calls put(row, first output, gate sums, up sums, outputs), and
-// prefetch as above.
-template <class T, class Put, class Prefetch = NoPrefetch>
+// those of the addend as above.
+template <class T, class Put, class Addend>
 inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t rows, const Weight& gate, const Weight& up,
-                           Put put, Prefetch prefetch = {}) {
+                           Put put, Addend& addend) {
     const Weight weights[2] = {gate, up};
     Input<T> inputs[2];
     make_inputs(team, x, x_stride, rows, weights, 2, inputs);
@@ -81,7 +93,8 @@ inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t row
             const int64_t at = (first + g) * LANES;
             put(begin + r, at, gate_sums, up_sums, int(std::min<int64_t>(LANES, gate.out - at)));
         };
-        for (int which = 0; which < 2; ++which) prefetch(which, begin, begin + count, first * LANES, unit * LANES);
+        addend.find({0, 2, begin, begin + count, first * LANES, unit, i / chunks, (groups + unit - 1) / unit, rows});
+        const auto find_pages = [&](int64_t row, int64_t some) { return addend.pages(begin + row, some); };
         if (are_dense) {
             const T* both[2] = {(const T*)gate.data + first * LANES * gate.in, (const T*)up.data + first * LANES * gate.in};
             Vec gate_sums;
@@ -89,13 +102,13 @@ inline void gated_products(Team& team, const T* x, int64_t x_stride, int64_t row
                 if (g == 0) gate_sums = sums;
                 else done(r, 0, gate_sums, sums);
             };
-            tiles<T, 2>(x + begin * x_stride, x_stride, count, both, gate.in, LANES * gate.in, take);
+            tiles<T, 2>(x + begin * x_stride, x_stride, count, both, gate.in, LANES * gate.in, take, find_pages);
             return;
         }
         Vec gate_sums[CHUNK_ROWS * UNIT];
         const int here = int(std::min<int64_t>(unit, groups - first));
         unit_sums(gate, first, here, inputs[0].from(begin, gate), count,
-                  [&](int64_t r, int g, Vec sums) { gate_sums[r * UNIT + g] = sums; });
+                  [&](int64_t r, int g, Vec sums) { gate_sums[r * UNIT + g] = sums; }, find_pages);
         unit_sums(up, first, here, inputs[1].from(begin, up), count,
                   [&](int64_t r, int g, Vec sums) { done(r, g, gate_sums[r * UNIT + g], sums); });
     });
@@ -143,9 +156,10 @@ inline void row_of(const Weight& weight, int64_t output, T* to) {
 template <class T, class Out>
 inline void linear_of(const T* x, int64_t x_stride, int64_t rows, const Weight& weight, Out* y) {
     on_team([&](Team& team) {
+        NoAddend none;
         products(team, x, x_stride, rows, &weight, 1, [&](int, int64_t row, int64_t at, Vec sums, int outs) {
             store_some(y + row * weight.out + at, sums, outs);
-        });
+        }, none);
     });
 }
 

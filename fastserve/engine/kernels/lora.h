@@ -13,8 +13,7 @@
 
 #include <memory>
 
-#include "team.h"
-#include "tiles.h"
+#include "linear.h"
 
 namespace {
 
@@ -222,9 +221,18 @@ class LoraProducts {
     // None: no row has an adapter.
     LoraProducts() = default;
 
-    // All members of the team call this; it returns when the products are there.
+    // All members of the team call this; it returns when the products are there. `next`: sites of the products after these,
+    // whose A is prefetched while the layer's own products are computed.
     LoraProducts(Team& team, LoraSpace& space, const LoraView& view, const LoraSite* const* sites, int count, const T* x,
-                 int64_t x_stride) {
+                 int64_t x_stride, std::initializer_list<const LoraSite*> next = {})
+        : view_(&view), found_(&found_here()), count_(count) {
+        found_->now.first_site = found_->later.first_site = -1;
+        set_next(next);
+        for (int s = 0; s < count; ++s)
+            if (sites[s]) width_ = sites[s]->width;
+        if (found_->next.size()) width_ = found_->next[0].site->width;
+        if (!width_) view_ = nullptr;
+        else page_shift_ = __builtin_ctzll(width_ * RANK_GROUP * sizeof(T) / CACHE_LINE);
         int64_t most = 0, parts = 1;
         for (int s = 0; s < count; ++s) {
             sites_[s] = sites[s];
@@ -233,7 +241,6 @@ class LoraProducts {
             parts = std::max(parts, parts_of(*sites[s]));
         }
         if (!most) return;
-        view_ = &view;
         stride_ = most * RANK_GROUP;
         const int64_t pieces = int64_t(view.pieces.size()), pairs = (most + 1) / 2, units = count * pieces * pairs;
         // Several members compute the parts of a unit only where there are few units.
@@ -252,48 +259,201 @@ class LoraProducts {
         });
     }
 
-    // Adds a row's product with B for 16 outputs of the layer from `at` on.
-    void add_to(Vec& sums, int s, int64_t row, int64_t at) const {
-        if (!view_ || !sites_[s]) return;
-        const Place place = view_->places[row];
-        if (place.at < 0) return;
-        const LoraSite& site = *sites_[s];
-        const int64_t groups = site.groups[place.slot], output = at - site.shift;
-        if (!groups) return;
-        const int64_t slices = out_slices(site), first = groups * in_slices(site) + output / site.width;
-        const int64_t offset = output % site.width * RANK_GROUP;
-        const T* xa = product(s, place.at);
-        for (int64_t g = 0; g < groups; ++g, xa += RANK_GROUP) {
-            const T* b = tile_at<T>(site, place.slot, first + g * slices) + offset;
-#pragma GCC unroll 8
-            for (int rank = 0; rank < RANK_GROUP; rank += PAIR<T>) multiply_add(sums, b + rank * LANES, xa + rank);
+    // Finds what `add_to` adds in a region: tiles of B. Those of the region's block are used for several regions; those of the
+    // next block and of the next products' A are prefetched meanwhile.
+    void find(const Region& region) {
+        if (!view_) return;
+        region_ = region;
+        const int64_t columns = region.columns * LANES;
+        span_ = std::max(width_, columns);
+        const int64_t number = region.output / span_, rows = region.end - region.begin;
+        Found& found = *found_;
+        if (!found.now.is(region.first_site, number, region.begin, span_)) {
+            was_prefetched_ = found.later.is(region.first_site, number, region.begin, span_);
+            if (was_prefetched_) std::swap(found.now, found.later);
+            else locate(found.now, region, region.first_site, number);
+            found.later.first_site = -1;
+            found.queue.clear();
+            if (rows == region.all_rows) {
+                const int64_t end = std::min((number + 1) * span_, outputs_of(region.first_site));
+                const int64_t left = std::max<int64_t>(1, (end - region.output + columns - 1) / columns);
+                enqueue(region, number, left);
+                queue_rows_ = left * rows;
+                queued_rows_ = 0;
+            }
         }
+        if (!was_prefetched_) prefetch_region();
     }
 
-    // Have the parts of B that some rows need for `outputs` outputs of the layer on their way before they are added.
-    void prefetch(int s, int64_t begin, int64_t end, int64_t at, int64_t outputs) const {
+    // What to prefetch while products of so many rows of the region are computed.
+    Ahead pages(int64_t, int64_t rows) {
+        if (!view_ || found_->queue.empty()) return {};
+        const int64_t lines = int64_t(found_->queue.size()) << page_shift_, done = queued_rows_;
+        queued_rows_ = std::min(queue_rows_, done + rows);
+        return {0, found_->queue.data(), lines * done / queue_rows_, lines * queued_rows_ / queue_rows_, page_shift_};
+    }
+
+    // Adds a row's product with B for 16 outputs of the layer from `at` on, in the region of `find`.
+    void add_to(Vec& sums, int s, int64_t row, int64_t at) const {
+        if (!view_) return;
+        const Block& block = found_->now;
+        const int64_t output = at - block.number * span_, slice = output / width_;
+        const int64_t index = ((row - block.begin) * region_.sites + s - block.first_site) * (span_ / width_) + slice;
+        const int32_t begin = block.starts[index], count = block.starts[index + 1] - begin;
+        if (!count) return;
+        add(sums, block.tiles.data() + begin, count, (output - slice * width_) * RANK_GROUP,
+            product(s, view_->places[row].at));
+    }
+
+    // Adds the products of a piece to 16 outputs of the layer from `at` on: calls update(row, add), where add(sums) adds.
+    template <class Update>
+    void add_to_piece(int s, const Piece& piece, int64_t at, Update update) const {
         if (!view_ || !sites_[s]) return;
-        const LoraSite& site = *sites_[s];
-        const int64_t slices = out_slices(site), output = at - site.shift;
-        const int64_t size = std::min(outputs, site.width - output % site.width) * RANK_GROUP;
-        int32_t last = -1;
-        for (int64_t row = begin; row < end; ++row) {
-            const Place place = view_->places[row];
-            if (place.at < 0 || place.slot == last) continue;
-            last = place.slot;
-            const int64_t groups = site.groups[last], first = groups * in_slices(site) + output / site.width;
-            for (int64_t g = 0; g < groups; ++g) {
-                const T* b = tile_at<T>(site, last, first + g * slices) + output % site.width * RANK_GROUP;
-                for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(b + i, 0, 2);
+        std::vector<const T*>& tiles = found_->now.tiles;
+        tiles.resize(std::max<size_t>(tiles.size(), stride_ / RANK_GROUP));
+        const int64_t output = at - sites_[s]->shift;
+        const int64_t count = find_b(*sites_[s], piece.slot, output / width_, tiles.data());
+        if (!count) return;
+        for (int32_t i = piece.begin; i < piece.end; ++i)
+            update(view_->rows[i], [&](Vec& sums) {
+                add(sums, tiles.data(), count, output % width_ * RANK_GROUP, product(s, i));
+            });
+    }
+
+  private:
+    // Tiles of A of an adapter.
+    struct NextTiles {
+        const LoraSite* site;
+        int32_t slot;
+        int64_t end;  // number of tiles up to their last
+    };
+
+    // B of some outputs of one or more sites for some rows.
+    struct Block {
+        int first_site = -1;  // -1: none
+        int64_t number = 0, begin = 0, span = 0;
+        std::vector<const T*> tiles;  // [rows][sites][slices of outputs][rank groups of the row]
+        int64_t count = 0;            // of tiles
+        std::vector<int32_t> starts;  // [rows][sites][slices of outputs] first of those tiles, and their end
+
+        bool is(int site, int64_t block, int64_t row, int64_t outputs) const {
+            return first_site == site && number == block && begin == row && span == outputs;
+        }
+    };
+
+    // Its vectors grow and are used again by the next products of the thread.
+    struct Found {
+        Block now, later;
+        std::vector<const char*> queue;  // tiles to prefetch
+        std::vector<NextTiles> next;
+    };
+
+    const LoraView* view_ = nullptr;  // null: no row has an adapter
+    const LoraSite* sites_[MAX_SITES];
+    T* products_ = nullptr;  // [sites][sorted rows][stride]
+    int64_t stride_ = 0;
+    int64_t width_ = 0, span_ = 0;  // outputs of a tile and of a block
+    Found* found_ = nullptr;
+    Region region_{};
+    bool was_prefetched_ = false;   // the block that contains the region
+    int count_ = 0, page_shift_ = 0;
+    int64_t queue_rows_ = 1, queued_rows_ = 0;  // rows of products that prefetch the queue, and those that have
+
+    static Found& found_here() {
+        static thread_local Found found;
+        return found;
+    }
+
+    void set_next(std::initializer_list<const LoraSite*> sites) {
+        found_->next.clear();
+        int64_t end = 0;
+        for (const LoraSite* site : sites) {
+            if (!site) continue;
+            int32_t last = -1;
+            for (const Piece& piece : view_->pieces) {
+                if (piece.slot == last) continue;
+                last = piece.slot;
+                end += site->groups[last] * in_slices(*site);
+                found_->next.push_back({site, last, end});
             }
         }
     }
 
-  private:
-    const LoraView* view_ = nullptr;
-    const LoraSite* sites_[MAX_SITES];
-    T* products_ = nullptr;  // [sites][sorted rows][stride]
-    int64_t stride_ = 0;
+    int64_t outputs_of(int s) const { return sites_[s] ? sites_[s]->out : 0; }
+
+    void locate(Block& block, const Region& region, int first_site, int64_t number) const {
+        block.first_site = first_site;
+        block.number = number;
+        block.begin = region.begin;
+        block.span = span_;
+        const int64_t rows = region.end - region.begin, slices = span_ / width_;
+        const size_t most = rows * region.sites * slices * (stride_ / RANK_GROUP), starts = rows * region.sites * slices + 1;
+        if (block.tiles.size() < most) block.tiles.resize(most);
+        if (block.starts.size() < starts) block.starts.resize(starts);
+        const T** tile = block.tiles.data();
+        int32_t* start = block.starts.data();
+        for (int64_t row = region.begin; row < region.end; ++row) {
+            const Place place = view_->places[row];
+            for (int s = first_site; s < first_site + region.sites; ++s)
+                for (int64_t slice = number * slices; slice < (number + 1) * slices; ++slice) {
+                    *start++ = int32_t(tile - block.tiles.data());
+                    if (place.at >= 0 && sites_[s] && slice < out_slices(*sites_[s]))
+                        tile += find_b(*sites_[s], place.slot, slice, tile);
+                }
+        }
+        *start = int32_t(tile - block.tiles.data());
+        block.count = tile - block.tiles.data();
+    }
+
+    // Sets the queue: the block after `number`, and the share of the next products' tiles of `left` units.
+    void enqueue(const Region& region, int64_t number, int64_t left) {
+        Found& found = *found_;
+        int site = region.first_site;
+        int64_t later = number + 1;
+        if (later * span_ >= outputs_of(site)) site += region.sites, later = 0;
+        if (site + region.sites <= count_ && outputs_of(site)) {
+            locate(found.later, region, site, later);
+            const T* last = nullptr;
+            for (int64_t i = 0; i < found.later.count; ++i) {
+                if (found.later.tiles[i] != last) found.queue.push_back((const char*)found.later.tiles[i]);
+                last = found.later.tiles[i];
+            }
+        }
+        if (found.next.empty()) return;
+        const int64_t all = found.next.back().end, end = all * std::min(region.unit + left, region.units) / region.units;
+        auto one = found.next.begin();
+        for (int64_t tile = all * region.unit / region.units; tile < end; ++tile) {
+            while (one->end <= tile) ++one;
+            const int64_t first = one == found.next.begin() ? 0 : one[-1].end;
+            found.queue.push_back((const char*)tile_at<T>(*one->site, one->slot, tile - first));
+        }
+    }
+
+    // Prefetches B of the region, all at once.
+    void prefetch_region() const {
+        const Block& block = found_->now;
+        const int64_t bytes = std::min(width_, region_.columns * LANES) * RANK_GROUP * int64_t(sizeof(T));
+        const int64_t offset = (region_.output - block.number * span_) % width_ * RANK_GROUP;
+        for (int64_t i = 0; i < block.count; ++i)
+            for (int64_t at = 0; at < bytes; at += CACHE_LINE)
+                __builtin_prefetch((const char*)(block.tiles[i] + offset) + at, 0, 2);
+    }
+
+    // Addresses of an adapter's B for a slice of a site's outputs, one for each rank group; returns their number.
+    static int64_t find_b(const LoraSite& site, int32_t slot, int64_t slice, const T** to) {
+        const int64_t groups = site.groups[slot];
+        if (!groups) return 0;
+        const int64_t slices = out_slices(site), first = groups * in_slices(site) + slice;
+        for (int64_t g = 0; g < groups; ++g) to[g] = tile_at<T>(site, slot, first + g * slices);
+        return groups;
+    }
+
+    static void add(Vec& sums, const T* const* tiles, int64_t groups, int64_t offset, const T* product) {
+        for (int64_t g = 0; g < groups; ++g, product += RANK_GROUP)
+#pragma GCC unroll 8
+            for (int rank = 0; rank < RANK_GROUP; rank += PAIR<T>)
+                multiply_add(sums, tiles[g] + offset + rank * LANES, product + rank);
+    }
 
     T* product(int s, int64_t at) const { return products_ + (s * int64_t(view_->rows.size()) + at) * stride_; }
 
@@ -365,12 +525,12 @@ inline void add_lora_of(const T* x, int64_t x_stride, int64_t rows, const LoraSi
             const int64_t output = i % groups * LANES;
             const int outs = int(std::min<int64_t>(LANES, sites[s]->out - output));
             if (outs <= 0) return;
-            for (int32_t at = piece.begin; at < piece.end; ++at) {
-                const int64_t row = view.rows[at], to = output + sites[s]->shift;
+            const int64_t to = output + sites[s]->shift;
+            products.add_to_piece(s, piece, to, [&](int64_t row, auto add) {
                 Vec sums = load_some(y + row * y_stride + to, outs);
-                products.add_to(sums, s, row, to);
+                add(sums);
                 store_some(y + row * y_stride + to, sums, outs);
-            }
+            });
         });
     });
 }

@@ -84,6 +84,13 @@ class LoraKernel(Protocol):
         """Add the products of the rows' adapters for a layer: `x` (rows, in), `out` (rows, outputs of the layer)."""
         ...
 
+    def add_embedding(
+        self, ids: torch.Tensor, out: torch.Tensor, site: TilesOfSite, batch: RowsByAdapter | RecordedRows
+    ) -> None:
+        """Add the products of the rows' adapters for an embedding, whose inputs are tokens: `ids` (rows,) int64, `out`
+        (rows, hidden)."""
+        ...
+
     def recorded_rows(self, rows: int, device: torch.device) -> RecordedRows | None:
         """For steps of at most `rows` rows; None: steps with adapters cannot be recorded."""
         ...
@@ -127,6 +134,7 @@ class CpuLoraKernel:
         library.add_lora.argtypes = (
             *(c_void_p, c_int64, c_int64, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int),
         )
+        library.add_embedding_lora.argtypes = (*(c_void_p,) * 4, c_int64)
         self._library: Any = library
         self._dtype = dtype
         pair: int = library.pair()
@@ -166,3 +174,21 @@ class CpuLoraKernel:
         )  # fmt: skip
         if too_many:
             raise RuntimeError(f"a layer has too many parts for the kernel of adapters: {len(structs)}")
+
+    def add_embedding(
+        self, ids: torch.Tensor, out: torch.Tensor, site: TilesOfSite, batch: RowsByAdapter | RecordedRows
+    ) -> None:
+        """See `LoraKernel.add_embedding`. Raises RuntimeError when a tensor's shape or dtype does not fit the site."""
+        if isinstance(batch, RecordedRows):
+            raise RuntimeError("steps cannot be recorded on CPUs")
+        if (
+            ids.dtype != torch.int64
+            or out.dtype != self._dtype
+            or out.stride(-1) != 1
+            or out.shape[-1] != site.out_size
+        ):
+            raise RuntimeError(f"adapters of an embedding cannot be added to {tuple(out.shape)} values in {out.dtype}")
+        struct, rows = LoraSiteStruct.of(site, 0), LoraRowsStruct.of(batch)
+        self._library.add_embedding_lora(
+            ids.data_ptr(), ctypes.byref(struct), ctypes.byref(rows), out.data_ptr(), out.stride(0)
+        )

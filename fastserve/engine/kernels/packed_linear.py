@@ -36,6 +36,9 @@ class PackedLinearKernel:
         library.weight_rows.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
         self._library: Any = library
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinearKernel:
+        return self  # copies of a layout use the same library
+
     @classmethod
     def load(cls, dtype: torch.dtype, *, for_codes: bool = False) -> PackedLinearKernel | None:
         """The kernel, or None where it cannot be built or, for dense weights, is not faster than oneDNN."""

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int LANES = 16;
+constexpr int64_t CACHE_LINE = 64;  // bytes
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));

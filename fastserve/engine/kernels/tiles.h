@@ -51,19 +51,38 @@ inline void multiply_add(Vec& sum, const T* weight, const T* x) {
     sum += to_float(*x) * load(weight);
 }
 
-// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], starting from `out` with ON, else from zero. With FETCH, weights
-// `ahead` elements further on are prefetched meanwhile. Not inlined, so that compilers keep all sums in registers.
+// Memory to prefetch while a tile computes: weights so many elements further on (0: none), and cache lines of pages
+// anywhere, from `line` to `end`, counted from the first page's.
+struct Ahead {
+    int64_t weights = 0;
+    const char* const* pages = nullptr;
+    int64_t line = 0, end = 0;
+    int shift = 0;  // a page has 2^shift lines
+
+    void prefetch_line() {
+        __builtin_prefetch(pages[line >> shift] + (line & ((int64_t(1) << shift) - 1)) * CACHE_LINE, 0, 2);
+        ++line;
+    }
+};
+
+// GROUPS groups times ROWS tokens: sums[ROWS][GROUPS], starting from `out` with ON, else from zero. With FETCH, `ahead` is
+// prefetched, a line of the pages for each input: many at once would wait for each other. Not inlined, so that compilers
+// keep all sums in registers.
 template <class T, int GROUPS, int ROWS, bool ON, bool FETCH>
 __attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* out,
-                                    int64_t ahead) {
+                                    Ahead ahead) {
+    if (FETCH)
+        while (ahead.line + in / PAIR<T> < ahead.end) ahead.prefetch_line();
     Vec sums[ROWS][GROUPS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int g = 0; g < GROUPS; ++g) sums[r][g] = ON ? out[r * GROUPS + g] : Vec{};
     for (int64_t i = 0; i < in; i += PAIR<T>) {
-        if (FETCH)
-            for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(weights[g] + ahead + i * LANES, 0, 2);
+        if (FETCH) {
+            for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(weights[g] + ahead.weights + i * LANES, 0, 2);
+            if (ahead.line < ahead.end) ahead.prefetch_line();
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -77,7 +96,7 @@ __attribute__((noinline)) void tile(const T* x, int64_t x_stride, const T* const
 
 template <class T, int GROUPS, bool ON, bool FETCH = false, int ROWS = TILE_ROWS>
 inline void tile_of(int64_t rows, const T* x, int64_t x_stride, const T* const* weights, int64_t in, Vec* sums,
-                    int64_t ahead = 0) {
+                    const Ahead& ahead = {}) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS)
             return tile_of<T, GROUPS, ON, FETCH, ROWS - 1>(rows, x, x_stride, weights, in, sums, ahead);
@@ -95,15 +114,24 @@ inline void for_tiles(int64_t rows, Work work) {
     }
 }
 
+// The pages that products with nothing to add prefetch.
+struct NoPages {
+    Ahead operator()(int64_t, int64_t) const { return {}; }
+};
+
 // `rows` tokens; calls put(row, group, sums). The first tile is bound by memory, the others by computing; so the last
-// one, if it is not the first, prefetches the weights `ahead` (0: none), with which the next call begins.
-template <class T, int GROUPS, class Put>
-inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, int64_t ahead, Put put) {
+// one, if it is not the first, prefetches the weights `ahead` (0: none), with which the next call begins. Each
+// prefetches the lines of find_pages(first row, rows).
+template <class T, int GROUPS, class Put, class FindPages = NoPages>
+inline void tiles(const T* x, int64_t x_stride, int64_t rows, const T* const* weights, int64_t in, int64_t ahead, Put put,
+                  FindPages find_pages = {}) {
     for_tiles(rows, [&](int64_t begin, int64_t count) {
         Vec sums[TILE_ROWS * GROUPS];
         const T* from = x + begin * x_stride;
-        if (ahead && begin && begin + count == rows)
-            tile_of<T, GROUPS, false, true>(count, from, x_stride, weights, in, sums, ahead);
+        Ahead fetched = find_pages(begin, count);
+        if (begin && begin + count == rows) fetched.weights = ahead;
+        if (fetched.weights || fetched.line < fetched.end)
+            tile_of<T, GROUPS, false, true>(count, from, x_stride, weights, in, sums, fetched);
         else tile_of<T, GROUPS, false>(count, from, x_stride, weights, in, sums);
         for (int i = 0; i < count * GROUPS; ++i) put(begin + i / GROUPS, i % GROUPS, sums[i]);
     });

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fastserve.engine.kernels.lora import RecordedRows, RowsByAdapter, TileOrder, TilesOfSite
+from fastserve.engine.kernels.triton_lora_embedding import gather_columns
 
 MAX_RANK = 256
 """The highest that --max-lora-rank allows."""
@@ -184,11 +185,7 @@ class TritonLoraKernel:
         self, x: torch.Tensor, out: torch.Tensor, sites: Sequence[TilesOfSite], batch: RowsByAdapter | RecordedRows
     ) -> None:
         """See `LoraKernel.add`."""
-        if isinstance(batch, RecordedRows):
-            assert isinstance(batch, DeviceRows)
-            rows = batch
-        else:
-            rows = self._rows(batch, x.device)
+        rows = self._device_rows(batch, x.device)
         count, num_pieces = len(rows.row_index), len(rows.piece_slot)
         in_float32 = _INTERPRETED or x.dtype == torch.float32
         for site in sites:
@@ -206,6 +203,30 @@ class TritonLoraKernel:
                 parts, out, *tables, out.stride(0), site.in_size, site.out_size, site.out_begin, width,
                 site.tiles_per_plane, splits, MAX_RANK, _ROWS, in_float32, num_warps=4,
             )  # fmt: skip
+
+    def add_embedding(
+        self, ids: torch.Tensor, out: torch.Tensor, site: TilesOfSite, batch: RowsByAdapter | RecordedRows
+    ) -> None:
+        """See `LoraKernel.add_embedding`."""
+        rows = self._device_rows(batch, ids.device)
+        count, num_pieces = len(rows.row_index), len(rows.piece_slot)
+        columns = torch.empty((1, count, MAX_RANK), dtype=torch.float32, device=ids.device)
+        tables = (site.planes, site.first_tile, site.rank_groups, rows.row_index, rows.piece_slot,
+                  rows.piece_begin, rows.piece_end)  # fmt: skip
+        width = site.tile_width
+        gather_columns[(num_pieces,)](
+            ids, columns, out, *tables, site.in_size, width, site.tiles_per_plane, MAX_RANK, _ROWS
+        )
+        _expand[(num_pieces, -(-site.out_size // width))](
+            columns, out, *tables, count, out.stride(0), site.in_size, site.out_size, site.out_begin, width,
+            site.tiles_per_plane, 1, MAX_RANK, _ROWS, _INTERPRETED or out.dtype == torch.float32, num_warps=4,
+        )  # fmt: skip
+
+    def _device_rows(self, batch: RowsByAdapter | RecordedRows, device: torch.device) -> DeviceRows:
+        if isinstance(batch, RecordedRows):
+            assert isinstance(batch, DeviceRows)
+            return batch
+        return self._rows(batch, device)
 
     def _rows(self, batch: RowsByAdapter, device: torch.device) -> DeviceRows:
         """The batch on the device, sent once for all layers of a step."""

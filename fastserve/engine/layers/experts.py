@@ -10,7 +10,8 @@ has all tokens, and one sum over the ranks is a layer's output.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +22,24 @@ from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """Parameter names in transformers; experts without a gate have `up_proj`."""
+
+
+class ExpertsDelta(Protocol):
+    """The LoRA adapters of a batch, for one experts module."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether an adapter of the step that is computed changes these experts."""
+        ...
+
+    def start(self, tokens: torch.Tensor, experts: torch.Tensor) -> None:
+        """The pairs that are computed: the row of the batch and the expert of each (pairs,)."""
+        ...
+
+    def add(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add the output of the pairs' adapters for `x` (pairs, in) to the experts' own products with the weight `name`
+        (pairs, out), in place."""
+        ...
 
 
 class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed by mypy
@@ -40,6 +59,7 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
         """On all ranks together."""
         self.own = range(self.num_experts) if whole_experts is None else whole_experts
         """Experts that this rank computes."""
+        self.delta: ExpertsDelta | None = None
         self._has_parts = whole_experts is None and collectives.size > 1
         self.layouts: dict[str, list[WeightLayout]] = {}
         """By weight name, one layout for each of the rank's experts. A weight that is not listed is a parameter."""
@@ -63,24 +83,57 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
         """`x` (tokens, hidden); `top_k_index` and `top_k_weights` (tokens, experts per token): the experts of each
         token and their routing weights -> (tokens, hidden)"""
         original = self._original
-        first = "gate_up_proj" if original.has_gate else "up_proj"
-        activation = original._apply_gate if original.has_gate else original.act_fn
         has_norm = getattr(original, "has_post_expert_norm", False)  # missing in older releases of transformers
         pairs = top_k_index.flatten().argsort(stable=True)
         counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
+        own = [
+            (expert, of_expert)
+            for expert, of_expert in enumerate(pairs.split(counts))
+            if len(of_expert) and expert in self.own
+        ]
+        delta = self.delta if self.delta is not None and self.delta.is_needed else None
+        # Adapters' products are computed for all experts at once.
+        groups = [[one] for one in own] if delta is None or not own else [own]
         # In float32 and in the order of the experts, so that a token's sum does not depend on the rest of the batch.
         out = torch.zeros_like(x, dtype=torch.float32)
-        for expert, of_expert in enumerate(pairs.split(counts)):
-            if not len(of_expert) or expert not in self.own:
-                continue
-            tokens = of_expert // top_k_index.shape[-1]
-            index = expert - self.own.start
-            y = self._product("down_proj", index, activation(self._product(first, index, x[tokens])))
+        for group in groups:
+            experts = [expert for expert, _ in group]
+            of_group = group[0][1] if len(group) == 1 else torch.cat([of_expert for _, of_expert in group])
+            sizes = [len(of_expert) for _, of_expert in group]
+            tokens = of_group // top_k_index.shape[-1]
+            if delta is not None:
+                delta.start(tokens, top_k_index.flatten()[of_group])
+            y = self._of_experts(x[tokens], experts, sizes, delta)
             if has_norm:
                 y = original.post_expert_norm(self.collectives.all_reduce(y, x.dtype) if self._has_parts else y)
-            out.index_add_(0, tokens, (y * top_k_weights.flatten()[of_expert, None]).float())
+            weighted = (y * top_k_weights.flatten()[of_group, None]).float()
+            for to, part in zip(_split(tokens, sizes), _split(weighted, sizes), strict=True):
+                out.index_add_(0, to, part)
         is_whole = has_norm and self._has_parts
         return out.to(x.dtype) if is_whole else self.collectives.all_reduce(out, x.dtype)
+
+    def _of_experts(
+        self, x: torch.Tensor, experts: Sequence[int], sizes: list[int], delta: ExpertsDelta | None
+    ) -> torch.Tensor:
+        """The experts' output for `x`, of which each expert has as many rows as `sizes` says."""
+        original = self._original
+        first = "gate_up_proj" if original.has_gate else "up_proj"
+        activation = original._apply_gate if original.has_gate else original.act_fn
+        inner = self._products(first, x, experts, sizes)
+        if delta is not None:
+            delta.add(first, x, inner)
+        inner = activation(inner)
+        y = self._products("down_proj", inner, experts, sizes)
+        if delta is not None:
+            delta.add("down_proj", inner, y)
+        return y
+
+    def _products(self, name: str, x: torch.Tensor, experts: Sequence[int], sizes: list[int]) -> torch.Tensor:
+        parts = [
+            self._product(name, expert - self.own.start, part)
+            for expert, part in zip(experts, _split(x, sizes), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _product(self, name: str, index: int, x: torch.Tensor) -> torch.Tensor:
         """`index`: of an expert among the rank's own."""
@@ -96,6 +149,21 @@ class Experts(torch.nn.Module):  # type: ignore[misc]  # torch is not followed b
             return self.layouts[name][index]
         weight = getattr(self, name)[index]
         return PlainWeight(weight.t() if self.is_transposed else weight)
+
+
+def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """The rows of each expert. Often there is one, and each call of torch costs as much as a small product."""
+    return (rows,) if len(sizes) == 1 else rows.split(sizes)
+
+
+class ExpertsBesideAdapters(Experts):
+    """Computes steps whose adapters change the experts; for others, the model's own code is faster on this device."""
+
+    def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        if self.delta is not None and self.delta.is_needed:
+            return super().forward(x, top_k_index, top_k_weights)
+        out: torch.Tensor = self._original(x, top_k_index, top_k_weights)
+        return out
 
 
 def are_experts(module: torch.nn.Module) -> bool:

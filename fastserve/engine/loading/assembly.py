@@ -30,7 +30,7 @@ from fastserve.engine.layers.linear import Linear, TiedEmbedding, can_be_tied
 from fastserve.engine.layers.modules import replace_module
 from fastserve.engine.loading.formats.source import QuantizedExperts, QuantizedTensor, WeightValue
 from fastserve.engine.loading.partition import WHOLE, Partition
-from fastserve.engine.loading.weight_table import WeightSlot, WeightTable
+from fastserve.engine.loading.weight_table import ExpertsSlot, LayoutSlot, ParameterSlot, WeightSlot, WeightTable
 from fastserve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ class Assembly:
         return WeightTable(
             {name: [slots[self._slots[other]] for other in self._tied[name]] for name in self._shapes},
             {name: partition.whole_shape(name, shape) for name, shape in self._shapes.items()},
+            self._dtypes,
         )
 
     def fused_mlps(self) -> FusedLayers:
@@ -232,7 +233,7 @@ class Assembly:
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         with self._lock:
             self._model.get_submodule(path)._parameters[leaf] = parameter
-        self._slots[name] = WeightSlot(lambda: parameter.data, parameter.copy_)
+        self._slots[name] = ParameterSlot(parameter)
 
     def _set_buffer(self, name: str, value: WeightValue) -> None:
         path, _, leaf = name.rpartition(".")
@@ -266,17 +267,13 @@ class Assembly:
             weights = self._device_map.put(name, self._dense(name, value))
             layouts = [self._packed(name, weight.t() if transposed else weight) for weight in weights]
         experts.set_layouts(leaf, layouts)
-        slots = [_layout_slot(layout, transposed=transposed) for layout in layouts]
-        self._slots[name] = WeightSlot(
-            lambda: torch.stack([slot.get() for slot in slots]),
-            lambda tensor: [slot.set(weight) for slot, weight in zip(slots, tensor, strict=True)],
-        )
+        self._slots[name] = ExpertsSlot([LayoutSlot(layout, transposed=transposed) for layout in layouts])
 
     def _set_linear(self, name: str, value: WeightValue) -> None:
         path = self._layers[name]
         transposed = name in self._transposed
         layout = self._layout(name, value, transposed=transposed)
-        self._slots[name] = _layout_slot(layout, transposed=transposed)
+        self._slots[name] = LayoutSlot(layout, transposed=transposed)
         with self._lock:
             module = self._model.get_submodule(path)
             if isinstance(module, Linear):  # set a second time
@@ -322,7 +319,7 @@ class Assembly:
             place_gated_mlp(self._model, path, whole, parts, self._kernels)
         for other, part, weight in zip(names, parts, (gate, up), strict=True):
             self._check(other, part, weight)
-            self._slots[other] = _layout_slot(part, transposed=False)
+            self._slots[other] = LayoutSlot(part, transposed=False)
 
     # ---- checks -------------------------------------------------------------------------------------------------
 
@@ -405,9 +402,3 @@ def _gated_pairs(paths: list[str]) -> dict[str, tuple[str, tuple[str, str]]]:
 def _is_linear(module: torch.nn.Module) -> bool:
     # Subclasses may compute something else, so they are left alone.
     return type(module) in (torch.nn.Linear, Conv1D)
-
-
-def _layout_slot(layout: WeightLayout, *, transposed: bool) -> WeightSlot:
-    if not transposed:
-        return WeightSlot(layout.get, layout.set)
-    return WeightSlot(lambda: layout.get().t().contiguous(), lambda tensor: layout.set(tensor.t().contiguous()))

@@ -8,6 +8,7 @@ while weights are read, so that only the inputs of one rule are in memory twice.
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,12 @@ from fastserve.errors import StartupError
 _STACKED: list[tuple[type, Any]] = [(MergeModulelist, 0)]
 _STACKED_AND_JOINED: list[tuple[type, Any]] = [(MergeModulelist, 0), (Concatenate, 1)]
 """Operations of rules that make one tensor of all experts' weights, each perhaps of two with the same inputs."""
+_GRANITE = "block_sparse_moe.experts"
+_OWN_RULES = (
+    ([f"{_GRANITE}.*.gate_proj.weight", f"{_GRANITE}.*.up_proj.weight"], "gate_up_proj", _STACKED_AND_JOINED),
+    ([f"{_GRANITE}.*.down_proj.weight"], "down_proj", _STACKED),
+)
+"""For checkpoints with a tensor for each expert of models whose published ones have one for all."""
 
 
 @dataclass(slots=True)
@@ -168,7 +175,7 @@ class WeightLoad:
 
     @property
     def _steps(self) -> list[tuple[type, Any]]:
-        return [(type(step), getattr(step, "dim", None)) for step in self.rule.operations]
+        return steps_of(self.rule)
 
     def _require_like_shapes(self, values: list[Value]) -> None:
         """Require one shape for all sources that match the same pattern."""
@@ -198,36 +205,81 @@ class WeightLoad:
         return QuantizedExperts(experts) if len(experts) == len(joined) else None
 
 
-def match(model: PreTrainedModel, sources: Iterable[Source]) -> tuple[list[WeightLoad], list[Source]]:
-    """The weight loads in the order of the files, and the sources that match no weight of the model."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
-    found: dict[str, WeightLoad] = {}
-    unexpected = []
-    for source in sources:
-        target, pattern = rename_source_key(source.name, renamings, converters, prefix, state)
-        if target not in state and source.name in state:
-            target, pattern = source.name, None
-        if target not in state:
-            unexpected.append(source)
-            continue
-        if target in found and pattern is None:
-            raise StartupError(
-                f"{source.location}: {source.name} and {found[target].sources[0].name} are both {target}."
-            )
-        weight_load = found.setdefault(target, WeightLoad(target, transposed=target in transposed))
-        weight_load.sources.append(source)
-        if pattern is not None:
-            weight_load.rule = weight_load.rule or copy.deepcopy(by_pattern[pattern])
-            weight_load.patterns.append(pattern)
-    for weight_load in found.values():
-        _sort_like_numbers(weight_load)
-    return list(found.values()), unexpected
+class Conversion:
+    """Which weight of a model each name of its checkpoints belongs to. Made before layers are replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        rules = [
+            *get_model_conversion_mapping(model),
+            *(
+                WeightConverter(patterns, f"{_GRANITE}.{target}", [kind(dim=dim) for kind, dim in steps])
+                for patterns, target, steps in _OWN_RULES
+            ),
+        ]
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
+        # Names alone are looked up: tensors in it would keep the memory of weights that are replaced.
+        self._state: dict[str, None] = dict.fromkeys(model.state_dict())
+        self._transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
+
+    def match(self, sources: Iterable[Source]) -> tuple[list[WeightLoad], list[Source]]:
+        """The weight loads in the order of the files, and the sources that match no weight of the model."""
+        found: dict[str, WeightLoad] = {}
+        unexpected = []
+        for source in sources:
+            target, pattern = self.find(source.name)
+            if target is None:
+                unexpected.append(source)
+                continue
+            if target in found and pattern is None:
+                raise StartupError(
+                    f"{source.location}: {source.name} and {found[target].sources[0].name} are both {target}."
+                )
+            weight_load = found.setdefault(target, WeightLoad(target, transposed=target in self._transposed))
+            weight_load.sources.append(source)
+            if pattern is not None:
+                weight_load.rule = weight_load.rule or self.rule(pattern)
+                weight_load.patterns.append(pattern)
+        for weight_load in found.values():
+            _sort_like_numbers(weight_load)
+        return list(found.values()), unexpected
+
+    def find(self, name: str) -> tuple[str | None, str | None]:
+        """The model's weight (None: it has no such one), and the pattern of the rule that makes it of this source and
+        others (None: they are the same)."""
+        target, pattern = rename_source_key(
+            name, self._renamings, self._converters, self._model.base_model_prefix, self._state
+        )
+        if target not in self._state and name in self._state:
+            return name, None
+        return (target, pattern) if target in self._state else (None, None)
+
+    def rule(self, pattern: str) -> Any:
+        """A fresh copy of the rule, to which sources can be given."""
+        return copy.deepcopy(self._by_pattern[pattern])
+
+    def place_in_stack(self, name: str, pattern: str) -> tuple[int, int, int] | None:
+        """The place of a source of experts' joined weights: its expert, its index among the weights that are
+        concatenated along the outputs of each expert, and their number. None for rules that do something else."""
+        rule = self._by_pattern[pattern]
+        if not stacks_experts(rule) or "*" not in pattern:
+            return None
+        found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if found is None:
+            return None
+        joined = list(rule.source_patterns) if steps_of(rule) == _STACKED_AND_JOINED else [pattern]
+        return int(found[1]), joined.index(pattern), len(joined)
+
+
+def stacks_experts(rule: WeightConverter) -> bool:
+    """Whether a rule makes one tensor of all experts' weights, each perhaps of several one after the other."""
+    return steps_of(rule) in (_STACKED, _STACKED_AND_JOINED)
+
+
+def steps_of(rule: Any) -> list[tuple[type, Any]]:
+    return [(type(step), getattr(step, "dim", None)) for step in rule.operations]
 
 
 def _sort_like_numbers(weight_load: WeightLoad) -> None:

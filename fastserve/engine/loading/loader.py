@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,14 @@ from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS, fuse_norms
 from fastserve.engine.layers.quantizer import find_quantizer
 from fastserve.engine.layers.rope_switch import switch_rope_by_sequence
 from fastserve.engine.loading.assembly import Assembly, OneDevice, install
+from fastserve.engine.loading.config_values import described, largest_size, require_sound_values
 from fastserve.engine.loading.context_length import context_length, rope_switch_length
-from fastserve.engine.loading.conversion import match
-from fastserve.engine.loading.division_check import require_divisible
-from fastserve.engine.loading.formats.find import find_sources
+from fastserve.engine.loading.conversion import Conversion
+from fastserve.engine.loading.division_check import try_partition
+from fastserve.engine.loading.file_versions import FileVersions
+from fastserve.engine.loading.formats.find import find_sources, stored_format_of
 from fastserve.engine.loading.lora.merge import merge_adapter
 from fastserve.engine.loading.lora.targets import AdapterTargets
-from fastserve.engine.loading.partition import Partition
 from fastserve.engine.loading.placement import Placement
 from fastserve.engine.loading.reference import Prompt, Reference, own_logits
 from fastserve.engine.loading.skeleton import build_skeleton, read_generation_config
@@ -43,12 +45,15 @@ from fastserve.engine.loading.weight_table import WeightTable
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.settings import WeightOptions
 from fastserve.errors import StartupError
+from fastserve.gguf.file import part_files
 from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
 
 _STATEFUL_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` that keep a state beside keys and values, or instead of them."""
+_MAX_CAUSE_CHARS = 500
+"""Of a message of a model's code that is repeated in ours."""
 _MAX_LAYERS = 10_000
 """Far more than any model has: a broken number must not have us build layers until memory ends."""
 _SPARSE_LAYERS = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}
@@ -74,6 +79,10 @@ class LoadedModel:
     placement: Placement | None = None
     """None for a model on a single device."""
     fused_layers: tuple[FusedLayers, ...] = ()
+    conversion: Conversion | None = None
+    """The names of its checkpoints; None for a model that was not loaded from one."""
+    stored_format: str | None = None
+    """The quantization method of its checkpoint, or "gguf"."""
     adapter_targets: AdapterTargets | None = None
     """The layers that adapters of a batch may change, if there are to be any."""
 
@@ -103,6 +112,7 @@ def load_model(
     found = find_device(device_name)
     device = found.torch_device
     folder = Path(model_dir)
+    files = FileVersions(_paths(folder, options))
     config = _read_config(model_dir, trust_remote_code)
     dtype = _choose_dtype(dtype_name, config, found)
     _refuse_unpageable(config)
@@ -111,15 +121,15 @@ def load_model(
     model = _make_skeleton(model_dir, config, dtype, attention_implementation(), trust_remote_code=trust_remote_code)
     prepare_positions(model, attention)
     read_generation_config(model, folder)
-    weight_loads, unexpected = match(model, find_sources(model, folder, packed_settings, options))
+    conversion = Conversion(model)
+    weight_loads, unexpected = conversion.match(find_sources(model, folder, packed_settings, options))
+    stored_format = None if options.dummy else stored_format_of(folder, packed_settings, options)
     if model.config is not config:  # it is the language model of a composite
         unexpected = [source for source in unexpected if "language_model" in source.name]
     if options.adapter_dir is not None:
         weight_loads = merge_adapter(model, weight_loads, Path(options.adapter_dir))
-    partition = Partition.of(model, collectives, expert_parallel=expert_parallel)
+    partition = try_partition(model, collectives, expert_parallel=expert_parallel)
     adapter_targets = AdapterTargets(model, partition.plan.weights, collectives.size) if has_adapters else None
-    if collectives.size > 1 and collectives.rank == 0:
-        require_divisible(model, collectives.size, expert_parallel=expert_parallel)
     if partition.own_experts is not None:
         logger.info("rank %d has %s", collectives.rank, partition.own_experts)
     collectives.barrier()  # no rank reads weights before all have found that they can be divided
@@ -130,9 +140,22 @@ def load_model(
     kernels = elementwise_ops((device,) if placement is None else placement.devices, dtype)
     quantize = None if options.quantize is None else find_quantizer(options.quantize)
     assembly = Assembly(model, kernels, placement or OneDevice(device), quantize, partition)
-    stream_weights(model, weight_loads, unexpected, assembly, progress)
+    with files.unchanged():
+        stream_weights(model, weight_loads, unexpected, assembly, progress)
     loaded = _finish_model(model, assembly, attention, dtype, device, kernels, placement, reference=None)
-    return dataclasses.replace(loaded, adapter_targets=adapter_targets)
+    return dataclasses.replace(
+        loaded, conversion=conversion, stored_format=stored_format, adapter_targets=adapter_targets
+    )
+
+
+def _paths(folder: Path, options: WeightOptions) -> Iterator[Path]:
+    """The files and folders that a model is made of."""
+    packed = None if options.packed is None else options.packed.path
+    for path in (folder, options.adapter_dir, packed):
+        if path is not None:
+            yield Path(path).expanduser()
+    if options.gguf_file is not None:
+        yield from part_files(Path(options.gguf_file))
 
 
 def prepare(
@@ -247,6 +270,7 @@ def _own_attention(name: str) -> StartupError:
 def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         stated, _ = PretrainedConfig.get_config_dict(model_dir, local_files_only=True)
+        require_sound_values(stated, model_dir)
         return AutoConfig.from_pretrained(
             model_dir, trust_remote_code=trust_remote_code, local_files_only=True, **_readable_dtype(stated)
         )
@@ -265,6 +289,7 @@ def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError
     cause = " ".join(map(str.strip, lines if isinstance(error, StrictDataclassError) else lines[:1])).rstrip(".")
     cause = cause or type(error).__name__
     field = _named_field(model_dir, cause)
+    cause = printable(cause, _MAX_CAUSE_CHARS)
     if field is None:
         return StartupError(f"The {kind} in {model_dir} cannot be loaded: {cause}.")
     return StartupError(
@@ -281,11 +306,22 @@ def _named_field(model_dir: str, message: str) -> str | None:
         return None
     if not isinstance(stated, dict):
         return None
-    words = re.findall(r"\w+", message)
-    by_name = (name for name in words if "_" in name and name in stated)
-    by_value = (name for name, value in stated.items() if isinstance(value, str) and value in words)
-    name = next(itertools.chain(by_name, by_value), None)
-    return None if name is None else f"{printable(name)} is {printable(json.dumps(stated[name]))}"
+    if "allocate memory" in message:
+        name = largest_size(stated)
+    else:
+        words = re.findall(r"\w+", message)
+        by_name = (name for name in words if "_" in name and name in stated)
+        by_value = (name for name, value in stated.items() if isinstance(value, str) and value in words)
+        name = next(itertools.chain(by_name, by_value, _with_rare_number(stated, words)), None)
+    return None if name is None else described(name, stated[name])
+
+
+def _with_rare_number(stated: Mapping[str, Any], words: Sequence[str]) -> Iterator[str]:
+    """The fields with a number that the words have, and no other field."""
+    numbers = Counter(str(value) for value in stated.values())
+    for name, value in stated.items():
+        if type(value) is int and value > _MAX_LAYERS and str(value) in words and numbers[str(value)] == 1:
+            yield name
 
 
 def _readable_dtype(stated: Mapping[str, Any]) -> dict[str, torch.dtype | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from fastserve.engine.layers.parallel import (
     VocabParallelHead,
 )
 from fastserve.engine.loading.partition_plan import AttentionPlan, PartitionPlan, plan_partition
-from fastserve.engine.loading.sharding import Shard
+from fastserve.engine.loading.sharding import Shard, Sharding
 from fastserve.engine.loading.tensor_shards import join, take
-from fastserve.engine.loading.weight_table import WeightSlot
+from fastserve.engine.loading.weight_table import Memo, WeightSlot
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")
@@ -43,11 +43,20 @@ class Partition:
         """By name, for weights of which the rank has a part."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, collectives: Collectives, *, expert_parallel: bool = False) -> Partition:
-        """Raises StartupError when the model cannot be divided over the ranks."""
+    def of(
+        cls,
+        model: PreTrainedModel,
+        collectives: Collectives,
+        *,
+        expert_parallel: bool = False,
+        undivided: Collection[str] = (),
+    ) -> Partition:
+        """`undivided`: classes of attention modules to leave whole. Raises StartupError when the model cannot be
+        divided over the ranks."""
         if collectives.size == 1:
             return WHOLE
-        return cls(plan_partition(model, collectives.size, expert_parallel=expert_parallel), collectives)
+        plan = plan_partition(model, collectives.size, expert_parallel=expert_parallel, undivided=undivided)
+        return cls(plan, collectives)
 
     @property
     def own_experts(self) -> str | None:
@@ -132,11 +141,7 @@ class Partition:
         sharding = self.plan.weights.get(name)
         if sharding is None:
             return slot
-        shard = self.shards[name]
-        return WeightSlot(
-            lambda: join(sharding, self.collectives.all_gather(slot.get(), sharding.dim)),
-            lambda tensor: slot.set(take(shard, tensor)),
-        )
+        return _DividedSlot(slot, sharding, self.shards[name], self.collectives)
 
     def whole_shape(self, name: str, shape: torch.Size) -> torch.Size:
         """Shape of the whole weight; `shape`: that of the rank's part."""
@@ -145,6 +150,28 @@ class Partition:
 
 WHOLE = Partition(PartitionPlan(1), SINGLE_RANK)
 """The partition of a model that one rank holds whole."""
+
+
+class _DividedSlot:
+    """A whole weight, of which `slot` holds the rank's part."""
+
+    def __init__(self, slot: WeightSlot, sharding: Sharding, shard: Shard, collectives: Collectives) -> None:
+        self._slot = slot
+        self._sharding = sharding
+        self._shard = shard
+        self._collectives = collectives
+
+    def get(self) -> torch.Tensor:
+        return join(self._sharding, self._collectives.all_gather(self._slot.get(), self._sharding.dim))
+
+    def set(self, weight: torch.Tensor) -> None:
+        self._slot.set(take(self._shard, weight))
+
+    def copied(self, memo: Memo) -> _DividedSlot:
+        return _DividedSlot(self._slot.copied(memo), self._sharding, self._shard, self._collectives)
+
+    def take_over(self, other: _DividedSlot) -> None:
+        self._slot.take_over(other._slot)
 
 
 class _ConfigOfRank:

@@ -14,7 +14,7 @@ cannot express uneven parts or shared KV heads, and sizes that an architecture d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,13 @@ _BY_HEAD = ("query_key_value", "kv_b_proj", "g_proj", "gate_proj")
 """Projections whose outputs are one block for each query head."""
 _JOINED = ("qkv_proj", "c_attn", "Wqkv", "qkv")
 """Queries, keys and values of all heads, one after the other."""
-_ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+_ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo")
 _HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_", "key_", "attn_sub_norm")
 _MLP_INPUT = (
-    "gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w1", "w3", "wi", "input_linear",
+    "gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w1", "w3", "wi", "Wi",
+    "input_linear",
 )  # fmt: skip
-_MLP_OUTPUT = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "w2", "wo", "output_linear")
+_MLP_OUTPUT = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "w2", "wo", "Wo", "output_linear")
 _COLUMN_STYLES = {"colwise", "packed_colwise", "colwise_gather_output", "colwise_rep"}
 _ROW_STYLES = {"rowwise", "packed_rowwise", "rowwise_split_input", "rowwise_rep"}
 """Styles of transformers' plans: divided along outputs, along inputs."""
@@ -83,50 +84,71 @@ class PartitionPlan:
     """Path of the embedding that is divided by vocabulary."""
     head: str | None = None
     """Path of the LM head that is divided by vocabulary."""
+    undivided: set[str] = field(default_factory=set)
+    """Classes of attention modules that are whole on every rank, because no rule divides them."""
+
+    def add(self, attention: PartitionPlan) -> None:
+        """Include the plan of an attention module."""
+        self.weights |= attention.weights
+        self.row_parallel |= attention.row_parallel
+        self.norms |= attention.norms
+        self.attention |= attention.attention
 
 
-def plan_partition(model: PreTrainedModel, size: int, *, expert_parallel: bool = False) -> PartitionPlan:
-    """Plan for a model whose weights may be on the meta device. `expert_parallel`: experts are given out whole. Raises
+class _UnknownFormError(ValueError):
+    """A module is not of a form that is known here."""
+
+
+def plan_partition(
+    model: PreTrainedModel, size: int, *, expert_parallel: bool = False, undivided: Collection[str] = ()
+) -> PartitionPlan:
+    """Plan for a model whose weights may be on the meta device. `expert_parallel`: experts are given out whole.
+    `undivided`: classes of attention modules to leave whole on every rank, beside those of unknown forms. Raises
     StartupError with the sizes that work when the model cannot be divided by `size`."""
     try:
-        plan = _plan(model, size, expert_parallel=expert_parallel)
+        plan = _plan(model, size, expert_parallel=expert_parallel, undivided=undivided)
     except ValueError as error:
-        sizes = _working_sizes(model, size, expert_parallel=expert_parallel)
+        sizes = _working_sizes(model, size, expert_parallel=expert_parallel, undivided=undivided)
         raise StartupError(f"{type(model).__name__} cannot be divided over {size} ranks: {error}.{sizes}") from error
     if expert_parallel and not plan.whole_experts:
         raise StartupError(
             f"{type(model).__name__} has no experts that can be given out to ranks. Start it without "
-            "--enable-expert-parallel."
+            "--enable-expert-parallel and EP_SIZE."
         )
     return plan
 
 
-def _working_sizes(model: PreTrainedModel, size: int, *, expert_parallel: bool) -> str:
+def _working_sizes(model: PreTrainedModel, size: int, *, expert_parallel: bool, undivided: Collection[str]) -> str:
     working = []
     for smaller in range(1, size):
         try:
-            _plan(model, smaller, expert_parallel=expert_parallel)
+            _plan(model, smaller, expert_parallel=expert_parallel, undivided=undivided)
             working.append(smaller)
         except ValueError:
             continue
     return f" Start with --tp-size {' or '.join(map(str, working[-_MAX_SIZES:]))}." if working else ""
 
 
-def _plan(model: PreTrainedModel, size: int, *, expert_parallel: bool) -> PartitionPlan:
+def _plan(model: PreTrainedModel, size: int, *, expert_parallel: bool, undivided: Collection[str]) -> PartitionPlan:
     plan = PartitionPlan(size)
     styles = transformers_styles(model)
     plan_experts = _plan_whole_experts if expert_parallel else _plan_experts
     attention = {path: module for path, module in model.named_modules() if _is_attention(module)}
     for path, module in attention.items():
-        _plan_attention(plan, model, path, module)
+        try:
+            if type(module).__name__ in undivided:
+                raise _UnknownFormError
+            plan.add(_plan_attention(model, path, module, size))
+        except _UnknownFormError:
+            plan.undivided.add(type(module).__name__)
     for path, module in model.named_modules():
         if are_experts(module):
             plan_experts(plan, path, module)
         elif path not in attention:
             _plan_mlp(plan, path, module, styles)
     _plan_vocabulary(plan, model)
-    if not plan.attention:
-        raise ValueError("its attention is not known to be divisible by heads")
+    if not plan.attention and not plan.row_parallel and not plan.experts and not plan.whole_experts:
+        raise ValueError("neither its attention nor its MLPs are of a form that is known to be divisible")
     return plan
 
 
@@ -140,9 +162,11 @@ def _is_attention(module: torch.nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _plan_attention(plan: PartitionPlan, model: PreTrainedModel, path: str, module: torch.nn.Module) -> None:
+def _plan_attention(model: PreTrainedModel, path: str, module: torch.nn.Module, size: int) -> PartitionPlan:
+    """The plan of this module alone."""
+    plan = PartitionPlan(size)
     heads = _head_numbers(model, module)
-    ranges = split_heads(heads.query, heads.kv, plan.size)
+    ranges = split_heads(heads.query, heads.kv, size)
     plan.attention[path] = AttentionPlan(heads, ranges)
     for name, child in module.named_children():
         where = f"{path}.{name}"
@@ -159,6 +183,7 @@ def _plan_attention(plan: PartitionPlan, model: PreTrainedModel, path: str, modu
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() and parameter.shape[0] == heads.query:  # attention sinks, scales of heads
             plan.weights[f"{path}.{name}"] = sharding_of(parameter.shape, 0, ranges.query)
+    return plan
 
 
 def _head_numbers(model: PreTrainedModel, module: torch.nn.Module) -> HeadNumbers:
@@ -168,7 +193,7 @@ def _head_numbers(model: PreTrainedModel, module: torch.nn.Module) -> HeadNumber
     output = next(children[name] for name in _ATTENTION_OUTPUT if _is_linear(children.get(name)))
     dim = next((found for name in ("v_head_dim", "head_dim", "head_size") if (found := _int(module, name))), None)
     if dim is None or _in(output) % dim:
-        raise ValueError(f"{type(module).__name__} does not say how wide a head is")
+        raise _UnknownFormError(f"{type(module).__name__} does not say how wide a head is")
     query = _in(output) // dim
     value = children.get("v_proj")
     joined = next((children[name] for name in _JOINED if _is_linear(children.get(name))), None)
@@ -180,16 +205,16 @@ def _head_numbers(model: PreTrainedModel, module: torch.nn.Module) -> HeadNumber
     elif "query_key_value" in children:
         kv = _int(config, "num_key_value_heads") or query
         if kv != query or _out(children["query_key_value"]) != 3 * query * dim:
-            raise ValueError(f"{type(module).__name__} joins queries, keys and values in an unknown order")
+            raise _UnknownFormError(f"{type(module).__name__} joins queries, keys and values in an unknown order")
     if kv < 1 or query % kv:
-        raise ValueError(f"{type(module).__name__} has {query} heads and {kv} KV heads")
+        raise _UnknownFormError(f"{type(module).__name__} has {query} heads and {kv} KV heads")
     return HeadNumbers(query, kv, dim)
 
 
 def _divide_joined(plan: PartitionPlan, path: str, module: torch.nn.Module, attention: AttentionPlan) -> None:
     heads, ranges = attention.heads, attention.ranges
     if _out(module) != (heads.query + 2 * heads.kv) * heads.dim:
-        raise ValueError(f"{path} has {_out(module)} outputs, not those of queries, keys and values")
+        raise _UnknownFormError(f"{path} has {_out(module)} outputs, not those of queries, keys and values")
     key, value = heads.query * heads.dim, (heads.query + heads.kv) * heads.dim
     by_rank = tuple(
         tuple(
@@ -344,7 +369,7 @@ def _in(module: Any) -> int:
 def _require_whole(path: str, width: int, heads: int) -> int:
     """Width of one head."""
     if width % heads:
-        raise ValueError(f"the {width} channels of {path} are not divided evenly by its {heads} heads")
+        raise _UnknownFormError(f"the {width} channels of {path} are not divided evenly by its {heads} heads")
     return width // heads
 
 

@@ -58,7 +58,7 @@ def stream_weights(
                 returned = done
             progress(_STAGE, done, total)
     _require_all(model, assembly, weight_loads, unexpected)
-    _report_unexpected(model, unexpected)
+    report_unexpected(model, unexpected)
 
 
 def _add(weight_load: WeightLoad, values: list[Value], model: PreTrainedModel, assembly: Assembly) -> None:
@@ -124,7 +124,7 @@ def _require_all(
     )
 
 
-def _report_unexpected(model: PreTrainedModel, unexpected: Sequence[Source]) -> None:
+def report_unexpected(model: PreTrainedModel, unexpected: Sequence[Source]) -> None:
     """Log a warning for weights of the checkpoint that the model does not have, except known useless ones. A bias must
     be zero, which quantization tools write for layers without one; otherwise raises StartupError."""
     known = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastserve.engine.calls.handling import Weights
 from fastserve.engine.executor import Executor, PendingStep
 from fastserve.engine.plan import StepPlan, StepResult
-from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.ranks.messages import ExecuteStep, RankCommand, ReadWeight, WriteWeight
 from fastserve.engine.ranks.step_deadline import StepDeadline
 
-Send = Callable[[RankCommand], None]
-"""Sends a command to all other ranks, without waiting."""
+
+class Send(Protocol):
+    """Sends a command to all other ranks, or to one, without waiting."""
+
+    def __call__(self, command: RankCommand, rank: int | None = None) -> None: ...
 
 
 class RankedExecutor:
@@ -26,10 +27,10 @@ class RankedExecutor:
     not overlap.
     """
 
-    def __init__(self, executor: Executor, send: Send, collectives: Collectives) -> None:
+    def __init__(self, executor: Executor, send: Send, deadline: StepDeadline) -> None:
         self._executor = executor
         self._send = send
-        self._deadline = StepDeadline(collectives)
+        self._deadline = deadline
         self._sampled: dict[int, list[int]] = {}
 
     def launch(self, plan: StepPlan) -> RankedStep:

@@ -24,11 +24,11 @@ class GangRanks:
         self.has_new_weights = False
         """Whether weights were set since they were loaded, so that a rank that loads now would have others."""
 
-    def send(self, command: RankCommand) -> None:
-        """Send a command to each rank, without waiting."""
+    def send(self, command: RankCommand, rank: int | None = None) -> None:
+        """Send a command to each rank, or to one, without waiting."""
         if isinstance(command, CHANGES_WEIGHTS):
             self.has_new_weights = True
-        self.hub.send(command)
+        self.hub.send(command, rank)
 
     def reason_of_failed_start(self) -> str | None:
         """Message for the user when a rank could not start; None when none failed."""

@@ -174,9 +174,9 @@ class GangHub:
         reasons = "".join(f"; refused: {self._refusals[rank]}" for rank in missing if rank in self._refusals)
         return f"missing {shown}{more}{reasons}"
 
-    def send(self, command: RankCommand) -> None:
-        """Send a command to each rank, without waiting. For the main thread."""
-        self._commands.send(self._encode(command))
+    def send(self, command: RankCommand, rank: int | None = None) -> None:
+        """Send a command to each rank, or to one, without waiting. For the main thread."""
+        self._commands.send_multipart([b"" if rank is None else b"%d" % rank, self._encode(command)])
 
     def watch(self, abort: Callable[[], None]) -> None:
         """`abort` ends the exchanges of the group that has formed; it is called, in any thread, when a rank is lost."""
@@ -274,11 +274,13 @@ class GangHub:
     def _pass_on_commands(self) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
-                self._pass_on(self._from_main.recv(zmq.NOBLOCK))
+                rank, command = self._from_main.recv_multipart(zmq.NOBLOCK)
+                self._pass_on(command, int(rank) if rank else None)
 
-    def _pass_on(self, message: bytes) -> None:
-        for member in self._members.values():
-            self._router.send_multipart([member.identity, message])
+    def _pass_on(self, message: bytes, to: int | None = None) -> None:
+        for rank, member in self._members.items():
+            if to is None or rank == to:
+                self._router.send_multipart([member.identity, message])
 
     def _answer(self, identity: bytes, message: FromRank0) -> None:
         self._router.send_multipart([identity, self._encode(message)])

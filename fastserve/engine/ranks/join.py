@@ -8,19 +8,21 @@ from fastserve.distributed.gang import Gang, host_and_port
 from fastserve.distributed.keys import CurveKeys
 from fastserve.engine.devices.find import find_device
 from fastserve.engine.ranks.gang_messages import Formed
+from fastserve.engine.ranks.machine_group import MachineGroupCollectives
 from fastserve.engine.ranks.network import Machines, NetworkCollectives, NetworkRelay, kernels_for_machines
 from fastserve.engine.ranks.pass_segment import IsLost, pass_segment, receive_segment
 from fastserve.engine.ranks.process_group import ProcessGroupCollectives
 from fastserve.engine.ranks.processes import MAX_START_SILENCE_S
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+from fastserve.engine.settings import EngineConfig
 from fastserve.errors import FastserveError, StartupError
 
 RankCollectives = SharedMemoryCollectives | ProcessGroupCollectives
 
 
 def join_group(
-    device_name: str | None,
+    config: EngineConfig,
     gang: Gang,
     rank: int,
     formed: Formed,
@@ -32,8 +34,8 @@ def join_group(
     Raises StartupError when there is no such device, and where the ranks of several machines cannot exchange;
     RankLostError when another rank does not come."""
     if gang.is_one_machine:
-        return _join_one_machine(device_name, gang, rank, formed, is_lost)
-    return join_machines(gang, rank, formed, keys, is_lost)
+        return _join_one_machine(config.device, gang, rank, formed, is_lost)
+    return join_machines(gang, rank, formed, keys, is_lost, nccl=uses_nccl(config))
 
 
 def _join_one_machine(
@@ -60,14 +62,32 @@ def _join_one_machine(
     return ProcessGroupCollectives.join(meeting_file, rank, gang.size, device, timeout_s)
 
 
+def uses_nccl(config: EngineConfig) -> bool:
+    """Whether ranks on several machines exchange by NCCL. Raises StartupError when they should and have no GPU."""
+    on_gpus = find_device(config.device).torch_device.type == "cuda"
+    if config.machine_collectives == "nccl" and not on_gpus:
+        raise StartupError("--machine-collectives nccl needs --device cuda: on other devices leave it out.")
+    return on_gpus and config.machine_collectives != "host"
+
+
 def join_machines(
-    gang: Gang, rank: int, formed: Formed, keys: CurveKeys | None, is_lost: IsLost = lambda: False
-) -> SharedMemoryCollectives:
-    """Join the ranks of several machines. Should be closed. `is_lost`: whether the group was lost since it formed.
+    gang: Gang,
+    rank: int,
+    formed: Formed,
+    keys: CurveKeys | None,
+    is_lost: IsLost = lambda: False,
+    *,
+    nccl: bool = False,
+) -> SharedMemoryCollectives | MachineGroupCollectives:
+    """Join the ranks of several machines, through the hosts' memory unless by `nccl`. Should be closed. `is_lost`:
+    whether the group was lost since it formed.
 
     Raises StartupError when the kernels cannot be built or the relay's port cannot be bound, and RankLostError when
     another rank does not come."""
     timeout_s, folder = MAX_START_SILENCE_S, Path(gang.folder)
+    if nccl:
+        device = find_device("cuda").torch_device
+        return MachineGroupCollectives.join_gang(gang, rank, formed, keys, device, timeout_s, is_lost)
     library = kernels_for_machines()
     first, *others = gang.local_ranks
     if rank != first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from fastserve.engine.plan import StepPlan
+from fastserve.engine.weight_messages import GroupSettings, WeightSource
 
 
 class ExecuteStep(msgspec.Struct, frozen=True, tag=True):
@@ -41,8 +42,8 @@ class PlaceAdapter(msgspec.Struct, frozen=True, tag=True):
 
     slot: int
     block_ids: list[int]
-    parts: list[AdapterPart]
-    """Those of rank 1 and up."""
+    part: AdapterPart
+    """That of the rank to which it is sent."""
 
 
 class ClearAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -51,10 +52,36 @@ class ClearAdapter(msgspec.Struct, frozen=True, tag=True):
     slot: int
 
 
+class JoinGroup(msgspec.Struct, frozen=True, tag=True):
+    """Join a trainer's process group, in a thread."""
+
+    settings: GroupSettings
+
+
+class LeaveGroup(msgspec.Struct, frozen=True, tag=True):
+    name: str
+
+
+class ReceiveWeights(msgspec.Struct, frozen=True, tag=True):
+    """Receive new weights, in a thread, beside those that compute."""
+
+    source: WeightSource
+
+
+class CommitWeights(msgspec.Struct, frozen=True, tag=True):
+    """Put them in place, if every rank has received them: all ranks say so to each other."""
+
+
+class DiscardWeights(msgspec.Struct, frozen=True, tag=True):
+    """Forget what has been received."""
+
+
 class EndRank(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | EndRank
-CHANGES_WEIGHTS = (WriteWeight,)
-"""Commands after which a rank that loads the model's files has other weights than the rest."""
+WeightCommand = JoinGroup | LeaveGroup | ReceiveWeights | CommitWeights | DiscardWeights
+RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | WeightCommand | EndRank
+CHANGES_WEIGHTS = (WriteWeight, JoinGroup, ReceiveWeights, CommitWeights)
+"""Commands after which a rank that loads the model's files has other weights than the rest, or misses a trainer's
+group that the rest are in. Weights may be written while they are received."""

@@ -20,28 +20,29 @@ class ProcessGroupCollectives:
         self.rank: int = group.rank()
         self.size: int = group.size()
         self._group: Any = group
+        self._is_aborted = False
         self._device = device
         self.set_timeout(timeout_s)
 
     @classmethod
     def join(cls, file: Path, rank: int, size: int, device: torch.device, timeout_s: float) -> ProcessGroupCollectives:
         """Join the ranks of one machine that meet in `file`, which must be new and in a private folder."""
-        store = dist.FileStore(str(file), size)
-        timeout = timedelta(seconds=timeout_s)
-        group: Any
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            group = dist.ProcessGroupNCCL(store, rank, size, options)
-        else:
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            options._timeout = timeout
-            group = dist.ProcessGroupGloo(store, rank, size, options)
+        group = make_group(dist.FileStore(str(file), size), rank, size, device, timeout_s)
         return cls(group, device if device.type == "cuda" else torch.device("cpu"), timeout_s)
 
+    def abort(self) -> None:
+        """Have all exchanges fail from now on. Any thread may call it. NCCL's end at once, gloo's at their deadline or
+        with the process of the other rank."""
+        self._is_aborted = True
+        if self._group is not None:
+            self._group.abort()
+
     def set_timeout(self, timeout_s: float) -> None:
+        """Raises RankLostError after `abort`: exchanges in a recorded graph raise nothing, but each step ends here."""
+        self._require_not_aborted()
         self._timeout_s = timeout_s
+        # NCCL's exchanges run on after the call; its watchdog ends the process when one takes longer than this.
+        self._group._set_default_timeout(timedelta(seconds=timeout_s))
 
     def all_reduce(self, partial: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         # A reduction of the group's own may add in another order on each rank.
@@ -69,12 +70,36 @@ class ProcessGroupCollectives:
 
     def _gather(self, part: torch.Tensor) -> list[torch.Tensor]:
         """The parts of all ranks, which have the same shape."""
+        self._require_not_aborted()
         part = part.to(self._device).contiguous()
         parts = [torch.empty_like(part) for _ in range(self.size)]
 
         try:
-            self._group.allgather([parts], [part]).wait(timedelta(seconds=self._timeout_s))
+            self._finish(self._group.allgather([parts], [part]))
         except RuntimeError as error:  # all errors of a group are
             reason = str(error).split("\n")[0]
             raise RankLostError(f"A step ended early: another rank of the model was lost ({reason}).") from error
         return parts
+
+    def _finish(self, work: Any) -> None:
+        """Wait for an exchange; on a GPU, have its stream wait."""
+        work.wait(timedelta(seconds=self._timeout_s))
+
+    def _require_not_aborted(self) -> None:
+        if self._is_aborted:
+            raise RankLostError("A step ended early: another rank of the model was lost.")
+
+
+def make_group(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float, ip: str = "127.0.0.1"
+) -> Any:
+    """A process group of torch: NCCL on CUDA, gloo elsewhere. `ip`: the address at which others reach gloo."""
+    timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=ip)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)

@@ -1,8 +1,8 @@
 """How long a rank waits for another one in a step: a multiple of the longest step so far.
 
 A rank that computes without end is alive and not stopped, so nothing but its silence shows that it is lost. How long a
-rank may be silent depends on the model and the machine, which earlier steps show. In the first step, and while weights
-are read or set, the wait is MAX_STEP_SILENCE_S.
+rank may be silent depends on the model and the machine, which earlier steps show. In the first step, while weights are
+read or set, and on devices whose kernels are compiled when a step first needs them, the wait is MAX_STEP_SILENCE_S.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ _LONGEST_STEPS = 10
 class StepDeadline:
     """Sets the longest wait of a rank's collectives in each step. Each rank has one, of the steps that it has seen."""
 
-    def __init__(self, collectives: Collectives, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, collectives: Collectives, clock: Callable[[], float] = time.monotonic, *, may_compile: bool = False
+    ) -> None:
+        """`may_compile`: whether any step may compile kernels."""
         self._collectives = collectives
+        self._may_compile = may_compile
         self._clock = clock
         self._longest_s = 0.0
         self._begin_s = 0.0
@@ -36,7 +40,7 @@ class StepDeadline:
     @property
     def wait_s(self) -> float:
         """Longest wait for another rank in the next step."""
-        if self._num_steps == 0:
+        if self._num_steps == 0 or self._may_compile:
             return MAX_STEP_SILENCE_S
         return min(MAX_STEP_SILENCE_S, max(MIN_STEP_SILENCE_S, _LONGEST_STEPS * self._longest_s))
 

@@ -16,7 +16,7 @@ from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.prompts import logprobs_by_id
-from fastserve.worker.results import ChoiceResult, JobResult
+from fastserve.worker.results import ChoiceResult, JobResult, weight_versions_of
 
 Fields = dict[str, Any]
 
@@ -54,6 +54,7 @@ class ChatWriter:
             "object": kind,
             "created": self._created,
             "model": self._job.answer.model,
+            "system_fingerprint": self._job.answer.fingerprint,
         }
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
@@ -74,7 +75,9 @@ class ChatWriter:
             out += chunk(index, encode_json(piece), encode_json(chat_logprobs(tokens)) if tokens else b"null")
             tokens = None
         if delta.finish_reason is not None:
-            out += chunk(index, b"{}", finish_reason=encode_json(delta.finish_reason))
+            out += chunk(
+                index, b"{}", finish_reason=encode_json(delta.finish_reason), weight_versions=delta.weight_versions
+            )
         return out
 
     def end(self, usage: Usage) -> bytes:
@@ -89,19 +92,19 @@ class ChatWriter:
         body = self._head("chat.completion") | {
             "choices": [self._choice(choice) for choice in choices],
             "usage": result.usage.as_dict(),
-            "system_fingerprint": None,
         }
         if num_top is not None:  # vLLM's field, beside the choices
             body["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choices[0].prompt_logprobs or [], num_top)
         return encode_json(body)
 
     def _choice(self, choice: ChoiceResult) -> Fields:
-        return {
+        fields = {
             "index": choice.index,
             "message": fold_deltas(self._fields[type(part)](part) for part in choice.parts),
             "logprobs": None if choice.tokens is None else chat_logprobs(choice.tokens),
             "finish_reason": choice.finish_reason,
         }
+        return fields | weight_versions_of(choice)
 
 
 def fold_deltas(deltas: Iterable[Fields]) -> Fields:

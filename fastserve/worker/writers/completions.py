@@ -12,7 +12,7 @@ from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.prompts import Echo, logprobs_by_id
-from fastserve.worker.results import ChoiceResult, JobResult
+from fastserve.worker.results import ChoiceResult, JobResult, weight_versions_of
 
 
 class CompletionWriter:
@@ -38,6 +38,7 @@ class CompletionWriter:
             "object": "text_completion",
             "created": self._created,
             "model": self._job.answer.model,
+            "system_fingerprint": self._job.answer.fingerprint,
         }
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
@@ -57,6 +58,7 @@ class CompletionWriter:
             encode_json(text),
             encode_json(completion_logprobs(tokens)) if tokens else b"null",
             encode_json(delta.finish_reason),
+            delta.weight_versions,
         )
 
     def end(self, usage: Usage) -> bytes:
@@ -69,7 +71,6 @@ class CompletionWriter:
         body = self._head() | {
             "choices": [self._choice(choice) for choice in result.choices],
             "usage": result.usage.as_dict(),
-            "system_fingerprint": None,
         }
         return encode_json(body)
 
@@ -87,7 +88,7 @@ class CompletionWriter:
         num_top = self._job.answer.prompt_logprobs
         if num_top is not None:  # vLLM's field
             fields["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choice.prompt_logprobs or [], num_top)
-        return fields
+        return fields | weight_versions_of(choice)
 
 
 def completion_logprobs(tokens: Sequence[DecodedToken]) -> dict[str, Any]:

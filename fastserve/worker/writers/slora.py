@@ -9,15 +9,10 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from fastserve.errors import FastserveError
-from fastserve.openai.answers import DecodedToken, Usage, encode_json
+from fastserve.openai.answers import SLORA_NO_TOKEN, DecodedToken, Usage, encode_json, slora_event, slora_failure
 from fastserve.text.parts import plain_text
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.results import JobResult
-
-_NO_TOKEN = {"id": -1, "text": "", "logprob": None, "special": True}
-"""The token of an event that has none: an end that came apart from the last token, or an error."""
-_ABORTED = -1
-"""`finished` of a stream that fails."""
 
 
 class SLoraWriter:
@@ -34,13 +29,13 @@ class SLoraWriter:
         """Text that waits for the event of its token."""
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
-        return b"".join(_event(token, finished) for delta in deltas for token, finished in self._next(delta))
+        return b"".join(slora_event(token, finished) for delta in deltas for token, finished in self._next(delta))
 
     def end(self, usage: Usage) -> bytes:
         return b""
 
     def error(self, error: FastserveError) -> bytes:
-        return _event(_NO_TOKEN, _ABORTED, error=error.body()["error"])
+        return slora_failure(error.body()["error"])
 
     def whole(self, result: JobResult) -> bytes:
         choice = result.runs[0]
@@ -58,7 +53,7 @@ class SLoraWriter:
             self._num_written_chars += len(self._text)
             self._text = ""
         elif delta.finish_reason is not None:
-            tokens = [_NO_TOKEN | {"text": self._text}]
+            tokens = [SLORA_NO_TOKEN | {"text": self._text}]
         return [(token, delta.finish_reason is not None and at == len(tokens) - 1) for at, token in enumerate(tokens)]
 
     def _tokens(self, tokens: Sequence[DecodedToken], text: str, num_chars_before: int) -> list[dict[str, Any]]:
@@ -76,8 +71,3 @@ class SLoraWriter:
             }
             for at, token in enumerate(tokens)
         ]
-
-
-def _event(token: dict[str, Any], finished: bool | int, **more: Any) -> bytes:
-    fields = {"token": token, "generated_text": None, "finished": finished, "details": None}
-    return b"data:" + encode_json(fields | more) + b"\n\n"

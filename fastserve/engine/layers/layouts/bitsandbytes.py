@@ -40,6 +40,16 @@ class BitsAndBytesWeight:
         layer.weight = bnb.nn.Params4bit(source, requires_grad=False, quant_type="nf4").to(weight.device)
         self._layer = layer.eval()
 
+    def take_over(self, other: BitsAndBytesWeight) -> None:
+        for old, new in zip(self._tensors(), other._tensors(), strict=True):
+            old.copy_(new)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """All that graphs know the addresses of."""
+        state = self._layer.weight.quant_state
+        nested = [] if state.state2 is None else [state.offset, state.state2.absmax]
+        return [self._layer.weight.data, state.absmax, *nested]
+
     def part(self, rows: slice) -> WeightLayout:
         return RowsOfWeight(self, rows)
 

@@ -6,12 +6,26 @@ A new layout (another quantization, sharding over ranks) is one more file with a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 
 from fastserve.engine.kernels.packed_linear import WeightStruct
+
+
+def copied_tensor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
+    """A deep copy with `copy.deepcopy`'s memo, in which views of one memory stay such; several times as fast."""
+    storage = tensor.untyped_storage()
+    key = ("storage", storage.data_ptr())
+    if key not in memo:
+        if tensor.is_contiguous() and tensor.nbytes == storage.nbytes():
+            whole = tensor.clone()
+            memo[key] = whole.untyped_storage()
+            return whole
+        memo[key] = storage.clone()
+    copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return copied.set_(memo[key], tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 class WeightLayout(Protocol):
@@ -32,6 +46,11 @@ class WeightLayout(Protocol):
 
     def set(self, weight: torch.Tensor) -> None:
         """Overwrite it with `weight` (out, in)."""
+        ...
+
+    def take_over(self, other: Any) -> None:
+        """Take over the weight of a deep copy of this layout, without another conversion and at the same addresses:
+        structs and recorded graphs stay valid."""
         ...
 
     def part(self, rows: slice) -> WeightLayout:
@@ -73,6 +92,9 @@ class RowsOfWeight:
         whole = self._whole.get().clone()
         whole[self._rows] = weight
         self._whole.set(whole)
+
+    def take_over(self, other: RowsOfWeight) -> None:
+        self._whole.take_over(other._whole)
 
     def part(self, rows: slice) -> WeightLayout:
         return RowsOfWeight(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fastserve.engine.kernels.packed_linear import LANES, PackedLinearKernel, WeightStruct
-from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout, copied_tensor
 
 
 class GroupedWeight:
@@ -56,6 +57,12 @@ class GroupedWeight:
 
     def set(self, weight: torch.Tensor) -> None:
         self._kernel.pack(weight.to(self._packed.dtype), self._packed)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> GroupedWeight:
+        return GroupedWeight(copied_tensor(self._packed, memo), *self._shape, self._kernel)
+
+    def take_over(self, other: GroupedWeight) -> None:
+        self._packed.copy_(other._packed)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self._kernel.rows(ids, self.struct(None), self._shape[1], self._packed.dtype)

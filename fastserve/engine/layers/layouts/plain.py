@@ -27,6 +27,9 @@ class PlainWeight:
     def set(self, weight: torch.Tensor) -> None:
         self._weight.copy_(weight)
 
+    def take_over(self, other: PlainWeight) -> None:
+        self._weight.copy_(other._weight)
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self._weight)
 

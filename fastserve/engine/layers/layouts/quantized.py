@@ -88,6 +88,10 @@ class QuantizedWeight:
         )
         self._store.write(*quantize(ordered, self._scheme, self._across))
 
+    def take_over(self, other: QuantizedWeight) -> None:
+        for old, new in zip(self._store.tensors(), other._store.tensors(), strict=True):
+            old.copy_(new)
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         if isinstance(self._store, PackedStorage):
             struct = self._store.struct(None, self._scheme.group, self._table, self._order)

@@ -71,6 +71,16 @@ def find_sources(
     return _by_method(_packed_tensors(folder, packed), settings or {}, packed)
 
 
+def stored_format_of(folder: Path, settings: Settings | None, options: WeightOptions) -> str | None:
+    """The quantization method of the checkpoint that `find_sources` reads, or "gguf"; None: it is not quantized."""
+    if _gguf_file(folder, options) is not None:
+        return "gguf"
+    settings = _settings_of(options.packed, folder, settings)
+    if options.packed is not None:
+        return options.packed.method
+    return None if settings is None else _method(settings)
+
+
 def _flag(packed: PackedCheckpoint) -> str:
     return f"--{packed.method}-wbits" if packed.path is None else f"--{packed.method}-ckpt {packed.path}"
 
@@ -79,8 +89,8 @@ def _settings_of(packed: PackedCheckpoint | None, folder: Path, own: Settings | 
     """Quantization settings from the folder of the packed weights, which may differ from the model's folder; `own`: the
     model's settings. Raises StartupError when the settings and the flags name different methods."""
     if packed is None:
-        return own or _settings_beside(folder)
-    found = _settings_beside(folder if packed.path is None else Path(packed.path).expanduser())
+        return own or stored_settings(folder)
+    found = stored_settings(folder if packed.path is None else Path(packed.path).expanduser())
     if found is None:
         return own if own is not None and _method(own) == packed.method else None
     if _method(found) != packed.method:
@@ -129,7 +139,7 @@ def _packed_tensors(folder: Path, packed: PackedCheckpoint) -> Tensors:
     return {**{name: tensor for name, tensor in base.items() if name not in replaced}, **own}
 
 
-def _settings_beside(path: Path) -> dict[str, Any] | None:
+def stored_settings(path: Path) -> dict[str, Any] | None:
     """Quantization settings stored in a folder, or in that of a file; None if there are none."""
     folder = path if path.is_dir() else path.parent
     config = _read_settings(folder / "config.json").get("quantization_config")

@@ -5,8 +5,10 @@ Q8_0 and Q4_0 stay quantized (groups of 32 inputs with one scale); all other typ
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.engine.layers.experts import expert_weights
 from fastserve.engine.loading.checkpoint import StoredTensor, read_bytes, read_shard_of_bytes
-from fastserve.engine.loading.formats.source import Divide, QuantizedTensor, Source, Value, source_of
+from fastserve.engine.loading.formats.source import Divide, QuantizedTensor, Source, Value, join_outputs, source_of
 from fastserve.engine.loading.sharding import Shard
 from fastserve.errors import StartupError
 from fastserve.gguf.configuration import ARCHITECTURES, refuse_architecture
-from fastserve.gguf.file import GgufTensor, read_gguf
+from fastserve.gguf.file import Gguf, GgufTensor, read_gguf
 
 _GROUP = 32
 _NATIVE = {"Q8_0": 8, "Q4_0": 4}
@@ -29,10 +32,18 @@ _TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, *gguf.qu
 """Types that the package `gguf` can dequantize."""
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCKS_AT_ONCE = 8192
-_PERMUTED = {"llama", "smollm3", "granite"}
+_PERMUTED = {"llama", "mistral3", "smollm3", "granite", "granitemoe"}
 """Architectures whose query and key rows are stored in the order of llama.cpp's rotary positions."""
 _GEMMAS = {"gemma", "gemma2", "gemma3"}
 """Architectures whose stored norm weights include the 1 that the model adds."""
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_FILE_LEAVES = ("gate", "up", "down")
+_EXPERT_LEAVES = {"mixtral": ("w1", "w3", "w2")}
+"""The names of these projections of an expert in published checkpoints, by model type; `gate_proj` and so on for all
+others."""
+_GRANITE_ROUTER, _GRANITE_SHARED = "block_sparse_moe.router", "shared_mlp.input_linear"
+_SHARED_PARTS = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+"""The tensors that make up `_GRANITE_SHARED`, as the package `gguf` knows them."""
 _CONSTANTS = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|.*(attn_rot_embd|inv_freq)(\.weight)?")
 """Tensors that are part of the configuration, or follow from it."""
 
@@ -47,19 +58,106 @@ def gguf_sources(model: PreTrainedModel, file: Path) -> list[Source]:
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     config = model.config.get_text_config(decoder=True)
     names = gguf.get_tensor_name_map(numbers[kind], config.num_hidden_layers)
+    experts = expert_weights(model)
     found, placed = [], set()
+    for path in dict.fromkeys(experts.values()):
+        for name, tensor, matrix in _experts(header, path, config.model_type):
+            placed.add(tensor.name)
+            found.append(source_of(name, [_stored(matrix, matrix.shape)], _maker(matrix, _unchanged), _divider(matrix)))
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        stem, _, leaf = name.rpartition(".")
-        tensor = header.tensors.get(f"{names.get_name(stem)}.{leaf}")
-        if tensor is None:
+        if name in experts:
+            continue
+        places = _places(names, name)
+        tensors = [header.tensors[place] for place in places if place in header.tensors]
+        if len(tensors) < len(places):
             continue  # tied, or missing, which the loader reports
-        placed.add(tensor.name)
-        stored = _stored(tensor, tuple(parameter.shape))
-        found.append(
-            source_of(name, [stored], _maker(tensor, _change(kind, name, tensor.shape, config)), _divider(tensor))
-        )
+        placed |= set(places)
+        if len(tensors) > 1:
+            found.append(_joined(name, tensors))
+            continue
+        [tensor] = tensors
+        shape = tuple(parameter.shape)
+        stored = _stored(tensor, shape)
+        make = _maker(tensor, _change(kind, name, tensor.shape, config))
+        if shape == (1, *tensor.shape):  # the gate of a shared expert
+            found.append(source_of(name, [stored], lambda data, make=make: make(data).unsqueeze(0)))
+        else:
+            found.append(source_of(name, [stored], make, _divider(tensor)))
     _refuse_unplaced(file, header.tensors.keys() - placed)
     return found
+
+
+def _places(names: gguf.TensorNameMap, name: str) -> list[str]:
+    """The names of the tensors that make up a weight of the model: one, or two whose rows are joined."""
+    stem, _, leaf = name.rpartition(".")
+    stems = [stem]
+    if stem.endswith(_GRANITE_ROUTER):
+        stems = [f"{stem}.layer"]
+    elif stem.endswith(_GRANITE_SHARED):
+        stems = [stem.replace(_GRANITE_SHARED, part) for part in _SHARED_PARTS]
+    return [f"{names.get_name(part)}.{leaf}" for part in stems]
+
+
+def _experts(header: Gguf, path: str, model_type: str) -> Iterator[tuple[str, GgufTensor, GgufTensor]]:
+    """The matrices of the experts of the module `path`: its name in a checkpoint with one tensor for each expert, which
+    `conversion.match` stacks; the tensor in the file; and the matrix alone."""
+    match = _LAYER.search(path)
+    layer = f"blk.{match[1] if match else 0}.ffn"
+    leaves = _EXPERT_LEAVES.get(model_type, tuple(f"{leaf}_proj" for leaf in _FILE_LEAVES))
+    for leaf, file_leaf in zip(leaves, _FILE_LEAVES, strict=True):
+        for expert, (tensor, matrix) in enumerate(_matrices(header, layer, file_leaf)):
+            yield f"{path}.{expert}.{leaf}.weight", tensor, matrix
+
+
+def _matrices(header: Gguf, layer: str, leaf: str) -> Iterator[tuple[GgufTensor, GgufTensor]]:
+    """For each expert, the tensor in the file and the expert's matrix in it. Files have one tensor of all experts, or
+    one of all their gates and ups; old files have one for each expert."""
+    gate_up = header.tensors.get(f"{layer}_gate_up_exps.weight")
+    if leaf != "down" and gate_up is not None:
+        half = gate_up.shape[-2] // 2 if len(gate_up.shape) == 3 else 0
+        yield from _slices(gate_up, half if leaf == "up" else 0, half)
+        return
+    stacked = header.tensors.get(f"{layer}_{leaf}_exps.weight")
+    if stacked is not None:
+        yield from _slices(stacked, 0, stacked.shape[-2] if len(stacked.shape) == 3 else 0)
+        return
+    for expert in itertools.count():
+        tensor = header.tensors.get(f"{layer}_{leaf}.{expert}.weight")
+        if tensor is None:
+            return
+        yield tensor, tensor
+
+
+def _slices(stacked: GgufTensor, first: int, count: int) -> Iterator[tuple[GgufTensor, GgufTensor]]:
+    """For each expert of a tensor, the matrix of `count` of the expert's rows from `first`."""
+    if len(stacked.shape) != 3:
+        raise StartupError(
+            f"{stacked.file}: the tensor {stacked.name} of all experts has the shape {stacked.shape}, and must have "
+            "three dimensions. Download it again."
+        )
+    experts, rows, width = stacked.shape
+    block, size = _type_size(stacked)
+    for expert in range(experts):
+        offset = stacked.offset + (expert * rows + first) * (width // block * size)
+        yield stacked, replace(stacked, shape=(count, width), offset=offset)
+
+
+def _joined(name: str, tensors: Sequence[GgufTensor]) -> Source:
+    """A weight whose rows are in several tensors."""
+    stored = [_stored(tensor, tensor.shape) for tensor in tensors]
+    makers = [_maker(tensor, _unchanged) for tensor in tensors]
+
+    def make(*data: torch.Tensor) -> Value:
+        values = [make_one(part) for make_one, part in zip(makers, data, strict=True)]
+        codes = [value for value in values if isinstance(value, QuantizedTensor)]
+        joined = join_outputs(codes) if len(codes) == len(values) else None
+        if joined is not None:
+            return joined
+        return torch.cat(
+            [value.float() if isinstance(value, torch.Tensor) else value.dense(torch.float32) for value in values]
+        )
+
+    return source_of(name, stored, make)
 
 
 def _refuse_unplaced(file: Path, names: Iterable[str]) -> None:
@@ -198,7 +296,11 @@ def _change(kind: str, name: str, shape: Sequence[int], config: Any) -> Change:
         return lambda rows: _unpaired(rows, head_dim)
     if kind in _GEMMAS and "norm" in name:
         return lambda weight: weight - 1
-    return lambda weight: weight
+    return _unchanged
+
+
+def _unchanged(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _unpaired(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

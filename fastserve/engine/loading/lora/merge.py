@@ -216,7 +216,7 @@ class _Plan:
         return self._names.places.get(self._names.find(own_name) or "", -1)
 
     def _add(self, parts: LowRankParts) -> None:
-        parameters = self._targeted_parameters(parts.path)
+        parameters = self._names.targeted_parameters(parts.path, self._settings.target_parameters)
         if parameters and parts.nesting < len(parameters):
             self._add_to_parameter(parts, parameters[-1 - parts.nesting])
             return
@@ -229,20 +229,6 @@ class _Plan:
             self._require_targeted(parts, None)
         else:
             self._unmatched.append(f"{parts.path}.weight")
-
-    def _targeted_parameters(self, own_path: str) -> list[str]:
-        """The parameters of a module that `target_parameters` names, in the model's order: PEFT wraps the module once
-        for each, the first one innermost."""
-        targets = self._settings.target_parameters or []
-        leaves = {target.rpartition(".")[2] for target in targets}
-        found = {name for leaf in leaves if (name := self._names.find(f"{own_path}.{leaf}")) is not None}
-        matched = {
-            name
-            for name in found
-            for key in (name, f"{own_path}.{name.rpartition('.')[2]}")
-            if any(key == target or key.endswith(f".{target}") for target in targets)
-        }
-        return sorted(matched, key=self._names.places.__getitem__)
 
     def _require_first(self, parts: LowRankParts, name: str) -> None:
         other = self._low_rank_of.setdefault(name, parts)

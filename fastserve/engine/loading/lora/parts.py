@@ -9,6 +9,7 @@ from pathlib import Path
 from fastserve.engine.loading.checkpoint import StoredTensor, open_file
 from fastserve.engine.loading.lora.settings import MERGE_IT
 from fastserve.errors import StartupError
+from fastserve.observability.text import printable
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(
@@ -20,6 +21,9 @@ _ONLY_TRAINING = re.compile(r".+\.(?:lora_velora_embed|lora_monteclora_sampler\.
 _WHOLE = re.compile(r"(?P<path>.+?)(?P<saved>\.modules_to_save)?(?:\.base_layer)?\.(?P<leaf>\w+)")
 _ADAPTER_NAME = re.compile(r"(lora_\w+|modules_to_save|trainable_tokens_delta)\.default(?=\.|$)")
 """The adapter's name in files of old releases, which newer ones leave out."""
+
+
+_MAX_NAME_CHARS = 500
 
 
 @dataclass(slots=True)
@@ -70,6 +74,11 @@ def read_parts(folder: Path) -> AdapterParts:
     found = AdapterParts([], {}, set(), {})
     file = _find_file(folder)
     for full_name, tensor in open_file(file).items():
+        if len(full_name) > _MAX_NAME_CHARS or not full_name.isprintable():
+            raise StartupError(
+                f"{tensor.file} has a tensor of the name {printable(full_name)}, which is too long or has characters "
+                "that cannot be printed. Save the adapter again."
+            )
         name = _ADAPTER_NAME.sub(r"\1", full_name.removeprefix(_PREFIX)).replace("vector.weight", "vector")
         if (match := _LOW_RANK.fullmatch(name)) is not None:
             key = (match["path"], match["nesting"].count("base_layer"))
@@ -117,6 +126,12 @@ def _require_both(parts: LowRankParts) -> None:
             f"{tensor.file}: {parts.path} has only one of {a.removesuffix('.weight')} and {b.removesuffix('.weight')}. "
             "Save the adapter again."
         )
+    for stored in parts.tensors.values():
+        if not stored.dtype.is_floating_point:
+            raise StartupError(
+                f"{stored.file}: {stored.name} is of {str(stored.dtype).removeprefix('torch.')}, and an adapter "
+                "has matrices of floating-point numbers. Save the adapter again."
+            )
     if len(parts.a.shape) != 2 or len(parts.b.shape) != 2 or 0 in (*parts.a.shape, *parts.b.shape):
         raise StartupError(
             f"{tensor.file}: {parts.a.name} and {parts.b.name} have the shapes {parts.a.shape} and {parts.b.shape}, "

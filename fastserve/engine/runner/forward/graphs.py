@@ -81,8 +81,12 @@ class GraphForward:
         counts = step.metadata.counts
         if len(step.input_ids) > self.sizes[-1] or int(counts.max()) > _MAX_TOKENS_OF_SEQUENCE:
             return "it has more new tokens than are recorded"
-        if self._computes_adapters(step) and self._adapter_rows is None:
-            return "it has rows with adapters, whose products cannot be recorded"
+        adapters = self._parts.adapters
+        if step.adapters is not None and adapters is not None and adapters.computes:
+            if self._adapter_rows is None:
+                return "it has rows with adapters, whose products cannot be recorded"
+            if adapters.changes_experts(step.adapters):
+                return "its adapters change experts"
         return None
 
     def __call__(self, step: PackedStep) -> torch.Tensor:

@@ -32,7 +32,7 @@ class ModulesForward:
         [rows] = to_device([step.logit_rows], parts.rows_device)
         if step.input_ids.min() < 0:
             parts.sampled_ids.fill_in(input_ids)
-        adapters = nullcontext() if parts.adapters is None else parts.adapters.running(step.adapters)
+        adapters = nullcontext() if parts.adapters is None else parts.adapters.running(step.adapters, step.logit_rows)
         with torch.inference_mode(), parts.attention.running(step.metadata), adapters:
             # transformers accepts row numbers here, and computes the LM head for these rows only.
             logits: torch.Tensor = parts.model(

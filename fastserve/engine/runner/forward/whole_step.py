@@ -66,7 +66,7 @@ class WholeStepForward:
         self._struct = DecoderStruct()
         self._adapters = parts.adapters
         sites = () if parts.adapters is None else parts.adapters.sites
-        self._sites = {(site.linear, site.out_begin): site for site in sites}
+        self._sites = {(site.layer, site.out_begin): site for site in sites}
         """Sites of adapters that the description does not have yet."""
         self._ranks: SharedMemoryCollectives | None = None
         """The ranks' collectives if the model is divided over ranks, else None."""
@@ -148,7 +148,7 @@ class WholeStepForward:
         self._head_is_divided = isinstance(head, VocabParallelHead)
         whole.layers = structs
         whole.head = self._weight(head)
-        whole.head_lora = self._site(head)
+        whole.head_lora, whole.embedding_lora = self._site(head), self._site(embedding)
         if isinstance(embedding, torch.nn.Embedding):
             whole.embedding = self._pointer(embedding.weight)
         elif embedding.layout is not head.layout:
@@ -223,9 +223,9 @@ class WholeStepForward:
         # One rank adds the bias to its part.
         return self._layout(linear.layout, linear.bias if linear.collectives.rank == 0 else None)
 
-    def _site(self, linear: torch.nn.Module | None, out_begin: int = 0) -> int | None:
+    def _site(self, layer: torch.nn.Module | None, out_begin: int = 0) -> int | None:
         """The address of a site's struct; None if adapters cannot change the layer."""
-        site = self._sites.pop((linear, out_begin), None) if isinstance(linear, Linear) else None
+        site = None if layer is None else self._sites.pop((layer, out_begin), None)
         if site is None or self._adapters is None:
             return None
         struct = LoraSiteStruct.of(self._adapters.tables(site), 0)

@@ -1,0 +1,11 @@
+"""The APIs by the names that routes have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastserve.gateway.apis import Api
+from fastserve.gateway.apis.openai import OPENAI
+from fastserve.gateway.apis.slora import SLORA
+
+APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA}

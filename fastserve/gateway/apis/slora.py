@@ -1,0 +1,72 @@
+"""S-LoRA's API: `lora_dir` in the request, and in a stream an event for each token, of which the last is `finished`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from fastserve.errors import InvalidAnswerError, InvalidRequestError, NoWorkerError
+from fastserve.gateway.apis import EventKind
+from fastserve.gateway.dispatch import Dispatcher
+from fastserve.gateway.peek import peek_slora
+from fastserve.observability.text import printable
+from fastserve.openai.answers import slora_failure
+
+_MAX_SHOWN_CHARS = 1000
+
+
+class _Token(msgspec.Struct):
+    """Fields that clients read."""
+
+    id: int
+    text: str
+
+
+class _Event(msgspec.Struct):
+    token: _Token
+    finished: bool | int
+    error: dict[str, Any] | None = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
+class SLoraApi:
+    event_start = b"data:{"
+    end_of_errors = b""
+
+    async def read_target(self, body: bytes, dispatcher: Dispatcher, *, streams: bool | None) -> tuple[str, bool]:
+        model, lora_dir = peek_slora(body)
+        if lora_dir is not None:
+            model = await dispatcher.find_source(lora_dir, model)
+        return model or _only_base(dispatcher), bool(streams)
+
+    def read_event(self, data: bytes) -> EventKind:
+        try:
+            event = _decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidAnswerError("An event of the worker's stream has another shape than S-LoRA's.") from error
+        if event.error is not None or event.finished == -1:
+            return "error"
+        return "last" if event.finished else "data"
+
+    def failure(self, error: Any) -> bytes:
+        return slora_failure(error)
+
+
+SLORA = SLoraApi()
+
+
+def _only_base(dispatcher: Dispatcher) -> str:
+    """The base model of a request that names none."""
+    bases = dispatcher.base_models()
+    if not bases:
+        raise NoWorkerError("No worker is known now. Try again in a moment.")
+    if len(bases) > 1:
+        served = printable(", ".join(bases), _MAX_SHOWN_CHARS)
+        raise InvalidRequestError(
+            f"Several models are served: {served}. Give one of them as 'model', or an adapter as 'lora_dir'.",
+            param="model",
+        )
+    return bases[0]
