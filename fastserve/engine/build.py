@@ -135,7 +135,9 @@ def build_rank(
         more = -(-config.adapters.pool_size_lora // config.block_size)
         sizes = replace(sizes, num_blocks=sizes.num_blocks + more)
         make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks, collectives)
-    runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
+    runner = _make_runner(
+        config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory, collectives=collectives
+    )
     speed = _measure(runner, sizes.num_blocks, config)
     names = WeightNames(loaded.weights, loaded.conversion, loaded.model, is_divided=collectives.size > 1)
     receiver = _make_receiver(config, loaded, names, collectives, has_draft_model=draft is not None)
@@ -356,6 +358,7 @@ def _make_runner(
     processors: Sequence[LogitsProcessor],
     vocab_size: int | None = None,
     make_adapter_memory: Callable[[Sequence[KVCache]], AdapterMemory] | None = None,
+    collectives: Collectives = SINGLE_RANK,
 ) -> ModelRunner:
     """A runner whose logits have been compared with those of the model's own code."""
     runner = ModelRunner(
@@ -376,7 +379,7 @@ def _make_runner(
         min(sizes.max_model_len, loaded.context_length),
     )
     with failing_in_a_sentence(name):
-        check_model(loaded, runner, capacity)
+        check_model(loaded, runner, capacity, collectives)
     return runner
 
 

@@ -19,7 +19,7 @@ import zmq
 from fastserve.distributed.gang import Gang
 from fastserve.distributed.keys import CurveKeys, gang_secret
 from fastserve.distributed.machines import Machine
-from fastserve.engine.ranks import join
+from fastserve.engine.ranks import gang_hub, join
 from fastserve.engine.ranks.collectives import RankLostError
 from fastserve.engine.ranks.gang_hub import GangHub
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
@@ -165,8 +165,12 @@ def keeping(hub: GangHub, links: Sequence[GangLink]) -> None:
 
 
 def test_ranks_that_keep_their_weights_form_a_new_group_with_the_one_that_is_back(
-    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink], lost: threading.Event
+    make_hub: Callable[[Gang], GangHub],
+    make_link: Callable[..., GangLink],
+    lost: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(gang_hub, "MAX_SILENCE_S", 1.5)
     gang = make_gang(size=3)
     hub, links = make_hub(gang), [make_link(gang, rank) for rank in (1, 2)]
     first = form(hub, links)
@@ -307,7 +311,7 @@ def test_the_ranks_of_each_machine_share_a_segment_and_machines_a_relay(local_si
 
 
 def test_machines_of_different_generations_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "MAX_START_SILENCE_S", 2.0)
+    monkeypatch.setattr(join, "MAX_START_SILENCE_S", 1.0)
     with pytest.raises(RankLostError, match=r"newer group|have not joined"):
         join_all(make_gang(), [GENERATION, GENERATION + 1], [tmp_path, tmp_path])
 

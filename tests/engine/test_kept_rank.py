@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +12,20 @@ from typing import Any
 import pytest
 import torch
 
+from fastserve.engine.adapters.tiles import PLAIN
 from fastserve.engine.build import RankModel, build_rank, load_rank
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.devices.cpu import CpuDevice
 from fastserve.engine.kept_rank import KeptRank
+from fastserve.engine.layers.parallel import VocabParallelEmbedding
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan
+from fastserve.engine.ranks.collectives import SingleRank
 from fastserve.engine.ranks.exchange_record import ExchangeRecord
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+from fastserve.engine.runner.forward.find import ForwardPasses
+from fastserve.engine.runner.forward.forward_pass import ForwardParts, UnsupportedError
+from fastserve.engine.runner.forward.whole_step import WholeStepForward
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS
 from fastserve.engine.settings import AdapterOptions, EngineConfig, WeightOptions
 from fastserve.errors import StartupError
@@ -129,6 +138,52 @@ def test_nothing_of_a_lost_group_is_kept_but_weights(tiny_models: TinyModels, mo
     runners = [weakref.ref(model.runner) for model in ranks.models]
     ranks.lose(1)
     assert all(one() is None for one in runners)
+
+
+def test_a_way_that_one_rank_refuses_is_used_by_none(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tiny_models.path("llama"))
+    ranks = Ranks(config, 2, monkeypatch)
+    before, build = ranks.logits(PROMPT), WholeStepForward.build
+    assert all(model.runner.forward_passes.ways[0].name == "whole_step" for model in ranks.models)
+
+    def refusing(parts: ForwardParts) -> WholeStepForward:
+        embedding = parts.model.get_input_embeddings()
+        if isinstance(embedding, VocabParallelEmbedding) and embedding.collectives.rank == refuser:
+            raise UnsupportedError("it has lost its compiler")
+        return build(parts)
+
+    monkeypatch.setattr(WholeStepForward, "build", refusing)
+    for refuser in range(2):
+        ranks.lose(refuser)
+        ranks.form()
+        assert [[way.name for way in model.runner.forward_passes.ways] for model in ranks.models] == [["modules"]] * 2
+        refusals = [model.runner.forward_passes.refusals["whole_step"] for model in ranks.models]
+        assert refusals[refuser] == "it has lost its compiler"
+        assert refusals[1 - refuser] == "another rank does not use it"
+        assert torch.allclose(ranks.logits(PROMPT), before, atol=1e-4)
+
+
+def test_a_kernel_of_adapters_that_one_rank_does_not_have_is_used_by_none(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, calls = CpuDevice.lora_kernel, itertools.count()
+    monkeypatch.setattr(
+        CpuDevice, "lora_kernel", lambda self, dtype: load(self, dtype) if next(calls) % 2 == 0 else None
+    )
+    ranks = Ranks(tiny(tiny_models.path("llama"), adapters=AdapterOptions(max_loras=2)), 2, monkeypatch)
+    memories = [model.runner.adapter_memory for model in ranks.models]
+    assert next(calls) == 2
+    assert all(memory is not None and memory.kernel is None and memory.order == PLAIN for memory in memories)
+
+
+def test_ranks_without_a_common_way_are_refused() -> None:
+    class Others(SingleRank):
+        def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
+            return torch.ones_like(values)
+
+    passes = ForwardPasses([types.SimpleNamespace(name="modules")])  # type: ignore[list-item]
+    with pytest.raises(StartupError, match="no way to compute a step in common; this rank has modules"):
+        passes.agree(Others())
 
 
 def recorded(*results: torch.Tensor) -> ExchangeRecord:
