@@ -67,7 +67,7 @@ class Figures:
     ttft_p50_s: float
     ttft_p99_s: float
     latency_mean_s: float
-    """Of finished requests."""
+    """TTFT and latency of finished requests."""
     slo_attainment: float
     """Share of requests whose first token came within `slo_s`."""
     satisfaction: float

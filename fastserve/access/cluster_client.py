@@ -23,7 +23,7 @@ MAX_SHOWN_CHARS = 1000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker answered."""
+    """A worker's answer to a call."""
 
     address: str
     status: int

@@ -95,7 +95,7 @@ class AdapterDirectory:
         self._holders: dict[str, SampledSet] = {}
         """Addresses of the workers that have an adapter in memory, by its name."""
         self._held: dict[str, Sequence[str]] = {}
-        """What each worker has in memory."""
+        """Names of the adapters in the memory of each worker, by its address."""
         self.version = 0
 
     # ---- heartbeats ---------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class AdapterDirectory:
 
 
 def _requested_as(known: _List) -> Iterable[tuple[str, str]]:
-    """What a request's `model` may be, with the name of the adapter."""
+    """Values of a request's `model` that mean an adapter, each with the adapter's name."""
     for name in known.names:
         yield name, name
         for base in known.models:

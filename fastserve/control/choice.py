@@ -159,7 +159,7 @@ class WorkerChoice:
         return best if holder is None or self._wait(holder) > self._wait(best) + MAX_HOLDER_LEAD else holder
 
     def _choose_of_lists(self, lists: Iterable[str], capability: str | None, exclude: Collection[str]) -> str | None:
-        """Of the workers with any of these lists of adapters."""
+        """The best worker among those with any of these lists of adapters."""
         found = (self._choose_from(self._offering_list(key, capability), exclude) for key in lists)
         return self._choose_among([address for address in found if address is not None])
 

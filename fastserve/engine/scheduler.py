@@ -143,7 +143,7 @@ class Scheduler:
         self._num_in_flight = 0
         """Plans that are not committed yet."""
         self.weight_version = DEFAULT_VERSION
-        """Of the weights that compute the next step."""
+        """Version of the weights that compute the next step."""
         self.preemptions = 0
         self.finished = 0
         self.aborted = 0

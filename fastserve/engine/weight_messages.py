@@ -140,7 +140,7 @@ class GroupState(msgspec.Struct, frozen=True):
     message: str
     setup_s: float = 0.0
     first_s: float = 0.0
-    """Of the first collective, if there was one."""
+    """Time of the first collective, if there was one."""
 
 
 class WeightValues(msgspec.Struct, frozen=True):
@@ -148,7 +148,7 @@ class WeightValues(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     values: list[float]
-    """Of the first rows, flattened."""
+    """The first rows, flattened."""
 
 
 class WeightsState(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ class KnownAdapters:
         return self._by_root.get(source, self._by_name.get(source, []))
 
     def choices(self, name: str) -> list[str]:
-        """What to ask for in place of the NAME of adapters of several models; empty for any other text."""
+        """Names to ask for (`BASE:NAME`) where several models have adapters of this name; else empty."""
         same = self._by_name.get(name, ())
         return [_full_name(one) for one in same] if len(same) > 1 else []
 

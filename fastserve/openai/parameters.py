@@ -24,7 +24,7 @@ class KnownFields:
     unsupported: Mapping[str, tuple[Any, ...]]
     """Unsupported fields, with their neutral values besides null."""
     remedies: Mapping[str, str] = field(default_factory=dict)
-    """What to do instead of leaving an unsupported field out."""
+    """Remedies other than leaving an unsupported field out."""
 
     def refuse_unsupported(self, fields: Mapping[str, Any], path: str) -> None:
         """Raises UnsupportedParameterError for the first unsupported field without a neutral value.

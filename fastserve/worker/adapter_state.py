@@ -1,4 +1,4 @@
-"""What administrators' calls have loaded and unloaded, in a file, so that it outlives a restart of the worker."""
+"""Adapters that administrators' calls loaded and unloaded, in a file, so that they outlive a restart of the worker."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Fingerprints:
         self._adapter_digest = adapter_digest
 
     def of(self, adapter: str) -> str:
-        """Of answers of an adapter; "" for the bare base model."""
+        """The fingerprint of answers of an adapter, or with "" of the bare base model."""
         parts = [self._model_digest, self._weight_version()]
         if adapter:
             parts += [adapter, self._adapter_digest(adapter)]

@@ -88,7 +88,7 @@ class GroupBody(AdminBody):
 
 
 class UpdateBody(AdminBody):
-    """What all updates have."""
+    """Fields of all updates."""
 
     mode: UpdateMode = "drain"
     abort_all_requests: Flag = False

@@ -517,7 +517,7 @@ def test_too_many_ranks_are_refused_with_sizes_that_work(models: Callable[[str],
 def test_an_architecture_that_would_compute_something_else_is_refused(
     models: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of its MLPs, the ranks have other halves of gate and up than of down."""
+    """In its MLPs, ranks have other halves of gate and up than of down."""
     original = partition_plan._divide_inputs
 
     def wrong(plan: Any, path: str, module: Any, ranges: Any, unit: int) -> None:

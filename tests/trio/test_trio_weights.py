@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,3 +125,25 @@ def test_a_model_that_nobody_serves_is_named_with_those_there_are(trio: Trio) ->
         pytest.raises(StartupError, match=f"nobodys.*{MODEL_NAME}"),
     ):
         sender.connect()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_example_teaches_the_served_model_a_notation(
+    trio: Trio, own_weights: dict[str, torch.Tensor], sender: WeightSender, tmp_path: Path
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "reinforce.py"
+    to = ["--server", f"{trio.server.address}/v1", "--controller", trio.controller.address, "--out", str(tmp_path)]
+    try:
+        subprocess.run(
+            [sys.executable, str(example), *to],
+            check=True,
+            timeout=900,
+            env=os.environ | {"FASTSERVE_CLUSTER_KEY": KEY},
+        )
+    finally:
+        sender.send(own_weights.items())
+    with (tmp_path / "reinforce.csv").open() as file:
+        shares = [float(row["right_answers"]) for row in csv.DictReader(file)]
+    assert shares[0] < 0.2
+    assert sum(shares[-5:]) / 5 > 0.8

@@ -74,8 +74,8 @@ class AdapterMemory:
         self._planes: list[_Planes | None] = [None] * num_slots
         self._addresses: list[torch.Tensor | None] = [None] * num_slots
         num_rows = max((site.index + site.num_experts for site in self.sites), default=0)
-        most_experts = max((site.num_experts for site in self.sites), default=1)
-        self._table = torch.zeros((most_experts, num_slots), dtype=torch.int64, device=device)
+        max_experts = max((site.num_experts for site in self.sites), default=1)
+        self._table = torch.zeros((max_experts, num_slots), dtype=torch.int64, device=device)
         """The same for each expert, whose tables are one table of experts times slots."""
         self._first_tile = torch.zeros((num_rows, num_slots), dtype=torch.int32, device=device)
         self._rank_groups = torch.zeros((num_rows, num_slots), dtype=torch.int32, device=device)
@@ -243,7 +243,7 @@ class _Planes:
         return [self._layers[at // count][self._block_ids[at % count]].view(self._shape) for at in planes]
 
     def addresses(self) -> npt.NDArray[np.int64]:
-        """Of each plane."""
+        """Address of each plane."""
         begins = np.array([layer.data_ptr() for layer in self._layers], dtype=np.int64)
         sizes = np.array([layer.stride(0) * layer.element_size() for layer in self._layers], dtype=np.int64)
         return (begins[:, None] + np.array(self._block_ids, dtype=np.int64) * sizes[:, None]).reshape(-1)

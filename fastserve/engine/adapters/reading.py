@@ -196,7 +196,7 @@ class AdapterReader:
         return sum(self._num_tiles(change, rank) * len(self._own_experts(change, rank)) for change in changes)
 
     def _num_tiles(self, change: _LowRank, rank: int) -> int:
-        """Of one expert, where it has experts."""
+        """Number of tiles of a change; of one expert, where the layer has experts."""
         return num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
 
     def _changes(self, path: str) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:

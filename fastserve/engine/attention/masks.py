@@ -61,7 +61,7 @@ def find_mask(rule: Rule, size: int | None) -> CausalMask | None:
     return next((mask for mask in candidates if torch.equal(mask.sees(query, key), expected)), None)
 
 
-class _TextBeyondTheEnd(TorchFunctionMode):
+class _TextBeyondTheEnd(TorchFunctionMode):  # type: ignore[misc]
     """Lets a rule look up per-token inputs (such as the image that a token is of) at positions beyond the tokens of the
     observed pass. All its tokens are text: an input that is the same for all of them has this value at other positions
     too. One that differs between them raises IndexError, as without this mode."""

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 _STATEFUL_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba", "mamba2", "recurrent"}
 """`layer_types` that keep a state beside keys and values, or instead of them."""
 _MAX_CAUSE_CHARS = 500
-"""Of a message of a model's code that is repeated in ours."""
+"""Maximum length of a message of the model's own code within ours."""
 _MAX_LAYERS = 10_000
 """Far more than any model has: a broken number must not have us build layers until memory ends."""
 _SPARSE_LAYERS = {"compressed_sparse_attention", "heavily_compressed_attention", "indexed_attention"}

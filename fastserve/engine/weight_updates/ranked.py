@@ -86,7 +86,7 @@ class RankedReceiver:
 
 
 class RankWeights:
-    """What another rank than 0 does with rank 0's commands."""
+    """Carries out rank 0's commands about weights on another rank."""
 
     def __init__(self, local: LocalReceiver, collectives: Collectives) -> None:
         self._local = local

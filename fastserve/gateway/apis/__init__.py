@@ -1,4 +1,4 @@
-"""What the relay has to know of an API, one file each: where a request names its model, and how a stream goes and ends.
+"""An API as the relay knows it, one file each: where a request names its model, and how a stream goes and ends.
 
 The bytes of requests and answers are passed on unchanged.
 """
@@ -17,7 +17,7 @@ class Api(Protocol):
     event_start: bytes
     """How events begin, up to the brace of their JSON."""
     end_of_errors: bytes
-    """What follows the error event of a stream, to end it."""
+    """Bytes after the error event of a stream, which end it."""
 
     async def read_target(self, body: bytes, dispatcher: Dispatcher, *, streams: bool | None) -> tuple[str, bool]:
         """The model or adapter that a request is for, as `Dispatcher.acquire` takes it, and whether it wants a stream.

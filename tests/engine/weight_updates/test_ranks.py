@@ -77,7 +77,7 @@ def test_all_ranks_take_their_parts_together(
         def make(config: EngineConfig) -> EngineCore:
             return build_core(
                 config, lambda *_: None, collectives=collectives,
-                send_to_ranks=lambda command: commands.put(msgspec.msgpack.encode(command)),
+                send_to_ranks=lambda command, rank=None: commands.put(msgspec.msgpack.encode(command)),
             )  # fmt: skip
 
         if collectives.rank == 1:

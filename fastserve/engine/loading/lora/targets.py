@@ -27,7 +27,7 @@ class ExpertsTarget:
     module: str
     """Path of the experts module."""
     name: str
-    """Of the weight in it."""
+    """Name of the weight in it."""
     count: int
     is_transposed: bool
     """The weight is (experts, in, out)."""
