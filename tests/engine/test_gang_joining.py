@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from fastserve.distributed.keys import CurveKeys, gang_secret
 from fastserve.distributed.machines import Machine
 from fastserve.engine.ranks import gang_hub, join
 from fastserve.engine.ranks.collectives import RankLostError
-from fastserve.engine.ranks.gang_hub import GangHub
+from fastserve.engine.ranks.gang_hub import GangHub, is_sibling
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
 from fastserve.engine.ranks.gang_messages import Formed
 from fastserve.engine.ranks.join import join_machines
@@ -230,6 +232,19 @@ def test_other_ranks_keep_their_weights_while_rank_0_is_started_again(
     with pytest.raises(EngineDeadError, match="rank 0 has been"):
         links[0].receive()
     form(hub, links)
+
+
+def test_rank_0_would_kill_only_processes_of_its_own_parent() -> None:
+    sleeping = subprocess.Popen(["sleep", "30"])
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if is_sibling(sleeping.pid) else 1)
+    _, status = os.waitpid(pid, 0)
+    others = [is_sibling(other) for other in (sleeping.pid, os.getpid(), os.getppid(), 1)]
+    sleeping.kill()
+    sleeping.wait()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert others == [False] * 4
 
 
 @pytest.mark.parametrize("keys", [None, OTHER_KEYS])

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import psutil
 import zmq
 
 from fastserve.distributed.gang import Gang, endpoint
@@ -49,6 +51,8 @@ _FAILURE_S = 10.0
 MAX_LEAVE_S = 15.0
 """Time that a rank's main thread may take to leave a lost group, in which it may compute a step to its end. A rank that
 takes longer is started again."""
+_MAX_RETURN_S = MAX_LEAVE_S + 2.0
+"""Time that a rank of this machine may take to join again. One that holds Python's lock cannot end itself."""
 
 
 @dataclass(slots=True)
@@ -92,6 +96,8 @@ class GangHub:
         self._is_serving = False
         self._loss: str | None = None
         """Why the group was lost that the main thread has not left yet."""
+        self._returning: dict[int, float] = {}
+        """Ranks of this machine that have not joined again since a loss: their latest time by process id."""
         self._leaving: str | None = None
         """Why the main thread wants to leave the group."""
         self._end = threading.Event()
@@ -310,6 +316,7 @@ class GangHub:
         if not 1 <= rank < self._gang.size:
             self._answer(identity, Refused(f"There is no rank {rank}: ranks are 0 to {self._gang.size - 1}."))
             return
+        self._returning.pop(message.pid, None)
         known = self._members.get(rank)
         if known is not None and known.identity == identity:
             known.heard_s = now
@@ -350,7 +357,17 @@ class GangHub:
             if member is not None and self._formed is not None and not is_alive(member.pid):
                 self._lose(f"{self._gang.name_of(rank)} (process {member.pid}) has ended")
 
+    def _end_missing_ranks(self, now: float) -> None:
+        for pid in [pid for pid, latest_s in self._returning.items() if now > latest_s]:
+            del self._returning[pid]
+            # Members say what their process is.
+            if is_sibling(pid):
+                logger.error("The rank with process %d has not left the lost group and is killed.", pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def _check(self, now: float) -> None:
+        self._end_missing_ranks(now)
         # A rank of this machine that is stopped is killed by its parent; silence alone shows nothing.
         others = [(rank, member) for rank, member in self._members.items() if rank not in self._gang.local_ranks]
         silent = [rank for rank, member in others if now - member.heard_s > MAX_SILENCE_S]
@@ -388,6 +405,8 @@ class GangHub:
                 return
             logger.error("A rank of the model is lost, the others keep their weights and wait: %s.", reason)
             self._formed, self._is_wanted = None, False
+            own = [self._members[rank] for rank in self._gang.local_ranks[1:] if rank in self._members]
+            self._returning = {member.pid: time.monotonic() + _MAX_RETURN_S for member in own}
             self._members.clear()
             self._loss = reason
             abort = self._abort
@@ -436,6 +455,14 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def is_sibling(pid: int) -> bool:
+    """Whether a process is another child of this one's parent."""
+    try:
+        return pid != os.getpid() and psutil.Process(pid).ppid() == os.getppid()
+    except psutil.Error:
+        return False
 
 
 def _start_again(environ: dict[str, str]) -> None:
