@@ -178,15 +178,16 @@ def _wrong_method(request: Request) -> tuple[InvalidRequestError, list[str]]:
 
 
 def _list_routes(request: Request) -> str:
+    """The server's routes, as far as there is room, OpenAI's first."""
     found = sorted(
         {
-            f"{'/'.join(methods)} {route.path}"
+            (not route.path.startswith("/v1/"), f"{'/'.join(methods)} {route.path}")
             for route in _routes(request)
             if (methods := sorted(route.methods - {"HEAD"}))
         }
     )
     more = ", ..." if len(found) > MAX_LISTED_ROUTES else ""
-    return f"This server's routes are {', '.join(found[:MAX_LISTED_ROUTES])}{more}."
+    return f"This server's routes are {', '.join(name for _, name in found[:MAX_LISTED_ROUTES])}{more}."
 
 
 def _routes(request: Request) -> Iterator[Any]:
