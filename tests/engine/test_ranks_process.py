@@ -9,17 +9,33 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 import pytest_asyncio
+from safetensors.torch import load_file, save
 
 from fastserve.engine.build import build_core
+from fastserve.engine.calls.weights import UpdateWeights
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.contract import EngineInfo, EngineRequest, LoadProgress, RequestOutput, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.ranks.messages import (
+    CHANGES_WEIGHTS,
+    ClearAdapter,
+    DiscardWeights,
+    EndRank,
+    ExecuteStep,
+    LeaveGroup,
+    PlaceAdapter,
+    RankCommand,
+    ReadWeight,
+)
 from fastserve.engine.ranks.own_devices import own_cpus
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.weight_messages import FromBytes
 from fastserve.errors import EngineDeadError, StartupError
 
 from .conftest import TinyModels
@@ -238,6 +254,31 @@ async def test_several_ranks_lost_at_once_come_back(tiny_models: TinyModels) -> 
             assert (await collect(engine, request, None)).token_ids == before
     finally:
         await engine.close()
+
+
+@pytest.mark.slow
+async def test_all_ranks_load_again_after_weights_were_updated(tiny_models: TinyModels) -> None:
+    engine, prompt = EngineProcess(config(tiny_models.path("llama"))), [5, 9, 70, 31]
+    started = Started(engine, await engine.start(lambda event: None), [])
+    try:
+        before = await answer(engine, prompt, 6)
+        tensors = load_file(Path(tiny_models.path("llama")) / "model.safetensors")
+        updated = await engine.call(UpdateWeights(FromBytes(save({name: -it for name, it in tensors.items()}))))
+        assert updated.success
+        assert await answer(engine, prompt, 6) != before
+        pids = started.rank_pids
+        kill(pids[1])
+        await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
+        await engine.start(lambda event: None)
+        assert not set(started.rank_pids) & set(pids)
+        assert await answer(engine, prompt, 6) == before
+    finally:
+        await engine.close()
+
+
+async def test_each_command_is_known_to_change_weights_or_not() -> None:
+    harmless = {ExecuteStep, ReadWeight, PlaceAdapter, ClearAdapter, LeaveGroup, DiscardWeights, EndRank}
+    assert {*CHANGES_WEIGHTS, *harmless} == set(get_args(RankCommand))
 
 
 @pytest.mark.slow
