@@ -84,7 +84,7 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.
         return found
 
     monkeypatch.setattr(checkpoint, "_open_safetensors", cut_after)
-    refused(folder, r"model\.safetensors: the tensor \S+ cannot be read: it ends \d+ bytes too early\.$")
+    refused(folder, r"model\.safetensors was changed while the model was loaded")
 
 
 def other_weights(folder: Path, other: Path) -> None:

@@ -208,7 +208,7 @@ def test_our_rules_divide_as_transformers_does_for_all_its_plans() -> None:
 
 def test_parts_with_capital_letters_are_known() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    plan = plan_partition(on_meta(ModernBertDecoderConfig(vocab_size=96, **sizes)), 2)
+    plan = plan_partition(on_meta(ModernBertDecoderConfig(vocab_size=96, pad_token_id=0, **sizes)), 2)
     assert plan.undivided == set()
     assert {path.rsplit(".", 2)[1] for path in plan.row_parallel} == {"attn", "mlp"}
 

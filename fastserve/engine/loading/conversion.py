@@ -220,8 +220,8 @@ class Conversion:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
-        # Names alone are looked up: tensors in it would keep the memory of weights that are replaced.
-        self._state: dict[str, None] = dict.fromkeys(model.state_dict())
+        # transformers asks which names have a value. Tensors would keep the memory of weights that are replaced.
+        self._state = dict.fromkeys(model.state_dict(), True)
         self._transposed = {f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D}
 
     def match(self, sources: Iterable[Source]) -> tuple[list[WeightLoad], list[Source]]:
