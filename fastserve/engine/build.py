@@ -35,6 +35,7 @@ from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.sampling.processor import LogitsProcessor
+from fastserve.engine.scheduling import check as check_policy
 from fastserve.engine.scheduling import load as load_policy
 from fastserve.engine.selfcheck.compare import Capacity
 from fastserve.engine.selfcheck.verify import check_model
@@ -167,9 +168,10 @@ def build_core(
     """
     begin = time.perf_counter()
     adapters = () if config.adapters is None else [name for name, _ in config.adapters.modules]
-    policy = load_policy(config, adapters)
+    check_policy(config, adapters)
     model = build_rank(config, progress, processors, collectives, load)
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
+    policy = load_policy(config, adapters, max_num_batched_tokens=sizes.max_num_batched_tokens)
     executor: Executor = runner
     weights: Weights = loaded.weights
     receiver: WeightReceiver = model.receiver

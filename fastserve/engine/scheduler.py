@@ -44,6 +44,8 @@ from fastserve.observability.text import printable
 
 _TOO_MANY = 0
 """Key of parked sequences; numbers of adapters begin at 1."""
+_YIELDING_SHARE = 4
+"""A running sequence's prompt gets one part of this many of a step's tokens while one waits that goes before it."""
 PRIORITY_LEVEL_S = 10.0
 """A request passes requests one level lower that arrived up to this many seconds earlier."""
 
@@ -72,6 +74,8 @@ class _Step:
     extra_rows: int
     """Rows of logits that may be added beyond one for each sequence."""
     chunks: dict[int, Chunk] = field(default_factory=dict)
+    prefills: dict[int, Sequence] = field(default_factory=dict)
+    """Sequences with tokens in the step that are not the last one alone, by id."""
 
     def add(self, chunk: Chunk) -> None:
         self.chunks[chunk.seq_id] = chunk
@@ -83,6 +87,7 @@ class _Step:
         if chunk is not None:
             self.budget += chunk.num_tokens
             self.extra_rows += chunk.num_scored
+            self.prefills.pop(seq_id, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +184,9 @@ class Scheduler:
         refused = self._adapter_problem(request)
         if refused is not None:
             return refused
+        adapter = self._adapters.find(request.adapter) if self._adapters is not None and request.adapter else None
+        if adapter is not None:
+            request = self._lowered(request, adapter)
         now_s = self._clock()
         sequence = Sequence.of(
             self._next_id,
@@ -193,10 +201,9 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason=reason)
         self._sequences[request.request_id] = sequence
         self._by_id[sequence.seq_id] = sequence
-        if self._adapters is not None and request.adapter:
-            sequence.adapter = self._adapters.find(request.adapter)
-            if sequence.adapter is not None:
-                self._adapters.enter(sequence.adapter)
+        if self._adapters is not None and adapter is not None:
+            sequence.adapter = adapter
+            self._adapters.enter(adapter)
         if self._holds_new:
             self._held[sequence.seq_id] = sequence
         else:
@@ -226,19 +233,32 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
         problem = self._adapters.problem(request.adapter)
         adapter = self._adapters.find(request.adapter)
-        if adapter is not None:
-            num_tokens = len(request.prompt_ids) + request.params.max_tokens
-            needed = adapter.shape.num_blocks + self._blocks_for(num_tokens)
-            if needed > self.pool.num_blocks:
-                kind = InvalidRequestError.__name__
-                problem = (
-                    f"prompt and max_tokens ({num_tokens} tokens) and the adapter {printable(adapter.name)} together "
-                    f"need {needed} blocks of memory, and there are {self.pool.num_blocks}: ask for fewer tokens, or "
-                    "start the worker with a larger --max-total-tokens or --pool-size-lora."
-                )
+        if adapter is not None and self._max_tokens_beside(adapter) <= len(request.prompt_ids):
+            kind = InvalidRequestError.__name__
+            problem = (
+                f"The prompt ({len(request.prompt_ids)} tokens), one token of the answer and the adapter "
+                f"{printable(adapter.name)} together need more than the {self.pool.num_blocks} blocks of memory "
+                f"({adapter.shape.num_blocks} for the adapter, one for each {self.pool.block_size} tokens): shorten "
+                "the prompt, or start the worker with a larger --max-total-tokens or --pool-size-lora."
+            )
         if problem is None:
             return None
         return RequestOutput(request.request_id, [], finish_reason="error", error=problem, error_kind=kind)
+
+    def _max_tokens_beside(self, adapter: Adapter) -> int:
+        """Longest sequence that fits the pool with its adapter."""
+        return (self.pool.num_blocks - adapter.shape.num_blocks) * self.pool.block_size
+
+    def _lowered(self, request: EngineRequest, adapter: Adapter) -> EngineRequest:
+        """The request with a max_tokens that fits the pool with its adapter. Workers lower max_tokens to what the
+        context leaves, and do not know the adapter's size."""
+        fits = self._max_tokens_beside(adapter) - len(request.prompt_ids)
+        if request.params.max_tokens <= fits:
+            return request
+        params = msgspec.structs.replace(
+            request.params, max_tokens=fits, min_tokens=min(request.params.min_tokens, fits)
+        )
+        return msgspec.structs.replace(request, params=params)
 
     def abort(self, request_id: str) -> None:
         """Remove a request and free its blocks. Unknown ids, of requests that have just finished, are ignored."""
@@ -394,6 +414,7 @@ class Scheduler:
         """Add chunks of running sequences; return whether one was preempted."""
         decoding = self.decoding
         prefilling = [item for item in self.running if item.num_uncomputed != 1 and not item.has_max_tokens]
+        first = self._policy.first(self.running) if prefilling else None
         preempted = False
         for sequence in decoding + prefilling:
             if step.budget == 0:
@@ -401,6 +422,8 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue
             count = self._count(sequence, sequence.num_computed, step)
+            if sequence.num_uncomputed != 1 and first is not None and not self._policy.may_prefill(sequence, [first]):
+                count = min(count, max(1, self.max_num_batched_tokens // _YIELDING_SHARE))
             while self._blocks_needed(sequence, count) > self.pool.num_free:
                 if self._evict_idle_adapter():
                     continue
@@ -411,6 +434,8 @@ class Scheduler:
                 if victim is sequence:
                     break
             if sequence.status is Status.RUNNING and count > 0:
+                if sequence.num_uncomputed != 1:
+                    step.prefills[sequence.seq_id] = sequence
                 step.add(self._chunk(sequence, count))
         return preempted
 
@@ -419,7 +444,7 @@ class Scheduler:
         self._unpark_ready()
         while step.budget > 0 and self._make_place(step):
             sequence = self._policy.first(self.running)
-            if sequence is None:
+            if sequence is None or not self._policy.may_prefill(sequence, list(step.prefills.values())):
                 break
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
@@ -463,6 +488,7 @@ class Scheduler:
                 self.cached_tokens += sequence.num_cached
                 self.prompt_tokens += sequence.num_prompt_tokens
                 self._policy.served(sequence, sequence.num_prompt_tokens - sequence.num_cached, 0)
+            step.prefills[sequence.seq_id] = sequence
             step.add(self._chunk(sequence, count))
 
     # ---- adapters -----------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastserve.engine.adapters import reading
 from fastserve.engine.adapters.manager import AdapterManager
 from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.loading.lora.settings import read_settings
 from fastserve.engine.runner.packed_step import PackedStep
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.settings import AdapterOptions, WeightOptions
@@ -311,6 +313,64 @@ def test_a_request_that_never_fits_with_its_adapter_is_refused_at_once_and_block
     assert answers["big"].error_kind == "InvalidRequestError"
     assert "the adapter a1 together need" in str(answers["big"].error)
     assert len(answers["next"].token_ids) == 3
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_an_answer_ends_where_the_kv_cache_beside_its_adapter_does(
+    tiny_models: TinyModels, folders: dict[str, Path], merged: Merged, is_last: bool
+) -> None:
+    """A chat without max_tokens may fill the context, which the adapter then may not leave free. `is_last`: the prompt
+    leaves room for one token."""
+    folder = folders["a0"]
+    base = tiny_models.path("llama")
+    needed = manager(serve(base, {"a0": folder})).find("a0")
+    assert needed is not None
+    num_blocks = needed.shape.num_blocks + 5
+    core = serve(base, {"a0": folder}, settings={"max_total_tokens": 16 * num_blocks, "max_model_len": 16 * num_blocks})
+    prompt = [5 + index % 90 for index in range(79 if is_last else 9)]
+    limit = 16 * num_blocks - len(prompt)
+    one = request("r", prompt, limit, "a0", logprobs=0, min_tokens=limit)
+    answer = run(core, [one, request("bare", [5], 3)])["r"]
+    assert (answer.finish_reason, len(answer.token_ids)) == ("length", 80 - len(prompt))
+    assert_same(answer, merged.answer(folder, request("r", prompt, 80 - len(prompt), logprobs=0)), "r")
+    refused = core.add(request("full", [5] * 80, 1, "a0"))
+    assert refused is not None
+    assert (refused.error_kind, refused.finish_reason) == ("InvalidRequestError", "error")
+    assert "shorten the prompt" in str(refused.error)
+
+
+def test_settings_are_checked_once_for_adapters_that_differ_in_values_alone(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_models.path("llama")
+    folders = {name: make_adapter(base, tmp_path / name, 6) for name in ("x", "y")}
+    folders["scaled"] = make_adapter(base, tmp_path / "scaled", 6, lora_alpha=9)
+    folders["few"] = make_adapter(base, tmp_path / "few", 6, LAYERS[:2])
+    checked = []
+
+    def count(file: Path) -> Any:
+        checked.append(file.parent.name)
+        return read_settings(file)
+
+    monkeypatch.setattr(reading, "read_settings", count)
+    alone = {name: read(serve(base, {name: folder}), name) for name, folder in folders.items()}
+    assert checked == list(folders)
+    core = serve(base, folders)
+    for name, expected in alone.items():
+        found = read(core, name)
+        assert torch.equal(found.tiles, expected.tiles), name
+        assert found.first_tile.tolist() == expected.first_tile.tolist(), name
+        assert found.rank_groups.tolist() == expected.rank_groups.tolist(), name
+    assert not torch.equal(alone["x"].tiles, alone["y"].tiles)
+    assert checked[4:] == ["x", "scaled", "few"]
+
+
+def read(core: EngineCore, name: str) -> reading.HostAdapter:
+    adapter = manager(core).find(name)
+    assert adapter is not None
+    [part] = manager(core)._store.read(adapter.path, adapter.shape)
+    assert isinstance(part, reading.HostAdapter)
+    return part
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed"])

@@ -37,8 +37,10 @@ def kernel_of(dtype: torch.dtype) -> CpuLoraKernel:
 
 
 def mixture(rows: int) -> list[int]:
-    """Slots of rows: some of the bare base, some of a slot without weights for the site."""
-    return [random.choice([0, 0, *RANKS, 9]) for _ in range(rows)]
+    """Slots of rows: at least one with weights, some of the bare base, some of a slot without weights for the site."""
+    slots = [random.choice([0, 0, *RANKS, 9]) for _ in range(rows - 1)]
+    slots.insert(random.randrange(rows), random.choice([*RANKS]))
+    return slots
 
 
 @pytest.mark.parametrize("order", [TileOrder(), TileOrder(4, 16, 2), TileOrder(2, 16, 1)], ids=str)

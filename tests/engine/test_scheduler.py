@@ -217,7 +217,7 @@ def make_scheduler(
 def make_policy(name: str, **options: Any) -> SchedulingPolicy:
     if name == "cluster":
         options.setdefault("batch_num_adapters", 2)
-    return scheduling.load(EngineOptions(scheduler=name, **options))
+    return scheduling.load(EngineOptions(scheduler=name, **options), max_num_batched_tokens=BUDGET)
 
 
 def make_core(

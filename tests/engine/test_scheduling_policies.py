@@ -16,7 +16,7 @@ from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingPara
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import StepPlan, StepResult
 from fastserve.engine.scheduler import Scheduler
-from fastserve.engine.scheduling.vtc_fair import INPUT_PRICE, OUTPUT_PRICE
+from fastserve.engine.scheduling.vtc_fair import CREDIT_STEPS, INPUT_PRICE, OUTPUT_PRICE
 from fastserve.errors import StartupError
 from fastserve.options import parse_config
 from fastserve.worker.refusals import refuse_unavailable
@@ -45,7 +45,9 @@ class Simulation:
         pool = BlockPool(blocks, BLOCK, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(
             pool,
-            policy=scheduling.load(EngineOptions(scheduler=policy, **options), ["first", "second"]),
+            policy=scheduling.load(
+                EngineOptions(scheduler=policy, **options), ["first", "second"], max_num_batched_tokens=BUDGET
+            ),
             max_num_batched_tokens=BUDGET,
             max_num_seqs=max_num_seqs,
             max_model_len=100,
@@ -147,7 +149,7 @@ def test_more_weights_than_adapters_are_refused() -> None:
 )
 def test_weights_may_be_given_in_several_forms(flags: list[str]) -> None:
     options = parse_config(WorkerConfig, ["--scheduler", "vtc_fair", *flags], "x", {})
-    policy: Any = scheduling.load(options, ("a", "b"))
+    policy: Any = scheduling.load(options, ("a", "b"), max_num_batched_tokens=BUDGET)
     assert policy._weights.get("a", 1.0) == 1.0
     assert policy._weights["b"] == 4.0
 
@@ -195,7 +197,7 @@ def test_service_is_as_the_weights(weights: tuple[str, ...]) -> None:
     assert simulation.service["first"] / simulation.service["second"] == pytest.approx(3, rel=0.1)
 
 
-def test_a_client_that_was_away_has_not_saved_up_service() -> None:
+def test_a_client_that_was_away_has_saved_up_no_more_than_the_credit() -> None:
     simulation = Simulation("vtc_fair", max_num_seqs=1)
     simulation.add("away")
     for _ in range(100):
@@ -208,7 +210,54 @@ def test_a_client_that_was_away_has_not_saved_up_service() -> None:
     for _ in range(60):
         simulation.step()
     after = simulation.started()[begun:]
-    assert abs(after.count("away") - after.count("busy")) <= 2
+    lead = after.count("away") - after.count("busy")
+    # A request is 4 tokens of prompt and 4 of answer.
+    assert 2 < lead <= 2 + CREDIT_STEPS * BUDGET / (4 * INPUT_PRICE + 4 * OUTPUT_PRICE)
+
+
+def test_the_credit_is_not_given_once_for_each_client_that_comes() -> None:
+    """Each of many clients that come while all of them wait begins at the same counter."""
+    simulation = Simulation("vtc_fair", max_num_seqs=1)
+    for _ in range(40):
+        simulation.add("busy")
+    for _ in range(100):
+        simulation.step()
+    for client in range(9):
+        simulation.add(str(client), 4, 1)
+    policy: Any = simulation.scheduler._policy
+    counters = [policy._clients[str(client)].counter for client in range(9)]
+    assert min(counters) == max(counters) > 0
+
+
+def test_no_prompt_of_a_client_with_much_service_is_beside_that_of_one_with_little() -> None:
+    simulation = Simulation("vtc_fair", blocks=256)
+    for _ in range(20):
+        simulation.add("heavy", 4, 12)
+    for _ in range(10):
+        simulation.step()
+    num_light = 0
+    while simulation.scheduler.num_waiting:
+        simulation.add("light", 4, 1)
+        begun = len(simulation.first_token_s)
+        simulation.step()
+        together = simulation.started()[begun:]
+        assert set(together) <= {"light"} or set(together) <= {"heavy"}
+        num_light += together.count("light")
+        simulation.step()
+    assert num_light > 5
+    assert simulation.started().count("heavy") == 20, "its prompts go on in other steps"
+
+
+def test_a_long_prompt_leaves_room_in_the_step_for_one_of_a_client_with_less_service() -> None:
+    simulation = Simulation("vtc_fair", blocks=256)
+    simulation.add("heavy", 90, 2)
+    simulation.step()
+    light = simulation.add("light", 16, 2)
+    simulation.step()
+    assert light in simulation.first_token_s
+    while simulation.scheduler.has_work:
+        assert simulation.step().num_tokens <= BUDGET
+    assert len(simulation.first_token_s) == 2
 
 
 def test_the_client_with_the_most_service_is_preempted() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from fastserve.engine.adapters.manager import AdapterShape
 from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
 from fastserve.engine.kernels.lora import TileOrder
-from fastserve.engine.loading.checkpoint import StoredTensor
+from fastserve.engine.loading.checkpoint import StoredTensor, read_header, read_stacked
 from fastserve.engine.loading.lora.parts import LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import AdapterSettings, read_settings
 from fastserve.engine.loading.lora.targets import AdapterTargets
@@ -27,6 +29,7 @@ from fastserve.errors import InvalidRequestError, StartupError
 _COMPARED_ROWS = 4096
 _GROUP_VALUES = 1 << 20
 """Values of matrices that are packed at once."""
+_MAX_LAYOUTS = 16
 MERGE_AT_START = "Serve it merged instead, with its folder as --model-path."
 
 
@@ -51,14 +54,47 @@ class _LowRank:
     experts: range
     """The experts that it changes; 0 alone for other layers."""
 
-    def matrices(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """For each expert: its number, A (rank, in), and B (out, rank) with the scale."""
-        count = len(self.experts)
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Changes that are read and packed by the same operations, and small enough to be held beside their tiles. Their
+    matrices are counted in order: those of all experts of the first change, of the second, ..."""
+
+    changes: list[_LowRank]
+    scales: torch.Tensor
+    """(changes, 1, 1)"""
+    is_whole: bool
+    """Whether ranks have all of a matrix or nothing of it."""
+    own: list[list[int]]
+    """The matrices that each rank has, whole or in part."""
+    own_tiles: list[torch.Tensor]
+    """Places of their tiles in each rank's part."""
+
+    def read(self, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (matrices, rank, in), and B (matrices, out, rank) with the scale."""
+        rank, count = self.changes[0].rank, len(self.changes[0].experts)
         # PEFT has one matrix of all experts: in A the expert is the first part of an index of ranks, in B the last.
-        a = self.parts.a.read().float().unflatten(0, (count, self.rank))
-        b = (self.parts.b.read().float() * self.scale).unflatten(1, (self.rank, count))
-        for place, expert in enumerate(self.experts):
-            yield expert, a[place], b[:, :, place]
+        a = read_stacked([change.parts.a for change in self.changes], file).float()
+        b = read_stacked([change.parts.b for change in self.changes], file).float() * self.scales
+        return (
+            a.unflatten(1, (count, rank)).flatten(0, 1),
+            b.unflatten(2, (rank, count)).movedim(3, 1).flatten(0, 1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The place of each matrix in an adapter's file and in its tiles."""
+
+    file_name: str
+    changes: list[_LowRank]
+    whole: list[tuple[Site, StoredTensor]]
+    """The base model's embedding and LM head where the file has them too."""
+    alike: list[_Alike]
+    num_tiles: list[int]
+    """For each rank; so are the tables."""
+    first_tile: list[npt.NDArray[np.int32]]
+    rank_groups: list[npt.NDArray[np.int32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +129,25 @@ class AdapterReader:
         self._targets = targets
         self._dtype = dtype
         self._width = width
+        self._tile_size = RANK_GROUP * width
         self._tiles_per_block = tiles_per_block
         self._max_rank = max_rank
         self._pins_memory = pins_memory
         self._order = order
+        self._layouts: dict[bytes, _Layout] = {}
+        self._lock = threading.Lock()
 
     def inspect(self, path: str) -> AdapterShape:
         """Read the settings and the shapes. Raises InvalidRequestError for a folder that is no adapter of this model,
         or an adapter that cannot be applied in a batch."""
-        changes, whole = self._changes(path)
-        for site, stored in whole:
+        layout = self._layout(Path(path))
+        for site, stored in layout.whole:
             self._require_unchanged(site, stored)
-        count = max(self._count(changes, rank) for rank in range(self._targets.num_ranks))
+        count = max(layout.num_tiles)
         return AdapterShape(
-            rank=max(change.rank for change in changes),
-            targets=tuple(sorted({change.site.path.rpartition(".")[2] for change in changes})),
-            num_bytes=count * RANK_GROUP * self._width * self._dtype.itemsize,
+            rank=max(change.rank for change in layout.changes),
+            targets=tuple(sorted({change.site.path.rpartition(".")[2] for change in layout.changes})),
+            num_bytes=count * self._tile_size * self._dtype.itemsize,
             num_blocks=-(-count // self._tiles_per_block),
             stamp=_stamp(Path(path)),
         )
@@ -121,33 +160,91 @@ class AdapterReader:
                 f"The files of the adapter in {path} were changed or removed since it was loaded; load it again, "
                 "replacing the one of its name."
             )
-        changes, _ = self._changes(path)
-        parts = [self._empty(changes, rank) for rank in range(self._targets.num_ranks)]
+        layout = self._layout(Path(path))
+        file = Path(path) / layout.file_name
+        parts = [
+            HostAdapter(self._empty(count), first_tile, rank_groups)
+            for count, first_tile, rank_groups in zip(
+                layout.num_tiles, layout.first_tile, layout.rank_groups, strict=True
+            )
+        ]
+        for alike in layout.alike:
+            try:
+                a, b = alike.read(file)
+            except (StartupError, OSError, ValueError, RuntimeError) as error:
+                raise InvalidRequestError(f"{file} cannot be read: {error}") from error
+            for rank, part in enumerate(parts):
+                if alike.own[rank]:
+                    own = self._part(alike, rank, a, b)
+                    packed = pack_tiles(*own, self._width, self._order)
+                    part.tiles.index_copy_(0, alike.own_tiles[rank], packed.flatten(0, 1))
         for rank, part in enumerate(parts):
-            begin = 0
+            self._require_finite(file, layout, rank, part)
+        return parts
+
+    def _part(self, alike: _Alike, rank: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A rank's part of the matrices, in the dtype of the model."""
+        own, count = alike.own[rank], len(alike.changes[0].experts)
+        if not alike.is_whole:
+            of_rank = [
+                self._targets.part(alike.changes[place // count].site.path, rank, a[place], b[place]) for place in own
+            ]
+            a, b = (torch.stack(found) for found in zip(*of_rank, strict=True))
+        elif len(own) < len(a):
+            a, b = a[own], b[own]
+        return a.to(self._dtype), b.to(self._dtype)
+
+    def _layout(self, folder: Path) -> _Layout:
+        """Many adapters are trained with equal settings: names and settings are checked once for all of them."""
+        key = _layout_key(folder)
+        with self._lock:
+            found = None if key is None else self._layouts.get(key)
+        if found is not None:
+            return found
+        layout = self._make_layout(*self._changes(folder))
+        if key is not None and not layout.whole:
+            with self._lock:
+                self._layouts[key] = layout
+                while len(self._layouts) > _MAX_LAYOUTS:
+                    del self._layouts[next(iter(self._layouts))]
+        return layout
+
+    def _make_layout(self, changes: list[_LowRank], whole: list[tuple[Site, StoredTensor]]) -> _Layout:
+        ranks = range(self._targets.num_ranks)
+        rows = sum(site.num_experts for site in self._sites.values())
+        first_tile, rank_groups = ([np.zeros(rows, dtype=np.int32) for _ in ranks] for _ in range(2))
+        num_tiles = [0 for _ in ranks]
+        for rank in ranks:
             for change in changes:
                 for expert in self._own_experts(change, rank):
-                    part.first_tile[change.site.index + expert] = begin
-                    part.rank_groups[change.site.index + expert] = num_rank_groups(change.rank)
-                    begin += self._num_tiles(change, rank)
-        for alike in self._alike(changes):
-            try:
-                matrices = [(change, *found) for change in alike for found in change.matrices()]
-            except (StartupError, OSError, ValueError, RuntimeError) as error:
-                raise InvalidRequestError(f"{alike[0].parts.a.file} cannot be read: {error}") from error
-            for rank, part in enumerate(parts):
-                own = [found for found in matrices if found[1] in self._own_experts(found[0], rank)]
-                if not own:
-                    continue
-                of_rank = [self._targets.part(change.site.path, rank, a, b) for change, _, a, b in own]
-                a, b = (torch.stack(found).to(self._dtype) for found in zip(*of_rank, strict=True))
-                packed = pack_tiles(a, b, self._width, self._order)
-                for (change, expert, _, _), tiles in zip(own, packed, strict=True):
-                    begin = part.first_tile[change.site.index + expert]
-                    part.tiles[begin : begin + len(tiles)] = tiles
-        for rank, part in enumerate(parts):
-            self._require_finite(changes, rank, part)
-        return parts
+                    first_tile[rank][change.site.index + expert] = num_tiles[rank]
+                    rank_groups[rank][change.site.index + expert] = num_rank_groups(change.rank)
+                    num_tiles[rank] += self._num_tiles(change, rank)
+        alike = [self._make_alike(group, first_tile) for group in self._groups(changes)]
+        return _Layout(changes[0].parts.a.file.name, changes, whole, alike, num_tiles, first_tile, rank_groups)
+
+    def _make_alike(self, changes: list[_LowRank], first_tile: list[npt.NDArray[np.int32]]) -> _Alike:
+        own: list[list[int]] = []
+        own_tiles = []
+        for rank, begins in enumerate(first_tile):
+            has = [
+                (place, begins[change.site.index + expert])
+                for place, (change, expert) in enumerate(
+                    (change, expert) for change in changes for expert in change.experts
+                )
+                if expert in self._own_experts(change, rank)
+            ]
+            own.append([place for place, _ in has])
+            count = self._num_tiles(changes[0], rank)
+            begin = torch.tensor([begin for _, begin in has], dtype=torch.int64)
+            own_tiles.append((begin[:, None] + torch.arange(count)).flatten())
+        return _Alike(
+            changes,
+            torch.tensor([change.scale for change in changes]).view(-1, 1, 1),
+            all(self._targets.is_whole(change.site.path) for change in changes),
+            own,
+            own_tiles,
+        )
 
     def _own_experts(self, change: _LowRank, rank: int) -> range:
         """Those that a rank has, of the experts that are changed."""
@@ -156,24 +253,22 @@ class AdapterReader:
         own = self._targets.own_experts(change.site.path, rank)
         return range(max(own.start, change.experts.start), min(own.stop, change.experts.stop))
 
-    def _alike(self, changes: Sequence[_LowRank]) -> list[list[_LowRank]]:
-        """The changes in groups that can be packed by the same operations, and that are small enough to be held beside
-        their tiles."""
+    def _groups(self, changes: Sequence[_LowRank]) -> list[list[_LowRank]]:
         groups: dict[Any, list[list[_LowRank]]] = {}
         for change in changes:
             a, b = change.parts.a, change.parts.b
             sizes = [self._targets.part_sizes(change.site.path, rank) for rank in range(self._targets.num_ranks)]
-            key = (change.rank, a.dtype, a.shape, b.shape, *sizes)
+            key = (change.rank, a.dtype, b.dtype, a.shape, b.shape, *sizes)
             last = groups.setdefault(key, [[]])
             if len(last[-1]) >= max(1, _GROUP_VALUES // (math.prod(a.shape) + math.prod(b.shape))):
                 last.append([])
             last[-1].append(change)
         return [group for split in groups.values() for group in split]
 
-    def _require_finite(self, changes: Sequence[_LowRank], rank: int, part: HostAdapter) -> None:
+    def _require_finite(self, file: Path, layout: _Layout, rank: int, part: HostAdapter) -> None:
         if _is_finite(part.tiles):
             return
-        for change in changes:
+        for change in layout.changes:
             own = self._own_experts(change, rank)
             if not own:
                 continue
@@ -181,28 +276,20 @@ class AdapterReader:
             if not _is_finite(part.tiles[begin : begin + self._num_tiles(change, rank) * len(own)]):
                 a, b = change.parts.a, change.parts.b
                 raise InvalidRequestError(
-                    f"{a.file}: {a.name} or {b.name} is not finite in the dtype of the model. Start with --dtype "
+                    f"{file}: {a.name} or {b.name} is not finite in the dtype of the model. Start with --dtype "
                     "float32, or train the adapter again."
                 )
 
-    def _empty(self, changes: Sequence[_LowRank], rank: int) -> HostAdapter:
-        rows = sum(site.num_experts for site in self._sites.values())
-        tables = (np.zeros(rows, dtype=np.int32) for _ in range(2))
-        shape = (self._count(changes, rank), RANK_GROUP * self._width)
-        return HostAdapter(torch.empty(shape, dtype=self._dtype, pin_memory=self._pins_memory), *tables)
-
-    def _count(self, changes: Sequence[_LowRank], rank: int) -> int:
-        """Number of tiles of a rank's part."""
-        return sum(self._num_tiles(change, rank) * len(self._own_experts(change, rank)) for change in changes)
+    def _empty(self, count: int) -> torch.Tensor:
+        return torch.empty((count, self._tile_size), dtype=self._dtype, pin_memory=self._pins_memory)
 
     def _num_tiles(self, change: _LowRank, rank: int) -> int:
         """Number of tiles of a change; of one expert, where the layer has experts."""
         return num_tiles(change.rank, *self._targets.part_sizes(change.site.path, rank), self._width)
 
-    def _changes(self, path: str) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:
+    def _changes(self, folder: Path) -> tuple[list[_LowRank], list[tuple[Site, StoredTensor]]]:
         """The low-rank changes in the order of the sites, and the base model's embedding and LM head where the file has
         them too."""
-        folder = Path(path)
         try:
             settings = read_settings(folder / "adapter_config.json")
             parts = read_parts(folder)
@@ -355,6 +442,17 @@ def _stamp(folder: Path) -> tuple[int, ...]:
         stat = file.stat()
         found += [stat.st_ino, stat.st_size, stat.st_mtime_ns]
     return tuple(found)
+
+
+def _layout_key(folder: Path) -> bytes | None:
+    """Equal for folders whose layouts are equal. None: not known without reading all."""
+    file = folder / "adapter_model.safetensors"
+    try:
+        parts = ((folder / "adapter_config.json").read_bytes(), read_header(file))
+        size = file.stat().st_size
+    except (OSError, ValueError):
+        return None
+    return hashlib.blake2b(b"%d:%d:" % (size, len(parts[0])) + b"".join(parts)).digest()
 
 
 def _refuse_variants(folder: Path, settings: AdapterSettings) -> None:

@@ -13,8 +13,9 @@ import re
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ class StoredTensor:
     """Raises StartupError that names tensor and file."""
     read_shard: Callable[[Shard], torch.Tensor] | None = None
     """Reads a part without reading the whole tensor. None: parts of the stored form are not parts of the weight."""
+    offset: int | None = None
+    """Place of its bytes in the file; None: they are stored in another form."""
 
 
 Tensors = Mapping[str, StoredTensor]
@@ -166,19 +169,29 @@ def _indexed(index: Path) -> list[Path]:
 
 def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _HEADER_LIMIT:
-                raise ValueError(f"it would be {length} bytes long")
-            entries: dict[str, Any] = json.loads(stream.read(length))
-            size = file.stat().st_size
-        begin = 8 + length
+        header = read_header(file)
+        entries: dict[str, Any] = json.loads(header)
+        size = file.stat().st_size
+        begin = 8 + len(header)
         found = {
             name: _stored(file, name, entry, begin, size) for name, entry in entries.items() if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise StartupError(f"{file} cannot be loaded: its header is broken or cut off ({error}).") from error
     return found
+
+
+def read_header(file: Path) -> bytes:
+    """The header of a safetensors file: names, dtypes, shapes and places of its tensors. Raises OSError, and ValueError
+    for one that is too long or cut off."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise ValueError(f"it would be {length} bytes long")
+        header = stream.read(length)
+        if len(header) < length:
+            raise ValueError(f"it has {len(header)} of {length} bytes")
+        return header
 
 
 def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: int) -> StoredTensor:
@@ -206,7 +219,25 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, file_size: 
     def read_shard(shard: Shard) -> torch.Tensor:
         return read_shard_of_bytes(file, name, data + first, dtype, shard)
 
-    return StoredTensor(name, file, shape, dtype, last - first, read, read_shard)
+    return StoredTensor(name, file, shape, dtype, last - first, read, read_shard, data + first)
+
+
+def read_stacked(tensors: Sequence[StoredTensor], file: Path) -> torch.Tensor:
+    """Several tensors of one shape and dtype, as one: (tensors, ...). `file`: theirs, or another with an equal header.
+    Raises StartupError that names tensor and file."""
+    first = tensors[0]
+    if any(tensor.offset is None for tensor in tensors):
+        return torch.stack([tensor.read() for tensor in tensors])
+    buffer = buffer_pool.take(first.num_bytes * len(tensors))
+    name = first.name
+    try:
+        with file.open("rb", buffering=0) as stream:
+            for index, tensor in enumerate(tensors):
+                name = tensor.name
+                _fill(buffer[index * first.num_bytes : (index + 1) * first.num_bytes], stream, tensor.offset or 0)
+    except OSError as error:
+        raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
+    return buffer_pool.as_tensor(buffer).view(first.dtype).view(len(tensors), *first.shape)
 
 
 def read_shard_of_bytes(file: Path, name: str, offset: int, dtype: torch.dtype, shard: Shard) -> torch.Tensor:
@@ -247,16 +278,21 @@ def read_bytes(file: Path, name: str, offset: int, size: int) -> torch.Tensor:
     buffer = buffer_pool.take(size)
     try:
         with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            done = 0
-            while done < size:
-                count = stream.readinto(buffer[done:].data)
-                if not count:
-                    raise OSError(f"it ends {size - done} bytes too early")
-                done += count
+            _fill(buffer, stream, offset)
     except OSError as error:
         raise StartupError(f"{file}: the tensor {name} cannot be read: {error}.") from error
     return buffer_pool.as_tensor(buffer)
+
+
+def _fill(buffer: Bytes, stream: RawIOBase, offset: int) -> None:
+    """Read until `buffer` is full. Raises OSError if the file ends before."""
+    stream.seek(offset)
+    done = 0
+    while done < len(buffer):
+        count = stream.readinto(buffer[done:].data)
+        if not count:
+            raise OSError(f"it ends {len(buffer) - done} bytes too early")
+        done += count
 
 
 # ---- pickled (.bin, .pt) ----------------------------------------------------------------------------------------

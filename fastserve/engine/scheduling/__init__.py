@@ -37,6 +37,8 @@ class Settings:
     """Different adapters among running sequences from which on others wait."""
     first_token_slo_s: float
     """Longest time to the first token that is of use."""
+    max_num_batched_tokens: int
+    """Tokens of a step."""
 
 
 class SchedulingPolicy(Protocol):
@@ -67,6 +69,11 @@ class SchedulingPolicy(Protocol):
         `first` is to wait. Only a sequence that has never begun may get a place, so preemptions come to an end."""
         ...
 
+    def may_prefill(self, sequence: RequestSequence, prefills: Sequence[RequestSequence]) -> bool:
+        """Whether a step that computes tokens of these sequences' prompts may also start `sequence`; if it runs
+        already, it gets a small part of the step where it may not. True where there are none, so that it goes on."""
+        ...
+
     def served(self, sequence: RequestSequence, num_input_tokens: int, num_output_tokens: int) -> None:
         """Tokens were computed for a sequence: those of its prompt when it starts for the first time, without cached
         ones, and each token of the answer."""
@@ -86,23 +93,26 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_POLICIES)
 
 
-def load(options: EngineOptions, adapters: Sequence[str] = ()) -> SchedulingPolicy:
+def load(options: EngineOptions, adapters: Sequence[str] = (), *, max_num_batched_tokens: int) -> SchedulingPolicy:
     """The policy that the options ask for. `adapters`: names in the order in which weights without a name count.
+    `max_num_batched_tokens`: that of the engine, also where the option is left out.
 
     Raises StartupError for an unknown policy, and for options that do not go together.
     """
-    name = check(options)
+    name = check(options, adapters)
     settings = Settings(
         weights=_read_weights(options.fair_weights, adapters),
         batch_num_adapters=options.batch_num_adapters or options.max_num_seqs,
         first_token_slo_s=options.first_token_slo_s,
+        max_num_batched_tokens=max_num_batched_tokens,
     )
     make = cast(Callable[[Settings], SchedulingPolicy], importlib.import_module(f"{__name__}.{name}").Policy)
     return make(settings)
 
 
-def check(options: EngineOptions) -> str:
-    """Name of the policy that the options ask for. Raises StartupError as `load` does, but for the weights."""
+def check(options: EngineOptions, adapters: Sequence[str] | None = None) -> str:
+    """Name of the policy that the options ask for. Raises StartupError as `load` does; for the weights only where the
+    adapters are known."""
     name = _chosen(options)
     if name in _REFUSED:
         raise StartupError(
@@ -112,6 +122,8 @@ def check(options: EngineOptions) -> str:
         raise StartupError(f"--scheduler {name}: there is no such policy; choose one of {', '.join(names())}.")
     if options.fair_weights and name != "vtc_fair":
         raise StartupError("--fair-weights are for --scheduler vtc_fair: give it too, or leave them out.")
+    if adapters is not None:
+        _read_weights(options.fair_weights, adapters)
     return name
 
 

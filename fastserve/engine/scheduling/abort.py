@@ -56,6 +56,9 @@ class Policy:
     def yields_to(self, first: Sequence, running: AnySequence[Sequence]) -> Sequence | None:
         return None
 
+    def may_prefill(self, sequence: Sequence, prefills: AnySequence[Sequence]) -> bool:
+        return True
+
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         self._num_started += num_input_tokens > 0
 

@@ -3,14 +3,18 @@ Models, 2023). A client is an adapter; requests for the bare base model are one 
 
 A counter has the client's service: INPUT_PRICE for each prompt token that was computed, OUTPUT_PRICE for each token of
 an answer, divided by its weight (`--fair-weights`). The client with the lowest counter is served next, its requests in
-their own order, and the one with the highest counter is preempted. A client that had no request to start begins at the
-lowest counter of those that have, so that it cannot save up service.
+their own order, and the one with the highest counter is preempted. A client that had no request to start begins at most
+CREDIT_STEPS full steps below the lowest counter of those that have: it cannot save up more service, and short bursts of
+a client that asks for little go first.
+
+A prompt waits for the next step where this one has a prompt of a client that is behind by more than half of the credit.
+So a client with many requests does not make the steps long in which others get their first token.
 
 When all places (`--max-num-seqs`) are taken, a new request of a client with fewer places and less service gets one of
 the client with the most places. Places are compared per weight; equal ones never move.
 
-While two clients of weight 1 have waiting requests, their services differ by at most 2 max(INPUT_PRICE times the
-longest prompt, OUTPUT_PRICE times the tokens that the KV cache holds).
+While two clients of weight 1 have waiting requests, their services differ by at most 2 (max(INPUT_PRICE times the
+longest prompt, OUTPUT_PRICE times the tokens that the KV cache holds) + the credit).
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from fastserve.engine.scheduling.queue import WaitingQueue
 from fastserve.engine.sequence import Sequence
 
 INPUT_PRICE, OUTPUT_PRICE = 1.0, 2.0
+CREDIT_STEPS = 2.0
+"""Credit of a client that comes back: the service of this many steps with `--max-num-batched-tokens` prompt tokens."""
 MAX_IDLE_CLIENTS = 10_000
 """Clients without requests whose counters are kept."""
 
@@ -52,16 +58,17 @@ class Policy:
         """A heap of clients with waiting sequences, by counters that may have grown since."""
         self._known: set[int] = set()
         """Ids of sequences that have not ended."""
-        self._last_counter = 0.0
-        """Counter of the client that had a waiting sequence last."""
+        self._credit = CREDIT_STEPS * settings.max_num_batched_tokens
+        self._level = 0.0
+        """Highest of the lowest counters, each among clients with waiting sequences. Never falls."""
 
     def add(self, sequence: Sequence) -> None:
         client = self._client(sequence)
         if sequence.seq_id not in self._known:
             self._known.add(sequence.seq_id)
             if not client.unstarted:
-                lowest = self._lowest()
-                client.counter = max(client.counter, self._last_counter if lowest is None else lowest.counter)
+                self._lowest()
+                client.counter = max(client.counter, self._level - self._credit / client.weight)
             client.unstarted.add(sequence.seq_id)
             client.num_requests += 1
             self._idle.pop(client.name, None)
@@ -72,8 +79,8 @@ class Policy:
 
     def remove(self, sequence: Sequence) -> None:
         client = self._clients.get(sequence.request.adapter)
-        if client is not None and client.waiting.remove(sequence):
-            self._last_counter = client.counter
+        if client is not None:
+            client.waiting.remove(sequence)
 
     def first(self, running: AnySequence[Sequence]) -> Sequence | None:
         client = self._lowest()
@@ -94,6 +101,13 @@ class Policy:
         if (numbers[name] - 1) / heavy.weight < places / client.weight or heavy.counter <= client.counter:
             return None
         return next(item for item in reversed(running) if item.request.adapter == name)
+
+    def may_prefill(self, sequence: Sequence, prefills: AnySequence[Sequence]) -> bool:
+        """Not beside the prompt of a client that is behind by more than half of the credit: it would make the step, and
+        so that client's time to the first token, longer."""
+        counter = self._client(sequence).counter
+        clients = map(self._client, prefills)
+        return all(client.counter + self._credit / 2 / client.weight >= counter for client in clients)
 
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         client = self._client(sequence)
@@ -135,5 +149,6 @@ class Policy:
             elif client.counter > counter:
                 heapq.heapreplace(self._queue, (client.counter, name))
             else:
+                self._level = max(self._level, counter)
                 return client
         return None

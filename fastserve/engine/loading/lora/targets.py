@@ -132,6 +132,10 @@ class AdapterTargets:
             return in_size, out_size
         return (in_size, shard.size) if shard.dim == 0 else (shard.size, out_size)
 
+    def is_whole(self, path: str) -> bool:
+        """Whether each rank has all of a layer, or of each of its experts."""
+        return self._shard(path, 0) is None
+
     def part(self, path: str, rank: int, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A rank's part of `a` (rank, in) and `b` (out, rank): where it has some outputs of the layer, all of A and
         these rows of B; where it has some inputs, these columns of A and all of B, and the products are summed with
