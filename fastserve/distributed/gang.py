@@ -19,7 +19,9 @@ from fastserve.errors import StartupError
 
 _CONTROL_OFFSET = 1
 _RELAY_OFFSET = 2
+_SOCKET = "ranks"
 _ANY_PORT = 9
+_ONE_MACHINE_TIMEOUT_S = 1800.0
 
 
 class Gang(msgspec.Struct, frozen=True):
@@ -32,10 +34,21 @@ class Gang(msgspec.Struct, frozen=True):
     """Number of this machine."""
     timeout_s: float
     """Longest wait until all ranks have joined."""
+    folder: str = ""
+    """Where the ranks of this machine meet; private, and made with the first of them."""
 
     @classmethod
     def of(cls, world: World, machines: tuple[Machine, ...], timeout_s: float) -> Gang:
         return cls(machines, world.local_size, world.first_rank // world.local_size, timeout_s)
+
+    @classmethod
+    def of_one_machine(cls, size: int) -> Gang:
+        """Ranks that are all on this machine, and need no network."""
+        return cls((Machine(0, "", "", 0),), size, 0, _ONE_MACHINE_TIMEOUT_S)
+
+    @property
+    def is_one_machine(self) -> bool:
+        return len(self.machines) == 1
 
     @property
     def size(self) -> int:
@@ -64,14 +77,20 @@ class Gang(msgspec.Struct, frozen=True):
 
     def control_endpoint(self) -> str:
         """Where members reach rank 0."""
+        if self.is_one_machine:
+            return f"ipc://{self.folder}/{_SOCKET}"
         return endpoint(self.master.ip, self.control_port)
 
     def own_ip(self) -> str:
         """The address of this machine on its way to the others. Raises StartupError when there is no way."""
+        if self.is_one_machine:
+            return ""
         peer = self.master if self.part > 0 else self.machines[-1]
         return own_ip(peer.ip)
 
     def name_of(self, rank: int) -> str:
+        if self.is_one_machine:
+            return f"rank {rank}"
         machine = self.machines[rank // self.local_size]
         return f"rank {rank} ({machine.name}, {machine.ip})"
 

@@ -88,11 +88,21 @@ class RankModel:
         return any(device_of(device).compiles_in_steps for device in self.loaded.devices)
 
 
-def build_rank(
-    config: EngineConfig, progress: Progress, processors: Sequence[LogitsProcessor], collectives: Collectives
-) -> RankModel:
-    """Load one rank's part of the model and verify it, side by side with the other ranks. Raises StartupError with a
-    message for the user."""
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """One rank's part of a model, and what other models it needs."""
+
+    loaded: LoadedModel
+    draft: LoadedModel | None
+    """On rank 0 alone, and whole: a draft model is small."""
+
+
+LoadRank = Callable[[EngineConfig, Progress, Collectives], LoadedRank]
+
+
+def load_rank(config: EngineConfig, progress: Progress, collectives: Collectives) -> LoadedRank:
+    """Load one rank's part of the model, side by side with the other ranks. Raises StartupError with a message for the
+    user."""
     check_ranges(EngineOptions, config)
     max_gpu_memory = None if config.max_gpu_memory is None else read_gpu_memory(config.max_gpu_memory)
     spread = Spread(config.num_gpus, max_gpu_memory, config.cpu_offloading)
@@ -105,7 +115,20 @@ def build_rank(
         collectives,
         has_adapters=config.adapters is not None,
     )
-    draft = _load_draft(config, loaded, progress) if collectives.rank == 0 else None
+    return LoadedRank(loaded, _load_draft(config, loaded, progress) if collectives.rank == 0 else None)
+
+
+def build_rank(
+    config: EngineConfig,
+    progress: Progress,
+    processors: Sequence[LogitsProcessor],
+    collectives: Collectives,
+    load: LoadRank = load_rank,
+) -> RankModel:
+    """Load one rank's part of the model and verify it, side by side with the other ranks. `load`: for a rank that may
+    have its weights already. Raises StartupError with a message for the user."""
+    rank = load(config, progress, collectives)
+    loaded, draft = rank.loaded, rank.draft
     collectives.barrier()  # all have loaded, so that free memory is what they share
     sizes = find_sizes(config, [loaded] if draft is None else [loaded, draft], config.num_local_ranks)
     sizes = _smallest(sizes, collectives)
@@ -114,7 +137,9 @@ def build_rank(
         more = -(-config.adapters.pool_size_lora // config.block_size)
         sizes = replace(sizes, num_blocks=sizes.num_blocks + more)
         make_adapter_memory = partial(_make_adapter_memory, config.adapters, loaded, sizes.num_blocks, collectives)
-    runner = _make_runner(config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory)
+    runner = _make_runner(
+        config, loaded, sizes, processors, make_adapter_memory=make_adapter_memory, collectives=collectives
+    )
     speed = _measure(runner, sizes.num_blocks, config)
     names = WeightNames(loaded.weights, loaded.conversion, loaded.model, is_divided=collectives.size > 1)
     receiver = _make_receiver(config, loaded, names, collectives, has_draft_model=draft is not None)
@@ -135,16 +160,17 @@ def build_core(
     *,
     collectives: Collectives = SINGLE_RANK,
     send_to_ranks: Send | None = None,
+    load: LoadRank = load_rank,
 ) -> EngineCore:
     """Load the model and make everything ready. Raises StartupError with a message for the user.
 
     `processors` are applied in their order. `collectives`: of the ranks that the model is divided over; this is rank 0.
-    `send_to_ranks`: sends commands to the others, if there are any.
+    `send_to_ranks`: sends commands to the others, if there are any. `load`: see `build_rank`.
     """
     begin = time.perf_counter()
     adapters = () if config.adapters is None else [name for name, _ in config.adapters.modules]
     check_policy(config, adapters)
-    model = build_rank(config, progress, processors, collectives)
+    model = build_rank(config, progress, processors, collectives, load)
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     policy = load_policy(config, adapters, max_num_batched_tokens=sizes.max_num_batched_tokens)
     executor: Executor = runner
@@ -347,6 +373,7 @@ def _make_runner(
     processors: Sequence[LogitsProcessor],
     vocab_size: int | None = None,
     make_adapter_memory: Callable[[Sequence[KVCache]], AdapterMemory] | None = None,
+    collectives: Collectives = SINGLE_RANK,
 ) -> ModelRunner:
     """A runner whose logits have been compared with those of the model's own code."""
     runner = ModelRunner(
@@ -367,7 +394,7 @@ def _make_runner(
         min(sizes.max_model_len, loaded.context_length),
     )
     with failing_in_a_sentence(name):
-        check_model(loaded, runner, capacity)
+        check_model(loaded, runner, capacity, collectives)
     return runner
 
 

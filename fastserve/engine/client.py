@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from fastserve.distributed.gang import Gang
 from fastserve.engine.calls.pending import PendingCalls, refusal
 from fastserve.engine.contract import (
     Abort,
@@ -29,6 +31,7 @@ from fastserve.engine.contract import (
     Event,
     LoadProgress,
     Outputs,
+    RankLost,
     Ready,
     ReplyT,
     RequestOutput,
@@ -38,6 +41,7 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE
+from fastserve.engine.ranks.local_ranks import LocalRanks
 from fastserve.engine.ranks.processes import CHECK_INTERVAL_S, RANK_LOST_EXIT_CODE, StopDetector
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.socket_folder import SocketFolder
@@ -70,6 +74,8 @@ class EngineProcess:
         """`timeout_s`: silence after which the engine counts as hung; it sends events each step and each idle second.
         `program`: the module to run, which calls `process.main`. `environment`: variables for it alone.
         """
+        if config.tp_size > 1 and config.gang is None:
+            config = replace(config, gang=Gang.of_one_machine(config.tp_size))
         self._config = config
         self._timeout_s = timeout_s
         self._program = program
@@ -91,6 +97,10 @@ class EngineProcess:
         self._stop_watcher: asyncio.Task[None] | None = None
         self._dead: asyncio.Future[str] | None = None
         self._closing = False
+        self._other_ranks: LocalRanks | None = None
+        """The processes of this machine's ranks other than rank 0, the engine process."""
+        self._lives_on = False
+        """The engine process has lost another rank, and waits for it with its weights."""
 
     @property
     def stats(self) -> EngineStats:
@@ -101,30 +111,48 @@ class EngineProcess:
         """Process id of the engine; None before the start."""
         return self._process.pid if self._process else None
 
+    @property
+    def rank_pids(self) -> list[int]:
+        """Process ids of the other ranks on this machine, in their order."""
+        return [] if self._other_ranks is None else self._other_ranks.pids
+
     async def start(self, on_progress: Callable[[LoadProgress], None]) -> EngineInfo:
         self._stats = EngineStats()
         self._dead = asyncio.get_running_loop().create_future()
+        lives_on, self._lives_on = self._lives_on, False
         try:
-            endpoint = self._open_socket()
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                self._program,
-                endpoint,
-                msgspec.json.encode(self._config).decode(),
-                str(os.getpid()),
-                stdin=asyncio.subprocess.DEVNULL,
-                env=ENGINE_ENVIRONMENT | os.environ | dict(self._environment),
-            )
+            if not lives_on or self._process is None:
+                self._process = await self._start_process()
+            if self._config.gang is not None:
+                self._stop_watcher = asyncio.create_task(self._watch_stopped(self._process))
             info = await self._wait_ready(self._process, on_progress)
         except BaseException:
             await self._tear_down()
+            await self._end_other_ranks()
             raise
         self._receiver = asyncio.create_task(self._receive(self._process))
         self._watcher = asyncio.create_task(self._watch(self._process))
-        if self._config.gang is not None:
-            self._stop_watcher = asyncio.create_task(self._watch_stopped(self._process))
         return info
+
+    async def _start_process(self) -> asyncio.subprocess.Process:
+        if os.name == "nt" and self._config.gang is not None:
+            raise StartupError("--tp-size needs Linux or macOS: on Windows leave it out.")
+        environment = ENGINE_ENVIRONMENT | os.environ | dict(self._environment)
+        endpoint, config = self._open_socket(), self._config
+        if config.gang is not None:
+            if self._other_ranks is None:
+                self._other_ranks = LocalRanks(config.gang.local_ranks[1:], config, environment)
+            config = replace(config, gang=self._other_ranks.gang)
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            self._program,
+            endpoint,
+            msgspec.json.encode(config).decode(),
+            str(os.getpid()),
+            stdin=asyncio.subprocess.DEVNULL,
+            env=environment,
+        )
 
     def _open_socket(self) -> str:
         self._context = zmq.asyncio.Context()
@@ -157,7 +185,7 @@ class EngineProcess:
                         raise StartupError(message)
                     case None:
                         raise StartupError(f"The engine process ended while it started ({_ending(await ended)}).")
-                    case Busy():
+                    case Busy() | RankLost():
                         pass
                     case Outputs() | CallReply() | CallError():
                         raise InternalError(f"the engine sent {type(event).__name__} before it was ready")
@@ -199,6 +227,9 @@ class EngineProcess:
                         self._calls.settle(event)
                     case Busy(max_silence_s):
                         self._max_silence_s = max(self._timeout_s, max_silence_s)
+                    case RankLost(reason):
+                        self._lives_on = self._declare_dead(process, reason)
+                        return
                     case LoadProgress() | Ready() | StartFailed():
                         self._end(process, f"The engine sent {type(event).__name__} while it served, and was killed.")
         finally:
@@ -244,12 +275,14 @@ class EngineProcess:
     def _on_death(self, process: asyncio.subprocess.Process) -> None:
         self._declare_dead(process, f"The engine process died ({_ending(process.returncode)}).")
 
-    def _declare_dead(self, process: asyncio.subprocess.Process, reason: str) -> None:
+    def _declare_dead(self, process: asyncio.subprocess.Process, reason: str) -> bool:
+        """Fail all requests, once; returns whether it did."""
         if self._closing or process is not self._process or self._dead is None or self._dead.done():
-            return
+            return False
         self._fail_all(reason)
         self._stats = EngineStats()
         self._dead.set_result(reason)
+        return True
 
     def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():
@@ -287,32 +320,34 @@ class EngineProcess:
         if self._dead is None:
             raise RuntimeError("the engine has not been started")
         reason = await asyncio.shield(self._dead)
-        await self._tear_down()
+        if self._lives_on:
+            await self._end_tasks()
+        else:
+            await self._tear_down()
         return reason
 
     async def close(self) -> None:
         self._closing = True
         self._fail_all("The engine is shutting down.")
         process = self._process
+        if self._other_ranks is not None:
+            self._other_ranks.end_restarts()
         if process is not None and process.returncode is None:
             self._send(Shutdown())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _CLOSE_TIMEOUT_S)
         await self._tear_down()
+        await self._end_other_ranks()
 
     async def _tear_down(self) -> None:
-        """Leave nothing behind: process, task, socket, folder."""
+        """Leave nothing of the engine process behind: process, task, socket, folder."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             try:
                 await asyncio.wait_for(self._process.wait(), _CLOSE_TIMEOUT_S)
             except TimeoutError:  # it hangs in its device's driver, out of reach even for SIGKILL
                 logger.error("the engine process %d cannot be killed; it may keep its memory", self._process.pid)
-        tasks = [task for task in (self._receiver, self._watcher, self._stop_watcher) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._receiver = self._watcher = self._stop_watcher = None
+        await self._end_tasks()
         if self._context is not None:
             self._socket = None
             self._context.destroy(linger=0)
@@ -320,6 +355,18 @@ class EngineProcess:
         if self._folder is not None:
             self._folder.close()
             self._folder = None
+
+    async def _end_other_ranks(self) -> None:
+        if self._other_ranks is not None:
+            await asyncio.to_thread(self._other_ranks.close)
+            self._other_ranks = None
+
+    async def _end_tasks(self) -> None:
+        tasks = [task for task in (self._receiver, self._watcher, self._stop_watcher) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._receiver = self._watcher = self._stop_watcher = None
 
 
 def _ending(code: int | None) -> str:

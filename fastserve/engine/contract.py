@@ -309,7 +309,15 @@ class Busy(msgspec.Struct, frozen=True, tag=True):
     """Maximum time until the next event; the engine's timeout holds if it is longer."""
 
 
-Event = LoadProgress | Ready | StartFailed | Outputs | CallReply | CallError | Busy
+class RankLost(msgspec.Struct, frozen=True, tag=True):
+    """A rank of the model was lost, and all requests and calls with it. The engine has kept its weights, and sends
+    Ready once that rank is back."""
+
+    reason: str
+    """A sentence."""
+
+
+Event = LoadProgress | Ready | StartFailed | Outputs | CallReply | CallError | Busy | RankLost
 
 
 # ---- calls ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,4 @@
-"""A rank other than 0 of a model: it executes the plans of rank 0, in order, and samples nothing.
-
-Started by rank 0 as `python -m fastserve.engine.follower SETTINGS` (ranks/processes.py). It ends at an EndRank, when it
-loses another rank, or when rank 0 is gone, however that died. A rank 0 that is stopped is killed: the worker then
-starts the engine anew.
-"""
+"""A rank other than 0 of a model: it executes the plans of rank 0, in order, and samples nothing."""
 
 from __future__ import annotations
 
@@ -16,21 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import msgspec
-import zmq
-
 from fastserve.engine.calls.handling import Weights
-from fastserve.engine.contract import StartFailed
-from fastserve.engine.memory import (
-    OUT_OF_MEMORY_EXIT_CODE,
-    begin_loading,
-    end_loading,
-    is_out_of_memory,
-    use_one_heap,
-)
+from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE, is_out_of_memory, use_one_heap
 from fastserve.engine.plan import StepPlan
 from fastserve.engine.ranks.messages import (
     ClearAdapter,
@@ -42,23 +26,13 @@ from fastserve.engine.ranks.messages import (
     LeaveGroup,
     PlaceAdapter,
     RankCommand,
-    RankSettings,
     ReadWeight,
     ReceiveWeights,
     WriteWeight,
 )
-from fastserve.engine.ranks.own_devices import use_own_devices
-from fastserve.engine.ranks.processes import (
-    CHECK_INTERVAL_S,
-    MAX_START_SILENCE_S,
-    MAX_STEP_SILENCE_S,
-    RANK_LOST_EXIT_CODE,
-    SharedProgress,
-    StopDetector,
-)
-from fastserve.engine.ranks.segment import Segment
+from fastserve.engine.ranks.processes import CHECK_INTERVAL_S
 from fastserve.engine.ranks.step_deadline import StepDeadline
-from fastserve.errors import EngineDeadError, FastserveError
+from fastserve.errors import EngineDeadError
 from fastserve.observability.logging import setup_logging
 
 if TYPE_CHECKING:
@@ -139,53 +113,9 @@ def run_rank_process(parent: int, log_level: str, run: Callable[[], int]) -> NoR
         os._exit(code)
 
 
-def main() -> None:
-    settings = msgspec.json.decode(sys.argv[1], type=RankSettings)
-    run_rank_process(settings.parent, settings.config.log_level, lambda: _connect_and_follow(settings))
-
-
-def _connect_and_follow(settings: RankSettings) -> int:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.PAIR)
-    socket.set_hwm(0)
-    socket.connect(settings.endpoint)
-    try:
-        return _follow(settings, socket)
-    finally:
-        context.destroy(linger=1000)
-
-
-def _follow(settings: RankSettings, socket: zmq.Socket[bytes]) -> int:
-    """Load and serve; return the process's exit code."""
-    config = settings.config
-    use_own_devices(config, settings.rank)
-    segment = Segment(settings.descriptor, config.tp_size)
-    try:
-        begin_loading()
-        from fastserve.engine.build import build_rank
-        from fastserve.engine.ranks.join import join_ranks
-        from fastserve.engine.sampling.order import LOGITS_PROCESSORS
-
-        meeting_file = Path(settings.meeting_file)
-        collectives = join_ranks(config.device, segment, meeting_file, settings.rank, MAX_START_SILENCE_S)
-        model = build_rank(config, SharedProgress(segment, settings.rank), LOGITS_PROCESSORS, collectives)
-        collectives.set_timeout(MAX_STEP_SILENCE_S)
-    except EngineDeadError as error:
-        logger.info("rank %d ends while it starts: %s", settings.rank, error.message)
-        return RANK_LOST_EXIT_CODE
-    except (FastserveError, RuntimeError, OSError, ImportError, MemoryError) as error:
-        if not isinstance(error, FastserveError):
-            logger.exception("rank %d could not start", settings.rank)
-        message = error.message if isinstance(error, FastserveError) else str(error)
-        socket.send(msgspec.msgpack.encode(StartFailed(message)))
-        return 1
-    end_loading()
-    decode = msgspec.msgpack.Decoder(RankCommand).decode
-    return follow(collectives, model, lambda: decode(socket.recv()))
-
-
 def follow(collectives: Collectives, model: RankModel, receive: Callable[[], RankCommand]) -> int:
-    """Do what rank 0 says until it says that it ends; return the process's exit code."""
+    """Do what rank 0 says until it says that this rank ends; return the process's exit code. Raises EngineDeadError
+    when the group is lost."""
     rank = collectives.rank
     from fastserve.engine.weight_updates.ranked import RankWeights
 
@@ -195,32 +125,22 @@ def follow(collectives: Collectives, model: RankModel, receive: Callable[[], Ran
     try:
         while follower.handle(receive()):
             pass
-    except EngineDeadError as error:
-        logger.info("rank %d ends: %s", rank, error.message)
-        return RANK_LOST_EXIT_CODE
+    except EngineDeadError:
+        raise
     except (MemoryError, RuntimeError) as error:
-        logger.exception("rank %d failed in a step, and ends", rank)
+        logger.exception("rank %d failed in a step, and ends: what it holds is in doubt", rank)
         return OUT_OF_MEMORY_EXIT_CODE if is_out_of_memory(error) else 1
     return 0
 
 
 def end_with(parent: int) -> None:
-    """Rank 0 cannot end this process if it was killed, or is stopped."""
+    """A parent that was killed cannot end this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
 
 
 def _watch(parent: int) -> None:
-    detector = StopDetector(parent)
     while os.getppid() == parent:
-        if detector.is_lost():
-            logger.error("Rank 0 (process %d) was stopped for 3 s and is killed; the worker starts it again.", parent)
-            os.kill(parent, signal.SIGKILL)
-            break
         time.sleep(CHECK_INTERVAL_S)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,15 @@
-"""A rank other than 0 in a group of several machines: it joins rank 0 over the network, then does what it says.
+"""A rank other than 0 of a model, as a process: it joins rank 0, then does what it says.
 
-Started by ranks/local_ranks.py as `python -m fastserve.engine.gang_follower SETTINGS`. It ends when any rank of the
-group is lost, and is started again.
+Started by ranks/local_ranks.py as `python -m fastserve.engine.gang_follower SETTINGS`. When another rank is lost, it
+keeps its weights and joins the next group. It ends at an EndRank, with its parent, and to be started again: when a rank
+is lost before it has its weights or after they were set, and after any other error, which leaves its state in doubt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-from pathlib import Path
 
 import msgspec
 
@@ -20,8 +19,9 @@ from fastserve.engine.memory import begin_loading, end_loading
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
 from fastserve.engine.ranks.gang_messages import GangRankSettings
 from fastserve.engine.ranks.local_ranks import REFUSED_EXIT_CODE
+from fastserve.engine.ranks.messages import CHANGES_WEIGHTS, RankCommand
 from fastserve.engine.ranks.own_devices import use_own_devices
-from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE
+from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE, SharedProgress
 from fastserve.engine.ranks.same_settings import same_settings
 from fastserve.errors import EngineDeadError, FastserveError
 
@@ -38,36 +38,77 @@ def _join_and_follow(settings: GangRankSettings) -> int:
     config, gang = settings.config, settings.config.gang
     if gang is None:
         raise ValueError("the settings name no machines")
-    keys = read_gang_keys(os.environ)
     use_own_devices(config, settings.rank - gang.local_ranks[0])
     link: GangLink | None = None
     try:
-        link = GangLink(gang, settings.rank, keys, same_settings(config))
+        link = GangLink(gang, settings.rank, read_gang_keys(os.environ), same_settings(config))
         begin_loading()
-        from fastserve.engine.build import build_rank
-        from fastserve.engine.ranks.join import join_machines, uses_nccl
-        from fastserve.engine.sampling.order import LOGITS_PROCESSORS
-
-        collectives = join_machines(
-            gang, settings.rank, link.wait_formed(), keys, Path(settings.folder), nccl=uses_nccl(config)
-        )
-        model = build_rank(config, link.note_progress, LOGITS_PROCESSORS, collectives)
-        collectives.set_timeout(MAX_STEP_SILENCE_S)
+        member = _Member(settings, link)
+        while True:
+            code = member.be_in_a_group()
+            if code is not None:
+                return code
     except RefusedError as error:
         logger.error("%s", error.message)
         return REFUSED_EXIT_CODE
-    except EngineDeadError as error:
-        logger.info("rank %d ends while it starts: %s", settings.rank, error.message)
-        return RANK_LOST_EXIT_CODE
     except (FastserveError, RuntimeError, OSError, ImportError, MemoryError) as error:
         message = error.message if isinstance(error, FastserveError) else str(error)
         logger.exception("rank %d could not start: %s", settings.rank, message)
         if link is not None:
             link.fail(message)
         return 1
-    end_loading()
-    with contextlib.closing(collectives):
-        return follow(collectives, model, link.receive)
+
+
+class _Member:
+    """This rank in one group after the other."""
+
+    def __init__(self, settings: GangRankSettings, link: GangLink) -> None:
+        from fastserve.engine.kept_rank import KeptRank
+
+        assert settings.config.gang is not None
+        self._rank, self._config, self._gang = settings.rank, settings.config, settings.config.gang
+        self._link = link
+        self._keys = read_gang_keys(os.environ)
+        self._kept = KeptRank(link.keep_weights)
+        self._has_new_weights = False
+
+    def be_in_a_group(self) -> int | None:
+        """Join a group and follow rank 0 until that ends. Returns the process's exit code, or None when this rank has
+        kept its weights for the next group."""
+        try:
+            code = self._join_and_follow()
+            self._kept.close()
+            return code
+        except EngineDeadError as error:
+            logger.info("rank %d leaves its group: %s", self._rank, error.message)
+        if not self._kept.can_stay or self._has_new_weights:
+            return RANK_LOST_EXIT_CODE
+        self._kept.leave()
+        return None
+
+    def _join_and_follow(self) -> int:
+        from fastserve.engine.build import build_rank
+        from fastserve.engine.ranks.join import join_group
+        from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
+        from fastserve.engine.sampling.order import LOGITS_PROCESSORS
+
+        link = self._link
+        formed = link.wait_formed()
+        joined = join_group(self._config, self._gang, self._rank, formed, self._keys, lambda: link.is_lost)
+        collectives = self._kept.enter(joined)
+        link.watch(collectives.abort)
+        progress = link.note_progress
+        if self._gang.is_one_machine and isinstance(collectives, SharedMemoryCollectives):
+            progress = SharedProgress(collectives.segment, self._rank)
+        model = build_rank(self._config, progress, LOGITS_PROCESSORS, collectives, self._kept.load)
+        collectives.set_timeout(MAX_STEP_SILENCE_S)
+        end_loading()
+        return follow(collectives, model, self._receive)
+
+    def _receive(self) -> RankCommand:
+        command = self._link.receive()
+        self._has_new_weights |= isinstance(command, CHANGES_WEIGHTS)
+        return command
 
 
 if __name__ == "__main__":

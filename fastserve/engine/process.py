@@ -4,12 +4,12 @@ Where steps overlap (core.py), commands are received and outputs are sent while 
 when it is received, once the step in flight is done.
 
 Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends at a
-Shutdown, or when its parent is gone, however that died.
+Shutdown, or when its parent is gone, however that died. Where it is rank 0 of several and another one is lost, it keeps
+its weights and gets ready again with the ranks that are left and a new one (kept_rank.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
@@ -36,6 +36,7 @@ from fastserve.engine.contract import (
     Event,
     LoadProgress,
     Outputs,
+    RankLost,
     Ready,
     RequestOutput,
     Shutdown,
@@ -54,14 +55,7 @@ from fastserve.engine.memory import (
 )
 from fastserve.engine.ranks.gang import GangRanks
 from fastserve.engine.ranks.own_devices import use_own_devices
-from fastserve.engine.ranks.processes import (
-    MAX_START_SILENCE_S,
-    MAX_STEP_SILENCE_S,
-    RANK_LOST_EXIT_CODE,
-    OtherRanks,
-    SharedProgress,
-    other_ranks,
-)
+from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE, SharedProgress
 from fastserve.engine.settings import EngineConfig
 from fastserve.errors import EngineDeadError, FastserveError
 from fastserve.observability.logging import setup_logging
@@ -71,6 +65,8 @@ logger = logging.getLogger("fastserve.engine")
 _IDLE_REPORT_S = 1.0
 _READING_WAIT_S = 0.005
 """Between two looks at whether an adapter has been read."""
+_RANKS_INTERVAL_S = 0.2
+"""Between two looks of an idle engine at whether another rank is lost."""
 _PROGRESS_INTERVAL_S = 0.1
 _STARTING_STEPS = 10
 """First steps of an engine, which --profile-steps skips: they compile kernels and allocate buffers."""
@@ -87,9 +83,12 @@ class EngineLoop:
         socket: zmq.Socket[bytes],
         profiler: Profiler,
         handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS,
+        require_ranks: Callable[[], None] | None = None,
     ) -> None:
+        """`require_ranks` raises EngineDeadError when another rank of the model is lost; None where there is none."""
         self._core = core
         self._profiler = profiler
+        self._require_ranks = require_ranks
         self._socket = socket
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Command).decode
@@ -112,7 +111,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Run until Shutdown. Raises what a step raises: the runner's state is then unknown, so the process must end;
-        the worker fails its requests and starts it again."""
+        the worker fails its requests and starts it again. Raises EngineDeadError when another rank is lost."""
         while self._take_commands():
             self._outputs += self._core.update()
             if self._core.has_work:
@@ -126,6 +125,9 @@ class EngineLoop:
         """Handle all commands received so far; wait for one only when there is nothing else to do. False: Shutdown."""
         busy = self._core.has_work or self._outputs or self._core.updates.has_news
         wait_s = _READING_WAIT_S if self._core.adapters.is_busy else _IDLE_REPORT_S
+        if self._require_ranks is not None:
+            self._require_ranks()
+            wait_s = min(wait_s, _RANKS_INTERVAL_S)
         if not busy:
             self._poller.poll(int(wait_s * 1000))
             self._core.wakeup.clear()
@@ -182,25 +184,8 @@ def main(handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS) -> None:
 
 
 def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> None:
-    with contextlib.ExitStack() as ranks:
-        _serve_beside(ranks, config, socket, handlers)
-
-
-def _serve_beside(
-    ranks: contextlib.ExitStack,
-    config: EngineConfig,
-    socket: zmq.Socket[bytes],
-    handlers: Iterable[CallHandler[Any, Any]],
-) -> None:
-    """`ranks` ends the other ranks of the model, which this starts, when it is left."""
+    others: GangRanks | None = None
     encode = msgspec.msgpack.Encoder().encode
-    last = [0.0]
-
-    def progress(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done in (0, total) or now - last[0] >= _PROGRESS_INTERVAL_S:
-            last[0] = now
-            send(LoadProgress(what, done, total))
 
     def send(event: Event) -> None:
         socket.send(encode(event))
@@ -211,22 +196,21 @@ def _serve_beside(
         libraries = f"the libraries alone take {config.num_local_ranks * _LIBRARIES_BYTES / 1e6:.0f} MB"
         send(StartFailed(_no_memory_to_start(config, libraries)))
         sys.exit(1)
-    others: OtherRanks | GangRanks | None = None
     try:
         begin_loading()
         # torch and transformers take seconds to import: meanwhile other ranks start, and a compiler builds the kernels.
-        if config.gang is None:
-            others = ranks.enter_context(other_ranks(config, socket.context))
-        else:
-            others = ranks.enter_context(contextlib.closing(GangRanks(config, config.gang)))
+        if config.gang is not None:
+            others = GangRanks(config, config.gang)
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
-        core = _build(config, progress, others, ranks)
-        from fastserve.engine.profiling import StepProfiler
-
-        profiler = StepProfiler(Path(config.profile_dir), lambda max_silence_s: send(Busy(max_silence_s)))
-        if config.profile_steps > 0:
-            profiler.start(config.profile_steps, _STARTING_STEPS)
+        engine = _Engine(config, send, others)
+        try:
+            while not engine.serve(socket, handlers):
+                pass
+        finally:
+            engine.close()
+        if others is not None:
+            others.hub.end_ranks()
     except (FastserveError, RuntimeError, OSError, ImportError, MemoryError) as error:
         elsewhere = None if others is None else others.reason_of_failed_start()
         if elsewhere is not None:
@@ -238,54 +222,115 @@ def _serve_beside(
         else:
             raise
         sys.exit(1)
-    end_loading()
-    send(Ready(core.info))
-    if others is not None:
-        others.serving()
-    try:
-        EngineLoop(core, socket, profiler, handlers).run()
-    except EngineDeadError:
-        logger.exception("another rank of the model is lost, and the engine ends")
-        sys.exit(RANK_LOST_EXIT_CODE)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    finally:
+        if others is not None:
+            others.close()
+
+
+class _Engine:
+    """The model of this process, which serves until Shutdown or until another rank is lost."""
+
+    def __init__(self, config: EngineConfig, send: Callable[[Event], None], others: GangRanks | None) -> None:
+        self._config = config
+        self._send = send
+        self._others = others
+        if others is not None:
+            use_own_devices(config, 0)
+        # What they make stays, so looking for garbage in it would take a tenth of their time.
+        gc.disable()
+        from fastserve.engine.kept_rank import KeptRank
+
+        gc.freeze()
+        gc.enable()
+        self._kept = KeptRank()
+        self._has_served = False
+        self._profile_steps = config.profile_steps
+        self._last_progress_s = 0.0
+
+    def serve(self, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> bool:
+        """Get ready and serve. Returns True after Shutdown, and False when another rank was lost. Raises what makes a
+        start fail."""
+        others = self._others
+        try:
+            self._run(self._loop(socket, handlers))
+            return True
+        except EngineDeadError as error:
+            if others is None or not self._has_served or not self._kept.can_stay:
+                raise
+            logger.error("another rank of the model is lost: %s", error.message)
+            reason = error.message
+        if others.has_new_weights:
+            logger.error("The weights were changed since they were loaded: all ranks load again.")
+            sys.exit(RANK_LOST_EXIT_CODE)
+        self._send(RankLost(f"A rank of the model was lost ({reason.rstrip('.')})."))
+        others.hub.leave(reason)
+        self._kept.leave()
+        return False
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        self._kept.close()
+
+    def _loop(self, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> EngineLoop:
+        core = self._build()
+        from fastserve.engine.profiling import StepProfiler
+
+        profiler = StepProfiler(Path(self._config.profile_dir), lambda max_silence_s: self._send(Busy(max_silence_s)))
+        if self._profile_steps > 0:
+            profiler.start(self._profile_steps, _STARTING_STEPS)
+            self._profile_steps = 0
+        end_loading()
+        self._send(Ready(core.info))
+        if self._others is None:
+            return EngineLoop(core, socket, profiler, handlers)
+        self._has_served = True
+        self._others.hub.serving(keeps_weights=self._kept.can_stay)
+        return EngineLoop(core, socket, profiler, handlers, self._others.hub.require_group)
+
+    def _run(self, loop: EngineLoop) -> None:
+        try:
+            loop.run()
+        except EngineDeadError:
+            if not self._kept.can_stay:
+                logger.exception("another rank of the model is lost, and the engine ends")
+                sys.exit(RANK_LOST_EXIT_CODE)
             raise
-        logger.exception("the engine ran out of memory in a step, and ends")
-        sys.exit(OUT_OF_MEMORY_EXIT_CODE)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.exception("the engine ran out of memory in a step, and ends")
+            sys.exit(OUT_OF_MEMORY_EXIT_CODE)
 
+    def _build(self) -> EngineCore:
+        """Load the model, alone or beside the other ranks."""
+        config, others = self._config, self._others
+        from fastserve.engine.build import build_core
 
-def _build(
-    config: EngineConfig,
-    progress: Callable[[str, int, int], None],
-    others: OtherRanks | GangRanks | None,
-    ranks: contextlib.ExitStack,
-) -> EngineCore:
-    """Load the model, alone or beside the other ranks, whose group is left with `ranks`."""
-    if others is not None:
-        use_own_devices(config, 0)
-    # What they make stays, so looking for garbage in it would take a tenth of their time.
-    gc.disable()
-    from fastserve.engine.build import build_core
+        if others is None:
+            return build_core(config, self._report)
+        from fastserve.engine.ranks.join import join_group
+        from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
 
-    gc.freeze()
-    gc.enable()
-    if others is None:
-        return build_core(config, progress)
-    from fastserve.engine.ranks.join import join_machines, join_ranks, uses_nccl
-
-    if isinstance(others, GangRanks):
-        nccl = uses_nccl(config)
-        between = join_machines(others.gang, 0, others.hub.wait_formed(), others.keys, others.folder, nccl=nccl)
-        ranks.enter_context(contextlib.closing(between))
-        core = build_core(config, others.shared_progress(progress), collectives=between, send_to_ranks=others.send)
-        between.set_timeout(MAX_STEP_SILENCE_S)
+        hub = others.hub
+        joined = join_group(config, others.gang, 0, hub.wait_formed(), others.keys, lambda: hub.is_lost)
+        collectives = self._kept.enter(joined)
+        hub.watch(collectives.abort)
+        progress = others.shared_progress(self._report)
+        update: Callable[[], None] | None = None
+        if others.gang.is_one_machine and isinstance(collectives, SharedMemoryCollectives):
+            progress = shared = SharedProgress(collectives.segment, 0, self._report)
+            update = shared.update
+        core = build_core(config, progress, collectives=collectives, send_to_ranks=others.send, load=self._kept.load)
+        if update is not None:
+            update()  # the others may have been slower
+        collectives.set_timeout(MAX_STEP_SILENCE_S)
         return core
-    collectives = join_ranks(config.device, others.segment, others.meeting_file, 0, MAX_START_SILENCE_S)
-    shared = SharedProgress(others.segment, 0, progress)
-    core = build_core(config, shared, collectives=collectives, send_to_ranks=others.send)
-    shared.update()  # the others may have been slower
-    collectives.set_timeout(MAX_STEP_SILENCE_S)
-    return core
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done in (0, total) or now - self._last_progress_s >= _PROGRESS_INTERVAL_S:
+            self._last_progress_s = now
+            self._send(LoadProgress(what, done, total))
 
 
 def _no_memory_to_start(config: EngineConfig, reason: str) -> str:

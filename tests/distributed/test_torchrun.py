@@ -165,7 +165,7 @@ def test_torchrun_starts_a_worker_of_two_ranks() -> None:
 
 
 def num_followers(process: psutil.Process) -> int:
-    return sum("fastserve.engine.follower" in child.cmdline() for child in process.children(recursive=True))
+    return sum("fastserve.engine.gang_follower" in child.cmdline() for child in process.children(recursive=True))
 
 
 def is_open(port: int) -> bool:

@@ -70,14 +70,20 @@ class Machines:
         assert status == 200, body
         return str(body["response"])
 
-    def rank_process(self, machine: int) -> psutil.Process:
-        """The process of a machine's first rank."""
-        (found, *_) = [
-            child
-            for child in psutil.Process(self.processes[machine].pid).children(recursive=True)
-            if {"fastserve.engine.process", "fastserve.engine.gang_follower"} & set(child.cmdline())
-        ]
-        return found
+    def rank_processes(self) -> list[psutil.Process]:
+        """The processes of all ranks, in order."""
+        return [rank for machine in range(len(self.processes)) for rank in self._ranks_of(machine)]
+
+    def _ranks_of(self, machine: int) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.processes[machine].pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                command = child.cmdline()
+                if "fastserve.engine.process" in command:
+                    found.append((0, child))
+                elif "fastserve.engine.gang_follower" in command:
+                    found.append((int(json.loads(command[-1])["rank"]), child))
+        return [child for _, child in sorted(found, key=lambda one: one[0])]
 
 
 @contextlib.contextmanager
@@ -165,11 +171,18 @@ def test_two_machines_serve_one_model(tmp_path: Path) -> None:
 def test_a_lost_rank_is_noticed_and_the_model_comes_back(tmp_path: Path, machine: int, number: signal.Signals) -> None:
     with two_machines(tmp_path, ["127.0.0.1"] * 2, loopback_ports(), 1, [[], []]) as machines:
         machines.wait_status(200, START_S)
-        before = machines.answer()
-        machines.rank_process(machine).send_signal(number)
+        before, ranks = machines.answer(), machines.rank_processes()
+        ranks[machine].send_signal(number)
         machines.wait_status(503, NOTICE_S + 1)
         machines.wait_status(200, START_S)
         assert machines.answer() == before
+        assert changed(ranks, machines.rank_processes()) == [machine]
+
+
+def changed(before: Sequence[psutil.Process], after: Sequence[psutil.Process]) -> list[int]:
+    """Ranks that are other processes now."""
+    assert len(before) == len(after)
+    return [rank for rank, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
 
 
 PROMPTS = [f"<|im_start|>user\nWhat is {a} + {a + 3}?<|im_end|>\n<|im_start|>assistant\n" for a in range(8)]
@@ -193,12 +206,15 @@ def post_until_error(url: str, prompt: str) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ranks_of_machines_lost_at_random_moments_come_back_each_time(tmp_path: Path) -> None:
-    """Under load: each request ends with its right answer or with the error of a lost engine."""
+@pytest.mark.parametrize("local_size", [1, 2])
+def test_ranks_of_machines_lost_at_random_moments_come_back_each_time(tmp_path: Path, local_size: int) -> None:
+    """Under load: each request ends with its right answer or with the error of a lost engine, and the other ranks keep
+    their processes."""
     generator = random.Random(11)
     num_losses = int(os.environ.get("FASTSERVE_RANK_LOSSES", "4"))
+    size = 2 * local_size
     with (
-        two_machines(tmp_path, ["127.0.0.1"] * 2, loopback_ports(), 1, [[], []]) as machines,
+        two_machines(tmp_path, ["127.0.0.1"] * 2, loopback_ports(), local_size, [[], []]) as machines,
         ThreadPoolExecutor(len(PROMPTS)) as pool,
     ):
         url = machines.urls[0]
@@ -208,18 +224,24 @@ def test_ranks_of_machines_lost_at_random_moments_come_back_each_time(tmp_path: 
         for number in range(num_losses):
             running = [pool.submit(post_until_error, url, prompt) for prompt in PROMPTS]
             time.sleep(generator.random())
-            harm, machine = generator.choice([signal.SIGKILL, signal.SIGSTOP]), generator.randrange(2)
-            machines.rank_process(machine).send_signal(harm)
-            machines.wait_status(503, NOTICE_S + 1)
+            harm, rank = generator.choice([signal.SIGKILL, signal.SIGSTOP]), generator.randrange(size)
+            ranks = machines.rank_processes()
+            ranks[rank].send_signal(harm)
+            notice_s = machines.wait_status(503, NOTICE_S + 1)
             num_right = 0
             for future, right in zip(running, expected, strict=True):
                 *answers, error = future.result()
                 assert all(answer == right for answer in answers)
                 assert error == (503, "engine_dead")
                 num_right += len(answers)
-            machines.wait_status(200, START_S)
+            back_s = machines.wait_status(200, START_S)
             assert list(pool.map(post, [url] * len(PROMPTS), PROMPTS)) == expected
-            print(f"loss {number + 1}: {harm.name} of rank {machine} after {num_right} answers", flush=True)
+            assert changed(ranks, machines.rank_processes()) == [rank]
+            print(
+                f"loss {number + 1}: {harm.name} of rank {rank} after {num_right} answers, noticed after "
+                f"{notice_s:.1f} s, back after {back_s:.1f} s",
+                flush=True,
+            )
 
 
 def run(*command: str) -> None:
@@ -258,10 +280,11 @@ def test_two_hosts_serve_one_model_and_survive_a_cut_link(
     ips = ["10.231.7.1", "10.231.7.2"]
     with two_machines(tmp_path, ips, [10000, 20000], local_size, hosts) as machines:
         machines.wait_status(200, START_S)
-        before = machines.answer()
+        before, ranks = machines.answer(), machines.rank_processes()
         assert "12" in before
         run("ip", "-n", hosts[1][-1], "link", "set", "v0", "down")
         machines.wait_status(503, NOTICE_S + 1)
         run("ip", "-n", hosts[1][-1], "link", "set", "v0", "up")
         machines.wait_status(200, START_S)
         assert machines.answer() == before
+        assert changed(ranks, machines.rank_processes()) == []

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import zmq
@@ -18,9 +21,9 @@ import zmq
 from fastserve.distributed.gang import Gang
 from fastserve.distributed.keys import CurveKeys, gang_secret
 from fastserve.distributed.machines import Machine
-from fastserve.engine.ranks import join
+from fastserve.engine.ranks import gang_hub, join
 from fastserve.engine.ranks.collectives import RankLostError
-from fastserve.engine.ranks.gang_hub import GangHub
+from fastserve.engine.ranks.gang_hub import GangHub, is_sibling
 from fastserve.engine.ranks.gang_link import GangLink, RefusedError
 from fastserve.engine.ranks.gang_messages import Formed
 from fastserve.engine.ranks.join import join_machines
@@ -28,7 +31,7 @@ from fastserve.engine.ranks.messages import ReadWeight
 from fastserve.engine.ranks.pass_segment import pass_segment, receive_segment
 from fastserve.engine.ranks.segment import Segment
 from fastserve.engine.ranks.shared_memory import SharedMemoryCollectives
-from fastserve.errors import StartupError
+from fastserve.errors import EngineDeadError, StartupError
 from tests.processes import free_ports
 
 KEYS = CurveKeys.derive(gang_secret("a cluster key of these tests"))
@@ -148,6 +151,102 @@ def test_rank_0_begins_anew_when_another_rank_falls_silent(
     assert time.monotonic() - begin < 5.0
 
 
+def form(hub: GangHub, links: Sequence[GangLink]) -> Formed:
+    """Wait for a new group on all sides."""
+    with ThreadPoolExecutor(len(links)) as pool:
+        waiting = [pool.submit(link.wait_formed) for link in links]
+        formed = hub.wait_formed()
+        assert [one.result() for one in waiting] == [formed] * len(links)
+    return formed
+
+
+def keeping(hub: GangHub, links: Sequence[GangLink]) -> None:
+    hub.serving(keeps_weights=True)
+    for link in links:
+        link.keep_weights()
+
+
+def test_ranks_that_keep_their_weights_form_a_new_group_with_the_one_that_is_back(
+    make_hub: Callable[[Gang], GangHub],
+    make_link: Callable[..., GangLink],
+    lost: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gang_hub, "MAX_SILENCE_S", 1.5)
+    gang = make_gang(size=3)
+    hub, links = make_hub(gang), [make_link(gang, rank) for rank in (1, 2)]
+    first = form(hub, links)
+    keeping(hub, links)
+    aborted = [threading.Event() for _ in range(2)]
+    hub.watch(aborted[0].set)
+    links[0].watch(aborted[1].set)
+    hub.send(ReadWeight("of the first group"))
+    links[1].close()
+    assert all(one.wait(WAIT_S) for one in aborted)
+    with pytest.raises(EngineDeadError, match=r"rank 2 .* has been silent"):
+        hub.require_group()
+    hub.leave("it is lost")
+    links[1] = make_link(gang, 2)
+    second = form(hub, links)
+    assert second.generation > first.generation
+    hub.send(ReadWeight("of the second group"))
+    assert [link.receive() for link in links] == [ReadWeight("of the second group")] * 2
+    assert not lost.is_set()
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_a_group_whose_exchanges_have_failed_on_one_side_is_left_by_all(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink], leaves_first: int
+) -> None:
+    gang = make_gang()
+    hub, links = make_hub(gang), [make_link(gang)]
+    first = form(hub, links)
+    keeping(hub, links)
+    if leaves_first == 0:
+        hub.leave("an exchange failed")
+        with pytest.raises(EngineDeadError, match="an exchange failed"):
+            links[0].receive()
+        second = form(hub, links)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(links[0].wait_formed)
+            deadline = time.monotonic() + WAIT_S
+            while not hub.is_lost and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with pytest.raises(EngineDeadError, match="has left the group"):
+                hub.require_group()
+            second = hub.wait_formed()
+            assert waiting.result() == second
+    assert second.generation > first.generation
+
+
+def test_other_ranks_keep_their_weights_while_rank_0_is_started_again(
+    make_hub: Callable[[Gang], GangHub], make_link: Callable[..., GangLink]
+) -> None:
+    gang = make_gang()
+    hub, links = make_hub(gang), [make_link(gang)]
+    form(hub, links)
+    keeping(hub, links)
+    hub.close()
+    hub = make_hub(gang)
+    with pytest.raises(EngineDeadError, match="rank 0 has been"):
+        links[0].receive()
+    form(hub, links)
+
+
+def test_rank_0_would_kill_only_processes_of_its_own_parent() -> None:
+    sleeping = subprocess.Popen(["sleep", "30"])
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if is_sibling(sleeping.pid) else 1)
+    _, status = os.waitpid(pid, 0)
+    others = [is_sibling(other) for other in (sleeping.pid, os.getpid(), os.getppid(), 1)]
+    sleeping.kill()
+    sleeping.wait()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert others == [False] * 4
+
+
 @pytest.mark.parametrize("keys", [None, OTHER_KEYS])
 def test_a_stranger_joins_nothing_and_stops_nothing(
     make_hub: Callable[[Gang], GangHub],
@@ -196,7 +295,8 @@ def join_all(gang: Gang, generations: Sequence[int], folders: Sequence[Path]) ->
 
     def join(rank: int) -> SharedMemoryCollectives:
         part = rank // gang.local_size
-        joined = join_machines(on_part(gang, part), rank, formed[rank], KEYS, folders[part])
+        own = msgspec.structs.replace(on_part(gang, part), folder=str(folders[part]))
+        joined = join_machines(own, rank, formed[rank], KEYS)
         assert isinstance(joined, SharedMemoryCollectives)
         return joined
 
@@ -226,7 +326,7 @@ def test_the_ranks_of_each_machine_share_a_segment_and_machines_a_relay(local_si
 
 
 def test_machines_of_different_generations_never_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "MAX_START_SILENCE_S", 2.0)
+    monkeypatch.setattr(join, "MAX_START_SILENCE_S", 1.0)
     with pytest.raises(RankLostError, match=r"newer group|have not joined"):
         join_all(make_gang(), [GENERATION, GENERATION + 1], [tmp_path, tmp_path])
 

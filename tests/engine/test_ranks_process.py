@@ -9,17 +9,33 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 import pytest_asyncio
+from safetensors.torch import load_file, save
 
 from fastserve.engine.build import build_core
+from fastserve.engine.calls.weights import UpdateWeights
 from fastserve.engine.client import EngineProcess
 from fastserve.engine.contract import EngineInfo, EngineRequest, LoadProgress, RequestOutput, SamplingParams
 from fastserve.engine.core import EngineCore
+from fastserve.engine.ranks.messages import (
+    CHANGES_WEIGHTS,
+    ClearAdapter,
+    DiscardWeights,
+    EndRank,
+    ExecuteStep,
+    LeaveGroup,
+    PlaceAdapter,
+    RankCommand,
+    ReadWeight,
+)
 from fastserve.engine.ranks.own_devices import own_cpus
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.weight_messages import FromBytes
 from fastserve.errors import EngineDeadError, StartupError
 
 from .conftest import TinyModels
@@ -45,7 +61,7 @@ class Started:
     def rank_pids(self) -> list[int]:
         """Process ids by rank."""
         assert self.engine.pid is not None
-        return [self.engine.pid, *(child.pid for child in psutil.Process(self.engine.pid).children())]
+        return [self.engine.pid, *self.engine.rank_pids]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -179,7 +195,7 @@ def stop(pid: int) -> None:
 
 
 async def lose(started: Started, rank: int, harm: Callable[[int], None]) -> None:
-    """Harm a rank while an answer is generated, and check that requests fail in time and all ranks end."""
+    """Harm a rank while an answer is generated, and check that requests fail in time and only this rank ends."""
     engine, pids = started.engine, started.rank_pids
     begin = 0.0
 
@@ -197,20 +213,72 @@ async def lose(started: Started, rank: int, harm: Callable[[int], None]) -> None
         await generate()
     assert time.monotonic() - begin < NOTICE_S
     await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
-    await eventually(lambda: not any(map(psutil.pid_exists, pids)))
+    await eventually(lambda: not psutil.pid_exists(pids[rank]))
+
+
+async def comes_back(started: Started, lost: int, pids: list[int]) -> None:
+    """Wait until the engine is ready again, and check that only the lost rank is a new process."""
+    await started.engine.start(lambda event: None)
+    new = started.rank_pids
+    assert [rank for rank, pid in enumerate(pids) if new[rank] != pid] == [lost]
 
 
 @pytest.mark.parametrize(
     ("harm", "rank"),
-    [(kill, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((stop, 1), (stop, 0), (kill, 0)))],
+    [(kill, 1), (kill, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((stop, 1), (stop, 0)))],
 )
-async def test_a_lost_rank_is_noticed_and_all_ranks_start_again(
+async def test_a_lost_rank_is_noticed_and_starts_again_alone(
     started: Started, tiny_models: TinyModels, harm: Callable[[int], None], rank: int
 ) -> None:
+    pids = started.rank_pids
     await lose(started, rank, harm)
-    await started.engine.start(lambda event: None)
+    await comes_back(started, rank, pids)
     prompt = [5, 9, 70, 31]
     assert await answer(started.engine, prompt, 6) == tiny_models.reference(tiny_models.path("llama"), prompt, 6, [1])
+
+
+@pytest.mark.slow
+async def test_several_ranks_lost_at_once_come_back(tiny_models: TinyModels) -> None:
+    engine = EngineProcess(config(tiny_models.path("llama"), tp_size=4))
+    started = Started(engine, await engine.start(lambda event: None), [])
+    request = make_requests()[1]
+    try:
+        before = (await collect(engine, request, None)).token_ids
+        for lost in ([1, 3], [0, 2], [1, 2, 3]):
+            pids = started.rank_pids
+            for rank in lost:
+                kill(pids[rank])
+            await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
+            await engine.start(lambda event: None)
+            assert [rank for rank in range(4) if started.rank_pids[rank] != pids[rank]] == lost
+            assert (await collect(engine, request, None)).token_ids == before
+    finally:
+        await engine.close()
+
+
+@pytest.mark.slow
+async def test_all_ranks_load_again_after_weights_were_updated(tiny_models: TinyModels) -> None:
+    engine, prompt = EngineProcess(config(tiny_models.path("llama"))), [5, 9, 70, 31]
+    started = Started(engine, await engine.start(lambda event: None), [])
+    try:
+        before = await answer(engine, prompt, 6)
+        tensors = load_file(Path(tiny_models.path("llama")) / "model.safetensors")
+        updated = await engine.call(UpdateWeights(FromBytes(save({name: -it for name, it in tensors.items()}))))
+        assert updated.success
+        assert await answer(engine, prompt, 6) != before
+        pids = started.rank_pids
+        kill(pids[1])
+        await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
+        await engine.start(lambda event: None)
+        assert not set(started.rank_pids) & set(pids)
+        assert await answer(engine, prompt, 6) == before
+    finally:
+        await engine.close()
+
+
+async def test_each_command_is_known_to_change_weights_or_not() -> None:
+    harmless = {ExecuteStep, ReadWeight, PlaceAdapter, ClearAdapter, LeaveGroup, DiscardWeights, EndRank}
+    assert {*CHANGES_WEIGHTS, *harmless} == set(get_args(RankCommand))
 
 
 @pytest.mark.slow
@@ -226,23 +294,23 @@ async def test_ranks_lost_at_random_moments_come_back_each_time(started: Started
         await asyncio.sleep(generator.random() * 0.4)  # requests may all be done: then ranks are lost while idle
         harm(pids[rank])
         await asyncio.wait_for(engine.wait_dead(), NOTICE_S)
-        await eventually(lambda pids=pids: not any(map(psutil.pid_exists, pids)))  # type: ignore[misc]
         for found, right in zip(await asyncio.gather(*running, return_exceptions=True), expected, strict=True):
             if isinstance(found, RequestOutput):
                 assert found.token_ids == right.token_ids
             else:
                 assert isinstance(found, EngineDeadError)
-        await engine.start(lambda event: None)
+        await comes_back(started, rank, pids)
         for request, right in zip(requests, expected, strict=True):
             assert (await collect(engine, request, None)).token_ids == right.token_ids
 
 
 @pytest.mark.slow
 async def test_the_loss_of_an_idle_rank_is_noticed(started: Started) -> None:
-    kill(started.rank_pids[1])
+    pids = started.rank_pids
+    kill(pids[1])
     reason = await asyncio.wait_for(started.engine.wait_dead(), NOTICE_S)
-    assert "another rank" in reason
-    await started.engine.start(lambda event: None)
+    assert "rank 1" in reason
+    await comes_back(started, 1, pids)
 
 
 async def test_a_stopped_rank_is_noticed(started: Started) -> None:

@@ -40,25 +40,27 @@ class AdapterMemory:
     ) -> None:
         """`caches`: the KV cache of each layer. `num_slots`: maximum number of adapters on the device, and one more.
         `shares_blocks`: False for memory of their own. `smallest`: the smallest of each number over all ranks, so that
-        all have tiles of one size. `computes`: whether products are added. `pads_ranks`: whether a
-        step's products are one padded batch, for measurements."""
+        all have tiles of one size, and a kernel or none. `computes`: whether products are added. `pads_ranks`: whether
+        a step's products are one padded batch, for measurements."""
         self.sites = tuple(sites.values())
         self.dtype = dtype
         self._device = device
         self.computes = computes
         self._pads_ranks = pads_ranks
-        self.kernel = None if pads_ranks else device_of(device).lora_kernel(dtype)
-        """None: products are torch's."""
-        self.order = PLAIN if self.kernel is None else self.kernel.order
         self._layers = [part.view(len(part), -1) for cache in caches for part in cache]
         """Planes of all blocks: (blocks, elements) for each layer's keys and values."""
-        plane_size, block_bytes, has_dtype = smallest(
+        kernel = None if pads_ranks else device_of(device).lora_kernel(dtype)
+        plane_size, block_bytes, has_dtype, has_kernel = smallest(
             [
                 min(layer.shape[1] for layer in self._layers),
                 sum(layer.shape[1] * layer.dtype.itemsize for layer in self._layers),
                 all(layer.dtype == dtype for layer in self._layers),
+                kernel is not None,
             ]
         )
+        self.kernel = kernel if has_kernel else None
+        """The same on all ranks, whose steps exchange at other places without one. None: products are torch's."""
+        self.order = PLAIN if self.kernel is None else self.kernel.order
         width = tile_width(plane_size)
         self.shares_blocks = shares_blocks and width is not None and bool(has_dtype)
         self.width = width or TILE_WIDTHS[-1]

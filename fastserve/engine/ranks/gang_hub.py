@@ -2,6 +2,9 @@
 
 Ranks on other machines connect by tcp, and authenticate with keys that are derived from the cluster key. A thread owns
 the socket, so that beats go on while a step is computed. No torch here.
+
+When a rank is lost, the group is: its exchanges are aborted, all ranks are told, and each joins again. Until the model
+has been ready once this rank begins anew instead, by replacing its process.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import psutil
 import zmq
 
 from fastserve.distributed.gang import Gang, endpoint
@@ -25,7 +30,7 @@ from fastserve.engine.ranks.gang_messages import Beat, Formed, FromRank0, Join, 
 from fastserve.engine.ranks.messages import EndRank, RankCommand
 from fastserve.engine.ranks.processes import RANK_LOST_EXIT_CODE
 from fastserve.engine.ranks.same_settings import difference
-from fastserve.errors import StartupError
+from fastserve.errors import EngineDeadError, StartupError
 from fastserve.observability.text import printable
 
 logger = logging.getLogger(__name__)
@@ -43,12 +48,18 @@ _POLL_MS = 100
 _FLUSH_S = 0.2
 _FAILURE_S = 10.0
 """Time that the main thread may take to end after a rank has failed."""
+MAX_LEAVE_S = 15.0
+"""Time that a rank's main thread may take to leave a lost group, in which it may compute a step to its end. A rank that
+takes longer is started again."""
+_MAX_RETURN_S = MAX_LEAVE_S + 2.0
+"""Time that a rank of this machine may take to join again. One that holds Python's lock cannot end itself."""
 
 
 @dataclass(slots=True)
 class _Member:
     identity: bytes
     ip: str
+    pid: int
     heard_s: float
     progress: tuple[int, int] = (0, 0)
 
@@ -80,7 +91,15 @@ class GangHub:
         """The main thread waits for all ranks."""
         self._formed: Formed | None = None
         self._failure: str | None = None
+        self._abort: Callable[[], None] = _nothing
+        self._keeps_weights = False
         self._is_serving = False
+        self._loss: str | None = None
+        """Why the group was lost that the main thread has not left yet."""
+        self._returning: dict[int, float] = {}
+        """Ranks of this machine that have not joined again since a loss: their latest time by process id."""
+        self._leaving: str | None = None
+        """Why the main thread wants to leave the group."""
         self._end = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = None if keys is None else CurveAuthenticator(self._context, keys)
@@ -111,6 +130,9 @@ class GangHub:
         if keys is not None:
             keys.secure_server(router)
         gang = self._gang
+        if gang.is_one_machine:
+            router.bind(gang.control_endpoint())
+            return
         for ip in dict.fromkeys((gang.master.ip, gang.own_ip())):
             try:
                 router.bind(endpoint(ip, gang.control_port))
@@ -129,10 +151,12 @@ class GangHub:
     # ---- main thread --------------------------------------------------------------------------------------------
 
     def wait_formed(self) -> Formed:
-        """Wait until all ranks have joined. Raises StartupError after the gang's timeout."""
+        """Wait until all ranks have joined a new group. Raises StartupError after the gang's timeout."""
         deadline = time.monotonic() + self._gang.timeout_s
         next_report = 0.0
         with self._changed:
+            self._loss = None
+            self._abort = _nothing
             self._is_wanted = True
             while self._formed is None:
                 now = time.monotonic()
@@ -160,9 +184,38 @@ class GangHub:
         """Send a command to each rank, or to one, without waiting. For the main thread."""
         self._commands.send_multipart([b"" if rank is None else b"%d" % rank, self._encode(command)])
 
-    def serving(self) -> None:
-        """Call it once the model is ready: from now on this process ends when a rank is lost."""
+    def watch(self, abort: Callable[[], None]) -> None:
+        """`abort` ends the exchanges of the group that has formed; it is called, in any thread, when a rank is lost."""
+        with self._lock:
+            self._abort = abort
+            is_lost = self._loss is not None or self._failure is not None
+        if is_lost:
+            abort()
+
+    def serving(self, *, keeps_weights: bool) -> None:
+        """Call it once the model is ready: from now on this process goes on when another rank is lost, if it keeps its
+        weights, and ends if it does not."""
         self._is_serving = True
+        self._keeps_weights = keeps_weights
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a rank of the group was lost."""
+        return self._loss is not None or self._failure is not None
+
+    def require_group(self) -> None:
+        """Raises EngineDeadError when a rank of the group was lost."""
+        if self._loss is not None:
+            raise EngineDeadError(self._loss)
+
+    def leave(self, reason: str) -> None:
+        """Leave the group, whose exchanges have failed, if it is not known yet that it is lost."""
+        with self._changed:
+            if self._formed is None:
+                return
+            self._leaving = reason
+            while self._formed is not None:
+                self._changed.wait(_POLL_MS / 1000)
 
     def reason_of_failed_start(self) -> str | None:
         """Message for the user when a rank could not start; None when none failed."""
@@ -174,11 +227,15 @@ class GangHub:
             found = [member.progress for member in self._members.values()]
         return sum(done for done, _ in found), sum(total for _, total in found)
 
+    def end_ranks(self) -> None:
+        """Have the other ranks of the group end, and close."""
+        self.send(EndRank())
+        self.close()
+
     def close(self) -> None:
-        """End all ranks. May be called twice."""
+        """Leave the other ranks, which then wait for a new rank 0. May be called twice."""
         if self._end.is_set():
             return
-        self.send(EndRank())
         self._end.set()
         self._thread.join()
         self._release()
@@ -198,13 +255,15 @@ class GangHub:
         while True:
             ready = dict(poller.poll(_POLL_MS))
             if self._from_main in ready:
-                rank, command = self._from_main.recv_multipart()
-                self._pass_on(command, int(rank) if rank else None)
+                self._pass_on_commands()
             elif self._end.is_set():
                 return
             if self._router in ready:
                 self._take_all()
             now = time.monotonic()
+            self._check_processes()
+            if self._leaving is not None:
+                self._lose(self._leaving)
             if now >= next_beat:
                 # A late beat means that this process was stopped or starved, and that members' messages wait unread.
                 is_late = next_beat > 0 and now - next_beat > BEAT_INTERVAL_S
@@ -217,6 +276,12 @@ class GangHub:
         with contextlib.suppress(zmq.Again):
             for _ in range(_MAX_MESSAGES_AT_ONCE):
                 self._take(*self._router.recv_multipart(zmq.NOBLOCK)[:2])
+
+    def _pass_on_commands(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                rank, command = self._from_main.recv_multipart(zmq.NOBLOCK)
+                self._pass_on(command, int(rank) if rank else None)
 
     def _pass_on(self, message: bytes, to: int | None = None) -> None:
         for rank, member in self._members.items():
@@ -251,9 +316,12 @@ class GangHub:
         if not 1 <= rank < self._gang.size:
             self._answer(identity, Refused(f"There is no rank {rank}: ranks are 0 to {self._gang.size - 1}."))
             return
+        self._returning.pop(message.pid, None)
         known = self._members.get(rank)
         if known is not None and known.identity == identity:
             known.heard_s = now
+            if self._formed is not None and message.left_generation == self._formed.generation:
+                self._lose(f"{self._gang.name_of(rank)} has left the group")
             return
         different = difference(message.settings, self._settings)
         if different is not None:
@@ -268,7 +336,7 @@ class GangHub:
             return
         with self._changed:
             self._refusals.pop(rank, None)
-            self._members[rank] = _Member(identity, message.ip, now)
+            self._members[rank] = _Member(identity, message.ip, message.pid, now)
             logger.info("%s has joined from %s", self._gang.name_of(rank), printable(message.ip, 60))
         self._form()
 
@@ -277,13 +345,32 @@ class GangHub:
             if not self._is_wanted or self._formed is not None or len(self._members) < self._gang.size - 1:
                 return
             ips = [self._gang.own_ip(), *(self._members[rank].ip for rank in range(1, self._gang.size))]
-            self._formed = Formed(time.time_ns() // 1_000_000, tuple(ips))
+            self._formed = Formed(time.time_ns() // 1_000_000, tuple(ips), os.getpid())
             logger.info("all %d ranks have joined", self._gang.size)
             self._pass_on(self._encode(self._formed))
             self._changed.notify_all()
 
+    def _check_processes(self) -> None:
+        """Notice at once when a rank of this machine has ended."""
+        for rank in self._gang.local_ranks[1:]:
+            member = self._members.get(rank)
+            if member is not None and self._formed is not None and not is_alive(member.pid):
+                self._lose(f"{self._gang.name_of(rank)} (process {member.pid}) has ended")
+
+    def _end_missing_ranks(self, now: float) -> None:
+        for pid in [pid for pid, latest_s in self._returning.items() if now > latest_s]:
+            del self._returning[pid]
+            # Members say what their process is.
+            if is_sibling(pid):
+                logger.error("The rank with process %d has not left the lost group and is killed.", pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def _check(self, now: float) -> None:
-        silent = [rank for rank, member in self._members.items() if now - member.heard_s > MAX_SILENCE_S]
+        self._end_missing_ranks(now)
+        # A rank of this machine that is stopped is killed by its parent; silence alone shows nothing.
+        others = [(rank, member) for rank, member in self._members.items() if rank not in self._gang.local_ranks]
+        silent = [rank for rank, member in others if now - member.heard_s > MAX_SILENCE_S]
         if not silent:
             self._form()  # the main thread may have begun to wait
             return
@@ -296,27 +383,86 @@ class GangHub:
                 del self._members[rank]
 
     def _lose(self, reason: str) -> None:
-        """A rank of the group is lost: this process begins anew, and so do the others."""
+        """A rank of the group is lost: all others leave it, to join again."""
         if self._end.is_set():
             return
-        logger.error("The ranks of the model begin anew: %s.", reason)
         self._pass_on(self._encode(Lost(reason)))
-        time.sleep(_FLUSH_S)
-        if self._is_serving:
+        if not self._keeps_weights and self._is_serving:
+            logger.error("The engine ends, to be started again with all its ranks: %s.", reason)
+            time.sleep(_FLUSH_S)
             os._exit(RANK_LOST_EXIT_CODE)
-        self._restart()
+        if not self._keeps_weights and self._gang.is_one_machine:
+            self._fail(f"The model could not be started: {reason}.")
+            return
+        if not self._keeps_weights:
+            logger.error("The ranks of the model begin anew: %s.", reason)
+            time.sleep(_FLUSH_S)
+            self._restart()
+            return
+        with self._changed:
+            self._leaving = None
+            if self._formed is None:
+                return
+            logger.error("A rank of the model is lost, the others keep their weights and wait: %s.", reason)
+            self._formed, self._is_wanted = None, False
+            own = [self._members[rank] for rank in self._gang.local_ranks[1:] if rank in self._members]
+            self._returning = {member.pid: time.monotonic() + _MAX_RETURN_S for member in own}
+            self._members.clear()
+            self._loss = reason
+            abort = self._abort
+            self._changed.notify_all()
+        abort()
+        threading.Thread(target=self._end_unless_left, args=(reason,), daemon=True).start()
+
+    def _end_unless_left(self, reason: str) -> None:
+        deadline = time.monotonic() + MAX_LEAVE_S
+        while self._loss is reason and not self._end.is_set():
+            if time.monotonic() > deadline:
+                logger.error("A step has not ended for %g s, so this process ends, to be started again.", MAX_LEAVE_S)
+                os._exit(RANK_LOST_EXIT_CODE)
+            time.sleep(_POLL_MS / 1000)
 
     def _fail(self, message: str) -> None:
+        """A rank cannot start. One that comes to a group that has its weights is started again, and waited for."""
+        if self._keeps_weights:
+            self._lose(message)
+            return
+        if self._failure is not None:
+            return
         with self._changed:
             self._failure = message
+            abort = self._abort
             self._changed.notify_all()
         logger.error("%s", message)
-        # The main thread may wait in an exchange with that rank, which ends when its connection does.
+        abort()
+        # The main thread may wait for something else.
         threading.Thread(target=self._end_late, daemon=True).start()
 
     def _end_late(self) -> None:
         if not self._end.wait(_FAILURE_S):
             os._exit(1)
+
+
+def _nothing() -> None:
+    pass
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def is_sibling(pid: int) -> bool:
+    """Whether a process is another child of this one's parent."""
+    try:
+        return pid != os.getpid() and psutil.Process(pid).ppid() == os.getppid()
+    except psutil.Error:
+        return False
 
 
 def _start_again(environ: dict[str, str]) -> None:

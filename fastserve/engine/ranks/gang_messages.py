@@ -14,19 +14,21 @@ class GangRankSettings(msgspec.Struct, frozen=True):
     rank: int
     parent: int
     """Process id of the process that has started it."""
-    folder: str
-    """Where the ranks of this machine meet; private."""
     config: EngineConfig
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """Sent each second until rank 0 answers with Formed or Refused."""
+    """Sent again and again until rank 0 answers with Formed or Refused."""
 
     rank: int
     settings: dict[str, str]
     """What must be the same on all ranks (same_settings.py)."""
     ip: str
     """Of its machine; where the relays of the machines reach it."""
+    pid: int = 0
+    """Of its process; rank 0 looks after those on its own machine."""
+    left_generation: int = 0
+    """The last group that it was in, which it has left; 0: none."""
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
@@ -50,6 +52,8 @@ class Formed(msgspec.Struct, frozen=True, tag=True):
     """Larger than in any group before."""
     ips: tuple[str, ...]
     """By rank."""
+    pid: int = 0
+    """Of rank 0's process, for the ranks of its machine."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -59,7 +63,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
-    """Another rank is lost; this one ends, to be started again."""
+    """Another rank is lost, and with it the group; this one joins again."""
 
     reason: str
 

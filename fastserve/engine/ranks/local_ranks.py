@@ -1,6 +1,7 @@
-"""The processes of the ranks of one machine in a group of several machines: started, watched, started again.
+"""The processes of the ranks of one machine other than rank 0: started, watched, and each started again by itself.
 
-On part 0 rank 0's engine process is their parent, elsewhere a process that only serves health checks. No torch here.
+Their parent is the worker, or on other machines than the first a process that only serves health checks: so a rank
+outlives the loss of any other, with its weights. No torch here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -51,26 +51,24 @@ class LocalRanks:
         on_refused: Callable[[int], None] = lambda rank: None,
     ) -> None:
         """`on_refused`: called, in a thread, when rank 0 refuses one of them; its log says why."""
-        self._config = config
         self._environ = environ
         self._on_refused = on_refused
         self._end = threading.Event()
         self._folder = SocketFolder(environ)
+        assert config.gang is not None
+        self.gang = msgspec.structs.replace(config.gang, folder=str(self._folder.path))
+        """The machines, with the folder where the ranks of this one meet."""
+        self._config = replace(config, gang=self.gang)
         self._ranks = {rank: self._start(rank) for rank in ranks}
         self._watcher = threading.Thread(target=self._watch, name="local ranks", daemon=True)
         self._watcher.start()
-
-    @property
-    def folder(self) -> Path:
-        """Where the ranks of this machine meet."""
-        return self._folder.path
 
     @property
     def pids(self) -> list[int]:
         return [rank.process.pid for rank in self._ranks.values()]
 
     def _start(self, rank: int) -> _Rank:
-        settings = GangRankSettings(rank, os.getpid(), str(self.folder), self._config)
+        settings = GangRankSettings(rank, os.getpid(), self._config)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastserve.engine.gang_follower", msgspec.json.encode(settings).decode()],
             stdin=subprocess.DEVNULL,
@@ -99,15 +97,19 @@ class LocalRanks:
             self._end.set()
             self._on_refused(number)
             return
-        # A rank that has followed another's loss has done nothing wrong itself.
-        is_normal = code in (0, RANK_LOST_EXIT_CODE)
+        # A rank that was killed, or has followed another's loss, has done nothing wrong itself.
+        is_normal = code <= 0 or code == RANK_LOST_EXIT_CODE
         rank.pause_s = _FIRST_PAUSE_S if is_normal else min(2 * rank.pause_s, _MAX_PAUSE_S)
         rank.start_s = time.monotonic() + rank.pause_s
         logger.info("rank %d ended (code %d) and is started again in %.1f s", number, code, rank.pause_s)
 
+    def end_restarts(self) -> None:
+        """Start none again from now on."""
+        self._end.set()
+
     def close(self, timeout_s: float = _END_TIMEOUT_S) -> None:
         """End the processes: those that rank 0 does not end within the time are killed. May be called twice."""
-        self._end.set()
+        self.end_restarts()
         if threading.current_thread() is not self._watcher:
             self._watcher.join()
         deadline = time.monotonic() + timeout_s

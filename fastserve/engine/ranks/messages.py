@@ -4,25 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from fastserve.engine.contract import StartFailed
 from fastserve.engine.plan import StepPlan
-from fastserve.engine.settings import EngineConfig
 from fastserve.engine.weight_messages import GroupSettings, WeightSource
-
-
-class RankSettings(msgspec.Struct, frozen=True):
-    """Sent as JSON on the command line of a rank other than 0."""
-
-    rank: int
-    endpoint: str
-    """Rank 0's socket for this rank."""
-    descriptor: int
-    """The inherited descriptor of the shared segment."""
-    meeting_file: str
-    """Where process groups meet."""
-    parent: int
-    """Process id of rank 0."""
-    config: EngineConfig
 
 
 class ExecuteStep(msgspec.Struct, frozen=True, tag=True):
@@ -99,5 +82,6 @@ class EndRank(msgspec.Struct, frozen=True, tag=True):
 
 WeightCommand = JoinGroup | LeaveGroup | ReceiveWeights | CommitWeights | DiscardWeights
 RankCommand = ExecuteStep | ReadWeight | WriteWeight | PlaceAdapter | ClearAdapter | WeightCommand | EndRank
-RankEvent = StartFailed
-"""A rank other than 0 reports this alone: what it computes reaches rank 0 through collectives."""
+CHANGES_WEIGHTS = (WriteWeight, JoinGroup, ReceiveWeights, CommitWeights)
+"""Commands after which a rank that loads the model's files has other weights than the rest, or misses a trainer's
+group that the rest are in. Weights may be written while they are received."""

@@ -15,7 +15,7 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_char_p, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,11 +138,11 @@ class NetworkRelay:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         return socket
 
-    def join(self, addresses: Sequence[str], timeout_s: float) -> None:
+    def join(self, addresses: Sequence[str], timeout_s: float, is_lost: Callable[[], bool] = lambda: False) -> None:
         """Connect to the other machines, wait until all are connected to each other, and relay in the background.
 
         `addresses`: of each machine's relay. Raises RankLostError at the deadline, when a machine says that there is a
-        newer group or that it is divided otherwise, and when the segment is declared lost."""
+        newer group or that it is divided otherwise, when the segment is declared lost, and once `is_lost`."""
         for machine, address in enumerate(addresses):
             if machine != self._machine:
                 self._peers[machine] = self._connect(machine, address)
@@ -152,7 +152,7 @@ class NetworkRelay:
                 self._greet(peer)
             if time.monotonic() > deadline:
                 raise RankLostError(_missing(missing, addresses, timeout_s))
-            if self._segment.is_lost:
+            if self._segment.is_lost or is_lost():
                 raise RankLostError("another rank of the model was lost while the machines joined")
             pause = time.monotonic() + _HELLO_INTERVAL_S
             while (left := pause - time.monotonic()) > 0 and self._inbox.poll(int(left * 1000) + 1):
@@ -329,6 +329,11 @@ class NetworkCollectives(SharedMemoryCollectives):
     ) -> None:
         super().__init__(library, segment, rank, timeout_s)
         self.relay = relay
+
+    def enter(self, joined: SharedMemoryCollectives) -> None:
+        super().enter(joined)
+        assert isinstance(joined, NetworkCollectives)  # it is the machine's first rank in each group
+        self.relay = joined.relay
 
     def close(self) -> None:
         self.relay.close()

@@ -10,15 +10,27 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fastserve.engine.ranks.collectives import RankLostError
 from fastserve.engine.ranks.segment import Segment
 
 _RETRY_S = 0.02
+_CHECK_S = 0.1
+_CONNECTION_S = 5.0
+"""Longest wait for an answer of the first rank, which answers at once."""
+IsLost = Callable[[], bool]
+"""Whether the group is lost, so that nobody should wait for it."""
 
 
-def pass_segment(segment: Segment, folder: Path, generation: int, num_others: int, timeout_s: float) -> None:
+def _never() -> bool:
+    return False
+
+
+def pass_segment(
+    segment: Segment, folder: Path, generation: int, num_others: int, timeout_s: float, is_lost: IsLost = _never
+) -> None:
     """Pass it to the other ranks of this machine. Raises RankLostError when they have not all asked in time."""
     if num_others == 0:
         return
@@ -30,21 +42,38 @@ def pass_segment(segment: Segment, folder: Path, generation: int, num_others: in
         try:
             listener.listen(num_others)
             for number in range(num_others):
-                listener.settimeout(max(_RETRY_S, deadline - time.monotonic()))
-                try:
-                    connection, _ = listener.accept()
-                except TimeoutError:
+                connection = _accept(listener, deadline, is_lost)
+                if connection is None:
                     raise RankLostError(
                         f"{num_others - number} of the {num_others} other ranks of this machine did not ask for the "
                         f"segment within {timeout_s:g} s."
-                    ) from None
+                    )
                 with connection:
                     socket.send_fds(connection, [b"."], [segment.descriptor])
         finally:
             path.unlink(missing_ok=True)
 
 
-def receive_segment(folder: Path, generation: int, num_ranks: int, timeout_s: float) -> Segment:
+def _accept(listener: socket.socket, deadline: float, is_lost: IsLost) -> socket.socket | None:
+    """The next connection; None at the deadline."""
+    listener.settimeout(_CHECK_S)
+    while True:
+        try:
+            return listener.accept()[0]
+        except TimeoutError:
+            if time.monotonic() > deadline:
+                return None
+            _require(is_lost)
+
+
+def _require(is_lost: IsLost) -> None:
+    if is_lost():
+        raise RankLostError("Another rank of the model was lost while the ranks of this machine met.")
+
+
+def receive_segment(
+    folder: Path, generation: int, num_ranks: int, timeout_s: float, is_lost: IsLost = _never
+) -> Segment:
     """The segment from the first rank of this machine. Raises RankLostError when it has not passed it in time."""
     deadline = time.monotonic() + timeout_s
     path = str(_path(folder, generation))
@@ -52,8 +81,9 @@ def receive_segment(folder: Path, generation: int, num_ranks: int, timeout_s: fl
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             raise RankLostError(f"The first rank of this machine did not pass its segment within {timeout_s:g} s.")
+        _require(is_lost)
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-            connection.settimeout(remaining_s)
+            connection.settimeout(min(remaining_s, _CONNECTION_S))
             try:
                 connection.connect(path)
                 _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)

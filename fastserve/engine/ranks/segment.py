@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
 
 MAX_RANKS = 64
 SLOT_BYTES = 64 << 20
@@ -26,6 +27,8 @@ class Segment:
 
     def __init__(self, descriptor: int, num_ranks: int, slot_bytes: int = SLOT_BYTES) -> None:
         """Map a segment that `create` has made; the descriptor is owned by this object."""
+        self._open = threading.Lock()
+        """Held by other threads while they use the map."""
         self.descriptor = descriptor
         self.num_ranks = num_ranks
         self.slot_bytes = slot_bytes
@@ -50,8 +53,10 @@ class Segment:
         return cls(descriptor, num_ranks, slot_bytes)
 
     def declare_lost(self) -> None:
-        """Have all waits for other ranks, in all processes, fail from now on."""
-        self._lost.value = 1
+        """Have all waits for other ranks, in all processes, fail from now on. Any thread may call it, also later."""
+        with self._open:
+            if not self._map.closed:
+                self._lost.value = 1
 
     @property
     def is_lost(self) -> bool:
@@ -69,11 +74,12 @@ class Segment:
 
     def close(self) -> None:
         """May be called twice. No kernel may use the segment any more."""
-        if self._map.closed:
-            return
-        del self._exported, self._lost, self._progress
-        self._map.close()
-        os.close(self.descriptor)
+        with self._open:
+            if self._map.closed:
+                return
+            del self._exported, self._lost, self._progress
+            self._map.close()
+            os.close(self.descriptor)
 
 
 def _num_bytes(num_ranks: int, slot_bytes: int) -> int:

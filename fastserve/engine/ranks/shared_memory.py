@@ -3,7 +3,9 @@ on several machines. Tensors of other devices are copied to the host."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from ctypes import c_double, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from fastserve.engine.kernels.build import cpu_library
 from fastserve.engine.ranks.collectives import RankLostError
+from fastserve.engine.ranks.exchange_record import ExchangeRecord
 from fastserve.engine.ranks.segment import Segment
 
 _LOSSES = {
@@ -33,7 +36,7 @@ class RanksStruct(ctypes.Structure):
 
 
 class SharedMemoryCollectives:
-    """Owns the segment."""
+    """Owns the segment. Layers and kernels keep this object through all groups that the rank is in (`enter`)."""
 
     def __init__(self, library: ctypes.CDLL, segment: Segment, rank: int, timeout_s: float) -> None:
         """`timeout_s`: longest wait for another rank."""
@@ -45,12 +48,27 @@ class SharedMemoryCollectives:
         library.all_gather.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p)
         self.struct = RanksStruct(segment.address, rank, self.size, segment.slot_bytes, timeout_s, 0, 0)
         """For kernels that exchange by themselves."""
+        self._record: ExchangeRecord | None = None
 
     @classmethod
     def load(cls, segment: Segment, rank: int, timeout_s: float) -> SharedMemoryCollectives | None:
         """None where the kernels cannot be built."""
         library = cpu_library(torch.float32)
         return None if library is None else cls(library, segment, rank, timeout_s)
+
+    def enter(self, joined: SharedMemoryCollectives) -> None:
+        """Go on in the group that `joined` has joined, as the same rank; this one must be closed before."""
+        self.segment = joined.segment
+        ctypes.pointer(self.struct)[0] = joined.struct
+
+    @contextlib.contextmanager
+    def recorded(self, record: ExchangeRecord) -> Iterator[None]:
+        """Within the block, results of exchanges are taken from the record, or added to it if it is to be filled."""
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
 
     def abort(self) -> None:
         """Have all waits of this machine's ranks fail from now on. Any thread may call it."""
@@ -64,6 +82,11 @@ class SharedMemoryCollectives:
         return 4 * num_rows * width <= self.segment.slot_bytes
 
     def all_reduce(self, partial: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        if self._record is None:
+            return self._sum(partial, out_dtype)
+        return self._record.result(lambda: self._sum(partial, out_dtype)).to(partial.device)
+
+    def _sum(self, partial: torch.Tensor, out_dtype: torch.dtype | None) -> torch.Tensor:
         part = partial.to(device="cpu", dtype=torch.float32).contiguous()
         sums = torch.empty_like(part)
         self.check(self._library.all_reduce(self._pointer, part.data_ptr(), sums.data_ptr(), part.numel()))
@@ -99,6 +122,11 @@ class SharedMemoryCollectives:
 
     def _gather_bytes(self, part: torch.Tensor, num_bytes: list[int]) -> torch.Tensor:
         """Each rank's part one after the other, as bytes."""
+        if self._record is None:
+            return self._gather(part, num_bytes)
+        return self._record.result(lambda: self._gather(part, num_bytes))
+
+    def _gather(self, part: torch.Tensor, num_bytes: list[int]) -> torch.Tensor:
         out = torch.empty(sum(num_bytes), dtype=torch.uint8)
         sizes = (c_int64 * self.size)(*num_bytes)
         self.check(self._library.all_gather(self._pointer, part.data_ptr(), out.data_ptr(), sizes))

@@ -19,6 +19,7 @@ from fastserve.engine.kernels.build import one_thread
 from fastserve.engine.layers.linear import threads_for_kernels
 from fastserve.engine.loading.loader import LoadedModel
 from fastserve.engine.loading.small_twin import TRIAL_ERRORS
+from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 from fastserve.engine.runner.forward.forward_pass import ForwardPass
 from fastserve.engine.runner.runner import ModelRunner
 from fastserve.engine.selfcheck.compare import Capacity, Work, difference
@@ -37,14 +38,18 @@ _MIN_TWIN_LIMIT_ELSEWHERE = 2e-2
 """Other devices may multiply float32 with fewer bits."""
 
 
-def check_model(loaded: LoadedModel, runner: ModelRunner, capacity: Capacity) -> None:
+def check_model(
+    loaded: LoadedModel, runner: ModelRunner, capacity: Capacity, collectives: Collectives = SINGLE_RANK
+) -> None:
     """Compare each way to compute a step with the model's own code, and drop those whose logits differ by more than
     rounding; raise StartupError when the last one does. Uses the first blocks of an empty pool; skips prompts that do
-    not fit the capacity."""
+    not fit the capacity. A way that one rank drops before the model itself is computed, all drop."""
     begin = time.perf_counter()
     name = type(loaded.model).__name__
     with one_thread():
         has_twin = _check_twin(loaded, runner, name, capacity.max_model_len)
+    for way in runner.forward_passes.agree(collectives):
+        logger.warning("%s: the forward pass by %s is not used: another rank does not use it", name, way)
     between = time.perf_counter()
     with threads_for_kernels(loaded.model):
         _check_itself(loaded, runner, name, capacity, decodes_on_twin=has_twin)

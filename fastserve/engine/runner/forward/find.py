@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
+from fastserve.engine.ranks.collectives import Collectives
 from fastserve.engine.runner.forward.forward_pass import AbsentError, ForwardParts, ForwardPass, UnsupportedError
 from fastserve.engine.runner.forward.graphs import GraphForward
 from fastserve.engine.runner.forward.modules import ModulesForward
@@ -55,6 +56,22 @@ class ForwardPasses:
                     type(parts.model).__name__, way.name, exc_info=error,
                 )  # fmt: skip
         return found
+
+    def agree(self, collectives: Collectives) -> list[str]:
+        """Keep only ways that all ranks have, since each way exchanges tensors at other places. Returns the names of
+        the others; raises StartupError when none is left."""
+        own = {way.name: way for way in self.ways}
+        is_missing = collectives.all_reduce_max(torch.tensor([float(way.name not in own) for way in FORWARD_PASSES]))
+        common = {way.name for way, missing in zip(FORWARD_PASSES, is_missing.tolist(), strict=True) if not missing}
+        dropped = [name for name in own if name not in common]
+        if len(dropped) == len(own):
+            raise StartupError(
+                f"The ranks of the model have no way to compute a step in common; this rank has {', '.join(own)}. The "
+                "log of each rank says why it does not use the others: start all ranks with the same software."
+            )
+        for name in dropped:
+            self.drop(own[name], "another rank does not use it")
+        return dropped
 
     def drop(self, way: ForwardPass, reason: str) -> None:
         """Remove a way whose results are wrong. Raises ValueError for the last one."""
