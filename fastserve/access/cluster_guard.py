@@ -75,4 +75,4 @@ class ClusterGuard(Guard):
             state["owner"] = owner
             state["may_prioritise"] = may_prioritise == b"1"
         if scope["type"] == "http":
-            check_media_type(scope["method"], headers)
+            check_media_type(scope)

@@ -33,30 +33,32 @@ def check_host(hosts: HostCheck, headers: Headers) -> None:
             )
 
 
-def check_media_type(method: str, headers: Headers) -> None:
+BYTE_ROUTES = frozenset({"/update_weights_from_tensor"})
+"""Routes that take application/octet-stream too, which web pages cannot send without a CORS preflight either."""
+
+
+def check_media_type(scope: Scope) -> None:
     """Raises UnsupportedMediaTypeError for a body whose content type is not JSON: web pages may send forms and plain
     text to other sites without a CORS preflight.
     """
-    if method in ("GET", "HEAD", "OPTIONS"):
+    if scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return
     media_type = b""
     has_body = False
-    for name, value in headers:
+    for name, value in scope["headers"]:
         if name == b"content-type":
             media_type = value
         elif name == b"content-length":
             has_body = value.strip(b"0") != b""
         elif name == b"transfer-encoding":
             has_body = True
-    if has_body and media_type.partition(b";")[0].strip().lower() not in _MEDIA_TYPES:
+    kind = media_type.partition(b";")[0].strip().lower()
+    takes_bytes = scope["path"] in BYTE_ROUTES
+    if has_body and kind != b"application/json" and not (takes_bytes and kind == b"application/octet-stream"):
         raise UnsupportedMediaTypeError(
             f"The body has the content type {_shown(media_type)}: send JSON with the header 'Content-Type: "
             "application/json'."
         )
-
-
-_MEDIA_TYPES = (b"application/json", b"application/octet-stream")
-"""Pages send neither without a preflight. Only routes that read bytes take the second: weights, for example."""
 
 
 class WebPageGuard(Guard):
@@ -93,7 +95,7 @@ class WebPageGuard(Guard):
                     code="origin_not_allowed",
                 )
         if self._json_only and scope["type"] == "http":
-            check_media_type(scope["method"], headers)
+            check_media_type(scope)
 
     def _is_allowed(self, origin: bytes, host: bytes | None) -> bool:
         allowed = self._allowed_origins

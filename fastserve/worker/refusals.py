@@ -21,11 +21,6 @@ REFUSALS: Sequence[Refusal] = (
         "--tp-size excludes --num-gpus and --cpu-offloading: with it each rank has one GPU, or CPU cores of its own.",
     ),
     (
-        lambda c: c.engine == "fake" and c.tp_size > 1,
-        "--engine fake computes nothing that ranks could divide: leave --tp-size out (with start_server, WORLD_SIZE "
-        "and TP_SIZE).",
-    ),
-    (
         lambda c: c.enable_expert_parallel and c.tp_size == 1,
         "--enable-expert-parallel says how experts are given out to ranks: give --tp-size of at least 2 too, or leave "
         "it out.",
@@ -95,6 +90,8 @@ def refuse_unavailable(config: WorkerConfig, num_local_ranks: int | None = None)
             f"--machine-collectives {config.machine_collectives} says how ranks on several machines exchange tensors "
             "(DISTRIBUTE_CONFIG_FILE): leave it out."
         )
+    if config.engine == "fake" and num_local_ranks is not None:
+        raise StartupError("--engine fake serves on one machine alone: leave DISTRIBUTE_CONFIG_FILE out.")
     for is_refused, message in REFUSALS:
         if is_refused(config):
             raise StartupError(message)

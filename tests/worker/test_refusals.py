@@ -19,7 +19,6 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"machine_collectives": "host", "tp_size": 2}, "--machine-collectives host says"),
         ({"enable_expert_parallel": True}, "give --tp-size of at least 2 too"),
         ({"tp_size": 3, "gpus": "0,1"}, "Larger --tp-size (3) than --gpus 0,1"),
-        ({"tp_size": 2, "engine": "fake"}, "--engine fake computes nothing that ranks could divide"),
         ({"num_gpus": 2, "device": "cpu"}, "--num-gpus 2"),
         ({"num_gpus": 2, "device": "mps"}, "--num-gpus 2"),
         ({"num_gpus": 2, "device": "xpu"}, "one worker for each GPU"),
@@ -99,3 +98,10 @@ def test_the_launchers_defaults_pass() -> None:
 )
 def test_loading_flags_pass(settings: dict[str, Any]) -> None:
     refuse_unavailable(WorkerConfig(**settings))
+
+
+def test_the_scripted_engine_serves_on_one_machine_alone() -> None:
+    config = WorkerConfig(tp_size=2, engine="fake")
+    refuse_unavailable(config)
+    with pytest.raises(StartupError, match="--engine fake serves on one machine alone"):
+        refuse_unavailable(config, num_local_ranks=1)
