@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,13 @@ def write_folder(config: LlamaConfig, folder: Path) -> Path:
 
 
 def random_weights(folder: str | Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Values that no model computes with, quick to make."""
+    """Values that no model computes with, quick to make; one after the other in memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    return {name: torch.full(tensor.shape, 0.01, dtype=dtype) for name, tensor in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    flat = torch.full((sum(tensor.numel() for tensor in parameters.values()),), 0.01, dtype=dtype)
+    parts = flat.split([tensor.numel() for tensor in parameters.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(parameters.items(), parts, strict=True)}
 
 
 def worker(folder: str | Path, dtype: str, *flags: str) -> Arm:
@@ -122,13 +126,14 @@ class Bare:
         self._group.warm_up()
 
     def send(self, tensors: list[torch.Tensor]) -> float:
-        """Seconds until the last bucket has been received. Nothing is copied into the buckets meanwhile."""
+        """Seconds until the last bucket has been received. Buckets are sent from where the tensors lie."""
         buckets = split_into_buckets(tensors, lambda tensor: tensor.nbytes, BUCKET_BYTES)
         sizes = [sum(tensor.nbytes for tensor in bucket) for bucket in buckets]
+        flat = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(sizes).encode() + b"\n")
         self._process.stdin.flush()
-        return broadcast_all(self._group, sizes)
+        return broadcast_all(self._group, flat.split(sizes))
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -145,20 +150,21 @@ def receive_bare(port: int) -> None:
     group = WeightGroup.connect(bare_settings(port, 1), 0, torch.device("cpu"))
     group.warm_up()
     for line in sys.stdin:
-        broadcast_all(group, json.loads(line))
+        sizes = json.loads(line)
+        buffers = [torch.ones(max(sizes), dtype=torch.uint8) for _ in range(2)]
+        broadcast_all(group, [buffers[number % 2][:size] for number, size in enumerate(sizes)])
     group.close()
 
 
-def broadcast_all(group: WeightGroup, sizes: list[int]) -> float:
-    """Broadcast buckets of these sizes from rank 0, two at a time; return the seconds until all members have them."""
-    buffers = [torch.ones(max(sizes), dtype=torch.uint8) for _ in range(2)]
+def broadcast_all(group: WeightGroup, buckets: Sequence[torch.Tensor]) -> float:
+    """Broadcast from rank 0, two buckets at a time; return the seconds until all members have them."""
     in_flight: deque[Broadcast] = deque()
     group.warm_up()
     begin = time.perf_counter()
-    for number, size in enumerate(sizes):
-        if len(in_flight) == len(buffers):
+    for bucket in buckets:
+        if len(in_flight) == 2:
             in_flight.popleft().wait()
-        in_flight.append(group.broadcast(buffers[number % len(buffers)][:size], 0))
+        in_flight.append(group.broadcast(bucket, 0))
     for broadcast in in_flight:
         broadcast.wait()
     group.warm_up()
@@ -217,7 +223,7 @@ async def longest_gap(session: aiohttp.ClientSession, url: str, number: int) -> 
         async for line in response.content:
             if not line.startswith(b"data: {"):
                 continue
-            if b'"error"' in line:
+            if line.startswith(b'data: {"error"'):
                 raise RuntimeError(line.decode())
             now = time.perf_counter()
             longest, last = max(longest, 0.0 if last is None else now - last), now
