@@ -219,7 +219,7 @@ def test_modes_treat_running_requests_as_they_say(serving: Serving, weights: Wei
         ("in_place", ("length", ("A", "B"))),
         ("abort", ("abort", ("A",))),
     ):
-        begun = serving.add([3, 4, 5], max_tokens=30)
+        begun = serving.add([3, 4, 5], max_tokens=200)
         serving.until(lambda begun=begun: begun in serving.answers)  # type: ignore[misc]
         reply = serving.receive(weights.sources["B"], mode=mode, version="B")
         serving.until(lambda: serving.core.pausing._num_holds or reply.done())  # noqa: B023
@@ -238,7 +238,7 @@ def test_blocks_that_a_request_fills_after_an_update_are_never_found(serving: Se
     """It goes on with keys and values of the old weights, which no other request may use."""
     serving.update(weights.sources["A"], version="A")
     prompt = list(range(2, 50))
-    begun = serving.add(prompt, max_tokens=40)
+    begun = serving.add(prompt, max_tokens=150)
     serving.until(lambda: begun in serving.answers)
     serving.update(weights.sources["B"], mode="in_place", version="B")
     whole = prompt + serving.run(begun).token_ids
