@@ -27,7 +27,7 @@ class MemoryState(msgspec.Struct, frozen=True):
     success: bool
     message: str
     released: list[MemoryTag]
-    """What is released now."""
+    """Tags of the memory that is released now."""
     num_bytes: int = msgspec.field(default=0, name="bytes")
     """Address space whose pages this call has given back."""
     num_preempted: int = 0
@@ -45,7 +45,7 @@ class EngineMemory(Protocol):
 
 
 class NoMemory:
-    """Of an engine without a model."""
+    """The memory of an engine without a model."""
 
     def refusal(self, tag: MemoryTag) -> str | None:
         return None

@@ -102,7 +102,7 @@ class _Place:
     """The layer that a low-rank change is for."""
 
     path: str
-    """As in `AdapterTargets.sizes`, if it is there."""
+    """Path of the layer; a key of `AdapterTargets.sizes` if adapters can change it."""
     names: tuple[str, ...]
     """Names by which adapter_config.json may have settings of it."""
     expert: int | None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
 
 Delta = Callable[[torch.Tensor, torch.Tensor], None]
-"""As `Linear.delta`."""
+"""Adds an adapter's product to a layer's output, in place: the arguments are the layer's input and its output."""
 
 
 class RouterWeight(torch.Tensor):  # type: ignore[misc]  # torch is not followed by mypy

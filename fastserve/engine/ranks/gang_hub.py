@@ -3,8 +3,8 @@
 Ranks on other machines connect by tcp, and authenticate with keys that are derived from the cluster key. A thread owns
 the socket, so that beats go on while a step is computed. No torch here.
 
-When a rank is lost, the group is: its exchanges are aborted, all ranks are told, and each joins again. Until the model
-has been ready once this rank begins anew instead, by replacing its process.
+The loss of a rank ends the group: exchanges are aborted, and rank 0 notifies all ranks, which join a new group. Before
+the model has been ready once, rank 0 replaces its own process instead.
 """
 
 from __future__ import annotations

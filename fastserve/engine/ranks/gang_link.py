@@ -58,7 +58,7 @@ class GangLink:
         self._is_wanted = True
         """The main thread waits for a group, or has not been in one."""
         self._generation: int | None = None
-        """Of the group that this rank is in."""
+        """Generation of the group that this rank is in."""
         self._entered: int | None = None
         """The last group that the main thread has entered."""
         self._left_generation = 0

@@ -26,7 +26,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     ip: str
     """Of its machine; where the relays of the machines reach it."""
     pid: int = 0
-    """Of its process; rank 0 looks after those on its own machine."""
+    """Process id of the rank; rank 0 watches those on its own machine."""
     left_generation: int = 0
     """The last group that it was in, which it has left; 0: none."""
 
@@ -53,7 +53,7 @@ class Formed(msgspec.Struct, frozen=True, tag=True):
     ips: tuple[str, ...]
     """By rank."""
     pid: int = 0
-    """Of rank 0's process, for the ranks of its machine."""
+    """Process id of rank 0, which the ranks on its machine watch."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
