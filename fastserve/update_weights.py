@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastserve.access.cluster_client import ClusterClient, Outcome
+from fastserve.access.cluster_client import CONNECT_TIMEOUT_S, ClusterClient, Outcome
 from fastserve.config import CONTROLLER_PORT
 from fastserve.errors import StartupError
 from fastserve.launching.console import Console
@@ -67,10 +67,9 @@ def update_weights(config: UpdateWeightsConfig, console: Console) -> bool:
                 "weight_version": config.weight_version,
                 "timeout_s": config.timeout_s,
             }
-            outcome = cluster.call(worker, "/update_weights_from_disk", body, config.timeout_s)
+            outcome = cluster.call(worker, "/update_weights_from_disk", body, config.timeout_s + CONNECT_TIMEOUT_S)
             if outcome.is_success:
-                seconds = outcome.reply.get("total_s", 0.0)
-                console.say(f"{worker}: has version {outcome.reply.get('weight_version')} after {seconds:.1f} s")
+                console.say(f"{worker}: has version {outcome.reply.get('weight_version')}")
             else:
                 console.say(f"{worker}: FAILED, keeps its old weights: {outcome.message}")
             return outcome

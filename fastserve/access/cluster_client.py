@@ -16,14 +16,17 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastserve.access.addresses import WorkerAddress, parse_worker_address
 from fastserve.access.admin import ENV_ADMIN_KEY
 from fastserve.access.cluster_key import load_cluster_keys
 from fastserve.access.key_files import read_lines
-from fastserve.errors import StartupError
+from fastserve.errors import InvalidRequestError, StartupError
 from fastserve.protocol import RoutingTable
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_SHOWN_CHARS = 1000
+MAX_ANSWER_BYTES = 1 << 26
+"""The table of workers is the longest answer."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ class ClusterClient:
         """`key`: what to send to services; None: the admin key of the file or of FASTSERVE_ADMIN_KEY, else the cluster
         key, which is found as the services find it. `ca_file`: the authority that signed the services' certificates.
         Raises StartupError for an address or a key that cannot be used."""
-        self.address = _checked(address)
+        parsed = service_address(address)
+        self.address = str(parsed)
         if key is None:
-            key = _find_key(environ, urlsplit(self.address).hostname or "", admin_key_file, cluster_key_file)
+            key = _find_key(environ, parsed.host, admin_key_file, cluster_key_file)
         if key is not None and not (key.isascii() and key.isprintable()):
             raise StartupError("The key has characters that no HTTP header may have.")
         try:
@@ -109,7 +113,7 @@ class ClusterClient:
             return Outcome(worker, 0, {}, f"It did not answer: {error or type(error).__name__}.")
         try:
             reply = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             reply = None
         fields = reply if isinstance(reply, dict) else {}
         message = str(fields.get("message", "")) if status == HTTPStatus.OK else _message(status, content)
@@ -130,7 +134,9 @@ class ClusterClient:
                 headers = self._headers | {"Content-Type": "application/json"}
                 connection.request("POST", target, json.dumps(dict(body)).encode(), headers)
             response = connection.getresponse()
-            status, content = response.status, response.read()
+            status, content = response.status, response.read(MAX_ANSWER_BYTES + 1)
+            if len(content) > MAX_ANSWER_BYTES:
+                raise http.client.HTTPException(f"the answer has more than {MAX_ANSWER_BYTES} bytes")
         except BaseException:
             connection.close()
             raise
@@ -164,11 +170,12 @@ def _is_readable(connection: socket.socket) -> bool:
         return bool(selector.select(0))
 
 
-def _checked(address: str) -> str:
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise StartupError(f"Invalid address {address!r}: give it as http://HOST:PORT.")
-    return address.rstrip("/")
+def service_address(address: str) -> WorkerAddress:
+    """Raises StartupError for anything but `http(s)://HOST:PORT`."""
+    try:
+        return parse_worker_address(address, "address")
+    except InvalidRequestError as error:
+        raise StartupError(error.message) from error
 
 
 def _find_key(
@@ -190,5 +197,5 @@ def _message(status: int, content: bytes) -> str:
     """The message of an error body, else the body."""
     try:
         return str(json.loads(content)["error"]["message"])[:MAX_SHOWN_CHARS]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"status {status}: {content.decode(errors='replace')[:MAX_SHOWN_CHARS]}"

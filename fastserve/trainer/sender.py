@@ -16,12 +16,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
-from fastserve.access.cluster_client import CONNECT_TIMEOUT_S, ClusterClient, Outcome
+from fastserve.access.cluster_client import CONNECT_TIMEOUT_S, ClusterClient, Outcome, service_address
 from fastserve.engine.weight_messages import GroupSettings, UpdateMode
 from fastserve.engine.weight_updates.buckets import fill_bucket, split_into_buckets
 from fastserve.engine.weight_updates.group import Broadcast, WeightGroup
@@ -32,6 +31,8 @@ AnswerT = TypeVar("AnswerT")
 BUCKET_BYTES = 64 << 20
 MAX_JOIN_S = 120.0
 _POLL_S = 0.0002
+_Part = tuple[torch.Tensor, torch.dtype]
+"""A tensor, and the dtype that it is sent as."""
 
 
 class SendError(Exception):
@@ -134,14 +135,19 @@ class WeightSender:
         host = self._host or _own_address(self._workers[0])
         self._group_name = f"fastserve-{secrets.token_hex(4)}"
         # The store's server lives as long as this object; the group finds it by its port.
-        self._store = dist.TCPStore(
-            host,
-            0,
-            is_master=True,
-            wait_for_workers=False,
-            multi_tenant=True,
-            timeout=timedelta(seconds=self._timeout_s),
-        )
+        try:
+            self._store = dist.TCPStore(
+                host,
+                0,
+                is_master=True,
+                wait_for_workers=False,
+                multi_tenant=True,
+                timeout=timedelta(seconds=self._timeout_s),
+            )
+        except RuntimeError as error:  # torch's errors of addresses
+            raise SendError(
+                f"Workers cannot meet at {host}: give an address of this machine as host. {error}"
+            ) from error
         settings = GroupSettings(
             self._group_name,
             host,
@@ -187,17 +193,16 @@ class WeightSender:
         """
         begin = time.perf_counter()
         self.connect()
-        tensors = [(name, self._converted(tensor.detach())) for name, tensor in named_tensors]
+        tensors = [(name, tensor.detach(), self._sent_as(tensor)) for name, tensor in named_tensors]
         if not tensors:
             raise SendError("There are no tensors to send.")
         version = str(self._num_sent + 1) if version is None else version
-        buckets = split_into_buckets(
-            [tensor for _, tensor in tensors], lambda tensor: tensor.nbytes, self._bucket_bytes
-        )
+        parts = [(tensor, dtype) for _, tensor, dtype in tensors]
+        buckets = split_into_buckets(parts, _num_bytes, self._bucket_bytes)
         body = {
-            "names": [name for name, _ in tensors],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            "shapes": [list(tensor.shape) for _, tensor in tensors],
+            "names": [name for name, _, _ in tensors],
+            "dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in tensors],
+            "shapes": [list(tensor.shape) for _, tensor, _ in tensors],
             "group_name": self._group_name,
             "bucket_bytes": self._bucket_bytes,
             "mode": mode,
@@ -209,7 +214,7 @@ class WeightSender:
         return Sent(
             version,
             len(tensors),
-            sum(tensor.nbytes for _, tensor in tensors),
+            sum(map(_num_bytes, parts)),
             len(buckets),
             time.perf_counter() - begin,
             tuple(calls.outcomes()),
@@ -234,8 +239,8 @@ class WeightSender:
             raise SendError(f"{worker}{path}: {outcome.message or f'the answer has no {name}'}", [outcome])
         return value
 
-    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)
+    def _sent_as(self, tensor: torch.Tensor) -> torch.dtype:
+        return tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
 
     def _join(self, settings: GroupSettings) -> WeightGroup:
         group = WeightGroup.connect(settings, 0, self._device)
@@ -244,11 +249,12 @@ class WeightSender:
 
     def _leave(self) -> None:
         group, self._group, self._store = self._group, None, None
-        if group is None:
-            return
-        for worker in self._workers:  # a worker that is gone has left too
-            self._cluster.call(worker, "/destroy_weights_update_group", {"group_name": self._group_name}, 10.0)
-        group.close()
+        name, self._group_name = self._group_name, ""
+        if name:  # workers may have joined where this process could not
+            for worker in self._workers:  # a worker that is gone has left too
+                self._cluster.call(worker, "/destroy_weights_update_group", {"group_name": name}, CONNECT_TIMEOUT_S)
+        if group is not None:
+            group.close()
 
     # ---- an update ----------------------------------------------------------------------------------------------
 
@@ -262,18 +268,18 @@ class WeightSender:
         ]
         return _Calls(works, self._leave)
 
-    def _broadcast(self, buckets: Sequence[Sequence[torch.Tensor]], calls: _Calls) -> None:
-        """Fill a bucket while the one before is transferred."""
+    def _broadcast(self, buckets: Sequence[Sequence[_Part]], calls: _Calls) -> None:
+        """Convert tensors and fill a bucket with them while the one before is transferred."""
         group = self._group
         if group is None:
             raise SendError("The group is closed.")
-        size = max((sum(tensor.nbytes for tensor in bucket) for bucket in buckets), default=0)
+        size = max((sum(map(_num_bytes, bucket)) for bucket in buckets), default=0)
         buffers = [torch.empty(size, dtype=torch.uint8, device=group.device) for _ in range(min(2, len(buckets)))]
         in_flight: list[Broadcast] = []
         for number, bucket in enumerate(buckets):
             if len(in_flight) == len(buffers):
                 calls.wait_for(in_flight.pop(0))
-            filled = fill_bucket(buffers[number % len(buffers)], bucket)
+            filled = fill_bucket(buffers[number % len(buffers)], [tensor.to(dtype) for tensor, dtype in bucket])
             in_flight.append(group.broadcast(filled, 0))
         for broadcast in in_flight:
             calls.wait_for(broadcast)
@@ -347,11 +353,15 @@ def _in_thread(work: Callable[[], WeightGroup]) -> Future[WeightGroup]:
     return done
 
 
+def _num_bytes(part: _Part) -> int:
+    tensor, dtype = part
+    return int(tensor.numel()) * int(dtype.itemsize)
+
+
 def _own_address(worker: str) -> str:
     """Own address on the route to the worker. Sends nothing."""
-    parts = urlsplit(worker)
-    host, port = parts.hostname or "localhost", parts.port or 80
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    parsed = service_address(worker)
+    family, kind, protocol, _, address = socket.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return str(probe.getsockname()[0])
