@@ -43,6 +43,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """None: no logprobs. k: logprobs of the sampled token and of the k likeliest, before temperature and filters."""
     prompt_logprobs: int | None = None
     """The same for each prompt token, given the tokens before it."""
+    grammar: str = ""
+    """Grammar of the whole answer, in llguidance's dialect of Lark; empty: any text."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):

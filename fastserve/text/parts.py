@@ -23,6 +23,26 @@ class TextPart(Part, frozen=True):
     text: str
 
 
+class ReasoningPart(Part, frozen=True):
+    """Text that the model wrote while it was thinking, without the marks around it."""
+
+    text: str
+
+
+class ToolCallPart(Part, frozen=True):
+    """A piece of a tool call. The first piece of a call has its id and name, the others only more of its arguments.
+
+    Calls never interleave: the pieces of one call are complete before the next call begins.
+    """
+
+    index: int
+    """Number of the call in its choice, from 0."""
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """The next characters of the arguments' JSON. All of a call's are an object; of a call without arguments `{}`."""
+
+
 class PartParser(Protocol):
     """Parses the text of one choice into parts, incrementally.
 

@@ -132,7 +132,13 @@ class JobMaker:
 
     def chat(self, body: bytes, caller: Caller) -> Job:
         """Make a job from the body of a chat request. Raises RequestError, as all methods here do."""
-        request = parse_request(ChatRequest, body, self.settings.bounds)
+        return self._chat(parse_request(ChatRequest, body, self.settings.bounds), caller)
+
+    def chat_from_fields(self, fields: Mapping[str, Any], caller: Caller) -> Job:
+        """Make a job from the fields of a chat request, for APIs whose requests say the same in other words."""
+        return self._chat(check_request(ChatRequest, fields, self.settings.bounds), caller)
+
+    def _chat(self, request: ChatRequest, caller: Caller) -> Job:
         self._check(request, caller)
         if self._template is None:
             raise InvalidRequestError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastserve.errors import FastserveError
 from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, DecodedToken, Usage, encode_json
-from fastserve.text.parts import Part, TextPart
+from fastserve.text.parts import Part, ReasoningPart, TextPart, ToolCallPart
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
@@ -25,7 +25,25 @@ def _text_fields(part: TextPart) -> Fields:
     return {"content": part.text}
 
 
-CHAT_FIELDS: Mapping[type[Part], Callable[[Any], Fields]] = {TextPart: _text_fields}
+def _reasoning_fields(part: ReasoningPart) -> Fields:
+    # vLLM's name of today, and the older one, which SGLang and llama.cpp have kept.
+    return {"reasoning": part.text, "reasoning_content": part.text}
+
+
+def _tool_call_fields(part: ToolCallPart) -> Fields:
+    # Clients concatenate the strings of deltas, so each of id, type and name is sent once.
+    call: Fields = {"index": part.index}
+    if part.id:
+        call |= {"id": part.id, "type": "function"}
+    function = {"name": part.name} if part.name else {}
+    return {"tool_calls": [call | {"function": function | {"arguments": part.arguments}}]}
+
+
+CHAT_FIELDS: Mapping[type[Part], Callable[[Any], Fields]] = {
+    TextPart: _text_fields,
+    ReasoningPart: _reasoning_fields,
+    ToolCallPart: _tool_call_fields,
+}
 _ROLE: Fields = {"role": "assistant", "content": ""}
 _NO_CONTENT: Fields = {"content": ""}
 
