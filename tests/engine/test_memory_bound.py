@@ -161,7 +161,7 @@ async def assert_holds(engine: EngineProcess, pid: int) -> None:
 @pytest.mark.parametrize(
     ("name", "field", "room"),
     [
-        ("RLIMIT_DATA", "VmData", 150),
+        pytest.param("RLIMIT_DATA", "VmData", 150, marks=pytest.mark.slow),
         pytest.param("RLIMIT_AS", "VmSize", 180, marks=pytest.mark.slow),
         pytest.param("RLIMIT_DATA", "VmData", 125, marks=pytest.mark.slow),
         pytest.param("RLIMIT_DATA", "VmData", 180, marks=pytest.mark.slow),
@@ -229,7 +229,11 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
     ("room", "words"),
     [
         (40, r"^Not enough memory: .* MB are free .*\(RLIMIT_DATA\).* lower --max-num-seqs"),
-        (-160, r"^Not enough memory to load .*\(RLIMIT_DATA\).*the libraries alone take 268 MB"),
+        pytest.param(
+            -160,
+            r"^Not enough memory to load .*\(RLIMIT_DATA\).*the libraries alone take 268 MB",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["for a cache", "for the libraries"],
 )

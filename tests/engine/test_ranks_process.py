@@ -225,7 +225,7 @@ async def comes_back(started: Started, lost: int, pids: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "rank"),
-    [(kill, 1), (kill, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((stop, 1), (stop, 0)))],
+    [(kill, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((kill, 1), (stop, 1), (stop, 0)))],
 )
 async def test_a_lost_rank_is_noticed_and_starts_again_alone(
     started: Started, tiny_models: TinyModels, harm: Callable[[int], None], rank: int

@@ -78,7 +78,7 @@ def mixed_requests(rng: random.Random, count: int) -> list[EngineRequest]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_random_mixtures_are_as_without_speculation(tiny_models: TinyModels, name: str, kind: str) -> None:
     """Chunked prefill, prefix hits, preemption and aborts at random; each answer as alone and without speculation."""
     rng = random.Random(5)

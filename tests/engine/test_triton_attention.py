@@ -99,12 +99,12 @@ def triton_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "block_size", "options"),
     [
-        (LayerShape(4, 2, 16, 16), torch.float32, 16, {}),
+        pytest.param(*(LayerShape(4, 2, 16, 16), torch.float32, 16, {}), marks=pytest.mark.slow),
         (LayerShape(8, 2, 64, 64), torch.bfloat16, 16, {}),
-        (LayerShape(4, 4, 96, 96), torch.float16, 64, {}),
-        (LayerShape(7, 1, 64, 64, window=20), torch.float32, 64, {}),
+        pytest.param(*(LayerShape(4, 4, 96, 96), torch.float16, 64, {}), marks=pytest.mark.slow),
+        pytest.param(*(LayerShape(7, 1, 64, 64, window=20), torch.float32, 64, {}), marks=pytest.mark.slow),
         (LayerShape(4, 1, 128, 128, window=70), torch.bfloat16, 64, {}),
-        (LayerShape(2, 1, 256, 256), torch.float16, 16, {"softcap": 20.0}),
+        pytest.param(*(LayerShape(2, 1, 256, 256), torch.float16, 16, {"softcap": 20.0}), marks=pytest.mark.slow),
         (LayerShape(3, 3, 24, 40, window=7), torch.float32, 4, {"softcap": 5.0}),
         (LayerShape(4, 2, 32, 32), torch.float32, 16, {"s_aux": torch.tensor([1.0, -2.0, 8.0, 0.0])}),
         (

@@ -222,7 +222,7 @@ async def test_leases_in_flight_are_reported(run_worker: RunWorker) -> None:
         assert running.runtime.status().leases == []
 
 
-async def test_three_hundred_requests_with_random_disconnects(run_worker: RunWorker) -> None:
+async def test_requests_with_random_disconnects(run_worker: RunWorker) -> None:
     randomly = random.Random(3)
     outcomes: list[str] = []
 
@@ -253,10 +253,10 @@ async def test_three_hundred_requests_with_random_disconnects(run_worker: RunWor
     async with run_worker(token_s=0.003, limit_worker_concurrency=32) as running:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as http:
-            await asyncio.gather(*(one(running, http, i) for i in range(300)))
+            await asyncio.gather(*(one(running, http, i) for i in range(120)))
             assert await running.idle() < 1
-        assert outcomes.count("left") > 30
-        assert outcomes.count("complete") > 30
+        assert outcomes.count("left") > 10
+        assert outcomes.count("complete") > 10
         stats = running.engine.stats
         assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
         assert running.runtime.admission.leases == []
