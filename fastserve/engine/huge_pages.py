@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ _MAX_OPEN = 4
 
 
 DROPS_PAGES = sys.platform == "linux"
-_MADV_DONTNEED = 4
+_MADV_DONTNEED, _MADV_FREE = 4, 8
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -120,6 +120,24 @@ def drop_pages(tensor: torch.Tensor) -> int:
     if size <= 0 or not tensor.is_contiguous() or _libc().madvise(begin, size, _MADV_DONTNEED):
         return 0
     return size
+
+
+def offer_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Let the system take the physical memory of contiguous tensors on the CPU when it needs some. They keep their
+    addresses; their values are undefined. Writing to what was not taken costs no page faults."""
+    if not DROPS_PAGES:
+        return
+    ranges: list[tuple[int, int]] = []  # neighbours are joined, since parts of a huge page would divide it
+    for begin, size in sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors):
+        if ranges and begin - ranges[-1][1] <= _ALIGNED:
+            ranges[-1] = (ranges[-1][0], begin + size)
+        else:
+            ranges.append((begin, begin + size))
+    for begin, end in ranges:
+        first = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
+        size = end // _HUGE_PAGE * _HUGE_PAGE - first
+        if size > 0:
+            _libc().madvise(first, size, _MADV_FREE)
 
 
 def close_mappings() -> None:

@@ -11,6 +11,7 @@ import secrets
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,18 +22,19 @@ import torch
 import torch.distributed as dist
 
 from fastserve.access.cluster_client import CONNECT_TIMEOUT_S, ClusterClient, Outcome, service_address
+from fastserve.engine.huge_pages import zeros
 from fastserve.engine.weight_messages import GroupSettings, UpdateMode
-from fastserve.engine.weight_updates.buckets import fill_bucket, split_into_buckets
+from fastserve.engine.weight_updates.buckets import Part, bytes_of, fill_bucket, part_bytes, split_into_buckets
 from fastserve.engine.weight_updates.group import Broadcast, WeightGroup
 from fastserve.errors import FastserveError
 
 AnswerT = TypeVar("AnswerT")
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 16 << 20
+"""Larger tensors are sent from where they are, and the bytes of a small bucket are still in a cache when it is read."""
+_MAX_IN_FLIGHT = 4
 MAX_JOIN_S = 120.0
 _POLL_S = 0.0002
-_Part = tuple[torch.Tensor, torch.dtype]
-"""A tensor, and the dtype that it is sent as."""
 
 
 class SendError(Exception):
@@ -91,7 +93,7 @@ class WeightSender:
             backend: gloo sends from main memory; nccl from a GPU of this process to GPUs of others.
             device: The GPU that nccl uses.
             host: Where the workers reach this process; None: the own address on the route to them.
-            bucket_bytes: Tensors are sent together up to this size; two such buffers are kept.
+            bucket_bytes: Tensors are sent together up to this size; a few such buffers are used at a time.
             convert: Floating-point tensors to the dtype in which the model is served. Otherwise they must have it.
             timeout_s: For each broadcast, and for each call beside its broadcasts.
             key: Admin key or cluster key; None: see `ClusterClient`.
@@ -198,7 +200,7 @@ class WeightSender:
             raise SendError("There are no tensors to send.")
         version = str(self._num_sent + 1) if version is None else version
         parts = [(tensor, dtype) for _, tensor, dtype in tensors]
-        buckets = split_into_buckets(parts, _num_bytes, self._bucket_bytes)
+        buckets = split_into_buckets(parts, part_bytes, self._bucket_bytes)
         body = {
             "names": [name for name, _, _ in tensors],
             "dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in tensors],
@@ -214,7 +216,7 @@ class WeightSender:
         return Sent(
             version,
             len(tensors),
-            sum(map(_num_bytes, parts)),
+            sum(map(part_bytes, parts)),
             len(buckets),
             time.perf_counter() - begin,
             tuple(calls.outcomes()),
@@ -268,21 +270,37 @@ class WeightSender:
         ]
         return _Calls(works, self._leave)
 
-    def _broadcast(self, buckets: Sequence[Sequence[_Part]], calls: _Calls) -> None:
-        """Convert tensors and fill a bucket with them while the one before is transferred."""
+    def _broadcast(self, buckets: Sequence[Sequence[Part]], calls: _Calls) -> None:
+        """Convert tensors and fill a bucket with them while others are transferred. A tensor alone in a bucket is sent
+        from its own memory where that is possible."""
         group = self._group
         if group is None:
             raise SendError("The group is closed.")
-        size = max((sum(map(_num_bytes, bucket)) for bucket in buckets), default=0)
-        buffers = [torch.empty(size, dtype=torch.uint8, device=group.device) for _ in range(min(2, len(buckets)))]
-        in_flight: list[Broadcast] = []
-        for number, bucket in enumerate(buckets):
-            if len(in_flight) == len(buffers):
-                calls.wait_for(in_flight.pop(0))
-            filled = fill_bucket(buffers[number % len(buffers)], [tensor.to(dtype) for tensor, dtype in bucket])
-            in_flight.append(group.broadcast(filled, 0))
-        for broadcast in in_flight:
+        free: list[torch.Tensor] = []
+        in_flight: deque[tuple[Broadcast, torch.Tensor | None]] = deque()
+        for bucket in buckets:
+            if len(in_flight) == _MAX_IN_FLIGHT:
+                broadcast, buffer = in_flight.popleft()
+                calls.wait_for(broadcast)
+                free += [] if buffer is None else [buffer]
+            buffer = None
+            first, dtype = bucket[0]
+            is_alone = len(bucket) == 1 and first.device == group.device
+            if is_alone and first.dtype == dtype and first.is_contiguous():
+                filled = bytes_of(bucket[0])
+            else:
+                size = sum(map(part_bytes, bucket))
+                buffer = free.pop() if free and free[-1].numel() >= size else self._new_buffer(size, group.device)
+                filled = fill_bucket(buffer, bucket)
+            in_flight.append((group.broadcast(filled, 0), buffer))
+        for broadcast, _ in in_flight:
             calls.wait_for(broadcast)
+
+    def _new_buffer(self, size: int, device: torch.device) -> torch.Tensor:
+        size = max(size, self._bucket_bytes)
+        return (
+            zeros((size,), torch.uint8) if device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+        )
 
 
 class _Calls:
@@ -351,11 +369,6 @@ def _in_thread(work: Callable[[], WeightGroup]) -> Future[WeightGroup]:
 
     threading.Thread(target=run, name="weight-group", daemon=True).start()
     return done
-
-
-def _num_bytes(part: _Part) -> int:
-    tensor, dtype = part
-    return int(tensor.numel()) * int(dtype.itemsize)
 
 
 def _own_address(worker: str) -> str:

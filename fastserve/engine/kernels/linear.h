@@ -126,7 +126,11 @@ inline void pack(Team& team, const T* weight, T* to, int64_t out, int64_t in) {
         const Pair<T>* from = (const Pair<T>*)weight + group * LANES * pairs;
         const int lanes = int(std::min<int64_t>(LANES, out - group * LANES));
         if (lanes < LANES) std::memset((void*)base, 0, LANES * pairs * sizeof(Pair<T>));
-        for (int64_t i = 0; i < pairs; ++i)
+        int64_t i = 0;
+        if constexpr (sizeof(Pair<T>) == 4)
+            for (; lanes == LANES && i + LANES <= pairs; i += LANES)
+                transpose((const uint32_t*)(from + i), pairs, (uint32_t*)(base + i * LANES), LANES);
+        for (; i < pairs; ++i)
             for (int lane = 0; lane < lanes; ++lane) base[i * LANES + lane] = from[lane * pairs + i];
     });
 }
@@ -138,8 +142,12 @@ inline void unpack(Team& team, const T* from, T* weight, int64_t out, int64_t in
         const Pair<T>* base = (const Pair<T>*)from + group * LANES * pairs;
         Pair<T>* to = (Pair<T>*)weight + group * LANES * pairs;
         const int lanes = int(std::min<int64_t>(LANES, out - group * LANES));
-        for (int lane = 0; lane < lanes; ++lane)
-            for (int64_t i = 0; i < pairs; ++i) to[lane * pairs + i] = base[i * LANES + lane];
+        int64_t i = 0;
+        if constexpr (sizeof(Pair<T>) == 4)
+            for (; lanes == LANES && i + LANES <= pairs; i += LANES)
+                transpose((const uint32_t*)(base + i * LANES), LANES, (uint32_t*)(to + i), pairs);
+        for (; i < pairs; ++i)
+            for (int lane = 0; lane < lanes; ++lane) to[lane * pairs + i] = base[i * LANES + lane];
     });
 }
 

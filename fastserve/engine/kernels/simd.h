@@ -103,6 +103,50 @@ inline float sum_of(Vec x) {
     return row[0];
 }
 
+// Transposes 16 rows of 16 items of 32 bits, row r at from + r * stride: item i of row r becomes item r of row i at `to`,
+// whose rows follow each other at `to_stride`. Strides are in items.
+inline void transpose(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride) {
+    UintVec rows[LANES], other[LANES];
+    for (int r = 0; r < LANES; ++r) std::memcpy(&rows[r], from + r * stride, sizeof rows[r]);
+    // Item i of row r moves to item r of row i, one bit of both numbers after the other.
+    const auto exchange = [](const UintVec* in, UintVec* out, int bit, auto low, auto high) {
+        for (int r = 0; r < LANES; ++r)
+            if (!(r & bit)) {
+                out[r] = low(in[r], in[r | bit]);
+                out[r | bit] = high(in[r], in[r | bit]);
+            }
+    };
+    exchange(rows, other, 8,
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+             },
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+             });
+    exchange(other, rows, 4,
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+             },
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+             });
+    exchange(rows, other, 2,
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+             },
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+             });
+    exchange(other, rows, 1,
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+             },
+             [](UintVec a, UintVec b) {
+                 return __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+             });
+    for (int r = 0; r < LANES; ++r) std::memcpy(to + r * to_stride, &rows[r], sizeof rows[r]);
+}
+
 // e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients); 0 below the range of floats.
 inline Vec exp_of(Vec x) {
     IntVec tiny = x < -87.0f;

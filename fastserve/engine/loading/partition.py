@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastserve.engine.layers.experts import Experts
-from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.layouts.layout import Memo, WeightLayout
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.modules import replace_module
 from fastserve.engine.layers.parallel import (
@@ -22,7 +22,7 @@ from fastserve.engine.layers.parallel import (
 from fastserve.engine.loading.partition_plan import AttentionPlan, PartitionPlan, plan_partition
 from fastserve.engine.loading.sharding import Shard, Sharding
 from fastserve.engine.loading.tensor_shards import join, take
-from fastserve.engine.loading.weight_table import Memo, WeightSlot
+from fastserve.engine.loading.weight_table import WeightSlot
 from fastserve.engine.ranks.collectives import SINGLE_RANK, Collectives
 
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads")

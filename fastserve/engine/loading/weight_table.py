@@ -5,16 +5,12 @@ Live weight updates read and write through this table, independent of packing, t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from fastserve.engine.layers.layouts.layout import WeightLayout, copied_tensor
-
-Memo = dict[Any, Any]
-"""The memo of `copy.deepcopy`: memory that several slots share is copied once."""
+from fastserve.engine.layers.layouts.layout import Memo, WeightLayout, memory_like
 
 
 class WeightSlot(Protocol):
@@ -25,7 +21,7 @@ class WeightSlot(Protocol):
     def set(self, weight: torch.Tensor) -> None: ...
 
     def copied(self, memo: Memo) -> WeightSlot:
-        """A slot of the same kind with memory of its own."""
+        """A slot for the same weight with memory of its own, whose values are undefined until `set`."""
         ...
 
     def take_over(self, other: Any) -> None:
@@ -50,7 +46,7 @@ class ParameterSlot:
         self._parameter.copy_(weight)
 
     def copied(self, memo: Memo) -> ParameterSlot:
-        return ParameterSlot(copied_tensor(self._parameter.data, memo))
+        return ParameterSlot(memory_like(self._parameter.data, memo))
 
     def take_over(self, other: ParameterSlot) -> None:
         self._parameter.copy_(other._parameter)
@@ -75,7 +71,7 @@ class LayoutSlot:
         self._layout.set(weight.t().contiguous() if self._transposed else weight)
 
     def copied(self, memo: Memo) -> LayoutSlot:
-        return LayoutSlot(copy.deepcopy(self._layout, memo), transposed=self._transposed)
+        return LayoutSlot(self._layout.copied(memo), transposed=self._transposed)
 
     def take_over(self, other: LayoutSlot) -> None:
         self._layout.take_over(other._layout)

@@ -30,15 +30,34 @@ def split_into_buckets(
     return found
 
 
-def fill_bucket(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+Part = tuple[torch.Tensor, torch.dtype]
+"""A tensor, and the dtype that it travels in."""
+
+
+def part_bytes(part: Part) -> int:
+    tensor, dtype = part
+    return int(tensor.numel()) * int(dtype.itemsize)
+
+
+def bytes_of(part: Part) -> torch.Tensor:
+    """The bytes of a tensor, in its own memory where dtype and order allow that."""
+    tensor, dtype = part
+    return tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8)
+
+
+def fill_bucket(buffer: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
     """Copy the bytes of the tensors into the buffer of bytes, without gaps; return the part that they take."""
-    parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
     at = 0
-    for run in split_into_buckets(parts, torch.Tensor.numel, _RUN_BYTES):
-        can_join = len(run) > 1 and len({part.device for part in run}) == 1
-        for one in [torch.cat(run)] if can_join else run:
-            buffer[at : at + one.numel()].copy_(one)
-            at += one.numel()
+    for run in split_into_buckets(parts, part_bytes, _RUN_BYTES):
+        can_join = len(run) > 1 and len({tensor.device for tensor, _ in run}) == 1
+        for part in [(torch.cat([bytes_of(one) for one in run]), torch.uint8)] if can_join else run:
+            tensor, dtype = part
+            place = buffer[at : at + part_bytes(part)]
+            if at % dtype.itemsize:  # a view must begin at a multiple of its items
+                place.copy_(bytes_of(part))
+            else:
+                place.view(dtype).view(tensor.shape).copy_(tensor)
+            at += place.numel()
     return buffer[:at]
 
 

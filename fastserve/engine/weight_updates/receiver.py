@@ -37,6 +37,7 @@ from fastserve.engine.weight_messages import (
 )
 from fastserve.engine.weight_updates.buckets import split_bucket, split_into_buckets
 from fastserve.engine.weight_updates.group import Broadcast, WeightGroup
+from fastserve.engine.weight_updates.memory import UpdateMemory
 from fastserve.engine.weight_updates.staging import Incoming, StagedWeights, WeightNames
 from fastserve.errors import (
     ConflictError,
@@ -63,6 +64,8 @@ _MAX_NAMES = 3
 @dataclass(frozen=True, slots=True)
 class _Bucket:
     items: Sequence[Incoming]
+    memory: torch.Tensor
+    """Bytes, at least as many as are received."""
     buffer: torch.Tensor
     broadcast: Broadcast
 
@@ -94,6 +97,7 @@ class LocalReceiver:
         self._staged: StagedWeights | None = None
         self._in_place: set[str] = set()
         """Weights that have been put in place since the last `discard`."""
+        self._memory = UpdateMemory()
         self._thread = _Thread()
 
     # ---- groups -------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ class LocalReceiver:
         self._require_changeable()
         if isinstance(source, FromGroup):
             self._find(source.group_name)
-        staged = self._staged = self._staged or StagedWeights(self._names)
+        staged = self._staged = self._staged or StagedWeights(self._names, self._memory.memo())
         if is_direct:
             staged.write_directly()
 
@@ -190,7 +194,7 @@ class LocalReceiver:
     def commit(self) -> None:
         """Put what has been received in place. No step may be in flight."""
         if self._staged is not None:
-            self._staged.commit()
+            self._memory.keep(self._staged.commit())
             self._in_place |= self._staged.arrived
         self._staged = None
         if self._note is not None:
@@ -200,6 +204,7 @@ class LocalReceiver:
     def discard(self) -> None:
         """Forget what has been received. Called when no transfer runs."""
         self._staged = None
+        self._memory.drop()
         self._in_place.clear()
 
     @property
@@ -230,7 +235,10 @@ class LocalReceiver:
         table = self._names.table
         targets = table.names() if items is None else {item.place.target for item in items}
         needed = sum(table.shape(target).numel() * table.dtype(target).itemsize for target in targets)
-        if not is_direct and not self._has_room(needed + transfer_bytes):
+        if is_direct or self._has_room(needed + transfer_bytes):
+            return
+        self._memory.drop()  # the limits of a process count what it may yet use
+        if not self._has_room(needed + transfer_bytes):
             raise NeedsWindowError
 
     def _from_group(self, source: FromGroup, staged: StagedWeights, *, is_direct: bool) -> Received:
@@ -247,7 +255,7 @@ class LocalReceiver:
         items = self._names.check(source.tensors)
         waiting = deque(split_into_buckets(items, lambda item: item.num_bytes, source.bucket_bytes))
         largest = max((sum(item.num_bytes for item in bucket) for bucket in waiting), default=0)
-        self._require_memory(items, is_direct=is_direct, transfer_bytes=largest)
+        self._require_memory(items, is_direct=is_direct, transfer_bytes=largest + _MAX_AHEAD_BYTES)
         staged.expect(items)
         num_buckets, is_bucket = len(waiting), source.bucket_bytes is not None
         in_flight: deque[_Bucket] = deque()
@@ -264,9 +272,10 @@ class LocalReceiver:
                 last_s = time.perf_counter() - started
                 first_s = first_s or last_s
                 sizes = [(item.dtype, item.shape) for item in bucket.items]
-                values = split_bucket(bucket.buffer.flatten().view(torch.uint8), sizes)
+                values = split_bucket(bucket.memory, sizes)
                 for item, value in zip(bucket.items, values, strict=True):
                     staged.add(item, value)
+                self._memory.give_back(bucket.memory)
                 ahead -= bucket.buffer.nbytes
         except BaseException:  # the other members are at another broadcast than this one
             self._drop(source.group_name)
@@ -276,13 +285,13 @@ class LocalReceiver:
             len(items), sum(item.num_bytes for item in items), num_buckets, started - begin, first_s, last_s
         )
 
-    @staticmethod
-    def _begin(group: WeightGroup, items: Sequence[Incoming], root: int, *, is_bucket: bool) -> _Bucket:
-        dtype, size = torch.uint8, sum(item.num_bytes for item in items)
+    def _begin(self, group: WeightGroup, items: Sequence[Incoming], root: int, *, is_bucket: bool) -> _Bucket:
+        size = sum(item.num_bytes for item in items)
+        memory = self._memory.take_buffer(size, group.device)
+        buffer = memory[:size]
         if not is_bucket and items[0].dtype.itemsize > 1:  # as trainers send it; 8-bit floats come as bytes
-            dtype, size = items[0].dtype, size // items[0].dtype.itemsize
-        buffer = torch.empty(size, dtype=dtype, device=group.device)
-        return _Bucket(items, buffer, group.broadcast(buffer, root))
+            buffer = buffer.view(items[0].dtype)
+        return _Bucket(items, memory, buffer, group.broadcast(buffer, root))
 
     def _from_bytes(self, source: FromBytes, staged: StagedWeights, *, is_direct: bool) -> Received:
         begin = time.perf_counter()

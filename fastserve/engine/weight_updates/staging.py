@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from fastserve.engine.layers.layouts.layout import Memo
 from fastserve.engine.loading.conversion import Conversion, WeightLoad
 from fastserve.engine.loading.formats.source import Source
-from fastserve.engine.loading.weight_table import Memo, WeightSlot, WeightTable
+from fastserve.engine.loading.weight_table import WeightSlot, WeightTable
 from fastserve.engine.weight_messages import TensorSpec
 from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.text import printable
@@ -213,10 +214,11 @@ class _Pieces:
 class StagedWeights:
     """New weights beside those that compute, until they take their place. One thread at a time may use it."""
 
-    def __init__(self, names: WeightNames) -> None:
+    def __init__(self, names: WeightNames, memo: Memo) -> None:
+        """`memo`: memory that copies may use."""
         self._names = names
         self._is_direct = False
-        self._memo: Memo = {}
+        self._memo = memo
         self._copies: dict[WeightSlot, WeightSlot] = {}
         self._pieces: dict[str, _Pieces] = {}
         self.arrived: set[str] = set()
@@ -238,7 +240,7 @@ class StagedWeights:
         self._pieces = {target: _Pieces(count) for target, count in counts.items()}
 
     def add(self, item: Incoming, value: torch.Tensor) -> None:
-        """Called without gradients."""
+        """Called without gradients. The memory of `value` may be written to afterwards."""
         begin = time.perf_counter()
         self._add(item, value)
         self.load_s += time.perf_counter() - begin
@@ -252,7 +254,7 @@ class StagedWeights:
         pieces.num_arrived += 1
         is_last = pieces.num_arrived == pieces.num_expected
         if item.place.stack is None:
-            pieces.values[item.name] = value
+            pieces.values[item.name] = value.clone()
             if is_last:
                 self._make(target, pieces)
             return
@@ -301,13 +303,14 @@ class StagedWeights:
     def is_complete(self) -> bool:
         return len(self.arrived) == len(self._names.table.names())
 
-    def commit(self) -> None:
-        """Put the new weights in place. No step may be in flight."""
+    def commit(self) -> Memo:
+        """Put the new weights in place; return the memory of their copies. No step may be in flight."""
         with torch.no_grad():
             for slot, copied in self._copies.items():
                 slot.take_over(copied)
         self._copies.clear()
-        self._memo.clear()
+        memo, self._memo = self._memo, {}
+        return memo
 
 
 def dtype_of(name: str) -> torch.dtype:

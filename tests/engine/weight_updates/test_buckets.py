@@ -20,7 +20,7 @@ def test_tensors_of_any_sizes_and_dtypes_come_out_of_a_bucket_as_they_went_in() 
         if tensors[0].dim() == 2:
             tensors[0] = tensors[0].t()
         size = sum(tensor.nbytes for tensor in tensors)
-        filled = fill_bucket(torch.empty(size + 8, dtype=torch.uint8), tensors)
+        filled = fill_bucket(torch.empty(size + 8, dtype=torch.uint8), [(tensor, tensor.dtype) for tensor in tensors])
         assert filled.numel() == size
         found = split_bucket(filled, [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
         assert [one.dtype for one in found] == [one.dtype for one in tensors]

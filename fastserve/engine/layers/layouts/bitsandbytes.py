@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+from fastserve.engine.layers.layouts.layout import Memo, WeightLayout
+from fastserve.engine.layers.layouts.rows import RowsOfWeight
 
 
 class BitsAndBytesWeight:
@@ -40,6 +42,9 @@ class BitsAndBytesWeight:
         source = weight.to("cpu", self._dtype)
         layer.weight = bnb.nn.Params4bit(source, requires_grad=False, quant_type="nf4").to(weight.device)
         self._layer = layer.eval()
+
+    def copied(self, memo: Memo) -> BitsAndBytesWeight:
+        return copy.deepcopy(self, memo)
 
     def take_over(self, other: BitsAndBytesWeight) -> None:
         for old, new in zip(self._tensors(), other._tensors(), strict=True):

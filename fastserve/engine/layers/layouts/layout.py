@@ -9,23 +9,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 
+from fastserve.engine.huge_pages import zeros
 from fastserve.engine.kernels.packed_linear import WeightStruct
 
+Memo = dict[Any, Any]
+"""The memo of `copy.deepcopy`: memory that several copies share is made once. `memory_like` has tuples as its keys."""
 
-def copied_tensor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
-    """A deep copy with `copy.deepcopy`'s memo, in which views of one memory stay such; several times as fast."""
+
+def memory_like(tensor: torch.Tensor, memo: Memo) -> torch.Tensor:
+    """Memory for a copy, in huge pages on CPUs, with undefined values. Views of one memory stay such."""
     storage = tensor.untyped_storage()
-    key = ("storage", storage.data_ptr())
+    key = (storage.data_ptr(), storage.nbytes())
     if key not in memo:
-        if tensor.is_contiguous() and tensor.nbytes == storage.nbytes():
-            whole = tensor.clone()
-            memo[key] = whole.untyped_storage()
-            return whole
-        memo[key] = storage.clone()
+        size = (storage.nbytes(),)
+        on_cpu = tensor.device.type == "cpu"
+        made = zeros(size, torch.uint8) if on_cpu else torch.empty(size, dtype=torch.uint8, device=tensor.device)
+        memo[key] = made
+    made = memo[key]
+    offset = made.storage_offset() // tensor.element_size() + tensor.storage_offset()
     copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return copied.set_(memo[key], tensor.storage_offset(), tensor.size(), tensor.stride())
+    return copied.set_(made.untyped_storage(), offset, tensor.size(), tensor.stride())
 
 
 class WeightLayout(Protocol):
@@ -48,8 +52,12 @@ class WeightLayout(Protocol):
         """Overwrite it with `weight` (out, in)."""
         ...
 
+    def copied(self, memo: Memo) -> WeightLayout:
+        """A layout for the same weight with memory of its own, whose values are undefined until `set`."""
+        ...
+
     def take_over(self, other: Any) -> None:
-        """Take over the weight of a deep copy of this layout, without another conversion and at the same addresses:
+        """Take over the weight of a layout that `copied` made, without another conversion and at the same addresses:
         structs and recorded graphs stay valid."""
         ...
 
@@ -74,40 +82,6 @@ class EmbeddingLayout(WeightLayout, Protocol):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight: `ids` (...) -> (..., in)"""
         ...
-
-
-class RowsOfWeight:
-    """Some rows of a weight whose layout cannot be sliced: it is unpacked for each use."""
-
-    def __init__(self, whole: WeightLayout, rows: slice) -> None:
-        self._whole = whole
-        self._rows = rows
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, self.get(), bias)
-
-    def partial_product(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, None)
-
-    def get(self) -> torch.Tensor:
-        return self._whole.get()[self._rows]
-
-    def set(self, weight: torch.Tensor) -> None:
-        whole = self._whole.get().clone()
-        whole[self._rows] = weight
-        self._whole.set(whole)
-
-    def take_over(self, other: RowsOfWeight) -> None:
-        self._whole.take_over(other._whole)
-
-    def tensors(self) -> Sequence[torch.Tensor]:
-        return self._whole.tensors()
-
-    def part(self, rows: slice) -> WeightLayout:
-        return RowsOfWeight(self._whole, slice(self._rows.start + rows.start, self._rows.start + rows.stop))
-
-    def struct(self, bias: torch.Tensor | None) -> WeightStruct | None:
-        return None
 
 
 Across = Callable[[torch.Tensor], torch.Tensor]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 
 from fastserve.engine.kernels.packed_linear import WeightStruct
-from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout
+from fastserve.engine.layers.layouts.layout import Memo, WeightLayout
+from fastserve.engine.layers.layouts.rows import RowsOfWeight
 
 
 class OneDnnWeight:
@@ -41,6 +43,9 @@ class OneDnnWeight:
 
     def set(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous(), None)
+
+    def copied(self, memo: Memo) -> OneDnnWeight:
+        return copy.deepcopy(self, memo)
 
     def take_over(self, other: OneDnnWeight) -> None:
         self._packed = other._packed  # no kernel of ours knows its address

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fastserve.engine.kernels.packed_linear import LANES, PackedLinearKernel, WeightStruct
-from fastserve.engine.layers.layouts.layout import RowsOfWeight, WeightLayout, copied_tensor
+from fastserve.engine.layers.layouts.layout import Memo, WeightLayout, memory_like
+from fastserve.engine.layers.layouts.rows import RowsOfWeight
 
 
 class GroupedWeight:
@@ -58,8 +58,8 @@ class GroupedWeight:
     def set(self, weight: torch.Tensor) -> None:
         self._kernel.pack(weight.to(self._packed.dtype), self._packed)
 
-    def __deepcopy__(self, memo: dict[Any, Any]) -> GroupedWeight:
-        return GroupedWeight(copied_tensor(self._packed, memo), *self._shape, self._kernel)
+    def copied(self, memo: Memo) -> GroupedWeight:
+        return GroupedWeight(memory_like(self._packed, memo), *self._shape, self._kernel)
 
     def take_over(self, other: GroupedWeight) -> None:
         self._packed.copy_(other._packed)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastserve.engine.kernels.packed_linear import WeightStruct
-from fastserve.engine.layers.layouts.layout import WeightLayout
+from fastserve.engine.layers.layouts.layout import Memo, WeightLayout, memory_like
 
 
 class PlainWeight:
@@ -28,6 +28,9 @@ class PlainWeight:
 
     def set(self, weight: torch.Tensor) -> None:
         self._weight.copy_(weight)
+
+    def copied(self, memo: Memo) -> PlainWeight:
+        return PlainWeight(memory_like(self._weight, memo))
 
     def take_over(self, other: PlainWeight) -> None:
         self._weight.copy_(other._weight)

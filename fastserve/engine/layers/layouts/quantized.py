@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.kernels.packed_linear import UNIT, WeightStruct
 from fastserve.engine.kernels.quantized_matmul import QuantizedMatmul
-from fastserve.engine.layers.layouts.layout import Across, RowsOfWeight, WeightLayout
+from fastserve.engine.layers.layouts.layout import Across, Memo, WeightLayout
 from fastserve.engine.layers.layouts.quantization_scheme import QuantizedParts, Scheme, quantize, row_slices
 from fastserve.engine.layers.layouts.quantized_storage import PackedStorage, PlainStorage
+from fastserve.engine.layers.layouts.rows import RowsOfWeight
 
 _DEQUANTIZED_ENTRIES = 1 << 22
 """Entries of a weight that torch dequantizes at once."""
@@ -88,6 +89,9 @@ class QuantizedWeight:
             weight.to(self._store.device) if self._order is None else weight.to(self._store.device)[:, self._order]
         )
         self._store.write(*quantize(ordered, self._scheme, self._across))
+
+    def copied(self, memo: Memo) -> QuantizedWeight:
+        return copy.deepcopy(self, memo)
 
     def take_over(self, other: QuantizedWeight) -> None:
         for old, new in zip(self._store.tensors(), other._store.tensors(), strict=True):
