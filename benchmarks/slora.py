@@ -7,7 +7,7 @@ has the medians over `--rounds`. Adapters have random values; each has files of 
 - adapters: throughput with 5, 200 and 2,000 adapters of rank 8 on the attention's layers (the paper's setting S1), and
   with parts of the machinery left out. The rate is above what the machine can serve.
 - prefetch: 200 adapters on disk, of which 16 are on the device at a time, and host memory has room for 16 more. The
-  system is made to forget the files' pages all the while, so that they really come from the disk.
+  system is made to forget an adapter's files before each request, so that they really come from the disk.
 - fairness: nine clients, alone and beside one with ten times the load of each. The models and adapters of these
   measurements have random values, whose tokens are often parts of characters: a stream would hold them back, and the
   time to the first token would be that of the first whole character. So a bias has all answers consist of words.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -29,10 +28,9 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +50,6 @@ HEAVY_FACTOR = 10
 MAX_OPEN_REQUESTS = 4000
 NUM_ANSWER_WORDS = 64
 """Different words in answers of words."""
-FORGET_INTERVAL_S = 0.25
 METRICS = {
     "loads": "fastserve_engine_lora_loads_total",
     "preemptions": "fastserve_engine_num_preemptions_total",
@@ -78,7 +75,7 @@ class Run:
     answers_words: bool = False
     """Whether each token of an answer is a word, so that it is sent at once; by `/v1/completions`."""
     is_cold: bool = False
-    """Whether the pages of the adapters' files are dropped from the system's memory all the while."""
+    """Whether the system forgets the files of an adapter before each request for it."""
 
 
 Result = dict[str, float]
@@ -225,32 +222,23 @@ def bias_of_words(model: str) -> dict[int, float]:
     return dict.fromkeys(words[:NUM_ANSWER_WORDS], 100.0)
 
 
-@contextlib.contextmanager
-def forgotten(folders: Sequence[Path]) -> Iterator[None]:
-    """Within the block, the system keeps no pages of the folders' weights: reading them is reading from the disk."""
-    ended = threading.Event()
-
-    def forget() -> None:
-        while True:
-            for folder in folders:
-                with (folder / "adapter_model.safetensors").open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if ended.wait(FORGET_INTERVAL_S):
-                return
-
-    thread = threading.Thread(target=forget)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+def forget(folder: Path) -> None:
+    """The system keeps no pages of the folder's weights: reading them is reading from the disk."""
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 async def send(
-    session: aiohttp.ClientSession, url: str, served: Served, begin_s: float, bias: dict[int, float] | None
+    session: aiohttp.ClientSession,
+    url: str,
+    served: Served,
+    begin_s: float,
+    bias: dict[int, float] | None,
+    cold: Sequence[Path] | None,
 ) -> None:
     await asyncio.sleep(begin_s + served.request.arrival_s - time.perf_counter())
+    if cold is not None:
+        forget(cold[served.request.adapter])
     body = body_of(served.request, bias)
     try:
         async with session.post(url, json=body) as response:
@@ -268,15 +256,15 @@ async def send(
         served.error = f"{type(error).__name__}: {error}"
 
 
-async def drive(run: Run, port: int, bias: dict[int, float] | None) -> list[Served]:
-    """Send the trace; answers that are not done in time are cut off."""
+async def drive(run: Run, port: int, bias: dict[int, float] | None, cold: Sequence[Path] | None) -> list[Served]:
+    """Send the trace; answers that are not done in time are cut off. `cold`: folders that are read from the disk."""
     served = [Served(request) for request in run.trace]
     connector = aiohttp.TCPConnector(limit=MAX_OPEN_REQUESTS)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         url = f"http://127.0.0.1:{port}/{'generate_stream' if bias is None else 'v1/completions'}"
         begin_s = time.perf_counter() + 0.1
-        tasks = [asyncio.create_task(send(session, url, item, begin_s, bias)) for item in served]
+        tasks = [asyncio.create_task(send(session, url, item, begin_s, bias, cold)) for item in served]
         _, pending = await asyncio.wait(tasks, timeout=0.1 + run.duration_s + run.drain_s)
         for task in pending:
             task.cancel()
@@ -312,8 +300,7 @@ def measure(run: Run, args: argparse.Namespace, folders: Sequence[Path]) -> Resu
         warm_up(arm.port)
         before_mib = resident_mib(process)
         bias = bias_of_words(args.model) if run.answers_words else None
-        with forgotten(folders) if run.is_cold else contextlib.nullcontext():
-            served = asyncio.run(drive(run, arm.port, bias))
+        served = asyncio.run(drive(run, arm.port, bias, folders if run.is_cold else None))
         counters = read_counters(arm.port)
         after_mib = resident_mib(process)
     errors = [item.error for item in served if item.error is not None]
