@@ -6,8 +6,11 @@ has the medians over `--rounds`. Adapters have random values; each has files of 
 
 - adapters: throughput with 5, 200 and 2,000 adapters of rank 8 on the attention's layers (the paper's setting S1), and
   with parts of the machinery left out. The rate is above what the machine can serve.
-- prefetch: 200 adapters on disk, of which 16 fit into memory.
-- fairness: nine clients, alone and beside one with ten times the load of each.
+- prefetch: 200 adapters on disk, of which 16 are on the device at a time, and host memory has room for 16 more. The
+  system is made to forget an adapter's files before each request, so that they really come from the disk.
+- fairness: nine clients, alone and beside one with ten times the load of each. The models and adapters of these
+  measurements have random values, whose tokens are often parts of characters: a stream would hold them back, and the
+  time to the first token would be that of the first whole character. So a bias has all answers consist of words.
 - memory: resident memory with 16 and 2,000 registered adapters, after a request for each of them.
 
 Nothing else should run on the machine.
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import signal
@@ -29,9 +33,10 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.adapter_trace import Served, TraceRequest, TraceSettings, figures, make_trace
 from benchmarks.adapters import ALL_LINEARS, ATTENTION, Kind, write_adapter
@@ -43,6 +48,8 @@ LARGE = Kind("r16-all", 16, ALL_LINEARS)
 NUM_LIGHT_CLIENTS = 9
 HEAVY_FACTOR = 10
 MAX_OPEN_REQUESTS = 4000
+NUM_ANSWER_WORDS = 64
+"""Different words in answers of words."""
 METRICS = {
     "loads": "fastserve_engine_lora_loads_total",
     "preemptions": "fastserve_engine_num_preemptions_total",
@@ -65,6 +72,10 @@ class Run:
     """Adapters whose requests the times are of; throughput is always of all. None: all of them."""
     drain_s: float = 0.0
     """Longest wait for the answers after the trace."""
+    answers_words: bool = False
+    """Whether each token of an answer is a word, so that it is sent at once; by `/v1/completions`."""
+    is_cold: bool = False
+    """Whether the system forgets the files of an adapter before each request for it."""
 
 
 Result = dict[str, float]
@@ -92,9 +103,9 @@ def adapters_runs(args: argparse.Namespace) -> list[Run]:
 
 def prefetch_runs(args: argparse.Namespace) -> list[Run]:
     trace = tuple(make_trace(replace(settings_of(args), num_adapters=200)))
-    bounds = ("--max-loras", "16", "--max-cpu-loras", "16")
+    bounds = ("--max-loras", "16", "--max-cpu-loras", "32")
     return [
-        Run(name, (*bounds, flag), LARGE, 200, trace, args.duration_s, args.cut_s, drain_s=60.0)
+        Run(name, (*bounds, flag), LARGE, 200, trace, args.duration_s, args.cut_s, drain_s=20.0, is_cold=True)
         for name, flag in (("without prefetch", "--no-prefetch"), ("with prefetch", "--prefetch"))
     ]
 
@@ -117,10 +128,9 @@ def fairness_runs(args: argparse.Namespace) -> list[Run]:
     alone = tuple(request for request in trace if request.adapter in light)
 
     def run(name: str, scheduler: str, trace: tuple[TraceRequest, ...]) -> Run:
-        flags = ("--max-num-seqs", "32", "--scheduler", scheduler)
-        return Run(
-            name, flags, S1, NUM_LIGHT_CLIENTS + 1, trace, args.duration_s, args.cut_s, frozenset(light), args.cut_s
-        )
+        flags = ("--max-num-seqs", "32", "--stream-interval", "1", "--scheduler", scheduler)
+        number, bounds = NUM_LIGHT_CLIENTS + 1, (args.duration_s, args.cut_s)
+        return Run(name, flags, S1, number, trace, *bounds, frozenset(light), args.cut_s, answers_words=True)
 
     return [
         run("nine alone", "vtc_fair", alone),
@@ -191,22 +201,52 @@ def worker_arm(run: Run, args: argparse.Namespace, folders: Sequence[Path]) -> A
     return Arm(run.name, [*command, "--lora-dirs", *map(str, folders)], port)
 
 
-async def send(session: aiohttp.ClientSession, url: str, served: Served, begin_s: float) -> None:
-    request = served.request
-    await asyncio.sleep(begin_s + request.arrival_s - time.perf_counter())
+def body_of(request: TraceRequest, bias: dict[int, float] | None) -> dict[str, Any]:
+    """`bias`: of tokens that are words, for `/v1/completions`; None: for `/generate_stream`."""
     rng = random.Random(repr(request))
-    body = {
-        "inputs": " ".join(rng.choices(WORDS, k=request.num_input_tokens)),
-        "lora_dir": name_of(request.adapter),
-        "parameters": {"max_new_tokens": request.num_output_tokens, "ignore_eos": True},
-    }
+    prompt, adapter = " ".join(rng.choices(WORDS, k=request.num_input_tokens)), name_of(request.adapter)
+    if bias is None:
+        parameters = {"max_new_tokens": request.num_output_tokens, "ignore_eos": True}
+        return {"inputs": prompt, "lora_dir": adapter, "parameters": parameters}
+    return {
+        "model": adapter, "prompt": prompt, "max_tokens": request.num_output_tokens, "ignore_eos": True,
+        "temperature": 0, "stream": True, "logit_bias": bias,
+    }  # fmt: skip
+
+
+def bias_of_words(model: str) -> dict[int, float]:
+    """A bias by which answers consist of words, each a token."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = ((token_id, tokenizer.decode([token_id])) for token_id in range(len(tokenizer)))
+    words = [token_id for token_id, text in texts if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()]
+    return dict.fromkeys(words[:NUM_ANSWER_WORDS], 100.0)
+
+
+def forget(folder: Path) -> None:
+    """The system keeps no pages of the folder's weights: reading them is reading from the disk."""
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def send(
+    session: aiohttp.ClientSession,
+    url: str,
+    served: Served,
+    begin_s: float,
+    bias: dict[int, float] | None,
+    cold: Sequence[Path] | None,
+) -> None:
+    await asyncio.sleep(begin_s + served.request.arrival_s - time.perf_counter())
+    if cold is not None:
+        forget(cold[served.request.adapter])
+    body = body_of(served.request, bias)
     try:
         async with session.post(url, json=body) as response:
             if response.status != 200:
                 served.error = f"{response.status}: {(await response.text())[:200]}"
                 return
             async for line in response.content:
-                if not line.startswith(b"data:"):
+                if not line.startswith(b"data:") or (bias is not None and b'"text":" ' not in line):
                     continue
                 if b'"finished":-1' in line:
                     served.error = line.decode()[:200]
@@ -216,15 +256,15 @@ async def send(session: aiohttp.ClientSession, url: str, served: Served, begin_s
         served.error = f"{type(error).__name__}: {error}"
 
 
-async def drive(run: Run, port: int) -> list[Served]:
-    """Send the trace; answers that are not done in time are cut off."""
+async def drive(run: Run, port: int, bias: dict[int, float] | None, cold: Sequence[Path] | None) -> list[Served]:
+    """Send the trace; answers that are not done in time are cut off. `cold`: folders that are read from the disk."""
     served = [Served(request) for request in run.trace]
     connector = aiohttp.TCPConnector(limit=MAX_OPEN_REQUESTS)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        url = f"http://127.0.0.1:{port}/generate_stream"
+        url = f"http://127.0.0.1:{port}/{'generate_stream' if bias is None else 'v1/completions'}"
         begin_s = time.perf_counter() + 0.1
-        tasks = [asyncio.create_task(send(session, url, item, begin_s)) for item in served]
+        tasks = [asyncio.create_task(send(session, url, item, begin_s, bias, cold)) for item in served]
         _, pending = await asyncio.wait(tasks, timeout=0.1 + run.duration_s + run.drain_s)
         for task in pending:
             task.cancel()
@@ -259,7 +299,8 @@ def measure(run: Run, args: argparse.Namespace, folders: Sequence[Path]) -> Resu
         start_s = time.monotonic() - begin
         warm_up(arm.port)
         before_mib = resident_mib(process)
-        served = asyncio.run(drive(run, arm.port))
+        bias = bias_of_words(args.model) if run.answers_words else None
+        served = asyncio.run(drive(run, arm.port, bias, folders if run.is_cold else None))
         counters = read_counters(arm.port)
         after_mib = resident_mib(process)
     errors = [item.error for item in served if item.error is not None]

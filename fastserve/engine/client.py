@@ -45,6 +45,7 @@ from fastserve.engine.ranks.local_ranks import LocalRanks
 from fastserve.engine.ranks.processes import CHECK_INTERVAL_S, RANK_LOST_EXIT_CODE, StopDetector
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.socket_folder import SocketFolder
+from fastserve.engine.start_settings import settings_file
 from fastserve.errors import EngineDeadError, InternalError, StartupError
 
 logger = logging.getLogger(__name__)
@@ -143,16 +144,9 @@ class EngineProcess:
             if self._other_ranks is None:
                 self._other_ranks = LocalRanks(config.gang.local_ranks[1:], config, environment)
             config = replace(config, gang=self._other_ranks.gang)
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            self._program,
-            endpoint,
-            msgspec.json.encode(config).decode(),
-            str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL,
-            env=environment,
-        )
+        with settings_file(config) as file:
+            command = [sys.executable, "-m", self._program, endpoint, str(os.getpid())]
+            return await asyncio.create_subprocess_exec(*command, stdin=file, env=environment)
 
     def _open_socket(self) -> str:
         self._context = zmq.asyncio.Context()

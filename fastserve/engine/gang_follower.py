@@ -1,6 +1,6 @@
 """A rank other than 0 of a model, as a process: it joins rank 0, then does what it says.
 
-Started by ranks/local_ranks.py as `python -m fastserve.engine.gang_follower SETTINGS`. When another rank is lost, it
+Started by ranks/local_ranks.py as `python -m fastserve.engine.gang_follower`. When another rank is lost, it
 keeps its weights and joins the next group. It ends at an EndRank, with its parent, and to be started again: when a rank
 is lost before it has its weights or after they were set, and after any other error, which leaves its state in doubt.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-
-import msgspec
 
 from fastserve.distributed.gang import read_gang_keys
 from fastserve.engine.follower import follow, run_rank_process
@@ -23,13 +20,14 @@ from fastserve.engine.ranks.messages import CHANGES_WEIGHTS, RankCommand
 from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE, SharedProgress
 from fastserve.engine.ranks.same_settings import same_settings
+from fastserve.engine.start_settings import read_settings
 from fastserve.errors import EngineDeadError, FastserveError
 
 logger = logging.getLogger("fastserve.engine")
 
 
 def main() -> None:
-    settings = msgspec.json.decode(sys.argv[1], type=GangRankSettings)
+    settings = read_settings(GangRankSettings)
     run_rank_process(settings.parent, settings.config.log_level, lambda: _join_and_follow(settings))
 
 

@@ -3,7 +3,7 @@
 Where steps overlap (core.py), commands are received and outputs are sent while a step runs. A call (calls/) is handled
 when it is received, once the step in flight is done.
 
-Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT CONFIG PARENT_PID`. It ends at a
+Started by `client.EngineProcess` as `python -m fastserve.engine.process ENDPOINT PARENT_PID`. It ends at a
 Shutdown, or when its parent is gone, however that died. Where it is rank 0 of several and another one is lost, it keeps
 its weights and gets ready again with the ranks that are left and a new one (kept_rank.py).
 """
@@ -57,6 +57,7 @@ from fastserve.engine.ranks.gang import GangRanks
 from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE, SharedProgress
 from fastserve.engine.settings import EngineConfig
+from fastserve.engine.start_settings import read_settings
 from fastserve.errors import EngineDeadError, FastserveError
 from fastserve.observability.logging import setup_logging
 
@@ -166,12 +167,12 @@ class EngineLoop:
 def main(handlers: Iterable[CallHandler[Any, Any]] = ALL_CALLS) -> None:
     """Run an engine that knows the calls of these handlers."""
     use_one_heap()
-    endpoint, config_json, parent = sys.argv[1:]
+    endpoint, parent = sys.argv[1:]
     # Ctrl-C at a terminal reaches the whole process group; the parent drains and then sends Shutdown.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
-    config = msgspec.json.decode(config_json, type=EngineConfig)
+    config = read_settings(EngineConfig)
     setup_logging(config.log_level)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.PAIR)

@@ -63,7 +63,7 @@ class AdapterOptions(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(EngineOptions):
-    """Sent as JSON on the engine process's command line. Unset sizes are derived from the model and free memory."""
+    """Sent to the engine process (start_settings.py). Unset sizes are derived from the model and free memory."""
 
     model_dir: str
     log_level: str = same_option(ServerConfig, "log_level")

@@ -154,6 +154,28 @@ def test_weights_may_be_given_in_several_forms(flags: list[str]) -> None:
     assert policy._weights["b"] == 4.0
 
 
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("a,b=2", {"a,b": 2}),
+        ("a,b=2,c,d,e=3,f=4", {"a,b": 2, "c,d,e": 3, "f": 4}),
+        ("2,a,b=3", {"first": 2, "a,b": 3}),
+        ("a=b=2,c=3", {"a=b": 2, "c": 3}),
+        (r"1\,a=2,b=3", {"1,a": 2, "b": 3}),
+    ],
+)
+def test_names_with_commas_have_weights(text: str, weights: dict[str, float]) -> None:
+    options = parse_config(WorkerConfig, ["--scheduler", "vtc_fair", "--fair-weights", text], "worker", {})
+    policy: Any = scheduling.load(options, ("first",), max_num_batched_tokens=BUDGET)
+    assert policy._weights == weights
+
+
+@pytest.mark.parametrize("text", ["a,b", "a=x,b=2", "a,b=", "a=1,b"])
+def test_a_weight_that_is_missing_among_several_is_refused(text: str) -> None:
+    with pytest.raises(StartupError, match="--fair-weights"):
+        Simulation("vtc_fair", fair_weights=(text,))
+
+
 # ---- fair shares ------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from fastserve.engine.adapters.manager import AdapterShape
 from fastserve.engine.adapters.sites import Site
 from fastserve.engine.adapters.tiles import PLAIN, RANK_GROUP, num_rank_groups, num_tiles, pack_tiles
 from fastserve.engine.kernels.lora import TileOrder
-from fastserve.engine.loading.checkpoint import StoredTensor, read_header, read_stacked
+from fastserve.engine.loading.checkpoint import StoredTensor, read_ahead, read_header, read_stacked
 from fastserve.engine.loading.lora.parts import LowRankParts, read_parts
 from fastserve.engine.loading.lora.settings import AdapterSettings, read_settings
 from fastserve.engine.loading.lora.targets import AdapterTargets
@@ -63,6 +63,8 @@ class _Alike:
     changes: list[_LowRank]
     scales: torch.Tensor
     """(changes, 1, 1)"""
+    is_scaled: bool
+    """Whether any scale is not 1."""
     is_whole: bool
     """Whether ranks have all of a matrix or nothing of it."""
     own: list[list[int]]
@@ -74,8 +76,10 @@ class _Alike:
         """A (matrices, rank, in), and B (matrices, out, rank) with the scale."""
         rank, count = self.changes[0].rank, len(self.changes[0].experts)
         # PEFT has one matrix of all experts: in A the expert is the first part of an index of ranks, in B the last.
-        a = read_stacked([change.parts.a for change in self.changes], file).float()
-        b = read_stacked([change.parts.b for change in self.changes], file).float() * self.scales
+        a = read_stacked([change.parts.a for change in self.changes], file)
+        b = read_stacked([change.parts.b for change in self.changes], file)
+        if self.is_scaled:
+            b = b.float() * self.scales
         return (
             a.unflatten(1, (count, rank)).flatten(0, 1),
             b.unflatten(2, (rank, count)).movedim(3, 1).flatten(0, 1),
@@ -162,6 +166,7 @@ class AdapterReader:
             )
         layout = self._layout(Path(path))
         file = Path(path) / layout.file_name
+        read_ahead(file)
         parts = [
             HostAdapter(self._empty(count), first_tile, rank_groups)
             for count, first_tile, rank_groups in zip(
@@ -238,9 +243,11 @@ class AdapterReader:
             count = self._num_tiles(changes[0], rank)
             begin = torch.tensor([begin for _, begin in has], dtype=torch.int64)
             own_tiles.append((begin[:, None] + torch.arange(count)).flatten())
+        scales = [change.scale for change in changes]
         return _Alike(
             changes,
-            torch.tensor([change.scale for change in changes]).view(-1, 1, 1),
+            torch.tensor(scales).view(-1, 1, 1),
+            any(scale != 1 for scale in scales),
             all(self._targets.is_whole(change.site.path) for change in changes),
             own,
             own_tiles,

@@ -33,14 +33,19 @@ def num_tiles(rank: int, in_size: int, out_size: int, width: int) -> int:
 def pack_tiles(a: torch.Tensor, b: torch.Tensor, width: int, order: TileOrder = PLAIN) -> torch.Tensor:
     """`a` (..., rank, in), `b` (..., out, rank) with the adapter's scale -> (..., tiles, RANK_GROUP * width): first
     those of A, for each rank group one for each slice of the inputs, then those of B in the same way."""
-    tiles_of_a, tiles_of_b = _tiles(a, width), _tiles(b.mT, width)
-    if order.chunk is not None:
-        tiles_of_a = tiles_of_a.view(-1, RANK_GROUP, width // order.chunk, order.chunk).transpose(1, 2)
-    if order.lanes is not None:
-        split = tiles_of_b.view(-1, RANK_GROUP // order.pair, order.pair, width // order.lanes, order.lanes)
-        tiles_of_b = split.permute(0, 3, 1, 4, 2)
-    shape = (*a.shape[:-2], -1, RANK_GROUP * width)
-    return torch.cat([tiles.reshape(shape) for tiles in (tiles_of_a, tiles_of_b)], dim=-2)
+    # Each value is copied once into its tile, and values that stay adjacent as one element.
+    chunk, lanes = order.chunk or width, order.lanes or width
+    pad_a, pad_b = (-a.shape[-1] % width, -a.shape[-2] % RANK_GROUP), (-b.shape[-1] % RANK_GROUP, -b.shape[-2] % width)
+    padded_a = F.pad(a, (0, pad_a[0], 0, pad_a[1])) if any(pad_a) else a.contiguous()
+    padded_b = F.pad(b, (0, pad_b[0], 0, pad_b[1])) if any(pad_b) else b.contiguous()
+    split_a = padded_a.unflatten(-1, (-1, width // chunk, chunk)).unflatten(-4, (-1, RANK_GROUP))
+    of_a = split_a.movedim(-4, -2)  # (..., groups, slices, chunks, ranks, chunk)
+    split_b = _joined(padded_b, order.pair)
+    split_b = split_b.unflatten(-1, (-1, RANK_GROUP // order.pair)).unflatten(-3, (-1, width // lanes, lanes))
+    of_b = split_b.movedim(-2, -5).movedim(-1, -2)  # (..., groups, slices, lane blocks, pairs, lanes)
+    tiles_of_a = of_a.flatten(-3).flatten(-3, -2)
+    tiles_of_b = of_b.flatten(-3).flatten(-3, -2).view(a.dtype)
+    return torch.cat([tiles_of_a, tiles_of_b], dim=-2)
 
 
 def unpack_tiles(
@@ -60,12 +65,11 @@ def unpack_tiles(
     return a, b.t()
 
 
-def _tiles(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """(..., rank, size) -> (tiles of all matrices, RANK_GROUP, width)"""
-    rank, size = matrix.shape[-2:]
-    padded = F.pad(matrix, (0, -size % width, 0, -rank % RANK_GROUP))
-    groups = padded.view(*padded.shape[:-2], padded.shape[-2] // RANK_GROUP, RANK_GROUP, -1, width)
-    return groups.transpose(-3, -2).reshape(-1, RANK_GROUP, width)
+def _joined(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Each `count` adjacent values as one element, whose bits are theirs."""
+    if count == 1:
+        return values
+    return values.view({4: torch.int32, 8: torch.int64}[count * values.itemsize])
 
 
 def _matrix(tiles: torch.Tensor, rank_groups: int, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from fastserve.engine.settings import EngineConfig
 
 
 class GangRankSettings(msgspec.Struct, frozen=True):
-    """Sent as JSON on the command line of a rank other than 0."""
+    """Sent to a rank other than 0 when its process starts (start_settings.py)."""
 
     rank: int
     parent: int

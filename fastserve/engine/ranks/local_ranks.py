@@ -21,6 +21,7 @@ from fastserve.engine.ranks.gang_messages import GangRankSettings
 from fastserve.engine.ranks.processes import CHECK_INTERVAL_S, RANK_LOST_EXIT_CODE, StopDetector
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.socket_folder import SocketFolder
+from fastserve.engine.start_settings import settings_file
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,9 @@ class LocalRanks:
 
     def _start(self, rank: int) -> _Rank:
         settings = GangRankSettings(rank, os.getpid(), self._config)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastserve.engine.gang_follower", msgspec.json.encode(settings).decode()],
-            stdin=subprocess.DEVNULL,
-            env=self._environ,
-        )
+        with settings_file(settings) as file:
+            command = [sys.executable, "-m", "fastserve.engine.gang_follower"]
+            process = subprocess.Popen(command, stdin=file, env=self._environ)
         return _Rank(process, StopDetector(process.pid))
 
     def _watch(self) -> None:

@@ -148,7 +148,7 @@ def _chosen(options: EngineOptions) -> str:
 def _read_weights(texts: Sequence[str], adapters: Sequence[str]) -> dict[str, float]:
     """NAME=WEIGHT, or weights alone in the order of the adapters; a text may have several, separated by commas."""
     weights: dict[str, float] = {}
-    for at, text in enumerate(chain.from_iterable(map(comma_list, texts))):
+    for at, text in enumerate(chain.from_iterable(map(_split_weights, texts))):
         name, equals, number = text.rpartition("=")
         if not equals:
             if at >= len(adapters):
@@ -165,3 +165,23 @@ def _read_weights(texts: Sequence[str], adapters: Sequence[str]) -> dict[str, fl
             raise StartupError(f"--fair-weights {text}: a weight is a number above 0, {MAX_WEIGHT:g} at most.")
         weights[name] = weight
     return weights
+
+
+def _split_weights(text: str) -> list[str]:
+    """A comma after a name that has no weight yet is part of the name."""
+    found: list[str] = []
+    for part in comma_list(text):
+        if found and not _is_weight(found[-1]):
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def _is_weight(text: str) -> bool:
+    """Whether it is a number, or has a name before an equals sign."""
+    try:
+        float(text)
+    except ValueError:
+        return "=" in text
+    return True
