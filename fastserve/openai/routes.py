@@ -17,6 +17,10 @@ from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
 from fastserve.openai.slora import GenerateRequest
 
+ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
+"""Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
+object; a string; a number."""
+
 
 @dataclass(frozen=True)
 class ModelRoute:
@@ -26,10 +30,11 @@ class ModelRoute:
     request: type[BaseModel]
     """Schema of the body."""
     answer: str
-    """Value of the answer's `object` field; on S-LoRA's routes the words for the answer."""
+    """Value of the answer's `object` field; outside OpenAI's API the words for the answer."""
     summary: str
     contents: str = "choices"
-    """Field of the answer that is a non-empty list of objects."""
+    """Field that every answer has."""
+    contents_kind: ContentsKind = "objects"
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
@@ -37,8 +42,6 @@ class ModelRoute:
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
-    has_texts: bool = False
-    """`contents` is a list of strings, not of objects."""
 
 
 CHAT = ModelRoute(
@@ -63,7 +66,7 @@ GENERATE = ModelRoute(
     contents="generated_text",
     api="slora",
     streams=False,
-    has_texts=True,
+    contents_kind="texts",
 )
 GENERATE_STREAM = replace(
     GENERATE,
