@@ -19,12 +19,11 @@ from fastserve.errors import InvalidAnswerError, PermissionDeniedError, Shortage
 from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
 from fastserve.openai.routes import ContentsKind
+from fastserve.serving.error_shapes import OVERLOADED_STATUS
 
 MAX_ERROR_BYTES = 2**18
 """Longest error answer of a worker. An error repeats a part of the request at most."""
 SHOWN_CHARS = 80
-OVERLOADED = 529
-"""Status of Anthropic's API for a service that cannot take the request now."""
 NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
 """Error codes of our own services for a missing route, as when a controller was registered as a worker."""
 DIGITS = re.compile(r"[0-9]{1,6}")
@@ -117,7 +116,7 @@ class Answer:
         if self.status in (404, 405) and (self.error_code in NO_SUCH_ROUTE or _is_foreign(self.body)):
             return "foreign"
         # The route and the model are known to exist, so a 404 is not the client's mistake.
-        if self.status in (404, 408, 429, 503, 504, OVERLOADED) or self.error_code == "model_not_found":
+        if self.status in (404, 408, 429, 503, 504, OVERLOADED_STATUS) or self.error_code == "model_not_found":
             return "refusal"
         return "failure" if self.status >= 500 else "client error"
 
@@ -129,7 +128,7 @@ class Answer:
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self.body)).encode())]
-        if self.status in (429, 503, 504, OVERLOADED):
+        if self.status in (429, 503, 504, OVERLOADED_STATUS):
             headers.append((b"retry-after", (self.retry_after or "1").encode()))
         return headers
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from fastserve.openai.anthropic import CountTokensRequest, MessagesRequest
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
 from fastserve.openai.slora import GenerateRequest
@@ -38,7 +39,7 @@ class ModelRoute:
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
-    api: Literal["openai", "slora"] = "openai"
+    api: Literal["openai", "slora", "anthropic", "ollama"] = "openai"
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
@@ -76,6 +77,32 @@ GENERATE_STREAM = replace(
     streams=True,
 )
 SLORA_ROUTES = (GENERATE, GENERATE_STREAM)
+
+MESSAGES = ModelRoute(
+    "/v1/messages",
+    "chat",
+    MessagesRequest,
+    "Anthropic's message, or a stream of its events",
+    "Answer a chat (Anthropic's route)",
+    contents="content",
+    contents_kind="list",
+    remedy=CHAT.remedy,
+    api="anthropic",
+)
+COUNT_TOKENS = replace(
+    MESSAGES,
+    path="/v1/messages/count_tokens",
+    request=CountTokensRequest,
+    answer="The number of tokens",
+    summary="Count the tokens of a prompt (Anthropic's route)",
+    contents="input_tokens",
+    contents_kind="count",
+    streams=False,
+)
+ANTHROPIC_ROUTES = (MESSAGES, COUNT_TOKENS)
+
+RELAYED_ROUTES = (*MODEL_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
+"""All routes that the API server relays."""
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:
