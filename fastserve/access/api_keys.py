@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Scope
 
 from fastserve.access.admin import AdminCheck
-from fastserve.access.bearer import bearer_token, digest, find_key
+from fastserve.access.bearer import api_key_of, digest, find_key
 from fastserve.access.hosts import is_of_this_machine
 from fastserve.access.key_files import Reloadable, read_lines
 from fastserve.access.refusals import Guard, RefusedKeys
@@ -70,8 +70,8 @@ def _parse(lines: Sequence[str]) -> ApiKeys:
 
 
 class ApiKeyGuard(Guard):
-    """Requires an API key as a bearer token, except on PUBLIC_PATHS. Stores in the request's state whether it
-    `may_prioritise`, and the mark for `require_admin`.
+    """Requires an API key as a bearer token or `x-api-key`, except on PUBLIC_PATHS. Stores in the request's state
+    whether it `may_prioritise`, and the mark for `require_admin`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ApiKeyGuard(Guard):
         if scope["path"] in PUBLIC_PATHS:
             return
         keys = self._keys.value
-        token = bearer_token(scope["headers"])
+        token = api_key_of(scope["headers"])
         is_admin = self._admin.note(scope, token)
         if not keys:
             scope["state"]["may_prioritise"] = self._everybody_may_prioritise and is_of_this_machine(scope)

@@ -27,6 +27,14 @@ def find_key(token: bytes, known: Iterable[tuple[bytes, KeyT]]) -> KeyT | None:
     return found
 
 
+def api_key_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The bearer token, else the key that Anthropic's clients send; None if there is neither."""
+    given = list(headers)
+    token = bearer_token(given)
+    keys = [value for name, value in given if name == b"x-api-key"]
+    return keys[0].strip() if token is None and len(keys) == 1 else token
+
+
 def bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """The token of the `Authorization: Bearer` header; None if there is none, or more than one."""
     values = [value for name, value in headers if name == b"authorization"]

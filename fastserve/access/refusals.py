@@ -1,4 +1,4 @@
-"""Middleware that refuses requests before routing: counts and logs them, and answers in OpenAI's shape."""
+"""Middleware that refuses requests before routing: counts and logs them, and answers in the shape of the route."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def refuse(error: FastserveError, scope: Scope, receive: Receive, send: Se
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    response = error_response(error)
+    response = error_response(error, scope)
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"
     await response(scope, receive, send)

@@ -63,7 +63,7 @@ class MessageEndpoint(Generic[MessageT]):
                 assert self._answer_later is not None
                 answer = await self._answer_later(message, scope)
         except FastserveError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         answer_directly = functools.partial(self._answer_directly, scope)
         offer_direct_answers(scope, answer_directly, is_routine=self._is_routine)

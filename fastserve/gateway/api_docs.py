@@ -13,10 +13,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from fastserve.gateway.apis.find import APIS
 from fastserve.openai.routes import ModelRoute
+from fastserve.serving.error_shapes import OVERLOADED_STATUS
 
 REF = "#/components/schemas/{model}"
-ERROR = {
+ERROR: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
     "properties": {
@@ -42,6 +44,28 @@ ERRORS = {
     "502": "The workers' answers were none",
     "503": "No worker can take the request now; Retry-After says when to try again",
     "504": "The worker was silent for too long",
+}
+DESCRIPTIONS = {
+    "openai": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
+    "slora": "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
+    "anthropic": "With `stream: true` the answer comes as named server-sent events, the last one is `message_stop`.",
+    "ollama": "Without `stream: false` the answer comes as lines of JSON, the last one has `done: true`.",
+}
+"""By the API of a route."""
+ERROR_SCHEMAS = {"openai": "Error", "slora": "Error", "anthropic": "AnthropicError", "ollama": "OllamaError"}
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": ERROR["properties"]["error"],
+        "request_id": {"type": "string"},
+    },
+}
+OLLAMA_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}, "code": {"type": ["string", "null"]}},
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -70,7 +94,7 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
     description: dict[str, Any] = app.openapi()
     components = description.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    schemas["Error"] = ERROR
+    schemas |= {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR, "OllamaError": OLLAMA_ERROR}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for route in routes:
         schema = route.request.model_json_schema(ref_template=REF)
@@ -83,12 +107,10 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
 
 def _describe_route(route: ModelRoute) -> dict[str, Any]:
     request_name = route.request.__name__
-    error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
+    error = {"application/json": {"schema": {"$ref": REF.format(model=ERROR_SCHEMAS[route.api])}}}
     return {
         "summary": route.summary,
-        "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`."
-        if route.api == "openai"
-        else "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
+        "description": DESCRIPTIONS[route.api],
         "operationId": request_name + ("Stream" if route.streams else ""),
         "security": [{"key": []}],
         "requestBody": {
@@ -102,12 +124,16 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
                 else route.answer,
                 "content": {
                     "application/json": {"schema": {"type": "object", "required": [route.contents]}},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    APIS[route.api].media_type: {"schema": {"type": "string"}},
                 },
             },
-            **{status: {"description": text, "content": error} for status, text in ERRORS.items()},
+            **{_status(route, status): {"description": text, "content": error} for status, text in ERRORS.items()},
         },
     }
+
+
+def _status(route: ModelRoute, status: str) -> str:
+    return str(OVERLOADED_STATUS) if route.api == "anthropic" and status == "503" else status
 
 
 def _page(description: dict[str, Any]) -> str:

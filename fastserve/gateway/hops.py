@@ -27,7 +27,7 @@ class LoopGuardMiddleware:
             try:
                 scope.setdefault("state", {})["next_hops"] = self._guard.next_hops(scope["headers"])
             except LoopDetectedError as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

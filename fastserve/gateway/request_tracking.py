@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.protocol import REQUEST_ID_HEADER
+from fastserve.serving.error_shapes import ANTHROPIC_ERRORS, shape_of
 from fastserve.serving.request_ids import read_request_id
 
 CLIENT_GONE = 499
@@ -38,7 +39,9 @@ class RequestTrackingMiddleware:
             return
         request_id = read_request_id(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
-        header = (REQUEST_ID_HEADER.encode(), request_id.encode())
+        headers = [(REQUEST_ID_HEADER.encode(), request_id.encode())]
+        if shape_of(scope) is ANTHROPIC_ERRORS:
+            headers.append((b"request-id", request_id.encode()))
         status = CLIENT_GONE
         complete = False
 
@@ -46,7 +49,7 @@ class RequestTrackingMiddleware:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), header]}
+                message = {**message, "headers": [*message.get("headers", ()), *headers]}
             elif not message.get("more_body", False):
                 complete = True
             await send(message)

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.requests import ClientDisconnect
@@ -22,9 +22,11 @@ from fastserve.gateway.hops import next_hops
 from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
+from fastserve.openai.anthropic import anthropic_card, anthropic_cards
 from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import ModelRoute
 from fastserve.protocol import MAX_SEED, ServedAdapter
+from fastserve.serving.error_shapes import is_anthropic
 from fastserve.serving.responses import run_until_disconnect
 
 READY_REFRESH_S = 0.2
@@ -89,22 +91,27 @@ def relayed_routes(routes: Iterable[ModelRoute]) -> list[BaseRoute]:
 router = APIRouter()
 
 
-@router.get("/v1/models")
-async def list_models(gateway: GatewayDep) -> ModelCards:
-    """The models that workers serve now."""
+@router.get("/v1/models", response_model=ModelCards)
+async def list_models(gateway: GatewayDep, request: Request) -> Any:
+    """The models that workers serve now, in Anthropic's form with the header `anthropic-version`."""
     await gateway.dispatcher.ensure_fresh()
     cards = [describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()]
     cards += [_adapter_card(gateway, name, adapter) for name, adapter in gateway.dispatcher.adapters().items()]
-    return ModelCards(data=cards)
+    return JSONResponse(anthropic_cards(cards)) if is_anthropic(request.scope) else ModelCards(data=cards)
 
 
 def _adapter_card(gateway: Gateway, name: str, adapter: ServedAdapter) -> Model:
     return describe_model(name, gateway.started_at, parent=adapter.parent, root=adapter.root)
 
 
-@router.get("/v1/models/{model:path}")
-async def get_model(model: str, gateway: GatewayDep) -> Model:
-    """One model."""
+@router.get("/v1/models/{model:path}", response_model=Model)
+async def get_model(model: str, gateway: GatewayDep, request: Request) -> Any:
+    """One model, in Anthropic's form with the header `anthropic-version`."""
+    card = await _find_card(model, gateway)
+    return JSONResponse(anthropic_card(card)) if is_anthropic(request.scope) else card
+
+
+async def _find_card(model: str, gateway: Gateway) -> Model:
     await gateway.dispatcher.ensure_fresh()
     dispatcher = gateway.dispatcher
     if model in dispatcher.model_names():

@@ -13,9 +13,14 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from fastserve.openai.anthropic import CountTokensRequest, MessagesRequest
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
 from fastserve.openai.slora import GenerateRequest
+
+ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
+"""Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
+object; a string; a number."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,18 @@ class ModelRoute:
     request: type[BaseModel]
     """Schema of the body."""
     answer: str
-    """Value of the answer's `object` field; on S-LoRA's routes the words for the answer."""
+    """Value of the answer's `object` field; outside OpenAI's API the words for the answer."""
     summary: str
     contents: str = "choices"
-    """Field of the answer that is a non-empty list of objects."""
+    """Field that every answer has."""
+    contents_kind: ContentsKind = "objects"
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
-    api: Literal["openai", "slora"] = "openai"
+    api: Literal["openai", "slora", "anthropic", "ollama"] = "openai"
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
-    has_texts: bool = False
-    """`contents` is a list of strings, not of objects."""
 
 
 CHAT = ModelRoute(
@@ -63,7 +67,7 @@ GENERATE = ModelRoute(
     contents="generated_text",
     api="slora",
     streams=False,
-    has_texts=True,
+    contents_kind="texts",
 )
 GENERATE_STREAM = replace(
     GENERATE,
@@ -73,6 +77,32 @@ GENERATE_STREAM = replace(
     streams=True,
 )
 SLORA_ROUTES = (GENERATE, GENERATE_STREAM)
+
+MESSAGES = ModelRoute(
+    "/v1/messages",
+    "chat",
+    MessagesRequest,
+    "Anthropic's message, or a stream of its events",
+    "Answer a chat (Anthropic's route)",
+    contents="content",
+    contents_kind="list",
+    remedy=CHAT.remedy,
+    api="anthropic",
+)
+COUNT_TOKENS = replace(
+    MESSAGES,
+    path="/v1/messages/count_tokens",
+    request=CountTokensRequest,
+    answer="The number of tokens",
+    summary="Count the tokens of a prompt (Anthropic's route)",
+    contents="input_tokens",
+    contents_kind="count",
+    streams=False,
+)
+ANTHROPIC_ROUTES = (MESSAGES, COUNT_TOKENS)
+
+RELAYED_ROUTES = (*MODEL_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
+"""All routes that the API server relays."""
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:

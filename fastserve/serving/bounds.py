@@ -117,7 +117,7 @@ class MemoryGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._meter.is_high() and scope["path"] not in self._served:
             error = ShortageError("The server is short of memory and takes no new requests; try again in a moment.")
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

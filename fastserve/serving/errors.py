@@ -1,4 +1,4 @@
-"""Exceptions to HTTP answers, all in OpenAI's shape."""
+"""Exceptions to HTTP answers, in the shape of the route's API."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from fastserve.errors import FastserveError, InternalError, InvalidRequestError
 from fastserve.observability.text import printable
+from fastserve.serving.error_shapes import request_id_of, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,6 @@ NOT_BUILT = (
     "files",
     "fine_tuning",
     "images",
-    "messages",
     "moderations",
     "realtime",
     "rerank",
@@ -48,30 +49,34 @@ NOT_BUILT = (
 """First path segments after /v1/ of OpenAI's and related APIs that fastserve does not have."""
 
 
-def error_response(error: FastserveError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+def error_response(error: FastserveError, scope: Scope, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """`scope`: of the request, whose route gives the shape. `headers`: besides those of the error."""
+    shape = shape_of(scope)
+    body = shape.body(error, request_id_of(scope))
+    return JSONResponse(body, status_code=shape.status(error), headers={**error.headers(), **(headers or {})})
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every exception of the application in OpenAI's shape."""
+    """Answer every exception of the application in the shape of its route."""
 
-    async def ours(_: Request, error: Exception) -> Response:
-        return error_response(error if isinstance(error, FastserveError) else InternalError(str(error)))
+    async def ours(request: Request, error: Exception) -> Response:
+        ours = error if isinstance(error, FastserveError) else InternalError(str(error))
+        return error_response(ours, request.scope)
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         problems = error.errors() if isinstance(error, RequestValidationError) else []
-        return error_response(explain(problems))
+        return error_response(explain(problems), request.scope)
 
     async def http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         if status == 404:
-            return error_response(_no_such_route(request))
+            return error_response(_no_such_route(request), request.scope)
         if status == 405:
             refusal, allowed = _wrong_method(request)
-            return JSONResponse(refusal.body(), status_code=405, headers={"Allow": ", ".join(allowed)})
+            return error_response(refusal, request.scope, {"Allow": ", ".join(allowed)})
         named = InvalidRequestError(str(getattr(error, "detail", error)), code=f"http_{status}")
-        headers = error.headers if isinstance(error, HTTPException) else None
-        return JSONResponse(named.body(), status_code=status, headers=headers)
+        named.status = status
+        return error_response(named, request.scope, error.headers if isinstance(error, HTTPException) else None)
 
     async def gone(_: Request, __: Exception) -> Response:
         # The client is gone, so nobody reads the answer.
@@ -79,7 +84,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def unexpected(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, printable(request.url.path), exc_info=error)
-        return error_response(unexpected_error())
+        return error_response(unexpected_error(), request.scope)
 
     app.add_exception_handler(FastserveError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -174,7 +179,9 @@ def _wrong_method(request: Request) -> tuple[InvalidRequestError, list[str]]:
     path = request.scope["path"]
     allowed = sorted({method for route in _routes(request) if route.path_regex.match(path) for method in route.methods})
     asked = f"{printable(request.method, 20)} {printable(path, MAX_SHOWN_CHARS)}"
-    return InvalidRequestError(f"'{asked}' is not possible: use {' or '.join(allowed)}.", code="wrong_method"), allowed
+    error = InvalidRequestError(f"'{asked}' is not possible: use {' or '.join(allowed)}.", code="wrong_method")
+    error.status = 405
+    return error, allowed
 
 
 def _list_routes(request: Request) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.errors import ShuttingDownError
+from fastserve.serving.error_shapes import shape_of
 from fastserve.serving.errors import error_response
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ class RunningRequests:
     """Middleware that tracks running requests and can end each of them with an error.
 
     It must be the outermost. The application is cancelled, so that its `finally` blocks run, and the client gets a 503,
-    or an error event if an event stream has begun. Other answers that have begun can only be cut.
+    or an error event if a stream of its route has begun. Other answers that have begun can only be cut.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -64,22 +65,20 @@ class RunningRequests:
 class _Progress:
     """Records how far an answer has been sent."""
 
-    __slots__ = ("_send", "is_complete", "is_event_stream", "is_started", "send")
+    __slots__ = ("_send", "is_complete", "is_started", "media_type", "send")
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.is_started = False
-        self.is_event_stream = False
+        self.media_type = b""
         self.is_complete = False
         self.send = self._note  # not a coroutine function, which would cost more for each chunk of a stream
 
     def _note(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self.is_started = True
-            self.is_event_stream = any(
-                name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in message.get("headers", ())
-            )
+            headers = message.get("headers", ())
+            self.media_type = next((value for name, value in headers if name.lower() == b"content-type"), b"")
         elif not message.get("more_body", False):
             self.is_complete = True
         return self._send(message)
@@ -92,9 +91,10 @@ async def _send_final_error(progress: _Progress, scope: Scope, receive: Receive,
             if progress.is_complete:
                 return
             if not progress.is_started:
-                await error_response(error)(scope, receive, send)
-            elif progress.is_event_stream:
-                await send({"type": "http.response.body", "body": error.events(), "more_body": False})
+                await error_response(error, scope)(scope, receive, send)
+            elif progress.media_type.startswith(shape_of(scope).stream_type):
+                last = shape_of(scope).last_event(error)
+                await send({"type": "http.response.body", "body": last, "more_body": False})
             else:
                 logger.warning("%s %s was cut by the end of the drain", scope["method"], scope["path"])
     except TimeoutError:

@@ -41,6 +41,7 @@ from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker import (
     adapter_routes,
     admin_routes,
+    anthropic_routes,
     fastchat_routes,
     openai_routes,
     rtp_llm_routes,
@@ -132,6 +133,7 @@ class ModelWorker:
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
         app.include_router(slora_routes.router)
+        app.include_router(anthropic_routes.router)
         app.include_router(admin_routes.router)
         app.include_router(adapter_routes.admin_router)
         app.include_router(weight_routes.admin_router)

@@ -62,6 +62,8 @@ class ChoiceDelta(msgspec.Struct):
     """Sum of the logprobs of the tokens generated so far; 0 if logprobs were not requested from the engine."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """In the first delta, if requested from the engine."""
+    stop_string: str | None = None
+    """In the last delta, the stop string that ended the answer, if one did."""
     weight_versions: Sequence[str] = ()
     """In the last delta, of an answer that several versions of the weights computed."""
 
@@ -203,6 +205,7 @@ class Choice:
             self._cached_tokens,
             self._logprob_sum,
             prompt_logprobs,
+            self._stops.stopped,
             () if finish_reason is None or len(self._weight_versions) == 1 else self._weight_versions,
         )
 

@@ -86,7 +86,8 @@ def make_member_app(gang: Gang) -> FastAPI:
             MisdirectedRequestError(
                 f"This machine has a part of a model that is served at {gang.service_url}: send requests there.",
                 code="member_of_group",
-            )
+            ),
+            request.scope,
         )
 
     app.add_api_route("/health", health, methods=["GET"])

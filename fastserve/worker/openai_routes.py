@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from fastserve.openai.answers import JSON
+from fastserve.openai.anthropic import anthropic_cards
 from fastserve.openai.models import ModelCards, describe_model
 from fastserve.openai.routes import CHAT, COMPLETIONS
+from fastserve.serving.error_shapes import is_anthropic
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, JobMaker
 from fastserve.worker.responses import respond, written_bytes
@@ -31,6 +33,8 @@ async def models(request: Request) -> Response:
         describe_model(adapter.name, runtime.started_at, parent=names[0], root=adapter.source, weight_version=version)
         for adapter in runtime.adapters.all()
     ]
+    if is_anthropic(request.scope):
+        return JSONResponse(anthropic_cards(cards))
     return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
 
 

@@ -25,6 +25,7 @@ class ChoiceResult:
     cached_tokens: int = 0
     logprob_sum: float = 0.0
     prompt_logprobs: list[TokenLogprob] | None = None
+    stop_string: str | None = None
     weight_versions: Sequence[str] = ()
 
     def add(self, delta: ChoiceDelta) -> None:
@@ -42,6 +43,7 @@ class ChoiceResult:
         self.num_tokens = delta.num_tokens
         self.cached_tokens = delta.cached_tokens
         self.logprob_sum = delta.logprob_sum
+        self.stop_string = delta.stop_string
         self.weight_versions = delta.weight_versions
 
     @property

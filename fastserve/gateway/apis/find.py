@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastserve.gateway.apis import Api
+from fastserve.gateway.apis.anthropic import ANTHROPIC
 from fastserve.gateway.apis.openai import OPENAI
 from fastserve.gateway.apis.slora import SLORA
 
-APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA}
+APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA, "anthropic": ANTHROPIC}

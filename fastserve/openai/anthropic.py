@@ -1,0 +1,72 @@
+"""Anthropic's API: schemas of the requests of its Messages, and its list of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastserve.openai.body import Flag, Integer, Number, at_most
+from fastserve.openai.generation import MAX_COUNT
+from fastserve.openai.models import Model
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "anthropic_beta",
+        "anthropic_version",
+        "betas",
+        "cache_control",
+        "container",
+        "context_management",
+        "inference_geo",
+        "metadata",
+        "service_tier",
+        "speed",
+    }
+)
+"""Fields that are accepted and have no effect."""
+
+
+def anthropic_card(model: Model) -> dict[str, Any]:
+    """A model as Anthropic's `/v1/models` describes it."""
+    created = datetime.fromtimestamp(model.created, UTC)
+    return {
+        "type": "model",
+        "id": model.id,
+        "display_name": model.id,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+    }
+
+
+def anthropic_cards(models: Sequence[Model]) -> dict[str, Any]:
+    """The answer of `/v1/models` for Anthropic's clients: all models, on one page."""
+    first, last = (models[0].id, models[-1].id) if models else (None, None)
+    return {"data": [anthropic_card(model) for model in models], "has_more": False, "first_id": first, "last_id": last}
+
+
+class CountTokensRequest(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True), at_most("max_messages", "messages")]
+    """Each with a role and content, a string or an array of blocks."""
+    system: str | list[Any] | None = None
+    """A string, or text blocks."""
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
+    """The older name of output_config.format."""
+    mcp_servers: list[Any] | None = None
+
+
+class MessagesRequest(CountTokensRequest):
+    max_tokens: Integer = Field(ge=1, le=MAX_COUNT)
+    stream: Flag | None = None
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, ge=0, le=1)
+    top_k: Integer | None = Field(None, ge=0, le=MAX_COUNT)
+    stop_sequences: list[str] | None = None
