@@ -18,6 +18,7 @@ import msgspec
 from fastserve.errors import InvalidAnswerError, PermissionDeniedError, ShortageError
 from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
+from fastserve.openai.routes import ContentsKind
 
 MAX_ERROR_BYTES = 2**18
 """Longest error answer of a worker. An error repeats a part of the request at most."""
@@ -64,10 +65,10 @@ _decode_any = msgspec.json.Decoder().decode
 
 @dataclass(frozen=True)
 class Contents:
-    """The field of an answer that is a non-empty list of objects, or of strings."""
+    """The field of an answer that its clients read: a non-empty list of objects or of texts, or any value."""
 
     name: str = "choices"
-    has_texts: bool = False
+    kind: ContentsKind = "objects"
 
 
 CHOICES = Contents()
@@ -178,7 +179,7 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: Co
         return Answer(status, body)
     parsed = parse_body(body, contents)
     if status == 200:
-        if not parsed.choices:
+        if parsed.choices is None or (contents.kind != "value" and not parsed.choices):
             raise InvalidAnswerError(f"The worker's answer has no {contents.name}.")
         return Answer(status, body)
     if parsed.error is None:
@@ -214,8 +215,8 @@ def parse_body(data: bytes, contents: Contents = CHOICES) -> Body:
 def _decoder_of(contents: Contents) -> Callable[[bytes], Body]:
     if contents == CHOICES:
         return decode_body
-    items = list[str] if contents.has_texts else list[_Object]
-    fields = [("choices", items | None, None), ("error", _Error | None, None)]
+    kinds = {"objects": list[_Object], "texts": list[str], "value": str | int}
+    fields = [("choices", kinds[contents.kind] | None, None), ("error", _Error | None, None)]
     kind = cast(type[Body], msgspec.defstruct("Body", fields, rename={"choices": contents.name}))
     return msgspec.json.Decoder(kind).decode
 

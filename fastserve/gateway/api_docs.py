@@ -7,6 +7,7 @@ here. The page loads no scripts and no styles, so it works offline.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,15 +82,20 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
     return description
 
 
+_DESCRIPTIONS = {
+    "openai": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
+    "slora": "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
+    "tokens": "Nothing is generated.",
+}
+
+
 def _describe_route(route: ModelRoute) -> dict[str, Any]:
     request_name = route.request.__name__
     error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
     return {
         "summary": route.summary,
-        "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`."
-        if route.api == "openai"
-        else "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
-        "operationId": request_name + ("Stream" if route.streams else ""),
+        "description": _DESCRIPTIONS[route.api],
+        "operationId": re.sub(r"\W+", "_", route.path).strip("_"),
         "security": [{"key": []}],
         "requestBody": {
             "required": True,

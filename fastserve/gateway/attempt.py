@@ -216,7 +216,7 @@ class AttemptRunner:
         return None
 
     async def _read_answer(self, request: ClientRequest, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
-        contents = Contents(request.route.contents, has_texts=request.route.has_texts)
+        contents = Contents(request.route.contents, request.route.contents_kind)
         return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, contents)
 
     def _open_body(

@@ -16,6 +16,10 @@ from pydantic import BaseModel
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
 from fastserve.openai.slora import GenerateRequest
+from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
+
+ContentsKind = Literal["objects", "texts", "value"]
+"""objects, texts: a list of them, which is not empty; value: a string or a number."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,11 @@ class ModelRoute:
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
-    api: Literal["openai", "slora"] = "openai"
+    api: Literal["openai", "slora", "tokens"] = "openai"
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
-    has_texts: bool = False
-    """`contents` is a list of strings, not of objects."""
+    contents_kind: ContentsKind = "objects"
 
 
 CHAT = ModelRoute(
@@ -63,7 +66,7 @@ GENERATE = ModelRoute(
     contents="generated_text",
     api="slora",
     streams=False,
-    has_texts=True,
+    contents_kind="texts",
 )
 GENERATE_STREAM = replace(
     GENERATE,
@@ -73,6 +76,43 @@ GENERATE_STREAM = replace(
     streams=True,
 )
 SLORA_ROUTES = (GENERATE, GENERATE_STREAM)
+
+
+TOKENIZE = ModelRoute(
+    "/tokenize",
+    "completions",
+    TokenizeRequest,
+    "the tokens of a text or a chat: `count`, `max_model_len`, `tokens`",
+    "Split a text or a chat into tokens",
+    contents="count",
+    contents_kind="value",
+    api="tokens",
+    streams=False,
+)
+DETOKENIZE = replace(
+    TOKENIZE,
+    path="/detokenize",
+    request=DetokenizeRequest,
+    answer="the text of tokens: `prompt`, and the same as `content`",
+    summary="Join tokens to a text",
+    contents="prompt",
+)
+TOKEN_ROUTES = (TOKENIZE, DETOKENIZE)
+
+TOKEN_CHECK = replace(
+    TOKENIZE,
+    path="/api/v1/token_check",
+    request=TokenCheckRequest,
+    answer="FastChat's answer: `fits`, `tokenCount` and `contextLength` of each of the `prompts`",
+    summary="Say whether prompts fit into the context (FastChat's route)",
+    contents="prompts",
+    contents_kind="objects",
+)
+FASTCHAT_CHAT = replace(CHAT, path="/api/v1/chat/completions", summary="Answer a chat (FastChat's route)")
+FASTCHAT_ROUTES = (TOKEN_CHECK, FASTCHAT_CHAT)
+
+RELAYED_ROUTES = (*MODEL_ROUTES, *TOKEN_ROUTES, *FASTCHAT_ROUTES, *SLORA_ROUTES)
+"""All that the API server relays."""
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:

@@ -158,17 +158,28 @@ class JobMaker:
         """Make a job from the fields of a chat request, for APIs whose requests say the same in other words."""
         return self._chat(check_request(ChatRequest, fields, self.settings.bounds), caller)
 
-    def _chat(self, request: ChatRequest, caller: Caller) -> Job:
-        self._check(request, caller)
+    def chat_token_ids(self, fields: Mapping[str, Any]) -> list[int]:
+        """The prompt of a chat request, of which `model` may be missing."""
+        named = {"model": self.settings.model_names[0]} | {k: v for k, v in fields.items() if v is not None}
+        request = check_request(ChatRequest, named, self.settings.bounds)
+        template = self._require_template(request)
+        return self._encode_chat(template, request, request.template_messages(self.settings.bounds))
+
+    def _require_template(self, request: ChatRequest) -> ChatTemplate:
         if self._template is None:
             raise InvalidRequestError(
                 f"The model '{request.model}' has no chat template. Use /v1/completions, or start the worker with "
                 "--chat-template FILE.",
                 param="messages",
             )
+        return self._template
+
+    def _chat(self, request: ChatRequest, caller: Caller) -> Job:
+        self._check(request, caller)
+        template = self._require_template(request)
         self._check_size(1, request)
         messages = request.template_messages(self.settings.bounds)
-        ids = self._encode_chat(self._template, request, messages)
+        ids = self._encode_chat(template, request, messages)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         max_tokens = self.encoder.max_output_tokens(len(ids), "messages")
         if request.token_limit is not None:
@@ -288,10 +299,7 @@ class JobMaker:
             )
 
     def _adapter_of(self, request: GenerationRequest) -> str:
-        adapter = self._adapters.resolve(request.model)
-        if adapter is None:
-            raise self._adapters.unknown(request.model)
-        return adapter
+        return self._adapters.require(request.model)
 
     def _check_size(self, num_prompts: int, request: GenerationRequest) -> None:
         """A request with more sequences than the engine runs at once has them run one after the other, so their number

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fastserve.openai.answers import JSON
-from fastserve.openai.models import ModelCards, describe_model
+from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import CHAT, COMPLETIONS
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, JobMaker
@@ -23,15 +23,30 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
+    cards = ModelCards(data=list(_cards(runtime_of(request)).values()))
+    return Response(cards.model_dump_json(), media_type=JSON)
+
+
+@router.get("/v1/models/{model:path}")
+async def model_card(request: Request, model: str) -> Response:
     runtime = runtime_of(request)
-    names = runtime.jobs.settings.model_names
+    adapter = runtime.adapters.require(model)
+    return Response(_cards(runtime)[adapter or model].model_dump_json(), media_type=JSON)
+
+
+def _cards(runtime: Runtime) -> dict[str, Model]:
+    """The models and adapters that are served, by name."""
+    settings = runtime.jobs.settings
     version = runtime.keeper.engine.stats.weight_version
-    cards = [describe_model(name, runtime.started_at, weight_version=version) for name in names]
-    cards += [
-        describe_model(adapter.name, runtime.started_at, parent=names[0], root=adapter.source, weight_version=version)
-        for adapter in runtime.adapters.all()
-    ]
-    return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
+    origins: dict[str, dict[str, str]] = {name: {} for name in settings.model_names} | {
+        adapter.name: {"parent": settings.model_names[0], "root": adapter.source} for adapter in runtime.adapters.all()
+    }
+    return {
+        name: describe_model(
+            name, runtime.started_at, context_length=settings.context_length, weight_version=version, **origin
+        )
+        for name, origin in origins.items()
+    }
 
 
 async def chat(request: Request) -> Response:

@@ -7,5 +7,6 @@ from collections.abc import Mapping
 from fastserve.gateway.apis import Api
 from fastserve.gateway.apis.openai import OPENAI
 from fastserve.gateway.apis.slora import SLORA
+from fastserve.gateway.apis.tokens import TOKENS
 
-APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA}
+APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA, "tokens": TOKENS}
