@@ -7,6 +7,7 @@ here. The page loads no scripts and no styles, so it works offline.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,9 +51,14 @@ DESCRIPTIONS = {
     "slora": "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
     "anthropic": "With `stream: true` the answer comes as named server-sent events, the last one is `message_stop`.",
     "ollama": "Without `stream: false` the answer comes as lines of JSON, the last one has `done: true`.",
+    "tokens": "Nothing is generated.",
 }
 """By the API of a route."""
-ERROR_SCHEMAS = {"openai": "Error", "slora": "Error", "anthropic": "AnthropicError", "ollama": "OllamaError"}
+ERROR_SCHEMAS = {
+    **dict.fromkeys(("openai", "slora", "tokens"), "Error"),
+    "anthropic": "AnthropicError",
+    "ollama": "OllamaError",
+}
 ANTHROPIC_ERROR = {
     "type": "object",
     "required": ["type", "error"],
@@ -111,7 +117,7 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
     return {
         "summary": route.summary,
         "description": DESCRIPTIONS[route.api],
-        "operationId": request_name + ("Stream" if route.streams else ""),
+        "operationId": re.sub(r"\W+", "_", route.path).strip("_"),
         "security": [{"key": []}],
         "requestBody": {
             "required": True,

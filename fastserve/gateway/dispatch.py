@@ -227,6 +227,10 @@ class Dispatcher:
         """The models of the last table, sorted and unique."""
         return self._table.model_names()
 
+    def context_length(self, model: str) -> int | None:
+        """Maximum tokens of a prompt and its answer together, the least of the model's workers; None: unknown."""
+        return self._table.context_length(model)
+
     async def is_serving(self, lease: Lease) -> bool:
         """Whether the worker listed the lease in its last heartbeat; while the controller is away, whether the worker
         is alive.

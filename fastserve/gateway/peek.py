@@ -26,13 +26,24 @@ class _SLoraPeek(msgspec.Struct):
     lora_dir: str | None = None
 
 
+class _Item(msgspec.Struct):
+    model: str | None = None
+
+
+class _TokensPeek(msgspec.Struct):
+    model: str | None = None
+    prompts: list[_Item] | None = None
+
+
 _EXPECTED = {
     "model": "a string",
     "stream": "true or false",
+    "prompts": "an array of objects with model and prompt",
     "lora_dir": "a string as in --lora-dirs, or the name of an adapter",
 }
-_FIELD = re.compile(r"`\$\.(\w+)`")
+_FIELD = re.compile(r"`\$\.(\w+)")
 _decoder = msgspec.json.Decoder(Peek)
+_tokens_decoder = msgspec.json.Decoder(_TokensPeek)
 _slora_decoder = msgspec.json.Decoder(_SLoraPeek)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MAX_SHOWN_BYTES = 80
@@ -50,6 +61,12 @@ def peek_slora(body: bytes) -> tuple[str | None, str | None]:
     """Returns `model` and `lora_dir` of a request of S-LoRA's. Raises InvalidRequestError."""
     seen = _decode(_slora_decoder, body)
     return seen.model, seen.lora_dir
+
+
+def peek_tokens(body: bytes) -> list[str | None]:
+    """Returns the models that a request about tokens names, one for each of its prompts. Raises InvalidRequestError."""
+    seen = _decode(_tokens_decoder, body)
+    return [seen.model] if seen.prompts is None else [item.model for item in seen.prompts]
 
 
 def _decode(decoder: msgspec.json.Decoder[PeekT], body: bytes) -> PeekT:

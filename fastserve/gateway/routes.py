@@ -95,13 +95,20 @@ router = APIRouter()
 async def list_models(gateway: GatewayDep, request: Request) -> Any:
     """The models that workers serve now, in Anthropic's form with the header `anthropic-version`."""
     await gateway.dispatcher.ensure_fresh()
-    cards = [describe_model(name, gateway.started_at) for name in gateway.dispatcher.model_names()]
+    cards = [_model_card(gateway, name) for name in gateway.dispatcher.model_names()]
     cards += [_adapter_card(gateway, name, adapter) for name, adapter in gateway.dispatcher.adapters().items()]
     return JSONResponse(anthropic_cards(cards)) if is_anthropic(request.scope) else ModelCards(data=cards)
 
 
+def _model_card(gateway: Gateway, name: str) -> Model:
+    return describe_model(name, gateway.started_at, context_length=gateway.dispatcher.context_length(name))
+
+
 def _adapter_card(gateway: Gateway, name: str, adapter: ServedAdapter) -> Model:
-    return describe_model(name, gateway.started_at, parent=adapter.parent, root=adapter.root)
+    context_length = gateway.dispatcher.context_length(adapter.parent)
+    return describe_model(
+        name, gateway.started_at, context_length=context_length, parent=adapter.parent, root=adapter.root
+    )
 
 
 @router.get("/v1/models/{model:path}", response_model=Model)
@@ -115,7 +122,7 @@ async def _find_card(model: str, gateway: Gateway) -> Model:
     await gateway.dispatcher.ensure_fresh()
     dispatcher = gateway.dispatcher
     if model in dispatcher.model_names():
-        return describe_model(model, gateway.started_at)
+        return _model_card(gateway, model)
     adapter = dispatcher.find_adapter(model)
     if adapter is not None:
         return _adapter_card(gateway, *adapter)

@@ -199,6 +199,12 @@ class CachedTable:
         rows = self._rows.items()
         return sorted(a for a, row in rows if self.is_listed(a) and model in row.entry.status.model_names)
 
+    def context_length(self, model: str) -> int | None:
+        """The least of the workers that serve the model; None if none says it."""
+        addresses = {address for pool in self._offers().get(model, {}).values() for address in pool}
+        lengths = (self._rows[address].entry.status.context_length for address in addresses)
+        return min((length for length in lengths if length is not None), default=None)
+
     def is_listed(self, address: str) -> bool:
         """Whether the worker is in the controller's last table."""
         return address in self._rows and address not in self._missing

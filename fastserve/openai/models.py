@@ -32,6 +32,10 @@ class Model(BaseModel):
     root: str
     parent: str | None = None
     permission: list[ModelPermission]
+    max_model_len: int | None = None
+    """Maximum tokens of a prompt and its answer together, by vLLM's name; of several workers the least."""
+    context_length: int | None = None
+    """The same, by another common name."""
     weight_version: str | None = None
     """Version of the weights that compute, where they may change."""
 
@@ -42,7 +46,13 @@ class ModelCards(BaseModel):
 
 
 def describe_model(
-    name: str, created: int, *, parent: str | None = None, root: str | None = None, weight_version: str | None = None
+    name: str,
+    created: int,
+    *,
+    context_length: int | None,
+    parent: str | None = None,
+    root: str | None = None,
+    weight_version: str | None = None,
 ) -> Model:
     """Describe a served model, or an adapter of the model `parent` from `root`. The permission's id is derived from the
     name, so that it is stable.
@@ -55,5 +65,7 @@ def describe_model(
         root=name if root is None else root,
         parent=parent,
         permission=[permission],
+        max_model_len=context_length,
+        context_length=context_length,
         weight_version=weight_version,
     )

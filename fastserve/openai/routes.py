@@ -17,6 +17,7 @@ from fastserve.openai.anthropic import CountTokensRequest, MessagesRequest
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
 from fastserve.openai.slora import GenerateRequest
+from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
 
 ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
 """Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
@@ -39,7 +40,7 @@ class ModelRoute:
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
-    api: Literal["openai", "slora", "anthropic", "ollama"] = "openai"
+    api: Literal["openai", "slora", "anthropic", "ollama", "tokens"] = "openai"
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
@@ -101,8 +102,43 @@ COUNT_TOKENS = replace(
 )
 ANTHROPIC_ROUTES = (MESSAGES, COUNT_TOKENS)
 
-RELAYED_ROUTES = (*MODEL_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
-"""All routes that the API server relays."""
+
+TOKENIZE = ModelRoute(
+    "/tokenize",
+    "completions",
+    TokenizeRequest,
+    "the tokens of a text or a chat: `count`, `max_model_len`, `tokens`",
+    "Split a text or a chat into tokens",
+    contents="count",
+    contents_kind="count",
+    api="tokens",
+    streams=False,
+)
+DETOKENIZE = replace(
+    TOKENIZE,
+    path="/detokenize",
+    request=DetokenizeRequest,
+    answer="the text of tokens: `prompt`, and the same as `content`",
+    summary="Join tokens to a text",
+    contents="prompt",
+    contents_kind="text",
+)
+TOKEN_ROUTES = (TOKENIZE, DETOKENIZE)
+
+TOKEN_CHECK = replace(
+    TOKENIZE,
+    path="/api/v1/token_check",
+    request=TokenCheckRequest,
+    answer="FastChat's answer: `fits`, `tokenCount` and `contextLength` of each of the `prompts`",
+    summary="Say whether prompts fit into the context (FastChat's route)",
+    contents="prompts",
+    contents_kind="objects",
+)
+FASTCHAT_CHAT = replace(CHAT, path="/api/v1/chat/completions", summary="Answer a chat (FastChat's route)")
+FASTCHAT_ROUTES = (TOKEN_CHECK, FASTCHAT_CHAT)
+
+RELAYED_ROUTES = (*MODEL_ROUTES, *TOKEN_ROUTES, *FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
+"""All that the API server relays."""
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:

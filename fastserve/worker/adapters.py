@@ -92,6 +92,13 @@ class ServedAdapters:
             return name
         return None
 
+    def require(self, model: str) -> str:
+        """The same; raises ModelNotFoundError for an unknown one."""
+        adapter = self.resolve(model)
+        if adapter is None:
+            raise self.unknown(model)
+        return adapter
+
     def resolve_source(self, text: str) -> str | None:
         """The adapter that was given as this path or repository id, or has this name; None for an unknown one."""
         for adapter in [*self._named.values(), *self._members.values()]:

@@ -46,6 +46,7 @@ from fastserve.worker import (
     openai_routes,
     rtp_llm_routes,
     slora_routes,
+    token_routes,
     weight_routes,
 )
 from fastserve.worker.adapter_source import Adapter, find_root
@@ -130,6 +131,7 @@ class ModelWorker:
         app.include_router(openai_routes.router)
         for handler in self._setup.handlers:
             app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
+        app.include_router(token_routes.router)
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
         app.include_router(slora_routes.router)
@@ -387,6 +389,7 @@ def _job_settings(setup: WorkerSetup, info: EngineInfo, tokenizer: Tokenizer) ->
         sampling_defaults=read_defaults(setup.model_dir),
         template_timeout_s=config.template_timeout_s,
         stream_interval=config.stream_interval,
+        trusts_request_templates=config.trust_request_chat_template,
         seed=config.seed,
     )
 

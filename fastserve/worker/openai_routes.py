@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from fastserve.openai.answers import JSON
 from fastserve.openai.anthropic import anthropic_cards
-from fastserve.openai.models import ModelCards, describe_model
+from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import CHAT, COMPLETIONS
 from fastserve.serving.error_shapes import is_anthropic
 from fastserve.worker.caller import Caller, caller_of, read_body
@@ -25,17 +25,33 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    runtime = runtime_of(request)
-    names = runtime.jobs.settings.model_names
-    version = runtime.keeper.engine.stats.weight_version
-    cards = [describe_model(name, runtime.started_at, weight_version=version) for name in names]
-    cards += [
-        describe_model(adapter.name, runtime.started_at, parent=names[0], root=adapter.source, weight_version=version)
-        for adapter in runtime.adapters.all()
-    ]
+    found = list(_cards(runtime_of(request)).values())
     if is_anthropic(request.scope):
-        return JSONResponse(anthropic_cards(cards))
-    return Response(ModelCards(data=cards).model_dump_json(), media_type=JSON)
+        return JSONResponse(anthropic_cards(found))
+    cards = ModelCards(data=found)
+    return Response(cards.model_dump_json(), media_type=JSON)
+
+
+@router.get("/v1/models/{model:path}")
+async def model_card(request: Request, model: str) -> Response:
+    runtime = runtime_of(request)
+    adapter = runtime.adapters.require(model)
+    return Response(_cards(runtime)[adapter or model].model_dump_json(), media_type=JSON)
+
+
+def _cards(runtime: Runtime) -> dict[str, Model]:
+    """The models and adapters that are served, by name."""
+    settings = runtime.jobs.settings
+    version = runtime.keeper.engine.stats.weight_version
+    origins: dict[str, dict[str, str]] = {name: {} for name in settings.model_names} | {
+        adapter.name: {"parent": settings.model_names[0], "root": adapter.source} for adapter in runtime.adapters.all()
+    }
+    return {
+        name: describe_model(
+            name, runtime.started_at, context_length=settings.context_length, weight_version=version, **origin
+        )
+        for name, origin in origins.items()
+    }
 
 
 async def chat(request: Request) -> Response:

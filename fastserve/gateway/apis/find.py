@@ -8,5 +8,6 @@ from fastserve.gateway.apis import Api
 from fastserve.gateway.apis.anthropic import ANTHROPIC
 from fastserve.gateway.apis.openai import OPENAI
 from fastserve.gateway.apis.slora import SLORA
+from fastserve.gateway.apis.tokens import TOKENS
 
-APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA, "anthropic": ANTHROPIC}
+APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA, "anthropic": ANTHROPIC, "tokens": TOKENS}

@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from fastserve.errors import InvalidAnswerError, InvalidRequestError, NoWorkerError
+from fastserve.errors import InvalidAnswerError
 from fastserve.gateway.answers import error_alone
 from fastserve.gateway.apis import SERVER_SENT_EVENTS, EventKind
+from fastserve.gateway.apis.only_base import only_base
 from fastserve.gateway.apis.openai import ERROR_STATUSES
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.peek import peek_slora
-from fastserve.observability.text import printable
 from fastserve.openai.answers import slora_failure
 
-_MAX_SHOWN_CHARS = 1000
+_REMEDY = "Give one of them as 'model', or an adapter as 'lora_dir'."
 
 
 class _Token(msgspec.Struct):
@@ -45,7 +45,7 @@ class SLoraApi:
         model, lora_dir = peek_slora(body)
         if lora_dir is not None:
             model = await dispatcher.find_source(lora_dir, model)
-        return model or _only_base(dispatcher), bool(streams)
+        return model or only_base(dispatcher, _REMEDY), bool(streams)
 
     def read_event(self, data: bytes) -> EventKind:
         try:
@@ -64,17 +64,3 @@ class SLoraApi:
 
 
 SLORA = SLoraApi()
-
-
-def _only_base(dispatcher: Dispatcher) -> str:
-    """The base model of a request that names none."""
-    bases = dispatcher.base_models()
-    if not bases:
-        raise NoWorkerError("No worker is known now. Try again in a moment.")
-    if len(bases) > 1:
-        served = printable(", ".join(bases), _MAX_SHOWN_CHARS)
-        raise InvalidRequestError(
-            f"Several models are served: {served}. Give one of them as 'model', or an adapter as 'lora_dir'.",
-            param="model",
-        )
-    return bases[0]
