@@ -63,7 +63,8 @@ class DeepseekV3(Form):
         yield from json_arguments(calls, ("\n```", "```", _END) if fence else (_END,))
         if fence:
             yield from scan.take_space()
-            yield from scan.take(fence)
+            if not (yield from scan.take(fence)):
+                yield from scan.ends_within(fence)
             scan.hold()
 
     def grammar(self, functions: Sequence[Function], mark: Mark, value: Value) -> CallGrammar | None:

@@ -91,6 +91,7 @@ class HarmonyParser(AnswerParser):
                 return False
             calls.begin(recipients[-1])
             yield from json_arguments(calls, _BODY_ENDS)
+            yield from scan.ends_within(*_ENDS)
             scan.release()
             return True
         scan.release()

@@ -1,5 +1,6 @@
 """Answers in every form of calls: shared ones, rendered by each form, and special ones of some."""
 
+# ruff: noqa: RUF001  marks have characters that look like others
 from __future__ import annotations
 
 import json
