@@ -479,6 +479,11 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
     chat_template: str | None = option(
         None, "file with a Jinja chat template to use instead of the model's own", added=True
     )
+    trust_request_chat_template: bool = option(
+        False,
+        "let requests bring a chat template, which is a program: one that never ends holds a thread for good",
+        added=True,
+    )
     embed_in_truncate: bool = option(False, "embeddings: truncate to the context instead of chunking and pooling")
     limit_worker_concurrency: int | None = option(
         None, "maximum number of requests that generate at once; bounded by the KV cache alone if unset", minimum=1

@@ -34,6 +34,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    """Only these are sampled; empty: all."""
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens, none of them empty, that the answer does not contain."""
     seed: int = 0
     min_tokens: int = 0
     """No stop token is sampled before this many tokens."""
@@ -61,6 +65,10 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Lower runs first."""
     adapter: str = ""
     """Name of the LoRA adapter; empty: the bare base model."""
+    cache_salt: str = ""
+    """Only requests with the same one share blocks of the prefix cache."""
+    predicted_ids: list[int] = []
+    """Tokens that the answer is expected to have, as drafts for speculation; they do not change it."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

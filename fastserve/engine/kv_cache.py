@@ -18,6 +18,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = 0
+BlockKey = tuple[int | str, ...]
+"""A block's tokens, after a salt if it is the first of a salted sequence."""
+
+
+def block_key(token_ids: Sequence[int], salt: str, start: int) -> BlockKey:
+    """`start`: position of the first token in its sequence. Later blocks have the salt by their parents."""
+    return (salt, *token_ids) if salt and not start else tuple(token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +44,9 @@ class BlockPool:
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._registered: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        self._registered: dict[tuple[int, BlockKey], tuple[int, int]] = {}
         """(parent, tokens) -> (block id, own number)"""
-        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._key_of: dict[int, tuple[int, BlockKey]] = {}
         self._roots: dict[Hashable, int] = {None: ROOT}
         """Parents of first blocks. They change when the cache is cleared: no lookup then finds blocks registered under
         an old root, including those that running sequences register later."""
@@ -49,16 +56,17 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def match(self, token_ids: Sequence[int], max_tokens: int, root: Hashable = None) -> PrefixMatch:
+    def match(self, token_ids: Sequence[int], max_tokens: int, root: Hashable = None, salt: str = "") -> PrefixMatch:
         """The longest cached prefix of whole blocks within the first `max_tokens` tokens. Does not hold them yet.
 
-        `root`: what keys and values depend on besides the tokens. Each is kept until `drop_roots`."""
+        `root`: what keys and values depend on besides the tokens. Each is kept until `drop_roots`. `salt`: blocks that
+        were registered with another one are not found; unlike a root it is kept with these blocks only."""
         block_ids: list[int] = []
         parent = self._parent_of_first(root)
         if self._prefix_cache:
             size = self.block_size
             for start in range(0, max_tokens - size + 1, size):
-                found = self._registered.get((parent, tuple(token_ids[start : start + size])))
+                found = self._registered.get((parent, block_key(token_ids[start : start + size], salt, start)))
                 if found is None:
                     break
                 block_ids.append(found[0])
@@ -107,7 +115,7 @@ class BlockPool:
                 if block_id not in self._key_of:
                     self._free.move_to_end(block_id, last=False)
 
-    def register(self, block_id: int, parent: int, tokens: tuple[int, ...]) -> int:
+    def register(self, block_id: int, parent: int, tokens: BlockKey) -> int:
         """Register a full, computed block in the prefix cache; return its number, the parent of the next block.
 
         When the same content is registered already (two sequences computed it in parallel), the older block stays

@@ -34,7 +34,7 @@ import msgspec
 
 from fastserve.engine.adapters.manager import Adapter, AdapterManager, Place, root_of
 from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput, SamplingParams
-from fastserve.engine.kv_cache import BlockPool
+from fastserve.engine.kv_cache import BlockPool, block_key
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.scheduling import SchedulingPolicy
 from fastserve.engine.sequence import Sequence, Status
@@ -60,6 +60,10 @@ class Drafting(Protocol):
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
         """Called after a step with the number of sequences that could have had drafts, and (drafts, accepted drafts) of
         those that had some."""
+        ...
+
+    def expect(self, seq_id: int, predicted_ids: list[int], num_prompt_tokens: int) -> None:
+        """Take drafts of a new sequence from its predicted answer first."""
         ...
 
     def forget(self, seq_id: int) -> None: ...
@@ -201,6 +205,8 @@ class Scheduler:
             return RequestOutput(request.request_id, [], finish_reason=reason)
         self._sequences[request.request_id] = sequence
         self._by_id[sequence.seq_id] = sequence
+        if self._drafting is not None and request.predicted_ids:
+            self._drafting.expect(sequence.seq_id, request.predicted_ids, len(request.prompt_ids))
         if self._adapters is not None and adapter is not None:
             sequence.adapter = adapter
             self._adapters.enter(adapter)
@@ -457,7 +463,8 @@ class Scheduler:
                 continue
             is_long = self._is_long(sequence)
             root = is_long if sequence.adapter is None else root_of(sequence.adapter, is_long=is_long)
-            match = self.pool.match(sequence.token_ids, sequence.num_tokens - 1 - sequence.num_unscored, root)
+            salt, max_cached = sequence.request.cache_salt, sequence.num_tokens - 1 - sequence.num_unscored
+            match = self.pool.match(sequence.token_ids, max_cached, root, salt)
             cached = len(match.block_ids) * self.pool.block_size
             count = self._count(sequence, cached, step)
             needed = self._blocks_for(sequence.num_tokens) - len(match.block_ids)
@@ -708,7 +715,8 @@ class Scheduler:
         del sequence.block_ids[needed:]
         size = self.pool.block_size
         for index in range(sequence.num_registered, num_filled // size):
-            tokens = tuple(sequence.token_ids[index * size : (index + 1) * size])
+            start, salt = index * size, sequence.request.cache_salt
+            tokens = block_key(sequence.token_ids[start : start + size], salt, start)
             sequence.parent = self.pool.register(sequence.block_ids[index], sequence.parent, tokens)
             sequence.num_registered = index + 1
 

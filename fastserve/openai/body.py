@@ -25,7 +25,7 @@ from fastserve.serving.json_bounds import check_json_depth, outside_strings
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-LONG_FIELDS = frozenset({"messages", "prompt"})
+LONG_FIELDS = frozenset({"messages", "prompt", "documents", "prediction"})
 """Fields whose size is bounded only by that of the body."""
 _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
@@ -46,7 +46,6 @@ _MAX_EXPLAINED_VALUES = 16_384
 _MAX_INTEGER = 2**64
 _MAX_DIGITS = 4000
 """Maximum digits of an integer; Python itself parses 4,300."""
-_WHOLE_FLOATS = 2**53
 _FLAGS_OF_FIELDS = {
     "stop": "--max-stop-chars",
     "logit_bias": "--max-logit-bias",
@@ -161,6 +160,16 @@ def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) 
 def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
     """Refuse messages and prompts with too many values before parsing them, which cannot be interrupted and takes a
     hundred times as long as counting."""
+    if name not in ("messages", "prompt"):
+        max_values = _VALUES_PER_PART * bounds.max_content_parts
+        shape = _shape(raw, max_values)
+        if shape.num_values > max_values or shape.num_containers > max_values // 2:
+            raise InvalidRequestError(
+                f"Invalid value for '{name}': it has more parts than --max-content-parts allows, which is "
+                f"{bounds.max_content_parts}. Send less in one request.",
+                param=name,
+            )
+        return
     if name == "messages":
         max_values = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
         shape = _shape(raw, max_values)
@@ -338,6 +347,9 @@ def _explain(problem: Mapping[str, Any]) -> InvalidRequestError:
         remedy = f"Give a number {relation} {context[bound]}."
     elif kind == "too_short":
         remedy = f"Give at least {context['min_length']}."
+    elif kind in ("string_too_short", "string_too_long"):
+        bound = context.get("min_length", context.get("max_length"))
+        remedy = f"Give a string of at {'least' if kind == 'string_too_short' else 'most'} {bound} characters."
     elif kind == "literal_error":
         remedy = f"Give one of {context['expected'].replace(chr(39), chr(34))}."
     else:
@@ -351,9 +363,7 @@ def field_error(remedy: str) -> PydanticCustomError:
 
 
 def _integer(value: Any) -> Any:
-    """Accept 5.0 as an integer, since JSON has one type of numbers; refuse strings and booleans."""
-    if isinstance(value, float) and abs(value) <= _WHOLE_FLOATS and value.is_integer():
-        return int(value)
+    """Refuse strings, booleans, and numbers with a point."""
     if isinstance(value, int) and not isinstance(value, bool):
         if abs(value) <= _MAX_INTEGER:
             return value
@@ -382,6 +392,9 @@ def at_most(limit: str, noun: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+MAX_NAME_CHARS = 1024
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+"""A caller's name for something."""
 Integer = Annotated[int, BeforeValidator(_integer)]
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, Field(strict=True)]

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from fastserve.errors import InvalidRequestError, UnsupportedParameterError
-from fastserve.observability.text import printable
+from fastserve.errors import InvalidRequestError
 from fastserve.openai.body import (
     MAX_FIELDS,
     Flag,
     Integer,
+    Name,
     RequestBounds,
     at_most,
     bounds_of,
@@ -20,33 +20,48 @@ from fastserve.openai.body import (
     invalid,
     parse_json,
 )
+from fastserve.openai.content_parts import texts_of_parts
 from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
 from fastserve.openai.parameters import MESSAGE_FIELDS, KnownFields
+from fastserve.openai.prediction import Prediction
+from fastserve.openai.template_fields import TemplateFields
 
-Role = Literal["system", "developer", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 _PART_SEPARATOR = "\n"
 _LISTS = ("content", "tool_calls")
 """Fields of a message that are lists of parts."""
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     role: Role
+    """The chat template gets `developer` as `system`, and `function` as `tool`."""
     content: Any = None
-    """A string, or a list of text parts."""
-    name: str | None = None
+    """A string, or an array of text parts."""
+    name: Name | None = None
+    """Passed to the chat template; of a message of the role `function` the function that answers."""
     tool_call_id: str | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = None
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(TemplateFields, GenerationRequest):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most("max_messages", "messages")]
+    """The chat so far."""
     max_completion_tokens: Integer | None = Field(None, ge=1)
     """The newer name of max_tokens, over which it takes precedence."""
     logprobs: Flag | None = None
+    """Whether the logprobs of the answer's tokens are returned: the model's own, before all that changes them."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """With logprobs: number of likeliest tokens at each place."""
+    prediction: Prediction | None = None
+    """Text that the answer is expected to contain. Its tokens are drafts of speculative decoding: the answer is the
+    same, and comes faster where they are right. Usage tells how many were."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Passed to the chat template."""
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -68,6 +83,9 @@ class ChatRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
+        self.check_template_fields(self.messages[-1].role)
+        if self.prediction is not None and self.num_runs > 1:
+            raise invalid("n", self.num_runs, "With a prediction it may not exceed 1.")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", self.top_logprobs, "It needs logprobs=true.")
 
@@ -82,18 +100,26 @@ class ChatRequest(GenerationRequest):
 
     def template_messages(self, bounds: RequestBounds) -> list[dict[str, Any]]:
         """The messages as chat templates expect them: content as plain text, role `system` for `developer`."""
-        return [_template_message(message, f"messages.{i}", bounds) for i, message in enumerate(self.messages)]
+        return [
+            _template_message(message, f"messages.{i}", bounds, self.model) for i, message in enumerate(self.messages)
+        ]
 
 
-def _template_message(message: ChatMessage, where: str, bounds: RequestBounds) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    if role == "tool" and not message.tool_call_id:
+def _template_message(message: ChatMessage, where: str, bounds: RequestBounds, model: str) -> dict[str, Any]:
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    if message.role == "function" and not message.name:
+        raise InvalidRequestError(
+            f"Missing required field '{where}.name': a function's message names the function.",
+            param=f"{where}.name",
+            code="missing_required_parameter",
+        )
+    if message.role == "tool" and not message.tool_call_id:
         raise InvalidRequestError(
             f"Missing required field '{where}.tool_call_id': a tool's message names the call that it answers.",
             param=f"{where}.tool_call_id",
             code="missing_required_parameter",
         )
-    out: dict[str, Any] = {"role": role, "content": _text(message, f"{where}.content")}
+    out: dict[str, Any] = {"role": role, "content": _text(message, f"{where}.content", model)}
     if message.tool_calls:
         out["tool_calls"] = [
             _tool_call(call, f"{where}.tool_calls.{i}", bounds) for i, call in enumerate(message.tool_calls)
@@ -105,7 +131,7 @@ def _template_message(message: ChatMessage, where: str, bounds: RequestBounds) -
     return out
 
 
-def _text(message: ChatMessage, where: str) -> str | None:
+def _text(message: ChatMessage, where: str, model: str) -> str | None:
     content = message.content
     if isinstance(content, str):
         return content
@@ -115,20 +141,7 @@ def _text(message: ChatMessage, where: str) -> str | None:
         raise invalid(where, None, "Give a string, or an array of text parts.")
     if not isinstance(content, list):
         raise invalid(where, content, "Give a string, or an array of text parts.")
-    texts = []
-    for part in content:
-        # Stops at the first invalid part, as validation stops at the first invalid message.
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
-            texts.append(part[kind])
-        elif isinstance(kind, str) and kind != "text":
-            raise UnsupportedParameterError(
-                f"Content parts of type '{printable(kind, 40)}' are not supported by this model. Send text parts only.",
-                param=where,
-            )
-        else:
-            raise invalid(where, part, 'A text part is {"type": "text", "text": "..."}.')
-    return _PART_SEPARATOR.join(texts)
+    return _PART_SEPARATOR.join(texts_of_parts(content, where, model))
 
 
 def _tool_call(call: dict[str, Any], where: str, bounds: RequestBounds) -> dict[str, Any]:

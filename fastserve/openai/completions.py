@@ -5,25 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from fastserve.openai.body import Flag, Integer, RequestBounds, invalid
+from fastserve.errors import UnsupportedParameterError
+from fastserve.openai.body import Flag, Integer, RequestBounds, invalid, shown
 from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(GenerationRequest):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     prompt: Any
-    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    """A string, an array of strings, an array of token ids, or an array of arrays of token ids."""
     max_tokens: Integer | None = Field(None, ge=0)
     """0: return only the prompt (`echo`) or its log probabilities."""
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Number of likeliest tokens whose logprobs are returned at each place, besides that of the token sampled."""
     echo: Flag | None = None
     """Whether the text begins with the prompt, and the logprobs with those of the prompt's tokens."""
+    suffix: str | None = None
+    """Text after the completion. Refused unless empty: models with tokens for filling in the middle are not known to
+    this server."""
 
     def check(self) -> None:
         super().check()
+        if self.suffix:
+            raise UnsupportedParameterError(
+                f"'suffix' is not supported by this model (given: {shown(self.suffix)}). Write both texts into the "
+                "prompt, with the model's own tokens for filling in the middle, and leave it out.",
+                param="suffix",
+            )
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise invalid("max_tokens", 0, "Give at least 1; 0 is allowed with echo=true or prompt_logprobs only.")
 

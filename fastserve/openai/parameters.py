@@ -51,27 +51,16 @@ def _is_neutral(value: Any, neutral: Iterable[Any]) -> bool:
 
 _WITHOUT_EFFECT = frozenset(
     {
-        "user",
-        "metadata",
-        "store",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
+        "prompt_cache_options",
         "parallel_tool_calls",
-        "spaces_between_special_tokens",  # nor has it one in transformers' fast tokenizers
+        "id_slot",
+        "sse_ping_interval",
     }
 )
 
 _TEXT_FORMAT = {"type": "text"}
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
@@ -81,21 +70,22 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_whitespace_pattern": (),
     "images": ([],),
-    "length_penalty": (1, 1.0),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "prediction": (),
+    "moderation": (),
     "reasoning_effort": ("none",),
     "response_format": (_TEXT_FORMAT,),
-    "service_tier": ("auto", "default"),
+    "repetition_detection": (),
+    "return_progress": (False,),
+    "return_prompt_text": (False,),
+    "samplers": ([],),
     "structured_outputs": (),
-    "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
+    "timings_per_token": (False,),
     "top_a": (0, 0.0),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
     "web_search_options": (),
 }
 
@@ -108,12 +98,10 @@ REQUEST_FIELDS = KnownFields(
     {**_UNSUPPORTED, **dict.fromkeys(_ADAPTER_FIELDS, ("", []))},
     dict.fromkeys(_ADAPTER_FIELDS, "Name the adapter as 'model': NAME or BASE:NAME."),
 )
-STREAM_OPTIONS_FIELDS = KnownFields(
-    "stream_options.", frozenset(), {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
-)
+STREAM_OPTIONS_FIELDS = KnownFields("stream_options.", frozenset(), {})
 MESSAGE_FIELDS = KnownFields(
     "messages.",
-    frozenset({"annotations"}),
+    frozenset({"annotations", "prompt_cache_breakpoint"}),
     # Null or empty in answers, which clients send back unchanged.
     {"audio": (), "function_call": (), "prefix": (False,), "refusal": ("",)},
 )

@@ -25,6 +25,9 @@ from fastserve.observability.text import printable
 from fastserve.text.model_files import read_json, token_text
 
 Message = dict[str, Any]
+NO_VARIABLES: Mapping[str, Any] = {}
+_END_OF_CONTENT = "\u2402end of the final message\u2403"
+"""Stands at the end of a message's content to find it in the rendered prompt."""
 MAX_RENDERED_CHARS = 2**26
 """Maximum length of a rendered prompt, unless the model's context sets a lower one."""
 
@@ -89,16 +92,24 @@ class ChatTemplate:
             except jinja2.TemplateSyntaxError as error:
                 raise StartupError(f"The chat template '{name}' is wrong in line {error.lineno}: {error}.") from error
 
+    def with_source(self, source: str) -> ChatTemplate:
+        """Another template with the same special tokens. Raises StartupError if it cannot be compiled."""
+        return ChatTemplate({"default": source}, self._special_tokens)
+
     def render(
         self,
         messages: Sequence[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = NO_VARIABLES,
         max_chars: int = MAX_RENDERED_CHARS,
         timeout_s: float = 10.0,
     ) -> str:
-        """Render the prompt. `tools`: in OpenAI's format.
+        """Render the prompt. `tools`: in OpenAI's format. `continue_final_message`: end it after the content of the
+        final message. `variables`: further ones for the template.
 
         Raises InvalidRequestError if the template refuses the messages or takes longer than `timeout_s`, and
         RenderedTooLongError if the prompt has more than `max_chars` characters.
@@ -106,15 +117,16 @@ class ChatTemplate:
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         # Many templates fail on an explicit null and expect the key to be missing.
         without_nulls = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        pieces = template.generate(
-            **self._special_tokens,
-            messages=without_nulls,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        )
+        if continue_final_message:
+            last = without_nulls[-1]
+            without_nulls[-1] = last | {"content": (last.get("content") or "") + _END_OF_CONTENT}
+        own = {"messages": without_nulls, "tools": tools, "documents": documents}
         try:
-            return _join(pieces, max_chars, timeout_s)
+            pieces = template.generate(
+                {**self._special_tokens, **variables, **own, "add_generation_prompt": add_generation_prompt}
+            )
+            text = _join(pieces, max_chars, timeout_s)
+            return _up_to_mark(text) if continue_final_message else text
         except FastserveError:
             raise
         # The template comes from the model and the messages from the client: they may raise anything together, and
@@ -125,6 +137,18 @@ class ChatTemplate:
                 f"{printable(str(error) or type(error).__name__)}.",
                 param="messages",
             ) from error
+
+
+def _up_to_mark(text: str) -> str:
+    """What stands before the last mark of the end of the final message."""
+    before, mark, _ = text.rpartition(_END_OF_CONTENT)
+    if not mark:
+        raise InvalidRequestError(
+            "Invalid value for 'continue_final_message': true. The model's chat template does not write the content of "
+            "the final message. Leave it out.",
+            param="continue_final_message",
+        )
+    return before
 
 
 def _join(pieces: Iterable[str], max_chars: int, timeout_s: float) -> str:

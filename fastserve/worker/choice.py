@@ -36,6 +36,8 @@ class OutputOptions:
     interval: int = 1
     """Tokens between two deltas. The first token and the end are sent at once."""
     logprobs: bool = False
+    token_ids: bool = False
+    """Whether deltas have the ids of their tokens."""
     stop_token_logprob: bool = False
     """Whether the logprobs include the stop token."""
     prompt_only: bool = False
@@ -62,6 +64,8 @@ class ChoiceDelta(msgspec.Struct):
     """Sum of the logprobs of the tokens generated so far; 0 if logprobs were not requested from the engine."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """In the first delta, if requested from the engine."""
+    token_ids: list[int] | None = None
+    """Tokens generated since the last delta, including the stop token, if requested."""
     weight_versions: Sequence[str] = ()
     """In the last delta, of an answer that several versions of the weights computed."""
 
@@ -71,7 +75,7 @@ def decode_token(
 ) -> DecodedToken:
     """Decode a token and its alternatives. `max_top`: maximum number of alternatives; None: all."""
     data = tokenizer.token_bytes
-    top = [(data(token_id), max(value, MIN_LOGPROB)) for token_id, value in entry.top[:max_top]]
+    top = [(token_id, data(token_id), max(value, MIN_LOGPROB)) for token_id, value in entry.top[:max_top]]
     return DecodedToken(data(entry.token_id), max(entry.logprob, MIN_LOGPROB), top, text_offset, entry.token_id)
 
 
@@ -101,6 +105,7 @@ class Choice:
         self._logprob_sum = 0.0
         self._num_tokens = 0
         self._num_tokens_at_delta = 0
+        self._token_ids: list[int] = []
         self._cached_tokens = 0
         self._num_decoded_chars = 0
         """Characters that left the detokenizer."""
@@ -125,7 +130,7 @@ class Choice:
         if self._stops.stopped is not None:
             return self._delta("stop")
         if ends_by_token:
-            self._count(1, logprobs[-1:])
+            self._count(ids[-1:], logprobs[-1:])
         if output.finish_reason is not None:
             return self._finish(output.finish_reason, ids[-1:] if ends_by_token else (), logprobs[-1:])
         num_new = self._num_tokens - self._num_tokens_at_delta
@@ -156,15 +161,17 @@ class Choice:
                 return
 
     def _take(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
-        self._count(len(ids), logprobs)
+        self._count(ids, logprobs)
         if self._options.logprobs:
             self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
         self._take_text(self._detokenizer.push(ids))
         if self._options.stops and ids[0] in self._hidden_ids:  # with stop strings, ids is one token
             self._take_hidden(ids[0])
 
-    def _count(self, num_tokens: int, logprobs: Sequence[TokenLogprob]) -> None:
-        self._num_tokens += num_tokens
+    def _count(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
+        self._num_tokens += len(ids)
+        if self._options.token_ids:
+            self._token_ids += ids
         for entry in logprobs:
             self._logprob_sum += max(entry.logprob, MIN_LOGPROB)
 
@@ -194,6 +201,7 @@ class Choice:
         tokens = self._take_passed_tokens(ended=finish_reason is not None) if self._options.logprobs else None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         self._num_tokens_at_delta = self._num_tokens
+        token_ids, self._token_ids = self._token_ids, []
         return ChoiceDelta(
             self._index,
             parts,
@@ -203,6 +211,7 @@ class Choice:
             self._cached_tokens,
             self._logprob_sum,
             prompt_logprobs,
+            token_ids if self._options.token_ids else None,
             () if finish_reason is None or len(self._weight_versions) == 1 else self._weight_versions,
         )
 

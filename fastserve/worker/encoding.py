@@ -11,6 +11,15 @@ from fastserve.text.chat_template import MAX_RENDERED_CHARS
 from fastserve.text.prompt_length import min_num_tokens
 from fastserve.text.tokenizer import Tokenizer
 
+_CUT_CHARS = 4096
+
+
+def cut(ids: list[int], limit: int, *, cuts_end: bool) -> list[int]:
+    """The first or the last `limit` ids."""
+    if len(ids) <= limit:
+        return ids
+    return ids[:limit] if cuts_end else ids[len(ids) - limit :]
+
 
 class PromptEncoder:
     """Thread-safe: it has no state besides the tokenizer."""
@@ -26,10 +35,19 @@ class PromptEncoder:
         per_token = self._tokenizer.max_token_chars
         return MAX_RENDERED_CHARS if per_token is None else min(MAX_RENDERED_CHARS, self._context_length * per_token)
 
-    def encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a prompt. Raises ContextLengthError, or InvalidRequestError if it has no tokens or unknown ones."""
-        self._check_min_tokens(text, param)
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def encode(
+        self, text: str, param: str, *, add_special_tokens: bool, limit: int | None = None, cuts_end: bool = False
+    ) -> list[int]:
+        """Tokenize a prompt, and cut it to `limit` tokens, from its beginning or its end; special tokens that the
+        tokenizer adds before it stay. Raises ContextLengthError, or InvalidRequestError if it has no tokens or unknown
+        ones.
+        """
+        if limit is None:
+            self._check_min_tokens(text, param)
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            limit = min(limit, self._context_length)
+            ids = self._encode_cut(text, limit, add_special_tokens=add_special_tokens, cuts_end=cuts_end)
         if not ids:
             raise invalid(param, "", "It has no tokens; give at least one character.")
         if max(ids) >= self._vocab_size:
@@ -42,6 +60,16 @@ class PromptEncoder:
                 param=param,
             )
         return ids
+
+    def _encode_cut(self, text: str, limit: int, *, add_special_tokens: bool, cuts_end: bool) -> list[int]:
+        per_token = self._tokenizer.max_token_chars
+        # Tokens far from the cut do not depend on the text beyond it, so only a part of a long text is tokenized.
+        max_chars = len(text) if per_token is None else _CUT_CHARS + 2 * limit * per_token
+        text = text[:max_chars] if cuts_end else text[-max_chars:]
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        added = self._tokenizer.encode("", add_special_tokens=True) if add_special_tokens else []
+        num_kept = len(added) if added and ids[: len(added)] == added and len(added) < limit else 0
+        return ids[:num_kept] + cut(ids[num_kept:], limit - num_kept, cuts_end=cuts_end)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Tokenize a prompt that a FastChat client rendered, with a BOS token unless the text begins with one."""

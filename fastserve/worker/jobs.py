@@ -9,23 +9,25 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastserve.engine.contract import SamplingParams
-from fastserve.errors import InvalidRequestError, PermissionDeniedError
+from fastserve.errors import InvalidRequestError, PermissionDeniedError, StartupError, UnsupportedParameterError
 from fastserve.observability.text import printable
-from fastserve.openai.body import RequestBounds
+from fastserve.openai.body import RequestBounds, invalid
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from fastserve.openai.generation import GenerationRequest, check_request, parse_request
+from fastserve.openai.template_fields import final_text
 from fastserve.protocol import CHOICES_HEADER
-from fastserve.text.chat_template import ChatTemplate, RenderedTooLongError
+from fastserve.text.chat_template import MAX_RENDERED_CHARS, ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.adapters import ServedAdapters
+from fastserve.worker.beam_search import BeamSettings
 from fastserve.worker.caller import Caller
 from fastserve.worker.choice import OutputOptions
-from fastserve.worker.encoding import PromptEncoder
+from fastserve.worker.encoding import PromptEncoder, cut
 from fastserve.worker.fingerprint import Fingerprints
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolve
@@ -58,6 +60,15 @@ class AnswerOptions:
     prompt_logprobs: int | None
     fingerprint: str = ""
     """`system_fingerprint` of the answer."""
+    sends_continuous_usage: bool = False
+    sends_obfuscation: bool = False
+    returns_token_ids: bool = False
+    names_tokens_by_id: bool = False
+    """Whether tokens of logprobs are named by their ids."""
+    echoed: str = ""
+    """Text of the final message with which a chat's answer begins."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the request that the answer repeats."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,13 @@ class Job:
     answer: AnswerOptions
     adapter: str = ""
     """Name of the adapter; empty: the bare base model."""
+    cache_salt: str = ""
+    predicted_ids: list[int] | None = None
+    """Tokens of the request's prediction; None: it has none."""
+    max_running: int = 2**31
+    """Runs that the engine gets at once."""
+    beams: BeamSettings | None = None
+    """For a beam search, in place of num_runs independent runs."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -94,7 +112,7 @@ class JobSettings:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_sequences: int
-    """Maximum sequences of one request: its prompts times its runs."""
+    """Sequences of one request that run at once, and maximum runs of one prompt."""
     max_prompt_logprobs: int
     """Maximum log probabilities of prompt tokens in one answer."""
     bounds: RequestBounds
@@ -102,7 +120,9 @@ class JobSettings:
     template_timeout_s: float
     stream_interval: int
     """Tokens between two deltas of a streamed choice."""
-    seed: int | None
+    trusts_request_templates: bool = False
+    """Whether requests may bring a chat template."""
+    seed: int | None = None
     """Seed of requests without one; None: the API server's, else a random one."""
 
 
@@ -147,17 +167,57 @@ class JobMaker:
                 param="messages",
             )
         self._check_size(1, request)
-        # Templates write the special tokens themselves.
-        add_special_tokens = bool(request.add_special_tokens)
-        text = self._render(self._template, request)
-        ids = self.encoder.encode(text, "messages", add_special_tokens=add_special_tokens)
+        messages = request.template_messages(self.settings.bounds)
+        ids = self._encode_chat(self._template, request, messages)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         max_tokens = self.encoder.max_output_tokens(len(ids), "messages")
         if request.token_limit is not None:
             max_tokens = min(request.token_limit, max_tokens)
         self._check_prompt_logprobs(len(ids), request.prompt_logprobs)
         params = self._params(request, max_tokens, self._pick_seed(caller), logprobs, request.prompt_logprobs)
-        return self._job(request, caller, [Prompt(None, ids, params)], logprobs, echo=False, continues_prompt=False)
+        echoed = final_text(messages) if request.echo else ""
+        continues = bool(request.continue_final_message)
+        job = self._job(
+            request, caller, [Prompt(None, ids, params)], logprobs, echoed=echoed, continues_prompt=continues
+        )
+        if request.prediction is None:
+            return job
+        text = request.prediction.text(request.model)
+        predicted_ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        # Ids beyond the model's vocabulary cannot come, and the answer has no more than max_tokens.
+        predicted_ids = [token_id for token_id in predicted_ids if token_id < self.settings.vocab_size]
+        return replace(job, predicted_ids=predicted_ids, output=replace(job.output, token_ids=True))
+
+    def _encode_chat(self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]]) -> list[int]:
+        if request.chat_template is not None:
+            template = self._own_template(template, request.chat_template)
+        # Templates write the special tokens themselves.
+        add_special_tokens = bool(request.add_special_tokens)
+        limit = self._max_prompt_tokens(request, request.token_limit or 1)
+        text = self._render(template, request, messages, is_cut=limit is not None)
+        return self.encoder.encode(
+            text, "messages", add_special_tokens=add_special_tokens, limit=limit, cuts_end=request.cuts_end
+        )
+
+    def _own_template(self, template: ChatTemplate, source: str) -> ChatTemplate:
+        if not self.settings.trusts_request_templates:
+            raise UnsupportedParameterError(
+                "'chat_template' is not allowed here, since templates are programs. Leave it out, or ask whoever runs "
+                "this server to start the worker with --trust-request-chat-template.",
+                param="chat_template",
+            )
+        try:
+            return template.with_source(source)
+        except (StartupError, RecursionError, SyntaxError, ValueError) as error:
+            cause = printable(str(error), 300)
+            raise InvalidRequestError(f"Invalid value for 'chat_template'. {cause}", param="chat_template") from error
+
+    def _max_prompt_tokens(self, request: GenerationRequest, token_limit: int) -> int | None:
+        """Tokens to which the prompt is cut; None: it is not. `token_limit`: maximum tokens of the answer."""
+        limit = request.truncate_prompt_tokens
+        if limit != -1:
+            return limit
+        return max(1, self.settings.context_length - token_limit)
 
     def completion(self, body: bytes, caller: Caller) -> Job:
         """Make a job from the body of a completion request."""
@@ -179,7 +239,7 @@ class JobMaker:
         token_limit = DEFAULT_MAX_TOKENS if request.token_limit is None else max(1, request.token_limit)
         prompts, num_tokens = [], 0
         for prompt in inputs:
-            ids = self._token_ids(prompt, add_special_tokens=request.add_special_tokens is not False)
+            ids = self._token_ids(prompt, request, token_limit)
             num_tokens += len(ids)
             self._check_prompt_logprobs(num_tokens, request.num_prompt_logprobs)
             max_tokens = min(token_limit, self.encoder.max_output_tokens(len(ids), "prompt"))
@@ -188,17 +248,31 @@ class JobMaker:
         echo = bool(request.echo)
         return self._job(request, caller, prompts, request.logprobs, echo=echo, continues_prompt=continues_prompt)
 
-    def _token_ids(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
+    def _token_ids(self, prompt: str | list[int], request: CompletionRequest, token_limit: int) -> list[int]:
+        limit, cuts_end = self._max_prompt_tokens(request, token_limit), request.cuts_end
         if isinstance(prompt, str):
-            return self.encoder.encode(prompt, "prompt", add_special_tokens=add_special_tokens)
-        self.encoder.check_token_ids(prompt, "prompt")
-        return prompt
+            add_special_tokens = request.add_special_tokens is not False
+            return self.encoder.encode(
+                prompt, "prompt", add_special_tokens=add_special_tokens, limit=limit, cuts_end=cuts_end
+            )
+        ids = prompt if limit is None else cut(prompt, limit, cuts_end=cuts_end)
+        self.encoder.check_token_ids(ids, "prompt")
+        return ids
 
-    def _render(self, template: ChatTemplate, request: ChatRequest) -> str:
+    def _render(
+        self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]], *, is_cut: bool
+    ) -> str:
+        variables = dict(request.chat_template_kwargs or {})
+        if request.verbosity is not None:
+            variables.setdefault("verbosity", request.verbosity)
         try:
             return template.render(
-                request.template_messages(self.settings.bounds),
-                max_chars=self.encoder.max_chars,
+                messages,
+                documents=request.documents,
+                add_generation_prompt=request.begins_new_turn(),
+                continue_final_message=bool(request.continue_final_message),
+                variables=variables,
+                max_chars=MAX_RENDERED_CHARS if is_cut else self.encoder.max_chars,
                 timeout_s=self.settings.template_timeout_s,
             )
         except RenderedTooLongError as error:
@@ -220,16 +294,21 @@ class JobMaker:
         return adapter
 
     def _check_size(self, num_prompts: int, request: GenerationRequest) -> None:
-        """Admission counts requests, so one request must not have more sequences than the engine runs at once."""
-        max_sequences = self.settings.max_sequences
+        """A request with more sequences than the engine runs at once has them run one after the other, so their number
+        is bounded by that of prompts."""
+        name = "n" if request.best_of is None else "best_of"
+        if request.num_runs > self.settings.max_sequences:
+            raise invalid(
+                name,
+                request.num_runs,
+                f"This worker runs at most {self.settings.max_sequences} sequences of one prompt (--max-num-seqs).",
+            )
+        max_sequences = max(self.settings.bounds.max_prompts, self.settings.max_sequences)
         if num_prompts * request.num_runs > max_sequences:
-            name = "n" if request.best_of is None else "best_of"
-            value = f"{num_prompts} prompts, {name}={request.num_runs}" if num_prompts > 1 else str(request.num_runs)
-            param = "prompt" if num_prompts > max_sequences else name
             raise InvalidRequestError(
-                f"Invalid value for '{param}': {value}. This worker takes at most {max_sequences} sequences "
-                f"(prompts times {name}) in one request; split the request.",
-                param=param,
+                f"Invalid value for '{name}': {num_prompts} prompts, {name}={request.num_runs}. This worker takes at "
+                f"most {max_sequences} sequences (prompts times {name}) in one request; split the request.",
+                param=name,
             )
 
     def _check_prompt_logprobs(self, num_tokens: int, num_top: int | None) -> None:
@@ -250,7 +329,7 @@ class JobMaker:
         return random.getrandbits(63) & SEED_MASK if seed is None else seed
 
     def _pick_choices(self, request: GenerationRequest, caller: Caller, num_prompts: int) -> tuple[int, ...]:
-        num_choices = num_prompts * request.num_runs
+        num_choices = num_prompts * _num_runs(request)
         choices = caller.read_choices()
         if choices is None:
             return tuple(range(num_choices))
@@ -286,7 +365,18 @@ class JobMaker:
             prompt_logprobs=prompt_logprobs,
             eos_token_ids=self.settings.eos_token_ids,
             vocab_size=self.settings.vocab_size,
+            bad_token_ids=self._bad_token_ids(request.bad_words or ()),
         )
+
+    def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of texts that must not come, in the middle of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+                if ids and max(ids) < self.settings.vocab_size:
+                    found[ids] = None
+        return tuple(found)
 
     def _job(
         self,
@@ -295,17 +385,21 @@ class JobMaker:
         prompts: list[Prompt],
         logprobs: int | None,
         *,
-        echo: bool,
+        echo: bool = False,
+        echoed: str = "",
         continues_prompt: bool,
     ) -> Job:
         self._report_unknown(request.unknown)
+        if request.request_id is not None:
+            caller = replace(caller, request_id=request.request_id)
         adapter = self._adapter_of(request)
         output = OutputOptions(
             stops=request.stop or (),
             skip_special_tokens=request.skip_special_tokens is not False,
             continues_prompt=continues_prompt,
             include_stop=bool(request.include_stop_str_in_output),
-            interval=self.settings.stream_interval if request.stream else _NO_INTERVAL,
+            interval=(request.stream_interval or self.settings.stream_interval) if request.stream else _NO_INTERVAL,
+            token_ids=bool(request.return_token_ids),
             logprobs=logprobs is not None,
             # Clients that score a prompt with max_tokens=1 expect one entry more than the prompt has.
             stop_token_logprob=logprobs is not None and isinstance(request, CompletionRequest),
@@ -319,11 +413,28 @@ class JobMaker:
             echo=echo,
             prompt_logprobs=request.prompt_logprobs,
             fingerprint=self._fingerprints.of(adapter),
+            sends_continuous_usage=request.sends_continuous_usage,
+            sends_obfuscation=request.sends_obfuscation,
+            returns_token_ids=bool(request.return_token_ids),
+            names_tokens_by_id=bool(request.return_tokens_as_token_ids),
+            echoed=echoed,
+            extra={} if request.service_tier is None else {"service_tier": request.service_tier},
         )
         choices = self._pick_choices(request, caller, len(prompts))
         return Job(
-            *(caller, prompts, request.num_runs, request.num_choices, choices),
-            *(output, request.priority or 0, answer, adapter),
+            *(caller, prompts, _num_runs(request), request.num_choices, choices),
+            *(output, request.priority or 0, answer, adapter, request.cache_salt or ""),
+            max_running=self.settings.max_sequences,
+            beams=self._beams(request),
+        )
+
+    def _beams(self, request: GenerationRequest) -> BeamSettings | None:
+        if not request.use_beam_search:
+            return None
+        length_penalty = 1.0 if request.length_penalty is None else request.length_penalty
+        stop_token_ids = () if request.ignore_eos else self.settings.eos_token_ids
+        return BeamSettings(
+            request.num_runs, length_penalty, frozenset((*(request.stop_token_ids or ()), *stop_token_ids))
         )
 
     def _report_unknown(self, names: Sequence[str]) -> None:
@@ -334,3 +445,8 @@ class JobMaker:
                 self._unknown_fields.add(label)
                 logger.warning("request field '%s' is not known and has no effect (logged once)", label)
             self._metrics.unknown_fields.labels(label if label in self._unknown_fields else "other").inc()
+
+
+def _num_runs(request: GenerationRequest) -> int:
+    """Runs of each prompt. A beam search returns the best of its beams itself."""
+    return request.num_choices if request.use_beam_search else request.num_runs

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastserve.engine.contract import TokenLogprob
+from fastserve.engine.speculation.prediction import Prediction
 from fastserve.openai.answers import DecodedToken, Usage
 from fastserve.text.parts import Part
 from fastserve.worker.choice import ChoiceDelta
@@ -25,6 +26,8 @@ class ChoiceResult:
     cached_tokens: int = 0
     logprob_sum: float = 0.0
     prompt_logprobs: list[TokenLogprob] | None = None
+    token_ids: list[int] | None = None
+    """None if they were not requested."""
     weight_versions: Sequence[str] = ()
 
     def add(self, delta: ChoiceDelta) -> None:
@@ -32,6 +35,8 @@ class ChoiceResult:
         if delta.tokens is not None:
             self.tokens = self.tokens or []
             self.tokens += delta.tokens
+        if delta.token_ids is not None:
+            self.token_ids = (self.token_ids or []) + delta.token_ids
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         self.count(delta)
@@ -50,9 +55,15 @@ class ChoiceResult:
         return self.logprob_sum / max(1, self.num_tokens)
 
 
-def weight_versions_of(choice: ChoiceResult) -> dict[str, Any]:
-    """The field of a choice whose tokens several versions of the weights computed."""
-    return {"weight_versions": list(choice.weight_versions)} if choice.weight_versions else {}
+def extra_fields(choice: ChoiceResult | ChoiceDelta, *, has_token_ids: bool) -> dict[str, Any]:
+    """Fields of a choice, or of its part of a stream, that only some have: the ids of its tokens, and the versions of
+    the weights that computed them, if there are several."""
+    fields: dict[str, Any] = {}
+    if has_token_ids:
+        fields["token_ids"] = choice.token_ids
+    if choice.weight_versions:
+        fields["weight_versions"] = list(choice.weight_versions)
+    return fields
 
 
 class JobResult:
@@ -62,12 +73,23 @@ class JobResult:
         self._job = job
         self.runs = [ChoiceResult(index) for index in range(len(job.prompts) * job.num_runs)]
         """All generated choices."""
+        self._prediction = None if job.predicted_ids is None else Prediction(job.predicted_ids, 0)
+        self._answer_ids: list[int] = []
+        """Of the one choice of a job with a prediction."""
 
     def add(self, delta: ChoiceDelta) -> None:
         self.runs[delta.choice].add(delta)
+        self._compare(delta)
 
     def count(self, delta: ChoiceDelta) -> None:
         self.runs[delta.choice].count(delta)
+        self._compare(delta)
+
+    def _compare(self, delta: ChoiceDelta) -> None:
+        """Compare the answer with its prediction."""
+        if self._prediction is not None:
+            self._answer_ids += delta.token_ids or ()
+            self._prediction.follow(self._answer_ids)
 
     @property
     def choices(self) -> list[ChoiceResult]:
@@ -89,4 +111,28 @@ class JobResult:
         # A prompt is computed once for all of its choices, so its tokens and its cached tokens count once.
         firsts = {index // self._job.num_runs: self.runs[index] for index in reversed(self._job.choices)}
         cached = sum(run.cached_tokens for run in firsts.values())
-        return Usage(self._job.prompt_tokens, sum(run.num_tokens for run in self.runs), cached)
+        accepted, rejected = None, None
+        if self._prediction is not None and self._job.predicted_ids is not None:
+            accepted = self._prediction.num_matched
+            rejected = len(self._job.predicted_ids) - accepted
+        num_tokens = sum(run.num_tokens for run in self.runs)
+        return Usage(self._job.prompt_tokens, num_tokens, cached, accepted, rejected)
+
+
+class RunningUsage:
+    """The usage of an answer so far, of which each delta changes a little."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._firsts = {index // job.num_runs: index for index in reversed(job.choices)}
+        self._last: dict[int, ChoiceDelta] = {}
+        self._num_tokens = 0
+        self._num_cached = 0
+
+    def count(self, delta: ChoiceDelta) -> Usage:
+        last = self._last.get(delta.choice)
+        self._last[delta.choice] = delta
+        self._num_tokens += delta.num_tokens - (0 if last is None else last.num_tokens)
+        if self._firsts[delta.choice // self._job.num_runs] == delta.choice:  # as in the usage of the whole answer
+            self._num_cached += delta.cached_tokens - (0 if last is None else last.cached_tokens)
+        return Usage(self._job.prompt_tokens, self._num_tokens, self._num_cached)

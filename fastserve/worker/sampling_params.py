@@ -44,10 +44,11 @@ def resolve(
     prompt_logprobs: int | None,
     eos_token_ids: Iterable[int],
     vocab_size: int,
+    bad_token_ids: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
     """`seed`: for requests without one. Raises InvalidRequestError for ids outside of the vocabulary."""
-    for name, ids in (("stop_token_ids", request.stop_token_ids or ()), ("logit_bias", request.logit_bias or {})):
-        for token_id in ids:
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        for token_id in getattr(request, name) or ():
             if not 0 <= token_id < vocab_size:
                 raise invalid(name, token_id, f"Token ids of this model run from 0 to {vocab_size - 1}.")
     requested = {name: getattr(request, name, None) for name in SamplingParams.__struct_fields__}
@@ -61,6 +62,7 @@ def resolve(
         "stop_token_ids": tuple(dict.fromkeys([*values.get("stop_token_ids", ()), *end_token_ids])),
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "bad_token_ids": bad_token_ids,
     }
     params = SamplingParams(**values)
     if params.temperature < _GREEDY_TEMPERATURE or params.top_p < _GREEDY_TOP_P or params.top_k == 1:

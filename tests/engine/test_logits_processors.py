@@ -16,6 +16,8 @@ from fastserve.engine.contract import EngineRequest, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.devices.device import Arrays
 from fastserve.engine.sampling import batch as batch_module
+from fastserve.engine.sampling.allowed_tokens import AllowedTokens
+from fastserve.engine.sampling.bad_words import BadWords
 from fastserve.engine.sampling.history import TokenCounts
 from fastserve.engine.sampling.logit_bias import LogitBias
 from fastserve.engine.sampling.min_p import MinP
@@ -42,6 +44,13 @@ LENGTH = 40
 """max_tokens of the examples."""
 EXAMPLES: dict[type[LogitsProcessor], list[SamplingParams]] = {
     LogitBias: [SamplingParams(LENGTH, logit_bias={3: 5.0, 9: -100.0}), SamplingParams(LENGTH, logit_bias={0: 1.0})],
+    AllowedTokens: [
+        SamplingParams(LENGTH, allowed_token_ids=(5,)), SamplingParams(LENGTH, allowed_token_ids=tuple(range(20, 45))),
+    ],
+    BadWords: [
+        SamplingParams(LENGTH, bad_token_ids=((4,), (9,))),
+        SamplingParams(LENGTH, bad_token_ids=((7,), (1, 2), (2, 3, 3), (8, 7))),
+    ],
     MinTokens: [SamplingParams(LENGTH, min_tokens=30, stop_token_ids=(2, 7))],
     RepetitionPenalty: [
         SamplingParams(LENGTH, repetition_penalty=1.3), SamplingParams(LENGTH, repetition_penalty=0.8),

@@ -162,6 +162,9 @@ class Guesser:
                 self.known.add(sequence.seq_id)
         return drafts
 
+    def expect(self, seq_id: int, predicted_ids: list[int], num_prompt_tokens: int) -> None:
+        pass
+
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
         assert len(tried) <= num_sequences
         assert set(tried) <= self.known, "nothing is to be learnt of sequences that ended"

@@ -31,6 +31,9 @@ class RandomProposer:
     def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
         return [self._rng.randrange(160) for _ in range(self._rng.randint(0, max_drafts))]
 
+    def expect(self, seq_id: int, predicted_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        pass
+
     def forget(self, seq_id: int) -> None:
         pass
 

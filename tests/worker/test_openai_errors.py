@@ -69,6 +69,41 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": HELLO}
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", "text part"),
         ({"messages": None}, "messages", "array"),
         ({"model": None}, "model", "string"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.name", "names the function"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages.0.name", "string"),
+        ({"add_generation_prompt": 1}, "add_generation_prompt", "true or false"),
+        ({"continue_final_message": True}, "continue_final_message", "role user"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "leave it out here"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs", "object"),
+        ({"documents": [1]}, "documents.0", "object"),
+        ({"documents": [{}] * 5000}, "documents", "4096"),
+        ({"prediction": {"type": "content"}}, "prediction.content", "Missing"),
+        ({"prediction": {"type": "content", "content": 5}}, "prediction.content", "string"),
+        ({"prediction": {"type": "content", "content": "x"}, "n": 2}, "n", "prediction"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-1"),
+        ({"truncation_side": "middle"}, "truncation_side", "left"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids", "run from 0"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids", "integers"),
+        ({"allowed_token_ids": [1] * 4097}, "allowed_token_ids", "--max-logit-bias"),
+        ({"bad_words": "x"}, "bad_words", "array"),
+        ({"bad_words": ["x"] * 129}, "bad_words", "128"),
+        ({"bad_words": [" "]}, "bad_words", "blanks"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1"),
+        ({"cache_salt": "x" * 1025}, "cache_salt", "at most 1024"),
+        ({"request_id": "a\nb"}, "request_id", "letters"),
+        ({"service_tier": "gold"}, "service_tier", "flex"),
+        ({"verbosity": "loud"}, "verbosity", "low"),
+        ({"metadata": {"a": 1}}, "metadata.a", "string"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "16"),
+        ({"store": "yes"}, "store", "true or false"),
+        ({"user": 1}, "user", "string"),
+        ({"stream_interval": 0}, "stream_interval", "1"),
+        ({"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation", "true"),
+        ({"use_beam_search": True, "stream": True}, "stream", "use_beam_search"),
+        ({"use_beam_search": True, "top_p": 0.5}, "top_p", "use_beam_search"),
+        ({"length_penalty": 11}, "length_penalty", "10"),
     ],
 )
 async def test_errors_name_field_value_and_remedy(
@@ -92,23 +127,18 @@ async def test_errors_name_field_value_and_remedy(
         ("chat", {"audio": {"voice": "x"}}, "audio"),
         ("chat", {"modalities": ["text", "audio"]}, "modalities"),
         ("chat", {"web_search_options": {}}, "web_search_options"),
-        ("chat", {"prediction": {"type": "content"}}, "prediction"),
-        ("chat", {"service_tier": "flex"}, "service_tier"),
+        ("chat", {"moderation": {"model": "x"}}, "moderation"),
+        ("chat", {"chat_template": "x"}, "chat_template"),
+        ("chat", {"prediction": {"type": "content", "content": [{"type": "file"}]}}, "prediction.content"),
         ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("chat", {"guided_json": {}}, "guided_json"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-        (
-            "chat",
-            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-            "stream_options.continuous_usage_stats",
-        ),
         (
             "chat",
             {"messages": [*HELLO, {"role": "assistant", "function_call": {"name": "f"}}]},
             "messages.1.function_call",
         ),
         ("text", {"suffix": "x"}, "suffix"),
-        ("text", {"use_beam_search": True}, "use_beam_search"),
     ],
 )
 async def test_unsupported_fields_are_refused_by_name(
@@ -119,7 +149,7 @@ async def test_unsupported_fields_are_refused_by_name(
     else:
         status, answer = await shared.post("/v1/completions", {"model": MODEL, "prompt": "x"} | changes)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", param)
-    assert f"'{param}'" in answer["error"]["message"] or "image_url" in answer["error"]["message"]
+    assert f"'{param}'" in answer["error"]["message"] or "Content parts of type" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"echo": False}, {"stream": True}])

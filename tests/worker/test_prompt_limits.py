@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from fastserve.engine.contract import EngineRequest, RequestStream
 from fastserve.engine.fake import FakeOptions
 from fastserve.text.fast_tokenizer import FastTokenizer
 from fastserve.text.tokenizer import Tokenizer
@@ -47,26 +50,49 @@ async def test_end_tokens_that_the_model_does_not_have_are_left_out(run_worker: 
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "param"),
+    ("path", "body", "param", "words"),
     [
-        ("/v1/completions", {"prompt": ["a"] * 9}, "prompt"),
-        ("/v1/completions", {"prompt": [[5]] * 3, "n": 3}, "n"),
-        ("/v1/completions", {"prompt": [[5]] * 3, "n": 2, "best_of": 3}, "best_of"),
-        ("/v1/completions", {"prompt": "a", "best_of": 9}, "best_of"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 9}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 33}, "prompt", "at most 32"),
+        ("/v1/completions", {"prompt": [[5]] * 11, "n": 3}, "n", "at most 32 sequences"),
+        ("/v1/completions", {"prompt": [[5]] * 11, "n": 2, "best_of": 3}, "best_of", "at most 32 sequences"),
+        ("/v1/completions", {"prompt": "a", "best_of": 9}, "best_of", "at most 8 sequences"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 9}, "n", "at most 8 sequences"),
     ],
 )
-async def test_one_request_brings_no_more_sequences_than_run_at_once(
-    run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str
+async def test_the_sequences_of_one_request_are_bounded(
+    run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str, words: str
 ) -> None:
-    async with run_worker(max_num_seqs=8) as running:
-        assert (await running.post("/v1/completions", {"model": MODEL, "prompt": ["a", "b"], "n": 4}))[0] == 200
+    async with run_worker(max_num_seqs=8, max_prompts=32) as running:
         monkeypatch.delattr(FastTokenizer, "encode")  # nothing is encoded before the check
         status, answer = await running.post(path, {"model": MODEL} | body)
         assert (status, answer["error"]["param"]) == (400, param)
-        assert "at most 8 sequences" in answer["error"]["message"]
-        assert "split the request" in answer["error"]["message"]
-        assert len(running.engine.requests) == 8
+        assert words in answer["error"]["message"]
+        assert not running.engine.requests
+
+
+async def test_many_prompts_run_a_few_at_a_time(run_worker: RunWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with run_worker(max_num_seqs=8, max_prompts=32) as running:
+        generate, now, most = running.engine.generate, 0, 0
+
+        @contextlib.contextmanager
+        def counting(request: EngineRequest) -> Iterator[RequestStream]:
+            nonlocal now, most
+            now += 1
+            most = max(most, now)
+            try:
+                with generate(request) as stream:
+                    yield stream
+            finally:
+                now -= 1
+
+        monkeypatch.setattr(running.engine, "generate", counting)
+        prompts = [f"prompt number {index}" for index in range(30)]
+        answer = await running.openai.completions.create(model=MODEL, prompt=prompts)
+        assert [choice.text for choice in answer.choices] == prompts
+        assert [choice.index for choice in answer.choices] == list(range(30))
+        assert (now, most) == (0, 8)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == sum(len(request.prompt_ids) for request in running.engine.requests)
 
 
 async def test_long_bodies_are_read_and_encoded_off_the_loop(

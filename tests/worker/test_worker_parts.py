@@ -109,12 +109,16 @@ def test_a_parameter_comes_from_the_request_then_the_model_then_the_default(name
 
 
 def test_every_sampling_parameter_of_a_request_reaches_the_engine() -> None:
-    assert set(SamplingParams.__struct_fields__) <= CompletionRequest.model_fields.keys(), "they go by their names"
+    made_of_others = {"bad_token_ids", "grammar"}
+    by_name = set(SamplingParams.__struct_fields__) - made_of_others
+    assert by_name <= CompletionRequest.model_fields.keys(), "they go by their names"
     fields = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.5,
         "presence_penalty": 0.25, "frequency_penalty": -0.5, "seed": 3, "min_tokens": 2,
+        "allowed_token_ids": (4, 7),
     }  # fmt: skip
-    params = resolved(fields | {"logit_bias": {"4": 1}, "stop_token_ids": [9, 5]}, {}, (5, 6))
+    asked = fields | {"allowed_token_ids": [4, 7]}
+    params = resolved(asked | {"logit_bias": {"4": 1}, "stop_token_ids": [9, 5]}, {}, (5, 6))
     assert {name: getattr(params, name) for name in fields} == fields
     assert (params.logit_bias, params.stop_token_ids) == ({4: 1.0}, (9, 5, 6))
     assert resolved({"min_tokens": 20}, {}).min_tokens == 8, "no more than there will be"

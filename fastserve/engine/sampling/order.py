@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastserve.engine.contract import SamplingParams
+from fastserve.engine.sampling.allowed_tokens import AllowedTokens
+from fastserve.engine.sampling.bad_words import BadWords
 from fastserve.engine.sampling.logit_bias import LogitBias
 from fastserve.engine.sampling.min_p import MinP
 from fastserve.engine.sampling.min_tokens import MinTokens
@@ -20,6 +22,8 @@ from fastserve.engine.sampling.typical_p import TypicalP
 
 LOGITS_PROCESSORS: tuple[LogitsProcessor, ...] = (
     LogitBias(),
+    AllowedTokens(),
+    BadWords(),
     MinTokens(),
     RepetitionPenalty(),
     OutputPenalties(),

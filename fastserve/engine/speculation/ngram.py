@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastserve.engine.speculation.prediction import Prediction
+
 _MAX_VISITS = 8
 _MAX_MATCH = 16
 """Tokens compared at each position; a longer match is no better."""
@@ -69,8 +71,15 @@ class NgramProposer:
 
     def __init__(self) -> None:
         self._indices: dict[int, PairIndex] = {}
+        self._predictions: dict[int, Prediction] = {}
+
+    def expect(self, seq_id: int, predicted_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        self._predictions[seq_id] = Prediction(predicted_ids, num_prompt_tokens)
 
     def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        prediction = self._predictions.get(seq_id)
+        if prediction is not None and (drafts := prediction.drafts(token_ids, max_drafts)):
+            return drafts
         if len(token_ids) < 3:
             return []
         index = self._indices.get(seq_id)
@@ -89,3 +98,4 @@ class NgramProposer:
 
     def forget(self, seq_id: int) -> None:
         self._indices.pop(seq_id, None)
+        self._predictions.pop(seq_id, None)

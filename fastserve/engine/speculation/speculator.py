@@ -19,6 +19,10 @@ class Proposer(Protocol):
         """
         ...
 
+    def expect(self, seq_id: int, predicted_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Take note of a new sequence's predicted answer."""
+        ...
+
     def forget(self, seq_id: int) -> None:
         """Drop the state of a sequence. Unknown ones are ignored."""
         ...
@@ -29,6 +33,9 @@ class PlaceholderProposer:
 
     def propose(self, seq_id: int, token_ids: Sequence[int], max_drafts: int) -> list[int]:
         return [DRAFT_PLACEHOLDER] * max_drafts
+
+    def expect(self, seq_id: int, predicted_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        pass  # the draft model's tokens are used
 
     def forget(self, seq_id: int) -> None:
         pass
@@ -115,6 +122,9 @@ class Speculator:
         self._draft_budget.learn(num_sequences, tried)
         self.draft_tokens += sum(drafts for drafts, _ in tried.values())
         self.accepted_tokens += sum(accepted for _, accepted in tried.values())
+
+    def expect(self, seq_id: int, predicted_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        self._proposer.expect(seq_id, predicted_ids, num_prompt_tokens)
 
     def forget(self, seq_id: int) -> None:
         self._proposer.forget(seq_id)

@@ -10,13 +10,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastserve.errors import FastserveError
-from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, DecodedToken, Usage, encode_json
+from fastserve.openai.answers import (
+    KEEP_ALIVE,
+    ChunkStream,
+    DecodedToken,
+    Usage,
+    encode_json,
+    token_id_name,
+    token_text,
+)
 from fastserve.text.parts import Part, ReasoningPart, TextPart, ToolCallPart
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.prompts import logprobs_by_id
-from fastserve.worker.results import ChoiceResult, JobResult, weight_versions_of
+from fastserve.worker.results import ChoiceResult, JobResult, RunningUsage, extra_fields
 
 Fields = dict[str, Any]
 
@@ -44,7 +52,6 @@ CHAT_FIELDS: Mapping[type[Part], Callable[[Any], Fields]] = {
     ReasoningPart: _reasoning_fields,
     ToolCallPart: _tool_call_fields,
 }
-_ROLE: Fields = {"role": "assistant", "content": ""}
 _NO_CONTENT: Fields = {"content": ""}
 
 
@@ -63,8 +70,14 @@ class ChatWriter:
         self._tokenizer = tokenizer
         self._fields = fields
         self._begun: set[int] = set()
-        head = self._head("chat.completion.chunk")
-        self._chunks = ChunkStream(head, "delta", include_usage=job.answer.include_usage)
+        options = job.answer
+        self._usage = RunningUsage(job) if options.sends_continuous_usage else None
+        self._chunks = ChunkStream(
+            self._head("chat.completion.chunk"),
+            "delta",
+            include_usage=options.include_usage,
+            obfuscates=options.sends_obfuscation,
+        )
 
     def _head(self, kind: str) -> Fields:
         return {
@@ -73,13 +86,16 @@ class ChatWriter:
             "created": self._created,
             "model": self._job.answer.model,
             "system_fingerprint": self._job.answer.fingerprint,
+            **self._job.answer.extra,
         }
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
         return b"".join(map(self._write_delta, deltas))
 
     def _write_delta(self, delta: ChoiceDelta) -> bytes:
-        index, chunk = delta.choice, self._chunks.chunk
+        index, options = delta.choice, self._job.answer
+        more: Fields = {} if self._usage is None else {"usage": self._usage.count(delta).as_dict()}
+        fields = extra_fields(delta, has_token_ids=options.returns_token_ids)
         pieces = [self._fields[type(part)](part) for part in delta.parts]
         # Tokens without a part yet also get a chunk: it shows the client that the answer goes on.
         if not pieces and (delta.finish_reason is None or delta.tokens):
@@ -88,14 +104,18 @@ class ChatWriter:
         out = b""
         if index not in self._begun:
             self._begun.add(index)
-            out = chunk(index, encode_json(_ROLE))
+            role: Fields = {"role": "assistant", "content": options.echoed}
+            prompt = {"prompt_token_ids": self._job.prompts[0].token_ids} if options.returns_token_ids else {}
+            out = self._chunks.chunk(index, encode_json(role), more=more | prompt)
+        last_fields = fields if not pieces else {name: value for name, value in fields.items() if name != "token_ids"}
         for piece in pieces:
-            out += chunk(index, encode_json(piece), encode_json(chat_logprobs(tokens)) if tokens else b"null")
+            logprobs = encode_json(chat_logprobs(tokens, by_id=options.names_tokens_by_id)) if tokens else b"null"
+            own = {"token_ids": fields.pop("token_ids")} if "token_ids" in fields else {}
+            out += self._chunks.chunk(index, encode_json(piece), logprobs, more_of_choice=own, more=more)
             tokens = None
         if delta.finish_reason is not None:
-            out += chunk(
-                index, b"{}", finish_reason=encode_json(delta.finish_reason), weight_versions=delta.weight_versions
-            )
+            reason = encode_json(delta.finish_reason)
+            out += self._chunks.chunk(index, b"{}", finish_reason=reason, more_of_choice=last_fields, more=more)
         return out
 
     def end(self, usage: Usage) -> bytes:
@@ -111,23 +131,29 @@ class ChatWriter:
             "choices": [self._choice(choice) for choice in choices],
             "usage": result.usage.as_dict(),
         }
+        if self._job.answer.returns_token_ids:
+            body["prompt_token_ids"] = self._job.prompts[0].token_ids
         if num_top is not None:  # vLLM's field, beside the choices
             body["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choices[0].prompt_logprobs or [], num_top)
         return encode_json(body)
 
     def _choice(self, choice: ChoiceResult) -> Fields:
-        fields = {
+        options = self._job.answer
+        parts = (self._fields[type(part)](part) for part in choice.parts)
+        return {
             "index": choice.index,
-            "message": fold_deltas(self._fields[type(part)](part) for part in choice.parts),
-            "logprobs": None if choice.tokens is None else chat_logprobs(choice.tokens),
+            "message": fold_deltas(parts, options.echoed),
+            "logprobs": None
+            if choice.tokens is None
+            else chat_logprobs(choice.tokens, by_id=options.names_tokens_by_id),
             "finish_reason": choice.finish_reason,
+            **extra_fields(choice, has_token_ids=options.returns_token_ids),
         }
-        return fields | weight_versions_of(choice)
 
 
-def fold_deltas(deltas: Iterable[Fields]) -> Fields:
-    """Merge the deltas of a stream into a message, as OpenAI's clients do."""
-    message: Fields = {**_ROLE, "refusal": None}
+def fold_deltas(deltas: Iterable[Fields], content: str = "") -> Fields:
+    """Merge the deltas of a stream into a message, as OpenAI's clients do. `content`: that of its first chunk."""
+    message: Fields = {"role": "assistant", "content": content, "refusal": None}
     for delta in deltas:
         _merge(message, delta)
     return message
@@ -151,18 +177,20 @@ def _merge(target: Fields, delta: Fields) -> None:
             target[name] = value
 
 
-def chat_logprobs(tokens: Sequence[DecodedToken]) -> Fields:
+def chat_logprobs(tokens: Sequence[DecodedToken], *, by_id: bool = False) -> Fields:
+    """`by_id`: whether tokens are named by their ids instead of their texts."""
+
+    def written(token_id: int, data: bytes, logprob: float | None) -> Fields:
+        name = token_id_name(token_id) if by_id else token_text(data)
+        return {"token": name, "logprob": logprob, "bytes": list(data)}
+
     return {
         "content": [
             {
-                **_token(token.data, token.logprob),
-                "top_logprobs": [_token(data, logprob) for data, logprob in token.top],
+                **written(token.token_id, token.data, token.logprob),
+                "top_logprobs": [written(*entry) for entry in token.top],
             }
             for token in tokens
         ],
         "refusal": None,
     }
-
-
-def _token(data: bytes, logprob: float | None) -> Fields:
-    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}

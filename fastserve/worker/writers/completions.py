@@ -6,13 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastserve.errors import FastserveError
-from fastserve.openai.answers import KEEP_ALIVE, ChunkStream, DecodedToken, Usage, encode_json
+from fastserve.openai.answers import (
+    KEEP_ALIVE,
+    NO_FIELDS,
+    ChunkStream,
+    DecodedToken,
+    Usage,
+    encode_json,
+    token_id_name,
+    token_text,
+)
 from fastserve.text.parts import plain_text
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.prompts import Echo, logprobs_by_id
-from fastserve.worker.results import ChoiceResult, JobResult, weight_versions_of
+from fastserve.worker.results import ChoiceResult, JobResult, RunningUsage, extra_fields
 
 
 class CompletionWriter:
@@ -30,7 +39,10 @@ class CompletionWriter:
             else [None] * len(job.prompts)
         )
         self._begun: set[int] = set()
-        self._chunks = ChunkStream(self._head(), "text", include_usage=options.include_usage)
+        self._usage = RunningUsage(job) if options.sends_continuous_usage else None
+        self._chunks = ChunkStream(
+            self._head(), "text", include_usage=options.include_usage, obfuscates=options.sends_obfuscation
+        )
 
     def _head(self) -> dict[str, Any]:
         return {
@@ -39,6 +51,7 @@ class CompletionWriter:
             "created": self._created,
             "model": self._job.answer.model,
             "system_fingerprint": self._job.answer.fingerprint,
+            **self._job.answer.extra,
         }
 
     def write(self, deltas: Sequence[ChoiceDelta]) -> bytes:
@@ -46,20 +59,28 @@ class CompletionWriter:
 
     def _write_delta(self, delta: ChoiceDelta) -> bytes:
         index, text, tokens = delta.choice, plain_text(delta.parts), delta.tokens
+        options, is_first = self._job.answer, index not in self._begun
+        self._begun.add(index)
         echo = self._echoes[index // self._job.num_choices]
         if echo is not None:
-            if index not in self._begun:
-                self._begun.add(index)
+            if is_first:
                 text, tokens = echo.prepend(text, tokens, delta.prompt_logprobs)
             elif tokens:
                 tokens = echo.shift(tokens)
+        fields = extra_fields(delta, has_token_ids=options.returns_token_ids)
+        if is_first and options.returns_token_ids:
+            fields["prompt_token_ids"] = self._prompt_ids(index)
         return self._chunks.chunk(
             index,
             encode_json(text),
-            encode_json(completion_logprobs(tokens)) if tokens else b"null",
+            encode_json(completion_logprobs(tokens, by_id=options.names_tokens_by_id)) if tokens else b"null",
             encode_json(delta.finish_reason),
-            delta.weight_versions,
+            fields,
+            NO_FIELDS if self._usage is None else {"usage": self._usage.count(delta).as_dict()},
         )
+
+    def _prompt_ids(self, index: int) -> list[int]:
+        return self._job.prompts[index // self._job.num_choices].token_ids
 
     def end(self, usage: Usage) -> bytes:
         return self._chunks.end(usage)
@@ -75,32 +96,39 @@ class CompletionWriter:
         return encode_json(body)
 
     def _choice(self, choice: ChoiceResult) -> dict[str, Any]:
-        text, tokens = plain_text(choice.parts), choice.tokens
+        text, tokens, options = plain_text(choice.parts), choice.tokens, self._job.answer
         echo = self._echoes[choice.index // self._job.num_choices]
         if echo is not None:
             text, tokens = echo.prepend(text, tokens, choice.prompt_logprobs)
         fields = {
             "index": choice.index,
             "text": text,
-            "logprobs": None if tokens is None else completion_logprobs(tokens),
+            "logprobs": None if tokens is None else completion_logprobs(tokens, by_id=options.names_tokens_by_id),
             "finish_reason": choice.finish_reason,
+            **extra_fields(choice, has_token_ids=options.returns_token_ids),
         }
-        num_top = self._job.answer.prompt_logprobs
+        if options.returns_token_ids:
+            fields["prompt_token_ids"] = self._prompt_ids(choice.index)
+        num_top = options.prompt_logprobs
         if num_top is not None:  # vLLM's field
             fields["prompt_logprobs"] = logprobs_by_id(self._tokenizer, choice.prompt_logprobs or [], num_top)
-        return fields | weight_versions_of(choice)
+        return fields
 
 
-def completion_logprobs(tokens: Sequence[DecodedToken]) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[DecodedToken], *, by_id: bool = False) -> dict[str, Any]:
+    """`by_id`: whether tokens are named by their ids instead of their texts."""
     return {
-        "tokens": [token.text for token in tokens],
+        "tokens": [token_id_name(token.token_id) if by_id else token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_top_logprobs(token) for token in tokens],
+        "top_logprobs": [_top_logprobs(token, by_id=by_id) for token in tokens],
         "text_offset": [token.text_offset for token in tokens],
     }
 
 
-def _top_logprobs(token: DecodedToken) -> dict[str, float] | None:
+def _top_logprobs(token: DecodedToken, *, by_id: bool) -> dict[str, float] | None:
     if token.logprob is None:
         return None
-    return {data.decode(errors="replace"): logprob for data, logprob in [*token.top, (token.data, token.logprob)]}
+    return {
+        token_id_name(token_id) if by_id else token_text(data): logprob
+        for token_id, data, logprob in [*token.top, (token.token_id, token.data, token.logprob)]
+    }
