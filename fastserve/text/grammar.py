@@ -1,0 +1,130 @@
+"""Grammars of answers, in llguidance's dialect of Lark, the one form in which an engine gets them.
+
+Response formats, forms of tool calls and reasoning are all written as such a text. Its rules are those of
+llguidance's syntax.md: `start` is the whole answer, `%json {...}` a value of a JSON schema, `%lark {...}` another
+grammar, `/.../` a regular expression of Rust's crate, `<[7]>` the token 7.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from fastserve.text.tokenizer import Tokenizer
+
+_MAX_WHITESPACE_CHARS = 40
+DEFAULT_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,%d}" % _MAX_WHITESPACE_CHARS
+"""Whitespace between two tokens of JSON. Bounded, because small models may never end it."""
+ANY_JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
+_OPTIONS = "x-guidance"
+"""Field of a schema with llguidance's options, among them one to ignore keywords that it does not know."""
+_AFTER_REASONING = r"/[ \t\r\n]{0,4}/"
+
+
+def json_value(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None = None) -> str:
+    """Lark expression for a value of a JSON schema, to be used in a rule.
+
+    `whitespace_pattern`: regular expression of the whitespace between two tokens of JSON; empty: none.
+    """
+    options: dict[str, Any] = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": DEFAULT_WHITESPACE}
+    if whitespace_pattern is not None:
+        options["whitespace_pattern"] = whitespace_pattern
+    if whitespace_pattern == "":
+        options = {"lenient": False, "whitespace_flexible": False}
+    plain = {} if schema is True else {"not": {}} if schema is False else dict(schema)
+    return "%json " + json.dumps({**plain, _OPTIONS: options})
+
+
+def of_json_schema(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None = None) -> str:
+    """The grammar of a value of a JSON schema."""
+    return f"start: {json_value(schema, whitespace_pattern)}\n"
+
+
+def of_regex(pattern: str) -> str:
+    """The grammar of a text that matches a regular expression as a whole. `\\d` is a digit of ASCII."""
+    return f"start: /{regex_to_lark(pattern, 'd')}/\n"
+
+
+def of_choices(choices: Iterable[str]) -> str:
+    """The grammar of one of some texts."""
+    return "start: " + " | ".join(map(literal, choices)) + "\n"
+
+
+def of_grammar(text: str) -> str:
+    """The grammar that is written in Lark (it has `start:` or `%llguidance`) or in llama.cpp's GBNF.
+
+    Raises ValueError if GBNF cannot be read.
+    """
+    try:
+        return str(any_to_lark(text))
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    except Exception as error:  # the converter raises nothing narrower
+        raise ValueError(str(error)) from error
+
+
+def literal(text: str) -> str:
+    """Lark expression for a text, which may be made of any tokens but special ones."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def mark(text: str, tokenizer: Tokenizer) -> str:
+    """Lark expression for a mark such as `</think>`: its token if the tokenizer has one that is special, or else its
+    text."""
+    token_id = single_token(text, tokenizer)
+    return f"<[{token_id}]>" if token_id in tokenizer.special_ids else literal(text)
+
+
+def single_token(text: str, tokenizer: Tokenizer) -> int | None:
+    """The token that alone is this text; None if it takes several."""
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return token_ids[0] if len(token_ids) == 1 else None
+
+
+def nested(grammar: str) -> str:
+    """Lark expression for a whole grammar, to be used in a rule of another one."""
+    return f"%lark {{\n{grammar}\n}}"
+
+
+def after_reasoning(
+    grammar: str,
+    tokenizer: Tokenizer,
+    *,
+    begin: str,
+    end: str,
+    is_open: bool,
+    is_required: bool = False,
+    max_tokens: int | None = None,
+) -> str:
+    """The grammar of an answer that follows reasoning: `begin`, any text, `end`, a few blanks, then `grammar`.
+
+    `is_open`: the prompt ends within the reasoning, so `begin` is not part of the answer. `is_required`: whether an
+    answer that is not within reasoning must begin with it. `max_tokens`: tokens of the reasoning, after which `end` is
+    forced; it needs an `end` that is one token. Raises ValueError if it is not.
+    """
+    end_token = single_token(end, tokenizer)
+    if end_token is not None:
+        attributes = "" if max_tokens is None else f"[max_tokens={max_tokens}]"
+        text = regex_to_lark(_escaped(end), "")
+        thought = f"thought{attributes}: THOUGHT\nTHOUGHT: /(?s:.*)/ & ~/(?s:.*){text}(?s:.*)/\n"
+        closing = f" <[{end_token}]>"
+    elif max_tokens is None:
+        thought = f"thought[suffix={literal(end)}]: /(?s:.*)/\n"
+        closing = ""
+    else:
+        raise ValueError(f"the end of reasoning, {end!r}, is not one token")
+    reasoning = f"thought{closing} blanks"
+    if not is_open:
+        reasoning = f"{mark(begin, tokenizer)} {reasoning}"
+        if not is_required:
+            reasoning = f"({reasoning})?"
+    return f"start: {reasoning} answer\n{thought}blanks: {_AFTER_REASONING}\nanswer: {nested(grammar)}\n"
+
+
+def _escaped(text: str) -> str:
+    """A regular expression for a text."""
+    return "".join(char if char.isalnum() or char in " _<>" else f"\\x{{{ord(char):x}}}" for char in text)
