@@ -64,7 +64,7 @@ _decode_any = msgspec.json.Decoder().decode
 
 @dataclass(frozen=True)
 class Contents:
-    """The field of an answer that is a non-empty list of objects, or of strings."""
+    """The field of an answer that is a non-empty list of objects, or of strings. Without a name there is none."""
 
     name: str = "choices"
     has_texts: bool = False
@@ -178,7 +178,7 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: Co
         return Answer(status, body)
     parsed = parse_body(body, contents)
     if status == 200:
-        if not parsed.choices:
+        if contents.name and not parsed.choices:
             raise InvalidAnswerError(f"The worker's answer has no {contents.name}.")
         return Answer(status, body)
     if parsed.error is None:

@@ -43,6 +43,12 @@ ERRORS = {
     "503": "No worker can take the request now; Retry-After says when to try again",
     "504": "The worker was silent for too long",
 }
+DESCRIPTIONS = {
+    "openai": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
+    "responses": "With `stream: true` the answer comes as typed events; the last one has the whole response.",
+    "slora": "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
+}
+"""By the API of a route."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
 h2 { border-top: 1px solid #ccc; padding-top: 1em; } code { background: #f3f3f3; padding: 0 .2em; }
@@ -86,10 +92,8 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
     return {
         "summary": route.summary,
-        "description": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`."
-        if route.api == "openai"
-        else "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
-        "operationId": request_name + ("Stream" if route.streams else ""),
+        "description": DESCRIPTIONS[route.api],
+        "operationId": request_name + {None: "", True: "Stream", False: "Whole"}[route.streams],
         "security": [{"key": []}],
         "requestBody": {
             "required": True,
@@ -97,11 +101,13 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
         },
         "responses": {
             "200": {
-                "description": f"OpenAI's `{route.answer}` object, or its chunks"
-                if route.api == "openai"
-                else route.answer,
+                "description": route.answer
+                if route.api == "slora"
+                else f"OpenAI's `{route.answer}` object, or its stream",
                 "content": {
-                    "application/json": {"schema": {"type": "object", "required": [route.contents]}},
+                    "application/json": {
+                        "schema": {"type": "object", "required": [route.contents] if route.contents else []}
+                    },
                     "text/event-stream": {"schema": {"type": "string"}},
                 },
             },

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -29,7 +29,7 @@ from fastserve.gateway.answers import (
     parse_body,
     read_answer,
 )
-from fastserve.gateway.apis.find import APIS
+from fastserve.gateway.apis import Api
 from fastserve.gateway.body import AnswerBody
 from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
@@ -68,8 +68,11 @@ class ClientRequest:
     """Monotonic seconds, on the relay's clock."""
     seed: int
     """Sampling seed for a request without one: with it each attempt samples the same tokens."""
+    api: Api
     may_prioritise: bool = False
     """Whether the client's key may raise the priority of requests."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """More headers for the worker."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class AttemptRunner:
 
     async def _relay_events(self, body: AnswerBody, request: ClientRequest, client: Downstream) -> Answer | None:
         """Relay a stream to its end and return None, or return an error event that came before any data."""
-        api = APIS[request.route.api]
+        api = request.api
         stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes, api)
         while not stream.is_done:
             piece = await body.read()
@@ -233,6 +236,7 @@ class AttemptRunner:
             HOPS_HEADER: request.hops,
             MAY_PRIORITISE_HEADER: "1" if request.may_prioritise else "0",
             SEED_HEADER: str(request.seed),
+            **request.headers,
         }
         lost: aiohttp.ClientError | None = None
         while True:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
+from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 
 
@@ -29,11 +30,11 @@ class ModelRoute:
     """Value of the answer's `object` field; on S-LoRA's routes the words for the answer."""
     summary: str
     contents: str = "choices"
-    """Field of the answer that is a non-empty list of objects."""
+    """Field of the answer that is a non-empty list of objects; empty: it has none."""
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
-    api: Literal["openai", "slora"] = "openai"
+    api: Literal["openai", "slora", "responses"] = "openai"
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
@@ -53,6 +54,26 @@ COMPLETIONS = ModelRoute("/v1/completions", "completions", CompletionRequest, "t
 
 MODEL_ROUTES = (CHAT, COMPLETIONS)
 """OpenAI's."""
+
+RESPONSES = ModelRoute(
+    "/v1/responses",
+    "chat",
+    ResponsesRequest,
+    "response",
+    "Answer with items (OpenAI's Responses API)",
+    contents="output",
+    remedy=CHAT.remedy,
+    api="responses",
+)
+RESPONSE_TOKENS = replace(
+    RESPONSES,
+    path="/v1/responses/input_tokens",
+    answer="response.input_tokens",
+    summary="Count the input tokens of a response",
+    contents="",
+    streams=False,
+)
+RESPONSES_ROUTES = (RESPONSES, RESPONSE_TOKENS)
 
 GENERATE = ModelRoute(
     "/generate",

@@ -43,6 +43,7 @@ from fastserve.worker import (
     admin_routes,
     fastchat_routes,
     openai_routes,
+    responses_routes,
     rtp_llm_routes,
     slora_routes,
     weight_routes,
@@ -129,6 +130,7 @@ class ModelWorker:
         app.include_router(openai_routes.router)
         for handler in self._setup.handlers:
             app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
+        app.include_router(responses_routes.router)
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
         app.include_router(slora_routes.router)
