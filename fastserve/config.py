@@ -205,7 +205,7 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     responses_store: str | None = option(
         None,
         "SQLite file with stored responses and conversations (/v1/responses), one for all API servers of a machine; "
-        "none: keep nothing. Unset: responses.sqlite3 in the user's folder for the state of programs, made at first use",
+        "none: keep nothing. Unset: responses.sqlite3 in the user's folder for state, made at first use",
         added=True,
     )
     max_stored_entries: int = limit(100_000, "stored responses and conversations; the one used longest ago goes first")

@@ -26,7 +26,30 @@ class _SLoraPeek(msgspec.Struct):
     lora_dir: str | None = None
 
 
+class _Conversation(msgspec.Struct):
+    id: str
+
+
+class ResponsePeek(msgspec.Struct):
+    """Fields of a Responses request that refer to the store."""
+
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    previous_response_id: str | None = None
+    conversation: str | _Conversation | None = None
+    input: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def conversation_id(self) -> str | None:
+        return self.conversation.id if isinstance(self.conversation, _Conversation) else self.conversation
+
+
 _EXPECTED = {
+    "store": "true or false",
+    "background": "true or false",
+    "previous_response_id": "the id of a response",
+    "conversation": 'the id of a conversation, or {"id": ...}',
     "model": "a string",
     "stream": "true or false",
     "lora_dir": "a string as in --lora-dirs, or the name of an adapter",
@@ -34,6 +57,7 @@ _EXPECTED = {
 _FIELD = re.compile(r"`\$\.(\w+)`")
 _decoder = msgspec.json.Decoder(Peek)
 _slora_decoder = msgspec.json.Decoder(_SLoraPeek)
+_response_decoder = msgspec.json.Decoder(ResponsePeek)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MAX_SHOWN_BYTES = 80
 
@@ -50,6 +74,11 @@ def peek_slora(body: bytes) -> tuple[str | None, str | None]:
     """Returns `model` and `lora_dir` of a request of S-LoRA's. Raises InvalidRequestError."""
     seen = _decode(_slora_decoder, body)
     return seen.model, seen.lora_dir
+
+
+def peek_response(body: bytes) -> ResponsePeek:
+    """Raises InvalidRequestError."""
+    return _decode(_response_decoder, body)
 
 
 def _decode(decoder: msgspec.json.Decoder[PeekT], body: bytes) -> PeekT:

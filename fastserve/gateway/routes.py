@@ -43,11 +43,11 @@ class Gateway:
     """Unix time in seconds."""
 
 
-def _gateway(request: Request) -> Gateway:
+def gateway_of(request: Request) -> Gateway:
     return cast(Gateway, request.state.gateway)
 
 
-GatewayDep = Annotated[Gateway, Depends(_gateway)]
+GatewayDep = Annotated[Gateway, Depends(gateway_of)]
 
 
 class GenerationEndpoint:
@@ -59,7 +59,7 @@ class GenerationEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
         request = Request(scope, receive)
-        gateway = _gateway(request)
+        gateway = gateway_of(request)
         try:
             body = await request.body()
         except ClientDisconnect:

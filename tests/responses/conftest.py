@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
+import msgspec
 import openai
 import pytest
+import pytest_asyncio
 
 from fastserve.config import ApiServerConfig, ControllerConfig
 from fastserve.control.app import create_app as create_controller
 from fastserve.engine.contract import EngineInfo, EngineRequest
+from fastserve.engine.fake import FakeOptions
 from fastserve.gateway.app import create_app as create_api_server
 from fastserve.text.parts import ParserFactory
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.jobs import Job, JobMaker
 from tests.apps import serve_app
 from tests.worker.conftest import MODEL, Running, RunWorker, model_dir, run_worker, say, tokenizer, until
 
@@ -31,8 +34,18 @@ class Talk:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.engine = FakeOptions()
+        """Of the engine that uses the script."""
+        self.reset()
+
+    def reset(self) -> None:
         self.text = "Hello there."
         self.prompts: list[str] = []
+        self.engine.token_s = 0.0
+
+    def slowly(self, text: str, token_s: float) -> None:
+        self.text = text
+        self.engine.token_s = token_s
 
     def __call__(self, request: EngineRequest, info: EngineInfo) -> Sequence[int]:
         self.prompts.append(self._tokenizer.decode(request.prompt_ids))
@@ -45,13 +58,31 @@ class Fleet:
     talk: Talk
     http: aiohttp.ClientSession
     url: str
+    controller: str
+    store: str
     clients: dict[str, openai.AsyncOpenAI] = field(default_factory=dict)
 
-    def client(self, key: str = "none", url: str = "") -> openai.AsyncOpenAI:
-        base = url or self.url
-        return self.clients.setdefault(
-            key + base, openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, timeout=20)
-        )
+    @asynccontextmanager
+    async def server(self, **options: Any) -> AsyncIterator[Fleet]:
+        """Another API server of the same fleet."""
+        settings = ApiServerConfig(host="127.0.0.1", controller_address=self.controller, insecure=True, **options)
+        async with serve_app(create_api_server(settings)) as url:
+            other = replace(self, url=url, clients={})
+            try:
+                key = (settings.api_keys or ("none",))[0]
+                for _ in range(500):
+                    _, cards = await other.call("GET", "/v1/models", key=key)
+                    if cards["data"]:
+                        break
+                yield other
+            finally:
+                for client in other.clients.values():
+                    await client.close()
+
+    def client(self, key: str = "none") -> openai.AsyncOpenAI:
+        if key not in self.clients:
+            self.clients[key] = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+        return self.clients[key]
 
     async def call(self, method: str, path: str, body: Any = None, key: str = "none") -> tuple[int, Any]:
         headers = {"Authorization": f"Bearer {key}"}
@@ -70,63 +101,50 @@ class Fleet:
                 if not block or block.startswith(":"):
                     continue
                 first, second = block.split("\n")
-                data = msgspec_json(second.removeprefix("data: "))
+                data = msgspec.json.decode(second.removeprefix("data: "))
                 assert first == f"event: {data['type']}"
                 found.append(data)
         return found
 
 
-def msgspec_json(text: str) -> Any:
-    import msgspec
+@asynccontextmanager
+async def run_fleet(run_worker: RunWorker, talk: Talk, store: str) -> AsyncIterator[Fleet]:
+    async with AsyncExitStack() as stack:
+        controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig(insecure=True))))
+        worker = await stack.enter_async_context(
+            run_worker(
+                talk,
+                prepare=lambda fake: setattr(talk, "engine", fake),
+                model_names=(MODEL,),
+                no_register=False,
+                heartbeat_interval_s=0.05,
+                controller_address=controller,
+            )
+        )
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        fleet = Fleet(worker, talk, http, "", controller, store)
+        yield await stack.enter_async_context(fleet.server(responses_store=store))
 
-    return msgspec.json.decode(text)
 
-
-StartFleet = Callable[..., Any]
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_fleet(
+    run_worker: RunWorker, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Fleet]:
+    store = tmp_path_factory.mktemp("store") / "responses.sqlite3"
+    async with run_fleet(run_worker, Talk(tokenizer), str(store)) as fleet:
+        yield fleet
 
 
 @pytest.fixture
-def start_fleet(run_worker: RunWorker, tokenizer: Tokenizer, tmp_path: Path) -> StartFleet:
-    @asynccontextmanager
-    async def start(
-        *, token_s: float = 0.0, num_servers: int = 1, num_workers: int = 1, **options: Any
-    ) -> AsyncIterator[Fleet]:
-        talk = Talk(tokenizer)
-        async with AsyncExitStack() as stack:
-            controller = await stack.enter_async_context(serve_app(create_controller(ControllerConfig(insecure=True))))
-            worker = await stack.enter_async_context(
-                run_worker(
-                    talk,
-                    token_s=token_s,
-                    model_names=(MODEL,),
-                    no_register=False,
-                    heartbeat_interval_s=0.05,
-                    controller_address=controller,
-                )
-            )
-            options.setdefault("responses_store", str(tmp_path / "responses.sqlite3"))
-            settings = ApiServerConfig(host="127.0.0.1", controller_address=controller, insecure=True, **options)
-            url = await stack.enter_async_context(serve_app(create_api_server(settings)))
-            http = await stack.enter_async_context(aiohttp.ClientSession())
-            fleet = Fleet(worker, talk, http, url)
-            key = (options.get("api_keys") or ("none",))[0]
-            for _ in range(500):
-                _, cards = await fleet.call("GET", "/v1/models", key=key)
-                if cards["data"]:
-                    break
-            yield fleet
-            for client in fleet.clients.values():
-                await client.close()
-
-    return start
+def fleet(shared_fleet: Fleet) -> Fleet:
+    """The fleet of the module, as if it were new."""
+    shared_fleet.talk.reset()
+    return shared_fleet
 
 
 @pytest.fixture
 def parse_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[ParserFactory], None]:
     """Make the worker parse all chats' answers with a parser of the test."""
-    from dataclasses import replace
-
-    from fastserve.worker.jobs import Job, JobMaker
 
     def use(factory: ParserFactory) -> None:
         made = JobMaker.chat_from_fields

@@ -10,7 +10,9 @@ import pydantic
 import pytest
 
 from fastserve.text.parts import ParserFactory, Part, ReasoningPart, TextPart, ToolCallPart
-from tests.responses.conftest import MODEL, Item, StartFleet
+from tests.responses.conftest import MODEL, Fleet, Item
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 class Marked:
@@ -74,37 +76,35 @@ def check_stream(events: list[Item]) -> Item:
     return final
 
 
-async def test_whole_and_streamed_answers_with_the_client(start_fleet: StartFleet) -> None:
-    async with start_fleet() as fleet:
-        client = fleet.client()
-        whole = await client.responses.create(model=MODEL, input="hi", instructions="Be brief.", metadata={"a": "b"})
-        assert (whole.output_text, whole.status, whole.metadata) == ("Hello there.", "completed", {"a": "b"})
-        assert whole.usage is not None
-        assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
-        assert "Be brief." in fleet.talk.prompts[-1]
-        async with client.responses.stream(model=MODEL, input="hi", instructions="Be brief.") as stream:
-            kinds = [event.type async for event in stream]
-            final = await stream.get_final_response()
-        assert kinds[0] == "response.created"
-        assert kinds[-1] == "response.completed"
-        assert final.output_text == whole.output_text
-        assert final.usage == whole.usage
-        assert fleet.talk.prompts[-1] == fleet.talk.prompts[-2]
+async def test_whole_and_streamed_answers_with_the_client(fleet: Fleet) -> None:
+    client = fleet.client()
+    whole = await client.responses.create(model=MODEL, input="hi", instructions="Be brief.", metadata={"a": "b"})
+    assert (whole.output_text, whole.status, whole.metadata) == ("Hello there.", "completed", {"a": "b"})
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    assert "Be brief." in fleet.talk.prompts[-1]
+    async with client.responses.stream(model=MODEL, input="hi", instructions="Be brief.") as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_response()
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+    assert final.output_text == whole.output_text
+    assert final.usage == whole.usage
+    assert fleet.talk.prompts[-1] == fleet.talk.prompts[-2]
 
 
-async def test_parse_reads_the_text_as_the_clients_model(start_fleet: StartFleet) -> None:
+async def test_parse_reads_the_text_as_the_clients_model(fleet: Fleet) -> None:
     class City(pydantic.BaseModel):
         name: str
 
-    async with start_fleet() as fleet:
-        fleet.talk.text = '{"name": "Oslo"}'
-        form = {"type": "json_object"}
-        status, answer = await fleet.create(text={"format": form})
-        if status == 400:
-            assert answer["error"]["param"] == "text.format"
-            pytest.skip("response formats are not supported")
-        parsed = await fleet.client().responses.parse(model=MODEL, input="a city", text_format=City)
-        assert parsed.output_parsed == City(name="Oslo")
+    fleet.talk.text = '{"name": "Oslo"}'
+    form = {"type": "json_object"}
+    status, answer = await fleet.create(text={"format": form})
+    if status == 400:
+        assert answer["error"]["param"] == "text.format"
+        pytest.skip("response formats are not supported")
+    parsed = await fleet.client().responses.parse(model=MODEL, input="a city", text_format=City)
+    assert parsed.output_parsed == City(name="Oslo")
 
 
 @pytest.mark.parametrize(
@@ -119,80 +119,74 @@ async def test_parse_reads_the_text_as_the_clients_model(start_fleet: StartFleet
     ],
 )
 async def test_parts_become_the_same_items_streamed_and_whole(
-    start_fleet: StartFleet, parse_with: Callable[[ParserFactory], None], text: str, kinds: list[str]
+    fleet: Fleet, parse_with: Callable[[ParserFactory], None], text: str, kinds: list[str]
 ) -> None:
     parse_with(Marked)
-    async with start_fleet() as fleet:
-        fleet.talk.text = text
-        status, whole = await fleet.create()
-        assert status == 200
-        assert [item["type"] for item in whole["output"]] == kinds
-        events = await fleet.events(body={"model": MODEL, "input": "hi", "stream": True})
-        final = check_stream(events)
-        assert [item["id"][:3] for item in final["output"]] == [item["id"][:3] for item in whole["output"]]
-        calls = [item.pop("call_id") for item in (*final["output"], *whole["output"]) if "call_id" in item]
-        assert calls == [f"call_{number}" for number in range(len(calls) // 2)] * 2
-        assert without_ids(final["output"]) == without_ids(whole["output"])
-        async with fleet.client().responses.stream(model=MODEL, input="hi") as stream:
-            response = await stream.get_final_response()
-        assert [item.type for item in response.output] == kinds
+    fleet.talk.text = text
+    status, whole = await fleet.create()
+    assert status == 200
+    assert [item["type"] for item in whole["output"]] == kinds
+    events = await fleet.events(body={"model": MODEL, "input": "hi", "stream": True})
+    final = check_stream(events)
+    assert [item["id"][:3] for item in final["output"]] == [item["id"][:3] for item in whole["output"]]
+    calls = [item.pop("call_id") for item in (*final["output"], *whole["output"]) if "call_id" in item]
+    assert calls == [f"call_{number}" for number in range(len(calls) // 2)] * 2
+    assert without_ids(final["output"]) == without_ids(whole["output"])
+    async with fleet.client().responses.stream(model=MODEL, input="hi") as stream:
+        response = await stream.get_final_response()
+    assert [item.type for item in response.output] == kinds
 
 
-async def test_an_answer_that_is_cut_off_is_incomplete(start_fleet: StartFleet) -> None:
-    async with start_fleet() as fleet:
-        fleet.talk.text = "word " * 100
-        body = {"model": MODEL, "input": "hi", "max_output_tokens": 16}
-        for answer in (
-            (await fleet.create(max_output_tokens=16))[1],
-            check_stream(await fleet.events(body=body | {"stream": True})),
-        ):
-            assert answer["status"] == "incomplete"
-            assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
-            assert answer["output"][-1]["status"] == "incomplete"
-            assert answer["usage"]["output_tokens"] == 16
+async def test_an_answer_that_is_cut_off_is_incomplete(fleet: Fleet) -> None:
+    fleet.talk.text = "word " * 100
+    body = {"model": MODEL, "input": "hi", "max_output_tokens": 16}
+    for answer in (
+        (await fleet.create(max_output_tokens=16))[1],
+        check_stream(await fleet.events(body=body | {"stream": True})),
+    ):
+        assert answer["status"] == "incomplete"
+        assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert answer["output"][-1]["status"] == "incomplete"
+        assert answer["usage"]["output_tokens"] == 16
 
 
-async def test_logprobs_belong_to_the_text(start_fleet: StartFleet) -> None:
-    async with start_fleet() as fleet:
-        fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-        _, whole = await fleet.create(**fields)
-        (part,) = whole["output"][0]["content"]
-        assert "".join(entry["token"] for entry in part["logprobs"]) == part["text"]
-        assert all(len(entry["top_logprobs"]) == 2 for entry in part["logprobs"])
-        events = await fleet.events(body={"model": MODEL, "input": "hi", "stream": True, **fields})
-        streamed = [entry for event in events if event["type"].endswith("text.delta") for entry in event["logprobs"]]
-        assert streamed == part["logprobs"] == check_stream(events)["output"][0]["content"][0]["logprobs"]
+async def test_logprobs_belong_to_the_text(fleet: Fleet) -> None:
+    fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    _, whole = await fleet.create(**fields)
+    (part,) = whole["output"][0]["content"]
+    assert "".join(entry["token"] for entry in part["logprobs"]) == part["text"]
+    assert all(len(entry["top_logprobs"]) == 2 for entry in part["logprobs"])
+    events = await fleet.events(body={"model": MODEL, "input": "hi", "stream": True, **fields})
+    streamed = [entry for event in events if event["type"].endswith("text.delta") for entry in event["logprobs"]]
+    assert streamed == part["logprobs"] == check_stream(events)["output"][0]["content"][0]["logprobs"]
 
 
-async def test_obfuscation_evens_out_the_length_of_deltas(start_fleet: StartFleet) -> None:
-    async with start_fleet() as fleet:
-        body = {"model": MODEL, "input": "hi", "stream": True, "stream_options": {"include_obfuscation": True}}
-        deltas = [event for event in await fleet.events(body=body) if event["type"].endswith(".delta")]
-        assert {len(event["delta"] + event["obfuscation"]) % 32 for event in deltas} == {0}
+async def test_obfuscation_evens_out_the_length_of_deltas(fleet: Fleet) -> None:
+    body = {"model": MODEL, "input": "hi", "stream": True, "stream_options": {"include_obfuscation": True}}
+    deltas = [event for event in await fleet.events(body=body) if event["type"].endswith(".delta")]
+    assert {len(event["delta"] + event["obfuscation"]) % 32 for event in deltas} == {0}
 
 
-async def test_input_tokens_are_those_of_the_answer(start_fleet: StartFleet) -> None:
-    async with start_fleet() as fleet:
-        _, answer = await fleet.create()
-        counted = await fleet.client().responses.input_tokens.count(model=MODEL, input="hi")
-        assert counted.input_tokens == answer["usage"]["input_tokens"]
-        assert counted.object == "response.input_tokens"
+async def test_input_tokens_are_those_of_the_answer(fleet: Fleet) -> None:
+    _, answer = await fleet.create()
+    counted = await fleet.client().responses.input_tokens.count(model=MODEL, input="hi")
+    assert counted.input_tokens == answer["usage"]["input_tokens"]
+    assert counted.object == "response.input_tokens"
 
 
-async def test_errors_before_and_in_a_stream(start_fleet: StartFleet) -> None:
-    async with start_fleet(token_s=0.05) as fleet:
-        with pytest.raises(openai.BadRequestError) as refused:
-            await fleet.client().responses.create(model=MODEL, input="word " * 5000, stream=True)
-        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
-        fleet.talk.text = "word " * 100
-        stream = await fleet.client().responses.create(model=MODEL, input="hi", stream=True)
-        async for event in stream:
-            if event.type == "response.output_text.delta":
-                fleet.worker.engine.die()
-                break
-        events = [event async for event in stream]
-        assert events[-1].type == "response.failed"
-        assert events[-1].response.error is not None
-        assert events[-1].response.error.code == "server_error"
-        numbers = [event.sequence_number for event in events]
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+async def test_errors_before_and_in_a_stream(fleet: Fleet) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        await fleet.client().responses.create(model=MODEL, input="word " * 5000, stream=True)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+    fleet.talk.slowly("word " * 100, token_s=0.05)
+    stream = await fleet.client().responses.create(model=MODEL, input="hi", stream=True)
+    async for event in stream:
+        if event.type == "response.output_text.delta":
+            fleet.worker.engine.die()
+            break
+    events = [event async for event in stream]
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error is not None
+    assert events[-1].response.error.code == "server_error"
+    numbers = [event.sequence_number for event in events]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))

@@ -14,7 +14,7 @@ from fastserve.errors import InvalidAnswerError
 from fastserve.gateway.apis import EventKind
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.peek import peek
-from fastserve.openai.responses.answer import TERMINAL_EVENTS, error_event, event
+from fastserve.openai.responses.answer import TERMINAL_EVENTS, error_event, error_object, event
 
 
 class _Event(msgspec.Struct):
@@ -31,9 +31,13 @@ class ResponsesApi:
     event_start = b"data: {"
     end_of_errors = b""
 
-    def __init__(self) -> None:
-        self._num_events = 0
-        self.response: bytes = b""
+    def __init__(self, response: bytes = b"", num_events: int = 0, *, keeps_events: bool = False) -> None:
+        """`response`, `num_events`: what the client has already; `keeps_events`: whether to collect those that come."""
+        self._num_events = num_events
+        self._keeps_events = keeps_events
+        self.events: list[bytes] = []
+        """Events that have come since the list was emptied."""
+        self.response = response
         """JSON of the newest response object in the stream."""
         self.is_ended = False
         """`response` is the final one."""
@@ -52,6 +56,8 @@ class ResponsesApi:
         self._num_events = found.sequence_number + 1
         if found.response:
             self.response = bytes(found.response)
+        if self._keeps_events:
+            self.events.append(b"event: %b\ndata: %b\n\n" % (found.type.encode(), data))
         self.is_ended = found.type in TERMINAL_EVENTS
         return "last" if self.is_ended else "data"
 
@@ -59,9 +65,9 @@ class ResponsesApi:
         if not self.response:
             return error_event(error, self._num_events)
         self.is_ended = True
-        failed = _decode_object(self.response) | {
-            "status": "failed",
-            "error": {"code": "server_error", "message": error["message"]},
-        }
+        failed = _decode_object(self.response) | {"status": "failed", "error": error_object(error)}
         self.response = msgspec.json.encode(failed)
-        return event("response.failed", self._num_events, {"response": msgspec.Raw(self.response)})
+        last = event("response.failed", self._num_events, {"response": msgspec.Raw(self.response)})
+        if self._keeps_events:
+            self.events.append(last)
+        return last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastserve.errors import FastserveError, OverloadedError, RequestError
+from fastserve.errors import OverloadedError, RequestError
 from fastserve.openai.answers import Usage, encode_json
 from fastserve.openai.responses.head import ResponseHead
 from fastserve.openai.responses.request import ResponsesRequest
@@ -17,6 +17,8 @@ RUNNING = ("queued", "in_progress")
 """Statuses of responses that have not ended."""
 FIRST_EVENTS_OF_BACKGROUND = 2
 """`response.created` and `response.queued`: the API server writes them before a worker has the request."""
+_ERROR_CODES = {OverloadedError.type: "rate_limit_exceeded", RequestError.type: "invalid_prompt"}
+"""Codes of failed responses, by the type of the error; all others are `server_error`."""
 
 
 def response_object(
@@ -75,13 +77,9 @@ def usage_object(usage: Usage) -> Fields:
     }
 
 
-def error_object(error: FastserveError) -> Fields:
-    """The `error` of a failed response."""
-    if isinstance(error, OverloadedError):
-        code = "rate_limit_exceeded"
-    else:
-        code = "invalid_prompt" if isinstance(error, RequestError) else "server_error"
-    return {"code": code, "message": error.body()["error"]["message"]}
+def error_object(error: Mapping[str, Any]) -> Fields:
+    """The `error` of a failed response. `error`: OpenAI's error object."""
+    return {"code": _ERROR_CODES.get(str(error.get("type")), "server_error"), "message": error["message"]}
 
 
 def event(kind: str, sequence_number: int, fields: Mapping[str, Any]) -> bytes:

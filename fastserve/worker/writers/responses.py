@@ -221,7 +221,7 @@ class ResponsesWriter:
         if not self._begun:
             return error_event(error.body()["error"], self._sequence_number)
         events = self._output.close("incomplete")
-        failed = {"status": "failed", "error": error_object(error), "output": self._output.items}
+        failed = {"status": "failed", "error": error_object(error.body()["error"]), "output": self._output.items}
         return self._encode([*events, ("response.failed", {"response": self._response | failed})])
 
     def whole(self, result: JobResult) -> bytes:
