@@ -421,14 +421,14 @@ class Store:
 
 def _find(connection: sqlite3.Connection, owner: str, response_id: str) -> StoredResponse | None:
     row = connection.execute(
-        "SELECT id, status, content, previous, conversation, alive_at IS NOT NULL FROM entries "
+        "SELECT id, status, content, previous, conversation, alive_at FROM entries "
         "WHERE id = ? AND owner = ? AND kind = ?",
         (response_id, owner, _RESPONSE),
     ).fetchone()
     if row is None:
         return None
-    *columns, is_background = row
-    return StoredResponse(*columns, is_background=bool(is_background))
+    found, status, content, previous, conversation, alive_at = row
+    return StoredResponse(found, status, content, previous, conversation, is_background=alive_at is not None)
 
 
 def _delete(connection: sqlite3.Connection, owner: str, kind: str, entry_id: str) -> None:
