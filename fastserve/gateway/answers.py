@@ -18,10 +18,13 @@ import msgspec
 from fastserve.errors import InvalidAnswerError, PermissionDeniedError, ShortageError
 from fastserve.gateway.body import AnswerBody
 from fastserve.observability.text import printable
+from fastserve.openai.routes import ContentsKind
 
 MAX_ERROR_BYTES = 2**18
 """Longest error answer of a worker. An error repeats a part of the request at most."""
 SHOWN_CHARS = 80
+OVERLOADED = 529
+"""Status of Anthropic's API for a service that cannot take the request now."""
 NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
 """Error codes of our own services for a missing route, as when a controller was registered as a worker."""
 DIGITS = re.compile(r"[0-9]{1,6}")
@@ -47,30 +50,50 @@ class _Error(msgspec.Struct):
     message: str
     type: str | None = None
     code: str | int | None = None
+    status: int | None = None
+    """Status of a plain error in a stream, had it come as an answer of its own."""
 
 
 class Body(msgspec.Struct):
-    """An answer, or an event of a stream: one of the two fields is set. On some routes the list has another name than
-    `choices`.
+    """An answer, or an event of a stream: one of the two fields is set. On some routes the first has another name than
+    `choices`, and another type.
     """
 
     choices: list[_Choice] | None = None
     error: _Error | None = None
 
 
-decode_body = msgspec.json.Decoder(Body).decode
+class _PlainError(msgspec.Struct):
+    """An error that is a string, with its code and status beside it."""
+
+    error: str | None = None
+    code: str | None = None
+    status: int | None = None
+
+
+_decode_body = msgspec.json.Decoder(Body).decode
+_decode_plain_error = msgspec.json.Decoder(_PlainError).decode
 _decode_any = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The field of an answer that is a non-empty list of objects, or of strings. Without a name there is none."""
+    """The field that every answer has. With `plain_errors`, errors are strings."""
 
     name: str = "choices"
-    has_texts: bool = False
+    kind: ContentsKind = "objects"
+    plain_errors: bool = False
 
 
 CHOICES = Contents()
+_TYPES: Mapping[ContentsKind, Any] = {
+    "objects": list[_Object],
+    "texts": list[str],
+    "list": list[_Object],
+    "object": _Object,
+    "text": str,
+    "count": int,
+}
 
 
 @dataclass(frozen=True)
@@ -94,17 +117,19 @@ class Answer:
         if self.status in (404, 405) and (self.error_code in NO_SUCH_ROUTE or _is_foreign(self.body)):
             return "foreign"
         # The route and the model are known to exist, so a 404 is not the client's mistake.
-        if self.status in (404, 408, 429, 503, 504) or self.error_code == "model_not_found":
+        if self.status in (404, 408, 429, 503, 504, OVERLOADED) or self.error_code == "model_not_found":
             return "refusal"
         return "failure" if self.status >= 500 else "client error"
 
     def error(self) -> Any:
-        """The OpenAI error object of an error answer."""
-        return _decode_any(self.body)["error"]
+        """The error object of an error answer."""
+        body = _decode_any(self.body)
+        error = body["error"]
+        return {"message": error, "type": None, "code": body.get("code")} if isinstance(error, str) else error
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self.body)).encode())]
-        if self.status in (429, 503, 504):
+        if self.status in (429, 503, 504, OVERLOADED):
             headers.append((b"retry-after", (self.retry_after or "1").encode()))
         return headers
 
@@ -178,7 +203,7 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: Co
         return Answer(status, body)
     parsed = parse_body(body, contents)
     if status == 200:
-        if contents.name and not parsed.choices:
+        if parsed.choices is None or (contents.kind in ("objects", "texts") and not parsed.choices):
             raise InvalidAnswerError(f"The worker's answer has no {contents.name}.")
         return Answer(status, body)
     if parsed.error is None:
@@ -194,7 +219,7 @@ def check_answer(status: int, body: bytes, retry_after: str | None, contents: Co
 
 def parse_body(data: bytes, contents: Contents = CHOICES) -> Body:
     """Raises InvalidAnswerError unless the data is UTF-8 and a JSON object with OpenAI's `choices` (or other
-    `contents`) or `error`.
+    `contents`) or `error`, whose types are right.
 
     Takes time and memory in proportion to the size.
     """
@@ -213,11 +238,20 @@ def parse_body(data: bytes, contents: Contents = CHOICES) -> Body:
 @functools.cache
 def _decoder_of(contents: Contents) -> Callable[[bytes], Body]:
     if contents == CHOICES:
-        return decode_body
-    items = list[str] if contents.has_texts else list[_Object]
-    fields = [("choices", items | None, None), ("error", _Error | None, None)]
+        return _decode_body
+    error_type = msgspec.Raw if contents.plain_errors else _Error | None
+    fields = [("choices", _TYPES[contents.kind] | None, None), ("error", error_type, None)]
     kind = cast(type[Body], msgspec.defstruct("Body", fields, rename={"choices": contents.name}))
-    return msgspec.json.Decoder(kind).decode
+    decode = msgspec.json.Decoder(kind).decode
+    if not contents.plain_errors:
+        return decode
+
+    def decode_with_plain_error(data: bytes) -> Body:
+        body, found = decode(data), _decode_plain_error(data)
+        body.error = None if found.error is None else _Error(found.error, code=found.code, status=found.status)
+        return body
+
+    return decode_with_plain_error
 
 
 def error_alone(data: bytes) -> bytes:

@@ -105,9 +105,7 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
                 if route.api == "slora"
                 else f"OpenAI's `{route.answer}` object, or its stream",
                 "content": {
-                    "application/json": {
-                        "schema": {"type": "object", "required": [route.contents] if route.contents else []}
-                    },
+                    "application/json": {"schema": {"type": "object", "required": [route.contents]}},
                     "text/event-stream": {"schema": {"type": "string"}},
                 },
             },

@@ -12,9 +12,6 @@ import aiohttp
 from fastserve.errors import (
     FastserveError,
     InvalidAnswerError,
-    OverloadedError,
-    RequestError,
-    ServiceError,
     ShortageError,
     WorkerLostError,
     WorkerTimeoutError,
@@ -25,7 +22,6 @@ from fastserve.gateway.answers import (
     Contents,
     check_answer,
     check_headers,
-    error_alone,
     parse_body,
     read_answer,
 )
@@ -33,7 +29,7 @@ from fastserve.gateway.apis import Api
 from fastserve.gateway.body import AnswerBody
 from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
-from fastserve.gateway.events import EventStream
+from fastserve.gateway.events import open_stream
 from fastserve.gateway.upstream import ConnectionUse
 from fastserve.openai.routes import ModelRoute
 from fastserve.protocol import HOPS_HEADER, LEASE_HEADER, MAY_PRIORITISE_HEADER, REQUEST_ID_HEADER, SEED_HEADER
@@ -44,13 +40,6 @@ LAST_CHUNK_S = 0.2
 """How long to wait for the end of the body after `[DONE]`, so that the connection can be reused."""
 MAX_HELD_ANSWERS = 2
 """Memory for answers being read, as a multiple of the longest allowed answer."""
-ERROR_STATUSES = {
-    OverloadedError.type: OverloadedError.status,
-    ServiceError.type: ServiceError.status,
-    WorkerTimeoutError.type: WorkerTimeoutError.status,
-    RequestError.type: RequestError.status,
-}
-"""Status of an error event by its type, had it come as an answer of its own."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +174,7 @@ class AttemptRunner:
             with self._open_body(response, deadline, self._bounds.silence_s) as body:
                 if response.status != 200:
                     return await self._read_answer(request, response, body)
-                check_headers(response.headers, "text/event-stream")
+                check_headers(response.headers, request.api.media_type)
                 return await self._relay_events(body, request, client)
         finally:
             response.close()
@@ -193,12 +182,12 @@ class AttemptRunner:
     async def _relay_events(self, body: AnswerBody, request: ClientRequest, client: Downstream) -> Answer | None:
         """Relay a stream to its end and return None, or return an error event that came before any data."""
         api = request.api
-        stream = EventStream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes, api)
+        stream = open_stream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes, api)
         while not stream.is_done:
             piece = await body.read()
             events = stream.feed(piece) if piece else stream.finish()
             if stream.error is not None and not client.has_data and not stream.has_data:
-                return refusal_of(stream.error)
+                return _refusal(api, stream.error)
             if stream.has_data and not client.has_data:
                 client.has_data = True
                 self._on_first_data(request)
@@ -219,7 +208,8 @@ class AttemptRunner:
         return None
 
     async def _read_answer(self, request: ClientRequest, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
-        contents = Contents(request.route.contents, has_texts=request.route.has_texts)
+        route = request.route
+        contents = Contents(route.contents, route.contents_kind, plain_errors=request.api.plain_errors)
         return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, contents)
 
     def _open_body(
@@ -274,13 +264,15 @@ class AttemptRunner:
         return AttemptError(kind, WorkerLostError("The worker went away before the answer was complete."), error)
 
 
-def refusal_of(data: bytes) -> Answer:
+def _refusal(api: Api, data: bytes) -> Answer:
     """Turn an error event that came before any data into an answer with the matching status."""
-    error = parse_body(data).error
-    status = 500 if error is None or error.type is None else ERROR_STATUSES.get(error.type, 500)
-    if error is not None and isinstance(error.code, int) and 400 <= error.code < 600:
-        status = error.code  # vLLM puts the status there
-    return check_answer(status, error_alone(data), None)
+    contents = Contents(plain_errors=api.plain_errors)
+    error = parse_body(data, contents).error
+    status = 500 if error is None else api.error_statuses.get(error.type or "", 500)
+    for stated in () if error is None else (error.status, error.code):  # vLLM gives the status as code
+        if isinstance(stated, int) and 400 <= stated < 600:
+            status = stated
+    return check_answer(status, api.error_body(data), None, contents)
 
 
 async def _read_last_chunk(body: AnswerBody) -> None:

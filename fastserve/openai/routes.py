@@ -18,6 +18,10 @@ from fastserve.openai.completions import CompletionRequest
 from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 
+ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
+"""Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
+object; a string; a number."""
+
 
 @dataclass(frozen=True)
 class ModelRoute:
@@ -27,10 +31,11 @@ class ModelRoute:
     request: type[BaseModel]
     """Schema of the body."""
     answer: str
-    """Value of the answer's `object` field; on S-LoRA's routes the words for the answer."""
+    """Value of the answer's `object` field; outside OpenAI's API the words for the answer."""
     summary: str
     contents: str = "choices"
-    """Field of the answer that is a non-empty list of objects; empty: it has none."""
+    """Field that every answer has."""
+    contents_kind: ContentsKind = "objects"
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
@@ -38,8 +43,6 @@ class ModelRoute:
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
-    has_texts: bool = False
-    """`contents` is a list of strings, not of objects."""
 
 
 CHAT = ModelRoute(
@@ -70,7 +73,8 @@ RESPONSE_TOKENS = replace(
     path="/v1/responses/input_tokens",
     answer="response.input_tokens",
     summary="Count the input tokens of a response",
-    contents="",
+    contents="input_tokens",
+    contents_kind="count",
     streams=False,
 )
 RESPONSES_ROUTES = (RESPONSES, RESPONSE_TOKENS)
@@ -84,7 +88,7 @@ GENERATE = ModelRoute(
     contents="generated_text",
     api="slora",
     streams=False,
-    has_texts=True,
+    contents_kind="texts",
 )
 GENERATE_STREAM = replace(
     GENERATE,

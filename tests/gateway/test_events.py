@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.errors import InvalidAnswerError
-from fastserve.gateway.events import MAX_SILENT_BYTES, EventStream
+from fastserve.gateway.answers import Contents, parse_body
+from fastserve.gateway.apis import JSON_LINES, EventKind
+from fastserve.gateway.apis.openai import OpenAIApi
+from fastserve.gateway.events import MAX_SILENT_BYTES, AnswerStream, EventStream, open_stream
 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -149,3 +152,80 @@ def test_keep_alive_comments_between_data_are_no_flood() -> None:
     for _ in range(300):
         stream.feed(b": keep-alive\n\n" * 500)
         stream.feed(EVENT % b"a")
+
+
+# ---- JSON lines -------------------------------------------------------------------------------------------------
+
+
+class Lines(OpenAIApi):
+    """Lines with the fields of OpenAI's chunks; one without choices is the last."""
+
+    media_type = JSON_LINES
+    plain_errors = True
+
+    def read_event(self, data: bytes) -> EventKind:
+        body = parse_body(data, Contents(plain_errors=True))
+        return "error" if body.error else "last" if body.choices == [] else "data"
+
+
+LINES = [b'{"choices":[{"index":%d,"text":"%s"}]}\n' % (at, "é 中".encode() * at) for at in range(3)]
+LAST_LINE = b'{"choices":[]}\n'
+
+
+def make_lines(max_event_bytes: int = 2**20, max_stream_bytes: int = 2**30) -> AnswerStream:
+    return open_stream(max_event_bytes, max_stream_bytes, Lines())
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40, 1000])
+def test_lines_pass_byte_for_byte_however_they_are_cut(size: int) -> None:
+    data = b"".join(b"  " + line for line in LINES) + LAST_LINE
+    stream = make_lines()
+    passed = b""
+    for at in range(0, len(data), size):
+        assert not stream.is_done
+        passed += stream.feed(data[at : at + size])
+    assert passed == data
+    assert (stream.is_done, stream.has_data, stream.error, stream.finish()) == (True, True, None, b"")
+
+
+def test_spaces_between_lines_pass_at_once_and_are_no_data() -> None:
+    stream = make_lines()
+    assert (stream.feed(b" "), stream.has_data) == (b" ", False)
+    assert stream.feed(LINES[0][:9]) == b""
+    assert stream.feed(b" ") == b""  # inside a line they are part of it
+    with pytest.raises(InvalidAnswerError, match="bytes without data"):
+        make_lines().feed(b" " * (MAX_SILENT_BYTES + 1))
+
+
+def test_a_last_line_without_its_end_counts_and_half_a_line_does_not() -> None:
+    stream = make_lines()
+    assert stream.feed(LINES[1] + LAST_LINE[:-1]) == LINES[1]
+    assert stream.finish() == LAST_LINE
+    assert stream.is_done
+    cut = make_lines()
+    assert cut.feed(LINES[1] + LAST_LINE[:-3]) == LINES[1]
+    assert (cut.finish(), cut.is_done) == (b"", False)
+
+
+def test_lines_after_the_last_are_dropped_and_a_plain_error_is_kept() -> None:
+    stream = make_lines()
+    assert stream.feed(LINES[0] + LAST_LINE + LINES[1]) == LINES[0] + LAST_LINE
+    failed = make_lines()
+    line = b'{"error":"gone","code":"worker_lost"}\n'
+    assert failed.feed(line) == line
+    assert (failed.has_data, failed.is_done, failed.error) == (False, False, line.strip())
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"[]\n", b"data: {}\n", b'{"choices":[{"text":"\xff"}]}\n', b'{"error":{"message":"no string"}}\n']
+)
+def test_lines_that_clients_cannot_read_are_not_passed_on(line: bytes) -> None:
+    with pytest.raises(InvalidAnswerError):
+        make_lines().feed(LINES[0] + line)
+
+
+def test_lines_and_their_streams_have_a_longest_size() -> None:
+    with pytest.raises(InvalidAnswerError, match="An event"):
+        make_lines(max_event_bytes=10).feed(LINES[2][:11])
+    with pytest.raises(InvalidAnswerError, match="stream is longer"):
+        make_lines(max_stream_bytes=10).feed(LINES[2])

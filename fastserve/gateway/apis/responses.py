@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 
 from fastserve.errors import InvalidAnswerError
-from fastserve.gateway.apis import EventKind
+from fastserve.gateway.answers import error_alone
+from fastserve.gateway.apis import SERVER_SENT_EVENTS, EventKind
+from fastserve.gateway.apis.openai import ERROR_STATUSES
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.peek import peek
 from fastserve.openai.responses.answer import TERMINAL_EVENTS, error_event, error_object, event
@@ -28,8 +30,11 @@ _decode_object = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class ResponsesApi:
+    media_type = SERVER_SENT_EVENTS
     event_start = b"data: {"
     end_of_errors = b""
+    plain_errors = False
+    error_statuses = ERROR_STATUSES
 
     def __init__(self, response: bytes = b"", num_events: int = 0, *, keeps_events: bool = False) -> None:
         """`response`, `num_events`: what the client has already; `keeps_events`: whether to collect those that come."""
@@ -60,6 +65,9 @@ class ResponsesApi:
             self.events.append(b"event: %b\ndata: %b\n\n" % (found.type.encode(), data))
         self.is_ended = found.type in TERMINAL_EVENTS
         return "last" if self.is_ended else "data"
+
+    def error_body(self, data: bytes) -> bytes:
+        return error_alone(data)
 
     def failure(self, error: Any) -> bytes:
         if not self.response:

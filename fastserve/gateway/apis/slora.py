@@ -7,7 +7,9 @@ from typing import Any
 import msgspec
 
 from fastserve.errors import InvalidAnswerError, InvalidRequestError, NoWorkerError
-from fastserve.gateway.apis import EventKind
+from fastserve.gateway.answers import error_alone
+from fastserve.gateway.apis import SERVER_SENT_EVENTS, EventKind
+from fastserve.gateway.apis.openai import ERROR_STATUSES
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.peek import peek_slora
 from fastserve.observability.text import printable
@@ -33,8 +35,11 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 
 class SLoraApi:
+    media_type = SERVER_SENT_EVENTS
     event_start = b"data:{"
     end_of_errors = b""
+    plain_errors = False
+    error_statuses = ERROR_STATUSES
 
     async def read_target(self, body: bytes, dispatcher: Dispatcher, *, streams: bool | None) -> tuple[str, bool]:
         model, lora_dir = peek_slora(body)
@@ -50,6 +55,9 @@ class SLoraApi:
         if event.error is not None or event.finished == -1:
             return "error"
         return "last" if event.finished else "data"
+
+    def error_body(self, data: bytes) -> bytes:
+        return error_alone(data)
 
     def failure(self, error: Any) -> bytes:
         return slora_failure(error)
