@@ -202,6 +202,16 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     max_event_bytes: int = limit(4 * 2**20, "longest event in a worker's stream")
     max_stream_bytes: int = limit(2**30, "longest stream of a worker")
     max_hops: int = limit(4, "maximum number of API servers that a request passes through")
+    responses_store: str | None = option(
+        None,
+        "SQLite file with stored responses and conversations (/v1/responses), one for all API servers of a machine; "
+        "none: keep nothing. Unset: responses.sqlite3 in the user's folder for state, made at first use",
+        added=True,
+    )
+    max_stored_entries: int = limit(100_000, "stored responses and conversations; the one used longest ago goes first")
+    max_stored_bytes: int = limit(2**30, "content of the stored responses and conversations")
+    max_stored_age_s: float = limit(30 * 86400.0, "seconds for which a response or conversation is stored unused")
+    max_background_responses: int = limit(256, "responses that run in the background at once")
 
 
 def is_hub_id(model: str) -> bool:

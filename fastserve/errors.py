@@ -10,6 +10,7 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
+        EntryNotFoundError            404  a response, conversation or item that is not stored
         WeightNotFoundError           404
         WeightGroupNotFoundError      404  no group of a trainer has this name
         ConflictError                 409  the name belongs to somebody else
@@ -129,6 +130,11 @@ class ModelNotFoundError(RequestError):
     status = 404
     code = "model_not_found"
     legacy_code = 40301
+
+
+class EntryNotFoundError(RequestError):
+    status = 404
+    code = "not_found"
 
 
 class WeightNotFoundError(RequestError):

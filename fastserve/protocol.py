@@ -33,6 +33,9 @@ worker that the request is sent to samples the same tokens. Accepted like MAY_PR
 CHOICES_HEADER = "x-fastserve-choices"
 """Comma-separated indices (`0,3`) of the request's choices that this worker generates; without it, all. In the answer
 they keep their indices, and they are sampled as if all were generated. Accepted like MAY_PRIORITISE_HEADER."""
+RESPONSE_HEADER = "x-fastserve-response"
+"""The head of a response (`fastserve/openai/responses/head.py`), from an API server that keeps a store of responses.
+Accepted like MAY_PRIORITISE_HEADER."""
 HOPS_HEADER = "x-fastserve-hops"
 """Comma-separated ids of the API servers that have forwarded the request."""
 

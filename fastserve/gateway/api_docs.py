@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from fastserve.gateway.apis.find import APIS
+from fastserve.gateway.apis.find import api_of
 from fastserve.openai.routes import ModelRoute
 from fastserve.serving.error_shapes import OVERLOADED_STATUS
 
@@ -48,6 +48,7 @@ ERRORS = {
 }
 DESCRIPTIONS = {
     "openai": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
+    "responses": "With `stream: true` the answer comes as typed events; the last one has the whole response.",
     "slora": "`lora_dir` names an adapter: its path as given to the worker, or its name; without it, the base model.",
     "anthropic": "With `stream: true` the answer comes as named server-sent events, the last one is `message_stop`.",
     "ollama": "Without `stream: false` the answer comes as lines of JSON, the last one has `done: true`.",
@@ -55,7 +56,7 @@ DESCRIPTIONS = {
 }
 """By the API of a route."""
 ERROR_SCHEMAS = {
-    **dict.fromkeys(("openai", "slora", "tokens"), "Error"),
+    **dict.fromkeys(("openai", "responses", "slora", "tokens"), "Error"),
     "anthropic": "AnthropicError",
     "ollama": "OllamaError",
 }
@@ -125,12 +126,12 @@ def _describe_route(route: ModelRoute) -> dict[str, Any]:
         },
         "responses": {
             "200": {
-                "description": f"OpenAI's `{route.answer}` object, or its chunks"
-                if route.api == "openai"
-                else route.answer,
+                "description": route.answer
+                if route.api == "slora"
+                else f"OpenAI's `{route.answer}` object, or its stream",
                 "content": {
                     "application/json": {"schema": {"type": "object", "required": [route.contents]}},
-                    APIS[route.api].media_type: {"schema": {"type": "string"}},
+                    api_of(route.api).media_type: {"schema": {"type": "string"}},
                 },
             },
             **{_status(route, status): {"description": text, "content": error} for status, text in ERRORS.items()},

@@ -33,10 +33,13 @@ from fastserve.gateway.relay import Relay
 from fastserve.gateway.request_tracking import RequestTrackingMiddleware, name_failures
 from fastserve.gateway.retry_budget import RetryBudget
 from fastserve.gateway.routes import Gateway, relayed_routes, router
+from fastserve.gateway.stored import routes as stored_routes
+from fastserve.gateway.stored.create import responses_routes
+from fastserve.gateway.stored.state import open_stored
 from fastserve.gateway.upstream import open_session
 from fastserve.observability.metrics import CollectorRegistry
 from fastserve.observability.text import printable
-from fastserve.openai.routes import RELAYED_ROUTES, ModelRoute
+from fastserve.openai.routes import RELAYED_ROUTES, RESPONSES_ROUTES, ModelRoute
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.listen import advertised_address
@@ -80,14 +83,18 @@ def create_app(
                 "an API key is needed" if keys.value else "no API key is needed",
                 config.controller_address,
             )
-            yield {"gateway": Gateway(dispatcher, relay, metrics, registry, int(time.time()))}
+            gateway = Gateway(dispatcher, relay, metrics, registry, int(time.time()))
+            async with open_stored(config, relay, environ) as stored:
+                yield {"gateway": gateway, "stored": stored}
 
     app = FastAPI(title="fastserve API server", version=__version__, lifespan=lifespan, openapi_url=None)
     install_error_handlers(app)
     name_failures(app)
     app.include_router(router)
     app.include_router(adapter_routes.router)
-    app.router.routes += relayed_routes(model_routes)
+    app.include_router(stored_routes.router)
+    app.router.routes += relayed_routes(route for route in model_routes if route not in RESPONSES_ROUTES)
+    app.router.routes += responses_routes()
     install_api_docs(app, model_routes)
     # The middleware added last is the outermost: CORS answers preflights, which carry no key, before keys are checked.
     guard_client_service(app, access, registry, keys, allowed_origins=config.allowed_origins or (), json_only=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 
@@ -26,7 +26,6 @@ from fastserve.gateway.answers import (
     read_answer,
 )
 from fastserve.gateway.apis import Api
-from fastserve.gateway.apis.find import APIS
 from fastserve.gateway.body import AnswerBody
 from fastserve.gateway.dispatch import Dispatcher, Lease
 from fastserve.gateway.downstream import Downstream
@@ -58,8 +57,11 @@ class ClientRequest:
     """Monotonic seconds, on the relay's clock."""
     seed: int
     """Sampling seed for a request without one: with it each attempt samples the same tokens."""
+    api: Api
     may_prioritise: bool = False
     """Whether the client's key may raise the priority of requests."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """More headers for the worker."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,14 @@ class AttemptRunner:
             with self._open_body(response, deadline, self._bounds.silence_s) as body:
                 if response.status != 200:
                     return await self._read_answer(request, response, body)
-                check_headers(response.headers, APIS[request.route.api].media_type)
+                check_headers(response.headers, request.api.media_type)
                 return await self._relay_events(body, request, client)
         finally:
             response.close()
 
     async def _relay_events(self, body: AnswerBody, request: ClientRequest, client: Downstream) -> Answer | None:
         """Relay a stream to its end and return None, or return an error event that came before any data."""
-        api = APIS[request.route.api]
+        api = request.api
         stream = open_stream(self._bounds.max_event_bytes, self._bounds.max_stream_bytes, api)
         while not stream.is_done:
             piece = await body.read()
@@ -207,7 +209,7 @@ class AttemptRunner:
 
     async def _read_answer(self, request: ClientRequest, response: aiohttp.ClientResponse, body: AnswerBody) -> Answer:
         route = request.route
-        contents = Contents(route.contents, route.contents_kind, plain_errors=APIS[route.api].plain_errors)
+        contents = Contents(route.contents, route.contents_kind, plain_errors=request.api.plain_errors)
         return await read_answer(response, body, self._bounds.max_answer_bytes, self._memory, contents)
 
     def _open_body(
@@ -224,6 +226,7 @@ class AttemptRunner:
             HOPS_HEADER: request.hops,
             MAY_PRIORITISE_HEADER: "1" if request.may_prioritise else "0",
             SEED_HEADER: str(request.seed),
+            **request.headers,
         }
         lost: aiohttp.ClientError | None = None
         while True:

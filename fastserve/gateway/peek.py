@@ -35,7 +35,30 @@ class _TokensPeek(msgspec.Struct):
     prompts: list[_Item] | None = None
 
 
+class _Conversation(msgspec.Struct):
+    id: str
+
+
+class ResponsePeek(msgspec.Struct):
+    """Fields of a Responses request that refer to the store."""
+
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    previous_response_id: str | None = None
+    conversation: str | _Conversation | None = None
+    input: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def conversation_id(self) -> str | None:
+        return self.conversation.id if isinstance(self.conversation, _Conversation) else self.conversation
+
+
 _EXPECTED = {
+    "store": "true or false",
+    "background": "true or false",
+    "previous_response_id": "the id of a response",
+    "conversation": 'the id of a conversation, or {"id": ...}',
     "model": "a string",
     "stream": "true or false",
     "prompts": "an array of objects with model and prompt",
@@ -45,6 +68,7 @@ _FIELD = re.compile(r"`\$\.(\w+)")
 _decoder = msgspec.json.Decoder(Peek)
 _tokens_decoder = msgspec.json.Decoder(_TokensPeek)
 _slora_decoder = msgspec.json.Decoder(_SLoraPeek)
+_response_decoder = msgspec.json.Decoder(ResponsePeek)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MAX_SHOWN_BYTES = 80
 
@@ -67,6 +91,11 @@ def peek_tokens(body: bytes) -> list[str | None]:
     """Returns the models that a request about tokens names, one for each of its prompts. Raises InvalidRequestError."""
     seen = _decode(_tokens_decoder, body)
     return [seen.model] if seen.prompts is None else [item.model for item in seen.prompts]
+
+
+def peek_response(body: bytes) -> ResponsePeek:
+    """Raises InvalidRequestError."""
+    return _decode(_response_decoder, body)
 
 
 def _decode(decoder: msgspec.json.Decoder[PeekT], body: bytes) -> PeekT:

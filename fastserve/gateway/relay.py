@@ -24,7 +24,6 @@ from fastserve.errors import (
     UnsupportedCapabilityError,
 )
 from fastserve.gateway.answers import Answer
-from fastserve.gateway.apis.find import APIS
 from fastserve.gateway.attempt import AttemptError, AttemptRunner, ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, Lease, no_worker
 from fastserve.gateway.downstream import Downstream
@@ -86,7 +85,7 @@ class Relay:
         Raises a FastserveError only if nothing has been sent. When cancelled (the client has disconnected), it closes
         the connection to the worker, which ends the generation there, and releases the lease.
         """
-        client = Downstream(send, APIS[request.route.api])
+        client = Downstream(send, request.api)
         progress = _Progress()
         self._budget.note_request()
         while True:

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from fastserve.errors import NoWorkerError
-from fastserve.gateway.apis.find import APIS
+from fastserve.gateway.apis.find import api_of
 from fastserve.gateway.attempt import ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, no_worker
 from fastserve.gateway.hops import next_hops
@@ -45,11 +45,11 @@ class Gateway:
     """Unix time in seconds."""
 
 
-def _gateway(request: Request) -> Gateway:
+def gateway_of(request: Request) -> Gateway:
     return cast(Gateway, request.state.gateway)
 
 
-GatewayDep = Annotated[Gateway, Depends(_gateway)]
+GatewayDep = Annotated[Gateway, Depends(gateway_of)]
 
 
 class GenerationEndpoint:
@@ -57,31 +57,39 @@ class GenerationEndpoint:
 
     def __init__(self, route: ModelRoute) -> None:
         self._route = route
-        self._api = APIS[route.api]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
         request = Request(scope, receive)
-        gateway = _gateway(request)
+        gateway = gateway_of(request)
         try:
             body = await request.body()
         except ClientDisconnect:
             return
-        model, stream = await self._api.read_target(body, gateway.dispatcher, streams=self._route.streams)
-        state = request.state
-        client_request = ClientRequest(
-            self._route,
-            body,
-            model,
-            stream,
-            state.request_id,
-            next_hops(request),
-            started_at,
-            random.randint(0, MAX_SEED),
-            may_prioritise=state.may_prioritise,
-        )
+        client_request = await make_request(request, gateway, self._route, body, started_at)
         with gateway.metrics.in_flight.track_inprogress():
             await run_until_disconnect(request, gateway.relay.forward(client_request, send))
+
+
+async def make_request(
+    request: Request, gateway: Gateway, route: ModelRoute, body: bytes, started_at: float
+) -> ClientRequest:
+    """The request to relay. Raises InvalidRequestError, ModelNotFoundError and NoWorkerError."""
+    api = api_of(route.api)
+    model, stream = await api.read_target(body, gateway.dispatcher, streams=route.streams)
+    state = request.state
+    return ClientRequest(
+        route,
+        body,
+        model,
+        stream,
+        state.request_id,
+        next_hops(request),
+        started_at,
+        random.randint(0, MAX_SEED),
+        api,
+        may_prioritise=state.may_prioritise,
+    )
 
 
 def relayed_routes(routes: Iterable[ModelRoute]) -> list[BaseRoute]:

@@ -32,6 +32,7 @@ _MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
 """Stops at the first element that is not an object."""
 _ANYTHING = msgspec.json.Decoder()
 _FIRST_IS_NOT_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
+_FIRST_IS_OBJECT = re.compile(rb"\s*+\[\s*+\{")
 _NOT_STRUCTURE = bytes(code for code in range(256) if code not in b'[]{}",')
 _VALUES_PER_PART = 8
 """Maximum average of JSON values in a message, content part or tool call. Most have 2 or 3, a tool call 5."""
@@ -82,11 +83,18 @@ def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:
 
 
 def renamed(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
-    """The error for a caller who knows the field by another name; `names` maps ours to the caller's."""
-    theirs = names.get(error.param or "")
-    if theirs is None:
+    """The error for a caller who knows the field by another name. `names` maps our paths to the caller's; the longest
+    that leads to the field counts.
+    """
+    param = error.param or ""
+    known, rest = param, ""
+    while known and known not in names:
+        known, _, last = known.rpartition(".")
+        rest = f".{last}{rest}"
+    if not known:
         return error
-    message = error.message.replace(f"'{error.param}'", f"'{theirs}'")
+    theirs = names[known] + rest
+    message = error.message.replace(f"'{param}'", f"'{theirs}'")
     return type(error)(message, param=theirs, code=error.code)
 
 
@@ -170,7 +178,7 @@ def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
                 param=name,
             )
         return
-    if name == "messages":
+    if name == "messages" or _FIRST_IS_OBJECT.match(raw):
         max_values = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
         shape = _shape(raw, max_values)
         if shape.num_values > max_values or shape.num_containers > max_values // 2:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from fastserve.openai.anthropic import CountTokensRequest, MessagesRequest
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
+from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
 
@@ -40,7 +41,7 @@ class ModelRoute:
     method: str = "POST"
     remedy: str = ""
     """Advice in the error for a model without the capability."""
-    api: Literal["openai", "slora", "anthropic", "ollama", "tokens"] = "openai"
+    api: Literal["openai", "responses", "slora", "anthropic", "ollama", "tokens"] = "openai"
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
@@ -58,6 +59,27 @@ COMPLETIONS = ModelRoute("/v1/completions", "completions", CompletionRequest, "t
 
 MODEL_ROUTES = (CHAT, COMPLETIONS)
 """OpenAI's."""
+
+RESPONSES = ModelRoute(
+    "/v1/responses",
+    "chat",
+    ResponsesRequest,
+    "response",
+    "Answer with items (OpenAI's Responses API)",
+    contents="output",
+    remedy=CHAT.remedy,
+    api="responses",
+)
+RESPONSE_TOKENS = replace(
+    RESPONSES,
+    path="/v1/responses/input_tokens",
+    answer="response.input_tokens",
+    summary="Count the input tokens of a response",
+    contents="input_tokens",
+    contents_kind="count",
+    streams=False,
+)
+RESPONSES_ROUTES = (RESPONSES, RESPONSE_TOKENS)
 
 GENERATE = ModelRoute(
     "/generate",
@@ -137,7 +159,7 @@ TOKEN_CHECK = replace(
 FASTCHAT_CHAT = replace(CHAT, path="/api/v1/chat/completions", summary="Answer a chat (FastChat's route)")
 FASTCHAT_ROUTES = (TOKEN_CHECK, FASTCHAT_CHAT)
 
-RELAYED_ROUTES = (*MODEL_ROUTES, *TOKEN_ROUTES, *FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
+RELAYED_ROUTES = (*MODEL_ROUTES, *RESPONSES_ROUTES, *TOKEN_ROUTES, *FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
 """All that the API server relays."""
 
 

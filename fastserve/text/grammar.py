@@ -17,7 +17,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from fastserve.text.tokenizer import Tokenizer
 
 _MAX_WHITESPACE_CHARS = 40
-DEFAULT_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,%d}" % _MAX_WHITESPACE_CHARS
+DEFAULT_WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{_MAX_WHITESPACE_CHARS}}}"
 """Whitespace between two tokens of JSON. Bounded, because small models may never end it."""
 ANY_JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 _OPTIONS = "x-guidance"

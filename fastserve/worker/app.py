@@ -44,6 +44,7 @@ from fastserve.worker import (
     anthropic_routes,
     fastchat_routes,
     openai_routes,
+    responses_routes,
     rtp_llm_routes,
     slora_routes,
     token_routes,
@@ -132,6 +133,7 @@ class ModelWorker:
         for handler in self._setup.handlers:
             app.add_api_route(handler.route.path, handler.endpoint, methods=[handler.route.method])
         app.include_router(token_routes.router)
+        app.include_router(responses_routes.router)
         app.include_router(fastchat_routes.router)
         app.include_router(rtp_llm_routes.router)
         app.include_router(slora_routes.router)

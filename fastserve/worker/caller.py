@@ -10,7 +10,16 @@ from fastapi import Request
 
 from fastserve.errors import InvalidRequestError
 from fastserve.openai.body import shown
-from fastserve.protocol import CHOICES_HEADER, LEASE_HEADER, MAX_CHOICES_CHARS, MAX_LEASE_CHARS, MAX_SEED, SEED_HEADER
+from fastserve.openai.responses.head import ResponseHead
+from fastserve.protocol import (
+    CHOICES_HEADER,
+    LEASE_HEADER,
+    MAX_CHOICES_CHARS,
+    MAX_LEASE_CHARS,
+    MAX_SEED,
+    RESPONSE_HEADER,
+    SEED_HEADER,
+)
 from fastserve.serving.request_ids import read_request_id
 
 _LEASE = re.compile(rf"[\x21-\x7e]{{1,{MAX_LEASE_CHARS}}}")
@@ -28,7 +37,8 @@ class Caller:
     """Whether its requests may have a priority below 0, which is above the default."""
     seed_header: str | None = None
     choices_header: str | None = None
-    """Values of SEED_HEADER and CHOICES_HEADER; None unless the caller is a service of the cluster."""
+    response_header: str | None = None
+    """Values of SEED_HEADER, CHOICES_HEADER and RESPONSE_HEADER; None unless the caller is a service of the cluster."""
 
     def read_seed(self) -> int | None:
         """The API server's seed for a request without one. Raises InvalidRequestError."""
@@ -38,6 +48,16 @@ class Caller:
         if not _SEED.fullmatch(text) or int(text) > MAX_SEED:
             raise _invalid(SEED_HEADER, text, f"Give a whole number from 0 to {MAX_SEED}.")
         return int(text)
+
+    def read_head(self) -> ResponseHead | None:
+        """The head of a response that the API server stores; None without a store. Raises InvalidRequestError."""
+        text = self.response_header
+        if text is None:
+            return None
+        try:
+            return ResponseHead.decode(text)
+        except ValueError as error:
+            raise _invalid(RESPONSE_HEADER, text, "API server and worker must be of neighbouring versions.") from error
 
     def read_choices(self) -> tuple[int, ...] | None:
         """Indices of the choices to generate, ascending; None: all. Raises InvalidRequestError."""
@@ -70,6 +90,7 @@ def caller_of(request: Request) -> Caller:
         may_prioritise=request.state.may_prioritise,
         seed_header=headers.get(SEED_HEADER) if is_from_cluster else None,
         choices_header=headers.get(CHOICES_HEADER) if is_from_cluster else None,
+        response_header=headers.get(RESPONSE_HEADER) if is_from_cluster else None,
     )
 
 

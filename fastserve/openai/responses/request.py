@@ -1,0 +1,212 @@
+"""Schema of a /v1/responses request. Null is the same as a missing field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from fastserve.errors import InvalidRequestError, UnsupportedParameterError
+from fastserve.openai.body import (
+    Flag,
+    Integer,
+    Number,
+    RequestBounds,
+    bounds_of,
+    field_error,
+    invalid,
+    read_fields,
+    validate,
+)
+from fastserve.openai.generation import MAX_COUNT, MAX_TOP_LOGPROBS
+from fastserve.openai.parameters import KnownFields
+
+MIN_OUTPUT_TOKENS = 16
+MAX_TOOLS = 512
+MAX_METADATA = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
+LOGPROBS = "message.output_text.logprobs"
+INCLUDES = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+"""All but the first name contents that the answers of open models do not have."""
+
+PASSED_ON = (
+    *("top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed"),
+    *("logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "min_tokens"),
+    *("ignore_eos", "priority", "chat_template_kwargs"),
+)
+"""Fields of a chat request that OpenAI's Responses API lacks; they mean the same here."""
+
+REQUEST_FIELDS = KnownFields(
+    "",
+    frozenset(
+        {
+            *("client_metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+            *("safety_identifier", "user"),
+            *PASSED_ON,
+        }
+    ),
+    {
+        "context_management": ([],),
+        "moderation": (),
+        "n": (1,),
+        "prompt": (),
+        "service_tier": ("auto", "default"),
+    },
+    {"prompt": "Send its text as 'instructions' and 'input'."},
+)
+_LONG_FIELDS = frozenset({"input", "instructions"})
+
+
+class StreamOptions(BaseModel):
+    include_obfuscation: Flag | None = None
+    """Whether deltas carry a random string, so that their lengths do not give away the text."""
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema_: Any = Field(None, alias="schema")
+    strict: Flag | None = None
+    description: str | None = None
+
+
+class TextOptions(BaseModel):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Without effect: no open model has it."""
+
+
+class ReasoningOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    """Without effect: the answer has the reasoning itself."""
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class ConversationRef(BaseModel):
+    id: str
+
+
+class ResponsesRequest(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str
+    input: Any = None
+    """A string, or a list of items."""
+    instructions: str | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    store: Flag | None = None
+    background: Flag | None = None
+    previous_response_id: str | None = None
+    conversation: ConversationRef | None = None
+    max_output_tokens: Integer | None = Field(None, ge=MIN_OUTPUT_TOKENS)
+    max_tool_calls: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    """Without effect: it counts calls of hosted tools."""
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Any = None
+    """`auto`, `none`, `required`, or an object."""
+    parallel_tool_calls: Flag | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: Annotated[list[Literal[INCLUDES]], Field(max_length=64, fail_fast=True)] | None = None  # type: ignore[valid-type]
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, ge=0, le=1)
+    truncation: Literal["auto", "disabled"] | None = None
+    metadata: dict[str, str] | None = None
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _check_metadata(cls, value: Any) -> Any:
+        return check_metadata(value)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _count_items(cls, value: Any, info: ValidationInfo) -> Any:
+        max_items = bounds_of(info).max_messages
+        if isinstance(value, list) and len(value) > max_items:
+            raise field_error(f"Send at most {max_items} items in one request (--max-messages).")
+        return value
+
+    @field_validator("conversation", mode="before")
+    @classmethod
+    def _read_conversation(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, str | dict):
+            raise field_error('Give the id of a conversation, or {"id": ...}.')
+        return {"id": value} if isinstance(value, str) else value
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    @property
+    def conversation_id(self) -> str | None:
+        return None if self.conversation is None else self.conversation.id
+
+    def check(self) -> None:
+        """Raises InvalidRequestError for fields that do not fit each other, or cannot be honoured."""
+        REQUEST_FIELDS.refuse_unsupported(self.model_extra or {}, "")
+        if self.input is None:
+            raise InvalidRequestError(
+                "Missing required field 'input': a string, or an array of items.",
+                param="input",
+                code="missing_required_parameter",
+            )
+        if self.previous_response_id is not None and self.conversation is not None:
+            raise invalid(
+                "previous_response_id",
+                self.previous_response_id,
+                "It cannot be given with 'conversation': leave out one of them.",
+            )
+        if self.background and self.store is False:
+            raise invalid("background", True, "It needs store=true, since its answer is fetched from the store.")
+        if self.truncation == "auto":
+            raise UnsupportedParameterError(
+                "'truncation' is not supported (given: \"auto\"): no item is dropped unasked. Leave it out, and send "
+                "fewer items if they exceed the context.",
+                param="truncation",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", {}, "It is allowed with stream=true only.")
+
+    @property
+    def unknown(self) -> Sequence[str]:
+        """Names of fields that are neither declared nor known."""
+        return REQUEST_FIELDS.unknown(self.model_extra or {})
+
+
+def check_metadata(value: Any) -> Any:
+    """A pydantic validator's body: at most 16 pairs of short strings. Raises PydanticCustomError."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MAX_METADATA:
+        raise field_error(f"Give an object of up to {MAX_METADATA} strings.")
+    for key, text in value.items():
+        if len(key) > MAX_METADATA_KEY_CHARS or not isinstance(text, str) or len(text) > MAX_METADATA_VALUE_CHARS:
+            raise field_error(
+                f"Its names have at most {MAX_METADATA_KEY_CHARS} characters, and its values are strings of at most "
+                f"{MAX_METADATA_VALUE_CHARS}."
+            )
+    return value
+
+
+def read_request(body: bytes, bounds: RequestBounds) -> ResponsesRequest:
+    """Parse and validate a body. Raises InvalidRequestError or UnsupportedParameterError."""
+    known = ResponsesRequest.model_fields.keys() | REQUEST_FIELDS.unsupported.keys() | set(PASSED_ON)
+    request = validate(ResponsesRequest, read_fields(body, bounds, known, _LONG_FIELDS), bounds)
+    request.check()
+    return request
