@@ -36,7 +36,7 @@ from fastserve.gateway.routes import Gateway, relayed_routes, router
 from fastserve.gateway.upstream import open_session
 from fastserve.observability.metrics import CollectorRegistry
 from fastserve.observability.text import printable
-from fastserve.openai.routes import MODEL_ROUTES, SLORA_ROUTES, ModelRoute
+from fastserve.openai.routes import MODEL_ROUTES, POOLING_ROUTES, SLORA_ROUTES, ModelRoute
 from fastserve.protocol import REQUEST_ID_HEADER
 from fastserve.serving.errors import install_error_handlers
 from fastserve.serving.listen import advertised_address
@@ -49,7 +49,7 @@ def create_app(
     config: ApiServerConfig,
     *,
     environ: Mapping[str, str] = os.environ,
-    model_routes: Sequence[ModelRoute] = (*MODEL_ROUTES, *SLORA_ROUTES),
+    model_routes: Sequence[ModelRoute] = (*MODEL_ROUTES, *POOLING_ROUTES, *SLORA_ROUTES),
 ) -> FastAPI:
     """Raises StartupError if keys are missing, a file with keys or for TLS cannot be read, or the controller's address
     is the server's own.

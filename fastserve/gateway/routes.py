@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, cast
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.requests import ClientDisconnect
@@ -23,7 +24,7 @@ from fastserve.gateway.metrics import GatewayMetrics
 from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.models import Model, ModelCards, describe_model
-from fastserve.openai.routes import ModelRoute
+from fastserve.openai.routes import MODEL_IN_PATH, ModelRoute
 from fastserve.protocol import MAX_SEED, ServedAdapter
 from fastserve.serving.responses import run_until_disconnect
 
@@ -65,10 +66,15 @@ class GenerationEndpoint:
             body = await request.body()
         except ClientDisconnect:
             return
-        model, stream = await self._api.read_target(body, gateway.dispatcher, streams=self._route.streams)
+        route = self._route
+        if route.names_model:
+            model, stream = request.path_params["model"], False
+            route = replace(route, path=route.path.replace(MODEL_IN_PATH, quote(model)))
+        else:
+            model, stream = await self._api.read_target(body, gateway.dispatcher, streams=route.streams)
         state = request.state
         client_request = ClientRequest(
-            self._route,
+            route,
             body,
             model,
             stream,
