@@ -31,7 +31,7 @@ class PoolingCore:
     """Called by one thread."""
 
     def __init__(self, model: PoolingModel, max_step_tokens: int | None, max_step_pieces: int) -> None:
-        self._model = model
+        self.model = model
         tokens = max_step_tokens or DEFAULT_STEP_TOKENS.get(model.device.type, _DEFAULT_STEP_TOKENS)
         self._queue = PoolingQueue(tokens, max_step_pieces)
         self._stats = EngineStats()
@@ -101,7 +101,7 @@ class PoolingCore:
         batch = TextBatch(ids, [piece.first_length for piece in pieces])
         requests = [piece.queued.request for piece in pieces]
         return list(
-            self._model.compute(
+            self.model.compute(
                 batch,
                 [request.num_prompt_tokens for request in requests],
                 [request.task == "token_embed" for request in requests],
@@ -117,7 +117,7 @@ class PoolingCore:
         if request.piece_counts:
             values = _averaged(values, request.lengths, request.piece_counts)
         if request.task == "classify":
-            return _as_result(request, values if request.activate is False else self._model.activate(values))
+            return _as_result(request, values if request.activate is False else self.model.activate(values))
         vectors = self._finish(values, request)
         if request.task == "similarity":
             left, right = (torch.tensor([pair[side] for pair in request.pairs]) for side in (0, 1))
@@ -128,21 +128,21 @@ class PoolingCore:
         """Cut and normalise vectors."""
         if request.dimensions is not None:
             vectors = vectors[:, : request.dimensions]
-        normalizes = self._model.settings.normalize if request.normalize is None else request.normalize
+        normalizes = self.model.settings.normalize if request.normalize is None else request.normalize
         return torch.nn.functional.normalize(vectors, dim=-1) if normalizes or request.task == "similarity" else vectors
 
     def _problem(self, request: PoolingRequest) -> str | None:
-        kind = self._model.settings.kind
+        kind = self.model.settings.kind
         if (request.task == "classify") != (kind == "classify"):
             return f"a model that can {kind} cannot {request.task}"
-        longest = self._model.max_length
+        longest = self.model.max_length
         if not request.lengths or min(request.lengths) < 1 or max(request.lengths) > longest:
             return f"each text must have 1 to {longest} tokens"
         if 4 * sum(request.lengths) != len(request.token_ids):
             return f"{len(request.token_ids)} bytes are not {sum(request.lengths)} token ids"
         ids = np.frombuffer(request.token_ids, "<i4")
-        if ids.min() < 0 or ids.max() >= self._model.vocab_size:
-            return f"token ids must be from 0 to {self._model.vocab_size - 1}"
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
+            return f"token ids must be from 0 to {self.model.vocab_size - 1}"
         num_texts = len(request.piece_counts) or len(request.lengths)
         if request.piece_counts and (
             min(request.piece_counts) < 1 or sum(request.piece_counts) != len(request.lengths)
@@ -156,12 +156,12 @@ class PoolingCore:
 
     def _measure(self, num_tokens: int) -> float:
         """Tokens a second in a step, after one that warms up."""
-        length = min(_REFERENCE_LENGTH, self._model.max_length)
+        length = min(_REFERENCE_LENGTH, self.model.max_length)
         count = max(1, num_tokens // length)
         batch = TextBatch([np.zeros(length, np.int32)] * count, [length] * count)
         for _ in range(2):
             begin = time.perf_counter()
-            list(self._model.compute(batch, [0] * count, [False] * count))
+            list(self.model.compute(batch, [0] * count, [False] * count))
             seconds = time.perf_counter() - begin
         return length * count / seconds
 

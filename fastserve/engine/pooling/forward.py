@@ -54,7 +54,7 @@ class PackedHiddenStates:
         """`model`: the one below any head."""
         self._model = model
         self._device = device
-        self._fields = inspect.signature(model.forward).parameters
+        self._has_types = has_token_types(model)
         self._first_position = first_position(model)
         model.set_attn_implementation(packed_attention())
 
@@ -67,7 +67,7 @@ class PackedHiddenStates:
             "attention_mask": torch.ones_like(ids),
             "position_ids": texts.position_ids + self._first_position,
         }
-        if "token_type_ids" in self._fields:
+        if self._has_types:
             types = [(np.arange(len(ids)) >= first).astype(np.int64) for ids, first in _typed(batch)]
             fields["token_type_ids"] = torch.from_numpy(np.concatenate(types)).unsqueeze(0).to(self._device)
         with texts.running():
@@ -101,15 +101,21 @@ def padded_fields(model: PreTrainedModel, batch: TextBatch, device: torch.device
     for row, (own, first) in enumerate(_typed(batch)):
         ids[row, : len(own)], mask[row, : len(own)], types[row, first : len(own)] = own, 1, 1
     fields = {"input_ids": ids, "attention_mask": mask}
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
+    if has_token_types(model):
         fields["token_type_ids"] = types
     return {name: torch.from_numpy(values).to(device) for name, values in fields.items()}
+
+
+def has_token_types(model: PreTrainedModel) -> bool:
+    """Whether the model tells the two texts of a pair apart by token types."""
+    num_types = getattr(model.config.get_text_config(), "type_vocab_size", 0)
+    return "token_type_ids" in inspect.signature(model.forward).parameters and num_types > 1
 
 
 def first_position(model: PreTrainedModel) -> int:
     """The position of a text's first token: those of RoBERTa and its kin begin after that of padding."""
     for module in model.modules():
-        if hasattr(type(module), "create_position_ids_from_input_ids"):
+        if hasattr(type(module), "create_position_ids_from_inputs_embeds"):
             return int(module.padding_idx) + 1
     return 0
 
