@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal, cast
 
 from fastserve.options import comma_list, json_list, limit, option, pass_on, same_option
 
@@ -494,7 +494,28 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
         "let requests bring a chat template, which is a program: one that never ends holds a thread for good",
         added=True,
     )
-    embed_in_truncate: bool = option(False, "embeddings: truncate to the context instead of chunking and pooling")
+    task: str | None = option(
+        None,
+        "what the model does: generate, embed (vectors of texts) or classify (scores of texts and pairs); from its "
+        "files if unset",
+        choices=("generate", "embed", "classify"),
+        added=True,
+    )
+    pooling: str | None = option(
+        None,
+        "how a model that embeds makes one vector of those of its tokens; if unset as sentence-transformers' files "
+        "say, else the last token for decoders and the mean for others",
+        choices=("cls", "mean", "max", "last"),
+        added=True,
+    )
+    embed_in_truncate: bool = option(False, "the same as --embedding-long-inputs truncate")
+    embedding_long_inputs: str | None = option(
+        None,
+        "texts that are too long for a model that embeds: refuse, truncate, or chunk (the average of their parts' "
+        "vectors). If unset OpenAI's routes refuse them and FastChat's chunks them",
+        choices=("refuse", "truncate", "chunk"),
+        added=True,
+    )
     limit_worker_concurrency: int | None = option(
         None, "maximum number of requests that generate at once; bounded by the KV cache alone if unset", minimum=1
     )
@@ -503,6 +524,12 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
         2_097_152, "maximum number of prompt tokens of all waiting requests; past that the answer is 429"
     )
     max_adapters: int = limit(4096, "maximum number of adapters that a worker knows by name", maximum=4096)
+    max_pooling_tokens: int = limit(
+        1_048_576, "tokens of all texts of one request for vectors or scores", maximum=2**30
+    )
+    max_pooling_answer_bytes: int = limit(
+        48 * 2**20, "longest answer with vectors; numbers in JSON count as 22 bytes, in base64 as 5 and a third"
+    )
     max_messages: int = limit(4096, "maximum number of messages in one chat")
     max_content_parts: int = limit(4096, "maximum number of content parts and tool calls in one chat")
     max_prompts: int = limit(2048, "maximum number of prompts in one completion request")
@@ -561,6 +588,12 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
         minimum=0.01,
         maximum=3600,
     )
+
+    @property
+    def long_texts(self) -> Literal["refuse", "truncate", "chunk"] | None:
+        """What happens to texts that are too long for a model that embeds; None: it depends on the route."""
+        chosen = "truncate" if self.embed_in_truncate else self.embedding_long_inputs
+        return cast(Literal["refuse", "truncate", "chunk"] | None, chosen)
 
     @property
     def requires_client_cert(self) -> bool:
@@ -646,6 +679,8 @@ class LauncherConfig(ClassicLauncherFlags, LoraOptions, EngineOptions, AccessOpt
     awq_groupsize: int = same_option(WorkerConfig, "awq_groupsize", added=True)
     dummy: bool = same_option(WorkerConfig, "dummy", added=True)
     chat_template: str | None = same_option(WorkerConfig, "chat_template", added=True)
+    task: str | None = same_option(WorkerConfig, "task", added=True)
+    pooling: str | None = same_option(WorkerConfig, "pooling", added=True)
     seed: int | None = same_option(WorkerConfig, "seed", added=True)
     debug: bool = same_option(WorkerConfig, "debug", added=True)
     engine: str = same_option(WorkerConfig, "engine", added=True)

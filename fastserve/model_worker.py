@@ -21,7 +21,7 @@ from fastserve.distributed.gang import Gang
 from fastserve.distributed.torchrun import drop_default_threads, read_torchrun, wait_for_first_rank
 from fastserve.engine.client import ENGINE_ENVIRONMENT, EngineProcess
 from fastserve.engine.contract import Engine
-from fastserve.engine.settings import AdapterOptions, EngineConfig, PackedCheckpoint, WeightOptions
+from fastserve.engine.settings import AdapterOptions, EngineConfig, PackedCheckpoint, PoolingOptions, WeightOptions
 from fastserve.errors import StartupError
 from fastserve.observability.logging import setup_logging
 from fastserve.options import parse_config
@@ -34,6 +34,7 @@ from fastserve.worker.app import ModelWorker, WorkerSetup
 from fastserve.worker.gang import RESTARTS, rank_environment, run_member
 from fastserve.worker.keeper import RestartPolicy
 from fastserve.worker.model_source import ModelSource, default_name, find_draft_model, find_model
+from fastserve.worker.pooling_files import pooling_kind, read_pooling_options
 from fastserve.worker.refusals import refuse_unavailable
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def _make_engine(
     environment: dict[str, str],
 ) -> Engine:
     if config.engine == "fake":
-        from fastserve.engine.fake import FakeEngine, FakeOptions
+        from fastserve.engine.fake import FakeEngine, FakeOptions, fake_pooling
 
         model = read_json(source.folder / "config.json")
         options = FakeOptions(
@@ -129,6 +130,7 @@ def _make_engine(
             max_num_seqs=config.max_num_seqs,
             token_s=0.005,
             adapters={one.name: one.path for one in adapters} if config.serves_adapters else None,
+            pooling=fake_pooling(_pooling_options(config, source)),
         )
         return FakeEngine(options)
     return EngineProcess(
@@ -143,6 +145,7 @@ def _engine_config(
     return EngineConfig.of(
         config,
         model_dir=str(source.folder),
+        pooling_options=_pooling_options(config, source),
         log_level=config.log_level,
         speculative_model_dir=None if draft is None else str(draft.folder),
         speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),
@@ -150,6 +153,13 @@ def _engine_config(
         adapters=_adapter_options(config, adapters),
         gang=gang,
     )
+
+
+def _pooling_options(config: WorkerConfig, source: ModelSource) -> PoolingOptions | None:
+    if source.gguf_file is not None and config.task is None:
+        return None
+    kind = pooling_kind(source.folder, config.task)
+    return None if kind is None else read_pooling_options(source.folder, kind, config.pooling)
 
 
 def _weight_options(config: WorkerConfig, source: ModelSource) -> WeightOptions:

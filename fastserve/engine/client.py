@@ -31,6 +31,9 @@ from fastserve.engine.contract import (
     Event,
     LoadProgress,
     Outputs,
+    Pool,
+    PoolingRequest,
+    PoolingResult,
     RankLost,
     Ready,
     ReplyT,
@@ -41,6 +44,7 @@ from fastserve.engine.contract import (
     Submit,
 )
 from fastserve.engine.memory import OUT_OF_MEMORY_EXIT_CODE
+from fastserve.engine.pooling.pending import PendingPooling
 from fastserve.engine.ranks.local_ranks import LocalRanks
 from fastserve.engine.ranks.processes import CHECK_INTERVAL_S, RANK_LOST_EXIT_CODE, StopDetector
 from fastserve.engine.settings import EngineConfig
@@ -88,6 +92,9 @@ class EngineProcess:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
         self._streams: dict[str, RequestStream] = {}
+        self._pooling = PendingPooling(
+            lambda request: self._send(Pool(request)), lambda request_id: self._send(Abort([request_id]))
+        )
         self._stats = EngineStats()
         self._process: asyncio.subprocess.Process | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -213,10 +220,12 @@ class EngineProcess:
                 self._silent_checks = 0
                 self._max_silence_s = self._timeout_s
                 match event:
-                    case Outputs(outputs, stats):
+                    case Outputs(outputs, stats, pooled):
                         self._stats = stats
                         for output in outputs:
                             self._deliver(output)
+                        for result in pooled:
+                            self._pooling.settle(result)
                     case CallReply() | CallError():
                         self._calls.settle(event)
                     case Busy(max_silence_s):
@@ -281,6 +290,7 @@ class EngineProcess:
     def _fail_all(self, reason: str) -> None:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
+        self._pooling.fail_all(reason)
         self._calls.fail_all(lambda: EngineDeadError(reason))
 
     @contextlib.contextmanager
@@ -295,6 +305,10 @@ class EngineProcess:
             del self._streams[request.request_id]
             if not stream.finished:
                 self._send(Abort([request.request_id]))
+
+    async def pool(self, request: PoolingRequest) -> PoolingResult:
+        self._require_running()
+        return await self._pooling.pool(request)
 
     async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
         self._require_running()

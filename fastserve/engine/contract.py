@@ -71,6 +71,57 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Tokens that the answer is expected to have, as drafts for speculation; they do not change it."""
 
 
+PoolingKind = Literal["embed", "classify"]
+"""What a model that pools yields: vectors, or scores of labels."""
+PoolingTask = Literal["embed", "token_embed", "similarity", "classify"]
+
+
+class PoolingRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Texts to turn into vectors or scores. All of them get one answer."""
+
+    request_id: str
+    token_ids: bytes
+    """The tokens of all pieces, one after the other: 32-bit integers, little-endian. A piece is a text, or a part of
+    one that is too long."""
+    lengths: list[int]
+    """Number of tokens of each piece."""
+    task: PoolingTask = "embed"
+    """embed: a vector for each text. token_embed: one for each token. similarity: the cosine of two texts' vectors for
+    each of `pairs`. classify: scores of all labels for each text."""
+    first_lengths: list[int] = []
+    """For pieces that are pairs of texts: number of tokens that have token type 0."""
+    piece_counts: list[int] = []
+    """Number of pieces of each text, whose vectors are averaged by length; empty: one."""
+    pairs: list[tuple[int, int]] = []
+    """Indices of texts, for similarity."""
+    dimensions: int | None = None
+    """Cut vectors to so many numbers, and normalise them again if they were."""
+    normalize: bool | None = None
+    """None: as the model does."""
+    activate: bool | None = None
+    """Whether scores are probabilities; None and true: yes, false: logits."""
+    num_prompt_tokens: int = 0
+    """Leading tokens of each piece that are not pooled."""
+    priority: int = 0
+    """Lower runs first."""
+
+
+class PoolingResult(msgspec.Struct, omit_defaults=True):
+    """The answer to a PoolingRequest."""
+
+    request_id: str
+    values: bytes = b""
+    """Rows of numbers, 32-bit floats, little-endian."""
+    width: int = 0
+    """Numbers in a row."""
+    row_counts: list[int] = []
+    """Number of rows of each text (token_embed); empty: one."""
+    error: str | None = None
+    """Error message; there are no values then."""
+    error_kind: str | None = None
+    """Name of the error class in fastserve/errors.py if the request is at fault; None: InternalError."""
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     logprob: float
@@ -114,6 +165,16 @@ class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
         return f"{name}: {self.fused} of {self.total} fused" + (f" ({self.reason})" if self.reason else "")
 
 
+class PoolingInfo(msgspec.Struct, frozen=True):
+    """What a model that pools yields for a text."""
+
+    kind: PoolingKind
+    width: int
+    """Numbers in a vector, or number of labels."""
+    labels: tuple[str, ...] = ()
+    is_normalized: bool = False
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """Facts about an engine, sent once it is ready."""
 
@@ -132,6 +193,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Processes that the model is divided over."""
     fused_layers: tuple[FusedLayers, ...] = ()
     """By kind. Shows when a new release of transformers keeps layers from being recognised."""
+    pooling: PoolingInfo | None = None
+    """None: the model generates."""
 
 
 STEP_SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -247,6 +310,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     request: EngineRequest
 
 
+class Pool(msgspec.Struct, frozen=True, tag=True):
+    request: PoolingRequest
+
+
 class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
@@ -265,7 +332,7 @@ class CallRequest(msgspec.Struct, frozen=True, tag=True):
     """The call in msgpack."""
 
 
-Command = Submit | Abort | CallRequest | Shutdown
+Command = Submit | Pool | Abort | CallRequest | Shutdown
 
 # ---- engine to worker -------------------------------------------------------------------------------------------
 
@@ -292,6 +359,7 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 class Outputs(msgspec.Struct, tag=True):
     outputs: list[RequestOutput]
     stats: EngineStats
+    pooled: list[PoolingResult] = []
 
 
 class CallReply(msgspec.Struct, frozen=True, tag=True):
@@ -369,6 +437,14 @@ class Engine(Protocol):
 
         Outputs that arrive between two reads are merged into one. The stream raises EngineDeadError when the engine
         dies, and InternalError when the engine reports an error for this request.
+        """
+        ...
+
+    async def pool(self, request: PoolingRequest) -> PoolingResult:
+        """Compute vectors or scores. A call that is cancelled aborts the request.
+
+        Raises UnsupportedCapabilityError for an engine that generates, EngineDeadError when the engine dies, and the
+        errors of RequestStream.
         """
         ...
 

@@ -10,9 +10,12 @@ import asyncio
 import contextlib
 import hashlib
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from fastserve.engine.calls.all_calls import ALL_CALLS
@@ -34,6 +37,9 @@ from fastserve.engine.contract import (
     EngineRequest,
     EngineStats,
     LoadProgress,
+    PoolingInfo,
+    PoolingRequest,
+    PoolingResult,
     ReplyT,
     RequestOutput,
     RequestStream,
@@ -41,6 +47,8 @@ from fastserve.engine.contract import (
 )
 from fastserve.engine.occupation import NoMemory, Occupation
 from fastserve.engine.pausing import Pausing
+from fastserve.engine.pooling.pending import PendingPooling
+from fastserve.engine.settings import PoolingOptions
 from fastserve.engine.updating import WeightUpdates
 from fastserve.engine.weight_messages import (
     DEFAULT_VERSION,
@@ -59,6 +67,7 @@ from fastserve.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     StartupError,
+    UnsupportedCapabilityError,
     WeightGroupNotFoundError,
     WeightNotFoundError,
     WeightsIncompleteError,
@@ -103,6 +112,9 @@ class FakeOptions:
     adapters: dict[str, str] | None = field(default_factory=dict)
     """Paths by name of the adapters at start; None: adapters are not served. Any path can be loaded but those whose
     last part is "bad"."""
+    pooling: PoolingInfo | None = None
+    """For an engine that embeds or classifies. A vector counts the tokens by their remainder; a pair's score is the
+    share of the second text's tokens that the first has."""
     transfer_s: float = 0.0
     """Duration of a weight update's transfer. Names and paths whose last part is "bad" are refused."""
 
@@ -341,6 +353,9 @@ class FakeEngine:
         self._info: EngineInfo | None = None
         self._counters = EngineStats()
         self._reset()
+        self.pooling_requests: list[PoolingRequest] = []
+        """All pooling requests ever submitted."""
+        self._pooling = PendingPooling(self._pool_later, lambda request_id: None)
         self._calls = PendingCalls(self._handle)
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -386,6 +401,7 @@ class FakeEngine:
             eos_token_ids=options.eos_token_ids,
             num_parameters=0,
             load_s=options.start_s,
+            pooling=options.pooling,
         )
         self._counters = EngineStats(num_blocks=options.num_blocks)
         self._reset()
@@ -421,6 +437,27 @@ class FakeEngine:
                 self._pausing.update()
                 self._adapters.update()
                 self._wake()
+
+    async def pool(self, request: PoolingRequest) -> PoolingResult:
+        info = self._info
+        if info is None or self._loop_task is None:
+            raise EngineDeadError("The engine is not running.")
+        if info.pooling is None:
+            raise UnsupportedCapabilityError("This model generates text.")
+        self.pooling_requests.append(request)
+        try:
+            return await self._pooling.pool(request)
+        except asyncio.CancelledError:
+            self._counters.aborted += 1
+            raise
+
+    def _pool_later(self, request: PoolingRequest) -> None:
+        """Settle a request after the duration of a step."""
+        info = self.options.pooling
+        if info is not None:
+            result = fake_result(request, info)
+            self._counters.prompt_tokens += sum(request.lengths)
+            asyncio.get_running_loop().call_later(self.options.token_s, self._pooling.settle, result)
 
     async def call(self, call: Call[ReplyT], *, timeout_s: float | None = None) -> ReplyT:
         if self._info is None or self._loop_task is None:
@@ -495,6 +532,7 @@ class FakeEngine:
         for sequence in self._scheduler.sequences.values():
             sequence.stream.fail(EngineDeadError(reason))
         self._scheduler.sequences.clear()
+        self._pooling.fail_all(reason)
         self._calls.fail_all(lambda: EngineDeadError(reason))
 
     async def _loop(self, info: EngineInfo) -> None:
@@ -533,6 +571,66 @@ class FakeEngine:
         self._profiler.step_done()
         self._pausing.update()
         self._adapters.update()
+
+
+def fake_pooling(options: PoolingOptions | None) -> PoolingInfo | None:
+    """What a fake engine of this kind yields."""
+    if options is None:
+        return None
+    if options.kind == "classify":
+        return PoolingInfo("classify", 1, ("relevant",))
+    return PoolingInfo("embed", 8, is_normalized=options.normalize)
+
+
+def fake_result(request: PoolingRequest, info: PoolingInfo) -> PoolingResult:
+    """A result without a model (see `FakeOptions.pooling`)."""
+    ids = struct.unpack(f"<{len(request.token_ids) // 4}i", request.token_ids)
+    pieces = [ids[end - length : end] for end, length in zip(accumulate(request.lengths), request.lengths, strict=True)]
+    if request.task == "classify":
+        firsts = request.first_lengths or [len(piece) for piece in pieces]
+        logits = [_fake_logits(piece, first, info.width) for piece, first in zip(pieces, firsts, strict=True)]
+        return _fake_rows(request, logits if request.activate is False else [_softmax(row) for row in logits])
+    if request.task == "token_embed":
+        tokens = [[_fake_vector([token_id], info.width) for token_id in piece] for piece in pieces]
+        rows = [row[: request.dimensions] for own in tokens for row in own]
+        return _fake_rows(request, rows, [len(own) for own in tokens])
+    ends = list(accumulate(request.piece_counts or [1] * len(pieces)))
+    counts = request.piece_counts or [1] * len(pieces)
+    texts = [sum(pieces[end - count : end], ()) for end, count in zip(ends, counts, strict=True)]
+    vectors = [_fake_vector(text, info.width)[: request.dimensions] for text in texts]
+    if request.normalize is not False:
+        vectors = [[value / math.hypot(*vector) for value in vector] for vector in vectors]
+    if request.task == "similarity":
+        return _fake_rows(request, [[math.fsum(map(mul, vectors[a], vectors[b]))] for a, b in request.pairs])
+    return _fake_rows(request, vectors)
+
+
+def _fake_vector(ids: Sequence[int], width: int) -> list[float]:
+    """Tokens by their remainder; never all zeros, however it is cut."""
+    vector = [1e-3] * width
+    for token_id in ids:
+        vector[token_id % width] += 1.0
+    return vector
+
+
+def _fake_logits(ids: Sequence[int], first_length: int, width: int) -> list[float]:
+    first, second = set(ids[:first_length]), ids[first_length:] or ids
+    share = sum(token_id in first for token_id in second) / len(second)
+    return [share] if width == 1 else [share * label for label in range(width)]
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    if len(logits) == 1:
+        return [1 / (1 + math.exp(-logits[0]))]
+    powers = [math.exp(logit) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def _fake_rows(
+    request: PoolingRequest, rows: Sequence[Sequence[float]], row_counts: list[int] | None = None
+) -> PoolingResult:
+    values = b"".join(struct.pack(f"<{len(row)}f", *row) for row in rows)
+    return PoolingResult(request.request_id, values, len(rows[0]), row_counts or [])
 
 
 def _next_output(sequence: _Sequence, info: EngineInfo) -> RequestOutput:

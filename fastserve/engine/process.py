@@ -10,6 +10,7 @@ its weights and gets ready again with the ranks that are left and a new one (kep
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -17,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from fastserve.engine.contract import (
     Event,
     LoadProgress,
     Outputs,
+    Pool,
+    PoolingResult,
     RankLost,
     Ready,
     RequestOutput,
@@ -58,7 +61,7 @@ from fastserve.engine.ranks.own_devices import use_own_devices
 from fastserve.engine.ranks.processes import MAX_STEP_SILENCE_S, RANK_LOST_EXIT_CODE, SharedProgress
 from fastserve.engine.settings import EngineConfig
 from fastserve.engine.start_settings import read_settings
-from fastserve.errors import EngineDeadError, FastserveError
+from fastserve.errors import EngineDeadError, FastserveError, UnsupportedCapabilityError
 from fastserve.observability.logging import setup_logging
 
 logger = logging.getLogger("fastserve.engine")
@@ -94,6 +97,7 @@ class EngineLoop:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Command).decode
         self._outputs: list[RequestOutput] = []
+        self._pooled: list[PoolingResult] = []
         context = CallContext(
             scheduler=core.scheduler,
             pausing=core.pausing,
@@ -129,7 +133,7 @@ class EngineLoop:
         if self._require_ranks is not None:
             self._require_ranks()
             wait_s = min(wait_s, _RANKS_INTERVAL_S)
-        if not busy:
+        if not busy and not self._pooled:
             self._poller.poll(int(wait_s * 1000))
             self._core.wakeup.clear()
         while True:
@@ -142,6 +146,11 @@ class EngineLoop:
                     refused = self._core.add(request)
                     if refused is not None:
                         self._outputs.append(refused)
+                case Pool(pooling):
+                    kind = UnsupportedCapabilityError.__name__
+                    self._pooled.append(
+                        PoolingResult(pooling.request_id, error="This model generates text", error_kind=kind)
+                    )
                 case Abort(request_ids):
                     for request_id in request_ids:
                         self._core.abort(request_id)
@@ -157,8 +166,9 @@ class EngineLoop:
         self._send(outcome)
 
     def _report(self) -> None:
-        self._send(Outputs(self._outputs, self._core.stats))
+        self._send(Outputs(self._outputs, self._core.stats, self._pooled))
         self._outputs.clear()
+        self._pooled.clear()
 
     def _send(self, event: Event) -> None:
         self._socket.send(self._encode(event))
@@ -204,6 +214,9 @@ def _serve(config: EngineConfig, socket: zmq.Socket[bytes], handlers: Iterable[C
             others = GangRanks(config, config.gang)
         if config.device in (None, "cpu") or config.cpu_offloading:
             build_ahead("float32", config.dtype or "bfloat16")
+        if config.pooling_options is not None:
+            _serve_pooling(config, socket, send)
+            return
         engine = _Engine(config, send, others)
         try:
             while not engine.serve(socket, handlers):
@@ -246,7 +259,7 @@ class _Engine:
         self._kept = KeptRank()
         self._has_served = False
         self._profile_steps = config.profile_steps
-        self._last_progress_s = 0.0
+        self._report = _progress_report(send)
 
     def serve(self, socket: zmq.Socket[bytes], handlers: Iterable[CallHandler[Any, Any]]) -> bool:
         """Get ready and serve. Returns True after Shutdown, and False when another rank was lost. Raises what makes a
@@ -290,17 +303,13 @@ class _Engine:
 
     def _run(self, loop: EngineLoop) -> None:
         try:
-            loop.run()
+            with _ending_without_memory():
+                loop.run()
         except EngineDeadError:
             if not self._kept.can_stay:
                 logger.exception("another rank of the model is lost, and the engine ends")
                 sys.exit(RANK_LOST_EXIT_CODE)
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            logger.exception("the engine ran out of memory in a step, and ends")
-            sys.exit(OUT_OF_MEMORY_EXIT_CODE)
 
     def _build(self) -> EngineCore:
         """Load the model, alone or beside the other ranks."""
@@ -327,11 +336,43 @@ class _Engine:
         collectives.set_timeout(MAX_STEP_SILENCE_S)
         return core
 
-    def _report(self, what: str, done: int, total: int) -> None:
+
+def _serve_pooling(config: EngineConfig, socket: zmq.Socket[bytes], send: Callable[[Event], None]) -> None:
+    """Load a model that embeds or classifies, and serve until Shutdown. Raises what makes a start fail."""
+    from fastserve.engine.pooling.build import build_pooling_core
+    from fastserve.engine.pooling.loop import PoolingLoop
+
+    core = build_pooling_core(config, _progress_report(send))
+    end_loading()
+    send(Ready(core.info))
+    with _ending_without_memory():
+        PoolingLoop(core, socket).run()
+
+
+@contextlib.contextmanager
+def _ending_without_memory() -> Iterator[None]:
+    """End the process with its exit code when memory runs out in the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.exception("the engine ran out of memory in a step, and ends")
+        sys.exit(OUT_OF_MEMORY_EXIT_CODE)
+
+
+def _progress_report(send: Callable[[Event], None]) -> Callable[[str, int, int], None]:
+    """Sends progress, at intervals."""
+    last_s = 0.0
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last_s
         now = time.monotonic()
-        if done in (0, total) or now - self._last_progress_s >= _PROGRESS_INTERVAL_S:
-            self._last_progress_s = now
-            self._send(LoadProgress(what, done, total))
+        if done in (0, total) or now - last_s >= _PROGRESS_INTERVAL_S:
+            last_s = now
+            send(LoadProgress(what, done, total))
+
+    return report
 
 
 def _no_memory_to_start(config: EngineConfig, reason: str) -> str:

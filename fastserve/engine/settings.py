@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from fastserve.config import EngineOptions, ServerConfig
 from fastserve.distributed.gang import Gang
+from fastserve.engine.contract import PoolingKind
 from fastserve.options import same_option
+
+PoolingMode = Literal["cls", "mean", "max", "last", "mean_sqrt_len", "weighted_mean"]
 
 
 class PackedCheckpoint(msgspec.Struct, frozen=True):
@@ -61,6 +64,38 @@ class AdapterOptions(msgspec.Struct, frozen=True):
     """For measurements: products padded to the largest rank."""
 
 
+class DenseOptions(msgspec.Struct, frozen=True):
+    """A linear layer after pooling."""
+
+    folder: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    activation: str
+    """Class in torch.nn, such as Tanh."""
+
+
+class PoolingOptions(msgspec.Struct, frozen=True):
+    """What a model that embeds or classifies makes of a text."""
+
+    kind: PoolingKind
+    modes: tuple[PoolingMode, ...] = ()
+    """Several: their vectors are concatenated. None for a classifier."""
+    dense: tuple[DenseOptions, ...] = ()
+    normalize: bool = False
+    max_length: int | None = None
+    """Maximum tokens of a text; None: the model's own."""
+    pools_prompt: bool = True
+    """Whether the tokens of a prompt (an instruction before the text) are pooled too."""
+    lowercase: bool = False
+    prompts: dict[str, str] = {}
+    """Texts to put before an input, by name."""
+    default_prompt: str | None = None
+    """Name of the prompt for inputs without one."""
+    activation: str | None = None
+    """Class in torch.nn for the scores of a classifier; None: sigmoid for one label, else softmax."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(EngineOptions):
     """Sent to the engine process (start_settings.py). Unset sizes are derived from the model and free memory."""
@@ -74,6 +109,8 @@ class EngineConfig(EngineOptions):
     weights: WeightOptions = field(default_factory=WeightOptions)
     adapters: AdapterOptions | None = None
     """None: adapters are not served."""
+    pooling_options: PoolingOptions | None = None
+    """None: the model generates."""
     gang: Gang | None = None
     """The machines, if the ranks are on several of them."""
 

@@ -107,7 +107,8 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
         schema = route.request.model_json_schema(ref_template=REF)
         schemas.update(schema.pop("$defs", {}))
         schemas[route.request.__name__] = schema
-        description["paths"].setdefault(route.path, {})[route.method.lower()] = _describe_route(route)
+        path = route.path.replace(":path}", "}")
+        description["paths"].setdefault(path, {})[route.method.lower()] = _describe_route(route)
     description["paths"] = dict(sorted(description["paths"].items()))
     return description
 

@@ -30,14 +30,13 @@ from fastserve.errors import (
     ModelNotFoundError,
     NoWorkerError,
     ShortageError,
-    UnsupportedCapabilityError,
 )
 from fastserve.gateway.known_adapters import KnownAdapters
 from fastserve.gateway.known_models import KnownModels
 from fastserve.gateway.table import CachedTable, parse_table
 from fastserve.observability.logging import Throttle
 from fastserve.observability.text import printable
-from fastserve.openai.routes import MODEL_ROUTES, ModelRoute, describe_capabilities
+from fastserve.openai.routes import MODEL_ROUTES, ModelRoute, unsupported
 from fastserve.protocol import (
     MAX_NAME_CHARS,
     MAX_RELEASES,
@@ -296,7 +295,7 @@ class Dispatcher:
             raise self.unknown_model(model)
         offered = self._table.capabilities(model) if answer is None or not answer.known else answer.capabilities
         if offered and route.capability not in offered and not self._known_models.contains(model, route.capability):
-            raise self._unsupported(model, route, offered)
+            raise unsupported(model, route, offered, self._routes)
         raise no_worker(model, None if answer is None else answer.retry_after_s)
 
     def base_models(self) -> list[str]:
@@ -361,13 +360,6 @@ class Dispatcher:
     def workers_of(self, base: str) -> list[str]:
         """Addresses of the workers of a base model."""
         return self._table.workers_of(base)
-
-    def _unsupported(self, model: str, route: ModelRoute, offered: Sequence[str]) -> UnsupportedCapabilityError:
-        return UnsupportedCapabilityError(
-            f"The model '{printable(model, SHOWN_NAME_CHARS)}' does not support {route.capability} ({route.path}). It "
-            f"supports: {describe_capabilities(offered, self._routes)}. {route.remedy}".rstrip(),
-            param="model",
-        )
 
     def _note_away(self, error: ControllerAwayError) -> None:
         if isinstance(error, ControllerBusyError):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.requests import ClientDisconnect
@@ -24,7 +25,7 @@ from fastserve.gateway.relay import Relay
 from fastserve.observability.metrics import CONTENT_TYPE, CollectorRegistry, exposition
 from fastserve.openai.anthropic import anthropic_card, anthropic_cards
 from fastserve.openai.models import Model, ModelCards, describe_model
-from fastserve.openai.routes import ModelRoute
+from fastserve.openai.routes import MODEL_IN_PATH, ModelRoute
 from fastserve.protocol import MAX_SEED, ServedAdapter
 from fastserve.serving.error_shapes import is_anthropic
 from fastserve.serving.responses import run_until_disconnect
@@ -76,7 +77,11 @@ async def make_request(
 ) -> ClientRequest:
     """The request to relay. Raises InvalidRequestError, ModelNotFoundError and NoWorkerError."""
     api = api_of(route.api)
-    model, stream = await api.read_target(body, gateway.dispatcher, streams=route.streams)
+    if route.names_model:
+        model, stream = request.path_params["model"], False
+        route = replace(route, path=route.path.replace(MODEL_IN_PATH, quote(model)))
+    else:
+        model, stream = await api.read_target(body, gateway.dispatcher, streams=route.streams)
     state = request.state
     return ClientRequest(
         route,

@@ -13,9 +13,18 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from fastserve.errors import UnsupportedCapabilityError
+from fastserve.observability.text import printable
 from fastserve.openai.anthropic import CountTokensRequest, MessagesRequest
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
+from fastserve.openai.embeddings import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PoolRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
@@ -23,6 +32,8 @@ from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, Tokeni
 ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
 """Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
 object; a string; a number."""
+
+MODEL_IN_PATH = "{model:path}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,11 @@ class ModelRoute:
     """How requests name their model and streams end (`fastserve/gateway/apis/`)."""
     streams: bool | None = None
     """Whether all answers are streams; None: each request says so."""
+
+    @property
+    def names_model(self) -> bool:
+        """Whether the path has the model, and not the body."""
+        return MODEL_IN_PATH in self.path
 
 
 CHAT = ModelRoute(
@@ -159,8 +175,74 @@ TOKEN_CHECK = replace(
 FASTCHAT_CHAT = replace(CHAT, path="/api/v1/chat/completions", summary="Answer a chat (FastChat's route)")
 FASTCHAT_ROUTES = (TOKEN_CHECK, FASTCHAT_CHAT)
 
-RELAYED_ROUTES = (*MODEL_ROUTES, *RESPONSES_ROUTES, *TOKEN_ROUTES, *FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
+_REMEDY_OF_KIND = "A worker whose model embeds or classifies offers it (docs/embeddings.md)."
+EMBEDDINGS = ModelRoute(
+    "/v1/embeddings",
+    "embeddings",
+    EmbeddingRequest,
+    "list",
+    "Turn texts into vectors",
+    contents="data",
+    remedy=_REMEDY_OF_KIND,
+    streams=False,
+)
+ENGINE_EMBEDDINGS = replace(
+    EMBEDDINGS,
+    path=f"/v1/engines/{MODEL_IN_PATH}/embeddings",
+    summary="Turn texts into vectors (the model is in the path)",
+)
+RERANK = replace(
+    EMBEDDINGS,
+    path="/v1/rerank",
+    capability="rerank",
+    request=RerankRequest,
+    summary="Sort documents by their relevance for a query (Jina's form)",
+    contents="results",
+)
+COHERE_RERANK = replace(
+    RERANK, path="/v2/rerank", summary="Sort documents by their relevance for a query (Cohere's form)"
+)
+SCORE = replace(EMBEDDINGS, path="/v1/score", capability="score", request=ScoreRequest, summary="Score pairs of texts")
+CLASSIFY = replace(
+    EMBEDDINGS,
+    path="/v1/classify",
+    capability="classify",
+    request=ClassifyRequest,
+    summary="Give the probabilities of a classifier's labels for texts",
+)
+POOLING = replace(
+    EMBEDDINGS,
+    path="/v1/pooling",
+    capability="pooling",
+    request=PoolRequest,
+    summary="Give what a model that embeds or classifies yields: vectors of texts or tokens, or scores",
+)
+POOLING_ROUTES: tuple[ModelRoute, ...] = (
+    *(EMBEDDINGS, ENGINE_EMBEDDINGS),
+    *(
+        alias
+        for route in (RERANK, SCORE, CLASSIFY, POOLING)
+        for alias in (route, replace(route, path=route.path.removeprefix("/v1"), summary=f"{route.summary}: an alias"))
+    ),
+    COHERE_RERANK,
+)
+
+RELAYED_ROUTES = (
+    *(*MODEL_ROUTES, *RESPONSES_ROUTES, *POOLING_ROUTES, *TOKEN_ROUTES),
+    *(*FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES),
+)
 """All that the API server relays."""
+
+
+def unsupported(
+    model: str, route: ModelRoute, offered: Iterable[str], routes: Sequence[ModelRoute]
+) -> UnsupportedCapabilityError:
+    """The error for a route that no worker of the model offers, with the capabilities that are `offered`."""
+    return UnsupportedCapabilityError(
+        f"The model '{printable(model, 100)}' does not support {route.capability} ({route.path}). It supports: "
+        f"{describe_capabilities(offered, routes)}. {route.remedy}".rstrip(),
+        param="model",
+    )
 
 
 def describe_capabilities(capabilities: Iterable[str], routes: Sequence[ModelRoute]) -> str:

@@ -68,6 +68,10 @@ class FastTokenizer:
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
+    def encode_pair(self, text: str, other: str) -> tuple[list[int], list[int]]:
+        encoded = self._tokenizer.encode_batch_fast([(text, other)])[0]
+        return encoded.ids, encoded.type_ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decode(token_ids, skip_special_tokens=True)
 

@@ -11,15 +11,27 @@ from fastserve.errors import StartupError
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; {} if the file is missing. Raises StartupError if it is invalid."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise StartupError(f"{path} cannot be read: {error}.") from error
+    value = _read(path, {})
     if not isinstance(value, dict):
         raise StartupError(f"{path} is not a JSON object.")
     return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Read a JSON array; [] if the file is missing. Raises StartupError if it is invalid."""
+    value = _read(path, [])
+    if not isinstance(value, list):
+        raise StartupError(f"{path} is not a JSON array.")
+    return value
+
+
+def _read(path: Path, if_missing: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return if_missing
+    except (OSError, ValueError, RecursionError) as error:
+        raise StartupError(f"{path} cannot be read: {error}.") from error
 
 
 def token_text(value: Any) -> str | None:

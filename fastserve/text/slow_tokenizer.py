@@ -106,6 +106,11 @@ class SlowTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
+    def encode_pair(self, text: str, other: str) -> tuple[list[int], list[int]]:
+        encoded = self._tokenizer(text, other)
+        ids = list(encoded["input_ids"])
+        return ids, list(encoded.get("token_type_ids") or [0] * len(ids))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 

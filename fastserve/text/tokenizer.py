@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
+    def encode_pair(self, text: str, other: str) -> tuple[list[int], list[int]]:
+        """Ids of two texts with special tokens around them, and the token type of each."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the ids without special tokens."""
         ...

@@ -44,6 +44,7 @@ from fastserve.worker import (
     anthropic_routes,
     fastchat_routes,
     openai_routes,
+    pooling_routes,
     responses_routes,
     rtp_llm_routes,
     slora_routes,
@@ -59,6 +60,10 @@ from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
 from fastserve.worker.metrics import WorkerMetrics
+from fastserve.worker.pooling_encoder import TextEncoder
+from fastserve.worker.pooling_files import read_pooling_options
+from fastserve.worker.pooling_request import PoolingJobMaker, PoolingLimits
+from fastserve.worker.pooling_service import PoolingService
 from fastserve.worker.progress import progress_reporter
 from fastserve.worker.prompt_pool import PromptPool
 from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
@@ -90,7 +95,7 @@ class WorkerSetup:
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     has_other_machines: bool = False
     """The model is divided over several machines: the worker's health is that of all of them."""
-    handlers: Sequence[ModelHandler] = openai_routes.HANDLERS
+    handlers: Sequence[ModelHandler] = (*openai_routes.HANDLERS, *pooling_routes.HANDLERS)
     """Model routes. The capabilities of those that the model supports are announced."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     """Environment variables, which may hold the cluster's and the administrators' keys."""
@@ -278,12 +283,32 @@ class ModelWorker:
             adapters=adapters,
             pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
+            pooling=self._make_pooling(info, tokenizer, admission, adapters),
             conversation=derive_conversation(setup.model_names[0], template, settings.eos_token_ids),
             handlers=setup.handlers,
             heartbeat_interval_s=config.heartbeat_interval_s,
             version=__version__,
             started_at=int(time.time()),
         )
+
+    def _make_pooling(
+        self, info: EngineInfo, tokenizer: Tokenizer, admission: Admission, adapters: ServedAdapters
+    ) -> PoolingService | None:
+        """Raises StartupError."""
+        setup, config = self._setup, self._setup.config
+        if info.pooling is None:
+            return None
+        settings = read_pooling_options(setup.model_dir, info.pooling.kind, config.pooling)
+        jobs = PoolingJobMaker(
+            setup.model_names[0],
+            info.pooling,
+            settings,
+            TextEncoder(tokenizer, info.vocab_size, info.max_model_len, lowercase=settings.lowercase),
+            _request_bounds(config, max_prompt_tokens=config.max_pooling_tokens),
+            PoolingLimits(config.max_pooling_tokens, config.max_pooling_answer_bytes, config.long_texts),
+            adapters,
+        )
+        return PoolingService(self.keeper, admission, self._metrics, jobs)
 
     def _serve_adapters(self) -> ServedAdapters:
         setup, config = self._setup, self._setup.config
@@ -405,7 +430,7 @@ def _max_running_requests(config: WorkerConfig, info: EngineInfo) -> int:
     """Requests that may run at once. By default as many as the engine can hold: each needs a block of the KV cache."""
     if config.limit_worker_concurrency is not None:
         return config.limit_worker_concurrency
-    return max(1, min(config.max_num_seqs, info.num_blocks))
+    return config.max_num_seqs if info.pooling is not None else max(1, min(config.max_num_seqs, info.num_blocks))
 
 
 async def _cancel_all(tasks: list[asyncio.Task[None]]) -> None:

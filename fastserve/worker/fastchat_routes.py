@@ -14,14 +14,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fastserve.errors import FastserveError, UnsupportedParameterError
+from fastserve.errors import FastserveError
 from fastserve.openai.answers import JSON, encode_json
+from fastserve.openai.routes import EMBEDDINGS
 from fastserve.serving.errors import unexpected_error
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.answer import fold, stream_answer
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.fastchat_request import make_job, read_prompt
 from fastserve.worker.jobs import Job
+from fastserve.worker.pooling_routes import answer
 from fastserve.worker.runtime import Runtime, metrics_of, runtime_of, status_of
 from fastserve.worker.writers.fastchat import END_OF_RECORD, FastChatWriter, error_record
 
@@ -43,8 +45,11 @@ async def generate(request: Request) -> Response:
 
 
 @router.post("/worker_get_embeddings")
-async def embeddings() -> Record:
-    return error_record(UnsupportedParameterError("embeddings are not supported by this model"))
+async def embeddings(request: Request) -> Response:
+    try:
+        return await answer(request, EMBEDDINGS, lambda jobs, body, caller: jobs.fastchat(body, caller))
+    except FastserveError as error:
+        return Response(encode_json(error_record(error)), media_type=JSON)
 
 
 @router.post("/worker_get_status")

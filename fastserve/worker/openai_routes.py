@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from fastserve.openai.answers import JSON
 from fastserve.openai.anthropic import anthropic_cards
 from fastserve.openai.models import Model, ModelCards, describe_model
-from fastserve.openai.routes import CHAT, COMPLETIONS
+from fastserve.openai.routes import CHAT, COMPLETIONS, ModelRoute
 from fastserve.serving.error_shapes import is_anthropic
 from fastserve.worker.caller import Caller, caller_of, read_body
 from fastserve.worker.jobs import Job, JobMaker
@@ -56,33 +56,34 @@ def _cards(runtime: Runtime) -> dict[str, Model]:
 
 async def chat(request: Request) -> Response:
     created = int(time.time())
-    runtime, job = await _prepare(request, lambda jobs: jobs.chat)
+    runtime, job = await _prepare(request, CHAT, lambda jobs: jobs.chat)
     return await respond(request, runtime, job, ChatWriter(job, created, runtime.jobs.tokenizer))
 
 
 async def completions(request: Request) -> Response:
     created = int(time.time())
-    runtime, job = await _prepare(request, lambda jobs: jobs.completion)
+    runtime, job = await _prepare(request, COMPLETIONS, lambda jobs: jobs.completion)
     tokenizer = runtime.jobs.tokenizer
     writer = await runtime.pool.run(written_bytes(job), lambda: CompletionWriter(job, created, tokenizer))
     return await respond(request, runtime, job, writer)
 
 
 HANDLERS = (
-    ModelHandler(CHAT, chat, lambda runtime: runtime.jobs.has_chat_template),
-    ModelHandler(COMPLETIONS, completions, lambda _: True),
+    ModelHandler(CHAT, chat, lambda runtime: runtime.pooling is None and runtime.jobs.has_chat_template),
+    ModelHandler(COMPLETIONS, completions, lambda runtime: runtime.pooling is None),
 )
 """The worker's model routes."""
 
 
 async def _prepare(
-    request: Request, choose: Callable[[JobMaker], Callable[[bytes, Caller], Job]]
+    request: Request, route: ModelRoute, choose: Callable[[JobMaker], Callable[[bytes, Caller], Job]]
 ) -> tuple[Runtime, Job]:
     """Read the body and make a job. Refusals are counted, also while the model loads."""
     caller = caller_of(request)
     with metrics_of(request).refusals():
         runtime = runtime_of(request)
         runtime.keeper.require_ready()
+        runtime.require_generation(route)
         make = choose(runtime.jobs)
         body = await read_body(request)
         return runtime, await runtime.pool.run(len(body), lambda: make(body, caller))

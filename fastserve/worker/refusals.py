@@ -64,7 +64,10 @@ REFUSALS: Sequence[Refusal] = (
         f"xFasterTransformer (--enable-xft and its options) {_LATER}: leave it out; --load-8bit and --load-4bit work "
         "on a CPU.",
     ),
-    (lambda c: c.embed_in_truncate, f"--embed-in-truncate {_LATER}, since embeddings are not: leave it out."),
+    (
+        lambda c: c.embed_in_truncate and c.embedding_long_inputs not in (None, "truncate"),
+        "--embed-in-truncate and --embedding-long-inputs say different things: give one of them.",
+    ),
     (
         lambda c: c.conv_template is not None,
         f"--conv-template {_LATER}: the model's own chat template is used, or the file given by --chat-template.",

@@ -9,7 +9,8 @@ from fastapi import Request
 from starlette.responses import Response
 
 from fastserve.engine.contract import EngineInfo
-from fastserve.openai.routes import ModelRoute
+from fastserve.errors import UnsupportedCapabilityError
+from fastserve.openai.routes import ModelRoute, unsupported
 from fastserve.protocol import WorkerStatus
 from fastserve.text.conversation import Conversation
 from fastserve.worker.adapters import ServedAdapters
@@ -17,6 +18,7 @@ from fastserve.worker.admission import Admission
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.keeper import EngineKeeper
 from fastserve.worker.metrics import WorkerMetrics, kv_usage
+from fastserve.worker.pooling_service import PoolingService
 from fastserve.worker.prompt_pool import PromptPool
 from fastserve.worker.service import GenerationService
 
@@ -42,6 +44,8 @@ class Runtime:
     adapters: ServedAdapters
     pool: PromptPool
     service: GenerationService
+    pooling: PoolingService | None
+    """Of a model that embeds or classifies; None: it generates."""
     conversation: Conversation
     handlers: Sequence[ModelHandler]
     heartbeat_interval_s: float
@@ -70,7 +74,22 @@ class Runtime:
 
     @property
     def capabilities(self) -> list[str]:
-        return [handler.route.capability for handler in self.handlers if handler.is_offered(self)]
+        return list(dict.fromkeys(handler.route.capability for handler in self.handlers if handler.is_offered(self)))
+
+    def require_pooling(self, route: ModelRoute) -> PoolingService:
+        """Raises UnsupportedCapabilityError if the model does not offer this route for vectors or scores."""
+        if self.pooling is None or route.capability not in self.capabilities:
+            raise self._unsupported(route)
+        return self.pooling
+
+    def require_generation(self, route: ModelRoute) -> None:
+        """Raises UnsupportedCapabilityError if the model generates no text."""
+        if self.pooling is not None:
+            raise self._unsupported(route)
+
+    def _unsupported(self, route: ModelRoute) -> UnsupportedCapabilityError:
+        routes = [handler.route for handler in self.handlers]
+        return unsupported(self.jobs.settings.model_names[0], route, self.capabilities, routes)
 
 
 def runtime_of(request: Request) -> Runtime:

@@ -38,7 +38,7 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"exllama_gpu_split": "20"}, "ExLlamaV2"),
         ({"enable_xft": True}, "--enable-xft"),
         ({"xft_dtype": "bf16"}, "xFasterTransformer"),
-        ({"embed_in_truncate": True}, "--embed-in-truncate"),
+        ({"embed_in_truncate": True, "embedding_long_inputs": "chunk"}, "--embed-in-truncate"),
         ({"conv_template": "vicuna"}, "--conv-template"),
         ({"limit_worker_concurrency": 0}, "--limit-worker-concurrency 0"),
         ({"stream_interval": 0}, "--stream-interval 0"),

@@ -10,7 +10,16 @@ from typing import Any
 import msgspec
 
 from fastserve import errors
-from fastserve.engine.contract import Call, CallError, CallReply, CallRequest, ReplyT, RequestOutput, reply_type
+from fastserve.engine.contract import (
+    Call,
+    CallError,
+    CallReply,
+    CallRequest,
+    PoolingResult,
+    ReplyT,
+    RequestOutput,
+    reply_type,
+)
 from fastserve.errors import EngineTimeoutError, FastserveError, InternalError
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -62,7 +71,7 @@ class PendingCalls:
                 reply.set_exception(make_error())
 
 
-def refusal(output: RequestOutput) -> FastserveError:
+def refusal(output: RequestOutput | PoolingResult) -> FastserveError:
     """The error of a request that the engine refused."""
     if output.error_kind is None:
         return InternalError(f"The engine refused the request: {output.error}.")

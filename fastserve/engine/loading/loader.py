@@ -113,8 +113,8 @@ def load_model(
     device = found.torch_device
     folder = Path(model_dir)
     files = FileVersions(_paths(folder, options))
-    config = _read_config(model_dir, trust_remote_code)
-    dtype = _choose_dtype(dtype_name, config, found)
+    config = read_config(model_dir, trust_remote_code)
+    dtype = choose_dtype(dtype_name, config, found)
     _refuse_unpageable(config)
     packed_settings = _packed_settings(config)
     attention = PagedAttention(attention_backend)
@@ -246,7 +246,7 @@ def _make_skeleton(
     except (*MODEL_CODE_ERRORS, OSError, ImportError) as error:
         if isinstance(error, KeyError) and error.args == (attention,):  # looked up in its own table
             raise _own_attention(config.model_type) from error
-        raise _cannot_be_read("model", model_dir, error) from error
+        raise cannot_be_read("model", model_dir, error) from error
     if not getattr(model, "_supports_attention_backend", False):
         raise _own_attention(type(model).__name__)
     return model
@@ -267,7 +267,8 @@ def _own_attention(name: str) -> StartupError:
     )
 
 
-def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of the model in a folder. Raises StartupError."""
     try:
         stated, _ = PretrainedConfig.get_config_dict(model_dir, local_files_only=True)
         require_sound_values(stated, model_dir)
@@ -275,10 +276,11 @@ def _read_config(model_dir: str, trust_remote_code: bool) -> PretrainedConfig:
             model_dir, trust_remote_code=trust_remote_code, local_files_only=True, **_readable_dtype(stated)
         )
     except (*MODEL_CODE_ERRORS, OSError, ImportError, StrictDataclassError) as error:
-        raise _cannot_be_read("configuration", model_dir, error) from error
+        raise cannot_be_read("configuration", model_dir, error) from error
 
 
-def _cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError:
+def cannot_be_read(kind: str, model_dir: str, error: Exception) -> StartupError:
+    """The error for a `kind` of file that model code could not load."""
     # transformers' messages have many lines, with advice about its own arguments.
     if "trust_remote_code" in str(error):
         return StartupError(
@@ -336,7 +338,8 @@ def _readable_dtype(stated: Mapping[str, Any]) -> dict[str, torch.dtype | None]:
     return {"dtype": dtype, "torch_dtype": dtype}
 
 
-def _choose_dtype(name: str | None, config: PretrainedConfig, device: Device) -> torch.dtype:
+def choose_dtype(name: str | None, config: PretrainedConfig, device: Device) -> torch.dtype:
+    """The dtype that the user names, or else the one for this checkpoint on the device."""
     if name is not None:
         return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
     return device.default_dtype(getattr(config, "dtype", None))
