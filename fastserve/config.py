@@ -202,6 +202,19 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     max_event_bytes: int = limit(4 * 2**20, "longest event in a worker's stream")
     max_stream_bytes: int = limit(2**30, "longest stream of a worker")
     max_hops: int = limit(4, "maximum number of API servers that a request passes through")
+    batches_folder: str | None = option(
+        None,
+        "folder of the files and batches of /v1/files and /v1/batches, one for all API servers of a machine; none: "
+        "keep none. Unset: `batches` in the user's folder for state, made at the first upload",
+        added=True,
+    )
+    max_batch_files: int = limit(10_000, "files that are kept for batches")
+    max_batch_file_bytes: int = limit(10 * 2**30, "bytes of all files that are kept for batches")
+    max_batches: int = limit(100, "batches that wait or run")
+    max_batch_requests: int = limit(50_000, "requests of one batch")
+    batch_concurrency: int = limit(
+        8, "requests of batches at once on each worker that answers no others; beside others it is one"
+    )
 
 
 def is_hub_id(model: str) -> bool:

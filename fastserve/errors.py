@@ -10,6 +10,7 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
+        EntryNotFoundError            404  a response, conversation, item, file or batch that is not stored
         WeightNotFoundError           404
         WeightGroupNotFoundError      404  no group of a trainer has this name
         ConflictError                 409  the name belongs to somebody else
@@ -139,6 +140,11 @@ class WeightNotFoundError(RequestError):
 class WeightGroupNotFoundError(RequestError):
     status = 404
     code = "group_not_found"
+
+
+class EntryNotFoundError(RequestError):
+    status = 404
+    code = "not_found"
 
 
 class ConflictError(RequestError):

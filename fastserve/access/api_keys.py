@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Scope
 
 from fastserve.access.admin import AdminCheck
-from fastserve.access.bearer import bearer_token, digest, find_key
+from fastserve.access.bearer import bearer_token, digest, find_key, owner_name
 from fastserve.access.hosts import is_of_this_machine
 from fastserve.access.key_files import Reloadable, read_lines
 from fastserve.access.refusals import Guard, RefusedKeys
@@ -71,7 +71,8 @@ def _parse(lines: Sequence[str]) -> ApiKeys:
 
 class ApiKeyGuard(Guard):
     """Requires an API key as a bearer token, except on PUBLIC_PATHS. Stores in the request's state whether it
-    `may_prioritise`, and the mark for `require_admin`.
+    `may_prioritise`, the `key_owner` to whom what it stores belongs (empty without keys), and the mark for
+    `require_admin`.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class ApiKeyGuard(Guard):
         keys = self._keys.value
         token = bearer_token(scope["headers"])
         is_admin = self._admin.note(scope, token)
+        scope["state"]["key_owner"] = ""
         if not keys:
             scope["state"]["may_prioritise"] = self._everybody_may_prioritise and is_of_this_machine(scope)
             return
@@ -104,4 +106,5 @@ class ApiKeyGuard(Guard):
             self._refused.note(scope, has_key=bool(token))
             problem = "Incorrect API key provided." if token else "You did not provide an API key."
             raise AuthenticationError(f"{problem} Send it as the header 'Authorization: Bearer <key>'.")
+        scope["state"]["key_owner"] = owner_name(token or b"")
         scope["state"]["may_prioritise"] = is_admin or (key is not None and key.may_prioritise)

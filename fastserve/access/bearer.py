@@ -17,6 +17,11 @@ def digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
+def owner_name(token: bytes) -> str:
+    """A name for the holder of a key that does not give the key away, the same after a restart."""
+    return hashlib.sha256(b"fastserve owner " + token).hexdigest()[:32]
+
+
 def find_key(token: bytes, known: Iterable[tuple[bytes, KeyT]]) -> KeyT | None:
     """The value paired with the token's digest, or None. All pairs are compared, so that the time is constant."""
     given = digest(token)

@@ -25,6 +25,8 @@ from fastserve.errors import StartupError
 from fastserve.gateway import adapter_routes
 from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, ClientRequest
+from fastserve.gateway.batches import routes as batch_routes
+from fastserve.gateway.batches.open import open_batches
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.hops import LoopGuardMiddleware
 from fastserve.gateway.metrics import GatewayMetrics
@@ -80,13 +82,16 @@ def create_app(
                 "an API key is needed" if keys.value else "no API key is needed",
                 config.controller_address,
             )
-            yield {"gateway": Gateway(dispatcher, relay, metrics, registry, int(time.time()))}
+            gateway = Gateway(dispatcher, relay, metrics, registry, int(time.time()))
+            async with open_batches(config, environ, relay, dispatcher, model_routes) as batches:
+                yield {"gateway": gateway, "batches": batches}
 
     app = FastAPI(title="fastserve API server", version=__version__, lifespan=lifespan, openapi_url=None)
     install_error_handlers(app)
     name_failures(app)
     app.include_router(router)
     app.include_router(adapter_routes.router)
+    app.include_router(batch_routes.router)
     app.router.routes += relayed_routes(model_routes)
     install_api_docs(app, model_routes)
     # The middleware added last is the outermost: CORS answers preflights, which carry no key, before keys are checked.

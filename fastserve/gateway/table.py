@@ -199,6 +199,11 @@ class CachedTable:
         rows = self._rows.items()
         return sorted(a for a, row in rows if self.is_listed(a) and model in row.entry.status.model_names)
 
+    def load_of(self, address: str, in_flight: Mapping[str, int]) -> int:
+        """Requests on the worker: this process's own, and the others as of its last row."""
+        row = self._rows.get(address)
+        return in_flight.get(address, 0) + (0 if row is None else row.others)
+
     def is_listed(self, address: str) -> bool:
         """Whether the worker is in the controller's last table."""
         return address in self._rows and address not in self._missing

@@ -26,13 +26,11 @@ CLIENT_GONE = 499
 NOT_BUILT = (
     "assistants",
     "audio",
-    "batches",
     "containers",
     "conversations",
     "embeddings",
     "engines",
     "evals",
-    "files",
     "fine_tuning",
     "images",
     "messages",
