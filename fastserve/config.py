@@ -212,6 +212,19 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     max_stored_bytes: int = limit(2**30, "content of the stored responses and conversations")
     max_stored_age_s: float = limit(30 * 86400.0, "seconds for which a response or conversation is stored unused")
     max_background_responses: int = limit(256, "responses that run in the background at once")
+    batches_folder: str | None = option(
+        None,
+        "folder of the files and batches of /v1/files and /v1/batches, one for all API servers of a machine; none: "
+        "keep none. Unset: `batches` in the user's folder for state, made at the first upload",
+        added=True,
+    )
+    max_batch_files: int = limit(10_000, "files that are kept for batches")
+    max_batch_file_bytes: int = limit(10 * 2**30, "bytes of all files that are kept for batches")
+    max_batches: int = limit(100, "batches that wait or run")
+    max_batch_requests: int = limit(50_000, "requests of one batch")
+    batch_concurrency: int = limit(
+        8, "requests of batches at once on each worker that answers no others; beside others it is one"
+    )
 
 
 def is_hub_id(model: str) -> bool:

@@ -10,7 +10,7 @@
         AuthenticationError           401
         PermissionDeniedError         403  the key is right, but not for this
         ModelNotFoundError            404
-        EntryNotFoundError            404  a response, conversation or item that is not stored
+        EntryNotFoundError            404  a response, conversation, item, file or batch that is not stored
         WeightNotFoundError           404
         WeightGroupNotFoundError      404  no group of a trainer has this name
         ConflictError                 409  the name belongs to somebody else

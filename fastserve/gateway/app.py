@@ -25,6 +25,8 @@ from fastserve.errors import StartupError
 from fastserve.gateway import adapter_routes
 from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, ClientRequest
+from fastserve.gateway.batches import routes as batch_routes
+from fastserve.gateway.batches.open import open_batches
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
 from fastserve.gateway.hops import LoopGuardMiddleware
 from fastserve.gateway.metrics import GatewayMetrics
@@ -84,8 +86,11 @@ def create_app(
                 config.controller_address,
             )
             gateway = Gateway(dispatcher, relay, metrics, registry, int(time.time()))
-            async with open_stored(config, relay, environ) as stored:
-                yield {"gateway": gateway, "stored": stored}
+            async with (
+                open_stored(config, relay, environ) as stored,
+                open_batches(config, environ, relay, dispatcher, model_routes) as batches,
+            ):
+                yield {"gateway": gateway, "stored": stored, "batches": batches}
 
     app = FastAPI(title="fastserve API server", version=__version__, lifespan=lifespan, openapi_url=None)
     install_error_handlers(app)
@@ -93,6 +98,7 @@ def create_app(
     app.include_router(router)
     app.include_router(adapter_routes.router)
     app.include_router(stored_routes.router)
+    app.include_router(batch_routes.router)
     app.router.routes += relayed_routes(route for route in model_routes if route not in RESPONSES_ROUTES)
     app.router.routes += responses_routes()
     install_api_docs(app, model_routes)

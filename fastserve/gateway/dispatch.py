@@ -361,6 +361,12 @@ class Dispatcher:
         """Addresses of the workers of a base model."""
         return self._table.workers_of(base)
 
+    def load_of(self, model: str) -> tuple[int, int]:
+        """Number of workers that serve a model or adapter, and of all requests on them as far as this process knows."""
+        adapter = self.find_adapter(model)
+        addresses = self._table.workers_of(model if adapter is None else adapter[1].parent)
+        return len(addresses), sum(self._table.load_of(address, self._in_flight) for address in addresses)
+
     def _note_away(self, error: ControllerAwayError) -> None:
         if isinstance(error, ControllerBusyError):
             return

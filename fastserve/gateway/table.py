@@ -205,6 +205,11 @@ class CachedTable:
         lengths = (self._rows[address].entry.status.context_length for address in addresses)
         return min((length for length in lengths if length is not None), default=None)
 
+    def load_of(self, address: str, in_flight: Mapping[str, int]) -> int:
+        """Requests on the worker: this process's own, and the others as of its last row."""
+        row = self._rows.get(address)
+        return in_flight.get(address, 0) + (0 if row is None else row.others)
+
     def is_listed(self, address: str) -> bool:
         """Whether the worker is in the controller's last table."""
         return address in self._rows and address not in self._missing

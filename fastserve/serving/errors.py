@@ -28,12 +28,10 @@ CLIENT_GONE = 499
 NOT_BUILT = (
     "assistants",
     "audio",
-    "batches",
     "containers",
     "embeddings",
     "engines",
     "evals",
-    "files",
     "fine_tuning",
     "images",
     "moderations",

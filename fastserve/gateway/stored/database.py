@@ -1,25 +1,16 @@
-"""The SQLite file of the store. One thread of each process uses it; processes share it by SQLite's locks (WAL)."""
+"""The SQLite file of stored responses and conversations, with its bounds."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from fastserve.errors import ServiceError, StartupError
-
-ResultT = TypeVar("ResultT")
+from fastserve.gateway.sqlite_file import SqliteFile, state_folder
 
 VERSION = 1
-"""Of the tables, in the file's `user_version`."""
-BUSY_TIMEOUT_S = 10.0
-"""How long to wait for another process that writes."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS entries (
     id TEXT PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, created_at INTEGER NOT NULL, used_at REAL NOT NULL,
@@ -54,84 +45,17 @@ class StoreBounds:
 
 
 def default_path(environ: Mapping[str, str]) -> Path:
-    folder = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home()) / ".local" / "state"
-    return Path(folder) / "fastserve" / "responses.sqlite3"
+    return state_folder(environ) / "responses.sqlite3"
 
 
-class Database:
+class Database(SqliteFile):
     def __init__(self, path: Path, bounds: StoreBounds, clock: Callable[[], float] = time.time) -> None:
         """`clock`: Unix time in seconds."""
-        self._path = path
+        super().__init__(path, _TABLES, VERSION, "--responses-store")
         self._bounds = bounds
         self.clock = clock
-        self._thread = ThreadPoolExecutor(1, "responses-store")
-        self._connection: sqlite3.Connection | None = None
 
-    async def run(self, work: Callable[[sqlite3.Connection], ResultT], *, writes: bool = True) -> ResultT:
-        """Run `work` in one transaction, in the store's thread. Raises ServiceError if the file cannot be used."""
-        return await asyncio.wrap_future(self._thread.submit(self._transact, work, writes))
-
-    def open_now(self) -> None:
-        """Raises StartupError if the file cannot be used."""
-        try:
-            self._thread.submit(self._open).result()
-        except (OSError, sqlite3.Error) as error:
-            raise StartupError(
-                f"--responses-store {self._path} cannot be used: {error}. Give another path, or `none`."
-            ) from error
-
-    def close(self) -> None:
-        self._thread.submit(self._close).result()
-        self._thread.shutdown()
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # SQLite gives its other files the mode of the first. Only the user may read what clients have said.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-            try:
-                self._prepare(connection)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
-        return self._connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"it is of another version of fastserve (tables {version}, not {VERSION})")
-        connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
-
-    def _transact(self, work: Callable[[sqlite3.Connection], ResultT], writes: bool) -> ResultT:
-        try:
-            connection = self._open()
-            connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
-            try:
-                result = work(connection)
-                if writes:
-                    self._evict(connection)
-                connection.execute("COMMIT")
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-        except (OSError, sqlite3.Error) as error:
-            raise ServiceError(
-                f"The store of responses cannot be used ({error}). Try again, or send store=false.",
-                code="store_unavailable",
-            ) from error
-        return result
-
-    def _evict(self, connection: sqlite3.Connection) -> None:
+    def before_commit(self, connection: sqlite3.Connection) -> None:
         """Remove entries that are too old, and beyond the bounds those used longest ago."""
         connection.execute("DELETE FROM entries WHERE used_at < ?", (self.clock() - self._bounds.max_age_s,))
         while True:
