@@ -45,7 +45,7 @@ from fastserve.observability.text import printable
 _TOO_MANY = 0
 """Key of parked sequences; numbers of adapters begin at 1."""
 _YIELDING_SHARE = 4
-"""A running sequence's prompt gets one part of this many of a step's tokens while one waits that goes before it."""
+"""A running sequence's prompt gets one part of this many of a step's tokens at least, whatever the policy says."""
 PRIORITY_LEVEL_S = 10.0
 """A request passes requests one level lower that arrived up to this many seconds earlier."""
 
@@ -85,6 +85,11 @@ class _Step:
         self.chunks[chunk.seq_id] = chunk
         self.budget -= chunk.num_tokens
         self.extra_rows -= chunk.num_scored
+
+    @property
+    def prefill_tokens(self) -> list[tuple[Sequence, int]]:
+        """Those sequences, each with its number of tokens in the step."""
+        return [(item, self.chunks[seq_id].num_tokens) for seq_id, item in self.prefills.items()]
 
     def remove(self, seq_id: int) -> None:
         chunk = self.chunks.pop(seq_id, None)
@@ -428,8 +433,10 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue
             count = self._count(sequence, sequence.num_computed, step)
-            if sequence.num_uncomputed != 1 and first is not None and not self._policy.may_prefill(sequence, [first]):
-                count = min(count, max(1, self.max_num_batched_tokens // _YIELDING_SHARE))
+            if sequence.num_uncomputed != 1:
+                beside = step.prefill_tokens if first is None else [*step.prefill_tokens, (first, 0)]
+                least = max(1, self.max_num_batched_tokens // _YIELDING_SHARE)
+                count = min(count, max(least, self._policy.max_prefill_tokens(sequence, beside)))
             while self._blocks_needed(sequence, count) > self.pool.num_free:
                 if self._evict_idle_adapter():
                     continue
@@ -450,7 +457,10 @@ class Scheduler:
         self._unpark_ready()
         while step.budget > 0 and self._make_place(step):
             sequence = self._policy.first(self.running)
-            if sequence is None or not self._policy.may_prefill(sequence, list(step.prefills.values())):
+            if sequence is None:
+                break
+            room = self._policy.max_prefill_tokens(sequence, step.prefill_tokens)
+            if room <= 0:
                 break
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
@@ -466,7 +476,7 @@ class Scheduler:
             salt, max_cached = sequence.request.cache_salt, sequence.num_tokens - 1 - sequence.num_unscored
             match = self.pool.match(sequence.token_ids, max_cached, root, salt)
             cached = len(match.block_ids) * self.pool.block_size
-            count = self._count(sequence, cached, step)
+            count = min(room, self._count(sequence, cached, step))
             needed = self._blocks_for(sequence.num_tokens) - len(match.block_ids)
             # One block for each running sequence is reserved, or the next steps would preempt the admitted sequence.
             # Alone, it needs blocks for this chunk only: those of idle adapters are enough.

@@ -27,6 +27,7 @@ from .conftest import keep_way, plain
 from .packers import write_packed
 from .test_adapters import LAYERS, make_adapter, request, run, serve
 from .test_formats import (
+    K_QUANT_SIZES,
     SIZES,
     awq_packer,
     compressed,
@@ -37,6 +38,7 @@ from .test_formats import (
     pack_w8a16_in_order,
     save,
     write_gguf,
+    write_k_quants,
 )
 
 RANKS = {"small": 3, "large": 20}
@@ -153,6 +155,21 @@ def test_products_are_added_to_those_of_a_quantized_base_in_each_way(
     assert memory is not None
     layouts = [site.layer.layout for site in memory.sites if isinstance(site.layer, Linear)]
     assert any(isinstance(layout, QuantizedWeight) for layout in layouts) == case.stays
+    check_products(core, model, folders)
+
+
+def test_products_are_added_to_those_of_a_base_of_k_quants(tmp_path: Path) -> None:
+    base = save(LlamaConfig(**K_QUANT_SIZES), tmp_path / "base")
+    layers = (*LAYERS, "embed_tokens", "lm_head")
+    folders = {name: make_adapter(base, tmp_path / name, rank, layers) for name, rank in RANKS.items()}
+    model = write_k_quants(base, tmp_path / "gguf")
+    core = serve(str(tmp_path / "gguf"), folders, settings={"no_prefix_cache": True})
+    check_products(core, model, folders)
+
+
+def check_products(core: EngineCore, model: PreTrainedModel, folders: dict[str, Path]) -> None:
+    """A mixture of requests gets the logprobs of `model` with their adapters, in each way to compute a step."""
+    assert isinstance(core._executor, ModelRunner)
     names = ["", *folders, "small"]
     requests = [
         request(

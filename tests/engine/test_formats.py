@@ -504,16 +504,15 @@ def test_gguf_that_is_not_served(base: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_k_quants_of_gguf(tmp_path: Path) -> None:
-    """Q4_K: blocks of 256 numbers, made by hand, since the package only reads them."""
-    source = save(
-        LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 256, "head_dim": 16}), tmp_path / "a"
-    )
+def write_k_quants(source: str, folder: Path) -> PreTrainedModel:
+    """Write a GGUF file whose up and down projections are Q4_K: blocks of 256 numbers, made by hand, since the package
+    only reads them. Returns the model stored in it."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    (tmp_path / "b").mkdir()
-    model.config.save_pretrained(tmp_path / "b")
+    folder.mkdir(exist_ok=True)
+    model.config.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    writer = gguf.GGUFWriter(tmp_path / "b" / "model.gguf", "llama")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
     rng = np.random.default_rng(0)
     kind = gguf.GGMLQuantizationType.Q4_K
     for name, parameter in model.named_parameters():
@@ -536,6 +535,15 @@ def test_k_quants_of_gguf(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return model
+
+
+K_QUANT_SIZES = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "head_dim": 16}
+
+
+def test_k_quants_of_gguf(tmp_path: Path) -> None:
+    source = save(LlamaConfig(**K_QUANT_SIZES), tmp_path / "a")
+    model = write_k_quants(source, tmp_path / "b")
     assert_same_logits(load(tmp_path / "b"), model)
 
 

@@ -16,7 +16,7 @@ from fastserve.engine.contract import EngineRequest, RequestOutput, SamplingPara
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.plan import StepPlan, StepResult
 from fastserve.engine.scheduler import Scheduler
-from fastserve.engine.scheduling.vtc_fair import CREDIT_STEPS, INPUT_PRICE, OUTPUT_PRICE
+from fastserve.engine.scheduling.vtc_fair import AHEAD_SHARE, CREDIT_STEPS, INPUT_PRICE, OUTPUT_PRICE, RECENT_STEPS
 from fastserve.errors import StartupError
 from fastserve.options import parse_config
 from fastserve.worker.refusals import refuse_unavailable
@@ -261,13 +261,37 @@ def test_no_prompt_of_a_client_with_much_service_is_beside_that_of_one_with_litt
     while simulation.scheduler.num_waiting:
         simulation.add("light", 4, 1)
         begun = len(simulation.first_token_s)
-        simulation.step()
-        together = simulation.started()[begun:]
-        assert set(together) <= {"light"} or set(together) <= {"heavy"}
-        num_light += together.count("light")
+        plan = simulation.step()
+        num_now = simulation.started()[begun:].count("light")
+        # Those of the light client have ended with this step.
+        assert not num_now or all(item.seq_id not in simulation.scheduler._by_id for item in plan.new)
+        num_light += num_now
         simulation.step()
     assert num_light > 5
     assert simulation.started().count("heavy") == 20, "its prompts go on in other steps"
+
+
+def test_the_client_ahead_has_short_prompts_in_a_step_while_others_were_served_lately() -> None:
+    simulation = Simulation("vtc_fair", blocks=256, max_num_seqs=30)
+
+    def prompt_tokens() -> int:
+        plan = simulation.step()
+        return sum(chunk.num_tokens for chunk in plan.chunks if chunk.start == 0)
+
+    for _ in range(12):
+        simulation.add("heavy", 8, 1)
+    assert prompt_tokens() == BUDGET, "alone, it has the whole step"
+    simulation.add("light", 4, 1)
+    simulation.step()
+    assert [prompt_tokens() for _ in range(2)] == [BUDGET // AHEAD_SHARE] * 2
+    for _ in range(int(RECENT_STEPS * BUDGET / 8)):
+        simulation.add("heavy", 8, 1)
+    while prompt_tokens() == BUDGET // AHEAD_SHARE:
+        pass
+    assert prompt_tokens() == BUDGET, "alone again"
+    while simulation.scheduler.has_work:
+        simulation.step()
+    assert simulation.started().count("heavy") == len(simulation.arrived) - 1
 
 
 def test_a_long_prompt_leaves_room_in_the_step_for_one_of_a_client_with_less_service() -> None:

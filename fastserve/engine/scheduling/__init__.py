@@ -69,9 +69,10 @@ class SchedulingPolicy(Protocol):
         `first` is to wait. Only a sequence that has never begun may get a place, so preemptions come to an end."""
         ...
 
-    def may_prefill(self, sequence: RequestSequence, prefills: Sequence[RequestSequence]) -> bool:
-        """Whether a step that computes tokens of these sequences' prompts may also start `sequence`; if it runs
-        already, it gets a small part of the step where it may not. True where there are none, so that it goes on."""
+    def max_prefill_tokens(self, sequence: RequestSequence, prefills: Sequence[tuple[RequestSequence, int]]) -> int:
+        """Maximum number of tokens of `sequence`'s prompt in a step that computes these numbers of tokens of others'
+        prompts. 0: it does not start; if it runs already, it gets a small part of the step. More than 0 where there are
+        no others, so that it goes on."""
         ...
 
     def served(self, sequence: RequestSequence, num_input_tokens: int, num_output_tokens: int) -> None:

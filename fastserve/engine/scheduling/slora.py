@@ -28,8 +28,8 @@ class Policy:
     def yields_to(self, first: Sequence, running: AnySequence[Sequence]) -> Sequence | None:
         return None
 
-    def may_prefill(self, sequence: Sequence, prefills: AnySequence[Sequence]) -> bool:
-        return True
+    def max_prefill_tokens(self, sequence: Sequence, prefills: AnySequence[tuple[Sequence, int]]) -> int:
+        return sequence.num_tokens
 
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         pass

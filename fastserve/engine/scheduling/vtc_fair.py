@@ -8,7 +8,9 @@ CREDIT_STEPS full steps below the lowest counter of those that have: it cannot s
 a client that asks for little go first.
 
 A prompt waits for the next step where this one has a prompt of a client that is behind by more than half of the credit.
-So a client with many requests does not make the steps long in which others get their first token.
+So a client with many requests does not make the steps long in which others get their first token. Nor those in which
+they come: beside others, the client with the highest counter gets a quarter of a step for its prompts, or half of it
+for one.
 
 When all places (`--max-num-seqs`) are taken, a new request of a client with fewer places and less service gets one of
 the client with the most places. Places are compared per weight; equal ones never move.
@@ -20,6 +22,7 @@ longest prompt, OUTPUT_PRICE times the tokens that the KV cache holds) + the cre
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
@@ -31,6 +34,10 @@ from fastserve.engine.sequence import Sequence
 INPUT_PRICE, OUTPUT_PRICE = 1.0, 2.0
 CREDIT_STEPS = 2.0
 """Credit of a client that comes back: the service of this many steps with `--max-num-batched-tokens` prompt tokens."""
+AHEAD_SHARE = 4
+"""The client ahead of all gets one part of this many of a step's tokens for several prompts, twice that for one."""
+RECENT_STEPS = 16.0
+"""While others were served within the service of this many full steps; else it has the whole step."""
 MAX_IDLE_CLIENTS = 10_000
 """Clients without requests whose counters are kept."""
 
@@ -61,6 +68,14 @@ class Policy:
         self._credit = CREDIT_STEPS * settings.max_num_batched_tokens
         self._level = 0.0
         """Highest of the lowest counters, each among clients with waiting sequences. Never falls."""
+        self._ahead_tokens = max(1, settings.max_num_batched_tokens // AHEAD_SHARE)
+        self._recent = RECENT_STEPS * settings.max_num_batched_tokens
+        self._service = 0.0
+        """Of all clients, without their weights."""
+        self._highest = 0.0
+        """Of all counters."""
+        self._behind_at = -math.inf
+        """The service of all when a client was last served that had less than another."""
 
     def add(self, sequence: Sequence) -> None:
         client = self._client(sequence)
@@ -102,17 +117,32 @@ class Policy:
             return None
         return next(item for item in reversed(running) if item.request.adapter == name)
 
-    def may_prefill(self, sequence: Sequence, prefills: AnySequence[Sequence]) -> bool:
-        """Not beside the prompt of a client that is behind by more than half of the credit: it would make the step, and
-        so that client's time to the first token, longer."""
-        counter = self._client(sequence).counter
-        clients = map(self._client, prefills)
-        return all(client.counter + self._credit / 2 / client.weight >= counter for client in clients)
+    def max_prefill_tokens(self, sequence: Sequence, prefills: AnySequence[tuple[Sequence, int]]) -> int:
+        """None beside the prompt of a client that is behind by more than half of the credit: they would make the step,
+        and so that client's time to the first token, longer. The client ahead of all gets a part of a step alone: a
+        request of another, which comes in the middle of the step, waits for its end."""
+        client, num_own = self._client(sequence), 0
+        for other, count in prefills:
+            its = self._client(other)
+            if its is client:
+                num_own += count
+            elif its.counter + self._credit / 2 / its.weight < client.counter:
+                return 0
+        is_ahead = client.counter >= self._highest and self._service - self._behind_at <= self._recent
+        if not is_ahead:
+            return sequence.num_tokens
+        # One prompt is not cut into small parts: steps that start no request cost throughput.
+        return max(0, self._ahead_tokens - num_own) if num_own else 2 * self._ahead_tokens
 
     def served(self, sequence: Sequence, num_input_tokens: int, num_output_tokens: int) -> None:
         client = self._client(sequence)
         client.unstarted.discard(sequence.seq_id)
-        client.counter += (INPUT_PRICE * num_input_tokens + OUTPUT_PRICE * num_output_tokens) / client.weight
+        service = INPUT_PRICE * num_input_tokens + OUTPUT_PRICE * num_output_tokens
+        client.counter += service / client.weight
+        self._service += service
+        if client.counter < self._highest:
+            self._behind_at = self._service
+        self._highest = max(self._highest, client.counter)
 
     def ended(self, sequence: Sequence) -> None:
         if sequence.seq_id not in self._known:
