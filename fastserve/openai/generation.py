@@ -98,13 +98,13 @@ class GenerationRequest(AcceptedFields):
     stream_options: StreamOptions | None = None
     """With stream: what its chunks contain."""
     max_tokens: Integer | None = Field(None, ge=1)
-    """Maximum tokens of an answer; lowered to what the context leaves. Default: that in chats, 16 in completions."""
+    """Maximum tokens of an answer, lowered to what the context leaves. Default: what it leaves."""
     n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     """Number of choices for each prompt. Default: 1."""
     best_of: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     """Number of choices to generate. The n with the highest mean logprob of their tokens are returned."""
     temperature: Number | None = Field(None, ge=0, le=2)
-    """0 is greedy. Default: the model's own (generation_config.json), else 1; so for the next four."""
+    """0 is greedy. Default: the model's own (generation_config.json), as for the next four, else 1."""
     top_p: Number | None = Field(None, ge=0, le=1)
     """0 is greedy."""
     top_k: Integer | None = Field(None, ge=-1, le=MAX_COUNT)

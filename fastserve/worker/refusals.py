@@ -66,8 +66,8 @@ REFUSALS: Sequence[Refusal] = (
     ),
     (lambda c: c.embed_in_truncate, f"--embed-in-truncate {_LATER}, since embeddings are not: leave it out."),
     (
-        lambda c: c.conv_template is not None,
-        f"--conv-template {_LATER}: the model's own chat template is used, or the file given by --chat-template.",
+        lambda c: c.conv_template is not None and c.chat_template is not None,
+        "--conv-template and --chat-template both name a chat template: leave out one of them.",
     ),
 )
 
