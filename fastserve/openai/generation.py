@@ -15,6 +15,7 @@ from fastserve.openai.parameters import REQUEST_FIELDS, STREAM_OPTIONS_FIELDS, K
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_BEAMS = 32
 MAX_BAD_WORDS = 128
 MAX_SALT_CHARS = 1024
 MAX_ID_CHARS = 128
@@ -261,6 +262,9 @@ class GenerationRequest(AcceptedFields):
             )
 
     def _check_beam_search(self) -> None:
+        if self.num_runs > MAX_BEAMS:
+            name = "n" if self.best_of is None else "best_of"
+            raise invalid(name, self.num_runs, f"With use_beam_search it may not exceed {MAX_BEAMS}.")
         for name in _NOT_WITH_BEAMS:
             value = getattr(self, name, None)
             if value is not None and value is not False and value != _NEUTRAL_WITH_BEAMS.get(name):
