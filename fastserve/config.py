@@ -498,9 +498,13 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
     model_names: tuple[str, ...] | None = option(
         None, "comma-separated names to serve the model under; last part of the model path if unset", parse=comma_list
     )
-    conv_template: str | None = option(None, "conversation template by name")
+    conv_template: str | None = option(
+        None, "chat template by FastChat's name, such as vicuna_v1.1, for a model that comes without one"
+    )
     chat_template: str | None = option(
-        None, "file with a Jinja chat template to use instead of the model's own", added=True
+        None,
+        "file with a Jinja chat template to use instead of the model's own, or a name as for --conv-template",
+        added=True,
     )
     trust_request_chat_template: bool = option(
         False,

@@ -42,8 +42,11 @@ class ChatMessage(BaseModel):
     name: Name | None = None
     """Passed to the chat template; of a message of the role `function` the function that answers."""
     tool_call_id: str | None = None
+    """Of a tool's message: the call that it answers."""
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    """Calls of an earlier answer, which clients send back."""
     reasoning_content: str | None = None
+    """Reasoning of an earlier answer, passed to the chat template."""
 
 
 class ChatRequest(TemplateFields, GenerationRequest):

@@ -20,7 +20,8 @@ class CompletionRequest(GenerationRequest):
     prompt: Any
     """A string, an array of strings, an array of token ids, or an array of arrays of token ids."""
     max_tokens: Integer | None = Field(None, ge=0)
-    """0: return only the prompt (`echo`) or its log probabilities."""
+    """Maximum tokens of an answer, lowered to what the context leaves. 0: return only the prompt (`echo`) or its log
+    probabilities. Default: 16."""
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     """Number of likeliest tokens whose logprobs are returned at each place, besides that of the token sampled."""
     echo: Flag | None = None

@@ -15,6 +15,7 @@ from fastserve.openai.parameters import REQUEST_FIELDS, STREAM_OPTIONS_FIELDS, K
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_BEAMS = 32
 MAX_BAD_WORDS = 128
 MAX_SALT_CHARS = 1024
 MAX_ID_CHARS = 128
@@ -98,13 +99,13 @@ class GenerationRequest(AcceptedFields):
     stream_options: StreamOptions | None = None
     """With stream: what its chunks contain."""
     max_tokens: Integer | None = Field(None, ge=1)
-    """Maximum tokens of an answer; lowered to what the context leaves. Default: that in chats, 16 in completions."""
+    """Maximum tokens of an answer, lowered to what the context leaves. Default: what it leaves."""
     n: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     """Number of choices for each prompt. Default: 1."""
     best_of: Integer | None = Field(None, ge=1, le=MAX_CHOICES)
     """Number of choices to generate. The n with the highest mean logprob of their tokens are returned."""
     temperature: Number | None = Field(None, ge=0, le=2)
-    """0 is greedy. Default: the model's own (generation_config.json), else 1; so for the next four."""
+    """0 is greedy. Default: the model's own (generation_config.json), as for the next four, else 1."""
     top_p: Number | None = Field(None, ge=0, le=1)
     """0 is greedy."""
     top_k: Integer | None = Field(None, ge=-1, le=MAX_COUNT)
@@ -261,6 +262,9 @@ class GenerationRequest(AcceptedFields):
             )
 
     def _check_beam_search(self) -> None:
+        if self.num_runs > MAX_BEAMS:
+            name = "n" if self.best_of is None else "best_of"
+            raise invalid(name, self.num_runs, f"With use_beam_search it may not exceed {MAX_BEAMS}.")
         for name in _NOT_WITH_BEAMS:
             value = getattr(self, name, None)
             if value is not None and value is not False and value != _NEUTRAL_WITH_BEAMS.get(name):

@@ -14,6 +14,7 @@ class Prediction(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: Literal["content"]
+    """The only kind."""
     content: Any
     """The text, or an array of text parts."""
 

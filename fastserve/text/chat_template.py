@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from fastserve.errors import FastserveError, InvalidRequestError, StartupError
 from fastserve.observability.text import printable
 from fastserve.text.model_files import read_json, token_text
+from fastserve.text.named_templates import NAMED_TEMPLATES
 
 Message = dict[str, Any]
 NO_VARIABLES: Mapping[str, Any] = {}
@@ -81,8 +82,12 @@ def _environment() -> jinja2.Environment:
 class ChatTemplate:
     """Named templates: "default", and optionally "tool_use" for requests with tools."""
 
-    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
-        """Raises StartupError if a template cannot be compiled."""
+    def __init__(
+        self, sources: Mapping[str, str], special_tokens: Mapping[str, Any], stops: tuple[str, ...] = ()
+    ) -> None:
+        """`stops`: texts that end answers besides the model's end tokens. Raises StartupError if a template cannot be
+        compiled."""
+        self.stops = stops
         environment = _environment()
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
@@ -169,14 +174,28 @@ def _join(pieces: Iterable[str], max_chars: int, timeout_s: float) -> str:
     return "".join(text)
 
 
-def load_chat_template(folder: Path, override: Path | None = None) -> ChatTemplate | None:
-    """The template in `override` (--chat-template), else the model's own, else None.
+def load_chat_template(
+    folder: Path, override: Path | None = None, conversation: str | None = None
+) -> ChatTemplate | None:
+    """The template named `conversation` (--conv-template), else the one in `override` (--chat-template: a file, or
+    else such a name), else the model's own, else None.
 
-    Raises StartupError if a file cannot be read or compiled.
+    Raises StartupError if a file cannot be read or compiled, or there is no template of that name.
     """
     config = read_json(folder / "tokenizer_config.json")
+    special_tokens = _special_tokens(folder, config)
+    if conversation is None and override is not None and str(override) in NAMED_TEMPLATES and not override.exists():
+        conversation = str(override)
+    if conversation is not None:
+        named = NAMED_TEMPLATES.get(conversation)
+        if named is None:
+            raise StartupError(
+                f"--conv-template {printable(conversation, 80)}: there is no template of that name. Give one of "
+                f"{', '.join(sorted(NAMED_TEMPLATES))}, or a file as --chat-template."
+            )
+        return ChatTemplate({"default": named.source}, special_tokens, named.stops)
     sources = _own_sources(folder, config) if override is None else {"default": _read_text(override)}
-    return ChatTemplate(sources, _special_tokens(folder, config)) if "default" in sources else None
+    return ChatTemplate(sources, special_tokens) if "default" in sources else None
 
 
 def _read_text(path: Path) -> str:

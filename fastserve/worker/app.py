@@ -386,7 +386,9 @@ class ModelWorker:
 
 def _load_tokenizer_and_template(setup: WorkerSetup) -> tuple[Tokenizer, ChatTemplate | None]:
     override = setup.config.chat_template
-    template = load_chat_template(setup.tokenizer_dir, None if override is None else Path(override))
+    template = load_chat_template(
+        setup.tokenizer_dir, None if override is None else Path(override), setup.config.conv_template
+    )
     return load_tokenizer(setup.tokenizer_dir, trust_remote_code=setup.config.trust_remote_code), template
 
 

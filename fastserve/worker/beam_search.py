@@ -8,6 +8,7 @@ it were compared at its present length.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class BeamSettings:
     @property
     def num_top(self) -> int:
         """Number of continuations of a beam that a step needs: enough for `width` that do not end."""
-        return max(2, 1 + len(self.stop_token_ids)) * self.width
+        return self.width + len(self.stop_token_ids)
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,24 @@ class BeamSearch:
         """Take a step. `continuations`: for each beam its `num_top` likeliest next tokens with their logprobs."""
         settings = self._settings
         candidates = [
-            Beam([*beam.token_ids, token_id], beam.logprob_sum + logprob)
-            for beam, tokens in zip(self.beams, continuations, strict=True)
+            (beam.logprob_sum + logprob, number, token_id)
+            for number, (beam, tokens) in enumerate(zip(self.beams, continuations, strict=True))
             for token_id, logprob in tokens
         ]
-        candidates.sort(key=lambda beam: beam.logprob_sum, reverse=True)
-        candidates = candidates[: settings.num_top]
-        for beam in candidates[: settings.width]:
+        for beam in self._best(candidates):
             reason = self._finish_reason(beam)
             if reason is not None:
                 self.finished.append(FinishedBeam(beam.token_ids, self._score(beam), reason))
         self.finished.sort(key=lambda beam: beam.score, reverse=True)
         del self.finished[settings.width :]
-        going_on = [beam for beam in candidates if self._finish_reason(beam) is None]
-        self.beams = going_on[: settings.width] if self._may_improve(going_on) else []
+        open_ones = self._best([item for item in candidates if item[2] not in settings.stop_token_ids])
+        going_on = [beam for beam in open_ones if self._finish_reason(beam) is None]
+        self.beams = going_on if self._may_improve(going_on) else []
+
+    def _best(self, candidates: Sequence[tuple[float, int, int]]) -> list[Beam]:
+        """The `width` likeliest candidates, each a sum of logprobs, a beam and the token after it."""
+        best = heapq.nlargest(self._settings.width, candidates, key=lambda candidate: candidate[0])
+        return [Beam([*self.beams[number].token_ids, token_id], total) for total, number, token_id in best]
 
     def _finish_reason(self, beam: Beam) -> FinishReason | None:
         if beam.token_ids[-1] in self._settings.stop_token_ids:

@@ -188,9 +188,10 @@ class JobMaker:
         params = self._params(request, max_tokens, self._pick_seed(caller), logprobs, request.prompt_logprobs)
         echoed = final_text(messages) if request.echo else ""
         continues = bool(request.continue_final_message)
-        job = self._job(
-            request, caller, [Prompt(None, ids, params)], logprobs, echoed=echoed, continues_prompt=continues
-        )
+        prompts = [Prompt(None, ids, params)]
+        job = self._job(request, caller, prompts, logprobs, echoed=echoed, continues_prompt=continues)
+        if template.stops:
+            job = replace(job, output=replace(job.output, stops=(*job.output.stops, *template.stops)))
         if request.prediction is None:
             return job
         text = request.prediction.text(request.model)

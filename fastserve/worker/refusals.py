@@ -69,8 +69,8 @@ REFUSALS: Sequence[Refusal] = (
         "--embed-in-truncate and --embedding-long-inputs say different things: give one of them.",
     ),
     (
-        lambda c: c.conv_template is not None,
-        f"--conv-template {_LATER}: the model's own chat template is used, or the file given by --chat-template.",
+        lambda c: c.conv_template is not None and c.chat_template is not None,
+        "--conv-template and --chat-template both name a chat template: leave out one of them.",
     ),
 )
 

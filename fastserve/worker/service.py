@@ -125,7 +125,7 @@ class GenerationService:
         other tokens are mostly in the prefix cache."""
         for at, prompt in enumerate(job.prompts):
             search = BeamSearch(settings, prompt.params.max_tokens)
-            params = SamplingParams(1, temperature=0.0, logprobs=min(settings.num_top, self._tokenizer.vocab_size))
+            params = SamplingParams(1, temperature=0.0, logprobs=settings.num_top)
             num_cached: int | None = None
             for step in itertools.count():
                 if not search.beams:

@@ -103,6 +103,7 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": HELLO}
         ({"stream": True, "stream_options": {"include_obfuscation": 1}}, "stream_options.include_obfuscation", "true"),
         ({"use_beam_search": True, "stream": True}, "stream", "use_beam_search"),
         ({"use_beam_search": True, "top_p": 0.5}, "top_p", "use_beam_search"),
+        ({"use_beam_search": True, "n": 33}, "n", "32"),
         ({"length_penalty": 11}, "length_penalty", "10"),
     ],
 )

@@ -39,7 +39,7 @@ from fastserve.worker.refusals import refuse_unavailable
         ({"enable_xft": True}, "--enable-xft"),
         ({"xft_dtype": "bf16"}, "xFasterTransformer"),
         ({"embed_in_truncate": True, "embedding_long_inputs": "chunk"}, "--embed-in-truncate"),
-        ({"conv_template": "vicuna"}, "--conv-template"),
+        ({"conv_template": "chatml", "chat_template": "x"}, "--conv-template"),
         ({"limit_worker_concurrency": 0}, "--limit-worker-concurrency 0"),
         ({"stream_interval": 0}, "--stream-interval 0"),
         ({"heartbeat_interval_s": 0.0}, "--heartbeat-interval-s 0.0"),

@@ -298,3 +298,12 @@ async def test_beam_search_asks_the_engine_for_one_token_of_each_beam(run_worker
         assert {choice["finish_reason"] for choice in answer["choices"]} <= {"stop", "length"}
         assert all(request.params.max_tokens == 1 for request in running.engine.requests)
         await running.idle()
+
+
+async def test_a_named_template_ends_answers_with_its_own_marks(
+    run_worker: RunWorker, say: Callable[[str], Script], tokenizer: Tokenizer
+) -> None:
+    async with run_worker(say("Fine.\n### Human: and you?"), conv_template="zero_shot") as running:
+        answer = await chat(running, stop=["never"])
+        assert answer["choices"][0]["message"]["content"] == "Fine.\n"
+        assert prompt_of(running, tokenizer).endswith("### Human: hello\n### Assistant:")

@@ -40,7 +40,7 @@ def gather(logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]
     """For each row of `logits` (rows, vocabulary), the logprobs of its token and of its `num_top` likeliest tokens."""
     logprobs = logits.log_softmax(dim=-1)
     of_tokens = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    values, ids = logprobs.topk(max(1, max(num_top)), dim=-1)
+    values, ids = logprobs.topk(min(max(1, max(num_top)), logits.shape[1]), dim=-1)
     return Logprobs(
         readback.take(token_ids), readback.take(of_tokens), readback.take(ids), readback.take(values), list(num_top)
     )
