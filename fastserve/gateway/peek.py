@@ -54,7 +54,7 @@ _EXPECTED = {
     "stream": "true or false",
     "lora_dir": "a string as in --lora-dirs, or the name of an adapter",
 }
-_FIELD = re.compile(r"`\$\.(\w+)`")
+_FIELD = re.compile(r"`\$\.(\w+)(?:\.\w+)*`")
 _decoder = msgspec.json.Decoder(Peek)
 _slora_decoder = msgspec.json.Decoder(_SLoraPeek)
 _response_decoder = msgspec.json.Decoder(ResponsePeek)
