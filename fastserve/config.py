@@ -703,6 +703,7 @@ class LauncherConfig(ClassicLauncherFlags, LoraOptions, EngineOptions, AccessOpt
     engine: str = same_option(WorkerConfig, "engine", added=True)
     api_keys_file: str | None = same_option(ApiServerConfig, "api_keys_file", added=True)
     allowed_origins: tuple[str, ...] | None = same_option(ApiServerConfig, "allowed_origins", added=True)
+    responses_store: str | None = same_option(ApiServerConfig, "responses_store", added=True)
     allowed_worker_networks: tuple[str, ...] = same_option(ControllerConfig, "allowed_worker_networks")
     no_worker_probe: bool = same_option(ControllerConfig, "no_worker_probe")
     ssl: bool = same_option(ServerConfig, "ssl", added=True)

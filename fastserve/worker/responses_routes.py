@@ -68,4 +68,4 @@ def _make_job(jobs: JobMaker, body: bytes, caller: Caller) -> tuple[Job, Respons
     ) | {"temperature": params.temperature, "top_p": params.top_p}
     options = asked.stream_options
     obfuscates = options is not None and bool(options.include_obfuscation)
-    return job, ResponsesWriter(response, obfuscates=obfuscates)
+    return job, ResponsesWriter(response, chat.custom_tools, obfuscates=obfuscates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,13 @@ import openai
 import pydantic
 import pytest
 
+from fastserve.openai.answers import Usage
 from fastserve.text.parts import ParserFactory, Part, ReasoningPart, TextPart, ToolCallPart
+from fastserve.worker.choice import ChoiceDelta
+from fastserve.worker.writers.responses import ResponsesWriter
 from tests.responses.conftest import MODEL, Fleet, Item
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+in_module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 class Marked:
@@ -76,6 +80,7 @@ def check_stream(events: list[Item]) -> Item:
     return final
 
 
+@in_module_loop
 async def test_whole_and_streamed_answers_with_the_client(fleet: Fleet) -> None:
     client = fleet.client()
     whole = await client.responses.create(model=MODEL, input="hi", instructions="Be brief.", metadata={"a": "b"})
@@ -93,6 +98,7 @@ async def test_whole_and_streamed_answers_with_the_client(fleet: Fleet) -> None:
     assert fleet.talk.prompts[-1] == fleet.talk.prompts[-2]
 
 
+@in_module_loop
 async def test_parse_reads_the_text_as_the_clients_model(fleet: Fleet) -> None:
     class City(pydantic.BaseModel):
         name: str
@@ -118,6 +124,7 @@ async def test_parse_reads_the_text_as_the_clients_model(fleet: Fleet) -> None:
         ("<think>a", ["reasoning"]),
     ],
 )
+@in_module_loop
 async def test_parts_become_the_same_items_streamed_and_whole(
     fleet: Fleet, parse_with: Callable[[ParserFactory], None], text: str, kinds: list[str]
 ) -> None:
@@ -137,6 +144,28 @@ async def test_parts_become_the_same_items_streamed_and_whole(
     assert [item.type for item in response.output] == kinds
 
 
+def test_calls_of_custom_tools_have_a_text_as_input() -> None:
+    response = {"id": "resp_1", "status": "in_progress", "background": False, "output": []}
+    writer = ResponsesWriter(response, frozenset({"patch"}))
+    pieces = [
+        ToolCallPart(0, "call_1", "patch"),
+        *(ToolCallPart(0, arguments=letter) for letter in '{"input":"*** x"}'),
+    ]
+    calls = [ToolCallPart(1, "call_2", "look", "{}"), ToolCallPart(2, "call_3", "patch", "broken")]
+    written = writer.write([ChoiceDelta(0, [*pieces, *calls], None, "stop", 5, 0)]) + writer.end(Usage(1, 5))
+    events = [json.loads(block.split("data: ")[1]) for block in written.decode().split("\n\n")[:-1]]
+    items = events[-1]["response"]["output"]
+    assert [(item["type"], item.get("input")) for item in items] == [
+        ("custom_tool_call", "*** x"),
+        ("function_call", None),
+        ("custom_tool_call", "broken"),
+    ]
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == items
+    inputs = [event["input"] for event in events if event["type"] == "response.custom_tool_call_input.done"]
+    assert inputs == ["*** x", "broken"]
+
+
+@in_module_loop
 async def test_an_answer_that_is_cut_off_is_incomplete(fleet: Fleet) -> None:
     fleet.talk.text = "word " * 100
     body = {"model": MODEL, "input": "hi", "max_output_tokens": 16}
@@ -150,6 +179,7 @@ async def test_an_answer_that_is_cut_off_is_incomplete(fleet: Fleet) -> None:
         assert answer["usage"]["output_tokens"] == 16
 
 
+@in_module_loop
 async def test_logprobs_belong_to_the_text(fleet: Fleet) -> None:
     fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     _, whole = await fleet.create(**fields)
@@ -161,12 +191,14 @@ async def test_logprobs_belong_to_the_text(fleet: Fleet) -> None:
     assert streamed == part["logprobs"] == check_stream(events)["output"][0]["content"][0]["logprobs"]
 
 
+@in_module_loop
 async def test_obfuscation_evens_out_the_length_of_deltas(fleet: Fleet) -> None:
     body = {"model": MODEL, "input": "hi", "stream": True, "stream_options": {"include_obfuscation": True}}
     deltas = [event for event in await fleet.events(body=body) if event["type"].endswith(".delta")]
     assert {len(event["delta"] + event["obfuscation"]) % 32 for event in deltas} == {0}
 
 
+@in_module_loop
 async def test_input_tokens_are_those_of_the_answer(fleet: Fleet) -> None:
     _, answer = await fleet.create()
     counted = await fleet.client().responses.input_tokens.count(model=MODEL, input="hi")
@@ -174,6 +206,7 @@ async def test_input_tokens_are_those_of_the_answer(fleet: Fleet) -> None:
     assert counted.object == "response.input_tokens"
 
 
+@in_module_loop
 async def test_errors_before_and_in_a_stream(fleet: Fleet) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         await fleet.client().responses.create(model=MODEL, input="word " * 5000, stream=True)

@@ -21,6 +21,7 @@ from tests.responses.conftest import MODEL, Fleet, Item, until
 from tests.responses.test_create import check_stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+KEPT = "the id of a stored response"
 KEYS = ("sk-one", "sk-two")
 
 
@@ -258,19 +259,78 @@ async def test_malformed_requests_name_field_value_and_remedy(fleet: Fleet) -> N
         ("/v1/responses", {"background": 1}, "background"),
         ("/v1/responses", {"conversation": 5}, "conversation"),
         ("/v1/responses", {"conversation": {"name": "x"}}, "conversation"),
+        ("/v1/responses", {"conversation": {"id": 5}}, "conversation"),
+        ("/v1/responses", {"previous_response_id": KEPT, "input": None}, "input"),
+        ("/v1/responses", {"previous_response_id": KEPT, "input": 5}, "input"),
+        ("/v1/responses", {"previous_response_id": KEPT, "input": ["x"]}, "input.0"),
+        ("/v1/responses", {"previous_response_id": KEPT, "input": [{"role": "user"}]}, "input.0.content"),
+        ("/v1/responses", {"input": [{"type": "item_reference"}]}, "input.0.id"),
+        ("/v1/conversations/x/items", {}, "items"),
         ("/v1/responses", {"previous_response_id": ["x"]}, "previous_response_id"),
         ("/v1/responses", {"conversation": "conv_x", "previous_response_id": "resp_x"}, "previous_response_id"),
     ]
+    _, kept = await fleet.create()
     for path, fields, param in cases:
+        if fields.get("previous_response_id") == KEPT:
+            fields["previous_response_id"] = kept["id"]
         body = {"model": MODEL, "input": "hi", **fields} if path.endswith("responses") else fields
         status, answer = await fleet.call("POST", path, body)
         assert (status, answer["error"]["param"]) == (400, param), fields
-    _, kept = await fleet.create()
     for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_x"):
         status, answer = await fleet.call("GET", f"/v1/responses/{kept['id']}/input_items?{query}")
         assert (status, answer["error"]["param"].rpartition(".")[2]) == (400, query.partition("=")[0])
     status, answer = await fleet.call("GET", f"/v1/responses/{kept['id']}?stream=true")
     assert (status, answer["error"]["param"]) == (400, "stream")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"{",
+        b'{"model": "fastserve-demo", "input": "hi", "temperature": NaN}',
+        b'{"model": "fastserve-demo", "input": "hi", "temperature": 1e999}',
+        b'{"model": "fastserve-demo", "input": "\\ud800"}',
+        b'{"model": "fastserve-demo", "input": "\xff"}',
+        b'{"model": "fastserve-demo", "input": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"model": "fastserve-demo", "input": [' + b"{}," * 100_000 + b"{}]}",
+        b'{"model": "fastserve-demo", "input": "hi", "metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        b'{"model": "fastserve-demo", "input": "hi", "tools": "' + b"x" * 300_000 + b'"}',
+        b'{"model": "fastserve-demo", "input": "hi", "background": true, "tools": "' + b"x" * 300_000 + b'"}',
+        b'{"input": "hi"}',
+    ],
+)
+async def test_bodies_that_are_no_request_are_refused(fleet: Fleet, body: bytes) -> None:
+    for path in ("/v1/responses", "/v1/responses/input_tokens"):
+        headers = {"content-type": "application/json"}
+        async with fleet.http.post(fleet.url + path, data=body, headers=headers) as response:
+            answer = await response.json()
+            assert response.status == 400, (body[:80], answer)
+            assert answer["error"]["message"]
+    assert (await fleet.create())[0] == 200
+
+
+async def test_many_at_once_are_all_stored(fleet: Fleet) -> None:
+    client = fleet.client()
+    made = await asyncio.gather(*(client.responses.create(model=MODEL, input=f"number {n}") for n in range(40)))
+    found = await asyncio.gather(*(client.responses.retrieve(response.id) for response in made))
+    assert [response.output for response in found] == [response.output for response in made]
+    again = await asyncio.gather(
+        *(client.responses.create(model=MODEL, input="on", previous_response_id=response.id) for response in made)
+    )
+    assert len({response.id for response in again}) == 40
+
+
+async def test_a_client_that_leaves_ends_its_response_which_is_not_stored(fleet: Fleet) -> None:
+    fleet.talk.slowly("word " * 200, token_s=0.05)
+    stream = await fleet.client().responses.create(model=MODEL, input="hi", stream=True)
+    first: Any = await anext(aiter(stream))
+    await stream.close()
+    await fleet.worker.idle()
+    assert (await fleet.call("GET", f"/v1/responses/{first.response.id}"))[0] == 404
 
 
 async def test_without_a_store_what_needs_one_is_refused(fleet: Fleet) -> None:
@@ -324,8 +384,10 @@ async def test_the_store_is_bounded_in_number_bytes_and_age(tmp_path: Path) -> N
         await store.response("", heads[0].id)  # used now
         await save(store, heads[3])
         assert await kept(store, heads) == [True, False, True, True]
-        await save(store, make_head(), "y" * 9000)
-        assert not all(await kept(store, [heads[0], heads[2], heads[3]]))
+        now += 1
+        large = make_head()
+        await save(store, large, "y" * 4500)
+        assert await kept(store, [*heads, large]) == [False] * 4 + [True]
         now += 101
         last = make_head()
         await save(store, last)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -91,16 +92,23 @@ class BackgroundRuns:
         self._relay = relay
         self._store = store
         self._max_running = max_running
+        self._num_starting = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._alive: asyncio.Task[None] | None = None
 
-    def require_room(self) -> None:
-        """Raises OverloadedError if as many run as may."""
-        if len(self._tasks) >= self._max_running:
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Hold a place for a response that is to be started in the block. Raises OverloadedError if there is none."""
+        if len(self._tasks) + self._num_starting >= self._max_running:
             raise OverloadedError(
                 f"{self._max_running} responses run in the background (--max-background-responses). Try again when "
                 "some have ended."
             )
+        self._num_starting += 1
+        try:
+            yield
+        finally:
+            self._num_starting -= 1
 
     def start(self, run: Run) -> None:
         """Run a response that the store has as queued."""
@@ -146,7 +154,7 @@ class BackgroundRuns:
             await recorder.end(error)
         except _StoppedError:
             logger.info("Response %s was cancelled or deleted", run.response_id)
-        except ServiceError as failure:
+        except FastserveError as failure:
             # The store is out of order. Without signs of life, readers will find the response failed.
             logger.error("Response %s could not be stored: %s", run.response_id, failure.message)
 

@@ -108,8 +108,7 @@ async def _resolve(store: Store, owner: str, asked: ResponsePeek, body: bytes) -
     if previous is not None:
         prior = [item.content for item in await store.context(owner, previous)]
     elif conversation is not None:
-        items = await store.conversation_items(owner, conversation, "conversation")
-        prior = [item.content for item in items]
+        prior = [item.content for item in await store.conversation_context(owner, conversation)]
     own_resolved = await _resolve_references(store, owner, own)
     if prior or own_resolved is not own:
         fields = _fields_of(body)
@@ -172,17 +171,18 @@ async def _start_in_background(state: StoredState, owner: str, relayed: ClientRe
     head = resolved.head
     request = await asyncio.to_thread(read_request, resolved.body, RequestBounds())
     queued = _queued(request, head)
-    state.runs.require_room()
     content = encode_json(queued)
     kinds = ("response.created", "response.queued")
     events = [event(kind, number, {"response": queued}) for number, kind in enumerate(kinds)]
-    await state.store.begin(
-        *(owner, head, content, input_items(resolved.own_input)),
-        *(resolved.previous, resolved.conversation, events),
-    )
     api = ResponsesApi(content, FIRST_EVENTS_OF_BACKGROUND, keeps_events=True)
     body = msgspec.json.encode(_fields_of(relayed.body) | {"stream": True})
-    state.runs.start(Run(owner, head.id, replace(relayed, body=body, stream=True, api=api), api))
+    run = Run(owner, head.id, replace(relayed, body=body, stream=True, api=api), api)
+    with state.runs.room():
+        await state.store.begin(
+            *(owner, head, content, input_items(resolved.own_input)),
+            *(resolved.previous, resolved.conversation, events),
+        )
+        state.runs.start(run)
     if request.stream:
         return StreamResponse(replay(state.store, owner, head.id, -1))
     return Response(content, media_type=JSON)

@@ -102,7 +102,7 @@ class Store:
                 )
                 _add_items(connection, head.id, items, outputs)
             if conversation is not None and status != "failed":
-                self._append(connection, owner, conversation, [*items, *outputs])
+                _append(connection, owner, conversation, [*items, *outputs])
 
         await self._database.run(work)
 
@@ -156,7 +156,7 @@ class Store:
                 own = _items(connection, response_id)
                 _add_items(connection, response_id, (), outputs, len(own))
                 if row.conversation is not None and status != "failed":
-                    self._append(connection, owner, row.conversation, [*own, *outputs])
+                    _append(connection, owner, row.conversation, [*own, *outputs])
             return True
 
         return await self._database.run(work)
@@ -337,7 +337,7 @@ class Store:
                 "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, '', NULL, NULL, NULL, ?)",
                 (made["id"], _CONVERSATION, owner, made["created_at"], now, len(content), content),
             )
-            self._append(connection, owner, str(made["id"]), items)
+            _append(connection, owner, str(made["id"]), items)
 
         await self._database.run(work)
         return made
@@ -363,14 +363,25 @@ class Store:
 
     async def append_items(self, owner: str, conversation_id: str, items: Sequence[Item]) -> None:
         """Raises EntryNotFoundError, and BodyTooLargeError if the conversation would be too long."""
-        await self._database.run(lambda connection: self._append(connection, owner, conversation_id, items))
+        await self._database.run(lambda connection: self._add_new_items(connection, owner, conversation_id, items))
 
-    async def conversation_items(self, owner: str, conversation_id: str, param: str | None = None) -> list[Item]:
+    async def conversation_items(self, owner: str, conversation_id: str) -> list[Item]:
         """All items, oldest first. Raises EntryNotFoundError."""
 
         def work(connection: sqlite3.Connection) -> list[Item]:
-            self._conversation(connection, owner, conversation_id, param)
+            self._conversation(connection, owner, conversation_id)
             return _items(connection, conversation_id)
+
+        return await self._database.run(work)
+
+    async def conversation_context(self, owner: str, conversation_id: str) -> list[Item]:
+        """All items, as those before the input of a request. Raises EntryNotFoundError and BodyTooLargeError."""
+
+        def work(connection: sqlite3.Connection) -> list[Item]:
+            self._conversation(connection, owner, conversation_id, "conversation")
+            items = _items(connection, conversation_id)
+            self._check_size(items, "conversation")
+            return items
 
         return await self._database.run(work)
 
@@ -402,21 +413,34 @@ class Store:
         found: dict[str, Any] = msgspec.json.decode(row[0])
         return found
 
-    def _append(self, connection: sqlite3.Connection, owner: str, conversation_id: str, items: Sequence[Item]) -> None:
+    def _add_new_items(
+        self, connection: sqlite3.Connection, owner: str, conversation_id: str, items: Sequence[Item]
+    ) -> None:
         self._conversation(connection, owner, conversation_id)
-        size = _size(items)
-        (held, last) = connection.execute(
-            "SELECT coalesce(sum(length(content)), 0), coalesce(max(position) + 1, 0) FROM items WHERE entry = ?",
-            (conversation_id,),
-        ).fetchone()
-        if held + size > self._max_context_bytes:
+        _append(connection, owner, conversation_id, items)
+        self._check_size(_items(connection, conversation_id), "conversation")
+
+    def _check_size(self, items: Sequence[Item], param: str) -> None:
+        """Raises BodyTooLargeError."""
+        if _size(items) > self._max_context_bytes:
             raise BodyTooLargeError(
-                f"The conversation would have more than {self._max_context_bytes} bytes (--max-body-bytes). Delete "
-                "some of its items, or begin another one.",
-                param="conversation",
+                f"The conversation has more than {self._max_context_bytes} bytes (--max-body-bytes). Delete some of "
+                "its items, or begin another one.",
+                param=param,
             )
-        _add_items(connection, conversation_id, items, (), last)
-        connection.execute("UPDATE entries SET size = size + ? WHERE id = ?", (size, conversation_id))
+
+
+def _append(connection: sqlite3.Connection, owner: str, conversation_id: str, items: Sequence[Item]) -> None:
+    """Add items to a conversation; if it has been deleted, nothing happens."""
+    grown = connection.execute(
+        "UPDATE entries SET size = size + ? WHERE id = ? AND owner = ? AND kind = ?",
+        (_size(items), conversation_id, owner, _CONVERSATION),
+    )
+    if grown.rowcount:
+        (first,) = connection.execute(
+            "SELECT coalesce(max(position) + 1, 0) FROM items WHERE entry = ?", (conversation_id,)
+        ).fetchone()
+        _add_items(connection, conversation_id, items, (), first)
 
 
 def _find(connection: sqlite3.Connection, owner: str, response_id: str) -> StoredResponse | None:

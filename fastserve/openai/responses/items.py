@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastserve.errors import InvalidRequestError, UnsupportedParameterError
-from fastserve.observability.text import printable
 from fastserve.openai.body import RequestBounds, invalid, shown
 
 Fields = dict[str, Any]
@@ -79,8 +78,8 @@ class ItemTranslator:
             )
         elif isinstance(kind, str):
             raise UnsupportedParameterError(
-                f"Items of type '{printable(kind, 40)}' are not supported. Send messages, reasoning, function calls "
-                "and their outputs.",
+                f"'{where}.type' is not supported (given: {shown(kind)}). Send messages, reasoning, function calls and "
+                "their outputs.",
                 param=f"{where}.type",
             )
         else:
@@ -151,7 +150,7 @@ class ItemTranslator:
                 texts.append(part[kinds[kind]])
             elif isinstance(kind, str) and kind not in kinds:
                 raise UnsupportedParameterError(
-                    f"Content parts of type '{printable(kind, 40)}' are not supported here. Send text parts only.",
+                    f"'{where}' has a part of type {shown(kind)}, which is not supported here. Send text parts only.",
                     param=where,
                 )
             else:

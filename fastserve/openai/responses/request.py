@@ -47,6 +47,17 @@ PASSED_ON = (
 )
 """Fields of a chat request that OpenAI's Responses API lacks; they mean the same here."""
 
+_CHAT_NAMES = {
+    "functions": "tools",
+    "logprobs": f"include=['{LOGPROBS}']",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+}
+"""Fields of a chat request that have another name here: ignored, they would mislead."""
 REQUEST_FIELDS = KnownFields(
     "",
     frozenset(
@@ -57,13 +68,17 @@ REQUEST_FIELDS = KnownFields(
         }
     ),
     {
+        **dict.fromkeys(_CHAT_NAMES, ()),
         "context_management": ([],),
         "moderation": (),
         "n": (1,),
         "prompt": (),
         "service_tier": ("auto", "default"),
     },
-    {"prompt": "Send its text as 'instructions' and 'input'."},
+    {
+        "prompt": "Send its text as 'instructions' and 'input'.",
+        **{name: f"The Responses API has '{theirs}' instead." for name, theirs in _CHAT_NAMES.items()},
+    },
 )
 _LONG_FIELDS = frozenset({"input", "instructions"})
 

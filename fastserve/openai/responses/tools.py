@@ -3,6 +3,9 @@
 Hosted tools are run by OpenAI's servers. Agents such as Codex offer some with every request and do well without them,
 so those of `LEFT_OUT` are not shown to the model, and the answer's `tools` lists only what the model has. Those that
 refer to data or programs elsewhere, without which the answer would be another, are refused.
+
+A custom tool takes a text in place of an object. To the model it is a function with one argument, the text. A grammar
+of that text is shown to the model in the tool's description; it is not enforced.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 from fastserve.errors import InvalidRequestError, UnsupportedParameterError
 from fastserve.observability.text import printable
 from fastserve.openai.body import invalid, shown
+from fastserve.openai.responses.items import CUSTOM_INPUT
 
 Fields = dict[str, Any]
 
@@ -35,6 +39,8 @@ class ChatTools:
     """`tools` and `tool_choice`, each only if it is given."""
     offered: Sequence[Fields] = ()
     """The request's tools that the model has, as the answer lists them."""
+    custom: frozenset[str] = frozenset()
+    """Names of the custom tools."""
     names: dict[str, str] = field(default_factory=dict)
     """Paths in the request, for errors, by paths in `fields`."""
 
@@ -47,14 +53,13 @@ def chat_tools(tools: Sequence[Fields] | None, choice: Any) -> ChatTools:
     for number, tool in enumerate(tools or ()):
         where = f"tools.{number}"
         kind = tool.get("type")
-        if kind == "function":
-            function = {key: tool[key] for key in ("name", "description", "parameters", "strict") if key in tool}
+        if kind in ("function", "custom"):
+            function = _custom_function(tool, where) if kind == "custom" else tool
             path = f"tools.{len(nested)}"
             names |= {path: where, f"{path}.function": where}
-            nested.append({"type": "function", "function": {k: v for k, v in function.items() if v is not None}})
-            offered.append({"strict": False, **tool})
-        elif kind == "custom":
-            _refuse(where, kind, "Declare a function with one string argument instead.")
+            given = {key: function.get(key) for key in ("name", "description", "parameters", "strict")}
+            nested.append({"type": "function", "function": {k: v for k, v in given.items() if v is not None}})
+            offered.append({"strict": False, **tool} if kind == "function" else tool)
         elif not isinstance(kind, str):
             raise invalid(f"{where}.type", kind, "Give the type of the tool, such as function.")
         elif kind in _REFUSED:
@@ -63,10 +68,33 @@ def chat_tools(tools: Sequence[Fields] | None, choice: Any) -> ChatTools:
             raise invalid(f"{where}.type", kind, "There is no such type of tool. Declare a function.")
     fields: Fields = {"tools": nested} if nested else {}
     if choice is not None:
-        chosen = _choice(choice, {tool.get("name") for tool in offered})
+        chosen = _choice(choice, {(tool["type"], tool.get("name")) for tool in offered})
         if nested or chosen not in ("auto", "none"):
             fields["tool_choice"] = chosen
-    return ChatTools(fields, offered, names)
+    custom = frozenset(str(tool.get("name")) for tool in offered if tool["type"] == "custom")
+    return ChatTools(fields, offered, custom, names)
+
+
+def _custom_function(tool: Fields, where: str) -> Fields:
+    """A custom tool as a function."""
+    form = tool.get("format") or {"type": "text"}
+    if not isinstance(form, dict) or form.get("type") not in ("text", "grammar"):
+        raise invalid(f"{where}.format", form, 'Give {"type": "text"} or a grammar.')
+    description = tool.get("description") or ""
+    if not isinstance(description, str):
+        raise invalid(f"{where}.description", description, "Give a string.")
+    if form["type"] == "grammar":
+        definition, syntax = form.get("definition"), form.get("syntax")
+        if not isinstance(definition, str) or syntax not in ("lark", "regex"):
+            raise invalid(f"{where}.format", form, "A grammar has a 'syntax', lark or regex, and a 'definition'.")
+        description += f"\n\nThe {CUSTOM_INPUT} must match this {syntax} grammar:\n{definition}"
+    schema = {
+        "type": "object",
+        "properties": {CUSTOM_INPUT: {"type": "string"}},
+        "required": [CUSTOM_INPUT],
+        "additionalProperties": False,
+    }
+    return {"name": tool.get("name"), "description": description.strip() or None, "parameters": schema}
 
 
 def _refuse(where: str, kind: str, remedy: str) -> None:
@@ -75,13 +103,13 @@ def _refuse(where: str, kind: str, remedy: str) -> None:
     )
 
 
-def _choice(choice: Any, offered: set[Any]) -> Any:
+def _choice(choice: Any, offered: set[tuple[Any, Any]]) -> Any:
     if isinstance(choice, str):
         if choice not in _MODES:
             raise invalid("tool_choice", choice, f"Give one of {', '.join(_MODES)}, or an object.")
         return choice
     kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind == "function":
+    if kind in ("function", "custom"):
         return {"type": "function", "function": {"name": _offered_name(choice, "tool_choice", offered)}}
     if kind == "allowed_tools":
         mode, allowed = choice.get("mode", "auto"), choice.get("tools")
@@ -94,7 +122,7 @@ def _choice(choice: Any, offered: set[Any]) -> Any:
             where = f"tool_choice.tools.{number}"
             if not isinstance(tool, dict):
                 raise invalid(where, tool, 'A tool is {"type": "function", "name": "..."}.')
-            if tool.get("type") == "function":
+            if tool.get("type") in ("function", "custom"):
                 listed.append({"type": "function", "function": {"name": _offered_name(tool, where, offered)}})
         return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": listed}}
     if isinstance(kind, str):
@@ -106,13 +134,13 @@ def _choice(choice: Any, offered: set[Any]) -> Any:
     raise invalid("tool_choice", choice, f"Give one of {', '.join(_MODES)}, or an object with a type.")
 
 
-def _offered_name(tool: Fields, where: str, offered: set[Any]) -> str:
+def _offered_name(tool: Fields, where: str, offered: set[tuple[Any, Any]]) -> str:
     name = tool.get("name")
     if not isinstance(name, str):
         raise invalid(f"{where}.name", name, "Give the name of a function in 'tools'.")
-    if name not in offered:
+    if (tool["type"], name) not in offered:
         raise InvalidRequestError(
-            f"Invalid value for '{where}.name': {shown(name)}. There is no such function in 'tools'.",
+            f"Invalid value for '{where}.name': {shown(name)}. There is no such {tool['type']} tool in 'tools'.",
             param=f"{where}.name",
         )
     return name

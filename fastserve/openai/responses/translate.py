@@ -29,6 +29,8 @@ class ChatFields:
     """Paths in the Responses request, for errors, by paths in the chat request."""
     tools: Sequence[dict[str, Any]]
     """The tools that the model has, as the answer lists them."""
+    custom_tools: frozenset[str]
+    """Names of those that are custom tools."""
 
 
 def to_chat(request: ResponsesRequest, bounds: RequestBounds, head: ResponseHead | None) -> ChatFields:
@@ -55,7 +57,8 @@ def to_chat(request: ResponsesRequest, bounds: RequestBounds, head: ResponseHead
         fields["reasoning_effort"] = request.reasoning.effort
     if request.text is not None and request.text.format is not None:
         fields["response_format"] = _response_format(request.text.format)
-    return ChatFields(fields | tools.fields, {**_NAMES, **items.names, **tools.names}, tools.offered)
+    names = {**_NAMES, **items.names, **tools.names}
+    return ChatFields(fields | tools.fields, names, tools.offered, tools.custom)
 
 
 def _refuse_state(request: ResponsesRequest) -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from fastserve.errors import FastserveError
 from fastserve.openai.answers import KEEP_ALIVE, DecodedToken, Usage, encode_json
 from fastserve.openai.responses.answer import (
@@ -128,13 +130,51 @@ class _Call(_Item):
         return [("response.function_call_arguments.done", done), *super().end(status)]
 
 
+class _CustomCall(_Item):
+    """A call of a custom tool: its arguments are an object with its input, a text."""
+
+    id_prefix = "ctc"
+
+    def __init__(self, index: int, part: ToolCallPart) -> None:
+        self.number = part.index
+        call_id = part.id or new_id("call")
+        super().__init__(index, {"type": "custom_tool_call", "call_id": call_id, "name": part.name, "input": ""})
+
+    def add(self, arguments: str) -> list[Event]:
+        self.pieces.append(arguments)
+        return []
+
+    def end(self, status: str) -> list[Event]:
+        text = _custom_input("".join(self.pieces))
+        self.item["input"] = text
+        return [
+            ("response.custom_tool_call_input.delta", {**self.where, "delta": text}),
+            ("response.custom_tool_call_input.done", {**self.where, "input": text}),
+            *super().end(status),
+        ]
+
+
+def _custom_input(arguments: str) -> str:
+    """The input of a custom tool; arguments that are not as they should be are passed on as they are."""
+    try:
+        return msgspec.json.decode(arguments, type=_CustomArguments).input
+    except msgspec.MsgspecError:
+        return arguments
+
+
+class _CustomArguments(msgspec.Struct):
+    input: str
+
+
 ItemT = TypeVar("ItemT", bound=_Item)
 
 
 class OutputItems:
     """Folds the parts of a choice into items."""
 
-    def __init__(self) -> None:
+    def __init__(self, custom_tools: frozenset[str]) -> None:
+        """`custom_tools`: names of tools whose calls are custom tool calls."""
+        self._custom_tools = custom_tools
         self._items: list[_Item] = []
         self._open: _Item | None = None
         self._tokens: list[DecodedToken] = []
@@ -173,14 +213,21 @@ class OutputItems:
             return [*events, *reasoning.add(part.text)]
         if not isinstance(part, ToolCallPart):
             raise TypeError(f"this answer format does not support {type(part).__name__}")
-        begun = self.close("completed") if isinstance(self._open, _Call) and self._open.number != part.index else []
-        call, events = self._opened(_Call, lambda index: _Call(index, part))
-        return [*begun, *events, *(call.add(part.arguments) if part.arguments else ())]
+        return self._add_call(part)
+
+    def _add_call(self, part: ToolCallPart) -> list[Event]:
+        call = self._open
+        events: list[Event] = []
+        if not isinstance(call, _Call | _CustomCall) or call.number != part.index:
+            kind = _CustomCall if part.name in self._custom_tools else _Call
+            call, events = self._begin(lambda index: kind(index, part))
+        return [*events, *(call.add(part.arguments) if part.arguments else ())]
 
     def _opened(self, kind: type[ItemT], make: Callable[[int], ItemT]) -> tuple[ItemT, list[Event]]:
         """The open item if it is of this kind, else a new one; and the events of the change."""
-        if isinstance(self._open, kind):
-            return self._open, []
+        return (self._open, []) if isinstance(self._open, kind) else self._begin(make)
+
+    def _begin(self, make: Callable[[int], ItemT]) -> tuple[ItemT, list[Event]]:
         events = self.close("completed")
         item = make(len(self._items))
         self._items.append(item)
@@ -191,13 +238,16 @@ class OutputItems:
 class ResponsesWriter:
     keep_alive = KEEP_ALIVE
 
-    def __init__(self, response: Fields, *, obfuscates: bool = False) -> None:
-        """`response`: the object of the response in progress, without output. `obfuscates`: whether deltas carry a
+    def __init__(
+        self, response: Fields, custom_tools: frozenset[str] = frozenset(), *, obfuscates: bool = False
+    ) -> None:
+        """`response`: the object of the response in progress, without output. `custom_tools`: names of tools whose
+        calls are custom tool calls. `obfuscates`: whether deltas carry a
         random string that hides their length.
         """
         self._response = response
         self._obfuscates = obfuscates
-        self._output = OutputItems()
+        self._output = OutputItems(custom_tools)
         self._finish_reason: str | None = None
         self._begun = False
         self._sequence_number = FIRST_EVENTS_OF_BACKGROUND if response["background"] else 0
