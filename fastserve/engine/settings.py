@@ -66,6 +66,8 @@ class EngineConfig(EngineOptions):
     """Sent as JSON on the engine process's command line. Unset sizes are derived from the model and free memory."""
 
     model_dir: str
+    tokenizer_dir: str | None = None
+    """Folder of the tokenizer, whose tokens grammars are applied to; None: grammars are refused."""
     log_level: str = same_option(ServerConfig, "log_level")
     speculative_model_dir: str | None = None
     """Folder of a draft model, which replaces `speculative_method`."""
