@@ -88,6 +88,11 @@ class GrammarStore:
         return self._grammars[text].compiling.result().deep_copy()
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens in a mask. Known once a grammar has been compiled."""
+        return 0 if self._tokenizer is None else self._tokenizer.vocab_size
+
+    @property
     def is_busy(self) -> bool:
         """Whether a grammar is being compiled."""
         return any(not grammar.compiling.done() for grammar in self._grammars.values() if grammar.num_users)
@@ -114,31 +119,30 @@ class GrammarStore:
 
 
 class GrammarState:
-    """Where an answer is in its grammar. It goes on with the answer, and back when drafts are rejected."""
+    """Where an answer is in its grammar."""
 
-    __slots__ = ("_matcher", "_num_tokens")
-
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
-        self._num_tokens = 0
-
-    @property
-    def matcher(self) -> LLMatcher:
-        return self._matcher
-
-    def follow(self, removed: int, added: list[int]) -> str | None:
-        """Take back the last `removed` tokens of the answer, then add some; return why that is impossible, or None."""
-        if removed and not self._matcher.rollback(removed):
-            return self._problem()
-        if added and not self._matcher.consume_tokens(added):
-            return self._problem()
-        self._num_tokens += len(added) - removed
-        return None
-
-    @property
-    def num_tokens(self) -> int:
+    def __init__(self, grammars: GrammarStore, text: str) -> None:
+        self._grammars = grammars
+        self._text = text
+        self.num_tokens = 0
         """Tokens of the answer that it has seen."""
-        return self._num_tokens
+        self.matcher = grammars.start(text)
 
-    def _problem(self) -> str:
-        return printable(self._matcher.get_error().split("\n")[0], _SHOWN_CHARS) or "a token does not fit the grammar"
+    def extend(self, token_ids: list[int]) -> None:
+        """Go on by some tokens. If they do not fit the grammar, `problem` says so from then on."""
+        self.num_tokens += len(token_ids)
+        if token_ids:
+            self.matcher.consume_tokens(token_ids)
+
+    def restart(self, token_ids: list[int]) -> None:
+        """Start anew with the tokens of an answer. Rollback is not used: not all grammars support it."""
+        self.matcher, self.num_tokens = self._grammars.start(self._text), 0
+        self.extend(token_ids)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the answer cannot go on, or None."""
+        if not self.matcher.is_error():
+            return None
+        reason = printable(self.matcher.get_error().split("\n")[0], _SHOWN_CHARS)
+        return f"The answer cannot go on under its grammar: {reason}."

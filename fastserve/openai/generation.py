@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_fields, validate
 from fastserve.openai.parameters import REQUEST_FIELDS, STREAM_OPTIONS_FIELDS, KnownFields
+from fastserve.openai.structured import StructuredFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -44,7 +45,7 @@ class StreamOptions(BaseModel):
     include_usage: Flag | None = None
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(StructuredFields):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str

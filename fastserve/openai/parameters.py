@@ -62,7 +62,6 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 
-_TEXT_FORMAT = {"type": "text"}
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "allowed_token_ids": ([],),
@@ -74,21 +73,14 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "images": ([],),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": (_TEXT_FORMAT,),
     "service_tier": ("auto", "default"),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),

@@ -52,6 +52,7 @@ from fastserve.worker.adapter_state import AdapterState
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.fingerprint import Fingerprints, model_digest
+from fastserve.worker.grammars import GrammarMaker
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
@@ -268,7 +269,9 @@ class ModelWorker:
             keeper=self.keeper,
             admission=admission,
             metrics=metrics,
-            jobs=JobMaker(settings, tokenizer, template, metrics, adapters, fingerprints),
+            jobs=JobMaker(
+                settings, tokenizer, template, metrics, adapters, fingerprints, _grammars(config, settings, tokenizer)
+            ),
             adapters=adapters,
             pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
@@ -386,6 +389,17 @@ def _job_settings(setup: WorkerSetup, info: EngineInfo, tokenizer: Tokenizer) ->
         template_timeout_s=config.template_timeout_s,
         stream_interval=config.stream_interval,
         seed=config.seed,
+    )
+
+
+def _grammars(config: WorkerConfig, settings: JobSettings, tokenizer: Tokenizer) -> GrammarMaker:
+    return GrammarMaker(
+        tokenizer,
+        vocab_size=settings.vocab_size,
+        end_token_ids=settings.eos_token_ids,
+        max_bytes=config.max_grammar_bytes,
+        fuel=config.max_grammar_fuel,
+        max_cached_bytes=config.max_cached_grammar_bytes,
     )
 
 

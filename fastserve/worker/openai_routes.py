@@ -12,6 +12,7 @@ from fastserve.openai.answers import JSON
 from fastserve.openai.models import ModelCards, describe_model
 from fastserve.openai.routes import CHAT, COMPLETIONS
 from fastserve.worker.caller import Caller, caller_of, read_body
+from fastserve.worker.grammars import preparing_bytes
 from fastserve.worker.jobs import Job, JobMaker
 from fastserve.worker.responses import respond, written_bytes
 from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
@@ -65,4 +66,4 @@ async def _prepare(
         runtime.keeper.require_ready()
         make = choose(runtime.jobs)
         body = await read_body(request)
-        return runtime, await runtime.pool.run(len(body), lambda: make(body, caller))
+        return runtime, await runtime.pool.run(preparing_bytes(body), lambda: make(body, caller))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import fill_next_token_bitmask_par
 
 from fastserve.engine.contract import SamplingParams
 from fastserve.engine.devices.device import Arrays
@@ -42,7 +42,7 @@ class Grammar(LogitsProcessor):
         return True
 
     def start(self, params: SamplingParams) -> _State:
-        return _State(GrammarState(self._grammars.start(params.grammar)))
+        return _State(GrammarState(self._grammars, params.grammar))
 
     def step_inputs(self, rows: Iterable[tuple[int, SamplingRow]], vocab_size: int) -> Arrays | None:
         numbers: list[int] = []
@@ -53,32 +53,39 @@ class Grammar(LogitsProcessor):
             else:
                 sequences.append((row, len(numbers), []))
             numbers.append(at)
-        masks = np.full((len(numbers), -(-vocab_size // _BITS)), -1, dtype=np.int32)
-        plain: list[tuple[LLMatcher, int]] = []
-        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        masks = np.full((len(numbers), -(-self._grammars.vocab_size // _BITS)), -1, dtype=np.int32)
+        wanted = []
         for row, index, drafts in sequences:
             state: _State = row.state.processors[self]
-            removed, added = state.history.follow(row.token_ids[row.state.num_prompt_tokens :])
-            problem = state.grammar.follow(len(removed), added.tolist())
-            matcher = state.grammar.matcher
-            if problem is None and drafts:
-                drafted.append((matcher, index, drafts))
-            elif problem is None:
-                plain.append((matcher, index))
+            answer = row.token_ids[row.state.num_prompt_tokens :]
+            removed, added = state.history.follow(answer)
+            if len(removed):
+                state.grammar.restart(answer.tolist())
             else:
-                row.state.failures.append(f"The answer cannot go on under its grammar: {problem}.")
+                state.grammar.extend(added.tolist())
+            wanted.append((state.grammar.matcher, index, drafts))
+        self._fill(wanted, masks)
+        for row, _, _ in sequences:
+            problem = row.state.processors[self].grammar.problem
+            if problem is not None:
+                row.state.failures.append(problem)
+        return np.array(numbers), masks
+
+    def _fill(self, wanted: list[tuple[LLMatcher, int, list[int]]], masks: npt.NDArray[np.int32]) -> None:
+        """Fill the masks of each matcher, from its index on: one now, and one after each draft that fits."""
         if self._executor is None:
             self._executor = LLExecutor()
-        if plain:
-            fill_next_token_bitmask_par(self._executor, plain, masks)
-        if drafted:
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, masks)
-        for row, _, _ in sequences:
-            matcher = row.state.processors[self].grammar.matcher
-            if not row.state.failures and matcher.is_error():
-                reason = matcher.get_error().split("\n")[0]
-                row.state.failures.append(f"The answer cannot go on under its grammar: {reason}")
-        return np.array(numbers), masks
+        # Drafts are tried on copies, because not all grammars can be rolled back.
+        drafted = [(matcher.deep_copy(), index, drafts) for matcher, index, drafts in wanted if drafts]
+        rows = [(matcher, index) for matcher, index, _ in wanted if not matcher.is_error()]
+        place = 0
+        while rows:
+            fill_next_token_bitmask_par(self._executor, rows, masks)
+            drafted = [
+                item for item in drafted if place < len(item[2]) and item[0].try_consume_tokens([item[2][place]])
+            ]
+            place += 1
+            rows = [(copy, index + place) for copy, index, _ in drafted]
 
     def apply(self, values: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
         rows, masks = inputs
@@ -91,10 +98,12 @@ class Grammar(LogitsProcessor):
 
 
 def _unpack(masks: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(rows, vocab_size): whether each token is allowed."""
+    """(rows, vocab_size): whether each token is allowed; those beyond the masks are not."""
     if masks.device.type == "cpu":
         words: npt.NDArray[np.int32] = masks.numpy()
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
-    shifts = torch.arange(_BITS, dtype=torch.int32, device=masks.device)
-    return ((masks.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
+        allowed = torch.from_numpy(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").view(np.bool_))
+    else:
+        shifts = torch.arange(_BITS, dtype=torch.int32, device=masks.device)
+        allowed = ((masks.unsqueeze(-1) >> shifts) & 1).flatten(1).bool()
+    missing = vocab_size - allowed.shape[1]
+    return torch.nn.functional.pad(allowed, (0, missing)) if missing > 0 else allowed[:, :vocab_size]

@@ -42,7 +42,7 @@ class ForcedTokens:
         if self._speculator is not None and others and budget > 0:
             for seq_id, found in self._speculator.draft(others, other_limits, budget).items():
                 state = self._states.get(seq_id)
-                count = len(found) if state is None else state.matcher.validate_tokens(found)
+                count = len(found) if state is None else state.matcher.deep_copy().try_consume_tokens(found)
                 if count:
                     drafts[seq_id] = found[:count]
         return drafts
@@ -50,9 +50,9 @@ class ForcedTokens:
     def _follow(self, sequence: Sequence) -> GrammarState:
         state = self._states.get(sequence.seq_id)
         if state is None:
-            state = self._states[sequence.seq_id] = GrammarState(self._grammars.start(sequence.request.params.grammar))
+            state = self._states[sequence.seq_id] = GrammarState(self._grammars, sequence.request.params.grammar)
         # Where that fails, the sampler finds the same, and the request ends.
-        state.follow(0, sequence.token_ids[sequence.num_prompt_tokens + state.num_tokens :])
+        state.extend(sequence.token_ids[sequence.num_prompt_tokens + state.num_tokens :])
         return state
 
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
