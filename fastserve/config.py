@@ -398,6 +398,12 @@ class EngineOptions:
         added=True,
         minimum=0.1,
     )
+    max_grammar_fuel: int = limit(
+        300_000, "work on the regular expressions of a grammar when it is compiled: about 3,000 in a millisecond"
+    )
+    max_cached_grammar_bytes: int = limit(
+        2**20, "texts of compiled grammars that are kept while no request uses them; one takes up to 200 times its text"
+    )
     debug: bool = option(False, "print the model", group="worker")
     profile_steps: int = option(
         0,
@@ -553,6 +559,7 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
     max_stop_chars: int = limit(1024, "longest stop string, in characters")
     max_stop_token_ids: int = limit(1024, "maximum number of stop_token_ids in one request")
     max_logit_bias: int = limit(4096, "maximum number of entries of logit_bias in one request")
+    max_grammar_bytes: int = limit(65_536, "longest schema, regular expression or grammar of an answer's format")
     max_prompt_logprobs: int = limit(
         1_000_000, "maximum number of log probabilities of prompt tokens (tokens times top entries) in one request"
     )

@@ -146,6 +146,7 @@ def _engine_config(
         config,
         model_dir=str(source.folder),
         pooling_options=_pooling_options(config, source),
+        tokenizer_dir=str(_tokenizer_dir(config, source)),
         log_level=config.log_level,
         speculative_model_dir=None if draft is None else str(draft.folder),
         speculative_gguf_file=None if draft is None or draft.gguf_file is None else str(draft.gguf_file),

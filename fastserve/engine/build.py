@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
+from llguidance import LLTokenizer
 
 from fastserve.config import EngineOptions
 from fastserve.engine.adapters.deltas import attach
@@ -23,6 +25,7 @@ from fastserve.engine.contract import EngineInfo, FusedLayers, SamplingParams
 from fastserve.engine.core import EngineCore
 from fastserve.engine.devices.find import device_of
 from fastserve.engine.executor import Executor
+from fastserve.engine.grammars import GrammarStore
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.loading.loader import LoadedModel, failing_in_a_sentence, load_model
 from fastserve.engine.loading.placement import find_placement
@@ -34,6 +37,7 @@ from fastserve.engine.ranks.executor import RankedExecutor, RankedWeights, Send
 from fastserve.engine.ranks.step_deadline import StepDeadline
 from fastserve.engine.runner.forward.modules import ModulesForward
 from fastserve.engine.runner.runner import ModelRunner
+from fastserve.engine.sampling.grammar import Grammar
 from fastserve.engine.sampling.order import LOGITS_PROCESSORS, needs_last_token
 from fastserve.engine.sampling.processor import LogitsProcessor
 from fastserve.engine.scheduling import check as check_policy
@@ -56,6 +60,8 @@ from fastserve.engine.weight_updates.receiver import LocalReceiver
 from fastserve.engine.weight_updates.staging import WeightNames
 from fastserve.errors import StartupError
 from fastserve.options import check_ranges
+from fastserve.text.grammar_tokenizer import grammar_tokenizer, parser_limits, require_grammars
+from fastserve.text.load_tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +176,10 @@ def build_core(
     begin = time.perf_counter()
     adapters = () if config.adapters is None else [name for name, _ in config.adapters.modules]
     check_policy(config, adapters)
+    grammars = None
+    if config.tokenizer_dir is not None:
+        grammars = GrammarStore(parser_limits(config.max_grammar_fuel), config.max_cached_grammar_bytes)
+        processors = (*processors, Grammar(grammars))
     model = build_rank(config, progress, processors, collectives, load)
     loaded, sizes, runner, speed = model.loaded, model.sizes, model.runner, model.speed
     policy = load_policy(config, adapters, max_num_batched_tokens=sizes.max_num_batched_tokens)
@@ -180,6 +190,8 @@ def build_core(
         executor = RankedExecutor(runner, send_to_ranks, StepDeadline(collectives, may_compile=model.may_compile))
         weights = RankedWeights(weights, send_to_ranks)
         receiver = RankedReceiver(model.receiver, send_to_ranks, collectives)
+    if grammars is not None:
+        grammars.load = partial(_load_grammar_tokenizer, config, _vocab_size(loaded), loaded.eos_token_ids)
     draft_model = None
     if model.draft is not None:
         draft_model = _make_draft_model(config, model.draft, sizes, processors, loaded)
@@ -214,11 +226,22 @@ def build_core(
         overlap=model.draft is None and send_to_ranks is None and _overlaps(loaded),
         weights=weights,
         make_adapters=_adapters_maker(config, loaded, runner, send_to_ranks),
+        grammars=grammars,
         receiver=receiver,
         checker=Checker(weights, model.names),
         memory=_memory(config, loaded),
         model_dir=config.model_dir,
     )
+
+
+def _load_grammar_tokenizer(config: EngineConfig, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """The tokenizer that grammars are compiled for. Raises UnsupportedCapabilityError if there can be none."""
+    tokenizer = load_tokenizer(
+        Path(config.tokenizer_dir or config.model_dir), trust_remote_code=config.trust_remote_code
+    )
+    end_token_ids = [token_id for token_id in (*eos_token_ids, *tokenizer.eos_token_ids) if token_id < vocab_size]
+    require_grammars(tokenizer, end_token_ids)
+    return grammar_tokenizer(tokenizer, vocab_size, list(dict.fromkeys(end_token_ids)))
 
 
 def _make_receiver(

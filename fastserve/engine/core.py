@@ -25,12 +25,14 @@ from fastserve.engine.contract import (
     SamplingParams,
 )
 from fastserve.engine.executor import Executor, PendingStep
+from fastserve.engine.grammars import GrammarStore
 from fastserve.engine.kv_cache import BlockPool
 from fastserve.engine.occupation import EngineMemory, NoMemory, Occupation
 from fastserve.engine.pausing import Pausing
 from fastserve.engine.plan import MAX_EXTRA_LOGITS, MAX_EXTRA_ROWS, StepPlan
-from fastserve.engine.scheduler import Scheduler, refused
+from fastserve.engine.scheduler import Drafting, Scheduler, refused
 from fastserve.engine.scheduling import SchedulingPolicy
+from fastserve.engine.speculation.forced_tokens import ForcedTokens
 from fastserve.engine.speculation.speculator import Speculator
 from fastserve.engine.speed import SpeedMeter
 from fastserve.engine.updating import NoReceiver, WeightChecker, WeightReceiver, WeightUpdates
@@ -40,7 +42,7 @@ from fastserve.errors import WeightsIncompleteError
 logger = logging.getLogger(__name__)
 
 _MAX_WAIT_S = 0.005
-"""For an adapter, where nothing else can be computed; commands wait as long."""
+"""For an adapter or a grammar, where nothing else can be computed; commands wait as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class EngineCore:
         overlap: bool = False,
         weights: Weights | None = None,
         make_adapters: Callable[[BlockPool], AdapterManager] | None = None,
+        grammars: GrammarStore | None = None,
         receiver: WeightReceiver | None = None,
         checker: WeightChecker | None = None,
         memory: EngineMemory | None = None,
@@ -76,15 +79,20 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`needs_last_token`, `rope_switch_length`: see `Scheduler`. `weights`: those of the executor's model.
-        `make_adapters`: for an engine that serves adapters, whose weights take blocks of the pool. `receiver` and
-        `checker`: of weights that may change; None: they cannot. `memory`: that may be released; weights come back
-        from `model_dir`."""
+        `make_adapters`: for an engine that serves adapters, whose weights take blocks of the pool. `grammars`: None
+        where requests with one are refused. `receiver` and `checker`: of weights that may change; None: they cannot.
+        `memory`: that may be released; weights come back from `model_dir`."""
         self.info = info
         self.weights = weights or NoWeights()
         pool = BlockPool(info.num_blocks, info.block_size, prefix_cache=prefix_cache)
         manager = None if make_adapters is None else make_adapters(pool)
         self.adapters: Adapters = manager or NoAdapters()
         self._speculator = speculator
+        self._grammars = grammars
+        # A draft model has the grammar too, and drafts what it forces.
+        drafting: Drafting | None = speculator
+        if grammars is not None and (speculator is None or not speculator.fills_later):
+            drafting = ForcedTokens(grammars, speculator)
         self.scheduler = Scheduler(
             pool,
             policy=policy,
@@ -94,8 +102,9 @@ class EngineCore:
             max_extra_rows=min(MAX_EXTRA_ROWS, max(1, MAX_EXTRA_LOGITS // info.vocab_size)),
             needs_last_token=needs_last_token,
             rope_switch_length=rope_switch_length,
-            drafting=speculator,
+            drafting=drafting,
             adapters=manager,
+            grammars=grammars,
             clock=clock,
         )
         self.pausing = Pausing(self.scheduler)
@@ -160,6 +169,8 @@ class EngineCore:
                 self._speculator.charge(self._clock() - self._done_s)
         if before is None and self._in_flight is None and self.adapters.is_busy:
             self.adapters.wait(_MAX_WAIT_S)
+        elif before is None and self._in_flight is None and self._grammars is not None and self._grammars.is_busy:
+            self._grammars.wait(_MAX_WAIT_S)
         if not self._overlap and self._in_flight is not None:
             outputs = self._finish(self._in_flight)
             self._in_flight = None

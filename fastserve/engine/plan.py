@@ -88,5 +88,7 @@ class StepResult(msgspec.Struct, frozen=True):
     """For each chunk that scores prompt tokens."""
     num_drafts: dict[int, int] = {}
     """Number of drafts that were checked, for each chunk that had any."""
+    failed: dict[int, str] = {}
+    """Sequences that cannot go on, with the reason; their `token_ids` are void."""
     draft_s: float = 0.0
     """Part of the step's time that the draft model took, in seconds."""

@@ -34,6 +34,7 @@ import msgspec
 
 from fastserve.engine.adapters.manager import Adapter, AdapterManager, Place, root_of
 from fastserve.engine.contract import EngineRequest, FinishReason, RequestOutput, SamplingParams
+from fastserve.engine.grammars import GrammarStore
 from fastserve.engine.kv_cache import BlockPool, block_key
 from fastserve.engine.plan import Chunk, NewSequence, StepPlan, StepResult
 from fastserve.engine.scheduling import SchedulingPolicy
@@ -44,6 +45,8 @@ from fastserve.observability.text import printable
 
 _TOO_MANY = 0
 """Key of parked sequences; numbers of adapters begin at 1."""
+_COMPILING = -1
+"""Key of parked sequences whose grammar is being compiled."""
 _YIELDING_SHARE = 4
 """A running sequence's prompt gets one part of this many of a step's tokens at least, whatever the policy says."""
 PRIORITY_LEVEL_S = 10.0
@@ -122,13 +125,15 @@ class Scheduler:
         rope_switch_length: int | None = None,
         drafting: Drafting | None = None,
         adapters: AdapterManager | None = None,
+        grammars: GrammarStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`policy`: the order of waiting sequences and of preemption.
         `max_extra_rows` bounds the rows of logits for prompt logprobs and drafts in a step, and so its memory.
         `needs_last_token`: whether a request's next token can be sampled only once the host knows the one before.
         `rope_switch_length`: length in tokens beyond which the model computes all tokens of a sequence with other
-        rotary frequencies; a sequence that grows beyond it is computed anew."""
+        rotary frequencies; a sequence that grows beyond it is computed anew.
+        `grammars`: None where requests with one are refused."""
         if max_model_len > pool.num_blocks * pool.block_size:
             raise ValueError("one sequence of max_model_len tokens must fit the block pool")
         self.pool = pool
@@ -140,9 +145,10 @@ class Scheduler:
         self._rope_switch_length = rope_switch_length
         self._drafting = drafting
         self._adapters = adapters
+        self._grammars = grammars
         self._parked: dict[int, list[Sequence]] = {}
-        """Waiting sequences whose adapter is being read, by its number, and those under _TOO_MANY whose adapter would
-        be one too many."""
+        """Waiting sequences whose adapter is being read, by its number, those under _TOO_MANY whose adapter would be
+        one too many, and those under _COMPILING."""
         self._clock = clock
         self._policy = policy
         self._refused: list[RequestOutput] = []
@@ -190,9 +196,11 @@ class Scheduler:
         problem = self._problem(request)
         if problem is not None:
             return RequestOutput(request.request_id, [], finish_reason="error", error=problem)
-        refused = self._adapter_problem(request)
-        if refused is not None:
-            return refused
+        refusal = self._adapter_problem(request)
+        if refusal is not None:
+            return refusal
+        if request.params.grammar and self._grammars is None:
+            return refused(request.request_id, InvalidRequestError("This engine takes no grammars.", param="grammar"))
         adapter = self._adapters.find(request.adapter) if self._adapters is not None and request.adapter else None
         if adapter is not None:
             request = self._lowered(request, adapter)
@@ -215,6 +223,8 @@ class Scheduler:
         if self._adapters is not None and adapter is not None:
             sequence.adapter = adapter
             self._adapters.enter(adapter)
+        if self._grammars is not None and request.params.grammar:
+            self._grammars.enter(request.params.grammar)
         if self._holds_new:
             self._held[sequence.seq_id] = sequence
         else:
@@ -340,6 +350,8 @@ class Scheduler:
             self._policy.remove(sequence)
         if self._adapters is not None and sequence.adapter is not None:
             self._adapters.leave(sequence.adapter)
+        if self._grammars is not None and sequence.request.params.grammar:
+            self._grammars.leave(sequence.request.params.grammar)
         self._policy.ended(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
@@ -455,6 +467,7 @@ class Scheduler:
     def _schedule_waiting(self, step: _Step) -> None:
         """Start waiting sequences in order while budget, max_num_seqs and blocks allow."""
         self._unpark_ready()
+        self._unpark_compiled()
         while step.budget > 0 and self._make_place(step):
             sequence = self._policy.first(self.running)
             if sequence is None:
@@ -462,6 +475,8 @@ class Scheduler:
             room = self._policy.max_prefill_tokens(sequence, step.prefill_tokens)
             if room <= 0:
                 break
+            if not self._is_compiled(sequence):
+                continue
             # The last token is always computed, because the next one is sampled from its logits. So are tokens whose
             # logits score prompt tokens.
             place = self._prepare_adapter(sequence)
@@ -552,6 +567,35 @@ class Scheduler:
                         RequestOutput(request_id, [], finish_reason="error", error=message, error_kind=kind)
                     )
         self._adapters.failed.clear()
+
+    # ---- grammars -----------------------------------------------------------------------------------------------
+
+    def _is_compiled(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence has no grammar or one that can be used. If not, it is parked or ends."""
+        text = sequence.request.params.grammar
+        if self._grammars is None or not text:
+            return True
+        if not self._grammars.is_compiled(text):
+            self._policy.remove(sequence)
+            self._parked.setdefault(_COMPILING, []).append(sequence)
+            return False
+        problem = self._grammars.problem(text)
+        if problem is not None:
+            self._remove(sequence)
+            self._refused.append(refused(sequence.request.request_id, problem))
+        return problem is None
+
+    def _unpark_compiled(self) -> None:
+        """Queue parked sequences again whose grammar has been compiled."""
+        parked = self._parked.pop(_COMPILING, None)
+        if parked is None or self._grammars is None:
+            return
+        for sequence in parked:
+            if sequence.status is Status.WAITING:  # else it was aborted
+                if self._grammars.is_compiled(sequence.request.params.grammar):
+                    self._policy.add(sequence)
+                else:
+                    self._parked.setdefault(_COMPILING, []).append(sequence)
 
     def _unpark(self, keys: list[int]) -> None:
         for key in keys:
@@ -675,6 +719,12 @@ class Scheduler:
             if scores is not None and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += scores
             num_accepted = 0
+            failure = result.failed.get(chunk.seq_id)
+            if failure is not None:
+                self._remove(sequence)
+                self.aborted += 1
+                outputs.append(refused(sequence.request.request_id, InvalidRequestError(failure, param="grammar")))
+                continue
             if chunk.sample:
                 outputs.append(self._take_tokens(sequence, result))
                 num_accepted = len(outputs[-1].token_ids) - 1

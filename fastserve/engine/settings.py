@@ -101,6 +101,8 @@ class EngineConfig(EngineOptions):
     """Sent to the engine process (start_settings.py). Unset sizes are derived from the model and free memory."""
 
     model_dir: str
+    tokenizer_dir: str | None = None
+    """Folder of the tokenizer, whose tokens grammars are applied to; None: grammars are refused."""
     log_level: str = same_option(ServerConfig, "log_level")
     speculative_model_dir: str | None = None
     """Folder of a draft model, which replaces `speculative_method`."""

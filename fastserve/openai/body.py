@@ -66,6 +66,7 @@ class RequestBounds:
     max_stop_chars: int = 1024
     max_stop_token_ids: int = 1024
     max_logit_bias: int = 4096
+    max_grammar_bytes: int = 65_536
     max_json_depth: int = 64
     max_json_containers: int = 262_144
     max_prompt_tokens: int = 2**31
@@ -74,7 +75,13 @@ class RequestBounds:
     @property
     def max_field_bytes(self) -> int:
         """Maximum size of a field other than messages and prompts; large enough for all that the other bounds allow."""
-        return max(65_536, 192 * self.max_stop_chars, 48 * self.max_logit_bias, 24 * self.max_stop_token_ids)
+        return max(
+            65_536,
+            self.max_grammar_bytes,
+            192 * self.max_stop_chars,
+            48 * self.max_logit_bias,
+            24 * self.max_stop_token_ids,
+        )
 
 
 def invalid(name: str, value: Any, remedy: str) -> InvalidRequestError:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from fastserve.openai.accepted import AcceptedFields
 from fastserve.openai.body import Flag, Integer, Number, RequestBounds, bounds_of, invalid, join, read_fields, validate
 from fastserve.openai.parameters import REQUEST_FIELDS, STREAM_OPTIONS_FIELDS, KnownFields
+from fastserve.openai.structured import StructuredFields
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -89,7 +90,7 @@ class StreamOptions(BaseModel):
     so that who sees the lengths of packets learns less of the text. Default: off."""
 
 
-class GenerationRequest(AcceptedFields):
+class GenerationRequest(StructuredFields, AcceptedFields):
     model_config = ConfigDict(extra="allow", protected_namespaces=(), use_attribute_docstrings=True)
 
     model: str

@@ -58,17 +58,11 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 
-_TEXT_FORMAT = {"type": "text"}
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "images": ([],),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
@@ -76,12 +70,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none",),
-    "response_format": (_TEXT_FORMAT,),
     "repetition_detection": (),
     "return_progress": (False,),
     "return_prompt_text": (False,),
     "samplers": ([],),
-    "structured_outputs": (),
     "tool_choice": ("none",),
     "tools": ([],),
     "timings_per_token": (False,),

@@ -75,6 +75,10 @@ class FastTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decode(token_ids, skip_special_tokens=True)
 
+    @property
+    def knows_token_bytes(self) -> bool:
+        return self._table is not None
+
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._special_ids:
             return str(self._tokenizer.id_to_token(token_id)).encode()

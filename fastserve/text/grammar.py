@@ -8,6 +8,7 @@ grammar, `/.../` a regular expression of Rust's crate, `<[7]>` the token 7.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,12 @@ from fastserve.text.tokenizer import Tokenizer
 _MAX_WHITESPACE_CHARS = 40
 DEFAULT_WHITESPACE = rf"[\x20\x0A\x0D\x09]{{1,{_MAX_WHITESPACE_CHARS}}}"
 """Whitespace between two tokens of JSON. Bounded, because small models may never end it."""
+UNFORCED = '%llguidance {"no_forcing": true}\n'
+"""First line of a grammar in which no text is looked for that must come next. The search takes as long as that text is,
+and has no end where the grammar has none."""
+_MAX_FORCED_BYTES = 8192
+_LONG_REPEAT = re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
+_HEADER = re.compile(r"^\s*%llguidance\b.*$", re.MULTILINE)
 ANY_JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 _OPTIONS = "x-guidance"
 """Field of a schema with llguidance's options, among them one to ignore keywords that it does not know."""
@@ -41,17 +48,20 @@ def json_value(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None 
 
 def of_json_schema(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None = None) -> str:
     """The grammar of a value of a JSON schema."""
-    return f"start: {json_value(schema, whitespace_pattern)}\n"
+    value = json_value(schema, whitespace_pattern)
+    is_short = len(value) <= _MAX_FORCED_BYTES and _LONG_REPEAT.search(value) is None
+    return f"{'' if is_short else UNFORCED}start: {value}\n"
 
 
 def of_regex(pattern: str) -> str:
     """The grammar of a text that matches a regular expression as a whole. `\\d` is a digit of ASCII."""
-    return f"start: /{regex_to_lark(pattern, 'd')}/\n"
+    return f"{UNFORCED}start: /{regex_to_lark(pattern, 'd')}/\n"
 
 
 def of_choices(choices: Iterable[str]) -> str:
     """The grammar of one of some texts."""
-    return "start: " + " | ".join(map(literal, choices)) + "\n"
+    text = "start: " + " | ".join(map(literal, choices)) + "\n"
+    return text if len(text) <= _MAX_FORCED_BYTES else UNFORCED + text
 
 
 def of_grammar(text: str) -> str:
@@ -60,7 +70,7 @@ def of_grammar(text: str) -> str:
     Raises ValueError if GBNF cannot be read.
     """
     try:
-        return str(any_to_lark(text))
+        return UNFORCED + _HEADER.sub("", str(any_to_lark(text)))
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
     except Exception as error:  # the converter raises nothing narrower
@@ -86,8 +96,13 @@ def single_token(text: str, tokenizer: Tokenizer) -> int | None:
 
 
 def nested(grammar: str) -> str:
-    """Lark expression for a whole grammar, to be used in a rule of another one."""
-    return f"%lark {{\n{grammar}\n}}"
+    """Lark expression for a whole grammar, to be used in a rule of another one, which must begin with its `header`."""
+    return f"%lark {{\n{grammar.removeprefix(UNFORCED)}\n}}"
+
+
+def header(*grammars: str) -> str:
+    """The first line of a grammar that contains others."""
+    return UNFORCED if any(grammar.startswith(UNFORCED) for grammar in grammars) else ""
 
 
 def after_reasoning(
@@ -122,7 +137,9 @@ def after_reasoning(
         reasoning = f"{mark(begin, tokenizer)} {reasoning}"
         if not is_required:
             reasoning = f"({reasoning})?"
-    return f"start: {reasoning} answer\n{thought}blanks: {_AFTER_REASONING}\nanswer: {nested(grammar)}\n"
+    return (
+        f"{header(grammar)}start: {reasoning} answer\n{thought}blanks: {_AFTER_REASONING}\nanswer: {nested(grammar)}\n"
+    )
 
 
 def _escaped(text: str) -> str:

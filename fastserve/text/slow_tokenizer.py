@@ -114,6 +114,10 @@ class SlowTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    @property
+    def knows_token_bytes(self) -> bool:
+        return False
+
     def token_bytes(self, token_id: int) -> bytes:
         return str(self._tokenizer.decode([token_id])).encode()
 

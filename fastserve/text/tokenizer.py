@@ -42,6 +42,11 @@ class Tokenizer(Protocol):
         """The text of the ids without special tokens."""
         ...
 
+    @property
+    def knows_token_bytes(self) -> bool:
+        """Whether `token_bytes` is exact also for parts of a character."""
+        ...
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token inside a text; for a special token, its name."""
         ...

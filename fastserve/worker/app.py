@@ -56,6 +56,7 @@ from fastserve.worker.adapter_state import AdapterState
 from fastserve.worker.adapters import ServedAdapters, listed_adapters
 from fastserve.worker.admission import Admission
 from fastserve.worker.fingerprint import Fingerprints, model_digest
+from fastserve.worker.grammars import GrammarMaker
 from fastserve.worker.heartbeat import Heartbeat
 from fastserve.worker.jobs import JobMaker, JobSettings
 from fastserve.worker.keeper import EngineKeeper, RestartPolicy
@@ -279,7 +280,9 @@ class ModelWorker:
             keeper=self.keeper,
             admission=admission,
             metrics=metrics,
-            jobs=JobMaker(settings, tokenizer, template, metrics, adapters, fingerprints),
+            jobs=JobMaker(
+                settings, tokenizer, template, metrics, adapters, fingerprints, _grammars(config, settings, tokenizer)
+            ),
             adapters=adapters,
             pool=pool,
             service=GenerationService(self.keeper, tokenizer, admission, metrics, adapters),
@@ -420,6 +423,17 @@ def _job_settings(setup: WorkerSetup, info: EngineInfo, tokenizer: Tokenizer) ->
         stream_interval=config.stream_interval,
         trusts_request_templates=config.trust_request_chat_template,
         seed=config.seed,
+    )
+
+
+def _grammars(config: WorkerConfig, settings: JobSettings, tokenizer: Tokenizer) -> GrammarMaker:
+    return GrammarMaker(
+        tokenizer,
+        vocab_size=settings.vocab_size,
+        end_token_ids=settings.eos_token_ids,
+        max_bytes=config.max_grammar_bytes,
+        fuel=config.max_grammar_fuel,
+        max_cached_bytes=config.max_cached_grammar_bytes,
     )
 
 

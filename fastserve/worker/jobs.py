@@ -29,6 +29,7 @@ from fastserve.worker.caller import Caller
 from fastserve.worker.choice import OutputOptions
 from fastserve.worker.encoding import PromptEncoder, cut
 from fastserve.worker.fingerprint import Fingerprints
+from fastserve.worker.grammars import GrammarMaker
 from fastserve.worker.metrics import WorkerMetrics
 from fastserve.worker.sampling_params import SEED_MASK, SamplingDefaults, resolve
 
@@ -135,11 +136,13 @@ class JobMaker:
         metrics: WorkerMetrics,
         adapters: ServedAdapters,
         fingerprints: Fingerprints,
+        grammars: GrammarMaker,
     ) -> None:
         """`template`: None if the model has no chat template."""
         self.settings = settings
         self._adapters = adapters
         self._fingerprints = fingerprints
+        self._grammars = grammars
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, settings.vocab_size, settings.context_length)
         self._template = template
@@ -365,6 +368,7 @@ class JobMaker:
     ) -> SamplingParams:
         if logprobs is None and request.num_runs > request.num_choices:
             logprobs = 0  # best_of ranks by the mean logprob
+        grammar = self._grammar(request)
         return resolve(
             request,
             self.settings.sampling_defaults,
@@ -375,7 +379,18 @@ class JobMaker:
             eos_token_ids=self.settings.eos_token_ids,
             vocab_size=self.settings.vocab_size,
             bad_token_ids=self._bad_token_ids(request.bad_words or ()),
+            grammar=grammar,
         )
+
+    def _grammar(self, request: GenerationRequest) -> str:
+        """The grammar of the answer; empty: any text."""
+        wanted = request.answer_format(self.settings.bounds)
+        if wanted is None:
+            return ""
+        for name, value in (("min_tokens", request.min_tokens), ("ignore_eos", request.ignore_eos)):
+            if value:
+                raise invalid(name, value, f"With '{wanted.param}' the format says when the answer ends: leave it out.")
+        return self._grammars.of(wanted)
 
     def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of texts that must not come, in the middle of a text and after a space."""

@@ -14,6 +14,7 @@ from fastserve.openai.models import Model, ModelCards, describe_model
 from fastserve.openai.routes import CHAT, COMPLETIONS, ModelRoute
 from fastserve.serving.error_shapes import is_anthropic
 from fastserve.worker.caller import Caller, caller_of, read_body
+from fastserve.worker.grammars import preparing_bytes
 from fastserve.worker.jobs import Job, JobMaker
 from fastserve.worker.responses import respond, written_bytes
 from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
@@ -86,4 +87,4 @@ async def _prepare(
         runtime.require_generation(route)
         make = choose(runtime.jobs)
         body = await read_body(request)
-        return runtime, await runtime.pool.run(len(body), lambda: make(body, caller))
+        return runtime, await runtime.pool.run(preparing_bytes(body), lambda: make(body, caller))

@@ -45,13 +45,17 @@ def resolve(
     eos_token_ids: Iterable[int],
     vocab_size: int,
     bad_token_ids: tuple[tuple[int, ...], ...] = (),
+    grammar: str = "",
 ) -> SamplingParams:
-    """`seed`: for requests without one. Raises InvalidRequestError for ids outside of the vocabulary."""
+    """`seed`: for requests without one. `grammar`: of the answer (the request's field of that name is one of several).
+
+    Raises InvalidRequestError for ids outside of the vocabulary."""
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         for token_id in getattr(request, name) or ():
             if not 0 <= token_id < vocab_size:
                 raise invalid(name, token_id, f"Token ids of this model run from 0 to {vocab_size - 1}.")
-    requested = {name: getattr(request, name, None) for name in SamplingParams.__struct_fields__}
+    names = [name for name in SamplingParams.__struct_fields__ if name != "grammar"]
+    requested = {name: getattr(request, name, None) for name in names}
     values: dict[str, Any] = {**defaults, **{name: value for name, value in requested.items() if value is not None}}
     end_token_ids = () if request.ignore_eos else eos_token_ids
     values |= {
@@ -63,6 +67,7 @@ def resolve(
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
         "bad_token_ids": bad_token_ids,
+        "grammar": grammar,
     }
     params = SamplingParams(**values)
     if params.temperature < _GREEDY_TEMPERATURE or params.top_p < _GREEDY_TOP_P or params.top_k == 1:

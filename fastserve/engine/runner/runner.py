@@ -297,4 +297,9 @@ class LaunchedStep:
             logprobs,
             prompt_logprobs={seq_id: scores.to_list() for seq_id, scores in self._scores.items()},
             num_drafts={chunk.seq_id: len(chunk.draft_ids) for chunk in self._chunks if chunk.draft_ids},
+            failed={
+                chunk.seq_id: row.sampling.failures[0]
+                for chunk, row in zip(self._chunks, self._rows, strict=True)
+                if row.sampling.failures
+            },
         )

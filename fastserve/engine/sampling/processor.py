@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -42,6 +42,8 @@ class SamplingState:
     noise_key: int
     processors: dict[LogitsProcessor, Any]
     """Its processors in the order in which they are applied, each with its state for this sequence."""
+    failures: list[str] = field(default_factory=list)
+    """Sentences that processors append: why the sequence cannot go on. It ends with the first of them."""
 
 
 @dataclass(frozen=True, slots=True)

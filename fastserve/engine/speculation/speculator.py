@@ -62,6 +62,11 @@ class Speculator:
         self.draft_tokens = 0
         self.accepted_tokens = 0
 
+    @property
+    def fills_later(self) -> bool:
+        """Whether its drafts are placeholders for those of a draft model."""
+        return isinstance(self._proposer, PlaceholderProposer)
+
     def draft(self, sequences: Sequence[DraftRequest], limits: Sequence[int], budget: int) -> dict[int, list[int]]:
         """Drafts for some of the sequences that sample a token in this step: at most `limits` each, `budget` in all."""
         if not sequences:

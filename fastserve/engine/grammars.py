@@ -1,0 +1,148 @@
+"""Grammars of answers, compiled in a thread: the step loop never waits for one.
+
+A grammar is compiled once for all requests with the same text, and stays as long as any of them has not ended. Those
+that no request uses are kept up to a number of bytes of their texts, the least recently used are dropped first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from fastserve.errors import FastserveError, InvalidRequestError
+from fastserve.observability.text import printable
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_CHARS = 300
+
+
+@dataclass(slots=True, eq=False)
+class _Grammar:
+    text: str
+    compiling: Future[LLMatcher]
+    num_users: int = 0
+
+
+class GrammarStore:
+    """Called by the engine's thread alone."""
+
+    def __init__(self, limits: LLParserLimits, max_idle_bytes: int) -> None:
+        self.load: Callable[[], LLTokenizer] | None = None
+        """Makes the tokenizer; it is called in the thread, when the first grammar comes. It may raise a
+        FastserveError."""
+        self._limits = limits
+        self._max_idle_bytes = max_idle_bytes
+        self._tokenizer: LLTokenizer | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._grammars: OrderedDict[str, _Grammar] = OrderedDict()
+        """By text; those without users in the order of their last use."""
+        self._idle_bytes = 0
+
+    def enter(self, text: str) -> None:
+        """A request with this grammar waits: begin to compile it, if that has not been done."""
+        grammar = self._grammars.get(text)
+        if grammar is None:
+            grammar = self._grammars[text] = _Grammar(text, self._thread.submit(self._compile, text))
+        elif not grammar.num_users:
+            self._idle_bytes -= len(text)
+        grammar.num_users += 1
+
+    def leave(self, text: str) -> None:
+        """A request with this grammar has ended."""
+        grammar = self._grammars[text]
+        grammar.num_users -= 1
+        if grammar.num_users:
+            return
+        if not grammar.compiling.done() or grammar.compiling.exception() is not None:
+            grammar.compiling.cancel()
+            del self._grammars[text]
+            return
+        self._grammars.move_to_end(text)
+        self._idle_bytes += len(text)
+        for idle in [item for item in self._grammars.values() if not item.num_users]:
+            if self._idle_bytes <= self._max_idle_bytes:
+                break
+            del self._grammars[idle.text]
+            self._idle_bytes -= len(idle.text)
+
+    def is_compiled(self, text: str) -> bool:
+        """Whether requests with this grammar may run, or must be refused (`problem`)."""
+        return self._grammars[text].compiling.done()
+
+    def problem(self, text: str) -> FastserveError | None:
+        """Why a grammar that was compiled cannot be used."""
+        error = self._grammars[text].compiling.exception()
+        if error is None or isinstance(error, FastserveError):
+            return error
+        logger.error("a grammar could not be compiled", exc_info=error)
+        return InvalidRequestError(f"The grammar cannot be compiled ({type(error).__name__}).", param="grammar")
+
+    def start(self, text: str) -> LLMatcher:
+        """A matcher at the beginning of an answer, for one user of the grammar."""
+        return self._grammars[text].compiling.result().deep_copy()
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in a mask. Known once a grammar has been compiled."""
+        return 0 if self._tokenizer is None else self._tokenizer.vocab_size
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a grammar is being compiled."""
+        return any(not grammar.compiling.done() for grammar in self._grammars.values() if grammar.num_users)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a grammar has been compiled."""
+        pending = [item.compiling for item in self._grammars.values() if not item.compiling.done()]
+        wait(pending, timeout_s, return_when="FIRST_COMPLETED")
+
+    def _compile(self, text: str) -> LLMatcher:
+        if self._tokenizer is None:
+            if self.load is None:
+                raise RuntimeError("a grammar came before the tokenizer")
+            self._tokenizer = self.load()
+        matcher = LLMatcher(self._tokenizer, text, limits=self._limits, log_level=0)
+        if matcher.is_error():
+            reason = printable(matcher.get_error().split("\n")[0], _SHOWN_CHARS)
+            raise InvalidRequestError(f"The grammar of the answer cannot be compiled: {reason}", param="grammar")
+        return matcher
+
+    def close(self) -> None:
+        """Compile no more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class GrammarState:
+    """Where an answer is in its grammar."""
+
+    def __init__(self, grammars: GrammarStore, text: str) -> None:
+        self._grammars = grammars
+        self._text = text
+        self.num_tokens = 0
+        """Tokens of the answer that it has seen."""
+        self.matcher = grammars.start(text)
+
+    def extend(self, token_ids: list[int]) -> None:
+        """Go on by some tokens. If they do not fit the grammar, `problem` says so from then on."""
+        self.num_tokens += len(token_ids)
+        if token_ids:
+            self.matcher.consume_tokens(token_ids)
+
+    def restart(self, token_ids: list[int]) -> None:
+        """Start anew with the tokens of an answer. Rollback is not used: not all grammars support it."""
+        self.matcher, self.num_tokens = self._grammars.start(self._text), 0
+        self.extend(token_ids)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the answer cannot go on, or None."""
+        if not self.matcher.is_error():
+            return None
+        reason = printable(self.matcher.get_error().split("\n")[0], _SHOWN_CHARS)
+        return f"The answer cannot go on under its grammar: {reason}."
