@@ -85,6 +85,8 @@ class ChatTemplate:
         """Raises StartupError if a template cannot be compiled."""
         environment = _environment()
         self._special_tokens = dict(special_tokens)
+        self.source = "\n".join(sources.values())
+        """Text of all templates."""
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
             try:
