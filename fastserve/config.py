@@ -13,6 +13,13 @@ CONTROLLER_PORT = 21001
 WORKER_PORT = 21002
 API_SERVER_PORT = 8000
 HEARTBEAT_INTERVAL_S = 1.0
+TOOL_CALL_PARSERS = (
+    *("harmony", "qwen3_coder", "glm4", "kimi_k2", "deepseek_v32", "deepseek_v3", "deepseek_v31", "mistral_v11"),
+    *("mistral", "functiongemma", "gemma4", "phi4", "hermes", "granite", "pythonic", "llama4_pythonic", "llama3_json"),
+)
+"""Names of `fastserve/text/forms/find.py`, which the launcher does not import."""
+REASONING_PARSERS = ("none", "gpt_oss", "gemma4", "mistral", "granite", "qwen3", "deepseek_r1", "glm", "kimi_k2")
+"""Names of `fastserve/text/reasoning.py`."""
 
 
 @dataclass(frozen=True)
@@ -512,6 +519,18 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
         "file with a Jinja chat template to use instead of the model's own, or a name as for --conv-template",
         added=True,
     )
+    tool_call_parser: str | None = option(
+        None,
+        "form of tool calls; found in the chat template if unset",
+        choices=TOOL_CALL_PARSERS,
+        added=True,
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "marks of reasoning; found in the chat template if unset",
+        choices=REASONING_PARSERS,
+        added=True,
+    )
     trust_request_chat_template: bool = option(
         False,
         "let requests bring a chat template, which is a program: one that never ends holds a thread for good",
@@ -555,6 +574,8 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
     )
     max_messages: int = limit(4096, "maximum number of messages in one chat")
     max_content_parts: int = limit(4096, "maximum number of content parts and tool calls in one chat")
+    max_tools: int = limit(1024, "maximum number of tools in one chat")
+    max_tool_bytes: int = limit(1_048_576, "longest tools of one chat, in bytes of JSON")
     max_prompts: int = limit(2048, "maximum number of prompts in one completion request")
     max_stop_chars: int = limit(1024, "longest stop string, in characters")
     max_stop_token_ids: int = limit(1024, "maximum number of stop_token_ids in one request")
@@ -705,6 +726,8 @@ class LauncherConfig(ClassicLauncherFlags, LoraOptions, EngineOptions, AccessOpt
     chat_template: str | None = same_option(WorkerConfig, "chat_template", added=True)
     task: str | None = same_option(WorkerConfig, "task", added=True)
     pooling: str | None = same_option(WorkerConfig, "pooling", added=True)
+    tool_call_parser: str | None = same_option(WorkerConfig, "tool_call_parser", added=True)
+    reasoning_parser: str | None = same_option(WorkerConfig, "reasoning_parser", added=True)
     seed: int | None = same_option(WorkerConfig, "seed", added=True)
     debug: bool = same_option(WorkerConfig, "debug", added=True)
     engine: str = same_option(WorkerConfig, "engine", added=True)

@@ -26,6 +26,8 @@ class Usage:
     """Tokens of the request's prediction that the answer has; None: the request has no prediction."""
     rejected_prediction_tokens: int | None = None
     """The other tokens of the prediction."""
+    reasoning_tokens: int | None = None
+    """Tokens of the answer that are reasoning; None: it has none by its nature."""
 
     def as_dict(self) -> dict[str, Any]:
         usage: dict[str, Any] = {
@@ -36,7 +38,7 @@ class Usage:
         }
         details = {
             name: count
-            for name in ("accepted_prediction_tokens", "rejected_prediction_tokens")
+            for name in ("reasoning_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens")
             if (count := getattr(self, name)) is not None
         }
         return usage | {"completion_tokens_details": details} if details else usage

@@ -49,9 +49,12 @@ _MAX_DIGITS = 4000
 """Maximum digits of an integer; Python itself parses 4,300."""
 _FLAGS_OF_FIELDS = {
     "stop": "--max-stop-chars",
+    "tools": "--max-tool-bytes",
+    "functions": "--max-tool-bytes",
     "logit_bias": "--max-logit-bias",
     "stop_token_ids": "--max-stop-token-ids",
 }
+_TOOL_FIELDS = frozenset({"tools", "functions"})
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -69,6 +72,9 @@ class RequestBounds:
     max_grammar_bytes: int = 65_536
     max_json_depth: int = 64
     max_json_containers: int = 262_144
+    max_tools: int = 1024
+    max_tool_bytes: int = 1_048_576
+    """Length of `tools`, as JSON."""
     max_prompt_tokens: int = 2**31
     """Token ids of all prompts together: the model's context times the engine's sequences."""
 
@@ -151,7 +157,7 @@ def read_fields(
 
 
 def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) -> Any:
-    max_bytes = bounds.max_field_bytes
+    max_bytes = bounds.max_tool_bytes if name in _TOOL_FIELDS else bounds.max_field_bytes
     if len(raw) > max_bytes:
         if not is_long:
             flag = _FLAGS_OF_FIELDS.get(name)

@@ -25,6 +25,7 @@ from fastserve.openai.generation import MAX_TOP_LOGPROBS, GenerationRequest
 from fastserve.openai.parameters import MESSAGE_FIELDS, KnownFields
 from fastserve.openai.prediction import Prediction
 from fastserve.openai.template_fields import TemplateFields
+from fastserve.openai.tools import ToolFields, check_answers
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 _PART_SEPARATOR = "\n"
@@ -45,11 +46,15 @@ class ChatMessage(BaseModel):
     """Of a tool's message: the call that it answers."""
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     """Calls of an earlier answer, which clients send back."""
+    function_call: dict[str, Any] | None = None
+    """The old form of a call."""
     reasoning_content: str | None = None
-    """Reasoning of an earlier answer, passed to the chat template."""
+    """What the assistant thought. Passed to the chat template, most of which show it only while tools are called."""
+    reasoning: str | None = None
+    """The same by its newer name."""
 
 
-class ChatRequest(TemplateFields, GenerationRequest):
+class ChatRequest(TemplateFields, ToolFields, GenerationRequest):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), at_most("max_messages", "messages")]
@@ -103,9 +108,11 @@ class ChatRequest(TemplateFields, GenerationRequest):
 
     def template_messages(self, bounds: RequestBounds) -> list[dict[str, Any]]:
         """The messages as chat templates expect them: content as plain text, role `system` for `developer`."""
-        return [
+        messages = [
             _template_message(message, f"messages.{i}", bounds, self.model) for i, message in enumerate(self.messages)
         ]
+        check_answers(messages)
+        return messages
 
 
 def _template_message(message: ChatMessage, where: str, bounds: RequestBounds, model: str) -> dict[str, Any]:
@@ -127,10 +134,15 @@ def _template_message(message: ChatMessage, where: str, bounds: RequestBounds, m
         out["tool_calls"] = [
             _tool_call(call, f"{where}.tool_calls.{i}", bounds) for i, call in enumerate(message.tool_calls)
         ]
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    elif message.function_call is not None:
+        out["tool_calls"] = [_tool_call({"function": message.function_call}, f"{where}.function_call", bounds)]
+    for name in ("name", "tool_call_id"):
         value = getattr(message, name)
         if value is not None:
             out[name] = value
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning and message.role == "assistant":
+        out |= {"reasoning_content": reasoning, "reasoning": reasoning}
     return out
 
 
@@ -140,7 +152,7 @@ def _text(message: ChatMessage, where: str, model: str) -> str | None:
         return content
     if content is None:
         if message.role == "assistant":
-            return None if message.tool_calls else ""
+            return None if message.tool_calls or message.function_call else ""
         raise invalid(where, None, "Give a string, or an array of text parts.")
     if not isinstance(content, list):
         raise invalid(where, content, "Give a string, or an array of text parts.")

@@ -52,7 +52,6 @@ def _is_neutral(value: Any, neutral: Iterable[Any]) -> bool:
 _WITHOUT_EFFECT = frozenset(
     {
         "prompt_cache_options",
-        "parallel_tool_calls",
         "id_slot",
         "sse_ping_interval",
     }
@@ -60,8 +59,6 @@ _WITHOUT_EFFECT = frozenset(
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
     "guided_decoding_backend": (),
     "images": ([],),
     "logits_processors": ([],),
@@ -69,13 +66,10 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "reasoning_effort": ("none",),
     "repetition_detection": (),
     "return_progress": (False,),
     "return_prompt_text": (False,),
     "samplers": ([],),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "timings_per_token": (False,),
     "top_a": (0, 0.0),
     "web_search_options": (),
@@ -95,5 +89,5 @@ MESSAGE_FIELDS = KnownFields(
     "messages.",
     frozenset({"annotations", "prompt_cache_breakpoint"}),
     # Null or empty in answers, which clients send back unchanged.
-    {"audio": (), "function_call": (), "prefix": (False,), "refusal": ("",)},
+    {"audio": (), "prefix": (False,), "refusal": ("",)},
 )

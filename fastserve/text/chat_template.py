@@ -90,6 +90,8 @@ class ChatTemplate:
         self.stops = stops
         environment = _environment()
         self._special_tokens = dict(special_tokens)
+        self.source = "\n".join(sources.values())
+        """Text of all templates."""
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
             try:

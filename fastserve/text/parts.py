@@ -7,7 +7,7 @@ A stream of parts is incremental: successive parts of one type belong together. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -54,23 +54,63 @@ class PartParser(Protocol):
         """Add text; return the parts that are complete or cannot change any more."""
         ...
 
-    def finish(self) -> list[Part]:
-        """The text has ended, perhaps inside a part: return what was held back."""
+    def finish(self, *, cut_off: bool) -> list[Part]:
+        """The text has ended, perhaps inside a part: return what was held back. `cut_off`: the model would have gone
+        on, so an unfinished part is not completed.
+        """
+        ...
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the text ends inside reasoning."""
+        ...
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls that have begun."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing that follows would be part of the answer."""
         ...
 
 
 class TextParser:
     """Returns all text as TextPart."""
 
+    is_reasoning = False
+    num_calls = 0
+    is_complete = False
+
+    def __init__(self, choice: int = 0) -> None:
+        """`choice`: see `ParserFactory`."""
+
     def push(self, text: str) -> list[Part]:
         return [TextPart(text)] if text else []
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut_off: bool) -> list[Part]:
         return []
 
 
-ParserFactory = Callable[[], PartParser]
-"""Makes the parser of one choice."""
+ParserFactory = Callable[[int], PartParser]
+"""Makes the parser of the choice of an index."""
+
+
+def joined(parts: Iterable[Part]) -> list[Part]:
+    """Successive pieces of one text as one part."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, TextPart) and isinstance(last, TextPart):
+            joined[-1] = TextPart(last.text + part.text)
+        elif isinstance(part, ReasoningPart) and isinstance(last, ReasoningPart):
+            joined[-1] = ReasoningPart(last.text + part.text)
+        elif isinstance(part, ToolCallPart) and isinstance(last, ToolCallPart) and not part.name:
+            joined[-1] = ToolCallPart(last.index, last.id, last.name, last.arguments + part.arguments)
+        else:
+            joined.append(part)
+    return joined
 
 
 def plain_text(parts: Sequence[Part]) -> str:

@@ -26,8 +26,13 @@ class ReasoningMarks:
     def all(self) -> tuple[str, ...]:
         return (*self.begins, *self.ends, *self.anywhere)
 
-    def is_open_after(self, prompt: str) -> bool:
-        """Whether a rendered prompt ends with the beginning of reasoning."""
+    def is_open_after(self, prompt: str, continued: str) -> bool:
+        """Whether a rendered prompt ends with the beginning of reasoning, or inside that of the message that it
+        continues.
+        """
+        begun = max((continued.rfind(mark) for mark in (*self.begins, *self.anywhere)), default=-1)
+        if begun >= 0:
+            return begun > max(continued.rfind(mark) for mark in self.ends)
         return (
             prompt.rstrip(" \t\r\n").endswith((*self.begins, *self.anywhere)) if self.begins or self.anywhere else False
         )

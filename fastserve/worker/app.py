@@ -421,6 +421,8 @@ def _job_settings(setup: WorkerSetup, info: EngineInfo, tokenizer: Tokenizer) ->
         sampling_defaults=read_defaults(setup.model_dir),
         template_timeout_s=config.template_timeout_s,
         stream_interval=config.stream_interval,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
         trusts_request_templates=config.trust_request_chat_template,
         seed=config.seed,
     )

@@ -13,7 +13,7 @@ import msgspec
 
 from fastserve.engine.contract import RequestOutput, SamplingParams, TokenLogprob
 from fastserve.openai.answers import DecodedToken
-from fastserve.text.parts import ParserFactory, Part, TextParser
+from fastserve.text.parts import ParserFactory, Part, TextParser, joined
 from fastserve.text.stop import StopStrings
 from fastserve.text.tokenizer import Tokenizer
 
@@ -43,6 +43,10 @@ class OutputOptions:
     prompt_only: bool = False
     """Return only the prompt (max_tokens=0) and drop the one token that the engine generates."""
     parser: ParserFactory = TextParser
+    mark_ids: frozenset[int] = frozenset()
+    """Special tokens whose names the parser needs as text."""
+    calls_finish_reason: str = "tool_calls"
+    """In place of "stop", of an answer with calls."""
 
 
 class ChoiceDelta(msgspec.Struct):
@@ -68,6 +72,8 @@ class ChoiceDelta(msgspec.Struct):
     """In the last delta, the stop string that ended the answer, if one did."""
     token_ids: list[int] | None = None
     """Tokens generated since the last delta, including the stop token, if requested."""
+    reasoning_tokens: int = 0
+    """Those of num_tokens that are reasoning."""
     weight_versions: Sequence[str] = ()
     """In the last delta, of an answer that several versions of the weights computed."""
 
@@ -94,14 +100,14 @@ class Choice:
         self._tokenizer = tokenizer
         context = prompt_ids if options.continues_prompt else ()
         self._detokenizer = tokenizer.detokenizer(context, skip_special_tokens=options.skip_special_tokens)
-        self._hidden_ids = tokenizer.special_ids if options.skip_special_tokens else frozenset()
+        self._hidden_ids = tokenizer.special_ids - options.mark_ids if options.skip_special_tokens else frozenset()
         self._stops = StopStrings(options.stops, include=options.include_stop)
-        self._parser = options.parser()
+        self._parser = options.parser(index)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._min_tokens = params.min_tokens
         self._options = options
-        # Stop strings and logprobs depend on which token each character comes from.
-        self._one_by_one = bool(options.stops) or options.logprobs
+        # Stop strings, logprobs and the count of reasoning depend on which token each character comes from.
+        self._one_by_one = bool(options.stops) or options.logprobs or options.parser is not TextParser
         self._prompt_logprobs: list[TokenLogprob] | None = None
         self._weight_versions: Sequence[str] = ()
         self._logprob_sum = 0.0
@@ -113,8 +119,9 @@ class Choice:
         """Characters that left the detokenizer."""
         self._num_passed_chars = 0
         """Characters that left the stop window."""
-        self._text = ""
-        """Text that left the stop window since the last delta."""
+        self._parts: list[Part] = []
+        """Those since the last delta."""
+        self._reasoning_tokens = 0
         self._tokens: list[DecodedToken] = []
 
     def push(self, output: RequestOutput) -> ChoiceDelta | None:
@@ -129,7 +136,7 @@ class Choice:
         ends_by_token = output.finish_reason == "stop" and bool(ids) and ids[-1] in self._stop_token_ids
         num_text_tokens = len(ids) - ends_by_token  # a stop token is counted but has no text
         self._take_tokens(ids[:num_text_tokens] if ends_by_token else ids, logprobs[:num_text_tokens])
-        if self._stops.stopped is not None:
+        if self._stops.stopped is not None or self._parser.is_complete:
             return self._delta("stop")
         if ends_by_token:
             self._count(ids[-1:], logprobs[-1:])
@@ -159,14 +166,19 @@ class Choice:
             return
         for at, token_id in enumerate(ids):
             self._take((token_id,), logprobs[at : at + 1])
-            if self._stops.stopped is not None:
+            self._reasoning_tokens += self._parser.is_reasoning
+            if self._stops.stopped is not None or self._parser.is_complete:
                 return
 
     def _take(self, ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         self._count(ids, logprobs)
         if self._options.logprobs:
             self._tokens += [decode_token(self._tokenizer, entry, self._num_decoded_chars) for entry in logprobs]
-        self._take_text(self._detokenizer.push(ids))
+        if self._options.mark_ids and ids[0] in self._options.mark_ids:  # with marks, ids is one token
+            name = self._tokenizer.token_bytes(ids[0]).decode(errors="replace")
+            self._take_text(self._detokenizer.finish() + name)
+        else:
+            self._take_text(self._detokenizer.push(ids))
         if self._options.stops and ids[0] in self._hidden_ids:  # with stop strings, ids is one token
             self._take_hidden(ids[0])
 
@@ -193,20 +205,21 @@ class Choice:
 
     def _pass(self, text: str) -> None:
         self._num_passed_chars += len(text)
-        self._text += text
+        self._parts += self._parser.push(text)
 
     def _delta(self, finish_reason: str | None) -> ChoiceDelta:
-        parts = self._parser.push(self._text)
+        parts, self._parts = self._parts, []
         if finish_reason is not None:
-            parts += self._parser.finish()
-        self._text = ""
+            parts += self._parser.finish(cut_off=finish_reason == "length" or self._stops.stopped is not None)
+            if finish_reason == "stop" and self._parser.num_calls:
+                finish_reason = self._options.calls_finish_reason
         tokens = self._take_passed_tokens(ended=finish_reason is not None) if self._options.logprobs else None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         self._num_tokens_at_delta = self._num_tokens
         token_ids, self._token_ids = self._token_ids, []
         return ChoiceDelta(
             self._index,
-            parts,
+            joined(parts),
             tokens,
             finish_reason,
             self._num_tokens,
@@ -215,6 +228,7 @@ class Choice:
             prompt_logprobs,
             self._stops.stopped,
             token_ids if self._options.token_ids else None,
+            self._reasoning_tokens,
             () if finish_reason is None or len(self._weight_versions) == 1 else self._weight_versions,
         )
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
+
 from fastserve.engine.contract import SamplingParams
 from fastserve.errors import InvalidRequestError, PermissionDeniedError, StartupError, UnsupportedParameterError
 from fastserve.observability.text import printable
@@ -20,10 +22,12 @@ from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from fastserve.openai.generation import GenerationRequest, check_request, parse_request
 from fastserve.openai.template_fields import final_text
+from fastserve.openai.tools import ToolUse
 from fastserve.protocol import CHOICES_HEADER
 from fastserve.text.chat_template import MAX_RENDERED_CHARS, ChatTemplate, RenderedTooLongError
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.adapters import ServedAdapters
+from fastserve.worker.answer_forms import AnswerForms
 from fastserve.worker.beam_search import BeamSettings
 from fastserve.worker.caller import Caller
 from fastserve.worker.choice import OutputOptions
@@ -68,6 +72,10 @@ class AnswerOptions:
     """Whether tokens of logprobs are named by their ids."""
     echoed: str = ""
     """Text of the final message with which a chat's answer begins."""
+    counts_reasoning: bool = False
+    """Whether usage tells how many tokens are reasoning."""
+    has_function_call: bool = False
+    """Whether a call is written as `function_call`, for old clients."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the request that the answer repeats."""
 
@@ -121,6 +129,9 @@ class JobSettings:
     template_timeout_s: float
     stream_interval: int
     """Tokens between two deltas of a streamed choice."""
+    tool_call_parser: str | None = None
+    """None: the form of calls follows from the chat template, as that of reasoning does."""
+    reasoning_parser: str | None = None
     trusts_request_templates: bool = False
     """Whether requests may bring a chat template."""
     seed: int | None = None
@@ -146,6 +157,8 @@ class JobMaker:
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, settings.vocab_size, settings.context_length)
         self._template = template
+        source = "" if template is None else template.source
+        self.forms = AnswerForms(source, tokenizer, settings.tool_call_parser, settings.reasoning_parser)
         self._metrics = metrics
         self._unknown_fields: set[str] = set()
 
@@ -166,7 +179,7 @@ class JobMaker:
         named = {"model": self.settings.model_names[0]} | {k: v for k, v in fields.items() if v is not None}
         request = check_request(ChatRequest, named, self.settings.bounds)
         template = self._require_template(request)
-        return self._encode_chat(template, request, request.template_messages(self.settings.bounds))
+        return self._encode_chat(template, request, request.template_messages(self.settings.bounds))[1]
 
     def _require_template(self, request: ChatRequest) -> ChatTemplate:
         if self._template is None:
@@ -182,7 +195,8 @@ class JobMaker:
         template = self._require_template(request)
         self._check_size(1, request)
         messages = request.template_messages(self.settings.bounds)
-        ids = self._encode_chat(template, request, messages)
+        use = request.tool_use()
+        text, ids = self._encode_chat(template, request, messages)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         max_tokens = self.encoder.max_output_tokens(len(ids), "messages")
         if request.token_limit is not None:
@@ -195,6 +209,7 @@ class JobMaker:
         job = self._job(request, caller, prompts, logprobs, echoed=echoed, continues_prompt=continues)
         if template.stops:
             job = replace(job, output=replace(job.output, stops=(*job.output.stops, *template.stops)))
+        job = self._with_form(job, request, use, text, final_text(messages) if continues else "")
         if request.prediction is None:
             return job
         text = request.prediction.text(request.model)
@@ -203,14 +218,30 @@ class JobMaker:
         predicted_ids = [token_id for token_id in predicted_ids if token_id < self.settings.vocab_size]
         return replace(job, predicted_ids=predicted_ids, output=replace(job.output, token_ids=True))
 
-    def _encode_chat(self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]]) -> list[int]:
+    def _with_form(self, job: Job, request: ChatRequest, use: ToolUse | None, prompt: str, continued: str) -> Job:
+        """A chat's job with its tools and reasoning."""
+        params = job.prompts[0].params
+        form = self.forms.of(request, use, prompt, continued, job.caller.request_id, job.output, params.grammar)
+        params = msgspec.structs.replace(params, grammar=form.grammar)
+        has_function_call = use is not None and use.is_old
+        return replace(
+            job,
+            prompts=[replace(job.prompts[0], params=params)],
+            output=form.output,
+            answer=replace(job.answer, counts_reasoning=form.counts_reasoning, has_function_call=has_function_call),
+        )
+
+    def _encode_chat(
+        self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]]
+    ) -> tuple[str, list[int]]:
+        """The prompt of a chat, as text and as tokens."""
         if request.chat_template is not None:
             template = self._own_template(template, request.chat_template)
         # Templates write the special tokens themselves.
         add_special_tokens = bool(request.add_special_tokens)
         limit = self._max_prompt_tokens(request, request.token_limit or 1)
         text = self._render(template, request, messages, is_cut=limit is not None)
-        return self.encoder.encode(
+        return text, self.encoder.encode(
             text, "messages", add_special_tokens=add_special_tokens, limit=limit, cuts_end=request.cuts_end
         )
 
@@ -277,12 +308,14 @@ class JobMaker:
     def _render(
         self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]], *, is_cut: bool
     ) -> str:
-        variables = dict(request.chat_template_kwargs or {})
+        variables = {**request.template_variables(), **(request.chat_template_kwargs or {})}
+        use = request.tool_use()
         if request.verbosity is not None:
             variables.setdefault("verbosity", request.verbosity)
         try:
             return template.render(
                 messages,
+                tools=None if use is None else use.shown,
                 documents=request.documents,
                 add_generation_prompt=request.begins_new_turn(),
                 continue_final_message=bool(request.continue_final_message),

@@ -24,6 +24,7 @@ class ChoiceResult:
     finish_reason: str | None = None
     num_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     logprob_sum: float = 0.0
     prompt_logprobs: list[TokenLogprob] | None = None
     stop_string: str | None = None
@@ -47,6 +48,7 @@ class ChoiceResult:
         self.finish_reason = delta.finish_reason
         self.num_tokens = delta.num_tokens
         self.cached_tokens = delta.cached_tokens
+        self.reasoning_tokens = delta.reasoning_tokens
         self.logprob_sum = delta.logprob_sum
         self.stop_string = delta.stop_string
         self.weight_versions = delta.weight_versions
@@ -118,7 +120,8 @@ class JobResult:
             accepted = self._prediction.num_matched
             rejected = len(self._job.predicted_ids) - accepted
         num_tokens = sum(run.num_tokens for run in self.runs)
-        return Usage(self._job.prompt_tokens, num_tokens, cached, accepted, rejected)
+        reasoning = sum(run.reasoning_tokens for run in self.runs) if self._job.answer.counts_reasoning else None
+        return Usage(self._job.prompt_tokens, num_tokens, cached, accepted, rejected, reasoning)
 
 
 class RunningUsage:

@@ -38,7 +38,10 @@ class ReasoningPart(Part, frozen=True):
 class ReasoningParser:
     """Parses text between markers as reasoning, and holds back incomplete markers."""
 
-    def __init__(self) -> None:
+    num_calls = 0
+    is_complete = False
+
+    def __init__(self, choice: int = 0) -> None:
         self._held = ""
         self._is_reasoning = False
 
@@ -52,8 +55,12 @@ class ReasoningParser:
         begun = max(size for size in range(len(self._marker)) if self._held.endswith(self._marker[:size]))
         return parts + self._take(len(self._held) - begun)
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut_off: bool) -> list[Part]:
         return self._take(len(self._held))
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._is_reasoning
 
     @property
     def _marker(self) -> str:
@@ -126,6 +133,7 @@ def whole_messages(body: bytes) -> dict[int, dict[str, Any]]:
     found = {}
     for choice in json.loads(body)["choices"]:
         message = {name: value for name, value in choice["message"].items() if name != "refusal"}
+        message["content"] = message["content"] or ""  # null in a whole answer that has other parts only
         tokens = [] if choice["logprobs"] is None else choice["logprobs"]["content"]
         found[choice["index"]] = message | {"finish_reason": choice["finish_reason"], "tokens": tokens}
     return found
@@ -176,11 +184,12 @@ def test_reasoning_and_text_of_one_delta_are_chunks_of_their_own(tokenizer: Toke
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [choice["delta"] for choice in choices] == [
         {"role": "assistant", "content": ""},
-        {"reasoning_content": "why"},
+        {"reasoning_content": "wh"},
+        {"reasoning_content": "y"},
         {"content": "so"},
         {},
     ]
-    assert [len((choice["logprobs"] or {}).get("content", ())) for choice in choices] == [0, len(ids), 0, 0], "once"
+    assert [len((choice["logprobs"] or {}).get("content", ())) for choice in choices] == [0, len(ids), 0, 0, 0], "once"
 
 
 def test_markers_without_a_parser_are_text(tokenizer: Tokenizer) -> None:
@@ -224,7 +233,7 @@ def test_deltas_fold_into_the_message_that_clients_make_of_them() -> None:
 
 class DefectiveParser(TextParser):
     def push(self, text: str) -> list[Part]:
-        if "12" in text:
+        if "1" in text:
             raise LookupError("a defect")
         return super().push(text)
 

@@ -121,24 +121,16 @@ async def test_errors_name_field_value_and_remedy(
 @pytest.mark.parametrize(
     ("path", "changes", "param"),
     [
-        ("chat", {"tools": [{"type": "function"}]}, "tools"),
-        ("chat", {"tool_choice": "auto"}, "tool_choice"),
+        ("chat", {"tools": [{"type": "web_search"}]}, "tools.0"),
         ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
-        ("chat", {"functions": [{}]}, "functions"),
         ("chat", {"audio": {"voice": "x"}}, "audio"),
         ("chat", {"modalities": ["text", "audio"]}, "modalities"),
         ("chat", {"web_search_options": {}}, "web_search_options"),
         ("chat", {"moderation": {"model": "x"}}, "moderation"),
         ("chat", {"chat_template": "x"}, "chat_template"),
         ("chat", {"prediction": {"type": "content", "content": [{"type": "file"}]}}, "prediction.content"),
-        ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("chat", {"guided_json": {}}, "guided_json"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-        (
-            "chat",
-            {"messages": [*HELLO, {"role": "assistant", "function_call": {"name": "f"}}]},
-            "messages.1.function_call",
-        ),
         ("text", {"suffix": "x"}, "suffix"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 from fastserve.text.forms.calls import AnswerEndError, Calls
 from fastserve.text.forms.form import Form
 from fastserve.text.forms.scanner import NotACallError, Scanner, Steps
-from fastserve.text.parts import Part, ReasoningPart, TextPart, ToolCallPart
+from fastserve.text.parts import Part, ReasoningPart, TextPart, joined
 from fastserve.text.reasoning import NO_REASONING, ReasoningMarks
 
 _MAX_REREAD_CHARS = 1024
@@ -85,7 +85,7 @@ class AnswerParser:
         return self._take_parts()
 
     def _take_parts(self) -> list[Part]:
-        parts = _joined(self._parts)
+        parts = joined(self._parts)
         self._parts.clear()
         if not self._options.includes_reasoning:
             parts = [part for part in parts if not isinstance(part, ReasoningPart)]
@@ -201,19 +201,3 @@ class AnswerParser:
 
     def _put(self, text: str) -> None:
         self._parts.append(ReasoningPart(text) if self._is_reasoning else TextPart(text))
-
-
-def _joined(parts: list[Part]) -> list[Part]:
-    """Successive pieces of one text as one part."""
-    joined: list[Part] = []
-    for part in parts:
-        last = joined[-1] if joined else None
-        if isinstance(part, TextPart) and isinstance(last, TextPart):
-            joined[-1] = TextPart(last.text + part.text)
-        elif isinstance(part, ReasoningPart) and isinstance(last, ReasoningPart):
-            joined[-1] = ReasoningPart(last.text + part.text)
-        elif isinstance(part, ToolCallPart) and isinstance(last, ToolCallPart) and not part.name:
-            joined[-1] = ToolCallPart(last.index, last.id, last.name, last.arguments + part.arguments)
-        else:
-            joined.append(part)
-    return joined

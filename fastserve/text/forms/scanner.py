@@ -108,11 +108,11 @@ class Scanner:
         longest = max(map(len, marks), default=0)
         while True:
             known = self.text[self.at : min(self.limit, self.at + longest)]
-            if not known or not any(len(mark) > len(known) and mark.startswith(known) for mark in marks):
+            if not any(len(mark) > len(known) and mark.startswith(known) for mark in marks):
                 return False
             if not (yield from self.more()):
                 self.at += len(known)
-                return True
+                return bool(known)
 
     def need(self, *marks: str) -> Steps[str]:
         """Take one of `marks`. Raises NotACallError if none is next."""

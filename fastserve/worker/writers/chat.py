@@ -47,6 +47,12 @@ def _tool_call_fields(part: ToolCallPart) -> Fields:
     return {"tool_calls": [call | {"function": function | {"arguments": part.arguments}}]}
 
 
+def _function_call_fields(part: ToolCallPart) -> Fields:
+    """The old form, which has one call at most."""
+    name = {"name": part.name} if part.name else {}
+    return {"function_call": name | {"arguments": part.arguments}}
+
+
 CHAT_FIELDS: Mapping[type[Part], Callable[[Any], Fields]] = {
     TextPart: _text_fields,
     ReasoningPart: _reasoning_fields,
@@ -68,7 +74,10 @@ class ChatWriter:
         self._job = job
         self._created = created
         self._tokenizer = tokenizer
-        self._fields = fields
+        own: dict[type[Part], Callable[[Any], Fields]] = {}
+        if job.answer.has_function_call:
+            own[ToolCallPart] = _function_call_fields
+        self._fields = {**fields, **own}
         self._begun: set[int] = set()
         options = job.answer
         self._usage = RunningUsage(job) if options.sends_continuous_usage else None
@@ -156,6 +165,8 @@ def fold_deltas(deltas: Iterable[Fields], content: str = "") -> Fields:
     message: Fields = {"role": "assistant", "content": content, "refusal": None}
     for delta in deltas:
         _merge(message, delta)
+    if not message["content"] and len(message) > len(("role", "content", "refusal")):
+        message["content"] = None  # calls or reasoning, and no text
     return message
 
 

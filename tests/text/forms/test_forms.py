@@ -1,14 +1,17 @@
+# ruff: noqa: RUF001  marks have characters that look like others
 """Parts of answers in every form of calls are the same for every cut of the text."""
 
 from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
 
-from fastserve.text.forms.find import FORMS, make_parser
+from fastserve.config import REASONING_PARSERS, TOOL_CALL_PARSERS
+from fastserve.text.forms.find import FORMS, find_form, make_parser
 from fastserve.text.forms.parser import ParserOptions
 from fastserve.text.parts import Part, ReasoningPart, TextPart, ToolCallPart
 from fastserve.text.reasoning import NO_REASONING, REASONING, ReasoningMarks
@@ -32,7 +35,8 @@ def parse(options: ParserOptions, pieces: Sequence[str], *, cut_off: bool = Fals
 
 
 def answer_of(parts: list[Part]) -> Answer:
-    content, reasoning, calls = "", "", []
+    content, reasoning = "", ""
+    calls: list[tuple[str, str, str]] = []
     for part in parts:
         match part:
             case TextPart(text):
@@ -138,3 +142,129 @@ def test_noise_never_raises_and_is_the_same_for_every_cut(form: str) -> None:
         at, size = rng.randrange(len(one)), rng.randrange(1, 12)
         noisy = one[:at] + rng.choice([*marks, '"', "{", "}", "]", "x", " ", "\n", "\\", ""]) + one[at + size :]
         check_cuts(options_of(form, THINK, is_open=rng.random() < 0.3), noisy, 3, cut_off=rng.random() < 0.5)
+
+
+def test_names_of_options_are_those_of_forms() -> None:
+    assert set(TOOL_CALL_PARSERS) == FORMS.keys()
+    assert set(REASONING_PARSERS) == REASONING.keys()
+
+
+@pytest.mark.parametrize("form", [name for name in RENDER if name != "llama4_pythonic"])
+def test_forms_are_found_in_chat_templates(form: str) -> None:
+    """A template that writes calls has the marks of its form."""
+    template = {
+        "deepseek_v31": "<｜tool▁calls▁begin｜>",
+        "llama3_json": 'Environment: ipython {"name": ',
+        "mistral": "[TOOL_CALLS] [",
+        "pythonic": "<|python_start|>",
+    }.get(form, RENDER[form]([("get_weather", {"city": "Oslo"})]))
+    found = find_form("{{ messages }} " + template)
+    assert found is not None
+    assert found.name == form
+
+
+def test_reasoning_opened_by_the_prompt() -> None:
+    assert THINK.is_open_after("<|im_start|>assistant\n<think>\n", "")
+    assert not THINK.is_open_after("<|im_start|>assistant\n<think>\n\n</think>\n\n", "")
+    assert not THINK.is_open_after("<|im_start|>user\nsay <think><|im_end|>\n<|im_start|>assistant\n", "")
+    assert THINK.is_open_after("...<think>so far", "<think>so far")
+    assert not THINK.is_open_after("...<think>a</think>b", "<think>a</think>b")
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "content", "arguments"),
+    [
+        ("hermes", '<tool_call>{"arguments": {"days": 1}, "name": "get_weather"}</tool_call>', "", ['{"days": 1}']),
+        ("hermes", '<tool_call>{"name": "now"}</tool_call>', "", ["{}"]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', "", ["{}"]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>', "", ['{"a": 1}']),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": [1}}</tool_call>', "", ['{"a": [1}}']),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": {"b": 2</tool_call>', "", ['{"a": {"b": 2}}']),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": 1}</tool_call>', "", ['{"a": 1}']),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": 1}}', "", ['{"a": 1}']),
+        (
+            "hermes",
+            '<tool_call>{"name": "now", "arguments": {"a": "</tool_call>"}}</tool_call>',
+            "",
+            ['{"a": "</tool_call>"}'],
+        ),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "x\ny"}}</tool_call>', "", ['{"a": "x\\ny"}']),
+        ("hermes", '<tool_call>{"name": "now", "arguments": [1]}</tool_call>', None, []),
+        ("hermes", "<tool_call>now()</tool_call>", None, []),
+        ("hermes", "<tool_call>", None, []),
+        ("hermes", '<tool_call><tool_call>{"name": "now"}</tool_call>', "<tool_call>", ["{}"]),
+        ("hermes", '<tool_call>[{"name": "now"}, {"name": "now"}]</tool_call>', "", ["{}", "{}"]),
+        ("llama3_json", '{"name": "now", "parameters": {"a": 1}}', "", ['{"a": 1}']),
+        ("llama3_json", 'So: {"name": "now", "parameters": {}}', None, []),
+        ("llama3_json", '{"name": "Ann", "age": 3}', None, []),
+        ("qwen3_coder", "<function=now>\n</function>\n</tool_call>", "", ["{}"]),
+        (
+            "qwen3_coder",
+            "<tool_call><function=get_weather><parameter=city>\nOslo\n<parameter=days>\n2\n</function></tool_call>",
+            "",
+            ['{"city": "Oslo", "days": 2}'],
+        ),
+        ("qwen3_coder", "<function=get_weather><parameter=unit>None</parameter></function>", "", ['{"unit": "None"}']),
+        ("qwen3_coder", "<function=get_weather><parameter=days>soon</parameter></function>", "", ['{"days": "soon"}']),
+        (
+            "qwen3_coder",
+            "<function=get_weather><parameter=place>{'a': True}</parameter></function>",
+            "",
+            ['{"place": {"a": true}}'],
+        ),
+        ("pythonic", "See [now()] or [f(1)].", "See or [f(1)].", ["{}"]),
+        ("pythonic", "[now(1)]", None, []),
+        ("pythonic", "[get_weather(city=open('x'))]", None, []),
+        (
+            "pythonic",
+            "[get_weather(near=[1, {'a': None}], days=-1, exact=true)]",
+            "",
+            ['{"near": [1, {"a": null}], "days": -1, "exact": true}'],
+        ),
+        ("gemma4", "<|tool_call>call:now{}<tool_call|><tool_call|>", "", ["{}"]),
+        ("mistral", "[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{}", "", ["{}"]),
+        ("phi4", 'functools[{"name": "now", "arguments": {}}]', "", ["{}"]),
+        ("granite", '<function_call> {"name": "now", "arguments": {}}', "", ["{}"]),
+        ("kimi_k2", "<|tool_call_begin|>functionsnow5<|tool_call_argument_begin|>{}<|tool_call_end|>", None, []),
+        ("deepseek_v32", '<｜DSML｜invoke name="now">{"a": 1}</｜DSML｜invoke>', "", ['{"a": 1}']),
+        ("harmony", " to=functions.now<|channel|>commentary json<|message|>{}<|call|>", "", ["{}"]),
+        ("harmony", "<|channel|>analysis to=functions.now code<|message|>{}", "", ["{}"]),
+        ("harmony", "<|channel|>final<|message|>Hi<|return|>", "Hi", []),
+        ("harmony", "Hi there", None, []),
+        ("harmony", "<|channel|>commentary to=now", None, []),
+        ("harmony", "<|channel|><|channel|>final<|message|>Hi", "<|channel|>Hi", []),
+    ],
+)
+def test_quirks_and_malformed_calls(form: str, text: str, content: str | None, arguments: list[str]) -> None:
+    """`content` None: all of it is text."""
+    found, _, calls = check_cuts(options_of(form), text, max_chars=200)
+    assert [one[2] for one in calls] == arguments
+    assert found == (text if content is None else content)
+
+
+def test_harmony_channels() -> None:
+    text = (
+        "<|channel|>analysis<|message|>think\n<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.calc <|constrain|>json<|message|>"
+        '{"expression": "1"}<|call|>'
+    )
+    assert check_cuts(options_of("harmony"), text) == (
+        "I look.",
+        "think\n",
+        [("call_0", "calc", '{"expression": "1"}')],
+    )
+
+
+def test_ids_of_the_models_own() -> None:
+    text = "<|tool_call_begin|>functions.now:3<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    assert parse(options_of("kimi_k2"), [text])[2] == [("functions.now:3", "now", "{}")]
+    assert parse(options_of("mistral"), ["[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{}"])[2][0][0] == "abcdefghi"
+
+
+def test_reading_takes_linear_time() -> None:
+    """Openers that begin no call, over and over, and one that seems to for long."""
+    for text in ("<tool_call>" * 20_000, '<tool_call>{"a":["' * 10_000, "<tool_call>" + " " * 200_000 + "x"):
+        started = time.process_time()
+        content, _, calls = parse(options_of("hermes"), [text[at : at + 7] for at in range(0, len(text), 7)])
+        assert (content, calls) == (text, [])
+        assert time.process_time() - started < 20

@@ -1,0 +1,170 @@
+"""How a model's chats are parsed and constrained: its form of tool calls and the marks of its reasoning."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastserve.errors import UnsupportedParameterError
+from fastserve.openai.chat import ChatRequest
+from fastserve.openai.tools import ToolUse
+from fastserve.text.forms.find import FORMS, find_form, make_parser
+from fastserve.text.forms.form import Form, Function
+from fastserve.text.forms.harmony import Harmony
+from fastserve.text.forms.hermes import Hermes
+from fastserve.text.forms.parser import AnswerParser, ParserOptions
+from fastserve.text.grammar import after_reasoning, json_value, mark
+from fastserve.text.reasoning import NO_REASONING, REASONING, find_reasoning
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.worker.choice import OutputOptions
+
+_ID_CHARS = 24
+_FORCED: Form = Hermes()
+"""Form of calls that must come, where the model's own cannot be described by a grammar."""
+_GPT_OSS = "gpt_oss"
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How the answers of one request are written, parsed and constrained."""
+
+    output: OutputOptions
+    grammar: str
+    counts_reasoning: bool
+
+
+class AnswerForms:
+    def __init__(
+        self,
+        template: str,
+        tokenizer: Tokenizer,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
+        """`template`: source of the chat template, by whose marks the forms are found where no parser is given."""
+        self._tokenizer = tokenizer
+        self.form = find_form(template) if tool_call_parser is None else FORMS[tool_call_parser]
+        name = find_reasoning(template) if reasoning_parser is None else reasoning_parser
+        self._reads_channels = name == _GPT_OSS
+        self._reasoning = REASONING[name]
+
+    def of(
+        self,
+        request: ChatRequest,
+        use: ToolUse | None,
+        prompt: str,
+        continued: str,
+        request_id: str,
+        output: OutputOptions,
+        grammar: str,
+    ) -> AnswerForm:
+        """The form of a request's answers. `prompt`: as rendered; `continued`: the message that the answer continues;
+        `output` and `grammar`: without tools and reasoning. Raises UnsupportedParameterError.
+        """
+        reasoning = NO_REASONING if request.separate_reasoning is False else self._reasoning
+        is_open = reasoning.is_open_after(prompt, continued)
+        form = None if use is None else self._form_of(use)
+        call_grammar = "" if use is None or form is None else self._call_grammar(use, form)
+        if call_grammar or request.thinking_token_budget is not None:
+            grammar = self._with_reasoning(request, call_grammar or grammar, is_open)
+        if form is None and self._reads_channels and request.separate_reasoning is not False:
+            form = FORMS[Harmony.name]
+        if form is None and reasoning is NO_REASONING:
+            return AnswerForm(output, grammar, counts_reasoning=False)
+        options = ParserOptions(
+            form,
+            {} if use is None else {function.name: function.parameters for function in use.functions},
+            reasoning,
+            starts_in_reasoning=is_open,
+            max_calls=None if use is None or use.is_parallel else 1,
+            includes_reasoning=request.include_reasoning is not False,
+        )
+        marks = (*reasoning.all, *(() if form is None else form.marks))
+        return AnswerForm(
+            replace(
+                output,
+                parser=_factory(options, request_id, 0 if form is None else form.id_length),
+                mark_ids=self._mark_ids(marks) if output.skip_special_tokens else frozenset(),
+                calls_finish_reason=_calls_finish_reason(use),
+            ),
+            grammar,
+            counts_reasoning=reasoning is not NO_REASONING or isinstance(form, Harmony),
+        )
+
+    def _form_of(self, use: ToolUse) -> Form:
+        form = self.form
+        if form is None:
+            if not use.is_required:
+                raise UnsupportedParameterError(
+                    "'tools' is not supported by this model: its chat template has no known form of calls. Leave it "
+                    "out, or ask whoever runs this server to start the worker with --tool-call-parser.",
+                    param="tools",
+                )
+            return _FORCED
+        return _FORCED if use.is_required and self._rules(use, form) is None else form
+
+    def _rules(self, use: ToolUse, form: Form) -> str | None:
+        functions = [Function(one.name, one.parameters or _ANY_OBJECT) for one in use.functions]
+        rules = form.grammar(functions, lambda text: mark(text, self._tokenizer), json_value)
+        return None if rules is None else rules.lark(is_parallel=use.is_parallel)
+
+    def _call_grammar(self, use: ToolUse, form: Form) -> str:
+        """The grammar of an answer with calls; empty: any text."""
+        if use.is_required:
+            return self._rules(use, form) or ""
+        return ""
+
+    def _with_reasoning(self, request: ChatRequest, grammar: str, is_open: bool) -> str:
+        reasoning, budget = self._reasoning, request.thinking_token_budget
+        if not reasoning.begins:
+            return grammar
+        try:
+            return after_reasoning(
+                grammar or self._any_text(),
+                self._tokenizer,
+                begin=reasoning.begins[0],
+                end=reasoning.ends[0],
+                is_open=is_open,
+                max_tokens=budget,
+            )
+        except ValueError as error:
+            raise UnsupportedParameterError(
+                f"'thinking_token_budget' is not supported by this model: {error}. Leave it out.",
+                param="thinking_token_budget",
+            ) from error
+
+    def _any_text(self) -> str:
+        """The grammar of any text, with the marks of calls."""
+        ids = sorted(self._mark_ids(() if self.form is None else self.form.marks))
+        marks = "".join(f" | <[{token_id}]>" for token_id in ids)
+        return f"start: (TEXT{marks})*\nTEXT: /(?s:.+)/\n"
+
+    def _mark_ids(self, marks: Sequence[str]) -> frozenset[int]:
+        """Special tokens that are marks, or that begin or end one."""
+        names = ((token_id, self._tokenizer.token_bytes(token_id)) for token_id in self._tokenizer.special_ids)
+        encoded = [text.encode() for text in marks]
+        return frozenset(token_id for token_id, name in names if any(name in text for text in encoded))
+
+
+def _factory(options: ParserOptions, request_id: str, id_length: int) -> Callable[[int], AnswerParser]:
+    def make(choice: int) -> AnswerParser:
+        return make_parser(options, lambda number: _call_id(f"{request_id}/{choice}/{number}", id_length))
+
+    return make
+
+
+def _call_id(seed: str, length: int) -> str:
+    """The same for the same request, choice and number of the call, so that a repeated answer is the same."""
+    digest = hashlib.sha256(seed.encode()).hexdigest()
+    return digest[:length] if length else f"call_{digest[:_ID_CHARS]}"
+
+
+def _calls_finish_reason(use: ToolUse | None) -> str:
+    if use is None:
+        return "stop"
+    if use.is_old:
+        return "function_call"
+    return "stop" if use.is_named else "tool_calls"
