@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -210,7 +210,8 @@ class WeightSender:
             "mode": mode,
             "weight_version": version,
         }
-        with self._calls("/update_weights_from_distributed", [body] * len(self._workers), None) as calls:
+        calls = self._calls("/update_weights_from_distributed", [body] * len(self._workers), None)
+        with calls, _one_thread():
             self._broadcast(buckets, calls)
         self._num_sent += 1
         return Sent(
@@ -369,6 +370,17 @@ def _in_thread(work: Callable[[], WeightGroup]) -> Future[WeightGroup]:
 
     threading.Thread(target=run, name="weight-group", daemon=True).start()
     return done
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One copies faster than gloo sends, and others that wait for their next part would take gloo's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _own_address(worker: str) -> str:

@@ -11,6 +11,8 @@ import torch
 from fastserve.engine.huge_pages import offer_pages, zeros
 from fastserve.engine.layers.layouts.layout import Memo
 
+_SMALL_BYTES = 1 << 16
+
 
 class UpdateMemory:
     """Used by one thread at a time."""
@@ -26,8 +28,10 @@ class UpdateMemory:
 
     def keep(self, memo: Memo) -> None:
         """Keep the memory of copies, which nobody uses any longer, and that of free buffers."""
-        self._copies = {key: made for key, made in memo.items() if isinstance(key, tuple) and made.device.type == "cpu"}
-        offer_pages([*self._copies.values(), *(one for one in self._buffers if one.device.type == "cpu")])
+        copies = {key: made for key, made in memo.items() if isinstance(key, tuple)}
+        self._copies = {key: made for key, made in copies.items() if _is_worth_keeping(made)}
+        self._buffers = [one for one in self._buffers if _is_worth_keeping(one)]
+        offer_pages([*self._copies.values(), *self._buffers])
 
     def drop(self) -> None:
         self._copies = {}
@@ -46,3 +50,8 @@ class UpdateMemory:
     def give_back(self, buffer: torch.Tensor) -> None:
         self._buffers.append(buffer)
         self._buffers.sort(key=torch.Tensor.numel)
+
+
+def _is_worth_keeping(memory: torch.Tensor) -> bool:
+    """Not on GPUs, whose allocator does so, and not if it is quicker to make it anew."""
+    return memory.device.type == "cpu" and memory.numel() * memory.element_size() >= _SMALL_BYTES

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
-_MAX_AHEAD_BYTES = 64 << 20
+_MAX_AHEAD_BYTES = 256 << 20
 """Bytes of broadcasts that are in flight before the first of them is converted; one more always is."""
 _MAX_AHEAD = 64
 _MAX_NAMES = 3
@@ -254,36 +254,37 @@ class LocalReceiver:
             )
         items = self._names.check(source.tensors)
         waiting = deque(split_into_buckets(items, lambda item: item.num_bytes, source.bucket_bytes))
+        num_bytes = sum(item.num_bytes for item in items)
         largest = max((sum(item.num_bytes for item in bucket) for bucket in waiting), default=0)
-        self._require_memory(items, is_direct=is_direct, transfer_bytes=largest + _MAX_AHEAD_BYTES)
+        transfer_bytes = min(num_bytes, largest + _MAX_AHEAD_BYTES)
+        self._require_memory(items, is_direct=is_direct, transfer_bytes=transfer_bytes)
         staged.expect(items)
         num_buckets, is_bucket = len(waiting), source.bucket_bytes is not None
         in_flight: deque[_Bucket] = deque()
+        arrived: _Bucket | None = None
         ahead = 0
         started = time.perf_counter()
         first_s = last_s = 0.0
         try:
             while waiting or in_flight:
+                # Up to the limit of bytes, but always one beside that which is next.
                 while waiting and len(in_flight) < _MAX_AHEAD and (len(in_flight) < 2 or ahead < _MAX_AHEAD_BYTES):
                     in_flight.append(self._begin(group, waiting.popleft(), source.root, is_bucket=is_bucket))
                     ahead += in_flight[-1].buffer.nbytes
-                bucket = in_flight.popleft()
-                bucket.broadcast.wait()
+                if arrived is not None:
+                    self._add(arrived, staged)
+                arrived = in_flight.popleft()
+                arrived.broadcast.wait()
+                ahead -= arrived.buffer.nbytes
                 last_s = time.perf_counter() - started
                 first_s = first_s or last_s
-                sizes = [(item.dtype, item.shape) for item in bucket.items]
-                values = split_bucket(bucket.memory, sizes)
-                for item, value in zip(bucket.items, values, strict=True):
-                    staged.add(item, value)
-                self._memory.give_back(bucket.memory)
-                ahead -= bucket.buffer.nbytes
+            if arrived is not None:
+                self._add(arrived, staged)
         except BaseException:  # the other members are at another broadcast than this one
             self._drop(source.group_name)
             group.close()
             raise
-        return Received(
-            len(items), sum(item.num_bytes for item in items), num_buckets, started - begin, first_s, last_s
-        )
+        return Received(len(items), num_bytes, num_buckets, started - begin, first_s, last_s)
 
     def _begin(self, group: WeightGroup, items: Sequence[Incoming], root: int, *, is_bucket: bool) -> _Bucket:
         size = sum(item.num_bytes for item in items)
@@ -292,6 +293,12 @@ class LocalReceiver:
         if not is_bucket and items[0].dtype.itemsize > 1:  # as trainers send it; 8-bit floats come as bytes
             buffer = buffer.view(items[0].dtype)
         return _Bucket(items, memory, buffer, group.broadcast(buffer, root))
+
+    def _add(self, bucket: _Bucket, staged: StagedWeights) -> None:
+        values = split_bucket(bucket.memory, [(item.dtype, item.shape) for item in bucket.items])
+        for item, value in zip(bucket.items, values, strict=True):
+            staged.add(item, value)
+        self._memory.give_back(bucket.memory)
 
     def _from_bytes(self, source: FromBytes, staged: StagedWeights, *, is_direct: bool) -> Received:
         begin = time.perf_counter()

@@ -25,3 +25,11 @@ def test_tensors_of_any_sizes_and_dtypes_come_out_of_a_bucket_as_they_went_in() 
         found = split_bucket(filled, [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
         assert [one.dtype for one in found] == [one.dtype for one in tensors]
         assert all(torch.equal(one, other) for one, other in zip(found, tensors, strict=True))
+
+
+def test_tensors_are_converted_as_they_are_filled_in() -> None:
+    parts = [(torch.rand(shape) * 9, dtype) for shape in ((3,), (200, 300), (1,), (70, 500)) for dtype in DTYPES]
+    size = sum(tensor.numel() * dtype.itemsize for tensor, dtype in parts)
+    filled = fill_bucket(torch.empty(size, dtype=torch.uint8), parts)
+    found = split_bucket(filled, [(dtype, tuple(tensor.shape)) for tensor, dtype in parts])
+    assert all(torch.equal(one, tensor.to(dtype)) for one, (tensor, dtype) in zip(found, parts, strict=True))
