@@ -197,8 +197,8 @@ async def test_each_number_has_its_option(run_worker: RunWorker) -> None:
             ("--max-stop-chars", {"stop": "x" * 6}, {"stop": "x" * 5}),
             ("--max-stop-token-ids", {"stop_token_ids": [5, 6, 7]}, {"stop_token_ids": [5, 6]}),
             ("--max-logit-bias", {"logit_bias": {"5": 1, "6": 1, "7": 1}}, {"logit_bias": {"5": 1, "6": 1}}),
-            ("nested deeper than 5 levels", {"user": [[[[[1]]]]]}, {"user": [[[1]]]}),
-            ("--max-json-containers", {"user": "[" * 40}, {"user": "[" * 10}),
+            ("nested deeper than 5 levels", {"unheard_of": [[[[[1]]]]]}, {"unheard_of": [[[1]]]}),
+            ("--max-json-containers", {"unheard_of": "[" * 40}, {"unheard_of": "[" * 10}),
             ("--max-prompt-logprobs", {"prompt_logprobs": 20}, {"prompt_logprobs": 0}),
         ):
             status, answer = await _chat(running, **changes)
