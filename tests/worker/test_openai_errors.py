@@ -87,7 +87,7 @@ async def test_errors_name_field_value_and_remedy(
     [
         ("chat", {"tools": [{"type": "function"}]}, "tools"),
         ("chat", {"tool_choice": "auto"}, "tool_choice"),
-        ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("chat", {"response_format": {"type": "structural_tag"}}, "response_format.type"),
         ("chat", {"functions": [{}]}, "functions"),
         ("chat", {"audio": {"voice": "x"}}, "audio"),
         ("chat", {"modalities": ["text", "audio"]}, "modalities"),
@@ -95,7 +95,8 @@ async def test_errors_name_field_value_and_remedy(
         ("chat", {"prediction": {"type": "content"}}, "prediction"),
         ("chat", {"service_tier": "flex"}, "service_tier"),
         ("chat", {"reasoning_effort": "high"}, "reasoning_effort"),
-        ("chat", {"guided_json": {}}, "guided_json"),
+        ("chat", {"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+        ("chat", {"guided_decoding_backend": "x"}, "guided_decoding_backend"),
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         (
             "chat",
