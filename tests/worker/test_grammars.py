@@ -61,7 +61,7 @@ def schema(value: Any) -> dict[str, Any]:
         {"guided_choice": ["yes", "no"]},
         {"guided_grammar": 'root ::= "a" [b-d]+'},
         {"grammar": 'root ::= item ("," item)*\nitem ::= [0-9]{1,3}'},
-        {"ebnf": 'root ::= "x"'},
+        {"ebnf": 'root ::= "x" [\\u00e9] "\\u0041"'},
         {"json_schema": '{"type": "null"}'},
         {"regex": "a{100000}"},
     ],
