@@ -90,8 +90,8 @@ def _response_format(value: Mapping[str, Any] | None) -> AnswerFormat | None:
             return AnswerFormat("json_schema", value["schema"], "response_format.schema")
         if not isinstance(named, dict):
             raise invalid("response_format.json_schema", named, 'Give an object with "name" and "schema".')
-        for field, kind_of_field, remedy in (("name", str, "Give a string."), ("strict", bool, "Give true or false.")):
-            if named.get(field) is not None and not isinstance(named[field], kind_of_field):
+        for field, kind_of, remedy in (("name", str, "Give a string."), ("strict", bool, "Give true or false.")):
+            if named.get(field) is not None and not isinstance(named[field], kind_of):
                 raise invalid(f"response_format.json_schema.{field}", named[field], remedy)
         schema = named.get("schema")
         if schema is None:

@@ -26,6 +26,8 @@ and has no end where the grammar has none."""
 _MAX_FORCED_BYTES = 8192
 _LONG_REPEAT = re.compile(r"\{\d{3,}|\{\d*,\d{3,}")
 _HEADER = re.compile(r"^\s*%llguidance\b.*$", re.MULTILINE)
+_IS_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
+_CODE_POINT = re.compile(r"\\\\|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 ANY_JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 _OPTIONS = "x-guidance"
 """Field of a schema with llguidance's options, among them one to ignore keywords that it does not know."""
@@ -70,11 +72,26 @@ def of_grammar(text: str) -> str:
     Raises ValueError if GBNF cannot be read.
     """
     try:
+        if _IS_LARK.search(text) is None:
+            text = _CODE_POINT.sub(_character, text)
         return UNFORCED + _HEADER.sub("", str(any_to_lark(text)))
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
     except Exception as error:  # the converter raises nothing narrower
         raise ValueError(str(error)) from error
+
+
+def _character(escape: re.Match[str]) -> str:
+    """The character of an escape in GBNF, which the converter would read wrongly; ASCII as the escape that it knows."""
+    digits = escape[1] or escape[2]
+    if digits is None:
+        return escape[0]
+    code = int(digits, 16)
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise ValueError(f"{escape[0]} is no character")
+    return chr(code)
 
 
 def literal(text: str) -> str:

@@ -22,6 +22,8 @@ from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.prompt_pool import INLINE_BYTES
 
 _REASON_CHARS = 300
+_MAX_FIRST_TOKENS = 4
+"""First tokens of an answer that are tried, as long as there is no choice."""
 _MAX_LOCATING = 64
 """Parts of a schema that are compiled to find the one with the error."""
 _DATA = frozenset({"const", "default", "enum", "example", "examples"})
@@ -108,8 +110,13 @@ class GrammarMaker:
         if self._small is None:
             self._small = small_grammar_tokenizer(self._tokenizer, self._vocab_size, self._end_token_ids)
         matcher = LLMatcher(self._small, text, limits=self._limits, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some are too large only now
+        for _ in range(_MAX_FIRST_TOKENS):  # some are too large only now
+            if matcher.is_error():
+                break
+            allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+            if allowed.bit_count() != 1:
+                break
+            matcher.consume_token(allowed.bit_length() - 1)
         return _first_lines(matcher.get_error()) if matcher.is_error() else None
 
     # ---- schemas ------------------------------------------------------------------------------------------------

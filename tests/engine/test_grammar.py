@@ -135,11 +135,11 @@ def test_forced_tokens_cost_no_step_of_their_own(core: EngineCore) -> None:
 
 
 def test_an_answer_after_reasoning_ends_the_reasoning_in_time(core: EngineCore) -> None:
-    marks = {"begin": "<tool_call>", "end": "</tool_call>"}
-    text = grammar.after_reasoning(GRAMMARS[1], TOKENIZER, **marks, is_open=True, max_tokens=7)
+    end = "</tool_call>"
+    text = grammar.after_reasoning(GRAMMARS[1], TOKENIZER, begin="<tool_call>", end=end, is_open=True, max_tokens=7)
     for at, answer in enumerate(answer_all(core, [request(f"t{n}", text, seed=n) for n in range(4)]).values()):
         found = TOKENIZER.decode(answer.token_ids)
-        thought, _, rest = found.partition(marks["end"])
+        thought, _, rest = found.partition(end)
         assert len(TOKENIZER.encode(thought, add_special_tokens=False)) <= 14, at
         jsonschema.validate(json.loads(rest), PERSON)
 

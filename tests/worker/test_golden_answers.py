@@ -77,7 +77,7 @@ def _requests() -> dict[str, tuple[str, dict[str, Any]]]:
                 found[f"{kind}: {name}, streamed"] = path, body | {"stream": True}
         usage = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3}
         found[f"{kind}: usage, streamed"] = path, {"model": MODEL} | common | usage
-        for field, value in (("suffix", "x"), ("tools", []), ("response_format", {"type": "json_object"})):
+        for field, value in (("suffix", "x"), ("tools", [])):
             found[f"{kind}: {field}"] = path, {"model": MODEL} | common | {field: value}
     for name, fields in OF_FASTCHAT.items():
         found[f"FastChat: {name}"] = "/worker_generate", FASTCHAT | fields
