@@ -109,7 +109,7 @@ class AnswerForms:
     def _rules(self, use: ToolUse, form: Form) -> str | None:
         # What is not strict needs a grammar only where a call must come.
         functions = [
-            Function(one.name, (one.parameters if use.is_required or one.is_strict else None) or _ANY_OBJECT)
+            Function(one.name, {**_ANY_OBJECT, **(one.parameters if use.is_required or one.is_strict else {})})
             for one in use.functions
         ]
         rules = form.grammar(functions, self._mark, json_value)

@@ -37,7 +37,7 @@ def test_a_tool_is_called_and_its_result_is_used(trio: Trio) -> None:
             settings: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "temperature": 0}
             choice = sdk.chat.completions.create(messages=messages, **settings).choices[0]
             assert choice.finish_reason == "tool_calls", choice
-            (call,) = choice.message.tool_calls or ()
+            (call,) = choice.message.tool_calls or []
             assert call.type == "function"
             assert call.function.name == name
             assert argument in json.dumps(json.loads(call.function.arguments))
@@ -45,7 +45,7 @@ def test_a_tool_is_called_and_its_result_is_used(trio: Trio) -> None:
                 for _ in stream:
                     pass
                 streamed = stream.get_final_completion().choices[0]
-            (same,) = streamed.message.tool_calls or ()
+            (same,) = streamed.message.tool_calls or []
             assert (same.function.name, same.function.arguments) == (name, call.function.arguments)
             messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": RESULTS[name]}]
             answer = sdk.chat.completions.create(messages=messages, **settings).choices[0]
