@@ -105,7 +105,8 @@ def after_reasoning(
 
     `is_open`: the prompt ends within the reasoning, so `begin` is not part of the answer. `is_required`: whether an
     answer that is not within reasoning must begin with it. `max_tokens`: tokens of the reasoning, after which `end` is
-    forced; it needs an `end` that is one token. `excluded`: texts that the reasoning does not contain. Raises ValueError if it is not.
+    forced; it needs an `end` that is one token. `excluded`: texts that the reasoning does not contain. Raises
+    ValueError if `end` is several tokens.
     """
     end_token = single_token(end, tokenizer)
     if end_token is not None:
