@@ -131,18 +131,19 @@ def after_reasoning(
     is_open: bool,
     is_required: bool = False,
     max_tokens: int | None = None,
+    excluded: Iterable[str] = (),
 ) -> str:
     """The grammar of an answer that follows reasoning: `begin`, any text, `end`, a few blanks, then `grammar`.
 
     `is_open`: the prompt ends within the reasoning, so `begin` is not part of the answer. `is_required`: whether an
     answer that is not within reasoning must begin with it. `max_tokens`: tokens of the reasoning, after which `end` is
-    forced; it needs an `end` that is one token. Raises ValueError if it is not.
+    forced; it needs an `end` that is one token. `excluded`: texts that the reasoning does not contain. Raises
+    ValueError if `end` is several tokens.
     """
     end_token = single_token(end, tokenizer)
     if end_token is not None:
         attributes = "" if max_tokens is None else f"[max_tokens={max_tokens}]"
-        text = regex_to_lark(_escaped(end), "")
-        thought = f"thought{attributes}: THOUGHT\nTHOUGHT: /(?s:.*)/ & ~/(?s:.*){text}(?s:.*)/\n"
+        thought = f"thought{attributes}: THOUGHT\nTHOUGHT: {text_without((end, *excluded))}\n"
         closing = f" <[{end_token}]>"
     elif max_tokens is None:
         thought = f"thought[suffix={literal(end)}]: /(?s:.*)/\n"
@@ -157,6 +158,12 @@ def after_reasoning(
     return (
         f"{header(grammar)}start: {reasoning} answer\n{thought}blanks: {_AFTER_REASONING}\nanswer: {nested(grammar)}\n"
     )
+
+
+def text_without(excluded: Iterable[str]) -> str:
+    """Expression of a terminal for any text, even none, that does not contain certain ones."""
+    absent = (f" & ~/(?s:.*){regex_to_lark(_escaped(text), '')}(?s:.*)/" for text in excluded)
+    return "/(?s:.*)/" + "".join(absent)
 
 
 def _escaped(text: str) -> str:

@@ -15,7 +15,7 @@ from fastserve.text.forms.form import Form, Function
 from fastserve.text.forms.harmony import Harmony
 from fastserve.text.forms.hermes import Hermes
 from fastserve.text.forms.parser import AnswerParser, ParserOptions
-from fastserve.text.grammar import after_reasoning, json_value, mark
+from fastserve.text.grammar import after_reasoning, json_value, literal, nested, single_token, text_without
 from fastserve.text.reasoning import NO_REASONING, REASONING, find_reasoning
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import OutputOptions
@@ -107,18 +107,36 @@ class AnswerForms:
         return _FORCED if use.is_required and self._rules(use, form) is None else form
 
     def _rules(self, use: ToolUse, form: Form) -> str | None:
-        functions = [Function(one.name, one.parameters or _ANY_OBJECT) for one in use.functions]
-        rules = form.grammar(functions, lambda text: mark(text, self._tokenizer), json_value)
+        # What is not strict needs a grammar only where a call must come.
+        functions = [
+            Function(one.name, {**_ANY_OBJECT, **(one.parameters if use.is_required or one.is_strict else {})})
+            for one in use.functions
+        ]
+        rules = form.grammar(functions, self._mark, json_value)
         return None if rules is None else rules.lark(is_parallel=use.is_parallel)
 
     def _call_grammar(self, use: ToolUse, form: Form) -> str:
         """The grammar of an answer with calls; empty: any text."""
-        if use.is_required:
-            return self._rules(use, form) or ""
-        return ""
+        rules = self._rules(use, form)
+        if rules is None or use.is_required:
+            return rules or ""
+        if form.start_openers or not any(function.is_strict for function in use.functions):
+            return ""
+        return f"start: TEXT (calls TEXT)?\ncalls: {nested(rules)}\nTEXT: {text_without(form.openers)}\n"
+
+    def _mark(self, text: str) -> str:
+        """Lark expression for a mark: its token, also one that is not special, or else its text."""
+        token_id = single_token(text, self._tokenizer)
+        return literal(text) if token_id is None else f"<[{token_id}]>"
 
     def _with_reasoning(self, request: ChatRequest, grammar: str, is_open: bool) -> str:
         reasoning, budget = self._reasoning, request.thinking_token_budget
+        if budget is not None and self._reads_channels:
+            raise UnsupportedParameterError(
+                "'thinking_token_budget' is not supported by this model, whose channels have no end to force. Give "
+                "reasoning_effort in its place.",
+                param="thinking_token_budget",
+            )
         if not reasoning.begins:
             return grammar
         try:
@@ -129,6 +147,7 @@ class AnswerForms:
                 end=reasoning.ends[0],
                 is_open=is_open,
                 max_tokens=budget,
+                excluded=() if self.form is None or budget is None else self.form.openers,
             )
         except ValueError as error:
             raise UnsupportedParameterError(

@@ -133,6 +133,7 @@ class RunningUsage:
         self._last: dict[int, ChoiceDelta] = {}
         self._num_tokens = 0
         self._num_cached = 0
+        self._num_reasoning = 0
 
     def count(self, delta: ChoiceDelta) -> Usage:
         last = self._last.get(delta.choice)
@@ -140,4 +141,6 @@ class RunningUsage:
         self._num_tokens += delta.num_tokens - (0 if last is None else last.num_tokens)
         if self._firsts[delta.choice // self._job.num_runs] == delta.choice:  # as in the usage of the whole answer
             self._num_cached += delta.cached_tokens - (0 if last is None else last.cached_tokens)
-        return Usage(self._job.prompt_tokens, self._num_tokens, self._num_cached)
+        self._num_reasoning += delta.reasoning_tokens - (0 if last is None else last.reasoning_tokens)
+        reasoning = self._num_reasoning if self._job.answer.counts_reasoning else None
+        return Usage(self._job.prompt_tokens, self._num_tokens, self._num_cached, reasoning_tokens=reasoning)

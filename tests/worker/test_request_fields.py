@@ -123,10 +123,20 @@ async def test_a_functions_message_is_a_tools(shared: Running, tokenizer: Tokeni
     messages = [*CHAT["messages"], {"role": "function", "name": "get_weather", "content": "sunny"}]
     await chat(shared, messages=messages)
     as_function = prompt_of(shared, tokenizer)
-    messages[-1] = {"role": "tool", "tool_call_id": "c", "name": "get_weather", "content": "sunny"}
-    await chat(shared, messages=messages)
     assert "sunny" in as_function
-    assert prompt_of(shared, tokenizer) == as_function
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    messages[-1:] = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "name": "get_weather", "content": "sunny"},
+    ]
+    await chat(shared, messages=messages)
+    as_tool = prompt_of(shared, tokenizer)
+    messages[-2:] = [
+        {"role": "assistant", "function_call": call["function"]},
+        {"role": "function", "name": "get_weather", "content": "sunny"},
+    ]
+    await chat(shared, messages=messages)
+    assert prompt_of(shared, tokenizer) == as_tool
 
 
 # ---- truncation -------------------------------------------------------------------------------------------------

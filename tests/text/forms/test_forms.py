@@ -86,6 +86,14 @@ def test_calls_are_found_in_every_cut(form: str) -> None:
         assert content.split() == (before + after).split(), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", RENDER)
+def test_all_cuts_of_short_texts_and_many_of_long_ones(form: str) -> None:
+    for before, calls, after in CALLS.values():
+        text = before + RENDER[form](calls) + after
+        check_cuts(options_of(form, THINK), text, 1000 if len(text) > 300 else 100, max_chars=300)
+
+
 @pytest.mark.parametrize("form", RENDER)
 def test_calls_after_and_inside_of_reasoning(form: str) -> None:
     if form in ("harmony", "gemma4"):
