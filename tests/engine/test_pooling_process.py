@@ -80,7 +80,8 @@ def reference(folder: Path) -> npt.NDArray[np.float32]:
             model(input_ids=torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0].mean(dim=0)
             for text in TEXTS
         ]
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+    found: npt.NDArray[np.float32] = torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+    return found
 
 
 @module_loop
@@ -113,7 +114,7 @@ async def test_a_cancelled_request_leaves_the_queue(started: Started) -> None:
     long.cancel()
     await asyncio.gather(long, return_exceptions=True)
     async with asyncio.timeout(20):
-        while engine.stats.aborted == before or engine.stats.num_waiting:
+        while engine.stats.aborted == before or engine.stats.num_waiting:  # noqa: ASYNC110 - snapshots come by themselves
             await asyncio.sleep(0.01)
 
 

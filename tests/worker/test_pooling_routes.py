@@ -211,13 +211,15 @@ async def test_documents_are_sorted_by_relevance(run_worker: RunWorker, info: Po
 async def test_labels_and_logits(run_worker: RunWorker) -> None:
     async with pooling_worker(run_worker, CLASSIFIER) as running:
         assert running.runtime.status().capabilities == ["classify", "pooling"]
-        _, answer = await running.post("/v1/classify", {"model": MODEL, "input": ["a b", "c"]})
+        _, answer = await running.post("/v1/classify", {"model": MODEL, "input": ["a a a a", "c"]})
         (first, second) = answer["data"]
         assert (first["index"], second["index"], first["num_classes"], first["label"]) == (0, 1, 3, "good")
         assert sum(first["probs"]) == pytest.approx(1, abs=1e-6)
-        _, logits = await running.post("/classify", {"model": MODEL, "input": "a b", "use_activation": False})
-        assert logits["data"][0]["probs"] == [0, 1, 2]
-        _, pooled = await running.post("/pooling", {"model": MODEL, "input": "a b"})
+        _, logits = await running.post("/classify", {"model": MODEL, "input": "a a a a", "use_activation": False})
+        low, middle, high = logits["data"][0]["probs"]
+        assert (low, high) == (0, pytest.approx(2 * middle))
+        assert middle > 0
+        _, pooled = await running.post("/pooling", {"model": MODEL, "input": "a a a a"})
         assert pooled["data"][0]["data"] == first["probs"]
 
 
