@@ -113,8 +113,8 @@ class FakeOptions:
     """Paths by name of the adapters at start; None: adapters are not served. Any path can be loaded but those whose
     last part is "bad"."""
     pooling: PoolingInfo | None = None
-    """For an engine that embeds or classifies. A vector counts the tokens by their remainder; a pair's score is the
-    share of the second text's tokens that the first has."""
+    """For an engine that embeds or classifies. A vector counts the tokens by their remainder;
+    a text's score is the share of tokens that come again, so a pair of like texts has a high one."""
     transfer_s: float = 0.0
     """Duration of a weight update's transfer. Names and paths whose last part is "bad" are refused."""
 
@@ -587,8 +587,7 @@ def fake_result(request: PoolingRequest, info: PoolingInfo) -> PoolingResult:
     ids = struct.unpack(f"<{len(request.token_ids) // 4}i", request.token_ids)
     pieces = [ids[end - length : end] for end, length in zip(accumulate(request.lengths), request.lengths, strict=True)]
     if request.task == "classify":
-        firsts = request.first_lengths or [len(piece) for piece in pieces]
-        logits = [_fake_logits(piece, first, info.width) for piece, first in zip(pieces, firsts, strict=True)]
+        logits = [_fake_logits(piece, info.width) for piece in pieces]
         return _fake_rows(request, logits if request.activate is False else [_softmax(row) for row in logits])
     if request.task == "token_embed":
         tokens = [[_fake_vector([token_id], info.width) for token_id in piece] for piece in pieces]
@@ -613,9 +612,8 @@ def _fake_vector(ids: Sequence[int], width: int) -> list[float]:
     return vector
 
 
-def _fake_logits(ids: Sequence[int], first_length: int, width: int) -> list[float]:
-    first, second = set(ids[:first_length]), ids[first_length:] or ids
-    share = sum(token_id in first for token_id in second) / len(second)
+def _fake_logits(ids: Sequence[int], width: int) -> list[float]:
+    share = 1 - len(set(ids)) / len(ids)
     return [share] if width == 1 else [share * label for label in range(width)]
 
 

@@ -108,7 +108,11 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
         schemas.update(schema.pop("$defs", {}))
         schemas[route.request.__name__] = schema
         path = route.path.replace(":path}", "}")
-        description["paths"].setdefault(path, {})[route.method.lower()] = _describe_route(route)
+        described = _describe_route(route)
+        names = [item.get("operationId") for methods in description["paths"].values() for item in methods.values()]
+        if described["operationId"] in names:  # an alias of another path
+            described["operationId"] += re.sub(r"\W+", "_", path)
+        description["paths"].setdefault(path, {})[route.method.lower()] = described
     description["paths"] = dict(sorted(description["paths"].items()))
     return description
 

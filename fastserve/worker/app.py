@@ -73,6 +73,9 @@ from fastserve.worker.service import GenerationService
 
 logger = logging.getLogger(__name__)
 
+HANDLERS = (*openai_routes.HANDLERS, *pooling_routes.HANDLERS)
+"""All model routes of a worker."""
+
 
 @dataclass(frozen=True)
 class WorkerSetup:
@@ -96,7 +99,7 @@ class WorkerSetup:
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     has_other_machines: bool = False
     """The model is divided over several machines: the worker's health is that of all of them."""
-    handlers: Sequence[ModelHandler] = (*openai_routes.HANDLERS, *pooling_routes.HANDLERS)
+    handlers: Sequence[ModelHandler] = HANDLERS
     """Model routes. The capabilities of those that the model supports are announced."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     """Environment variables, which may hold the cluster's and the administrators' keys."""

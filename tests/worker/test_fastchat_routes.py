@@ -78,7 +78,7 @@ async def test_routes_that_the_api_server_calls(run_worker: RunWorker, tokenizer
         _, conv = await running.post("/worker_get_conv_template", {"model": "a"})
         assert (conv["conv"]["sep_style"], conv["conv"]["messages"]) == (5, [])
         _, record = await running.post("/worker_get_embeddings", {"input": ["x"]})
-        assert record["text"] == "embeddings are not supported by this model"
+        assert record["text"].startswith("The model 'a' does not support embeddings")
         assert record["error_code"] != 0
 
 
