@@ -14,7 +14,7 @@ import pytest
 from fastserve.errors import EntryNotFoundError
 from fastserve.gateway.stored import background, entries
 from fastserve.gateway.stored.database import Database, StoreBounds
-from fastserve.gateway.stored.entries import Store
+from fastserve.gateway.stored.entries import NewResponse, Store
 from fastserve.gateway.stored.items import input_items
 from fastserve.openai.responses.head import ResponseHead, new_id
 from tests.responses.conftest import MODEL, Fleet, Item, until
@@ -357,7 +357,7 @@ def make_head() -> ResponseHead:
 
 
 async def save(store: Store, head: ResponseHead, text: str = "x") -> None:
-    await store.save("", head, content(head, text), input_items(b'"hi"'), None, None)
+    await store.save(NewResponse("", head, content(head, text), input_items(b'"hi"')))
 
 
 async def kept(store: Store, heads: list[ResponseHead]) -> list[bool]:
@@ -410,7 +410,7 @@ async def test_processes_share_the_file_and_a_response_of_one_that_died_has_fail
         first, second = (Store(database, 10**6) for database in databases)
         head = make_head()
         queued = msgspec.json.encode({"id": head.id, "status": "queued", "output": []})
-        await first.begin("", head, queued, input_items(b'"hi"'), None, None, [b"0", b"1"])
+        await first.begin(NewResponse("", head, queued, input_items(b'"hi"')), [b"0", b"1"])
         assert (await second.response("", head.id)).status == "queued"
         now += entries.STALE_S - 1
         assert await first.note_alive([head.id]) == []
