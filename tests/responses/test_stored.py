@@ -62,6 +62,38 @@ async def test_a_response_is_continued_by_its_id(fleet: Fleet) -> None:
     assert texts == said
 
 
+async def test_a_function_is_called_and_its_output_sent_back(fleet: Fleet) -> None:
+    tool: Any = {
+        "type": "function",
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": False,
+    }
+    hosted: Any = {"type": "web_search"}
+    fleet.talk.text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    status, answer = await fleet.create(tools=[tool])
+    if status == 400:
+        assert answer["error"]["param"] == "tools"
+        pytest.skip("tools are not supported")
+    client = fleet.client()
+    async with client.responses.stream(model=MODEL, input="Weather?", tools=[tool, hosted]) as stream:
+        first = await stream.get_final_response()
+    call: Any = first.output[0]
+    assert (call.type, call.name, call.arguments) == ("function_call", "get_weather", '{"city": "Oslo"}')
+    assert [listed.type for listed in first.tools] == ["function"]
+    fleet.talk.text = "It is sunny."
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    last = await client.responses.create(model=MODEL, input=[output], tools=[tool], previous_response_id=first.id)
+    assert last.output_text == "It is sunny."
+    prompt = fleet.talk.prompts[-1]
+    places = [prompt.rfind(text) for text in ("Weather?", "Oslo", "sunny")]
+    assert places == sorted(places)
+    assert places[0] >= 0
+    output["call_id"] = "call_of_nobody"
+    status, answer = await fleet.create(input=[output], tools=[tool], previous_response_id=first.id)
+    assert (status, answer["error"]["param"]) == (400, "input.0.call_id")
+
+
 async def test_items_are_referred_to_by_their_ids(fleet: Fleet) -> None:
     _, first = await fleet.create()
     reference = {"type": "item_reference", "id": first["output"][0]["id"]}

@@ -308,7 +308,9 @@ class ResponsesWriter:
 
 
 def _logprob(token: DecodedToken) -> Fields:
-    return _token(token.data, token.logprob) | {"top_logprobs": [_token(data, logprob) for data, logprob in token.top]}
+    return _token(token.data, token.logprob) | {
+        "top_logprobs": [_token(data, logprob) for data, logprob, *_ in token.top]
+    }
 
 
 def _token(data: bytes, logprob: float | None) -> Fields:
