@@ -191,7 +191,7 @@ def _check_shape(name: str, raw: bytes, bounds: RequestBounds) -> None:
                 param=name,
             )
         return
-    if name == "messages" or _FIRST_IS_OBJECT.match(raw):
+    if name == "messages" or (name == "input" and _FIRST_IS_OBJECT.match(raw)):
         max_values = _VALUES_PER_PART * (bounds.max_messages + bounds.max_content_parts)
         shape = _shape(raw, max_values)
         if shape.num_values > max_values or shape.num_containers > max_values // 2:

@@ -22,7 +22,7 @@ in_module_loop = pytest.mark.asyncio(loop_scope="module")
 class Marked:
     """Parses `<kind>text` pieces: think, text, call. Text goes out letter by letter, as a stream would."""
 
-    def __init__(self) -> None:
+    def __init__(self, choice: int = 0) -> None:
         self._text = ""
 
     def push(self, text: str) -> list[Part]:

@@ -14,7 +14,7 @@ import pytest
 from fastserve.errors import EntryNotFoundError
 from fastserve.gateway.stored import background, entries
 from fastserve.gateway.stored.database import Database, StoreBounds
-from fastserve.gateway.stored.entries import Store
+from fastserve.gateway.stored.entries import NewResponse, Store
 from fastserve.gateway.stored.items import input_items
 from fastserve.openai.responses.head import ResponseHead, new_id
 from tests.responses.conftest import MODEL, Fleet, Item, until
@@ -60,6 +60,38 @@ async def test_a_response_is_continued_by_its_id(fleet: Fleet) -> None:
     items = await client.responses.input_items.list(third.id, order="asc", limit=2)
     texts = [text_of(item) async for item in items]
     assert texts == said
+
+
+async def test_a_function_is_called_and_its_output_sent_back(fleet: Fleet) -> None:
+    tool: Any = {
+        "type": "function",
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": False,
+    }
+    hosted: Any = {"type": "web_search"}
+    fleet.talk.text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    status, answer = await fleet.create(tools=[tool])
+    if status == 400:
+        assert answer["error"]["param"] == "tools"
+        pytest.skip("tools are not supported")
+    client = fleet.client()
+    async with client.responses.stream(model=MODEL, input="Weather?", tools=[tool, hosted]) as stream:
+        first = await stream.get_final_response()
+    call: Any = first.output[0]
+    assert (call.type, call.name, call.arguments) == ("function_call", "get_weather", '{"city": "Oslo"}')
+    assert [listed.type for listed in first.tools] == ["function"]
+    fleet.talk.text = "It is sunny."
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    last = await client.responses.create(model=MODEL, input=[output], tools=[tool], previous_response_id=first.id)
+    assert last.output_text == "It is sunny."
+    prompt = fleet.talk.prompts[-1]
+    places = [prompt.rfind(text) for text in ("Weather?", "Oslo", "sunny")]
+    assert places == sorted(places)
+    assert places[0] >= 0
+    output["call_id"] = "call_of_nobody"
+    status, answer = await fleet.create(input=[output], tools=[tool], previous_response_id=first.id)
+    assert (status, answer["error"]["param"]) == (400, "input.0.call_id")
 
 
 async def test_items_are_referred_to_by_their_ids(fleet: Fleet) -> None:
@@ -357,7 +389,7 @@ def make_head() -> ResponseHead:
 
 
 async def save(store: Store, head: ResponseHead, text: str = "x") -> None:
-    await store.save("", head, content(head, text), input_items(b'"hi"'), None, None)
+    await store.save(NewResponse("", head, content(head, text), input_items(b'"hi"')))
 
 
 async def kept(store: Store, heads: list[ResponseHead]) -> list[bool]:
@@ -410,7 +442,7 @@ async def test_processes_share_the_file_and_a_response_of_one_that_died_has_fail
         first, second = (Store(database, 10**6) for database in databases)
         head = make_head()
         queued = msgspec.json.encode({"id": head.id, "status": "queued", "output": []})
-        await first.begin("", head, queued, input_items(b'"hi"'), None, None, [b"0", b"1"])
+        await first.begin(NewResponse("", head, queued, input_items(b'"hi"')), [b"0", b"1"])
         assert (await second.response("", head.id)).status == "queued"
         now += entries.STALE_S - 1
         assert await first.note_alive([head.id]) == []

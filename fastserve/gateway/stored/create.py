@@ -24,7 +24,7 @@ from fastserve.gateway.attempt import ClientRequest
 from fastserve.gateway.peek import ResponsePeek, peek_response
 from fastserve.gateway.routes import Gateway, gateway_of, make_request
 from fastserve.gateway.stored.background import Run, replay
-from fastserve.gateway.stored.entries import Store, not_found
+from fastserve.gateway.stored.entries import NewResponse, Store, not_found
 from fastserve.gateway.stored.items import input_items, joined, references, replaced
 from fastserve.gateway.stored.state import StoredState, stored_state_of
 from fastserve.openai.answers import JSON, encode_json
@@ -52,6 +52,10 @@ class _Resolved:
     head: ResponseHead
     previous: str | None
     conversation: str | None
+
+    def response(self, owner: str, content: bytes) -> NewResponse:
+        """The response, to be stored. `content`: JSON of its object."""
+        return NewResponse(owner, self.head, content, input_items(self.own_input), self.previous, self.conversation)
 
 
 class ResponsesEndpoint:
@@ -132,10 +136,7 @@ async def _resolve_references(store: Store, owner: str, own_input: bytes) -> byt
 async def _save(store: Store, owner: str, resolved: _Resolved, content: bytes) -> None:
     """Store a response that has ended. Its client gets it in any case."""
     try:
-        await store.save(
-            *(owner, resolved.head, content, input_items(resolved.own_input)),
-            *(resolved.previous, resolved.conversation),
-        )
+        await store.save(resolved.response(owner, content))
     except FastserveError as error:
         logger.error("Response %s was not stored: %s", resolved.head.id, error.message)
 
@@ -178,10 +179,7 @@ async def _start_in_background(state: StoredState, owner: str, relayed: ClientRe
     body = msgspec.json.encode(_fields_of(relayed.body) | {"stream": True})
     run = Run(owner, head.id, replace(relayed, body=body, stream=True, api=api), api)
     with state.runs.room():
-        await state.store.begin(
-            *(owner, head, content, input_items(resolved.own_input)),
-            *(resolved.previous, resolved.conversation, events),
-        )
+        await state.store.begin(resolved.response(owner, content), events)
         state.runs.start(run)
     if request.stream:
         return StreamResponse(replay(state.store, owner, head.id, -1))

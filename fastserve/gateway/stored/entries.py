@@ -24,6 +24,19 @@ _RESPONSE, _CONVERSATION = "response", "conversation"
 
 
 @dataclass(frozen=True)
+class NewResponse:
+    owner: str
+    head: ResponseHead
+    content: bytes
+    """JSON of the response object."""
+    items: Sequence[Item]
+    """Those that its request has sent."""
+    previous: str | None = None
+    conversation: str | None = None
+    """Ids of what its request refers to."""
+
+
+@dataclass(frozen=True)
 class StoredResponse:
     id: str
     status: str
@@ -75,60 +88,47 @@ class Store:
 
     # ---- responses ----------------------------------------------------------------------------------------------
 
-    async def save(
-        self,
-        owner: str,
-        head: ResponseHead,
-        content: bytes,
-        items: Sequence[Item],
-        previous: str | None,
-        conversation: str | None,
-    ) -> None:
-        """Store a response that has ended. Its items are added to the conversation; without `is_stored` in its head,
-        nothing else happens.
+    async def save(self, new: NewResponse) -> None:
+        """Store a response that has ended, and add its items to its conversation. If its request has store=false, only
+        the latter.
         """
 
         def work(connection: sqlite3.Connection) -> None:
-            now = self._database.clock()
-            status, outputs = _status(content), output_items(content)
-            if head.is_stored:
-                size = len(content) + _size(items) + _size(outputs)
-                connection.execute(
-                    "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, ?)",
-                    (
-                        *(head.id, _RESPONSE, owner, head.created_at, now),
-                        *(size, status, previous, conversation, content),
-                    ),
-                )
-                _add_items(connection, head.id, items, outputs)
-            if conversation is not None and status != "failed":
-                _append(connection, owner, conversation, [*items, *outputs])
+            status, outputs = _status(new.content), output_items(new.content)
+            if new.head.is_stored:
+                self._insert(connection, new, status, _size(outputs))
+                _add_items(connection, new.head.id, (), outputs, len(new.items))
+            if new.conversation is not None and status != "failed":
+                _append(connection, new.owner, new.conversation, [*new.items, *outputs])
 
         await self._database.run(work)
 
-    async def begin(
-        self,
-        owner: str,
-        head: ResponseHead,
-        content: bytes,
-        items: Sequence[Item],
-        previous: str | None,
-        conversation: str | None,
-        events: Sequence[bytes],
-    ) -> None:
-        """Store a response that is going to run in the background."""
+    async def begin(self, new: NewResponse, events: Sequence[bytes]) -> None:
+        """Store a response that is going to run in the background, with its first events."""
 
         def work(connection: sqlite3.Connection) -> None:
-            now = self._database.clock()
-            size = len(content) + _size(items) + sum(map(len, events))
-            connection.execute(
-                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
-                (*(head.id, _RESPONSE, owner, head.created_at, now), *(size, now, previous, conversation, content)),
-            )
-            _add_items(connection, head.id, items, ())
-            _add_events(connection, head.id, 0, events)
+            self._insert(connection, new, "queued", sum(map(len, events)), self._database.clock())
+            _add_events(connection, new.head.id, 0, events)
 
         await self._database.run(work)
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        new: NewResponse,
+        status: str,
+        more_bytes: int,
+        alive_at: float | None = None,
+    ) -> None:
+        """Insert an entry with its input. `more_bytes`: size of what is stored with it besides."""
+        head, now = new.head, self._database.clock()
+        size = len(new.content) + _size(new.items) + more_bytes
+        row = (head.id, _RESPONSE, new.owner, head.created_at, now, size, status, alive_at)
+        connection.execute(
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, new.previous, new.conversation, new.content),
+        )
+        _add_items(connection, head.id, new.items, ())
 
     async def progress(
         self, owner: str, response_id: str, content: bytes, first_number: int, events: Sequence[bytes]

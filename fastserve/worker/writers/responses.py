@@ -113,16 +113,31 @@ class _Reasoning(_Content):
 
 
 class _Call(_Item):
-    id_prefix = "fc"
+    """A call of a tool, whose arguments come piece by piece."""
+
+    kind: str
+    arguments_field: str
 
     def __init__(self, index: int, part: ToolCallPart) -> None:
         self.number = part.index
-        call_id = part.id or new_id("call")
-        super().__init__(index, {"type": "function_call", "call_id": call_id, "name": part.name, "arguments": ""})
+        call = {"type": self.kind, "call_id": part.id or new_id("call"), "name": part.name}
+        super().__init__(index, call | {self.arguments_field: ""})
 
     def add(self, arguments: str) -> list[Event]:
         self.pieces.append(arguments)
-        return [("response.function_call_arguments.delta", {**self.where, "delta": arguments})]
+        return []
+
+
+class _FunctionCall(_Call):
+    id_prefix = "fc"
+    kind = "function_call"
+    arguments_field = "arguments"
+
+    def add(self, arguments: str) -> list[Event]:
+        return [
+            *super().add(arguments),
+            ("response.function_call_arguments.delta", {**self.where, "delta": arguments}),
+        ]
 
     def end(self, status: str) -> list[Event]:
         self.item["arguments"] = "".join(self.pieces)
@@ -130,19 +145,12 @@ class _Call(_Item):
         return [("response.function_call_arguments.done", done), *super().end(status)]
 
 
-class _CustomCall(_Item):
-    """A call of a custom tool: its arguments are an object with its input, a text."""
+class _CustomCall(_Call):
+    """A call of a custom tool: its arguments are an object with its input, a text, which is shown once it is whole."""
 
     id_prefix = "ctc"
-
-    def __init__(self, index: int, part: ToolCallPart) -> None:
-        self.number = part.index
-        call_id = part.id or new_id("call")
-        super().__init__(index, {"type": "custom_tool_call", "call_id": call_id, "name": part.name, "input": ""})
-
-    def add(self, arguments: str) -> list[Event]:
-        self.pieces.append(arguments)
-        return []
+    kind = "custom_tool_call"
+    arguments_field = "input"
 
     def end(self, status: str) -> list[Event]:
         text = _custom_input("".join(self.pieces))
@@ -218,8 +226,8 @@ class OutputItems:
     def _add_call(self, part: ToolCallPart) -> list[Event]:
         call = self._open
         events: list[Event] = []
-        if not isinstance(call, _Call | _CustomCall) or call.number != part.index:
-            kind = _CustomCall if part.name in self._custom_tools else _Call
+        if not isinstance(call, _Call) or call.number != part.index:
+            kind: type[_Call] = _CustomCall if part.name in self._custom_tools else _FunctionCall
             call, events = self._begin(lambda index: kind(index, part))
         return [*events, *(call.add(part.arguments) if part.arguments else ())]
 
