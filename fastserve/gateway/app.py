@@ -22,7 +22,7 @@ from fastserve.access.key_files import reloading
 from fastserve.access.service import guard_client_service, load_access
 from fastserve.config import ApiServerConfig
 from fastserve.errors import StartupError
-from fastserve.gateway import adapter_routes
+from fastserve.gateway import adapter_routes, ollama_routes
 from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, ClientRequest
 from fastserve.gateway.dispatch import Dispatcher, open_dispatcher
@@ -87,6 +87,7 @@ def create_app(
     name_failures(app)
     app.include_router(router)
     app.include_router(adapter_routes.router)
+    app.include_router(ollama_routes.router)
     app.router.routes += relayed_routes(model_routes)
     install_api_docs(app, model_routes)
     # The middleware added last is the outermost: CORS answers preflights, which carry no key, before keys are checked.

@@ -26,13 +26,21 @@ class _SLoraPeek(msgspec.Struct):
     lora_dir: str | None = None
 
 
+class _OllamaPeek(msgspec.Struct):
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
+
+
 _EXPECTED = {
+    "name": "a string",
     "model": "a string",
     "stream": "true or false",
     "lora_dir": "a string as in --lora-dirs, or the name of an adapter",
 }
 _FIELD = re.compile(r"`\$\.(\w+)`")
 _decoder = msgspec.json.Decoder(Peek)
+_ollama_decoder = msgspec.json.Decoder(_OllamaPeek)
 _slora_decoder = msgspec.json.Decoder(_SLoraPeek)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MAX_SHOWN_BYTES = 80
@@ -42,8 +50,21 @@ def peek(body: bytes) -> tuple[str, bool]:
     """Returns the request's `model` and `stream`. Raises InvalidRequestError."""
     seen = _decode(_decoder, body)
     if not seen.model:
-        raise InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
+        raise _no_model()
     return seen.model, bool(seen.stream)
+
+
+def peek_ollama(body: bytes) -> tuple[str, bool]:
+    """Returns `model` (or `name`) and `stream` of a request of Ollama's. Raises InvalidRequestError."""
+    seen = _decode(_ollama_decoder, body)
+    model = seen.model or seen.name
+    if not model:
+        raise _no_model()
+    return model, seen.stream is not False
+
+
+def _no_model() -> InvalidRequestError:
+    return InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
 
 
 def peek_slora(body: bytes) -> tuple[str | None, str | None]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from fastserve.openai.anthropic import CountTokensRequest, MessagesRequest
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.completions import CompletionRequest
+from fastserve.openai.ollama import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
 from fastserve.openai.slora import GenerateRequest
 
 ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
@@ -101,7 +102,41 @@ COUNT_TOKENS = replace(
 )
 ANTHROPIC_ROUTES = (MESSAGES, COUNT_TOKENS)
 
-RELAYED_ROUTES = (*MODEL_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES)
+OLLAMA_CHAT = ModelRoute(
+    "/api/chat",
+    "chat",
+    OllamaChatRequest,
+    "The message, or a stream of its pieces",
+    "Answer a chat (Ollama's route)",
+    contents="message",
+    contents_kind="object",
+    remedy=CHAT.remedy,
+    api="ollama",
+)
+OLLAMA_GENERATE = replace(
+    OLLAMA_CHAT,
+    path="/api/generate",
+    capability="completions",
+    request=OllamaGenerateRequest,
+    answer="The text, or a stream of its pieces",
+    summary="Answer a prompt (Ollama's route)",
+    contents="response",
+    contents_kind="text",
+    remedy="",
+)
+OLLAMA_SHOW = replace(
+    OLLAMA_GENERATE,
+    path="/api/show",
+    request=OllamaShowRequest,
+    answer="The model's template, sizes and capabilities",
+    summary="Describe a model (Ollama's route)",
+    contents="model_info",
+    contents_kind="object",
+    streams=False,
+)
+OLLAMA_ROUTES = (OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_SHOW)
+
+RELAYED_ROUTES = (*MODEL_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES, *OLLAMA_ROUTES)
 """All routes that the API server relays."""
 
 

@@ -81,6 +81,7 @@ class ChatTemplate:
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any]) -> None:
         """Raises StartupError if a template cannot be compiled."""
         environment = _environment()
+        self.source = sources.get("default", "")
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():

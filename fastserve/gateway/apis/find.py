@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from fastserve.gateway.apis import Api
 from fastserve.gateway.apis.anthropic import ANTHROPIC
+from fastserve.gateway.apis.ollama import OLLAMA
 from fastserve.gateway.apis.openai import OPENAI
 from fastserve.gateway.apis.slora import SLORA
 
-APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA, "anthropic": ANTHROPIC}
+APIS: Mapping[str, Api] = {"openai": OPENAI, "slora": SLORA, "anthropic": ANTHROPIC, "ollama": OLLAMA}
