@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import ollama
@@ -16,6 +17,8 @@ from tests.worker.conftest import MODEL
 
 TURN = {"role": "user", "content": "hi"}
 TEXT = "hello there, 世界"
+
+DOCS = Path(__file__).parents[2] / "docs" / "ollama.md"
 
 
 @pytest.fixture
@@ -56,6 +59,13 @@ async def test_generate_renders_the_template_unless_the_prompt_is_raw(served: Se
     assert (raw.prompt_eval_count or 0) < (answer.prompt_eval_count or 0)
     chunks = [chunk.response async for chunk in await client.generate(model=MODEL, prompt="hi", raw=True, stream=True)]
     assert "".join(chunk or "" for chunk in chunks) == TEXT
+
+
+async def test_the_example_of_the_docs_runs(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    example = DOCS.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    code = example.replace("http://localhost:8888", served.url)
+    await asyncio.to_thread(exec, code, {})
+    assert capsys.readouterr().out.strip() == "hello there, 世界"
 
 
 async def test_the_synchronous_client_streams_too(served: Served) -> None:

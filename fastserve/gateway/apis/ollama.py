@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastserve.errors import InvalidAnswerError
+from fastserve.gateway.answers import decode_event
 from fastserve.gateway.apis import JSON_LINES, EventKind
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.peek import peek_ollama
@@ -45,10 +46,7 @@ class OllamaApi:
         return model if known else untagged(model), stream if streams is None else streams
 
     def read_event(self, data: bytes) -> EventKind:
-        try:
-            line = _decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidAnswerError("A line of the worker's stream has another shape than Ollama's.") from error
+        line = decode_event(_decode, data, "Ollama")
         if line.error is not None:
             return "error"
         if line.message is None and line.response is None:

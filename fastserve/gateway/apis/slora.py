@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from fastserve.errors import InvalidAnswerError, InvalidRequestError, NoWorkerError
-from fastserve.gateway.answers import error_alone
+from fastserve.errors import InvalidRequestError, NoWorkerError
+from fastserve.gateway.answers import decode_event, error_alone
 from fastserve.gateway.apis import SERVER_SENT_EVENTS, EventKind
 from fastserve.gateway.apis.openai import ERROR_STATUSES
 from fastserve.gateway.dispatch import Dispatcher
@@ -48,10 +48,7 @@ class SLoraApi:
         return model or _only_base(dispatcher), bool(streams)
 
     def read_event(self, data: bytes) -> EventKind:
-        try:
-            event = _decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidAnswerError("An event of the worker's stream has another shape than S-LoRA's.") from error
+        event = decode_event(_decode, data, "S-LoRA")
         if event.error is not None or event.finished == -1:
             return "error"
         return "last" if event.finished else "data"
