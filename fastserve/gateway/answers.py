@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import aiohttp
 import msgspec
@@ -28,6 +28,7 @@ NO_SUCH_ROUTE = ("unknown_route", "unsupported_route", "wrong_method")
 """Error codes of our own services for a missing route, as when a controller was registered as a worker."""
 DIGITS = re.compile(r"[0-9]{1,6}")
 
+EventT = TypeVar("EventT")
 Kind = Literal["success", "foreign", "refusal", "failure", "client error"]
 
 
@@ -251,6 +252,14 @@ def _decoder_of(contents: Contents) -> Callable[[bytes], Body]:
         return body
 
     return decode_with_plain_error
+
+
+def decode_event(decode: Callable[[bytes], EventT], data: bytes, api: str) -> EventT:
+    """Decode an event of the stream of an API. Raises InvalidAnswerError for another shape."""
+    try:
+        return decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidAnswerError(f"An event of the worker's stream has another shape than {api}'s.") from error
 
 
 def error_alone(data: bytes) -> bytes:

@@ -22,7 +22,7 @@ from fastserve.access.key_files import reloading
 from fastserve.access.service import guard_client_service, load_access
 from fastserve.config import ApiServerConfig
 from fastserve.errors import StartupError
-from fastserve.gateway import adapter_routes
+from fastserve.gateway import adapter_routes, ollama_routes
 from fastserve.gateway.api_docs import install_api_docs
 from fastserve.gateway.attempt import AnswerBounds, AttemptRunner, ClientRequest
 from fastserve.gateway.batches import routes as batch_routes
@@ -99,6 +99,7 @@ def create_app(
     app.include_router(adapter_routes.router)
     app.include_router(stored_routes.router)
     app.include_router(batch_routes.router)
+    app.include_router(ollama_routes.router)
     app.router.routes += relayed_routes(route for route in model_routes if route not in RESPONSES_ROUTES)
     app.router.routes += responses_routes()
     install_api_docs(app, model_routes)

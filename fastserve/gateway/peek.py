@@ -54,11 +54,18 @@ class ResponsePeek(msgspec.Struct):
         return self.conversation.id if isinstance(self.conversation, _Conversation) else self.conversation
 
 
+class _OllamaPeek(msgspec.Struct):
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
+
+
 _EXPECTED = {
     "store": "true or false",
     "background": "true or false",
     "previous_response_id": "the id of a response",
     "conversation": 'the id of a conversation, or {"id": ...}',
+    "name": "a string",
     "model": "a string",
     "stream": "true or false",
     "prompts": "an array of objects with model and prompt",
@@ -67,6 +74,7 @@ _EXPECTED = {
 _FIELD = re.compile(r"`\$\.(\w+)")
 _decoder = msgspec.json.Decoder(Peek)
 _tokens_decoder = msgspec.json.Decoder(_TokensPeek)
+_ollama_decoder = msgspec.json.Decoder(_OllamaPeek)
 _slora_decoder = msgspec.json.Decoder(_SLoraPeek)
 _response_decoder = msgspec.json.Decoder(ResponsePeek)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -77,8 +85,21 @@ def peek(body: bytes) -> tuple[str, bool]:
     """Returns the request's `model` and `stream`. Raises InvalidRequestError."""
     seen = _decode(_decoder, body)
     if not seen.model:
-        raise InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
+        raise _no_model()
     return seen.model, bool(seen.stream)
+
+
+def peek_ollama(body: bytes) -> tuple[str, bool]:
+    """Returns `model` (or `name`) and `stream` of a request of Ollama's. Raises InvalidRequestError."""
+    seen = _decode(_ollama_decoder, body)
+    model = seen.model or seen.name
+    if not model:
+        raise _no_model()
+    return model, seen.stream is not False
+
+
+def _no_model() -> InvalidRequestError:
+    return InvalidRequestError("Missing required field 'model'.", param="model", code="missing_required_parameter")
 
 
 def peek_slora(body: bytes) -> tuple[str | None, str | None]:

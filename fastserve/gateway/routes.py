@@ -107,10 +107,15 @@ router = APIRouter()
 @router.get("/v1/models", response_model=ModelCards)
 async def list_models(gateway: GatewayDep, request: Request) -> Any:
     """The models that workers serve now, in Anthropic's form with the header `anthropic-version`."""
+    cards = await model_cards(gateway)
+    return JSONResponse(anthropic_cards(cards)) if is_anthropic(request.scope) else ModelCards(data=cards)
+
+
+async def model_cards(gateway: Gateway) -> list[Model]:
+    """Models and adapters that workers serve now."""
     await gateway.dispatcher.ensure_fresh()
     cards = [_model_card(gateway, name) for name in gateway.dispatcher.model_names()]
-    cards += [_adapter_card(gateway, name, adapter) for name, adapter in gateway.dispatcher.adapters().items()]
-    return JSONResponse(anthropic_cards(cards)) if is_anthropic(request.scope) else ModelCards(data=cards)
+    return cards + [_adapter_card(gateway, name, adapter) for name, adapter in gateway.dispatcher.adapters().items()]
 
 
 def _model_card(gateway: Gateway, name: str) -> Model:

@@ -1,4 +1,4 @@
-"""Makes text from outside safe to print in logs and error messages."""
+"""Makes text from outside safe to print in logs and error messages, and numbers short."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ def printable(text: str, max_chars: int = 200) -> str:
     """
     kept = escape_controls(text[:max_chars], "\\")
     return kept if len(text) <= max_chars else kept + "…"
+
+
+def short_count(number: int) -> str:
+    """A number with its unit: 7.2B, 135M, 4.1M."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
+    return str(number)

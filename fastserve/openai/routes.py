@@ -25,6 +25,7 @@ from fastserve.openai.embeddings import (
     RerankRequest,
     ScoreRequest,
 )
+from fastserve.openai.ollama import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
 from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
@@ -140,6 +141,40 @@ COUNT_TOKENS = replace(
 )
 ANTHROPIC_ROUTES = (MESSAGES, COUNT_TOKENS)
 
+OLLAMA_CHAT = ModelRoute(
+    "/api/chat",
+    "chat",
+    OllamaChatRequest,
+    "The message, or a stream of its pieces",
+    "Answer a chat (Ollama's route)",
+    contents="message",
+    contents_kind="object",
+    remedy=CHAT.remedy,
+    api="ollama",
+)
+OLLAMA_GENERATE = replace(
+    OLLAMA_CHAT,
+    path="/api/generate",
+    capability="completions",
+    request=OllamaGenerateRequest,
+    answer="The text, or a stream of its pieces",
+    summary="Answer a prompt (Ollama's route)",
+    contents="response",
+    contents_kind="text",
+    remedy="",
+)
+OLLAMA_SHOW = replace(
+    OLLAMA_GENERATE,
+    path="/api/show",
+    request=OllamaShowRequest,
+    answer="The model's template, sizes and capabilities",
+    summary="Describe a model (Ollama's route)",
+    contents="model_info",
+    contents_kind="object",
+    streams=False,
+)
+OLLAMA_ROUTES = (OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_SHOW)
+
 
 TOKENIZE = ModelRoute(
     "/tokenize",
@@ -229,7 +264,7 @@ POOLING_ROUTES: tuple[ModelRoute, ...] = (
 
 RELAYED_ROUTES = (
     *(*MODEL_ROUTES, *RESPONSES_ROUTES, *POOLING_ROUTES, *TOKEN_ROUTES),
-    *(*FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES),
+    *(*FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES, *OLLAMA_ROUTES),
 )
 """All that the API server relays."""
 

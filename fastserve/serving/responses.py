@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 ResultT = TypeVar("ResultT")
+EVENT_STREAM = "text/event-stream"
 
 
 async def _wait_disconnect(receive: Receive) -> None:
@@ -42,7 +43,7 @@ class StreamResponse(Response):
     normal HTTP error; after that, the generator itself must yield an error event.
     """
 
-    def __init__(self, body: AsyncGenerator[bytes, None], media_type: str = "text/event-stream") -> None:
+    def __init__(self, body: AsyncGenerator[bytes, None], media_type: str = EVENT_STREAM) -> None:
         super().__init__(None, media_type=media_type)
         self._body = body
         del self.headers["content-length"]

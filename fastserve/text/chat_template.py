@@ -89,6 +89,7 @@ class ChatTemplate:
         compiled."""
         self.stops = stops
         environment = _environment()
+        self.source = sources.get("default", "")
         self._special_tokens = dict(special_tokens)
         self.source = "\n".join(sources.values())
         """Text of all templates."""

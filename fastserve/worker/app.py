@@ -29,7 +29,7 @@ from fastserve.config import WorkerConfig
 from fastserve.engine.contract import Engine, EngineInfo
 from fastserve.errors import StartupError, WeightsIncompleteError
 from fastserve.observability.metrics import CONTENT_TYPE
-from fastserve.observability.text import printable
+from fastserve.observability.text import printable, short_count
 from fastserve.openai.body import RequestBounds
 from fastserve.protocol import MAX_MODEL_NAMES, MAX_NAME_CHARS, AdapterEntry, WorkerStatus
 from fastserve.serving.errors import install_error_handlers
@@ -43,6 +43,7 @@ from fastserve.worker import (
     admin_routes,
     anthropic_routes,
     fastchat_routes,
+    ollama_routes,
     openai_routes,
     pooling_routes,
     responses_routes,
@@ -147,6 +148,7 @@ class ModelWorker:
         app.include_router(rtp_llm_routes.router)
         app.include_router(slora_routes.router)
         app.include_router(anthropic_routes.router)
+        app.include_router(ollama_routes.router)
         app.include_router(admin_routes.router)
         app.include_router(adapter_routes.admin_router)
         app.include_router(weight_routes.admin_router)
@@ -337,7 +339,7 @@ class ModelWorker:
             ", ".join(self._setup.model_names),
             self._setup.address,
             info.architecture,
-            _short_count(info.num_parameters),
+            short_count(info.num_parameters),
             info.dtype,
             info.device,
             info.load_s,
@@ -489,11 +491,3 @@ async def _ready(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     return Response(metrics_of(request).exposition(), media_type=CONTENT_TYPE)
-
-
-def _short_count(number: int) -> str:
-    """A number with its unit: 7.2B, 135M, 4.1M."""
-    for unit, size in (("B", 10**9), ("M", 10**6)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
-    return str(number)

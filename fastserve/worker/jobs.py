@@ -166,6 +166,11 @@ class JobMaker:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def template_source(self) -> str:
+        """The chat template; "" if there is none."""
+        return "" if self._template is None else self._template.source
+
     def chat(self, body: bytes, caller: Caller) -> Job:
         """Make a job from the body of a chat request. Raises RequestError, as all methods here do."""
         return self._chat(parse_request(ChatRequest, body, self.settings.bounds), caller)

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from fastserve.openai.answers import JSON
 from fastserve.protocol import REQUEST_ID_HEADER
-from fastserve.serving.responses import StreamResponse, run_until_disconnect
+from fastserve.serving.responses import EVENT_STREAM, StreamResponse, run_until_disconnect
 from fastserve.worker.answer import fold, stream_answer
 from fastserve.worker.jobs import Job
 from fastserve.worker.runtime import Runtime
@@ -19,11 +19,16 @@ _BYTES_PER_LOGPROB = 16
 """Work of writing one log probability, as bytes of a body of the same cost (see `PromptPool.run`)."""
 
 
-async def respond(request: Request, runtime: Runtime, job: Job, writer: AnswerWriter) -> Response:
-    """Run the job and write its answer, streamed or whole. Raises FastserveError if it fails before its first byte."""
+async def respond(
+    request: Request, runtime: Runtime, job: Job, writer: AnswerWriter, stream_type: str = EVENT_STREAM
+) -> Response:
+    """Run the job and write its answer, streamed or whole. Raises FastserveError if it fails before its first byte.
+
+    `stream_type`: media type of a stream.
+    """
     headers = {REQUEST_ID_HEADER: job.caller.request_id}
     if job.answer.stream:
-        response = StreamResponse(stream_answer(runtime.service, job, writer))
+        response = StreamResponse(stream_answer(runtime.service, job, writer), stream_type)
         response.headers.update(headers)
         return response
     result = await run_until_disconnect(request, fold(runtime.service, job))

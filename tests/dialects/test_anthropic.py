@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,6 +18,8 @@ from tests.worker.conftest import MODEL
 TURN: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 20, "messages": [TURN]}
 KEY = "a-key-of-a-client"
+
+DOCS = Path(__file__).parents[2] / "docs" / "anthropic.md"
 
 
 @pytest.fixture
@@ -62,6 +65,13 @@ async def test_streams_hold_the_same_as_whole_answers(served: Served) -> None:
         assert final.usage.output_tokens == whole.usage.output_tokens
     reasons = [(await client.messages.create(**{**BODY, **more})).stop_reason for more in ({"max_tokens": 2},)]
     assert reasons == ["max_tokens"]
+
+
+async def test_the_example_of_the_docs_runs(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    example = DOCS.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    code = example.replace("http://localhost:8888", served.url).replace('api_key="none"', f'api_key="{KEY}"')
+    await asyncio.to_thread(exec, code, {})
+    assert capsys.readouterr().out.strip() == "hello there, 世界"
 
 
 async def test_the_synchronous_client_streams_too(served: Served) -> None:

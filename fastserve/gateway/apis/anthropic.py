@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastserve.errors import InvalidAnswerError
+from fastserve.gateway.answers import decode_event
 from fastserve.gateway.apis import SERVER_SENT_EVENTS, EventKind
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.gateway.peek import peek
@@ -44,10 +45,7 @@ class AnthropicApi:
         return model, stream if streams is None else streams
 
     def read_event(self, data: bytes) -> EventKind:
-        try:
-            event = _decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidAnswerError("An event of the worker's stream has another shape than Anthropic's.") from error
+        event = decode_event(_decode, data, "Anthropic")
         if event.type == "error":
             if event.error is None:
                 raise InvalidAnswerError("An error event of the worker's stream has no error.")

@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 
-from fastserve.errors import InvalidAnswerError
-from fastserve.gateway.answers import error_alone
+from fastserve.gateway.answers import decode_event, error_alone
 from fastserve.gateway.apis import SERVER_SENT_EVENTS, EventKind
 from fastserve.gateway.apis.only_base import only_base
 from fastserve.gateway.apis.openai import ERROR_STATUSES
@@ -48,10 +47,7 @@ class SLoraApi:
         return model or only_base(dispatcher, _REMEDY), bool(streams)
 
     def read_event(self, data: bytes) -> EventKind:
-        try:
-            event = _decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidAnswerError("An event of the worker's stream has another shape than S-LoRA's.") from error
+        event = decode_event(_decode, data, "S-LoRA")
         if event.error is not None or event.finished == -1:
             return "error"
         return "last" if event.finished else "data"
