@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from fastserve.engine.contract import PoolingInfo
-from fastserve.engine.devices.find import find_device
+from fastserve.engine.devices.find import device_of, find_device
 from fastserve.engine.layers.fusion import MODEL_CODE_ERRORS
-from fastserve.engine.layers.layouts.find import layout_of
+from fastserve.engine.layers.layouts.onednn import OneDnnWeight
 from fastserve.engine.layers.linear import Linear
 from fastserve.engine.layers.modules import replace_module
 from fastserve.engine.loading.config_values import require_sound_values
@@ -239,12 +239,15 @@ def _make(
 
 
 def _pack_linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """Give linear layers the fastest layout of their weights; returns the layers that were replaced, by path."""
+    """Pack the weights of linear layers for steps of a thousand tokens, where oneDNN is four times as fast as our
+    kernel for a few; returns the layers that were replaced, by path."""
     replaced = []
     for path, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear:
-            replace_module(model, path, Linear(layout_of(module.weight), module.bias))
-            replaced.append((path, module))
+            layout = OneDnnWeight.of(module.weight) if device_of(module.weight.device).packs_weights else None
+            if layout is not None:
+                replace_module(model, path, Linear(layout, module.bias))
+                replaced.append((path, module))
     return replaced
 
 
