@@ -54,4 +54,5 @@ class UpdateMemory:
 
 def _is_worth_keeping(memory: torch.Tensor) -> bool:
     """Not on GPUs, whose allocator does so, and not if it is quicker to make it anew."""
-    return bool(memory.device.type == "cpu" and memory.numel() * memory.element_size() >= _SMALL_BYTES)
+    num_bytes: int = memory.numel() * memory.element_size()
+    return bool(memory.device.type == "cpu" and num_bytes >= _SMALL_BYTES)
