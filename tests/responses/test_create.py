@@ -22,6 +22,8 @@ in_module_loop = pytest.mark.asyncio(loop_scope="module")
 class Marked:
     """Parses `<kind>text` pieces: think, text, call. Text goes out letter by letter, as a stream would."""
 
+    is_reasoning = False
+
     def __init__(self, choice: int = 0) -> None:
         self._text = ""
 
