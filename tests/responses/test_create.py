@@ -23,6 +23,8 @@ class Marked:
     """Parses `<kind>text` pieces: think, text, call. Text goes out letter by letter, as a stream would."""
 
     is_reasoning = False
+    num_calls = 0
+    is_complete = False
 
     def __init__(self, choice: int = 0) -> None:
         self._text = ""

@@ -309,7 +309,7 @@ class ResponsesWriter:
 
 def _logprob(token: DecodedToken) -> Fields:
     return _token(token.data, token.logprob) | {
-        "top_logprobs": [_token(data, logprob) for data, logprob, *_ in token.top]
+        "top_logprobs": [_token(data, logprob) for *_, data, logprob in token.top]
     }
 
 
