@@ -33,7 +33,7 @@ class Marked:
         self._text += text
         return []
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut_off: bool = False) -> list[Part]:
         parts: list[Part] = []
         calls = -1
         for piece in self._text.split("<")[1:]:
