@@ -106,6 +106,9 @@ class KnownAnswers:
         drafts = known[length : length + max_drafts]
         return [token if self._rng.random() < 0.8 else (token + 1) % VOCABULARY for token in drafts]
 
+    def expect(self, seq_id: int, predicted_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        pass
+
     def forget(self, seq_id: int) -> None:
         pass
 

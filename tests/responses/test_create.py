@@ -22,6 +22,10 @@ in_module_loop = pytest.mark.asyncio(loop_scope="module")
 class Marked:
     """Parses `<kind>text` pieces: think, text, call. Text goes out letter by letter, as a stream would."""
 
+    is_reasoning = False
+    num_calls = 0
+    is_complete = False
+
     def __init__(self, choice: int = 0) -> None:
         self._text = ""
 
@@ -29,7 +33,7 @@ class Marked:
         self._text += text
         return []
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut_off: bool = False) -> list[Part]:
         parts: list[Part] = []
         calls = -1
         for piece in self._text.split("<")[1:]:
