@@ -86,11 +86,12 @@ def _table(model: type[BaseModel], schema: Mapping[str, Any], definitions: Mappi
     """Fields that must be given come first, those without effect last."""
     required = schema.get("required", [])
     infos = {info.alias or name: info for name, info in model.model_fields.items()}
-    docstrings = _docstrings(model)
+    by_name = _docstrings(model)
+    docstrings = {info.alias or name: by_name.get(name, "") for name, info in model.model_fields.items()}
     rows = []
     for name, field in schema["properties"].items():
         kind = " ".join([_kind(field, definitions), *_range(infos[name])])
-        text = " ".join((infos[name].description or docstrings.get(name, "")).split())
+        text = " ".join((infos[name].description or docstrings[name]).split())
         mark = " (required)" if name in required else ""
         order = (name not in required, text.startswith(_NO_EFFECT))
         rows.append((order, f"| `{name}`{mark} | {_escaped(kind)} | {_escaped(text)} |"))

@@ -45,6 +45,7 @@ class PoolingFields(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
+    """A served model."""
     truncate_prompt_tokens: Integer | None = Field(None, ge=-1, le=MAX_COUNT)
     """Cut longer texts to so many tokens; -1: to what the model takes."""
     priority: Integer | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
@@ -60,11 +61,13 @@ class EmbeddingFields(PoolingFields):
     input: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
+    """Vectors as arrays of numbers (the default), or as float32 in base64."""
     dimensions: Integer | None = Field(None, ge=1, le=MAX_DIMENSIONS)
     """Numbers of each vector that are kept, of models whose first numbers say most (Matryoshka)."""
     normalize: Flag | None = None
     """Whether vectors have length 1; the default is as the model was trained."""
     add_special_tokens: Flag | None = None
+    """Whether the special tokens that the model was trained with are added to texts; the default is true."""
     prompt_name: str | None = None
     """Name of one of the model's prompts, to put before each text."""
     input_type: str | None = None
@@ -93,25 +96,38 @@ class RerankRequest(PoolingFields):
     """Body of /v1/rerank and /v2/rerank."""
 
     query: str
+    """The text that documents are compared with."""
     documents: Any
     """A list of strings, or of objects with `text`."""
     top_n: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    """Return so many of the best documents; the default is all."""
     return_documents: Flag | None = None
+    """Whether results have the texts of the documents; the default is true, of `/v2/rerank` false."""
     max_tokens_per_doc: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    """Cut longer documents to so many tokens."""
     use_activation: Flag | None = None
+    """Whether scores are probabilities (the default), or logits."""
 
 
 class ScoreRequest(PoolingFields):
     """Body of /v1/score: two lists of texts of one length, or a single text and a list."""
 
     text_1: Any = None
+    """A text, or as many as the other side has."""
     text_2: Any = None
+    """A text or a list of texts."""
     queries: Any = None
+    """The same as `text_1`."""
     documents: Any = None
+    """The same as `text_2`."""
     items: Any = None
+    """The same as `text_2`."""
     data_1: Any = None
+    """The same as `text_1`."""
     data_2: Any = None
+    """The same as `text_2`."""
     use_activation: Flag | None = None
+    """Whether scores are probabilities (the default), or logits."""
 
     def sides(self, bounds: RequestBounds) -> list[tuple[str, list[str]]]:
         """Name and texts of both sides. Raises InvalidRequestError."""
@@ -132,8 +148,11 @@ class ClassifyRequest(PoolingFields):
     """Body of /v1/classify."""
 
     input: Any
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     use_activation: Flag | None = None
+    """Whether scores are probabilities (the default), or logits."""
     add_special_tokens: Flag | None = None
+    """Whether the special tokens that the model was trained with are added to texts; the default is true."""
 
 
 PoolingT = TypeVar("PoolingT", bound=PoolingFields)

@@ -26,46 +26,60 @@ class OllamaRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
+    """A served model; the tag `latest` may be left out."""
     stream: Flag | None = None
     """The default is true."""
     options: dict[str, Any] | None = None
+    """Parameters of sampling: `num_predict`, `temperature`, `top_k`, `top_p`, `seed`, `stop` and others."""
     format: str | dict[str, Any] | None = None
     """`json`, or a JSON schema."""
     think: Flag | str | None = None
     """Whether the model thinks before it answers, or how much: low, medium, high or max."""
     keep_alive: int | float | str | None = None
-    """Accepted without effect: a model stays loaded as long as its worker runs."""
+    """Accepted; no effect: a model stays loaded as long as its worker runs."""
     truncate: Flag | None = None
-    """Accepted without effect: prompts that are too long are refused."""
+    """Accepted; no effect: prompts that are too long are refused."""
     shift: Flag | None = None
-    """Accepted without effect: an answer ends when the context is full."""
+    """Accepted; no effect: an answer ends when the context is full."""
     logprobs: Flag | None = None
+    """Whether the answer has the log-probability of each token."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """So many of the likeliest tokens at each position, with their log-probabilities."""
 
 
 class OllamaChatRequest(OllamaRequest):
     messages: Annotated[list[dict[str, Any]] | None, at_most("max_messages", "messages")] = None
+    """The conversation; none is answered with `done_reason` `load`."""
     tools: list[dict[str, Any]] | None = None
+    """Functions that the model may call."""
 
 
 class OllamaGenerateRequest(OllamaRequest):
     prompt: str | None = None
+    """The text to answer; none is answered with `done_reason` `load`."""
     system: str | None = None
+    """A system message."""
     raw: Flag | None = None
     """Whether the prompt goes to the model as it is, without the chat template."""
     suffix: str | None = None
+    """Refused."""
     template: str | None = None
+    """Refused."""
     images: Any = None
+    """Refused."""
     context: Any = None
+    """Refused."""
 
 
 class OllamaShowRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = None
+    """A served model."""
     name: str | None = None
     """The older name of `model`."""
     verbose: Flag | None = None
+    """Accepted; no effect."""
 
 
 def untagged(name: str) -> str:

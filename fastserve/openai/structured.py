@@ -34,16 +34,27 @@ class StructuredFields(BaseModel):
     """At most one of them may ask for a format."""
 
     response_format: dict[str, Any] | None = None
+    """OpenAI's: `{"type": "text"}`, `json_object`, or `json_schema` with a schema that the answer obeys."""
     structured_outputs: dict[str, Any] | None = None
+    """vLLM's: an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`."""
     guided_json: Any = None
+    """A JSON schema that the answer obeys, as an object or as text."""
     guided_regex: str | None = None
+    """A regular expression that the whole answer matches."""
     guided_choice: list[Any] | None = None
+    """Strings, of which the answer is one."""
     guided_grammar: str | None = None
+    """A grammar of the answer, as `grammar`."""
     guided_whitespace_pattern: str | None = None
+    """A regular expression of the whitespace between parts of JSON, with `guided_json`."""
     grammar: str | None = None
+    """A grammar of the answer: GBNF, or Lark where it has a `start:` rule or `%llguidance`."""
     json_schema: Any = None
+    """The same as `guided_json`."""
     regex: str | None = None
+    """The same as `guided_regex`."""
     ebnf: str | None = None
+    """The same as `grammar`."""
 
     def answer_format(self, bounds: RequestBounds) -> AnswerFormat | None:
         """The format that the request asks for; None: any text. Raises InvalidRequestError."""

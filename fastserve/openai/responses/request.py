@@ -91,58 +91,86 @@ class StreamOptions(BaseModel):
 class TextFormat(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     type: Literal["text", "json_object", "json_schema"]
+    """Any text, any JSON object, or JSON that obeys `schema`."""
     name: str | None = None
+    """The name of the schema; `json_schema` needs one."""
     schema_: Any = Field(None, alias="schema")
+    """A JSON schema."""
     strict: Flag | None = None
+    """Accepted; no effect: the answer always obeys the schema."""
     description: str | None = None
+    """Accepted; no effect."""
 
 
 class TextOptions(BaseModel):
     format: TextFormat | None = None
+    """The form of the answer's text."""
     verbosity: Literal["low", "medium", "high"] | None = None
-    """Without effect: no open model has it."""
+    """Accepted; no effect: no open model has it."""
 
 
 class ReasoningOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """How much the model reasons, as `reasoning_effort` of a chat."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Without effect: the answer has the reasoning itself."""
+    """Accepted; no effect: the answer has the reasoning itself."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """Accepted; no effect: the older name of `summary`."""
 
 
 class ConversationRef(BaseModel):
     id: str
+    """The id of the conversation."""
 
 
 class ResponsesRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
+    """A served model."""
     input: Any = None
     """A string, or a list of items."""
     instructions: str | None = None
+    """A system message before the input. Those of earlier responses do not go on."""
     stream: Flag | None = None
+    """Whether the answer comes as events while it is generated."""
     stream_options: StreamOptions | None = None
+    """Options of the stream; with `stream` only."""
     store: Flag | None = None
+    """Whether the response is stored; the default is true at an API server with a store."""
     background: Flag | None = None
+    """Whether the answer comes at once, and is generated after it; it is read from the store."""
     previous_response_id: str | None = None
+    """A stored response whose input and output come before the input."""
     conversation: ConversationRef | None = None
+    """A conversation, or its id: its items come before the input, and input and output are added to it."""
     max_output_tokens: Integer | None = Field(None, ge=MIN_OUTPUT_TOKENS)
+    """Tokens of the answer at most, its reasoning included."""
     max_tool_calls: Integer | None = Field(None, ge=1, le=MAX_COUNT)
-    """Without effect: it counts calls of hosted tools."""
+    """Accepted; no effect: it counts calls of hosted tools."""
     tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Functions and custom tools that the model may call."""
     tool_choice: Any = None
     """`auto`, `none`, `required`, or an object."""
     parallel_tool_calls: Flag | None = None
+    """Whether one answer may have several calls."""
     text: TextOptions | None = None
+    """The form of the answer."""
     reasoning: ReasoningOptions | None = None
+    """How the model reasons."""
     include: Annotated[list[Literal[INCLUDES]], Field(max_length=64, fail_fast=True)] | None = None  # type: ignore[valid-type]
+    """`message.output_text.logprobs` adds the log-probabilities of tokens; the others have no effect."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """So many of the likeliest tokens at each position, with their log-probabilities."""
     temperature: Number | None = Field(None, ge=0, le=2)
+    """Randomness of sampling; 0 always takes the likeliest token."""
     top_p: Number | None = Field(None, ge=0, le=1)
+    """Sample among the likeliest tokens that have this probability together."""
     truncation: Literal["auto", "disabled"] | None = None
+    """`auto` is refused: no item is dropped unasked."""
     metadata: dict[str, str] | None = None
+    """Up to 16 pairs of strings, which come back with the response."""
 
     @field_validator("metadata", mode="before")
     @classmethod
