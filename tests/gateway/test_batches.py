@@ -351,19 +351,25 @@ async def test_a_frozen_process_writes_nothing_to_a_batch_that_another_one_took(
         await thaw.wait()
         return 200, b'"late"'
 
+    rest = asyncio.Event()
+
     async def send(path: str, body: bytes, number: str) -> tuple[int, bytes]:
+        if b'"b"' in body:
+            await rest.wait()
         return 200, b"{}"
 
-    frozen = runner_of(store, send_late)
-    first = asyncio.create_task(run(frozen))
+    first = asyncio.create_task(run(runner_of(store, send_late)))
     async with asyncio.timeout(10):
         while (await store.batch("", "batch_1")).status != "in_progress":  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     now += SILENCE_S + 1
     second = asyncio.create_task(run(runner_of(store, send)))
-    await until_ended(store)
+    output = tmp_path / "files" / "file-1-output"
+    await until(output.exists, 10)
     thaw.set()
     await asyncio.sleep(0.1)
+    rest.set()
+    await until_ended(store)
     for task in (first, second):
         task.cancel()
     await asyncio.gather(first, second, return_exceptions=True)
