@@ -14,8 +14,8 @@ from fastserve.observability.text import printable
 from fastserve.openai.body import Flag, Integer, at_most, invalid
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NAME_REMEDY = "A function's name has 1 to 64 letters, digits, underscores and hyphens."
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_NAME_REMEDY = "A function's name has 1 to 128 letters, digits, underscores and hyphens."
 _CHOICE_REMEDY = (
     'Give "none", "auto", "required", or an object: {"type": "function", "function": {"name": ...}}, or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}.'
