@@ -26,7 +26,7 @@ _REFUSED = {
 }
 
 
-@router.get("/")
+@router.get("/", response_class=PlainTextResponse)
 @router.head("/", include_in_schema=False)
 async def root() -> Response:
     """The server is alive, in the words that Ollama's clients look for."""

@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from fastserve.openai.body import Integer
-
 PURPOSES = ("batch", "user_data", "evals", "fine-tune", "assistants", "vision")
 """Purposes that a client may give to a file. Batches read those of purpose `batch`; the others are only kept."""
 OUTPUT_PURPOSE = "batch_output"
@@ -40,7 +38,7 @@ class ListQuery(BaseModel):
     """Paging of lists."""
 
     after: Annotated[str, Field(max_length=128)] | None = None
-    limit: Integer = Field(20, ge=1, le=10_000)
+    limit: int = Field(20, ge=1, le=10_000)
     order: Literal["asc", "desc"] = "desc"
 
 

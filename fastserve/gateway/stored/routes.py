@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.responses import Response
 
 from fastserve.errors import EntryNotFoundError, InvalidRequestError
+from fastserve.gateway.api_docs import answers_with, json_body, may_refuse
+from fastserve.gateway.apis import SERVER_SENT_EVENTS
 from fastserve.gateway.stored.background import replay
 from fastserve.gateway.stored.entries import Page, Store, not_found
 from fastserve.gateway.stored.items import Item, input_items
@@ -81,7 +83,7 @@ def _list(items: Sequence[Item], *, has_more: bool) -> Response:
 # ---- responses ------------------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/responses/{response_id}")
+@router.get("/v1/responses/{response_id}", responses=answers_with(SERVER_SENT_EVENTS))
 async def get_response(
     response_id: str,
     caller: CallerDep,
@@ -160,7 +162,9 @@ def _required(items: Sequence[Item]) -> None:
         )
 
 
-@router.post("/v1/conversations")
+@router.post(
+    "/v1/conversations", openapi_extra=json_body(ConversationRequest, required=False), responses=may_refuse(404)
+)
 async def create_conversation(request: Request, caller: CallerDep) -> Response:
     """A new conversation, with up to 20 items."""
     asked, items = await _read(request, may_be_empty=True)
@@ -173,7 +177,7 @@ async def get_conversation(conversation_id: str, caller: CallerDep) -> Response:
     return _json(await caller.store.conversation(caller.owner, conversation_id))
 
 
-@router.post("/v1/conversations/{conversation_id}")
+@router.post("/v1/conversations/{conversation_id}", openapi_extra=json_body(ConversationRequest))
 async def update_conversation(conversation_id: str, request: Request, caller: CallerDep) -> Response:
     """Replace a conversation's metadata."""
     asked, _ = await _read(request)
@@ -194,7 +198,7 @@ async def list_items(conversation_id: str, caller: CallerDep, page: PageDep) -> 
     return _list(items, has_more=has_more)
 
 
-@router.post("/v1/conversations/{conversation_id}/items")
+@router.post("/v1/conversations/{conversation_id}/items", openapi_extra=json_body(ConversationRequest))
 async def add_items(conversation_id: str, request: Request, caller: CallerDep) -> Response:
     """Add up to 20 items to a conversation."""
     _, items = await _read(request)
