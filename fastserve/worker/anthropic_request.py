@@ -22,6 +22,7 @@ _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "ctx": "
 _THEIR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "response_format.json_schema": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
 }
@@ -70,7 +71,13 @@ def _make(jobs: JobMaker, fields: Mapping[str, Any], caller: Caller) -> Job:
     try:
         return jobs.chat_from_fields({name: value for name, value in fields.items() if value is not None}, caller)
     except InvalidRequestError as error:
-        raise renamed(error, _THEIR_NAMES) from error
+        raise renamed(error, _THEIR_NAMES | _tool_names(len(fields.get("tools") or ()))) from error
+
+
+def _tool_names(count: int) -> dict[str, str]:
+    """Names of Anthropic for the parts of so many tools."""
+    names = {f"tools.{at}.function": f"tools.{at}" for at in range(count)}
+    return names | {f"{ours}.parameters": f"{theirs}.input_schema" for ours, theirs in names.items()}
 
 
 def chat_fields(request: CountTokensRequest) -> Fields:
