@@ -21,8 +21,6 @@ _REFUSED = {
     "create": f"{_PLACED}: start one with the model, its adapter or its quantized file.",
     "copy": "Give a model more names with --model-names when its worker starts.",
     "delete": f"{_PLACED}: end the worker of the model.",
-    "embed": "Send the texts to /v1/embeddings as 'input'.",
-    "embeddings": "Send the text to /v1/embeddings as 'input'.",
 }
 
 

@@ -179,6 +179,14 @@ def parse_pooling_request(
     return request
 
 
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+def read_ollama(request_class: type[BodyT], body: bytes, bounds: RequestBounds) -> BodyT:
+    """Parse and validate a body of Ollama's. Raises InvalidRequestError."""
+    return validate(request_class, read_fields(body, bounds, request_class.model_fields, {"input", "prompt"}), bounds)
+
+
 def read_inputs(value: Any, bounds: RequestBounds) -> list[str | list[int]]:
     """Each text or its token ids of `input`. Raises InvalidRequestError."""
     try:

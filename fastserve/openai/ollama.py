@@ -71,6 +71,37 @@ class OllamaGenerateRequest(OllamaRequest):
     """Refused."""
 
 
+class OllamaEmbedRequest(BaseModel):
+    """Body of /api/embed."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str = Field(min_length=1)
+    input: Any
+    """A text, or a list of texts."""
+    truncate: Flag | None = None
+    """Whether texts that are too long are cut; else they are refused. The default is true."""
+    dimensions: Integer | None = None
+    """Numbers of each vector that are kept."""
+    options: dict[str, Any] | None = None
+    """Accepted without effect."""
+    keep_alive: int | float | str | None = None
+    """Accepted without effect."""
+
+
+class OllamaEmbeddingsRequest(BaseModel):
+    """Body of /api/embeddings, the older route for one text."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str = Field(min_length=1)
+    prompt: str
+    options: dict[str, Any] | None = None
+    """Accepted without effect."""
+    keep_alive: int | float | str | None = None
+    """Accepted without effect."""
+
+
 class OllamaShowRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 

@@ -25,14 +25,20 @@ from fastserve.openai.embeddings import (
     RerankRequest,
     ScoreRequest,
 )
-from fastserve.openai.ollama import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
+from fastserve.openai.ollama import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
 
-ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
+ContentsKind = Literal["objects", "texts", "list", "object", "text", "count", "vector", "vectors"]
 """Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
-object; a string; a number."""
+object; a string; a number; a list of numbers; a list of such lists."""
 
 MODEL_IN_PATH = "{model:path}"
 
@@ -252,6 +258,25 @@ POOLING = replace(
     request=PoolRequest,
     summary="Give what a model that embeds or classifies yields: vectors of texts or tokens, or scores",
 )
+OLLAMA_EMBED = replace(
+    EMBEDDINGS,
+    path="/api/embed",
+    request=OllamaEmbedRequest,
+    answer="The vectors",
+    summary="Turn texts into vectors (Ollama's route)",
+    contents="embeddings",
+    contents_kind="vectors",
+    api="ollama",
+)
+OLLAMA_EMBEDDINGS = replace(
+    OLLAMA_EMBED,
+    path="/api/embeddings",
+    request=OllamaEmbeddingsRequest,
+    answer="The vector",
+    summary="Turn a text into a vector (Ollama's older route)",
+    contents="embedding",
+    contents_kind="vector",
+)
 POOLING_ROUTES: tuple[ModelRoute, ...] = (
     *(EMBEDDINGS, ENGINE_EMBEDDINGS),
     *(
@@ -265,6 +290,7 @@ POOLING_ROUTES: tuple[ModelRoute, ...] = (
 RELAYED_ROUTES = (
     *(*MODEL_ROUTES, *RESPONSES_ROUTES, *POOLING_ROUTES, *TOKEN_ROUTES),
     *(*FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES, *OLLAMA_ROUTES),
+    *(OLLAMA_EMBED, OLLAMA_EMBEDDINGS),
 )
 """All that the API server relays."""
 

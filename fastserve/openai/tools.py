@@ -29,6 +29,8 @@ class FunctionTool:
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     is_strict: bool = False
+    param: str = ""
+    """Path of the parameters in the request, for errors."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class ToolUse:
     is_parallel: bool = True
     is_old: bool = False
     """Whether the request has `functions`, and gets `function_call`."""
+
+    @property
+    def enforced(self) -> list[FunctionTool]:
+        """The functions whose arguments must obey their schemas."""
+        return [function for function in self.functions if self.is_required or function.is_strict]
 
 
 class ToolFields(BaseModel):
@@ -194,7 +201,7 @@ def _read_function(function: Any, where: str) -> FunctionTool:
         parameters = {}
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise invalid(f"{where}.parameters", parameters, 'Give a JSON schema of the type "object".')
-    return FunctionTool(name, parameters, strict is True)
+    return FunctionTool(name, parameters, strict is True, f"{where}.parameters")
 
 
 def _refuse_duplicates(functions: Sequence[FunctionTool], where: str) -> None:

@@ -22,6 +22,7 @@ _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "ctx": "
 _THEIR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "response_format.json_schema": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
 }

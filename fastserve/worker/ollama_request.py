@@ -42,6 +42,7 @@ _THEIR_NAMES = {
     **{ours: f"options.{theirs}" for theirs, ours in _OPTIONS.items()},
     "max_tokens": "options.num_predict",
     "response_format": "format",
+    "response_format.json_schema.schema": "format",
     "reasoning_effort": "think",
     "chat_template_kwargs": "think",
 }

@@ -62,6 +62,27 @@ def write_fastchat(model: str, request_id: str, form: str) -> PoolingWriterType:
     return write
 
 
+def write_ollama(model: str, request_id: str, form: str) -> PoolingWriterType:
+    started = time.monotonic_ns()
+
+    def write(result: PoolingResult, num_tokens: int) -> bytes:
+        tail = {
+            "total_duration": time.monotonic_ns() - started,
+            "load_duration": 0,
+            "prompt_eval_count": num_tokens,
+        }
+        return _listed({"model": model}, (_encoded(row, form) for row in rows(result)), tail, "embeddings")
+
+    return write
+
+
+def write_ollama_embedding(model: str, request_id: str, form: str) -> PoolingWriterType:
+    def write(result: PoolingResult, num_tokens: int) -> bytes:
+        return b'{"embedding":%b}' % next(_encoded(row, form) for row in rows(result))
+
+    return write
+
+
 def write_pooling(model: str, request_id: str, form: str) -> PoolingWriterType:
     return PoolingWriter(model, request_id, form)
 
