@@ -70,7 +70,7 @@ class BatchError(msgspec.Struct, frozen=True):
     message: str
     param: str | None = None
     line: int | None = None
-    """Of the input file, from 1."""
+    """Number of the line in the input file, from 1."""
 
 
 class BatchErrors(msgspec.Struct, frozen=True):

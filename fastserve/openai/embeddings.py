@@ -87,7 +87,7 @@ class PoolRequest(EmbeddingFields):
     """Body of /v1/pooling."""
 
     task: Literal["embed", "token_embed", "classify"] | None = None
-    """What to return; the default is a vector or the scores for each text."""
+    """Kind of results. Default: a vector or the scores for each text."""
     use_activation: Flag | None = None
     """Whether scores are probabilities (the default), or logits."""
 

@@ -104,7 +104,7 @@ class _Messages:
 
     chat: list[Fields] = field(default_factory=list)
     _tool_ids: set[str] = field(default_factory=set)
-    """Of all calls so far."""
+    """Ids of all calls so far, which results may refer to."""
 
     def add(self, role: str, content: Any, **more: Any) -> None:
         self.chat.append({"role": role, "content": content, **more})

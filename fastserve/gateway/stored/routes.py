@@ -90,7 +90,7 @@ async def get_response(
         int, Query(ge=-1, le=2**31, description="With stream: number of the last event that the client has.")
     ] = -1,
 ) -> Response:
-    """A stored response; with `stream=true` its events, behind number `starting_after`."""
+    """A stored response; with `stream=true` its events after number `starting_after`."""
     found = await caller.store.response(caller.owner, response_id)
     if not stream:
         return _json(found.content)
@@ -173,7 +173,7 @@ async def create_conversation(request: Request, caller: CallerDep) -> Response:
 
 @router.get("/v1/conversations/{conversation_id}")
 async def get_conversation(conversation_id: str, caller: CallerDep) -> Response:
-    """A conversation."""
+    """One conversation, without its items."""
     return _json(await caller.store.conversation(caller.owner, conversation_id))
 
 

@@ -104,7 +104,7 @@ class TextFormat(BaseModel):
 
 class TextOptions(BaseModel):
     format: TextFormat | None = None
-    """What the answer must look like. Default: text."""
+    """Format of the answer. Default: text."""
     verbosity: Literal["low", "medium", "high"] | None = None
     """Without effect: no open model has it."""
 
@@ -121,7 +121,7 @@ class ReasoningOptions(BaseModel):
 
 class ConversationRef(BaseModel):
     id: str
-    """Of a conversation that was created with /v1/conversations."""
+    """Id of a conversation that was created with /v1/conversations."""
 
 
 class ResponsesRequest(BaseModel):
@@ -156,7 +156,7 @@ class ResponsesRequest(BaseModel):
     parallel_tool_calls: Flag | None = None
     """Whether an answer may have several calls. Default: on."""
     text: TextOptions | None = None
-    """Format of the answer."""
+    """Format and verbosity of the answer."""
     reasoning: ReasoningOptions | None = None
     """How much the model reasons."""
     include: Annotated[list[Literal[INCLUDES]], Field(max_length=64, fail_fast=True)] | None = None  # type: ignore[valid-type]
