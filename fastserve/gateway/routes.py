@@ -167,5 +167,5 @@ async def ready(gateway: GatewayDep) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(gateway: GatewayDep) -> Response:
-    """In Prometheus's text format."""
+    """Metrics in Prometheus's text format."""
     return Response(exposition(gateway.registry), media_type=CONTENT_TYPE)

@@ -26,11 +26,11 @@ class OllamaRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
-    """A served model; the tag `latest` may be left out."""
+    """Name of a model or of an adapter; `NAME:latest` is `NAME`."""
     stream: Flag | None = None
     """The default is true."""
     options: dict[str, Any] | None = None
-    """Parameters of sampling: `num_predict`, `temperature`, `top_k`, `top_p`, `seed`, `stop` and others."""
+    """Sampling parameters (ollama.md lists them)."""
     format: str | dict[str, Any] | None = None
     """`json`, or a JSON schema."""
     think: Flag | str | None = None
@@ -42,33 +42,33 @@ class OllamaRequest(BaseModel):
     shift: Flag | None = None
     """Accepted; no effect: an answer ends when the context is full."""
     logprobs: Flag | None = None
-    """Whether the answer has the log-probability of each token."""
+    """Whether the logprobs of the answer's tokens are returned."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """So many of the likeliest tokens at each position, with their log-probabilities."""
+    """With logprobs: number of likeliest tokens at each place."""
 
 
 class OllamaChatRequest(OllamaRequest):
     messages: Annotated[list[dict[str, Any]] | None, at_most("max_messages", "messages")] = None
-    """The conversation; none is answered with `done_reason` `load`."""
+    """The chat. None: the answer says that the model is loaded."""
     tools: list[dict[str, Any]] | None = None
     """Functions that the model may call."""
 
 
 class OllamaGenerateRequest(OllamaRequest):
     prompt: str | None = None
-    """The text to answer; none is answered with `done_reason` `load`."""
+    """The text. Empty: the answer says that the model is loaded."""
     system: str | None = None
-    """A system message."""
+    """The system message."""
     raw: Flag | None = None
     """Whether the prompt goes to the model as it is, without the chat template."""
     suffix: str | None = None
-    """Refused."""
+    """Refused unless empty."""
     template: str | None = None
-    """Refused."""
+    """Refused unless empty."""
     images: Any = None
-    """Refused."""
+    """Refused unless empty."""
     context: Any = None
-    """Refused."""
+    """Refused unless empty."""
 
 
 class OllamaEmbedRequest(BaseModel):
@@ -106,11 +106,11 @@ class OllamaShowRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = None
-    """A served model."""
+    """Name of a model or of an adapter."""
     name: str | None = None
     """The older name of `model`."""
     verbose: Flag | None = None
-    """Accepted; no effect."""
+    """Accepted without effect."""
 
 
 def untagged(name: str) -> str:

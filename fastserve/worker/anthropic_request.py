@@ -120,7 +120,7 @@ class _Messages:
     names: dict[str, str] = field(default_factory=dict)
     """Paths in Anthropic's request by paths of the chat's messages."""
     _tool_ids: set[str] = field(default_factory=set)
-    """Of all calls so far."""
+    """Ids of all calls so far, which results may refer to."""
 
     def add(self, where: str, role: str, content: Any, **more: Any) -> str:
         """Add what the request has at `where`; returns the message's own path."""

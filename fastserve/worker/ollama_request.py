@@ -56,7 +56,7 @@ class OllamaJob:
     """As the client named it."""
     stream: bool
     done_reason: str = "load"
-    """Of a request without a job."""
+    """`done_reason` of the answer, if nothing is to be generated."""
 
 
 def make_chat_job(jobs: JobMaker, adapters: ServedAdapters, body: bytes, caller: Caller) -> OllamaJob:

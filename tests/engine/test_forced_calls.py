@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -72,9 +71,7 @@ def answers(
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
     chat = check_request(ChatRequest, body, BOUNDS)
     form = forms.of(chat, chat.tool_use(), prompt, "", "r", OutputOptions(continues_prompt=False), wanted)
-    requests = [
-        request(f"f{at}", form.grammar, seed=at, temperature=1.0, max_tokens=max_tokens) for at in range(count)
-    ]
+    requests = [request(f"f{at}", form.grammar, seed=at, temperature=1.0, max_tokens=max_tokens) for at in range(count)]
     found = []
     for answer in answer_all(core, requests).values():
         assert answer.finish_reason in ("stop", "length")

@@ -51,9 +51,9 @@ class BatchLine:
 class CheckedInput:
     num_requests: int
     model: str | None
-    """If all requests name the same."""
+    """Name of the model, if all requests name the same one."""
     errors: list[BatchError]
-    """If there are any, nothing is run."""
+    """Errors of the file. If there are any, no request is run."""
 
 
 def check_input(path: Path, endpoint: str, max_requests: int) -> CheckedInput:

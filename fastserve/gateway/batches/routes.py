@@ -65,7 +65,7 @@ def _json(content: Any, status: int = 200) -> Response:
 
 @router.post("/v1/files", openapi_extra=_FORM, responses=may_refuse(429))
 async def upload(request: Request, store: StoreDep, owner: OwnerDep) -> Response:
-    """Upload a file: a form with `file` and `purpose`."""
+    """Upload a file: multipart/form-data with `file` and `purpose` (`batch` for /v1/batches)."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise InvalidRequestError(
             "Send the file as multipart/form-data with the fields 'file' and 'purpose'.", param="file"

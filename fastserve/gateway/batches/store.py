@@ -43,11 +43,11 @@ _ENDED = ", ".join(f"'{status}'" for status in ENDED)
 class BatchBounds:
     max_files: int
     max_file_bytes: int
-    """Of all files together."""
+    """Maximum size of all files together."""
     max_batches: int
-    """That have not ended."""
+    """Maximum number of batches that have not ended."""
     max_requests: int
-    """Of one batch."""
+    """Maximum number of requests in one batch."""
 
 
 class BatchStore:
@@ -68,7 +68,7 @@ class BatchStore:
         self._rows.close()
 
     def path_of(self, file_id: str) -> Path:
-        """Where the content of a file is. `file_id`: made here, or found in a row."""
+        """Path of a file's content. `file_id`: one that this class made, or read from the database."""
         return self._contents / file_id
 
     async def new_content(self) -> tuple[str, Path]:

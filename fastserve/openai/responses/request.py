@@ -91,20 +91,20 @@ class StreamOptions(BaseModel):
 class TextFormat(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     type: Literal["text", "json_object", "json_schema"]
-    """Any text, any JSON object, or JSON that obeys `schema`."""
+    """json_schema: the answer follows `schema`."""
     name: str | None = None
-    """The name of the schema; `json_schema` needs one."""
+    """Name of the schema, which the answer returns."""
     schema_: Any = Field(None, alias="schema")
     """A JSON schema."""
     strict: Flag | None = None
-    """Accepted; no effect: the answer always obeys the schema."""
+    """Returned in the answer; the schema is always followed."""
     description: str | None = None
-    """Accepted; no effect."""
+    """Returned in the answer."""
 
 
 class TextOptions(BaseModel):
     format: TextFormat | None = None
-    """The form of the answer's text."""
+    """Format of the answer. Default: text."""
     verbosity: Literal["low", "medium", "high"] | None = None
     """Accepted; no effect: no open model has it."""
 
@@ -112,65 +112,65 @@ class TextOptions(BaseModel):
 class ReasoningOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """How much the model reasons, as `reasoning_effort` of a chat."""
+    """As `reasoning_effort` of a chat."""
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted; no effect: the answer has the reasoning itself."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    """Accepted; no effect: the older name of `summary`."""
+    """The older name of summary, without effect too."""
 
 
 class ConversationRef(BaseModel):
     id: str
-    """The id of the conversation."""
+    """Id of a conversation that was created with /v1/conversations."""
 
 
 class ResponsesRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
-    """A served model."""
+    """Name of a model or of an adapter."""
     input: Any = None
     """A string, or a list of items."""
     instructions: str | None = None
-    """A system message before the input. Those of earlier responses do not go on."""
+    """The system message of this response alone: later responses do not inherit it."""
     stream: Flag | None = None
-    """Whether the answer comes as events while it is generated."""
+    """Whether the answer comes as typed server-sent events."""
     stream_options: StreamOptions | None = None
-    """Options of the stream; with `stream` only."""
+    """With stream: what its events contain."""
     store: Flag | None = None
-    """Whether the response is stored; the default is true at an API server with a store."""
+    """Whether the response is stored. Default: on."""
     background: Flag | None = None
-    """Whether the answer comes at once, and is generated after it; it is read from the store."""
+    """Whether the response is answered at once, and generated behind it. Needs store."""
     previous_response_id: str | None = None
-    """A stored response whose input and output come before the input."""
+    """A stored response whose input and output come before this input."""
     conversation: ConversationRef | None = None
     """A conversation, or its id: its items come before the input, and input and output are added to it."""
     max_output_tokens: Integer | None = Field(None, ge=MIN_OUTPUT_TOKENS)
-    """Tokens of the answer at most, its reasoning included."""
+    """Maximum tokens of reasoning and answer together."""
     max_tool_calls: Integer | None = Field(None, ge=1, le=MAX_COUNT)
     """Accepted; no effect: it counts calls of hosted tools."""
     tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    """Functions and custom tools that the model may call."""
+    """Functions and custom tools that the model may call. Hosted tools are left out or refused (responses.md)."""
     tool_choice: Any = None
     """`auto`, `none`, `required`, or an object."""
     parallel_tool_calls: Flag | None = None
-    """Whether one answer may have several calls."""
+    """Whether an answer may have several calls. Default: on."""
     text: TextOptions | None = None
-    """The form of the answer."""
+    """Format and verbosity of the answer."""
     reasoning: ReasoningOptions | None = None
-    """How the model reasons."""
+    """How much the model reasons."""
     include: Annotated[list[Literal[INCLUDES]], Field(max_length=64, fail_fast=True)] | None = None  # type: ignore[valid-type]
-    """`message.output_text.logprobs` adds the log-probabilities of tokens; the others have no effect."""
+    """`message.output_text.logprobs` adds logprobs to the answer; the others have no effect."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """So many of the likeliest tokens at each position, with their log-probabilities."""
+    """Number of likeliest tokens at each place of the logprobs."""
     temperature: Number | None = Field(None, ge=0, le=2)
-    """Randomness of sampling; 0 always takes the likeliest token."""
+    """0 is greedy. Default: the model's own, else 1."""
     top_p: Number | None = Field(None, ge=0, le=1)
-    """Sample among the likeliest tokens that have this probability together."""
+    """0 is greedy. Default: the model's own, else 1."""
     truncation: Literal["auto", "disabled"] | None = None
-    """`auto` is refused: no item is dropped unasked."""
+    """disabled (the default): input that is too long is refused. auto is refused by name."""
     metadata: dict[str, str] | None = None
-    """Up to 16 pairs of strings, which come back with the response."""
+    """Up to 16 names of at most 64 characters, with texts of at most 512; stored with the response."""
 
     @field_validator("metadata", mode="before")
     @classmethod
