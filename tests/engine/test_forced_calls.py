@@ -20,7 +20,8 @@ from fastserve.worker.answer_forms import AnswerForms
 from fastserve.worker.choice import OutputOptions
 
 from .conftest import SHAPE
-from .test_grammar import END, FOLDER, PERSON, TOKENIZER, Answer, answer_all, make_core, request
+from .test_engine_equality import Answer, make_core
+from .test_grammar import END, FOLDER, PERSON, TOKENIZER, answer_all, request
 
 BOUNDS = RequestBounds()
 PLACE = {
@@ -78,7 +79,8 @@ def answers(
         assert form.output.parser is not None
         parser = form.output.parser(0)
         ids = [token_id for token_id in answer.token_ids if token_id not in TOKENIZER.eos_token_ids]
-        text = TOKENIZER.decode(ids, skip_special_tokens=False)
+        detokenizer = TOKENIZER.detokenizer((), skip_special_tokens=False)
+        text = detokenizer.push(ids) + detokenizer.finish()
         parts = [*parser.push(text), *parser.finish(cut_off=answer.finish_reason == "length")]
         calls: list[tuple[str, str]] = []
         for part in parts:

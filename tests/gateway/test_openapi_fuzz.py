@@ -68,7 +68,8 @@ def fuzz(url: str, num_examples: int) -> tuple[Counter[str], list[str]]:
     description = narrowed(requests.get(url + "/openapi.json", headers=HEADERS, timeout=TIMEOUT_S).json())
     sent: Counter[str] = Counter()
     failures: list[str] = []
-    for result in schemathesis.openapi.from_dict(description).get_all_operations():
+    schema: Any = schemathesis.openapi.from_dict(description)
+    for result in schema.get_all_operations():
         fuzz_operation(result.ok(), url, num_examples, sent, failures)
     return sent, failures
 
