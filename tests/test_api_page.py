@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from fastserve.openai.routes import RELAYED_ROUTES
-from tools.api_page import OWN_ROUTERS, PAGE, listed_routes, page
+from tools.api_page import OWN_ROUTERS, PAGE, heading, listed_routes, page
 
 
 def test_the_page_is_that_of_the_schemas() -> None:
@@ -21,7 +21,8 @@ def test_every_field_says_what_it_does() -> None:
 
 def test_every_relayed_route_is_on_the_page() -> None:
     text = page()
-    assert [route.path for route in RELAYED_ROUTES if f"## `{route.method} {route.path}`\n" not in text] == []
+    assert [route.path for route in RELAYED_ROUTES if f"## {heading(route)}\n" not in text] == []
+    assert len(re.findall(r"^\| \[`", text, re.MULTILINE)) == len(RELAYED_ROUTES)
 
 
 def test_every_route_that_the_api_server_answers_itself_is_on_the_page() -> None:

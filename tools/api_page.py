@@ -11,6 +11,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ All routes of the API server: first those that workers answer, then those that i
 tools.api_page` makes this page from the schemas that check requests; `/openapi.json` of an API server says the same to
 machines.
 
-null is the same as a missing field. A field that is in no table has no effect: the log and the metric
+null is the same as a missing field. A field that this page does not name has no effect: the log and the metric
 `fastserve_worker_unknown_fields_total` name it. [parameters.md](parameters.md) says more about sampling, and
 [limits.md](limits.md) how much of everything a request may bring.
 """
@@ -78,19 +79,37 @@ _NO_EFFECT = "Accepted; no effect"
 
 
 def page() -> str:
-    parts = [_HEAD]
+    parts = [_HEAD, _index()]
     described: dict[type[BaseModel], str] = {}
     for route in RELAYED_ROUTES:
-        parts.append(f"## `{route.method} {route.path}`\n\n{route.summary}. The answer: {_answer(route)}.\n")
+        parts.append(f"## {heading(route)}\n\n{route.summary}. The answer: {_answer(route)}.\n")
         if route.request in described:
             parts.append(f"The fields are those of `{described[route.request]}`.\n")
             continue
         described[route.request] = route.path
         parts += _tables(route.request)
-    for heading, router in OWN_ROUTERS.items():
-        parts.append(f"## {heading}\n")
+    for title, router in OWN_ROUTERS.items():
+        parts.append(f"## {title}\n")
         parts += _own_routes(router, described)
     return "\n".join(parts)
+
+
+def heading(route: ModelRoute) -> str:
+    return f"`{route.method} {route.path.replace(':path}', '}')}`"
+
+
+def _index() -> str:
+    rows = [
+        f"| [{heading(route)}](#{_anchor(heading(route))}) | {_escaped(route.summary)} |" for route in RELAYED_ROUTES
+    ]
+    own = [f"[{title}](#{_anchor(title)})" for title in OWN_ROUTERS]
+    table = "\n".join(["| routes that workers answer | |", "|---|---|", *rows])
+    return f"{table}\n\nRoutes that the API server answers itself: {', '.join(own)}.\n"
+
+
+def _anchor(title: str) -> str:
+    """The anchor that a heading gets when its Markdown is rendered."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _own_routes(router: APIRouter, described: dict[type[BaseModel], str]) -> Iterator[str]:
@@ -129,7 +148,8 @@ def _query(operation: Mapping[str, Any]) -> str:
 
 
 def _answer(route: ModelRoute) -> str:
-    return f"an object `{route.answer}`" if route.answer.replace(".", "").replace("_", "").isalpha() else route.answer
+    is_object = route.answer.replace(".", "").replace("_", "").isalpha()
+    return f"an object `{route.answer}` with `{route.contents}`" if is_object else route.answer
 
 
 def _tables(request: type[BaseModel]) -> list[str]:
