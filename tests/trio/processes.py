@@ -74,11 +74,12 @@ class Service:
         return self._log.read_text(errors="replace")
 
     def start(self) -> None:
-        # One thread for each engine: two of them share the cores of a small machine.
+        # One thread for each engine: two of them share the cores of a small machine. Responses and batches are stored
+        # beside the logs, not in the user's home.
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(self._log.parent)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
