@@ -74,12 +74,11 @@ class Service:
         return self._log.read_text(errors="replace")
 
     def start(self) -> None:
-        # One thread for each engine: two of them share the cores of a small machine. Responses and batches are stored
-        # beside the logs, not in the user's home.
+        # One thread for each engine: two of them share the cores of a small machine.
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(self._log.parent)},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
