@@ -16,6 +16,7 @@ from fastserve.openai.chat import ChatRequest
 from fastserve.openai.generation import check_request
 from fastserve.text.grammar import of_json_schema
 from fastserve.text.parts import ReasoningPart, TextPart, ToolCallPart
+from fastserve.text.reasoning import REASONING
 from fastserve.worker.answer_forms import AnswerForms
 from fastserve.worker.choice import OutputOptions
 
@@ -72,7 +73,10 @@ def answers(
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
     chat = check_request(ChatRequest, body, BOUNDS)
     form = forms.of(chat, chat.tool_use(), prompt, "", "r", OutputOptions(continues_prompt=False), wanted)
-    requests = [request(f"f{at}", form.grammar, seed=at, temperature=1.0, max_tokens=max_tokens) for at in range(count)]
+    requests = [
+        request(f"f{at}", form.grammar, seed=at, temperature=1.0, max_tokens=max_tokens, thinking=form.thinking)
+        for at in range(count)
+    ]
     found = []
     for answer in answer_all(core, requests).values():
         assert answer.finish_reason in ("stop", "length")
@@ -135,3 +139,25 @@ def test_a_format_leaves_room_for_calls_that_may_come(random_core: EngineCore, f
             check(calls)
         elif not calls and not text.startswith("<"):  # marks of a call that breaks off are text
             jsonschema.validate(json.loads(text), PERSON)
+
+
+@pytest.mark.parametrize("reasoning", ["qwen3", "granite"])
+@pytest.mark.parametrize("is_opened", [True, False])
+@pytest.mark.parametrize("budget", [0, 1, 15])
+def test_a_budget_of_thinking_holds_where_the_end_is_several_tokens(
+    random_core: EngineCore, reasoning: str, is_opened: bool, budget: int
+) -> None:
+    marks = REASONING[reasoning]
+    assert len(TOKENIZER.encode(marks.ends[0], add_special_tokens=False)) > 1
+    prompt = f"<|im_start|>assistant\n{marks.begins[0] if is_opened else ''}"
+    fields = {"thinking_token_budget": budget, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    found = answers(random_core, forms("hermes", reasoning), fields, 6, prompt=prompt)
+    num_whole = 0
+    for (thought, _, calls), answer in found:
+        # Some more tokens may have to end a character; texts are split anew in another way.
+        assert len(thought.encode()) <= 16 * (budget + 4)
+        if answer.finish_reason == "stop":
+            num_whole += 1
+            assert len(calls) == 1
+            check(calls)
+    assert num_whole > 3
