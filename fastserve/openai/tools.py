@@ -29,6 +29,8 @@ class FunctionTool:
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     is_strict: bool = False
+    path: str = ""
+    """In the request, for errors."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _read_function(function: Any, where: str) -> FunctionTool:
         parameters = {}
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise invalid(f"{where}.parameters", parameters, 'Give a JSON schema of the type "object".')
-    return FunctionTool(name, parameters, strict is True)
+    return FunctionTool(name, parameters, strict is True, where)
 
 
 def _refuse_duplicates(functions: Sequence[FunctionTool], where: str) -> None:

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from fastserve.openai.routes import COUNT_TOKENS, MESSAGES
 from fastserve.worker.anthropic_request import count_tokens, make_job
 from fastserve.worker.caller import caller_of, read_body
+from fastserve.worker.grammars import preparing_bytes
 from fastserve.worker.responses import respond
 from fastserve.worker.runtime import metrics_of, runtime_of
 from fastserve.worker.writers.anthropic import AnthropicWriter
@@ -22,7 +23,7 @@ async def messages(request: Request) -> Response:
         runtime = runtime_of(request)
         runtime.keeper.require_ready()
         body = await read_body(request)
-        job = await runtime.pool.run(len(body), lambda: make_job(runtime.jobs, body, caller))
+        job = await runtime.pool.run(preparing_bytes(body), lambda: make_job(runtime.jobs, body, caller))
     return await respond(request, runtime, job.job, AnthropicWriter(job))
 
 
@@ -32,5 +33,5 @@ async def count(request: Request) -> Response:
     with metrics_of(request).refusals():
         runtime = runtime_of(request)
         body = await read_body(request)
-        num_tokens = await runtime.pool.run(len(body), lambda: count_tokens(runtime.jobs, body, caller))
+        num_tokens = await runtime.pool.run(preparing_bytes(body), lambda: count_tokens(runtime.jobs, body, caller))
     return JSONResponse({"input_tokens": num_tokens})

@@ -27,12 +27,15 @@ _MAX_FIRST_TOKENS = 4
 """First tokens of an answer that are tried, as long as there is no choice."""
 _MAX_LOCATING = 64
 """Parts of a schema that are compiled to find the one with the error."""
-_FIELDS = (b'_format"', b'"structured_outputs"', b'"guided_', b'"grammar"', b'"json_schema"', b'"regex"', b'"ebnf"')
+_FIELDS = (
+    *(b'format"', b'"structured_outputs"', b'"guided_', b'"grammar"', b'"json_schema"', b'"regex"', b'"ebnf"'),
+    *(b'"strict"', b'"tool_choice"'),
+)
 
 
 def preparing_bytes(body: bytes) -> int:
-    """Size of a body for the prompt pool: one that asks for a format always gets a thread, since compiling takes time
-    that its size does not show."""
+    """Size of a body for the prompt pool: one that asks for a format, or for calls that obey schemas, always gets a
+    thread, since compiling takes time that its size does not show."""
     return max(len(body), INLINE_BYTES + 1) if any(name in body for name in _FIELDS) else len(body)
 
 
@@ -69,6 +72,10 @@ class GrammarMaker:
         text = self._write(wanted)
         self.check(text, wanted.param, lambda reason: self._located(wanted, reason))
         return text
+
+    def check_tool(self, schema: Mapping[str, Any], param: str) -> None:
+        """Compile the schema of a tool's arguments, which is part of an answer's grammar. Raises as `of`."""
+        self.of(AnswerFormat("json_schema", schema, param))
 
     def check(self, text: str, param: str, explain: Callable[[str], FastserveError] | None = None) -> None:
         """Compile a grammar. Raises InvalidRequestError if that fails: by default for the field `param`."""

@@ -227,6 +227,8 @@ class JobMaker:
         """A chat's job with its tools and reasoning."""
         params = job.prompts[0].params
         form = self.forms.of(request, use, prompt, continued, job.caller.request_id, job.output, params.grammar)
+        if use is not None and form.grammar != params.grammar:
+            self._check_schemas(use)
         params = msgspec.structs.replace(params, grammar=form.grammar)
         has_function_call = use is not None and use.is_old
         return replace(
@@ -235,6 +237,12 @@ class JobMaker:
             output=form.output,
             answer=replace(job.answer, counts_reasoning=form.counts_reasoning, has_function_call=has_function_call),
         )
+
+    def _check_schemas(self, use: ToolUse) -> None:
+        """Refuse a schema that calls must obey and that cannot be followed, by its place in the request."""
+        for function in use.functions:
+            if use.is_required or function.is_strict:
+                self._grammars.check_tool(function.parameters, f"{function.path}.parameters")
 
     def _encode_chat(
         self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]]

@@ -19,6 +19,7 @@ from fastserve.openai.routes import OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_SHOW
 from fastserve.serving.error_shapes import OLLAMA_ERRORS
 from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.caller import Caller, caller_of, read_body
+from fastserve.worker.grammars import preparing_bytes
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.ollama_request import OllamaJob, find_model, make_chat_job, make_generate_job
 from fastserve.worker.responses import respond
@@ -67,7 +68,7 @@ async def _answer(request: Request, make: MakeJob, shape: Shape) -> Response:
         runtime = runtime_of(request)
         runtime.keeper.require_ready()
         body = await read_body(request)
-        made = await runtime.pool.run(len(body), lambda: make(runtime.jobs, runtime.adapters, body, caller))
+        made = await runtime.pool.run(preparing_bytes(body), lambda: make(runtime.jobs, runtime.adapters, body, caller))
     if made.job is None:
         answer = encode_json(loaded(made.model, made.done_reason, shape))
         return Response(answer + b"\n", media_type=JSON_LINES) if made.stream else Response(answer, media_type=JSON)

@@ -16,6 +16,7 @@ from fastserve.openai.responses.head import ResponseHead, new_id
 from fastserve.openai.responses.request import read_request
 from fastserve.openai.responses.translate import to_chat
 from fastserve.worker.caller import Caller, caller_of, read_body
+from fastserve.worker.grammars import preparing_bytes
 from fastserve.worker.jobs import Job, JobMaker
 from fastserve.worker.responses import respond
 from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
@@ -50,7 +51,9 @@ async def _prepare(request: Request) -> _Prepared:
         runtime = runtime_of(request)
         runtime.keeper.require_ready()
         body = await read_body(request)
-        return await runtime.pool.run(len(body), lambda: _Prepared(runtime, *_make_job(runtime.jobs, body, caller)))
+        return await runtime.pool.run(
+            preparing_bytes(body), lambda: _Prepared(runtime, *_make_job(runtime.jobs, body, caller))
+        )
 
 
 def _make_job(jobs: JobMaker, body: bytes, caller: Caller) -> tuple[Job, ResponsesWriter]:
