@@ -22,6 +22,7 @@ _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "ctx": "
 _THEIR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "response_format.json_schema": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
 }
@@ -119,7 +120,7 @@ class _Messages:
     names: dict[str, str] = field(default_factory=dict)
     """Paths in Anthropic's request by paths of the chat's messages."""
     _tool_ids: set[str] = field(default_factory=set)
-    """Of all calls so far."""
+    """Ids of all calls so far, which results may refer to."""
 
     def add(self, where: str, role: str, content: Any, **more: Any) -> str:
         """Add what the request has at `where`; returns the message's own path."""

@@ -227,8 +227,14 @@ class JobMaker:
         """A chat's job with its tools and reasoning."""
         params = job.prompts[0].params
         form = self.forms.of(request, use, prompt, continued, job.caller.request_id, job.output, params.grammar)
-        if use is not None and form.grammar != params.grammar:
-            self._check_schemas(use)
+        if form.grammar != params.grammar:
+            functions = [] if use is None else use.enforced
+            param = functions[0].param.partition(".")[0] if functions else "thinking_token_budget"
+            if params.grammar:
+                param = "response_format"
+            else:
+                self._refuse_fixed_length(request, param)
+            self._grammars.check_calls(form.grammar, functions, param)
         params = msgspec.structs.replace(params, grammar=form.grammar)
         has_function_call = use is not None and use.is_old
         return replace(
@@ -237,12 +243,6 @@ class JobMaker:
             output=form.output,
             answer=replace(job.answer, counts_reasoning=form.counts_reasoning, has_function_call=has_function_call),
         )
-
-    def _check_schemas(self, use: ToolUse) -> None:
-        """Refuse a schema that calls must obey and that cannot be followed, by its place in the request."""
-        for function in use.functions:
-            if use.is_required or function.is_strict:
-                self._grammars.check_tool(function.parameters, f"{function.path}.parameters")
 
     def _encode_chat(
         self, template: ChatTemplate, request: ChatRequest, messages: list[dict[str, Any]]
@@ -433,10 +433,14 @@ class JobMaker:
         wanted = request.answer_format(self.settings.bounds)
         if wanted is None:
             return ""
+        self._refuse_fixed_length(request, wanted.param)
+        return self._grammars.of(wanted)
+
+    def _refuse_fixed_length(self, request: GenerationRequest, param: str) -> None:
+        """Refuse fields that keep an answer from ending, beside the field `param`, which asks for a grammar."""
         for name, value in (("min_tokens", request.min_tokens), ("ignore_eos", request.ignore_eos)):
             if value:
-                raise invalid(name, value, f"With '{wanted.param}' the format says when the answer ends: leave it out.")
-        return self._grammars.of(wanted)
+                raise invalid(name, value, f"With '{param}' a grammar says when the answer ends: leave it out.")
 
     def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of texts that must not come, in the middle of a text and after a space."""
