@@ -61,6 +61,8 @@ class CountTokensRequest(BaseModel):
     output_format: dict[str, Any] | None = None
     """The older name of output_config.format."""
     mcp_servers: list[Any] | None = None
+    thread: dict[str, Any] | None = None
+    """Refused: it has messages kept by the server between requests."""
 
 
 class MessagesRequest(CountTokensRequest):

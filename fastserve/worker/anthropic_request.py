@@ -89,6 +89,11 @@ def chat_fields(request: CountTokensRequest) -> Fields:
             "'mcp_servers' is not supported: this server calls no others. Give their tools as 'tools'.",
             param="mcp_servers",
         )
+    if request.thread is not None:
+        raise UnsupportedParameterError(
+            "'thread' is not supported: this server keeps no messages. Send all of them with each request.",
+            param="thread",
+        )
     fields |= _tools(request)
     fields |= _thinking(request.thinking or {})
     fields |= _output(request)
