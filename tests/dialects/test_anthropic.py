@@ -139,7 +139,7 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served)
 async def test_the_tool_runner_sends_all_messages_where_the_server_keeps_none(
     serve: Serve, tokenizer: Tokenizer
 ) -> None:
-    """It sends only the new ones with each request, unless the server refuses the field `thread` as Anthropic's does."""
+    """It sends only the new ones, unless the server refuses the field `thread` as Anthropic's does."""
     texts = ['<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>', "sunny"]
     cities: list[str] = []
 

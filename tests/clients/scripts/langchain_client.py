@@ -12,7 +12,8 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 class TestFastserve(ChatModelIntegrationTests):
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
-        return ChatOpenAI
+        kind: type[BaseChatModel] = ChatOpenAI
+        return kind
 
     @property
     def chat_model_params(self) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from typing import Any
 
 import ollama
 
@@ -34,12 +35,12 @@ weather = [{"role": "user", "content": "What is the weather in Paris?"}]
 called = client.chat(MODEL, messages=weather, tools=[get_weather], options=SETTINGS).message
 (call,) = called.tool_calls or []
 assert (call.function.name, call.function.arguments) == ("get_weather", {"city": "Paris"})
-turns = [*weather, called, {"role": "tool", "tool_name": "get_weather", "content": get_weather("Paris")}]
+turns: list[Any] = [*weather, called, {"role": "tool", "tool_name": "get_weather", "content": get_weather("Paris")}]
 assert client.chat(MODEL, messages=turns, tools=[get_weather], options=SETTINGS).message.content
 
 schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 shaped = client.generate(MODEL, prompt="How old?", format=schema, options=SETTINGS)
-assert isinstance(json.loads(shaped.response)["age"], int)
+assert isinstance(json.loads(shaped.response or "")["age"], int)
 assert [model.model for model in client.list().models] == [MODEL] or MODEL in str(client.list())
 assert client.show(MODEL).capabilities
 

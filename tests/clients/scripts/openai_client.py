@@ -70,8 +70,8 @@ def check_responses(client: openai.OpenAI) -> None:
         model=MODEL, input="Give me a JSON object with name Anna and age 30.", text_format=Person, temperature=0
     )
     assert isinstance(parsed.output_parsed, Person)
-    tool: Any = openai.pydantic_function_tool(get_weather)["function"]
-    called = client.responses.create(model=MODEL, input=WEATHER, tools=[{"type": "function", **tool}], temperature=0)
+    tool: Any = {"type": "function", **openai.pydantic_function_tool(get_weather)["function"]}
+    called = client.responses.create(model=MODEL, input=WEATHER, tools=[tool], temperature=0)
     (call,) = called.output
     assert call.type == "function_call"
     assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})

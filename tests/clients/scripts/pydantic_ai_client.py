@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput, ToolOutput
@@ -18,7 +19,9 @@ class Person(BaseModel):
 
 
 provider = OpenAIProvider(base_url=f"{os.environ['FASTSERVE_URL']}/v1", api_key="none")
-for kind in (OpenAIChatModel, OpenAIResponsesModel):
+
+
+def check(kind: type[Any]) -> None:
     model = kind("fastserve-demo", provider=provider)
     settings = {"temperature": 0.0, "max_tokens": 200}
     agent = Agent(model, model_settings=settings)
@@ -46,3 +49,7 @@ for kind in (OpenAIChatModel, OpenAIResponsesModel):
 
     stream = agent.run_stream_sync("What is 7 + 5?")
     assert list(stream.stream_text())[-1] == first.output, kind
+
+
+for api in (OpenAIChatModel, OpenAIResponsesModel):
+    check(api)
