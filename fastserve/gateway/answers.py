@@ -93,6 +93,8 @@ _TYPES: Mapping[ContentsKind, Any] = {
     "object": _Object,
     "text": str,
     "count": int,
+    "vector": list[float],
+    "vectors": list[list[float]],
 }
 
 

@@ -21,12 +21,10 @@ _REFUSED = {
     "create": f"{_PLACED}: start one with the model, its adapter or its quantized file.",
     "copy": "Give a model more names with --model-names when its worker starts.",
     "delete": f"{_PLACED}: end the worker of the model.",
-    "embed": "Send the texts to /v1/embeddings as 'input'.",
-    "embeddings": "Send the text to /v1/embeddings as 'input'.",
 }
 
 
-@router.get("/")
+@router.get("/", response_class=PlainTextResponse)
 @router.head("/", include_in_schema=False)
 async def root() -> Response:
     """The server is alive, in the words that Ollama's clients look for."""
@@ -41,13 +39,13 @@ async def version() -> dict[str, str]:
 
 @router.get("/api/tags")
 async def tags(gateway: GatewayDep) -> dict[str, Any]:
-    """The models that workers serve now, as Ollama lists them."""
+    """The models that workers serve now, in Ollama's form."""
     return listed(await model_cards(gateway))
 
 
 @router.get("/api/ps")
 async def processes(gateway: GatewayDep) -> dict[str, Any]:
-    """The same models as loaded ones: all that are served are."""
+    """The same list as models that are loaded: each served model is."""
     return running(await model_cards(gateway))
 
 

@@ -28,7 +28,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 LONG_FIELDS = frozenset({"messages", "prompt", "documents", "prediction"})
 """Fields whose size is bounded only by that of the body."""
 _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
+_MESSAGES = msgspec.json.Decoder(list[dict[str, Any]] | None)
 """Stops at the first element that is not an object."""
 _ANYTHING = msgspec.json.Decoder()
 _FIRST_IS_NOT_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
@@ -36,7 +36,7 @@ _FIRST_IS_OBJECT = re.compile(rb"\s*+\[\s*+\{")
 _NOT_STRUCTURE = bytes(code for code in range(256) if code not in b'[]{}",')
 _VALUES_PER_PART = 8
 """Maximum average of JSON values in a message, content part or tool call. Most have 2 or 3, a tool call 5."""
-_TYPE_MISMATCH = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
+_TYPE_MISMATCH = re.compile(r"Expected `(?:array \| null|object)`.*?(?:\$\[(\d+)\].*)?$")
 
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80

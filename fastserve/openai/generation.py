@@ -34,7 +34,9 @@ Penalty = Annotated[Number, Field(ge=-2, le=2)]
 _NOT_WITH_BEAMS = (
     *("stream", "temperature", "top_p", "top_k", "min_p", "typical_p", "logprobs", "prompt_logprobs", "logit_bias"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words", "min_tokens"),
-    *("prediction", "echo", "continue_final_message", "response_format", "structured_outputs", "tools"),
+    *("prediction", "echo", "continue_final_message", "response_format", "structured_outputs", "tools", "functions"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema", "regex", "ebnf"),
+    "thinking_token_budget",
 )
 _NEUTRAL_WITH_BEAMS = {
     "temperature": 0,

@@ -25,14 +25,20 @@ from fastserve.openai.embeddings import (
     RerankRequest,
     ScoreRequest,
 )
-from fastserve.openai.ollama import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
+from fastserve.openai.ollama import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from fastserve.openai.responses.request import ResponsesRequest
 from fastserve.openai.slora import GenerateRequest
 from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
 
-ContentsKind = Literal["objects", "texts", "list", "object", "text", "count"]
+ContentsKind = Literal["objects", "texts", "list", "object", "text", "count", "vector", "vectors"]
 """Kinds of an answer's main field: a non-empty list of objects, or of strings; a list of objects that may be empty; an
-object; a string; a number."""
+object; a string; a number; a list of numbers; a list of such lists."""
 
 MODEL_IN_PATH = "{model:path}"
 
@@ -133,7 +139,7 @@ COUNT_TOKENS = replace(
     MESSAGES,
     path="/v1/messages/count_tokens",
     request=CountTokensRequest,
-    answer="The number of tokens",
+    answer="an object with `input_tokens`, the number of tokens",
     summary="Count the tokens of a prompt (Anthropic's route)",
     contents="input_tokens",
     contents_kind="count",
@@ -145,7 +151,7 @@ OLLAMA_CHAT = ModelRoute(
     "/api/chat",
     "chat",
     OllamaChatRequest,
-    "The message, or a stream of its pieces",
+    "the message, or a stream of its pieces as lines of JSON",
     "Answer a chat (Ollama's route)",
     contents="message",
     contents_kind="object",
@@ -157,7 +163,7 @@ OLLAMA_GENERATE = replace(
     path="/api/generate",
     capability="completions",
     request=OllamaGenerateRequest,
-    answer="The text, or a stream of its pieces",
+    answer="the text, or a stream of its pieces as lines of JSON",
     summary="Answer a prompt (Ollama's route)",
     contents="response",
     contents_kind="text",
@@ -167,7 +173,7 @@ OLLAMA_SHOW = replace(
     OLLAMA_GENERATE,
     path="/api/show",
     request=OllamaShowRequest,
-    answer="The model's template, sizes and capabilities",
+    answer="the model's template, sizes and capabilities",
     summary="Describe a model (Ollama's route)",
     contents="model_info",
     contents_kind="object",
@@ -250,7 +256,26 @@ POOLING = replace(
     path="/v1/pooling",
     capability="pooling",
     request=PoolRequest,
-    summary="Give what a model that embeds or classifies yields: vectors of texts or tokens, or scores",
+    summary="Give the vectors of texts or tokens, or the scores, that a pooling model computes",
+)
+OLLAMA_EMBED = replace(
+    EMBEDDINGS,
+    path="/api/embed",
+    request=OllamaEmbedRequest,
+    answer="The vectors",
+    summary="Turn texts into vectors (Ollama's route)",
+    contents="embeddings",
+    contents_kind="vectors",
+    api="ollama",
+)
+OLLAMA_EMBEDDINGS = replace(
+    OLLAMA_EMBED,
+    path="/api/embeddings",
+    request=OllamaEmbeddingsRequest,
+    answer="The vector",
+    summary="Turn a text into a vector (Ollama's older route)",
+    contents="embedding",
+    contents_kind="vector",
 )
 POOLING_ROUTES: tuple[ModelRoute, ...] = (
     *(EMBEDDINGS, ENGINE_EMBEDDINGS),
@@ -265,6 +290,7 @@ POOLING_ROUTES: tuple[ModelRoute, ...] = (
 RELAYED_ROUTES = (
     *(*MODEL_ROUTES, *RESPONSES_ROUTES, *POOLING_ROUTES, *TOKEN_ROUTES),
     *(*FASTCHAT_ROUTES, *SLORA_ROUTES, *ANTHROPIC_ROUTES, *OLLAMA_ROUTES),
+    *(OLLAMA_EMBED, OLLAMA_EMBEDDINGS),
 )
 """All that the API server relays."""
 

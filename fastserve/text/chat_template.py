@@ -153,7 +153,7 @@ class ChatTemplate:
 
 
 def _up_to_mark(text: str) -> str:
-    """What stands before the last mark of the end of the final message."""
+    """The text before the last mark that ends the final message."""
     before, mark, _ = text.rpartition(_END_OF_CONTENT)
     if not mark:
         raise InvalidRequestError(

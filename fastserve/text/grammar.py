@@ -15,6 +15,7 @@ from typing import Any
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
+from fastserve.text.json_schema import with_followed_keywords
 from fastserve.text.tokenizer import Tokenizer
 
 _MAX_WHITESPACE_CHARS = 40
@@ -44,15 +45,19 @@ def json_value(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None 
         options["whitespace_pattern"] = whitespace_pattern
     if whitespace_pattern == "":
         options = {"lenient": False, "whitespace_flexible": False}
-    plain = {} if schema is True else {"not": {}} if schema is False else dict(schema)
+    plain = {} if schema is True else {"not": {}} if schema is False else with_followed_keywords(schema)
     return "%json " + json.dumps({**plain, _OPTIONS: options})
 
 
 def of_json_schema(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None = None) -> str:
     """The grammar of a value of a JSON schema."""
-    value = json_value(schema, whitespace_pattern)
-    is_short = len(value) <= _MAX_FORCED_BYTES and _LONG_REPEAT.search(value) is None
-    return f"{'' if is_short else UNFORCED}start: {value}\n"
+    return unforced_if_long(f"start: {json_value(schema, whitespace_pattern)}\n")
+
+
+def unforced_if_long(grammar: str) -> str:
+    """A grammar of our own making, with UNFORCED where the search for forced text may take long."""
+    is_short = len(grammar) <= _MAX_FORCED_BYTES and _LONG_REPEAT.search(grammar) is None
+    return grammar if is_short else UNFORCED + grammar
 
 
 def of_regex(pattern: str) -> str:
@@ -100,10 +105,11 @@ def literal(text: str) -> str:
 
 
 def mark(text: str, tokenizer: Tokenizer) -> str:
-    """Lark expression for a mark such as `</think>`: its token if the tokenizer has one that is special, or else its
-    text."""
-    token_id = single_token(text, tokenizer)
-    return f"<[{token_id}]>" if token_id in tokenizer.special_ids else literal(text)
+    """Lark expression for a mark such as `</think>`: its special tokens, and its text around them."""
+    ids = tokenizer.special_ids.intersection(tokenizer.encode(text, add_special_tokens=False))
+    names = {tokenizer.token_bytes(token_id).decode(errors="replace"): token_id for token_id in ids}
+    pieces = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+    return " ".join(f"<[{names[piece]}]>" if piece in names else literal(piece) for piece in pieces if piece)
 
 
 def single_token(text: str, tokenizer: Tokenizer) -> int | None:
@@ -146,7 +152,7 @@ def after_reasoning(
         thought = f"thought{attributes}: THOUGHT\nTHOUGHT: {text_without((end, *excluded))}\n"
         closing = f" <[{end_token}]>"
     elif max_tokens is None:
-        thought = f"thought[suffix={literal(end)}]: /(?s:.*)/\n"
+        thought = f"thought[suffix={literal(end)}]: {text_without(excluded)}\n"
         closing = ""
     else:
         raise ValueError(f"the end of reasoning, {end!r}, is not one token")

@@ -12,10 +12,19 @@ from fastserve.openai.chat import ChatRequest
 from fastserve.openai.tools import ToolUse
 from fastserve.text.forms.find import FORMS, find_form, make_parser
 from fastserve.text.forms.form import Form, Function
-from fastserve.text.forms.harmony import Harmony
+from fastserve.text.forms.harmony import Harmony, final_message
 from fastserve.text.forms.hermes import Hermes
 from fastserve.text.forms.parser import AnswerParser, ParserOptions
-from fastserve.text.grammar import after_reasoning, json_value, literal, nested, single_token, text_without
+from fastserve.text.grammar import (
+    after_reasoning,
+    header,
+    json_value,
+    literal,
+    nested,
+    single_token,
+    text_without,
+    unforced_if_long,
+)
 from fastserve.text.reasoning import NO_REASONING, REASONING, find_reasoning
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.choice import OutputOptions
@@ -72,9 +81,13 @@ class AnswerForms:
         reasoning = NO_REASONING if request.separate_reasoning is False else self._reasoning
         is_open = reasoning.is_open_after(prompt, continued)
         form = None if use is None else self._form_of(use)
-        call_grammar = "" if use is None or form is None else self._call_grammar(use, form)
-        if call_grammar or request.thinking_token_budget is not None:
-            grammar = self._with_reasoning(request, call_grammar or grammar, is_open)
+        if grammar and self._reads_channels:
+            grammar = final_message(grammar, self._mark)
+        if use is not None and form is not None:
+            grammar = self._call_grammar(use, form, grammar)
+        if grammar or request.thinking_token_budget is not None:
+            starts_open = self._reasoning.is_open_after(prompt, continued)
+            grammar = self._with_reasoning(request.thinking_token_budget, grammar, form, starts_open)
         if form is None and self._reads_channels and request.separate_reasoning is not False:
             form = FORMS[Harmony.name]
         if form is None and reasoning is NO_REASONING:
@@ -112,30 +125,42 @@ class AnswerForms:
         return _FORCED if use.is_required and self._rules(use, form) is None else form
 
     def _rules(self, use: ToolUse, form: Form) -> str | None:
-        # What is not strict needs a grammar only where a call must come.
+        enforced = {one.name for one in use.enforced}
         functions = [
-            Function(one.name, {**_ANY_OBJECT, **(_closed(one.parameters) if use.is_required or one.is_strict else {})})
+            Function(one.name, {**_ANY_OBJECT, **(_closed(one.parameters) if one.name in enforced else {})})
             for one in use.functions
         ]
         rules = form.grammar(functions, self._mark, json_value)
-        return None if rules is None else rules.lark(is_parallel=use.is_parallel)
+        return None if rules is None else unforced_if_long(rules.lark(is_parallel=use.is_parallel))
 
-    def _call_grammar(self, use: ToolUse, form: Form) -> str:
-        """The grammar of an answer with calls; empty: any text."""
+    def _call_grammar(self, use: ToolUse, form: Form, text: str = "") -> str:
+        """The grammar of an answer with calls, or of `text` (empty: any) where none must come; empty: any answer."""
         rules = self._rules(use, form)
-        if rules is None or use.is_required:
+        if use.is_required:
             return rules or ""
-        if form.start_openers or not any(function.is_strict for function in use.functions):
+        if text:
+            calls = self._any_call(form) if rules is None else rules
+            start = f"{header(calls, text)}start: calls | answer\n"
+            return f"{start}calls: {nested(calls)}\nanswer: {nested(text)}\n"
+        if rules is None or form.start_openers or not use.enforced:
             return ""
-        return f"start: TEXT (calls TEXT)?\ncalls: {nested(rules)}\nTEXT: {text_without(form.openers)}\n"
+        start = f"{header(rules)}start: TEXT (calls TEXT)?\n"
+        return f"{start}calls: {nested(rules)}\nTEXT: {text_without(form.openers)}\n"
+
+    def _any_call(self, form: Form) -> str:
+        """The grammar of what begins like a call, for forms without a grammar."""
+        openers = " | ".join(map(self._mark, form.openers))
+        return f"start: ({openers}) any\nany: {nested(self._any_text())}\n"
 
     def _mark(self, text: str) -> str:
         """Lark expression for a mark: its token, also one that is not special, or else its text."""
         token_id = single_token(text, self._tokenizer)
         return literal(text) if token_id is None else f"<[{token_id}]>"
 
-    def _with_reasoning(self, request: ChatRequest, grammar: str, is_open: bool) -> str:
-        reasoning, budget = self._reasoning, request.thinking_token_budget
+    def _with_reasoning(self, budget: int | None, grammar: str, form: Form | None, is_open: bool) -> str:
+        """The grammar of answers that may begin with reasoning. `grammar`: of what follows; empty: any text."""
+        reasoning = self._reasoning
+        form = self.form if form is None and budget is not None else form
         if budget is not None and self._reads_channels:
             raise UnsupportedParameterError(
                 "'thinking_token_budget' is not supported by this model, whose channels have no end to force. Give "
@@ -152,7 +177,8 @@ class AnswerForms:
                 end=reasoning.ends[0],
                 is_open=is_open,
                 max_tokens=budget,
-                excluded=() if self.form is None or budget is None else self.form.openers,
+                # A call ends the reasoning, and would escape the grammar.
+                excluded=form.openers if form is not None and form.ends_reasoning else (),
             )
         except ValueError as error:
             raise UnsupportedParameterError(

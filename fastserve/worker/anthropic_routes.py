@@ -7,9 +7,8 @@ from starlette.responses import JSONResponse, Response
 
 from fastserve.openai.routes import COUNT_TOKENS, MESSAGES
 from fastserve.worker.anthropic_request import count_tokens, make_job
-from fastserve.worker.caller import caller_of, read_body
+from fastserve.worker.prepare import prepare
 from fastserve.worker.responses import respond
-from fastserve.worker.runtime import metrics_of, runtime_of
 from fastserve.worker.writers.anthropic import AnthropicWriter
 
 router = APIRouter()
@@ -17,20 +16,11 @@ router = APIRouter()
 
 @router.post(MESSAGES.path)
 async def messages(request: Request) -> Response:
-    caller = caller_of(request)
-    with metrics_of(request).refusals():
-        runtime = runtime_of(request)
-        runtime.keeper.require_ready()
-        body = await read_body(request)
-        job = await runtime.pool.run(len(body), lambda: make_job(runtime.jobs, body, caller))
+    runtime, job = await prepare(request, MESSAGES, lambda runtime, *given: make_job(runtime.jobs, *given))
     return await respond(request, runtime, job.job, AnthropicWriter(job))
 
 
 @router.post(COUNT_TOKENS.path)
 async def count(request: Request) -> Response:
-    caller = caller_of(request)
-    with metrics_of(request).refusals():
-        runtime = runtime_of(request)
-        body = await read_body(request)
-        num_tokens = await runtime.pool.run(len(body), lambda: count_tokens(runtime.jobs, body, caller))
+    _, num_tokens = await prepare(request, COUNT_TOKENS, lambda runtime, *given: count_tokens(runtime.jobs, *given))
     return JSONResponse({"input_tokens": num_tokens})

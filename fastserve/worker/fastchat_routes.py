@@ -16,15 +16,16 @@ from starlette.responses import Response
 
 from fastserve.errors import FastserveError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.openai.routes import EMBEDDINGS
+from fastserve.openai.routes import COMPLETIONS, EMBEDDINGS
 from fastserve.serving.errors import unexpected_error
 from fastserve.serving.responses import StreamResponse, run_until_disconnect
 from fastserve.worker.answer import fold, stream_answer
-from fastserve.worker.caller import Caller, caller_of, read_body
+from fastserve.worker.caller import caller_of, read_body
 from fastserve.worker.fastchat_request import make_job, read_prompt
 from fastserve.worker.jobs import Job
 from fastserve.worker.pooling_routes import answer
-from fastserve.worker.runtime import Runtime, metrics_of, runtime_of, status_of
+from fastserve.worker.prepare import prepare
+from fastserve.worker.runtime import Runtime, runtime_of, status_of
 from fastserve.worker.writers.fastchat import END_OF_RECORD, FastChatWriter, error_record
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ async def _stream(request: Request, body: bytes) -> AsyncGenerator[bytes, None]:
     """The records of a streamed answer. Errors are records, also the first one."""
     caller = caller_of(request)
     try:
-        runtime, job, writer = await _prepare(request, body, caller)
+        runtime, job, writer = await _prepare(request, body)
         async with aclosing(stream_answer(runtime.service, job, writer)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -97,7 +98,7 @@ async def _whole(request: Request, body: bytes) -> bytes:
     """The single record of an answer that is not streamed."""
     caller = caller_of(request)
     try:
-        runtime, job, writer = await _prepare(request, body, caller)
+        runtime, job, writer = await _prepare(request, body)
         return writer.whole(await fold(runtime.service, job))
     except FastserveError as error:
         return encode_json(error_record(error))
@@ -106,9 +107,6 @@ async def _whole(request: Request, body: bytes) -> bytes:
         return encode_json(error_record(unexpected_error()))
 
 
-async def _prepare(request: Request, body: bytes, caller: Caller) -> tuple[Runtime, Job, FastChatWriter]:
-    with metrics_of(request).refusals():
-        runtime = runtime_of(request)
-        runtime.keeper.require_ready()
-        job, echo = await runtime.pool.run(len(body), lambda: make_job(runtime, body, caller))
-        return runtime, job, FastChatWriter(job, echo)
+async def _prepare(request: Request, body: bytes) -> tuple[Runtime, Job, FastChatWriter]:
+    runtime, (job, echo) = await prepare(request, COMPLETIONS, make_job, body)
+    return runtime, job, FastChatWriter(job, echo)

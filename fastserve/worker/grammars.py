@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
@@ -16,8 +16,10 @@ from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.text import printable
 from fastserve.openai.body import join, shown
 from fastserve.openai.structured import AnswerFormat
+from fastserve.openai.tools import FunctionTool
 from fastserve.text import grammar
 from fastserve.text.grammar_tokenizer import parser_limits, require_grammars, small_grammar_tokenizer
+from fastserve.text.json_schema import DATA_KEYWORDS, MAP_KEYWORDS
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.prompt_pool import INLINE_BYTES
 
@@ -26,11 +28,12 @@ _MAX_FIRST_TOKENS = 4
 """First tokens of an answer that are tried, as long as there is no choice."""
 _MAX_LOCATING = 64
 """Parts of a schema that are compiled to find the one with the error."""
-_DATA = frozenset({"const", "default", "enum", "example", "examples"})
-"""Keywords whose value is no schema."""
-_MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
-"""Keywords whose value is an object of schemas."""
-_FIELDS = (b'_format"', b'"structured_outputs"', b'"guided_', b'"grammar"', b'"json_schema"', b'"regex"', b'"ebnf"')
+_FIELDS = (
+    *(b'format"', b'"structured_outputs"', b'"guided_', b'"grammar"', b'"json_schema"', b'"regex"', b'"ebnf"'),
+    *(b'"tool_choice"', b'"function_call"', b'"strict"', b'"thinking_token_budget"', b'"budget_tokens"'),
+    b"\\u00",  # may hide any of them
+)
+"""Parts of a body that asks for a grammar."""
 
 
 def preparing_bytes(body: bytes) -> int:
@@ -64,9 +67,7 @@ class GrammarMaker:
         self._lock = threading.Lock()
 
     def of(self, wanted: AnswerFormat) -> str:
-        """The grammar of answers of a format. Raises InvalidRequestError that says where it is wrong, and
-        UnsupportedCapabilityError if the model's answers cannot have one."""
-        require_grammars(self._tokenizer, self._end_token_ids)
+        """The grammar of answers of a format. Raises as `check` does, with the place that is wrong."""
         if wanted.kind == "json_schema":
             self._check_references(wanted.value, wanted.param)
         text = self._write(wanted)
@@ -74,7 +75,9 @@ class GrammarMaker:
         return text
 
     def check(self, text: str, param: str, explain: Callable[[str], FastserveError] | None = None) -> None:
-        """Compile a grammar. Raises InvalidRequestError if that fails: by default for the field `param`."""
+        """Compile a grammar. Raises InvalidRequestError if that fails, by default for the field `param`, and
+        UnsupportedCapabilityError if the model's answers cannot have a grammar."""
+        require_grammars(self._tokenizer, self._end_token_ids)
         with self._lock:
             if text in self._known:
                 self._known.move_to_end(text)
@@ -93,6 +96,17 @@ class GrammarMaker:
             self._known_bytes += len(text)
             while self._known_bytes > self._max_cached_bytes:
                 self._known_bytes -= len(self._known.popitem(last=False)[0])
+
+    def check_calls(self, text: str, functions: Sequence[FunctionTool], param: str) -> None:
+        """Compile the grammar of an answer that may have calls of `functions`. Raises as `check` does: for the schema
+        that cannot be compiled alone, if there is one, else for the field `param`."""
+
+        def explain(reason: str) -> FastserveError:
+            for function in functions:
+                self.of(AnswerFormat("json_schema", {"type": "object", **function.parameters}, function.param))
+            return _error(param, reason)
+
+        self.check(text, param, explain)
 
     def _write(self, wanted: AnswerFormat) -> str:
         value = wanted.value
@@ -161,9 +175,9 @@ class GrammarMaker:
 def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """The schemas directly inside a schema, with their paths."""
     for keyword, value in schema.items():
-        if keyword in _DATA:
+        if keyword in DATA_KEYWORDS:
             continue
-        if keyword in _MAPS and isinstance(value, dict):
+        if keyword in MAP_KEYWORDS and isinstance(value, dict):
             yield from (((keyword, name), part) for name, part in value.items())
         elif isinstance(value, dict):
             yield (keyword,), value

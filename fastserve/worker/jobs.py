@@ -227,6 +227,14 @@ class JobMaker:
         """A chat's job with its tools and reasoning."""
         params = job.prompts[0].params
         form = self.forms.of(request, use, prompt, continued, job.caller.request_id, job.output, params.grammar)
+        if form.grammar != params.grammar:
+            functions = [] if use is None else use.enforced
+            param = functions[0].param.partition(".")[0] if functions else "thinking_token_budget"
+            if params.grammar:
+                param = "response_format"
+            else:
+                self._refuse_fixed_length(request, param)
+            self._grammars.check_calls(form.grammar, functions, param)
         params = msgspec.structs.replace(params, grammar=form.grammar)
         has_function_call = use is not None and use.is_old
         return replace(
@@ -425,10 +433,14 @@ class JobMaker:
         wanted = request.answer_format(self.settings.bounds)
         if wanted is None:
             return ""
+        self._refuse_fixed_length(request, wanted.param)
+        return self._grammars.of(wanted)
+
+    def _refuse_fixed_length(self, request: GenerationRequest, param: str) -> None:
+        """Refuse fields that keep an answer from ending, beside the field `param`, which asks for a grammar."""
         for name, value in (("min_tokens", request.min_tokens), ("ignore_eos", request.ignore_eos)):
             if value:
-                raise invalid(name, value, f"With '{wanted.param}' the format says when the answer ends: leave it out.")
-        return self._grammars.of(wanted)
+                raise invalid(name, value, f"With '{param}' a grammar says when the answer ends: leave it out.")
 
     def _bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of texts that must not come, in the middle of a text and after a space."""

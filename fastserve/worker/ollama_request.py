@@ -42,6 +42,7 @@ _THEIR_NAMES = {
     **{ours: f"options.{theirs}" for theirs, ours in _OPTIONS.items()},
     "max_tokens": "options.num_predict",
     "response_format": "format",
+    "response_format.json_schema.schema": "format",
     "reasoning_effort": "think",
     "chat_template_kwargs": "think",
 }
@@ -55,7 +56,7 @@ class OllamaJob:
     """As the client named it."""
     stream: bool
     done_reason: str = "load"
-    """Of a request without a job."""
+    """`done_reason` of the answer, if nothing is to be generated."""
 
 
 def make_chat_job(jobs: JobMaker, adapters: ServedAdapters, body: bytes, caller: Caller) -> OllamaJob:

@@ -15,14 +15,15 @@ from fastserve.openai.ollama import (
     describe,
     describe_details,
 )
-from fastserve.openai.routes import OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_SHOW
+from fastserve.openai.routes import OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_SHOW, ModelRoute
 from fastserve.serving.error_shapes import OLLAMA_ERRORS
 from fastserve.worker.adapters import ServedAdapters
-from fastserve.worker.caller import Caller, caller_of, read_body
+from fastserve.worker.caller import Caller, read_body
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.ollama_request import OllamaJob, find_model, make_chat_job, make_generate_job
+from fastserve.worker.prepare import prepare
 from fastserve.worker.responses import respond
-from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
+from fastserve.worker.runtime import Runtime, runtime_of
 from fastserve.worker.writers.ollama import OllamaWriter, Shape, chat_shape, generate_shape, loaded
 
 router = APIRouter()
@@ -32,12 +33,12 @@ MakeJob = Callable[[JobMaker, ServedAdapters, bytes, Caller], OllamaJob]
 
 @router.post(OLLAMA_CHAT.path)
 async def chat(request: Request) -> Response:
-    return await _answer(request, make_chat_job, chat_shape)
+    return await _answer(request, OLLAMA_CHAT, make_chat_job, chat_shape)
 
 
 @router.post(OLLAMA_GENERATE.path)
 async def generate(request: Request) -> Response:
-    return await _answer(request, make_generate_job, generate_shape)
+    return await _answer(request, OLLAMA_GENERATE, make_generate_job, generate_shape)
 
 
 @router.post(OLLAMA_SHOW.path)
@@ -61,13 +62,8 @@ def _describe(runtime: Runtime) -> dict[str, object]:
     )
 
 
-async def _answer(request: Request, make: MakeJob, shape: Shape) -> Response:
-    caller = caller_of(request)
-    with metrics_of(request).refusals():
-        runtime = runtime_of(request)
-        runtime.keeper.require_ready()
-        body = await read_body(request)
-        made = await runtime.pool.run(len(body), lambda: make(runtime.jobs, runtime.adapters, body, caller))
+async def _answer(request: Request, route: ModelRoute, make: MakeJob, shape: Shape) -> Response:
+    runtime, made = await prepare(request, route, lambda runtime, *given: make(runtime.jobs, runtime.adapters, *given))
     if made.job is None:
         answer = encode_json(loaded(made.model, made.done_reason, shape))
         return Response(answer + b"\n", media_type=JSON_LINES) if made.stream else Response(answer, media_type=JSON)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -11,13 +10,11 @@ from starlette.responses import JSONResponse, Response
 from fastserve.openai.answers import JSON
 from fastserve.openai.anthropic import anthropic_cards
 from fastserve.openai.models import Model, ModelCards, describe_model
-from fastserve.openai.routes import CHAT, COMPLETIONS, ModelRoute
+from fastserve.openai.routes import CHAT, COMPLETIONS
 from fastserve.serving.error_shapes import is_anthropic
-from fastserve.worker.caller import Caller, caller_of, read_body
-from fastserve.worker.grammars import preparing_bytes
-from fastserve.worker.jobs import Job, JobMaker
+from fastserve.worker.prepare import prepare
 from fastserve.worker.responses import respond, written_bytes
-from fastserve.worker.runtime import ModelHandler, Runtime, metrics_of, runtime_of
+from fastserve.worker.runtime import ModelHandler, Runtime, runtime_of
 from fastserve.worker.writers.chat import ChatWriter
 from fastserve.worker.writers.completions import CompletionWriter
 
@@ -57,13 +54,13 @@ def _cards(runtime: Runtime) -> dict[str, Model]:
 
 async def chat(request: Request) -> Response:
     created = int(time.time())
-    runtime, job = await _prepare(request, CHAT, lambda jobs: jobs.chat)
+    runtime, job = await prepare(request, CHAT, lambda runtime, *given: runtime.jobs.chat(*given))
     return await respond(request, runtime, job, ChatWriter(job, created, runtime.jobs.tokenizer))
 
 
 async def completions(request: Request) -> Response:
     created = int(time.time())
-    runtime, job = await _prepare(request, COMPLETIONS, lambda jobs: jobs.completion)
+    runtime, job = await prepare(request, COMPLETIONS, lambda runtime, *given: runtime.jobs.completion(*given))
     tokenizer = runtime.jobs.tokenizer
     writer = await runtime.pool.run(written_bytes(job), lambda: CompletionWriter(job, created, tokenizer))
     return await respond(request, runtime, job, writer)
@@ -74,17 +71,3 @@ HANDLERS = (
     ModelHandler(COMPLETIONS, completions, lambda runtime: runtime.pooling is None),
 )
 """The worker's model routes."""
-
-
-async def _prepare(
-    request: Request, route: ModelRoute, choose: Callable[[JobMaker], Callable[[bytes, Caller], Job]]
-) -> tuple[Runtime, Job]:
-    """Read the body and make a job. Refusals are counted, also while the model loads."""
-    caller = caller_of(request)
-    with metrics_of(request).refusals():
-        runtime = runtime_of(request)
-        runtime.keeper.require_ready()
-        runtime.require_generation(route)
-        make = choose(runtime.jobs)
-        body = await read_body(request)
-        return runtime, await runtime.pool.run(preparing_bytes(body), lambda: make(body, caller))

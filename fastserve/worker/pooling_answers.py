@@ -15,7 +15,7 @@ from fastserve.openai.answers import encode_json
 PoolingWriterType = Callable[[PoolingResult, int], bytes]
 """(result, number of tokens) -> body of the answer"""
 _BYTES = 4
-"""Of a number."""
+"""Bytes of a number as float32."""
 
 
 def rows(result: PoolingResult) -> Iterator[bytes]:
@@ -58,6 +58,27 @@ def write_fastchat(model: str, request_id: str, form: str) -> PoolingWriterType:
     def write(result: PoolingResult, num_tokens: int) -> bytes:
         items = (_encoded(row, form) for row in rows(result))
         return b'{"embedding":[%b],"token_num":%d}' % (b",".join(items), num_tokens)
+
+    return write
+
+
+def write_ollama(model: str, request_id: str, form: str) -> PoolingWriterType:
+    started = time.monotonic_ns()
+
+    def write(result: PoolingResult, num_tokens: int) -> bytes:
+        tail = {
+            "total_duration": time.monotonic_ns() - started,
+            "load_duration": 0,
+            "prompt_eval_count": num_tokens,
+        }
+        return _listed({"model": model}, (_encoded(row, form) for row in rows(result)), tail, "embeddings")
+
+    return write
+
+
+def write_ollama_embedding(model: str, request_id: str, form: str) -> PoolingWriterType:
+    def write(result: PoolingResult, num_tokens: int) -> bytes:
+        return b'{"embedding":%b}' % next(_encoded(row, form) for row in rows(result))
 
     return write
 

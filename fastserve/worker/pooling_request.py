@@ -12,7 +12,7 @@ from fastserve.engine.contract import PoolingInfo, PoolingRequest, PoolingResult
 from fastserve.engine.settings import PoolingOptions
 from fastserve.errors import InvalidRequestError, PermissionDeniedError, UnsupportedParameterError
 from fastserve.observability.text import printable
-from fastserve.openai.body import RequestBounds, invalid
+from fastserve.openai.body import RequestBounds, invalid, renamed, validate
 from fastserve.openai.embeddings import (
     ClassifyRequest,
     EmbeddingFields,
@@ -23,8 +23,10 @@ from fastserve.openai.embeddings import (
     ScoreRequest,
     parse_pooling_request,
     read_inputs,
+    read_ollama,
     read_texts,
 )
+from fastserve.openai.ollama import OllamaEmbeddingsRequest, OllamaEmbedRequest, untagged
 from fastserve.worker import pooling_answers as answers
 from fastserve.worker.adapters import ServedAdapters
 from fastserve.worker.caller import Caller
@@ -36,7 +38,7 @@ _SAME_PROMPTS = (
 )
 """Names of prompts that say the same."""
 _BYTES_PER_FLOAT = {"float": 22, "base64": 16 / 3}
-"""Of an answer."""
+"""Bytes of one number in an answer."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class PoolingJob:
 @dataclass(frozen=True)
 class PoolingLimits:
     max_tokens: int
-    """Of all texts of a request."""
+    """Maximum tokens of all texts of a request together."""
     max_answer_bytes: int
     long_texts: LongTexts | None
     """None: OpenAI's routes refuse what is too long, and FastChat's splits it."""
@@ -94,6 +96,29 @@ class PoolingJobMaker:
             request.encoding_format = "float"
         texts, num_prompt = self._encode_inputs(request, self._limits.long_texts or "chunk")
         return self._vectors(request, caller, texts, "embed", num_prompt, answers.write_fastchat)
+
+    def ollama(self, body: bytes, caller: Caller) -> PoolingJob:
+        """A job of /api/embed."""
+        asked = read_ollama(OllamaEmbedRequest, body, self._bounds)
+        limit = None if asked.truncate is False else -1
+        fields = {"input": asked.input, "dimensions": asked.dimensions, "truncate_prompt_tokens": limit}
+        request = self._embedding_request(asked.model, fields)
+        texts, num_prompt = self._encode_inputs(request)
+        return self._vectors(request, caller, texts, "embed", num_prompt, answers.write_ollama, asked.model)
+
+    def ollama_embedding(self, body: bytes, caller: Caller) -> PoolingJob:
+        """A job of /api/embeddings."""
+        asked = read_ollama(OllamaEmbeddingsRequest, body, self._bounds)
+        request = self._embedding_request(asked.model, {"input": asked.prompt, "truncate_prompt_tokens": -1})
+        try:
+            texts, num_prompt = self._encode_inputs(request)
+        except InvalidRequestError as error:
+            raise renamed(error, {"input": "prompt"}) from error
+        return self._vectors(request, caller, texts, "embed", num_prompt, answers.write_ollama_embedding)
+
+    def _embedding_request(self, model: str, fields: Mapping[str, Any]) -> EmbeddingRequest:
+        known = model if self._adapters.resolve(model) is not None else untagged(model)
+        return validate(EmbeddingRequest, {"model": known, **fields}, self._bounds)
 
     def pool(self, body: bytes, caller: Caller) -> PoolingJob:
         """A job of /v1/pooling."""
@@ -151,7 +176,9 @@ class PoolingJobMaker:
         task: PoolingTask,
         num_prompt_tokens: int,
         make_writer: Callable[[str, str, str], answers.PoolingWriterType],
+        shown_model: str | None = None,
     ) -> PoolingJob:
+        """`shown_model`: the model's name in the answer; None: as in the request."""
         if request.dimensions is not None and request.dimensions > self.info.width:
             raise invalid("dimensions", request.dimensions, f"This model's vectors have {self.info.width} numbers.")
         form = request.encoding_format or "float"
@@ -168,7 +195,7 @@ class PoolingJobMaker:
             request,
             caller,
             texts,
-            make_writer(request.model, caller.request_id, form),
+            make_writer(shown_model or request.model, caller.request_id, form),
             task=task,
             dimensions=request.dimensions,
             normalize=request.normalize,

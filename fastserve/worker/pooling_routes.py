@@ -14,6 +14,8 @@ from fastserve.openai.routes import (
     COHERE_RERANK,
     EMBEDDINGS,
     ENGINE_EMBEDDINGS,
+    OLLAMA_EMBED,
+    OLLAMA_EMBEDDINGS,
     POOLING,
     POOLING_ROUTES,
     RERANK,
@@ -83,9 +85,17 @@ _MAKERS: dict[str, tuple[MakeJob, Callable[[PoolingInfo], bool]]] = {
 }
 
 
+_SPECIAL: dict[str, MakeJob] = {
+    COHERE_RERANK.path: _cohere_rerank,
+    OLLAMA_EMBED.path: lambda jobs, body, caller: jobs.ollama(body, caller),
+    OLLAMA_EMBEDDINGS.path: lambda jobs, body, caller: jobs.ollama_embedding(body, caller),
+}
+"""By path: routes of another form than the capability's."""
+
+
 def _handler(route: ModelRoute) -> ModelHandler:
     make, can = _MAKERS[route.capability]
-    endpoint = _endpoint(route, _cohere_rerank if route is COHERE_RERANK else make)
+    endpoint = _endpoint(route, _SPECIAL.get(route.path, make))
 
     def is_offered(runtime: Runtime) -> bool:
         return runtime.info.pooling is not None and can(runtime.info.pooling)
@@ -93,4 +103,4 @@ def _handler(route: ModelRoute) -> ModelHandler:
     return ModelHandler(route, _engine_embeddings if route.names_model else endpoint, is_offered)
 
 
-HANDLERS = tuple(map(_handler, POOLING_ROUTES))
+HANDLERS = tuple(map(_handler, (*POOLING_ROUTES, OLLAMA_EMBED, OLLAMA_EMBEDDINGS)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -15,46 +14,33 @@ from fastserve.openai.responses.answer import response_object
 from fastserve.openai.responses.head import ResponseHead, new_id
 from fastserve.openai.responses.request import read_request
 from fastserve.openai.responses.translate import to_chat
-from fastserve.worker.caller import Caller, caller_of, read_body
-from fastserve.worker.jobs import Job, JobMaker
+from fastserve.openai.routes import RESPONSE_TOKENS, RESPONSES
+from fastserve.worker.caller import Caller
+from fastserve.worker.jobs import Job
+from fastserve.worker.prepare import prepare
 from fastserve.worker.responses import respond
-from fastserve.worker.runtime import Runtime, metrics_of, runtime_of
+from fastserve.worker.runtime import Runtime
 from fastserve.worker.writers.responses import ResponsesWriter
 
 router = APIRouter()
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    runtime: Runtime
-    job: Job
-    writer: ResponsesWriter
-
-
-@router.post("/v1/responses")
+@router.post(RESPONSES.path)
 async def create(request: Request) -> Response:
-    prepared = await _prepare(request)
-    return await respond(request, prepared.runtime, prepared.job, prepared.writer)
+    runtime, (job, writer) = await prepare(request, RESPONSES, _make_job)
+    return await respond(request, runtime, job, writer)
 
 
-@router.post("/v1/responses/input_tokens")
+@router.post(RESPONSE_TOKENS.path)
 async def count_input_tokens(request: Request) -> Response:
-    prepared = await _prepare(request)
-    answer = {"object": "response.input_tokens", "input_tokens": prepared.job.prompt_tokens}
+    _, (job, _) = await prepare(request, RESPONSE_TOKENS, _make_job)
+    answer = {"object": "response.input_tokens", "input_tokens": job.prompt_tokens}
     return Response(encode_json(answer), media_type=JSON)
 
 
-async def _prepare(request: Request) -> _Prepared:
-    caller = caller_of(request)
-    with metrics_of(request).refusals():
-        runtime = runtime_of(request)
-        runtime.keeper.require_ready()
-        body = await read_body(request)
-        return await runtime.pool.run(len(body), lambda: _Prepared(runtime, *_make_job(runtime.jobs, body, caller)))
-
-
-def _make_job(jobs: JobMaker, body: bytes, caller: Caller) -> tuple[Job, ResponsesWriter]:
+def _make_job(runtime: Runtime, body: bytes, caller: Caller) -> tuple[Job, ResponsesWriter]:
     """Raises RequestError with the names of the Responses API."""
+    jobs = runtime.jobs
     head = caller.read_head()
     asked = read_request(body, jobs.settings.bounds)
     chat = to_chat(asked, jobs.settings.bounds, head)

@@ -9,12 +9,14 @@ from starlette.responses import JSONResponse, Response
 
 from fastserve.errors import FastserveError
 from fastserve.openai.answers import JSON, encode_json
-from fastserve.worker.caller import caller_of, read_body
+from fastserve.openai.routes import COMPLETIONS
+from fastserve.worker.caller import read_body
 from fastserve.worker.jobs import JobMaker
 from fastserve.worker.metrics import kv_usage
+from fastserve.worker.prepare import prepare
 from fastserve.worker.responses import respond
 from fastserve.worker.rtp_llm_request import make_job, read_text
-from fastserve.worker.runtime import metrics_of, runtime_of
+from fastserve.worker.runtime import runtime_of
 from fastserve.worker.writers.rtp_llm import RtpLlmWriter, error_body
 
 router = APIRouter()
@@ -22,13 +24,8 @@ router = APIRouter()
 
 @router.post("/")
 async def generate(request: Request) -> Response:
-    caller = caller_of(request)
     try:
-        with metrics_of(request).refusals():
-            runtime = runtime_of(request)
-            runtime.keeper.require_ready()
-            body = await read_body(request)
-            job, shape = await runtime.pool.run(len(body), lambda: make_job(runtime, body, caller))
+        runtime, (job, shape) = await prepare(request, COMPLETIONS, make_job)
         return await respond(request, runtime, job, RtpLlmWriter(job, shape))
     except FastserveError as error:
         return _refusal(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from fastserve.openai.answers import JSON, encode_json
 from fastserve.openai.body import LONG_FIELDS, read_fields, validate
 from fastserve.openai.chat import ChatRequest
-from fastserve.openai.routes import DETOKENIZE, FASTCHAT_CHAT, TOKEN_CHECK, TOKENIZE
+from fastserve.openai.routes import CHAT, DETOKENIZE, FASTCHAT_CHAT, TOKEN_CHECK, TOKENIZE
 from fastserve.openai.tokens import DetokenizeRequest, TokenCheckRequest, TokenizeRequest
 from fastserve.worker.caller import read_body
 from fastserve.worker.openai_routes import chat
@@ -31,6 +32,7 @@ async def tokenize(request: Request) -> Response:
         asked = _validated(TokenizeRequest, runtime, fields)
         text, tokenizer = asked.text(), runtime.jobs.tokenizer
         if text is None:
+            runtime.require_generation(replace(CHAT, path=TOKENIZE.path))
             chat_fields = {name: value for name, value in fields.items() if name not in _OF_TEXTS}
             ids = runtime.jobs.chat_token_ids(chat_fields)
         else:

@@ -136,7 +136,6 @@ REFUSALS: list[tuple[str, dict[str, Any], int, str]] = [
     ("pull", {"model": "x"}, 400, "--model-path"),
     ("create", {"model": "x"}, 400, "--model-path"),
     ("copy", {"source": "x", "destination": "y"}, 400, "--model-names"),
-    ("embed", {"model": MODEL, "input": "x"}, 400, "/v1/embeddings"),
     ("zap", {}, 404, "There is no route"),
 ]
 """Route, body, status, and what the message names."""

@@ -17,7 +17,7 @@ from fastserve.errors import FastserveError, InvalidRequestError, NoWorkerError
 from fastserve.openai.answers import Usage
 from fastserve.openai.anthropic import MessagesRequest
 from fastserve.text.parts import Part, ReasoningPart, TextPart, ToolCallPart
-from fastserve.worker.anthropic_request import MessagesJob, chat_fields
+from fastserve.worker.anthropic_request import MessagesJob, to_chat
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.ollama_request import chat_messages
@@ -30,7 +30,7 @@ TURN: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 
 
 def fields_of(**more: Any) -> dict[str, Any]:
-    return chat_fields(MessagesRequest(**{"model": "m", "max_tokens": 5, "messages": [TURN], **more}))
+    return dict(to_chat(MessagesRequest(**{"model": "m", "max_tokens": 5, "messages": [TURN], **more})).fields)
 
 
 # ---- requests of Anthropic's clients ----------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_whatever_a_field_holds_is_translated_or_refused_by_name(name: str, valu
         value = {"type": value}
     refused = None
     try:
-        chat_fields(MessagesRequest.model_construct(**{"model": "m", "messages": [TURN], name: value}))
+        to_chat(MessagesRequest.model_construct(**{"model": "m", "messages": [TURN], name: value}))
     except InvalidRequestError as error:
         refused = error.param
     assert refused is None or refused.startswith(name)

@@ -9,11 +9,13 @@ from fastserve.text.forms.calls import Calls, json_arguments
 from fastserve.text.forms.form import CallGrammar, Form, Function, Mark, Value
 from fastserve.text.forms.parser import AnswerParser
 from fastserve.text.forms.scanner import NotACallError, Steps
+from fastserve.text.grammar import header, nested
 
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _BODY_ENDS = (*_ENDS, _START, _CHANNEL)
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([A-Za-z0-9_.-]+)")
+_THOUGHT = "THOUGHT: /(?s:.*)/"
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*([a-z]+)")
 
 
@@ -28,19 +30,26 @@ class Harmony(Form):
         yield from calls.scan.need()  # none: HarmonyParser reads the messages
 
     def grammar(self, functions: Sequence[Function], mark: Mark, value: Value) -> CallGrammar | None:
-        analysis = (
-            f'({mark(_CHANNEL)} "analysis" {mark(_MESSAGE)} THOUGHT {mark("<|end|>")} {mark(_START)} "assistant")?'
-        )
         return CallGrammar(
             [
                 f'{mark(_CHANNEL)} "commentary to=functions.{function.name} " {mark(_CONSTRAIN)} "json" '
                 f"{mark(_MESSAGE)} {value(function.parameters)}"
                 for function in functions
             ],
-            begin=analysis,
-            rules=("THOUGHT: /(?s:.*)/",),
+            begin=_analysis(mark),
+            rules=(_THOUGHT,),
             is_single=True,
         )
+
+
+def final_message(grammar: str, mark: Mark) -> str:
+    """The grammar of an answer whose final message, after the analysis, has a grammar."""
+    final = f'{mark(_CHANNEL)} "final" {mark(_MESSAGE)} answer'
+    return f"{header(grammar)}start: {_analysis(mark)} {final}\n{_THOUGHT}\nanswer: {nested(grammar)}\n"
+
+
+def _analysis(mark: Mark) -> str:
+    return f'({mark(_CHANNEL)} "analysis" {mark(_MESSAGE)} THOUGHT {mark("<|end|>")} {mark(_START)} "assistant")?'
 
 
 class HarmonyParser(AnswerParser):
