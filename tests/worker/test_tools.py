@@ -112,6 +112,22 @@ async def test_required_and_named_calls_are_enforced_by_a_grammar(running: Runni
         assert job.output.calls_finish_reason == reason
 
 
+async def test_forced_calls_have_no_arguments_that_the_schema_does_not_name(running: Running) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    for schema, is_closed in (
+        (city, True),
+        ({"type": "object", "properties": {}}, True),
+        ({**city, "required": ["land"]}, False),
+        ({**city, "additionalProperties": {"type": "integer"}}, False),
+        ({**city, "minProperties": 2}, False),
+        ({"type": "object"}, False),
+    ):
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        fields = {"tools": [tool], "tool_choice": "required"}
+        job = running.runtime.jobs.chat_from_fields(BODY | fields, running_caller())
+        assert ('"additionalProperties": false' in job.prompts[0].params.grammar) == is_closed, schema
+
+
 def running_caller() -> Any:
     from fastserve.worker.caller import Caller
 
