@@ -67,6 +67,8 @@ class CountTokensRequest(BaseModel):
     """The older name of output_config.format."""
     mcp_servers: list[Any] | None = None
     """Refused unless empty."""
+    thread: dict[str, Any] | None = None
+    """Refused: it has messages kept by the server between requests."""
 
 
 class MessagesRequest(CountTokensRequest):

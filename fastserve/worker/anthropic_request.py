@@ -99,6 +99,11 @@ def to_chat(request: CountTokensRequest) -> ChatFields:
             "'mcp_servers' is not supported: this server calls no others. Give their tools as 'tools'.",
             param="mcp_servers",
         )
+    if request.thread is not None:
+        raise UnsupportedParameterError(
+            "'thread' is not supported: this server keeps no messages. Send all of them with each request.",
+            param="thread",
+        )
     fields |= _tools(request)
     for at in range(len(request.tools or ())):
         messages.names[f"tools.{at}.function"] = f"tools.{at}"
