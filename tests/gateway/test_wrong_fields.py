@@ -245,5 +245,6 @@ async def test_wrong_values_in_fields_of_every_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_every_wrong_value_in_every_field_of_every_route(tmp_path: Path) -> None:
     await check(tmp_path, RELAYED, num_kinds=len(WRONG_VALUES))
