@@ -104,5 +104,6 @@ async def test_answers_are_those_of_the_description(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_answers_to_many_requests_are_those_of_the_description(tmp_path: Path) -> None:
     await check_all_operations(tmp_path, 30)

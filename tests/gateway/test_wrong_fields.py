@@ -118,6 +118,8 @@ BODIES: dict[str, dict[str, Any]] = {
     },
     "OllamaGenerateRequest": {"prompt": "hi", "options": {"num_predict": 2}},
     "OllamaShowRequest": {},
+    "OllamaEmbedRequest": {"input": ["hi"], "options": {"num_ctx": 64}},
+    "OllamaEmbeddingsRequest": {"prompt": "hi", "options": {"num_ctx": 64}},
     "ConversationRequest": {"items": [{"type": "message", **USER}], "metadata": {"a": "b"}},
     "BatchRequest": {"input_file_id": "file-1", "endpoint": "/v1/completions", "metadata": {"a": "b"}},
     "LoadAdapterBody": {"lora_name": "a", "lora_path": "/nowhere", "base_model_name": MODELS["chat"]},
@@ -243,5 +245,6 @@ async def test_wrong_values_in_fields_of_every_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_every_wrong_value_in_every_field_of_every_route(tmp_path: Path) -> None:
     await check(tmp_path, RELAYED, num_kinds=len(WRONG_VALUES))
