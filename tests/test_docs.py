@@ -27,6 +27,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docker").
 LINK = re.compile(r"\]\(([^)\s#]+)")
 TERM = re.compile(r"^\| ([^|]+) \| ([^|]+) \| `([^`|]+)` \|$", re.MULTILINE)
 MAX_TERMS = 30
+PACKAGE = ROOT / "fastserve"
 ENDS = {"&&", "||", "|", "&", ";", ">", "<", ">>"}
 FLAG = re.compile(r"`(--[a-z][a-z0-9-]*)")
 CONFIGS: dict[str, type[Any]] = {
@@ -144,3 +145,18 @@ def test_the_flags_on_our_side_of_a_table_exist(page: str) -> None:
     named = [flag for row in rows for flag in FLAG.findall(row)]
     assert len(named) >= 10
     assert [flag for flag in named if flag not in ours] == []
+
+
+def test_readme_links_to_each_page() -> None:
+    links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    pages = [str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")]
+    assert [page for page in pages if page not in links] == []
+
+
+def test_paths_in_the_architecture_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`([a-z_]+/[a-z_/]*(?:\.[a-z]+)?)`", text))
+    assert len(paths) > 50
+    there = [f"/{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}" for path in PACKAGE.rglob("*")]
+    missing = [path for path in sorted(paths) if not any(known.endswith(f"/{path}") for known in there)]
+    assert [path for path in missing if not (ROOT / path).exists()] == []

@@ -25,7 +25,7 @@ class BatchRequest(BaseModel):
     endpoint: Annotated[str, Field(min_length=1, max_length=128)]
     """The route of all its requests."""
     completion_window: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,2}h|[1-9]d)$")] = "24h"
-    """Requests that have no answer after this time expire. OpenAI's is 24h; any number of hours or days here."""
+    """Requests that have no answer after this time expire. OpenAI's is 24h; 1h to 999h, or 1d to 9d, here."""
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
     """Up to 16 names with texts, which the batch returns."""
 

@@ -77,6 +77,7 @@ class OllamaEmbedRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
+    """Name of a model; `NAME:latest` is `NAME`."""
     input: Any
     """A text, or a list of texts."""
     truncate: Flag | None = None
@@ -84,9 +85,9 @@ class OllamaEmbedRequest(BaseModel):
     dimensions: Integer | None = None
     """Numbers of each vector that are kept."""
     options: dict[str, Any] | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
     keep_alive: int | float | str | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
 
 
 class OllamaEmbeddingsRequest(BaseModel):
@@ -95,11 +96,13 @@ class OllamaEmbeddingsRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
+    """Name of a model; `NAME:latest` is `NAME`."""
     prompt: str
+    """The text."""
     options: dict[str, Any] | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
     keep_alive: int | float | str | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
 
 
 class OllamaShowRequest(BaseModel):
@@ -110,7 +113,7 @@ class OllamaShowRequest(BaseModel):
     name: str | None = None
     """The older name of `model`."""
     verbose: Flag | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
 
 
 def untagged(name: str) -> str:

@@ -116,7 +116,7 @@ class ReasoningOptions(BaseModel):
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted; no effect: the answer has the reasoning itself."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    """The older name of summary, without effect too."""
+    """Accepted; no effect: the older name of summary."""
 
 
 class ConversationRef(BaseModel):
