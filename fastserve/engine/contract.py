@@ -17,6 +17,16 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True):
+    """Bound on the reasoning at the beginning of an answer with a grammar."""
+
+    max_tokens: int
+    begins: tuple[str, ...]
+    """Marks that begin it; empty: the prompt has begun it."""
+    ends: tuple[str, ...]
+    """Marks that end it. The first one is forced, which the grammar must allow."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one request, with all defaults filled in by the worker.
 
@@ -49,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """The same for each prompt token, given the tokens before it."""
     grammar: str = ""
     """Grammar of the whole answer, in llguidance's dialect of Lark; empty: any text."""
+    thinking: ThinkingBudget | None = None
+    """None: the reasoning has no bound of its own, or the grammar has it."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):

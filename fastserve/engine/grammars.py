@@ -11,9 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Literal
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from fastserve.engine.contract import ThinkingBudget
 from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.text import printable
 
@@ -93,6 +95,13 @@ class GrammarStore:
         return 0 if self._tokenizer is None else self._tokenizer.vocab_size
 
     @property
+    def tokenizer(self) -> LLTokenizer:
+        """Known once a grammar has been compiled."""
+        if self._tokenizer is None:
+            raise RuntimeError("no grammar has been compiled")
+        return self._tokenizer
+
+    @property
     def is_busy(self) -> bool:
         """Whether a grammar is being compiled."""
         return any(not grammar.compiling.done() for grammar in self._grammars.values() if grammar.num_users)
@@ -118,12 +127,59 @@ class GrammarStore:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+class _Thinking:
+    """Where an answer is in its reasoning. Marks are found in the bytes, since they may be cut into tokens anyhow."""
+
+    def __init__(self, budget: ThinkingBudget, tokenizer: LLTokenizer) -> None:
+        self._max_tokens = budget.max_tokens
+        self._tokenizer = tokenizer
+        self._begins = [mark.encode() for mark in budget.begins]
+        self._ends = [mark.encode() for mark in budget.ends]
+        self._end_ids = tokenizer.tokenize_str(budget.ends[0])
+        self._keeps = max(map(len, self._ends))
+        self._text = b""
+        self._num_tokens = self._num_ended = 0
+        self._phase: Literal["start", "open", "over"] = "start" if self._begins else "open"
+
+    def extend(self, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            if self._phase == "over":
+                return
+            self._text += self._tokenizer.decode_bytes([token_id])
+            if self._phase == "start":
+                said = self._text.lstrip()
+                if any(said.startswith(mark) for mark in self._begins):
+                    self._phase, self._text = "open", b""
+                elif not any(mark.startswith(said) for mark in self._begins):
+                    self._phase = "over"
+                continue
+            self._num_tokens += 1
+            self._num_ended = self._num_ended + 1 if token_id == self.forced_id else 0
+            if any(mark in self._text for mark in self._ends):
+                self._phase = "over"
+            self._text = self._text[-self._keeps :]
+
+    @property
+    def forced_id(self) -> int | None:
+        """The token of the end that must come next."""
+        if self._phase != "open" or self.room:
+            return None
+        return self._end_ids[self._num_ended % len(self._end_ids)]
+
+    @property
+    def room(self) -> int | None:
+        """Tokens up to the budget; None: there is no bound now."""
+        return None if self._phase == "over" else max(0, self._max_tokens - self._num_tokens)
+
+
 class GrammarState:
     """The position of an answer in its grammar."""
 
-    def __init__(self, grammars: GrammarStore, text: str) -> None:
+    def __init__(self, grammars: GrammarStore, text: str, budget: ThinkingBudget | None = None) -> None:
         self._grammars = grammars
         self._text = text
+        self._budget = budget
+        self._thinking = self._start_thinking()
         self.num_tokens = 0
         """Tokens of the answer that it has seen."""
         self.matcher = grammars.start(text)
@@ -133,11 +189,27 @@ class GrammarState:
         self.num_tokens += len(token_ids)
         if token_ids:
             self.matcher.consume_tokens(token_ids)
+            if self._thinking is not None:
+                self._thinking.extend(token_ids)
 
     def restart(self, token_ids: list[int]) -> None:
         """Start anew with the tokens of an answer. Rollback is not used: not all grammars support it."""
         self.matcher, self.num_tokens = self._grammars.start(self._text), 0
+        self._thinking = self._start_thinking()
         self.extend(token_ids)
+
+    def _start_thinking(self) -> _Thinking | None:
+        return None if self._budget is None else _Thinking(self._budget, self._grammars.tokenizer)
+
+    @property
+    def forced_id(self) -> int | None:
+        """The token that must come next, because the reasoning is over its budget."""
+        return None if self._thinking is None else self._thinking.forced_id
+
+    def max_drafts(self) -> int | None:
+        """Tokens that may be drafted; None: any number."""
+        room = None if self._thinking is None else self._thinking.room
+        return None if room is None else max(0, room - 1)
 
     @property
     def problem(self) -> str | None:

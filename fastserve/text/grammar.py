@@ -143,19 +143,16 @@ def after_reasoning(
 
     `is_open`: the prompt ends within the reasoning, so `begin` is not part of the answer. `is_required`: whether an
     answer that is not within reasoning must begin with it. `max_tokens`: tokens of the reasoning, after which `end` is
-    forced; it needs an `end` that is one token. `excluded`: texts that the reasoning does not contain. Raises
-    ValueError if `end` is several tokens.
+    forced; it needs an `end` that is one token. `excluded`: texts that the reasoning does not contain.
     """
     end_token = single_token(end, tokenizer)
     if end_token is not None:
         attributes = "" if max_tokens is None else f"[max_tokens={max_tokens}]"
         thought = f"thought{attributes}: THOUGHT\nTHOUGHT: {text_without((end, *excluded))}\n"
         closing = f" <[{end_token}]>"
-    elif max_tokens is None:
+    else:
         thought = f"thought[suffix={literal(end)}]: {text_without(excluded)}\n"
         closing = ""
-    else:
-        raise ValueError(f"the end of reasoning, {end!r}, is not one token")
     reasoning = f"thought{closing} blanks"
     if not is_open:
         reasoning = f"{mark(begin, tokenizer)} {reasoning}"

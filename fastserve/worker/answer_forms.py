@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastserve.engine.contract import ThinkingBudget
 from fastserve.errors import UnsupportedParameterError
 from fastserve.openai.chat import ChatRequest
 from fastserve.openai.tools import ToolUse
@@ -47,6 +48,7 @@ class AnswerForm:
 
     output: OutputOptions
     grammar: str
+    thinking: ThinkingBudget | None
     counts_reasoning: bool
 
 
@@ -78,6 +80,7 @@ class AnswerForms:
         """The form of a request's answers. `prompt`: as rendered; `continued`: the message that the answer continues;
         `output` and `grammar`: without tools and reasoning. Raises UnsupportedParameterError.
         """
+        thinking = None
         reasoning = NO_REASONING if request.separate_reasoning is False else self._reasoning
         is_open = reasoning.is_open_after(prompt, continued)
         form = None if use is None else self._form_of(use)
@@ -88,10 +91,11 @@ class AnswerForms:
         if grammar or request.thinking_token_budget is not None:
             starts_open = self._reasoning.is_open_after(prompt, continued)
             grammar = self._with_reasoning(request.thinking_token_budget, grammar, form, starts_open)
+            thinking = self._thinking(request.thinking_token_budget, starts_open)
         if form is None and self._reads_channels and request.separate_reasoning is not False:
             form = FORMS[Harmony.name]
         if form is None and reasoning is NO_REASONING:
-            return AnswerForm(output, grammar, counts_reasoning=False)
+            return AnswerForm(output, grammar, thinking, counts_reasoning=False)
         options = ParserOptions(
             form,
             {} if use is None else {function.name: function.parameters for function in use.functions},
@@ -109,6 +113,7 @@ class AnswerForms:
                 calls_finish_reason=_calls_finish_reason(use),
             ),
             grammar,
+            thinking,
             counts_reasoning=reasoning is not NO_REASONING or isinstance(form, Harmony),
         )
 
@@ -169,22 +174,23 @@ class AnswerForms:
             )
         if not reasoning.begins:
             return grammar
-        try:
-            return after_reasoning(
-                grammar or self._any_text(),
-                self._tokenizer,
-                begin=reasoning.begins[0],
-                end=reasoning.ends[0],
-                is_open=is_open,
-                max_tokens=budget,
-                # A call ends the reasoning, and would escape the grammar.
-                excluded=form.openers if form is not None and form.ends_reasoning else (),
-            )
-        except ValueError as error:
-            raise UnsupportedParameterError(
-                f"'thinking_token_budget' is not supported by this model: {error}. Leave it out.",
-                param="thinking_token_budget",
-            ) from error
+        return after_reasoning(
+            grammar or self._any_text(),
+            self._tokenizer,
+            begin=reasoning.begins[0],
+            end=reasoning.ends[0],
+            is_open=is_open,
+            max_tokens=budget,
+            # A call ends the reasoning, and would escape the grammar.
+            excluded=form.openers if form is not None and form.ends_reasoning else (),
+        )
+
+    def _thinking(self, budget: int | None, is_open: bool) -> ThinkingBudget | None:
+        """The budget of reasoning, where its end is several tokens, which the grammar cannot force."""
+        marks = self._reasoning
+        if budget is None or not marks.begins or single_token(marks.ends[0], self._tokenizer) is not None:
+            return None
+        return ThinkingBudget(budget, () if is_open else marks.begins, marks.ends)
 
     def _any_text(self) -> str:
         """The grammar of any text, with the marks of calls."""

@@ -235,7 +235,7 @@ class JobMaker:
             else:
                 self._refuse_fixed_length(request, param)
             self._grammars.check_calls(form.grammar, functions, param)
-        params = msgspec.structs.replace(params, grammar=form.grammar)
+        params = msgspec.structs.replace(params, grammar=form.grammar, thinking=form.thinking)
         has_function_call = use is not None and use.is_old
         return replace(
             job,

@@ -221,7 +221,7 @@ class _Messages:
 
     def translate(self, message: Mapping[str, Any], where: str) -> Fields:
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise invalid(f"{where}.role", role, 'Give "system", "user", "assistant" or "tool".')
         if message.get("images"):
             raise UnsupportedParameterError(

@@ -1,4 +1,4 @@
-"""Clients on Node: OpenAI's own, and Vercel's AI SDK by each of its providers that speaks one of our APIs.
+"""Clients on Node: OpenAI's, Anthropic's, and Vercel's AI SDK by each of its providers that speaks one of our APIs.
 
 Their tests are in the folder `node`, for Node's own runner. The packages are installed on first use, and kept in
 pytest's cache.
@@ -129,7 +129,7 @@ def run(project: Path, name: str, address: str, model: str) -> None:
     assert "\n# pass 0\n" not in ended.stdout
 
 
-@pytest.mark.parametrize("name", ["openai.mjs", "ai_sdk.mjs"])
+@pytest.mark.parametrize("name", ["openai.mjs", "ai_sdk.mjs", "anthropic.mjs"])
 def test_clients_of_node_chat_call_tools_and_parse(project: Path, server: str, name: str) -> None:
     run(project, name, server, MODEL)
 

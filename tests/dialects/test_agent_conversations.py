@@ -261,6 +261,10 @@ WRONG: list[tuple[Fields, str]] = [
     ({"tools": [tool("ok", {}), tool("not a name", {})]}, "tools.1.name"),
     ({"tools": [tool("ok", {}), tool("list", {"type": "array"})]}, "tools.1.input_schema"),
     ({"tools": [tool("ok", {}), tool("ok", {})]}, "tools.1"),
+    (
+        {"tools": [tool("ok", {}), tool("no", {"properties": {"a": {"not": {}}}})], "tool_choice": {"type": "any"}},
+        "tools.1.input_schema.properties.a",
+    ),
 ]
 """Changes of a request, and the place that is wrong then."""
 

@@ -166,6 +166,23 @@ async def test_a_key_sees_only_what_is_its_own(tmp_path: Path) -> None:
             assert [each async for each in two.files.list()] == []
 
 
+async def test_lists_have_as_many_entries_as_asked_for(cluster: Cluster) -> None:
+    async with sdk(cluster) as client:
+        made = [await client.files.create(file=b"{}", purpose="user_data") for _ in range(3)]
+        page = await client.files.list(limit=2, order="asc")
+        assert [file.id for file in page.data] == [file.id for file in made[:2]]
+        assert page.has_more
+    for query, param in (
+        ("limit=0", "limit"),
+        ("limit=two", "limit"),
+        ("order=up", "order"),
+        ("after=" + "x" * 200, "after"),
+    ):
+        for path in ("/v1/files", "/v1/batches"):
+            async with cluster.http.get(f"{cluster.url}{path}?{query}") as response:
+                assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+
+
 async def test_a_cancelled_batch_keeps_the_answers_that_it_has(cluster: Cluster) -> None:
     hold = asyncio.Event()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import hypothesis
 import pytest
-import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
@@ -61,15 +60,14 @@ def narrowed(description: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
-def fuzz(url: str, num_examples: int) -> tuple[Counter[str], list[str]]:
+def fuzz(url: str, description: dict[str, Any], num_examples: int) -> tuple[Counter[str], list[str]]:
     """Send so many valid and so many invalid requests to each operation. Returns the number of answers by operation,
     and the failed checks.
     """
-    description = narrowed(requests.get(url + "/openapi.json", headers=HEADERS, timeout=TIMEOUT_S).json())
     sent: Counter[str] = Counter()
     failures: list[str] = []
-    schema: Any = schemathesis.openapi.from_dict(description)
-    for result in schema.get_all_operations():
+    operations: Any = schemathesis.openapi.from_dict(narrowed(description)).get_all_operations()
+    for result in operations:
         fuzz_operation(result.ok(), url, num_examples, sent, failures)
     return sent, failures
 
@@ -93,10 +91,11 @@ def fuzz_operation(operation: Any, url: str, num_examples: int, sent: Counter[st
 
 async def check_all_operations(folder: Path, num_examples: int) -> None:
     async with run_whole_cluster(folder) as cluster:
-        sent, failures = await asyncio.to_thread(fuzz, cluster.url, num_examples)
         async with cluster.http.get(cluster.url + "/openapi.json") as response:
-            paths = (await response.json())["paths"]
-    assert set(sent) == {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+            description = await response.json()
+        sent, failures = await asyncio.to_thread(fuzz, cluster.url, description, num_examples)
+    operations = {f"{method.upper()} {path}" for path, methods in description["paths"].items() for method in methods}
+    assert set(sent) == operations
     assert failures == []
 
 

@@ -40,14 +40,19 @@ class WholeCluster:
 
 @asynccontextmanager
 async def run_whole_cluster(folder: Path) -> AsyncIterator[WholeCluster]:
-    """`folder`: for files and batches."""
+    """`folder`: for what the API server stores."""
     async with (
         run_controller() as controller,
         run_worker(controller),
         run_worker(controller, pooling=POOLING["embedder"], model_names=("embedder",)),
         run_worker(controller, pooling=POOLING["ranker"], model_names=("ranker",)),
         run_worker(controller, pooling=POOLING["classifier"], model_names=("classifier",)),
-        run_server(controller, api_keys=(API_KEY,), responses_store="memory", batches_folder=str(folder)) as url,
+        run_server(
+            controller,
+            api_keys=(API_KEY,),
+            responses_store=str(folder / "responses.sqlite3"),
+            batches_folder=str(folder / "batches"),
+        ) as url,
         aiohttp.ClientSession(headers={"authorization": f"Bearer {API_KEY}"}) as http,
     ):
         async with asyncio.timeout(20):

@@ -186,6 +186,10 @@ WRONG: list[tuple[Item, str]] = [
     ({"input": [user("hi"), DONE]}, "input.1.call_id"),
     ({"tools": [{"type": "web_search"}, function("not a name", {})]}, "tools.1.name"),
     ({"tools": [{"type": "web_search"}, function("shell", {"type": "array"})]}, "tools.1.parameters"),
+    (
+        {"tools": [{"type": "web_search"}, function("shell", {"properties": {"a": {"not": {}}}}, strict=True)]},
+        "tools.1.parameters.properties.a",
+    ),
 ]
 """Changes of a request, and the place that is wrong then."""
 

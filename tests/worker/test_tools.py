@@ -216,6 +216,28 @@ async def test_malformed_fields_are_refused_by_name(running: Running, fields: di
     assert f"'{param}'" in error["message"]
 
 
+async def test_a_schema_that_calls_must_obey_is_refused_by_its_place(running: Running, answer: dict[str, str]) -> None:
+    answer["text"] = "Fine."
+    wrong = {"type": "object", "properties": {"a": {}, "b": {"items": {"not": {}}}}}
+    function = {"name": "x", "parameters": wrong}
+    tools = [NOW, {"type": "function", "function": function}]
+    strict = [NOW, {"type": "function", "function": {**function, "strict": True}}]
+    place = "parameters.properties.b.items"
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"tools": strict}, "tools.1.function"),
+        ({"tools": tools, "tool_choice": "required"}, "tools.1.function"),
+        ({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tools.1.function"),
+        ({"tools": None, "functions": [function], "function_call": {"name": "x"}}, "functions.0"),
+    ]
+    for fields, where in refusals:
+        error = await refused(running, **fields)
+        assert error["param"] == f"{where}.{place}"
+        assert f"'{where}.{place}'" in error["message"]
+    named = {"type": "function", "function": {"name": "now"}}
+    for choice in ({"tools": tools}, {"tools": tools, "tool_choice": named}, {"tools": strict, "tool_choice": "none"}):
+        await ask(running, **choice)
+
+
 async def test_each_answer_of_a_tool_belongs_to_a_call(running: Running, answer: dict[str, str]) -> None:
     answer["text"] = "Rain."
 

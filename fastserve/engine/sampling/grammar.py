@@ -42,7 +42,7 @@ class Grammar(LogitsProcessor):
         return True
 
     def start(self, params: SamplingParams) -> _State:
-        return _State(GrammarState(self._grammars, params.grammar))
+        return _State(GrammarState(self._grammars, params.grammar, params.thinking))
 
     def step_inputs(self, rows: Iterable[tuple[int, SamplingRow]], vocab_size: int) -> Arrays | None:
         numbers: list[int] = []
@@ -65,8 +65,11 @@ class Grammar(LogitsProcessor):
                 state.grammar.extend(added.tolist())
             wanted.append((state.grammar.matcher, index, drafts))
         self._fill(wanted, masks)
-        for row, _, _ in sequences:
-            problem = row.state.processors[self].grammar.problem
+        for row, index, _ in sequences:
+            grammar: GrammarState = row.state.processors[self].grammar
+            if grammar.forced_id is not None:
+                _force(masks[index], grammar.forced_id)
+            problem = grammar.problem
             if problem is not None:
                 row.state.failures.append(problem)
         return np.array(numbers), masks
@@ -95,6 +98,15 @@ class Grammar(LogitsProcessor):
                 values[at].masked_fill_(row_is_masked, -torch.inf)
         else:
             values[rows] = values[rows].masked_fill(is_masked, -torch.inf)
+
+
+def _force(mask: npt.NDArray[np.int32], token_id: int) -> None:
+    """Leave one token in a mask, if it is in it: none may begin within a character."""
+    word, bit = divmod(token_id, _BITS)
+    kept = mask[word] & np.array(1 << bit, dtype=np.uint32).view(np.int32)
+    if kept:
+        mask[:] = 0
+        mask[word] = kept
 
 
 def _unpack(masks: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -31,7 +31,11 @@ class ForcedTokens:
         for sequence, limit in zip(sequences, limits, strict=True):
             forced: list[int] = []
             if sequence.request.params.grammar and limit > 0 and budget > 0:
-                forced = self._follow(sequence).matcher.compute_ff_tokens()[: min(limit, budget, _MAX_FORCED)]
+                state = self._follow(sequence)
+                max_drafts = state.max_drafts()
+                if max_drafts is not None:
+                    limit = min(limit, max_drafts)
+                forced = state.matcher.compute_ff_tokens()[: min(limit, budget, _MAX_FORCED)]
             if forced:
                 drafts[sequence.seq_id] = forced
                 self._forced.add(sequence.seq_id)
@@ -41,8 +45,8 @@ class ForcedTokens:
                 other_limits.append(limit)
         if self._speculator is not None and others and budget > 0:
             for seq_id, found in self._speculator.draft(others, other_limits, budget).items():
-                state = self._states.get(seq_id)
-                count = len(found) if state is None else state.matcher.deep_copy().try_consume_tokens(found)
+                known = self._states.get(seq_id)
+                count = len(found) if known is None else known.matcher.deep_copy().try_consume_tokens(found)
                 if count:
                     drafts[seq_id] = found[:count]
         return drafts
@@ -50,10 +54,14 @@ class ForcedTokens:
     def _follow(self, sequence: Sequence) -> GrammarState:
         state = self._states.get(sequence.seq_id)
         if state is None:
-            state = self._states[sequence.seq_id] = GrammarState(self._grammars, sequence.request.params.grammar)
+            state = self._states[sequence.seq_id] = self._start(sequence)
         # Where that fails, the sampler finds the same, and the request ends.
         state.extend(sequence.token_ids[sequence.num_prompt_tokens + state.num_tokens :])
         return state
+
+    def _start(self, sequence: Sequence) -> GrammarState:
+        params = sequence.request.params
+        return GrammarState(self._grammars, params.grammar, params.thinking)
 
     def learn(self, num_sequences: int, tried: dict[int, tuple[int, int]]) -> None:
         if self._speculator is not None:

@@ -49,7 +49,7 @@ class Mistral(Form):
     def grammar(self, functions: Sequence[Function], mark: Mark, value: Value) -> CallGrammar | None:
         return CallGrammar(
             [json_call_rule(function, value) for function in functions],
-            begin=mark("[TOOL_CALLS]") + r" /\s?\[/",
+            begin=mark("[TOOL_CALLS]") + r" / ?\[/",
             between=literal(", "),
             end=literal("]"),
         )

@@ -5,6 +5,7 @@ import { createAnthropic } from "@ai-sdk/anthropic";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, stepCountIs, streamText, tool, ToolLoopAgent } from "ai";
+import { z } from "zod";
 import { base, City, CityName, model, REPORT, SUM, TOTAL, WEATHER } from "./common.mjs";
 
 globalThis.AI_SDK_LOG_WARNINGS = false;
@@ -63,6 +64,20 @@ for (const [name, provider] of Object.entries(providers)) {
     const options = ["Oslo", "Rome"];
     const chosen = await generateText({ ...common, prompt: SUM, output: Output.choice({ options }) });
     assert.ok(options.includes(chosen.output));
+  });
+
+  test(`${name}: records and strings with formats of zod's own are followed`, async () => {
+    const schema = z.object({
+      id: z.nanoid(),
+      tag: z.string().startsWith("ab").max(4),
+      flags: z.record(z.enum(["a", "b"]), z.boolean()),
+      marks: z.partialRecord(z.enum(["c"]), z.boolean()),
+    });
+    const asked = { ...common, prompt: SUM, maxOutputTokens: 1500 };
+    schema.parse((await generateText({ ...asked, output: Output.object({ schema }) })).output);
+    const tools = { note: tool({ description: "Take a note", inputSchema: schema }) };
+    const answer = await generateText({ ...asked, tools, toolChoice: "required" });
+    schema.parse(answer.toolCalls[0].input);
   });
 
   test(`${name}: images are refused`, async () => {
