@@ -35,8 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
         to_controller = ("--controller-address", start("controller"))
         start("model_worker", "--model-path", MODEL, "--device", "cpu", *to_controller)
-        stores = ("--responses-store", str(folder / "responses.db"), "--batches-folder", str(folder / "batches"))
-        address = start("openai_api_server", *to_controller, *stores)
+        address = start("openai_api_server", *to_controller)
         wait_until(lambda: MODEL in httpx.get(f"{address}/v1/models").text, "the model is served", 60)
         yield address
 

@@ -130,8 +130,7 @@ class Trio:
         self.workers = [
             Service(f"worker-{number}", "model_worker", [*to_controller, *sizes], folder) for number in (1, 2)
         ]
-        stores = ["--responses-store", str(folder / "responses.db"), "--batches-folder", str(folder / "batches")]
-        self.server = Service("server", "openai_api_server", [*to_controller, *stores], folder)
+        self.server = Service("server", "openai_api_server", to_controller, folder)
 
     @property
     def services(self) -> list[Service]:
