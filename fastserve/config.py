@@ -636,7 +636,7 @@ class WorkerConfig(LoraOptions, EngineOptions, ModelConfig, AccessOptions, Serve
 
     @property
     def long_texts(self) -> Literal["refuse", "truncate", "chunk"] | None:
-        """What happens to texts that are too long for a model that embeds; None: it depends on the route."""
+        """How a model that embeds treats texts that are too long; None: each route has its own default."""
         chosen = "truncate" if self.embed_in_truncate else self.embedding_long_inputs
         return cast(Literal["refuse", "truncate", "chunk"] | None, chosen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from tests.keys import CLUSTER_KEY
 
 # Services started by tests inherit it, so no test finds or creates the key of the user who runs them.
 os.environ[ENV_CLUSTER_KEY] = CLUSTER_KEY
+
+# Nor do they store responses and batches in the user's home, or run batches that are left there.
+STATE_FOLDER = tempfile.TemporaryDirectory(prefix="fastserve-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_STATE_HOME"] = STATE_FOLDER.name
 
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels are interpreted. triton reads this variable only at its import.

@@ -84,7 +84,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 PoolingKind = Literal["embed", "classify"]
-"""What a model that pools yields: vectors, or scores of labels."""
+"""Kind of a model's results: vectors (embed), or scores of labels (classify)."""
 PoolingTask = Literal["embed", "token_embed", "similarity", "classify"]
 
 
@@ -178,7 +178,7 @@ class FusedLayers(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PoolingInfo(msgspec.Struct, frozen=True):
-    """What a model that pools yields for a text."""
+    """Kind and size of the result that a pooling model computes for a text."""
 
     kind: PoolingKind
     width: int

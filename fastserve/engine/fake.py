@@ -574,7 +574,7 @@ class FakeEngine:
 
 
 def fake_pooling(options: PoolingOptions | None) -> PoolingInfo | None:
-    """What a fake engine of this kind yields."""
+    """The description of a fake engine that pools; None: it generates."""
     if options is None:
         return None
     if options.kind == "classify":

@@ -43,7 +43,7 @@ class GrammarStore:
         self._tokenizer: LLTokenizer | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._grammars: OrderedDict[str, _Grammar] = OrderedDict()
-        """By text; those without users in the order of their last use."""
+        """Grammars by their text; those without users are in the order of their last use."""
         self._idle_bytes = 0
 
     def enter(self, text: str) -> None:
@@ -173,7 +173,7 @@ class _Thinking:
 
 
 class GrammarState:
-    """Where an answer is in its grammar."""
+    """The position of an answer in its grammar."""
 
     def __init__(self, grammars: GrammarStore, text: str, budget: ThinkingBudget | None = None) -> None:
         self._grammars = grammars

@@ -76,7 +76,7 @@ class DenseOptions(msgspec.Struct, frozen=True):
 
 
 class PoolingOptions(msgspec.Struct, frozen=True):
-    """What a model that embeds or classifies makes of a text."""
+    """How a model that embeds or classifies turns the hidden states of a text into its result."""
 
     kind: PoolingKind
     modes: tuple[PoolingMode, ...] = ()

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from fastserve.access.admin import require_admin
 from fastserve.access.outgoing import read_bounded
 from fastserve.errors import InvalidRequestError, ModelNotFoundError, NoWorkerError
+from fastserve.gateway.api_docs import json_body, may_refuse
 from fastserve.gateway.dispatch import Dispatcher
 from fastserve.openai.adapters import (
     LoadAdapterBody,
@@ -35,7 +36,11 @@ UNREACHABLE = 502
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
-@router.post(LOAD)
+_FAILURES = may_refuse(404, 409, 429, 502, 504)
+"""The workers' own, and those of reaching them."""
+
+
+@router.post(LOAD, openapi_extra=json_body(LoadAdapterBody), responses=_FAILURES)
 async def load(request: Request) -> Response:
     """Load an adapter on all workers of a base model, or on none: if one fails, it is unloaded from the others again.
     With `load_inplace` there is no way back, and workers that have replaced it keep the new one.
@@ -56,7 +61,7 @@ async def load(request: Request) -> Response:
     return _failure(outcomes, f"It is still loaded on {', '.join(left)}." if left else "It is loaded on none.")
 
 
-@router.post(UNLOAD)
+@router.post(UNLOAD, openapi_extra=json_body(UnloadAdapterBody), responses=_FAILURES)
 async def unload(request: Request) -> Response:
     """Unload an adapter on all workers of a base model that have it. What failed can be repeated."""
     content = await request.body()

@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from fastserve.access.api_keys import PUBLIC_PATHS
 from fastserve.gateway.apis.find import api_of
-from fastserve.openai.routes import ModelRoute
+from fastserve.openai.routes import MODEL_IN_PATH, ModelRoute
 from fastserve.serving.error_shapes import OVERLOADED_STATUS
 
 REF = "#/components/schemas/{model}"
@@ -35,17 +37,27 @@ ERROR: dict[str, Any] = {
         }
     },
 }
-ERRORS = {
+BEFORE_ROUTES = {
     "400": "The request is wrong, and `param` names the field; or the model does not support this route",
     "401": "The API key is missing or not known",
-    "404": "The model does not exist",
+    "403": "The API key is right, but not for this; or a web page of another origin asks",
+    "408": "The request did not come in time",
     "413": "The request is too large",
-    "429": "All workers are full; Retry-After says when to try again",
+    "415": "The body is compressed",
+    "421": "The Host header names another server",
+    "431": "The headers are too large",
     "500": "A defect, or a request that workers died of (`request_killed_workers`)",
+    "503": "The server, or each worker, cannot take the request now; Retry-After says when to try again",
+    "508": "The request came back to a server that had forwarded it",
+}
+"""Errors that any route may answer, since most come before it. By status."""
+NOT_FOUND = {"404": "What the request names does not exist, or not for this API key"}
+OF_WORKERS = NOT_FOUND | {
+    "429": "All workers are full; Retry-After says when to try again",
     "502": "The workers' answers were none",
-    "503": "No worker can take the request now; Retry-After says when to try again",
     "504": "The worker was silent for too long",
 }
+REFUSALS = OF_WORKERS | {"409": "Its state does not allow this", "429": "There is no room for more now"}
 DESCRIPTIONS = {
     "openai": "With `stream: true` the answer comes as server-sent events, the last one is `[DONE]`.",
     "responses": "With `stream: true` the answer comes as typed events; the last one has the whole response.",
@@ -82,6 +94,22 @@ tr:nth-child(even) { background: #f8f8f8; }
 """
 
 
+def json_body(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads its body itself, as JSON of this model."""
+    schema = model.model_json_schema(ref_template=REF)
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+
+
+def may_refuse(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route with errors besides those that any route may answer."""
+    return {status: {"description": REFUSALS[str(status)]} for status in statuses}
+
+
+def answers_with(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route whose answer may have this type."""
+    return {200: {"content": {media_type: {}}}}
+
+
 def install_api_docs(app: FastAPI, routes: Iterable[ModelRoute]) -> None:
     """Call this after all routes have been added. Both routes need the same access as all others."""
     description = _describe(app, routes)
@@ -103,11 +131,15 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
     schemas = components.setdefault("schemas", {})
     schemas |= {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR, "OllamaError": OLLAMA_ERROR}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, methods in description["paths"].items():
+        for operation in methods.values():
+            _complete(operation, schemas, "OllamaError" if path.startswith("/api/") else "Error")
+            operation["security"] = [] if path in PUBLIC_PATHS else [{"key": []}]
     for route in routes:
         schema = route.request.model_json_schema(ref_template=REF)
         schemas.update(schema.pop("$defs", {}))
         schemas[route.request.__name__] = schema
-        path = route.path.replace(":path}", "}")
+        path = route.path.replace(MODEL_IN_PATH, "{model}")
         described = _describe_route(route)
         names = [item.get("operationId") for methods in description["paths"].values() for item in methods.values()]
         if described["operationId"] in names:  # an alias of another path
@@ -117,48 +149,77 @@ def _describe(app: FastAPI, routes: Iterable[ModelRoute]) -> dict[str, Any]:
     return description
 
 
+def _complete(operation: dict[str, Any], schemas: dict[str, Any], error: str) -> None:
+    """Put our errors into FastAPI's description of a route, and the schema of its body among the components."""
+    answers = operation["responses"]
+    answers.pop("422", None)  # FastAPI's; ours is 400
+    names_entry = any(parameter["in"] == "path" for parameter in operation.get("parameters", ()))
+    stated = {status: answer["description"] for status, answer in answers.items() if status != "200"}
+    texts = BEFORE_ROUTES | (NOT_FOUND if names_entry else {}) | stated
+    operation["responses"] = {"200": answers["200"], **_errors(texts, error)}
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json")
+    if content is not None:
+        schema = content["schema"]
+        schemas.update(schema.pop("$defs", {}))
+        schemas[schema["title"]] = schema
+        content["schema"] = {"$ref": REF.format(model=schema["title"])}
+
+
+def _errors(texts: dict[str, str], schema: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": REF.format(model=schema)}}}
+    return {status: {"description": texts[status], "content": content} for status in sorted(texts)}
+
+
 def _describe_route(route: ModelRoute) -> dict[str, Any]:
-    request_name = route.request.__name__
-    error = {"application/json": {"schema": {"$ref": REF.format(model=ERROR_SCHEMAS[route.api])}}}
+    texts = BEFORE_ROUTES | OF_WORKERS
+    if route.api == "anthropic":
+        texts[str(OVERLOADED_STATUS)] = texts.pop("503")
+    model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "summary": route.summary,
         "description": DESCRIPTIONS[route.api],
         "operationId": re.sub(r"\W+", "_", route.path).strip("_"),
         "security": [{"key": []}],
+        **({"parameters": [model]} if route.names_model else {}),
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"$ref": REF.format(model=request_name)}}},
+            "content": {"application/json": {"schema": {"$ref": REF.format(model=route.request.__name__)}}},
         },
         "responses": {
             "200": {
                 "description": route.answer
                 if route.api == "slora"
                 else f"OpenAI's `{route.answer}` object, or its stream",
-                "content": {
-                    "application/json": {"schema": {"type": "object", "required": [route.contents]}},
-                    api_of(route.api).media_type: {"schema": {"type": "string"}},
-                },
+                "content": _answers(route),
             },
-            **{_status(route, status): {"description": text, "content": error} for status, text in ERRORS.items()},
+            **_errors(texts, ERROR_SCHEMAS[route.api]),
         },
     }
 
 
-def _status(route: ModelRoute, status: str) -> str:
-    return str(OVERLOADED_STATUS) if route.api == "anthropic" and status == "503" else status
+def _answers(route: ModelRoute) -> dict[str, Any]:
+    """The forms of a route's answer, by media type."""
+    whole: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": [route.contents]}}}
+    streamed: dict[str, Any] = {api_of(route.api).media_type: {}}
+    return whole | streamed if route.streams is None else streamed if route.streams else whole
 
 
 def _page(description: dict[str, Any]) -> str:
     parts = [
         f"<h1>{_text(description['info']['title'])} {_text(description['info']['version'])}</h1>",
-        '<p>OpenAI\'s API. Machines read <a href="/openapi.json">openapi.json</a>.</p>',
+        '<p>OpenAI\'s API. Machines read <a href="/openapi.json">openapi.json</a>. Any route may answer:</p>',
+        _table("status", "answer", list(BEFORE_ROUTES.items())),
     ]
     for path, methods in description["paths"].items():
         for method, route in methods.items():
             parts.append(f"<h2><code>{method.upper()} {_text(path)}</code></h2>")
             parts.append(f"<p>{_text(route.get('summary', ''))}. {_text(route.get('description', ''))}</p>")
             parts.append(_fields(route, description["components"]["schemas"]))
-            rows = [(status, answer["description"]) for status, answer in route["responses"].items()]
+            rows = [
+                (status, answer["description"])
+                for status, answer in route["responses"].items()
+                if answer["description"] != BEFORE_ROUTES.get(status)
+            ]
             parts.append(_table("status", "answer", rows))
     title = _text(description["info"]["title"])
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'

@@ -24,7 +24,7 @@ _REFUSED = {
 }
 
 
-@router.get("/")
+@router.get("/", response_class=PlainTextResponse)
 @router.head("/", include_in_schema=False)
 async def root() -> Response:
     """The server is alive, in the words that Ollama's clients look for."""
@@ -39,13 +39,13 @@ async def version() -> dict[str, str]:
 
 @router.get("/api/tags")
 async def tags(gateway: GatewayDep) -> dict[str, Any]:
-    """The models that workers serve now, as Ollama lists them."""
+    """The models that workers serve now, in Ollama's form."""
     return listed(await model_cards(gateway))
 
 
 @router.get("/api/ps")
 async def processes(gateway: GatewayDep) -> dict[str, Any]:
-    """The same models as loaded ones: all that are served are."""
+    """The same list as models that are loaded: each served model is."""
     return running(await model_cards(gateway))
 
 

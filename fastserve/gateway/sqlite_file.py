@@ -36,6 +36,7 @@ class SqliteFile:
         self._option = option
         self._thread = ThreadPoolExecutor(1, f"sqlite-{path.name}")
         self._connection: sqlite3.Connection | None = None
+        self._opened: os.stat_result | None = None
 
     async def run(self, work: Callable[[sqlite3.Connection], ResultT], *, writes: bool = True) -> ResultT:
         """Run `work` in one transaction. Raises ServiceError if the file cannot be used."""
@@ -60,10 +61,11 @@ class SqliteFile:
             self._connection = None
 
     def _open(self) -> sqlite3.Connection:
+        if self._connection is not None and not self._is_in_place():
+            self._close()  # it was deleted: what would be written to it, nobody could find
         if self._connection is None:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # SQLite gives its other files the mode of the first. Only the user may read what clients have said.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._create()
+            self._opened = self._path.stat()
             connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
             try:
                 self._prepare(connection)
@@ -72,6 +74,23 @@ class SqliteFile:
                 raise
             self._connection = connection
         return self._connection
+
+    def _is_in_place(self) -> bool:
+        try:
+            return self._opened is not None and os.path.samestat(self._opened, self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _create(self) -> None:
+        """Make the file, if it is not there."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            # SQLite gives its other files the mode of the first. Only the user may read what clients have said.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return
+        for suffix in ("-wal", "-shm"):  # of a file that was deleted; SQLite would take them to be of this one
+            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA journal_mode = WAL")

@@ -17,7 +17,9 @@ _NO_BOUNDS = RequestBounds()
 
 class LoadAdapterBody(BaseModel):
     lora_name: _Name
+    """Name under which requests ask for the adapter."""
     lora_path: Annotated[str, Field(min_length=1, max_length=MAX_PATH_CHARS)]
+    """Folder of the adapter on the workers' machines."""
     load_inplace: Flag = False
     """Replace an adapter of this name; requests that run end with the old one."""
     base_model_name: _Name | None = None
@@ -28,9 +30,11 @@ class LoadAdapterBody(BaseModel):
 
 class UnloadAdapterBody(BaseModel):
     lora_name: _Name
+    """Name of the adapter."""
     lora_int_id: int | None = None
     """vLLM's number of the adapter; has no effect there either when the name is given."""
     base_model_name: _Name | None = None
+    """The model that the adapter is for; needed where several are served."""
 
 
 def read_adapter_body(body: bytes, body_class: type[BodyT]) -> BodyT:

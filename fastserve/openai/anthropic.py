@@ -50,23 +50,37 @@ class CountTokensRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
+    """Name of a model or of an adapter."""
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True), at_most("max_messages", "messages")]
     """Each with a role and content, a string or an array of blocks."""
     system: str | list[Any] | None = None
     """A string, or text blocks."""
     tools: list[dict[str, Any]] | None = None
+    """Tools with `name`, `description` and `input_schema`. Anthropic's own are refused by name."""
     tool_choice: dict[str, Any] | None = None
+    """`{"type": ...}` with auto, any, tool (and its `name`) or none."""
     thinking: dict[str, Any] | None = None
+    """`{"type": ...}` with enabled (and `budget_tokens`), disabled or adaptive."""
     output_config: dict[str, Any] | None = None
+    """`effort`, and `format` with a JSON schema."""
     output_format: dict[str, Any] | None = None
     """The older name of output_config.format."""
     mcp_servers: list[Any] | None = None
+    """Refused unless empty."""
+    thread: dict[str, Any] | None = None
+    """Refused: it has messages kept by the server between requests."""
 
 
 class MessagesRequest(CountTokensRequest):
     max_tokens: Integer = Field(ge=1, le=MAX_COUNT)
+    """Maximum tokens of the answer, thinking included."""
     stream: Flag | None = None
+    """Whether the answer comes as named server-sent events."""
     temperature: Number | None = Field(None, ge=0, le=2)
+    """0 is greedy. Default: the model's own, else 1."""
     top_p: Number | None = Field(None, ge=0, le=1)
+    """0 is greedy. Default: the model's own, else 1."""
     top_k: Integer | None = Field(None, ge=0, le=MAX_COUNT)
+    """0 is off."""
     stop_sequences: list[str] | None = None
+    """Texts that end the answer."""

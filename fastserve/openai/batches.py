@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from fastserve.openai.body import Integer
-
 PURPOSES = ("batch", "user_data", "evals", "fine-tune", "assistants", "vision")
 """Purposes that a client may give to a file. Batches read those of purpose `batch`; the others are only kept."""
 OUTPUT_PURPOSE = "batch_output"
@@ -27,8 +25,9 @@ class BatchRequest(BaseModel):
     endpoint: Annotated[str, Field(min_length=1, max_length=128)]
     """The route of all its requests."""
     completion_window: Annotated[str, Field(pattern=r"^([1-9][0-9]{0,2}h|[1-9]d)$")] = "24h"
-    """Requests that have no answer after this time expire. OpenAI's is 24h; any number of hours or days here."""
+    """Requests that have no answer after this time expire. OpenAI's is 24h; 1h to 999h, or 1d to 9d, here."""
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    """Up to 16 names with texts, which the batch returns."""
 
     @property
     def window_s(self) -> int:
@@ -39,9 +38,11 @@ class BatchRequest(BaseModel):
 class ListQuery(BaseModel):
     """Paging of lists."""
 
-    after: Annotated[str, Field(max_length=128)] | None = None
-    limit: Integer = Field(20, ge=1, le=10_000)
-    order: Literal["asc", "desc"] = "desc"
+    after: Annotated[str, Field(max_length=128)] | None = Field(
+        None, description="Id of the last entry of the page before."
+    )
+    limit: int = Field(20, ge=1, le=10_000, description="Most entries of a page. Default: 20.")
+    order: Literal["asc", "desc"] = Field("desc", description="desc (the default) lists the newest first.")
 
 
 class File(msgspec.Struct, frozen=True):
@@ -67,7 +68,7 @@ class BatchError(msgspec.Struct, frozen=True):
     message: str
     param: str | None = None
     line: int | None = None
-    """Of the input file, from 1."""
+    """Number of the line in the input file, from 1."""
 
 
 class BatchErrors(msgspec.Struct, frozen=True):

@@ -28,7 +28,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 LONG_FIELDS = frozenset({"messages", "prompt", "documents", "prediction"})
 """Fields whose size is bounded only by that of the body."""
 _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_MESSAGES = msgspec.json.Decoder(list[dict[str, Any]])
+_MESSAGES = msgspec.json.Decoder(list[dict[str, Any]] | None)
 """Stops at the first element that is not an object."""
 _ANYTHING = msgspec.json.Decoder()
 _FIRST_IS_NOT_OBJECT = re.compile(rb"\s*+(?!\[)|\s*+\[\s*+(?!\{)")
@@ -36,7 +36,10 @@ _FIRST_IS_OBJECT = re.compile(rb"\s*+\[\s*+\{")
 _NOT_STRUCTURE = bytes(code for code in range(256) if code not in b'[]{}",')
 _VALUES_PER_PART = 8
 """Maximum average of JSON values in a message, content part or tool call. Most have 2 or 3, a tool call 5."""
-_TYPE_MISMATCH = re.compile(r"Expected `(?:array|object)`.*?(?:\$\[(\d+)\].*)?$")
+_TYPE_MISMATCH = re.compile(
+    r"Expected `(?:array \| null|object)`.*?(?:\$\[(\d+)\].*)?$|Number out of range(?: - at `\$\[(\d+)\]`)?$"
+)
+"""An element that is no object, or messages that are no array."""
 
 _SHOWN_CHARS = 80
 _NAME_CHARS = 80
@@ -171,9 +174,10 @@ def _read_field(name: str, raw: bytes, bounds: RequestBounds, *, is_long: bool) 
         return (_MESSAGES if name == "messages" else _ANYTHING).decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         if (found := _TYPE_MISMATCH.match(str(error))) is not None:
-            where = name if found[1] is None else join(name, found[1])
+            element = found[1] or found[2]
+            where = name if element is None else join(name, element)
             raise InvalidRequestError(
-                f"Invalid value for '{where}'. Give an {'array' if found[1] is None else 'object'}.", param=where
+                f"Invalid value for '{where}'. Give an {'array' if element is None else 'object'}.", param=where
             ) from error
         raise explain_json(raw, error, name) from error
 

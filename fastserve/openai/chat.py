@@ -43,13 +43,13 @@ class ChatMessage(BaseModel):
     name: Name | None = None
     """Passed to the chat template; of a message of the role `function` the function that answers."""
     tool_call_id: str | None = None
-    """Of a tool's message: the call that it answers."""
+    """Id of the call that a tool's message answers."""
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     """Calls of an earlier answer, which clients send back."""
     function_call: dict[str, Any] | None = None
     """The old form of a call."""
     reasoning_content: str | None = None
-    """What the assistant thought. Passed to the chat template, most of which show it only while tools are called."""
+    """The reasoning of an earlier answer. Passed to the chat template; most show it only while tools are called."""
     reasoning: str | None = None
     """The same by its newer name."""
 

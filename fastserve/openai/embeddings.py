@@ -45,6 +45,7 @@ class PoolingFields(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
+    """Name of a model or of an adapter."""
     truncate_prompt_tokens: Integer | None = Field(None, ge=-1, le=MAX_COUNT)
     """Cut longer texts to so many tokens; -1: to what the model takes."""
     priority: Integer | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
@@ -60,11 +61,13 @@ class EmbeddingFields(PoolingFields):
     input: Any
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
+    """base64: each vector is the text of its float32 numbers. Default: float, a list."""
     dimensions: Integer | None = Field(None, ge=1, le=MAX_DIMENSIONS)
     """Numbers of each vector that are kept, of models whose first numbers say most (Matryoshka)."""
     normalize: Flag | None = None
     """Whether vectors have length 1; the default is as the model was trained."""
     add_special_tokens: Flag | None = None
+    """Whether the tokenizer adds its special tokens (BOS, CLS). Default: on."""
     prompt_name: str | None = None
     """Name of one of the model's prompts, to put before each text."""
     input_type: str | None = None
@@ -84,7 +87,7 @@ class PoolRequest(EmbeddingFields):
     """Body of /v1/pooling."""
 
     task: Literal["embed", "token_embed", "classify"] | None = None
-    """What to return; the default is a vector or the scores for each text."""
+    """Kind of results. Default: a vector or the scores for each text."""
     use_activation: Flag | None = None
     """Whether scores are probabilities (the default), or logits."""
 
@@ -93,25 +96,38 @@ class RerankRequest(PoolingFields):
     """Body of /v1/rerank and /v2/rerank."""
 
     query: str
+    """Text that the documents are compared with."""
     documents: Any
     """A list of strings, or of objects with `text`."""
     top_n: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    """Only so many documents are returned. Default: all."""
     return_documents: Flag | None = None
+    """Whether the answer has the texts of the documents. Default: on in Jina's form, off in Cohere's."""
     max_tokens_per_doc: Integer | None = Field(None, ge=1, le=MAX_COUNT)
+    """truncate_prompt_tokens for the documents alone."""
     use_activation: Flag | None = None
+    """Whether scores are probabilities (the default), or logits."""
 
 
 class ScoreRequest(PoolingFields):
     """Body of /v1/score: two lists of texts of one length, or a single text and a list."""
 
     text_1: Any = None
+    """Texts of the first side: one, or as many as the second side has."""
     text_2: Any = None
+    """Texts of the second side."""
     queries: Any = None
+    """Another name of text_1."""
     documents: Any = None
+    """Another name of text_2."""
     items: Any = None
+    """Another name of text_2."""
     data_1: Any = None
+    """Another name of text_1."""
     data_2: Any = None
+    """Another name of text_2."""
     use_activation: Flag | None = None
+    """Whether scores are probabilities (the default), or logits."""
 
     def sides(self, bounds: RequestBounds) -> list[tuple[str, list[str]]]:
         """Name and texts of both sides. Raises InvalidRequestError."""
@@ -132,8 +148,11 @@ class ClassifyRequest(PoolingFields):
     """Body of /v1/classify."""
 
     input: Any
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     use_activation: Flag | None = None
+    """Whether scores are probabilities (the default), or logits."""
     add_special_tokens: Flag | None = None
+    """Whether the tokenizer adds its special tokens (BOS, CLS). Default: on."""
 
 
 PoolingT = TypeVar("PoolingT", bound=PoolingFields)

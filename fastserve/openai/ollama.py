@@ -26,37 +26,49 @@ class OllamaRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
+    """Name of a model or of an adapter; `NAME:latest` is `NAME`."""
     stream: Flag | None = None
     """The default is true."""
     options: dict[str, Any] | None = None
+    """Sampling parameters (ollama.md lists them)."""
     format: str | dict[str, Any] | None = None
     """`json`, or a JSON schema."""
     think: Flag | str | None = None
     """Whether the model thinks before it answers, or how much: low, medium, high or max."""
     keep_alive: int | float | str | None = None
-    """Accepted without effect: a model stays loaded as long as its worker runs."""
+    """Accepted; no effect: a model stays loaded as long as its worker runs."""
     truncate: Flag | None = None
-    """Accepted without effect: prompts that are too long are refused."""
+    """Accepted; no effect: prompts that are too long are refused."""
     shift: Flag | None = None
-    """Accepted without effect: an answer ends when the context is full."""
+    """Accepted; no effect: an answer ends when the context is full."""
     logprobs: Flag | None = None
+    """Whether the logprobs of the answer's tokens are returned."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """With logprobs: number of likeliest tokens at each place."""
 
 
 class OllamaChatRequest(OllamaRequest):
     messages: Annotated[list[dict[str, Any]] | None, at_most("max_messages", "messages")] = None
+    """The chat. None: the answer says that the model is loaded."""
     tools: list[dict[str, Any]] | None = None
+    """Functions that the model may call."""
 
 
 class OllamaGenerateRequest(OllamaRequest):
     prompt: str | None = None
+    """The text. Empty: the answer says that the model is loaded."""
     system: str | None = None
+    """The system message."""
     raw: Flag | None = None
     """Whether the prompt goes to the model as it is, without the chat template."""
     suffix: str | None = None
+    """Refused unless empty."""
     template: str | None = None
+    """Refused unless empty."""
     images: Any = None
+    """Refused unless empty."""
     context: Any = None
+    """Refused unless empty."""
 
 
 class OllamaEmbedRequest(BaseModel):
@@ -65,6 +77,7 @@ class OllamaEmbedRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
+    """Name of a model; `NAME:latest` is `NAME`."""
     input: Any
     """A text, or a list of texts."""
     truncate: Flag | None = None
@@ -72,9 +85,9 @@ class OllamaEmbedRequest(BaseModel):
     dimensions: Integer | None = None
     """Numbers of each vector that are kept."""
     options: dict[str, Any] | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
     keep_alive: int | float | str | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
 
 
 class OllamaEmbeddingsRequest(BaseModel):
@@ -83,20 +96,24 @@ class OllamaEmbeddingsRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str = Field(min_length=1)
+    """Name of a model; `NAME:latest` is `NAME`."""
     prompt: str
+    """The text."""
     options: dict[str, Any] | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
     keep_alive: int | float | str | None = None
-    """Accepted without effect."""
+    """Accepted; no effect."""
 
 
 class OllamaShowRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = None
+    """Name of a model or of an adapter."""
     name: str | None = None
     """The older name of `model`."""
     verbose: Flag | None = None
+    """Accepted; no effect."""
 
 
 def untagged(name: str) -> str:

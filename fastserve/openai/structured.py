@@ -34,16 +34,29 @@ class StructuredFields(BaseModel):
     """At most one of them may ask for a format."""
 
     response_format: dict[str, Any] | None = None
+    """OpenAI's: `{"type": "text"}`, `{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"name": ...,
+    "schema": ...}}`. The schema is always followed, with `strict` or without."""
     structured_outputs: dict[str, Any] | None = None
+    """vLLM's: an object with one of `json`, `regex`, `choice`, `grammar`, `json_object`, and optionally
+    `whitespace_pattern` or `disable_any_whitespace`."""
     guided_json: Any = None
+    """JSON schema that the answer follows: an object, or its text."""
     guided_regex: str | None = None
+    """Regular expression that the whole answer matches."""
     guided_choice: list[Any] | None = None
+    """Texts, one of which is the answer."""
     guided_grammar: str | None = None
+    """Grammar that the answer follows, in Lark or GBNF."""
     guided_whitespace_pattern: str | None = None
+    """With guided_json: regular expression of the whitespace between its tokens."""
     grammar: str | None = None
+    """The same as guided_grammar (llama.cpp's name)."""
     json_schema: Any = None
+    """The same as guided_json (llama.cpp's and SGLang's name)."""
     regex: str | None = None
+    """The same as guided_regex (SGLang's name)."""
     ebnf: str | None = None
+    """The same as guided_grammar (SGLang's name)."""
 
     def answer_format(self, bounds: RequestBounds) -> AnswerFormat | None:
         """The format that the request asks for; None: any text. Raises InvalidRequestError."""

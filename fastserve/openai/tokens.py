@@ -90,4 +90,4 @@ class TokenCheckRequest(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     prompts: Annotated[list[TokenCheckItem], Field(min_length=1, fail_fast=True), at_most("max_prompts", "prompts")]
-    """Prompts of which is said whether they fit into the context with their answers."""
+    """Prompts to check: does each fit into the context together with its answer?"""

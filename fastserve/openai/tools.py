@@ -14,8 +14,8 @@ from fastserve.observability.text import printable
 from fastserve.openai.body import Flag, Integer, at_most, invalid
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NAME_REMEDY = "A function's name has 1 to 64 letters, digits, underscores and hyphens."
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_NAME_REMEDY = "A function's name has 1 to 128 letters, digits, underscores and hyphens."
 _CHOICE_REMEDY = (
     'Give "none", "auto", "required", or an object: {"type": "function", "function": {"name": ...}}, or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}.'
@@ -40,7 +40,7 @@ class ToolUse:
     shown: list[dict[str, Any]]
     """For the chat template, in OpenAI's format."""
     functions: Sequence[FunctionTool]
-    """Those that may be called."""
+    """The functions that may be called."""
     is_required: bool = False
     is_named: bool = False
     """Whether the request names the one function to call."""
@@ -75,7 +75,7 @@ class ToolFields(BaseModel):
     include_reasoning: Flag | None = None
     """Whether the answer contains the reasoning. Default: on."""
     separate_reasoning: Flag | None = None
-    """Whether reasoning is told apart from the content. Default: on."""
+    """Whether reasoning has a field of its own in the answer, instead of being part of the content. Default: on."""
 
     def tool_use(self) -> ToolUse | None:
         """The tools, validated; None if none may be called. Raises InvalidRequestError or UnsupportedParameterError."""

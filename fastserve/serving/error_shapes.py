@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from starlette.types import Scope
 
-from fastserve.errors import FastserveError
+from fastserve.errors import FastserveError, UnsupportedParameterError
 from fastserve.serving.request_ids import read_request_id
 
 OVERLOADED_STATUS = 529
@@ -34,6 +34,10 @@ _ANTHROPIC_TYPES = {
     "timeout_error": "timeout_error",
 }
 """Anthropic's types by OpenAI's, for errors in a stream."""
+_ANTHROPIC_DETAILS_BY_REFUSED_FIELD: Mapping[str | None, Mapping[str, Any]] = {
+    "thread": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+}
+"""`error.details`, by which Anthropic's clients know that they must send the request without the field."""
 
 
 class ErrorShape(Protocol):
@@ -73,7 +77,11 @@ class AnthropicErrors:
     def body(self, error: FastserveError, request_id: str) -> dict[str, Any]:
         by_status = "invalid_request_error" if error.status < 500 else "api_error"
         kind = _ANTHROPIC_TYPES_BY_STATUS.get(error.status, by_status)
-        return {"type": "error", "error": error.body()["error"] | {"type": kind}, "request_id": request_id}
+        described = error.body()["error"] | {"type": kind}
+        details = _ANTHROPIC_DETAILS_BY_REFUSED_FIELD.get(described["param"])
+        if details is not None and described["code"] == UnsupportedParameterError.code:
+            described["details"] = details
+        return {"type": "error", "error": described, "request_id": request_id}
 
     def last_event(self, error: FastserveError) -> bytes:
         return self.event(error.body()["error"])

@@ -29,14 +29,11 @@ NOT_BUILT = (
     "assistants",
     "audio",
     "containers",
-    "embeddings",
-    "engines",
     "evals",
     "fine_tuning",
     "images",
     "moderations",
     "realtime",
-    "rerank",
     "threads",
     "uploads",
     "vector_stores",
@@ -60,7 +57,9 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(ours, request.scope)
 
     async def invalid(request: Request, error: Exception) -> Response:
-        problems = error.errors() if isinstance(error, RequestValidationError) else []
+        found = error.errors() if isinstance(error, RequestValidationError) else []
+        # The first part of a place says whether it is in the body, the query or the path.
+        problems = [problem | {"loc": problem["loc"][1:]} for problem in found[:1]]
         return error_response(explain(problems), request.scope)
 
     async def http(request: Request, error: Exception) -> Response:
@@ -110,7 +109,7 @@ def explain(problems: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
     if not problems:
         return InvalidRequestError("The request body is not valid.")
     first = problems[0]
-    path = [str(part) for part in first.get("loc", ()) if part != "body"]
+    path = [str(part) for part in first.get("loc", ())]
     name = printable(".".join(path) or "body", MAX_SHOWN_CHARS)
     kind = first.get("type")
     context = first.get("ctx", {})

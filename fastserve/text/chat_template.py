@@ -128,12 +128,17 @@ class ChatTemplate:
         if continue_final_message:
             last = without_nulls[-1]
             without_nulls[-1] = last | {"content": (last.get("content") or "") + _END_OF_CONTENT}
-        own = {"messages": without_nulls, "tools": tools, "documents": documents}
+        own = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        others = {**self._special_tokens, **variables, **own}
         try:
-            pieces = template.generate(
-                {**self._special_tokens, **variables, **own, "add_generation_prompt": add_generation_prompt}
-            )
-            text = _join(pieces, max_chars, timeout_s)
+            try:
+                text = _join(template.generate(others, messages=without_nulls), max_chars, timeout_s)
+            except jinja2.UndefinedError:
+                # Templates that know no tools take it for granted that each message has content.
+                with_content = [{"content": "", **message} for message in without_nulls]
+                if with_content == without_nulls:
+                    raise
+                text = _join(template.generate(others, messages=with_content), max_chars, timeout_s)
             return _up_to_mark(text) if continue_final_message else text
         except FastserveError:
             raise
@@ -148,7 +153,7 @@ class ChatTemplate:
 
 
 def _up_to_mark(text: str) -> str:
-    """What stands before the last mark of the end of the final message."""
+    """The text before the last mark that ends the final message."""
     before, mark, _ = text.rpartition(_END_OF_CONTENT)
     if not mark:
         raise InvalidRequestError(

@@ -15,6 +15,7 @@ from typing import Any
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
+from fastserve.text.json_schema import with_followed_keywords
 from fastserve.text.tokenizer import Tokenizer
 
 _MAX_WHITESPACE_CHARS = 40
@@ -44,7 +45,7 @@ def json_value(schema: Mapping[str, Any] | bool, whitespace_pattern: str | None 
         options["whitespace_pattern"] = whitespace_pattern
     if whitespace_pattern == "":
         options = {"lenient": False, "whitespace_flexible": False}
-    plain = {} if schema is True else {"not": {}} if schema is False else dict(schema)
+    plain = {} if schema is True else {"not": {}} if schema is False else with_followed_keywords(schema)
     return "%json " + json.dumps({**plain, _OPTIONS: options})
 
 

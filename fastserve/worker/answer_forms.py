@@ -35,6 +35,11 @@ _FORCED: Form = Hermes()
 """Form of calls that must come, where the model's own cannot be described by a grammar."""
 _GPT_OSS = "gpt_oss"
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_PLAIN_KEYWORDS = frozenset(
+    {"$comment", "$defs", "$schema", "default", "definitions", "description", "examples", "properties", "required"}
+    | {"title", "type"}
+)
+"""Keywords of an object's schema that ask for no property beside `properties`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class AnswerForms:
     def _rules(self, use: ToolUse, form: Form) -> str | None:
         enforced = {one.name for one in use.enforced}
         functions = [
-            Function(one.name, {**_ANY_OBJECT, **(one.parameters if one.name in enforced else {})})
+            Function(one.name, {**_ANY_OBJECT, **(_closed(one.parameters) if one.name in enforced else {})})
             for one in use.functions
         ]
         rules = form.grammar(functions, self._mark, json_value)
@@ -198,6 +203,19 @@ class AnswerForms:
         names = ((token_id, self._tokenizer.token_bytes(token_id)) for token_id in self._tokenizer.special_ids)
         encoded = [text.encode() for text in marks]
         return frozenset(token_id for token_id, name in names if any(name in text for text in encoded))
+
+
+def _closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema without properties that it does not name: small models invent one after the other and never end.
+
+    Only where no other keyword can ask for such a property; what the schema says of it stays.
+    """
+    named = parameters.get("properties")
+    required = parameters.get("required", ())
+    if not (parameters.keys() <= _PLAIN_KEYWORDS and isinstance(named, Mapping) and isinstance(required, list | tuple)):
+        return parameters
+    names = list(named)
+    return {**parameters, "additionalProperties": False} if all(name in names for name in required) else parameters
 
 
 def _factory(options: ParserOptions, request_id: str, id_length: int) -> Callable[[int], AnswerParser]:

@@ -53,38 +53,41 @@ def make_job(jobs: JobMaker, body: bytes, caller: Caller) -> MessagesJob:
         "stop": request.stop_sequences or None,
         "stream": request.stream,
     }
-    job = _make(jobs, chat_fields(request) | options, caller)
+    job = _make(jobs, to_chat(request), caller, options)
     return MessagesJob(job, request.max_tokens, (request.thinking or {}).get("display") != "omitted")
 
 
 def count_tokens(jobs: JobMaker, body: bytes, caller: Caller) -> int:
     """Tokens of the prompt that a request makes. Raises RequestError."""
     request = _parse(CountTokensRequest, body, jobs.settings.bounds)
-    return _make(jobs, chat_fields(request), caller).prompt_tokens
+    return _make(jobs, to_chat(request), caller).prompt_tokens
 
 
 def _parse(kind: type[RequestT], body: bytes, bounds: RequestBounds) -> RequestT:
     return validate(kind, read_fields(body, bounds, kind.model_fields, _LONG_FIELDS), bounds)
 
 
-def _make(jobs: JobMaker, fields: Mapping[str, Any], caller: Caller) -> Job:
+def _make(jobs: JobMaker, chat: ChatFields, caller: Caller, options: Mapping[str, Any] | None = None) -> Job:
+    given = {**chat.fields, **(options or {})}
     try:
-        return jobs.chat_from_fields({name: value for name, value in fields.items() if value is not None}, caller)
+        return jobs.chat_from_fields({name: value for name, value in given.items() if value is not None}, caller)
     except InvalidRequestError as error:
-        raise renamed(error, _THEIR_NAMES | _tool_names(len(fields.get("tools") or ()))) from error
+        raise renamed(error, chat.names) from error
 
 
-def _tool_names(count: int) -> dict[str, str]:
-    """Names of Anthropic for the parts of so many tools."""
-    names = {f"tools.{at}.function": f"tools.{at}" for at in range(count)}
-    return names | {f"{ours}.parameters": f"{theirs}.input_schema" for ours, theirs in names.items()}
+@dataclass(frozen=True)
+class ChatFields:
+    fields: Fields
+    """Those of the chat request that make the prompt and the form of the answer."""
+    names: Mapping[str, str]
+    """Paths in Anthropic's request, for errors, by paths in `fields`."""
 
 
-def chat_fields(request: CountTokensRequest) -> Fields:
-    """The fields of the chat request that make the prompt and the form of the answer. Raises InvalidRequestError."""
+def to_chat(request: CountTokensRequest) -> ChatFields:
+    """Raises InvalidRequestError."""
     messages = _Messages()
     if request.system:
-        messages.add("system", _texts(request.system, "system"))
+        messages.add("system", "system", _texts(request.system, "system"))
     for at, message in enumerate(request.messages):
         messages.read(message, f"messages.{at}")
     fields: Fields = {"model": request.model, "messages": messages.chat}
@@ -96,10 +99,19 @@ def chat_fields(request: CountTokensRequest) -> Fields:
             "'mcp_servers' is not supported: this server calls no others. Give their tools as 'tools'.",
             param="mcp_servers",
         )
+    if request.thread is not None:
+        raise UnsupportedParameterError(
+            "'thread' is not supported: this server keeps no messages. Send all of them with each request.",
+            param="thread",
+        )
     fields |= _tools(request)
+    for at in range(len(request.tools or ())):
+        messages.names[f"tools.{at}.function"] = f"tools.{at}"
+        messages.names[f"tools.{at}.function.parameters"] = f"tools.{at}.input_schema"
     fields |= _thinking(request.thinking or {})
     fields |= _output(request)
-    return fields | {name: None for name in request.model_extra or {} if name not in WITHOUT_EFFECT}
+    fields |= {name: None for name in request.model_extra or {} if name not in WITHOUT_EFFECT}
+    return ChatFields(fields, {**_THEIR_NAMES, **messages.names})
 
 
 # ---- messages ---------------------------------------------------------------------------------------------------
@@ -110,42 +122,48 @@ class _Messages:
     """Messages of a chat, made of Anthropic's turns."""
 
     chat: list[Fields] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    """Paths in Anthropic's request by paths of the chat's messages."""
     _tool_ids: set[str] = field(default_factory=set)
-    """Of all calls so far."""
+    """Ids of all calls so far, which results may refer to."""
 
-    def add(self, role: str, content: Any, **more: Any) -> None:
+    def add(self, where: str, role: str, content: Any, **more: Any) -> str:
+        """Add what the request has at `where`; returns the message's own path."""
+        path = f"messages.{len(self.chat)}"
+        self.names[path] = where
         self.chat.append({"role": role, "content": content, **more})
+        return path
 
     def read(self, message: Mapping[str, Any], where: str) -> None:
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise invalid(f"{where}.role", role, 'Give "user", "assistant" or "system".')
-        content, where = message.get("content"), f"{where}.content"
+        turn, content, where = where, message.get("content"), f"{where}.content"
         if isinstance(content, str):
-            self.add(_ROLES[role], content)
+            self.add(turn, _ROLES[role], content)
         elif not isinstance(content, list):
             raise invalid(where, content, "Give a string, or an array of blocks.")
         elif role == "assistant":
-            self._read_assistant(content, where)
+            self._read_assistant(content, turn)
         elif role == "system":
-            self.add("system", _texts(content, where))
+            self.add(turn, "system", _texts(content, where))
         else:
-            self._read_user(content, where)
+            self._read_user(content, turn)
 
-    def _read_user(self, blocks: list[Any], where: str) -> None:
+    def _read_user(self, blocks: list[Any], turn: str) -> None:
         """Results of tools are messages of their own, before or between those of the user."""
         parts: list[Fields] = []
         for at, block in enumerate(blocks):
-            place = f"{where}.{at}"
+            place = f"{turn}.content.{at}"
             if _type(block, place) != "tool_result":
                 parts += _text_parts(block, place)
                 continue
             if parts:
-                self.add("user", parts)
+                self.add(turn, "user", parts)
                 parts = []
             self._read_result(block, place)
         if parts or not blocks:
-            self.add("user", parts)
+            self.add(turn, "user", parts)
 
     def _read_result(self, block: Mapping[str, Any], where: str) -> None:
         tool_id = block.get("tool_use_id")
@@ -155,25 +173,31 @@ class _Messages:
         parts = [] if content is None else _texts(content, f"{where}.content")
         if block.get("is_error") is True:
             parts = [_text_part("Error:"), *parts]
-        self.add("tool", parts, tool_call_id=tool_id)
+        path = self.add(where, "tool", parts, tool_call_id=tool_id)
+        self.names[f"{path}.tool_call_id"] = f"{where}.tool_use_id"
 
-    def _read_assistant(self, blocks: list[Any], where: str) -> None:
+    def _read_assistant(self, blocks: list[Any], turn: str) -> None:
         parts: list[Fields] = []
         thoughts: list[str] = []
         calls: list[Fields] = []
+        places: list[str] = []
         for at, block in enumerate(blocks):
-            place = f"{where}.{at}"
+            place = f"{turn}.content.{at}"
             kind = _type(block, place)
             if kind == "thinking":
                 thoughts.append(_string(block, "thinking", place))
             elif kind == "tool_use":
                 calls.append(self._read_call(block, place))
+                places.append(place)
             elif kind != "redacted_thinking":  # made for another server, which alone can read it
                 parts += _text_parts(block, place)
         more: Fields = {"tool_calls": calls} if calls else {}
         if thoughts:
             more["reasoning_content"] = "\n".join(thoughts)
-        self.add("assistant", parts or (None if calls else ""), **more)
+        path = self.add(turn, "assistant", parts or (None if calls else ""), **more)
+        for number, place in enumerate(places):
+            call = f"{path}.tool_calls.{number}"
+            self.names |= {call: place, f"{call}.function": place, f"{call}.function.arguments": f"{place}.input"}
 
     def _read_call(self, block: Mapping[str, Any], where: str) -> Fields:
         tool_id, name, arguments = _string(block, "id", where), _string(block, "name", where), block.get("input")

@@ -19,6 +19,7 @@ from fastserve.openai.structured import AnswerFormat
 from fastserve.openai.tools import FunctionTool
 from fastserve.text import grammar
 from fastserve.text.grammar_tokenizer import parser_limits, require_grammars, small_grammar_tokenizer
+from fastserve.text.json_schema import DATA_KEYWORDS, MAP_KEYWORDS
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.prompt_pool import INLINE_BYTES
 
@@ -27,10 +28,6 @@ _MAX_FIRST_TOKENS = 4
 """First tokens of an answer that are tried, as long as there is no choice."""
 _MAX_LOCATING = 64
 """Parts of a schema that are compiled to find the one with the error."""
-_DATA = frozenset({"const", "default", "enum", "example", "examples"})
-"""Keywords whose value is no schema."""
-_MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
-"""Keywords whose value is an object of schemas."""
 _FIELDS = (
     *(b'format"', b'"structured_outputs"', b'"guided_', b'"grammar"', b'"json_schema"', b'"regex"', b'"ebnf"'),
     *(b'"tool_choice"', b'"function_call"', b'"strict"', b'"thinking_token_budget"', b'"budget_tokens"'),
@@ -178,9 +175,9 @@ class GrammarMaker:
 def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """The schemas directly inside a schema, with their paths."""
     for keyword, value in schema.items():
-        if keyword in _DATA:
+        if keyword in DATA_KEYWORDS:
             continue
-        if keyword in _MAPS and isinstance(value, dict):
+        if keyword in MAP_KEYWORDS and isinstance(value, dict):
             yield from (((keyword, name), part) for name, part in value.items())
         elif isinstance(value, dict):
             yield (keyword,), value

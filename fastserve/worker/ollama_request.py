@@ -56,7 +56,7 @@ class OllamaJob:
     """As the client named it."""
     stream: bool
     done_reason: str = "load"
-    """Of a request without a job."""
+    """`done_reason` of the answer, if nothing is to be generated."""
 
 
 def make_chat_job(jobs: JobMaker, adapters: ServedAdapters, body: bytes, caller: Caller) -> OllamaJob:
@@ -201,15 +201,27 @@ def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[Fields]:
     return [made.translate(message, f"messages.{at}") for at, message in enumerate(messages)]
 
 
+@dataclass(frozen=True)
+class _OpenCall:
+    call_id: str
+    name: str
+    has_own_id: bool
+    """Whether the client gave the id: some leave it out, and name one of their own in the result."""
+
+    def fits(self, given_id: str | None, name: str | None) -> bool:
+        same_id = not given_id or not self.has_own_id or given_id == self.call_id
+        return same_id and (not name or name == self.name)
+
+
 @dataclass
 class _Messages:
     _num_calls: int = 0
-    _open: list[tuple[str, str]] = field(default_factory=list)
-    """Id and name of the calls without a result."""
+    _open: list[_OpenCall] = field(default_factory=list)
+    """The calls without a result."""
 
     def translate(self, message: Mapping[str, Any], where: str) -> Fields:
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise invalid(f"{where}.role", role, 'Give "system", "user", "assistant" or "tool".')
         if message.get("images"):
             raise UnsupportedParameterError(
@@ -241,9 +253,10 @@ class _Messages:
         if not isinstance(name, str) or not isinstance(arguments, dict | None):
             raise invalid(where, call, 'A call is {"function": {"name": "...", "arguments": {...}}}.')
         given = call.get("id")
-        call_id = given if isinstance(given, str) and given else f"call_{self._num_calls}"
+        has_own_id = isinstance(given, str) and given != ""
+        call_id = str(given) if has_own_id else f"call_{self._num_calls}"
         self._num_calls += 1
-        self._open.append((call_id, name))
+        self._open.append(_OpenCall(call_id, name, has_own_id))
         return {
             "id": call_id,
             "type": "function",
@@ -256,7 +269,9 @@ class _Messages:
         for key, value in (("tool_call_id", given), ("tool_name", name)):
             if value is not None and not isinstance(value, str):
                 raise invalid(f"{where}.{key}", value, "Give a string.")
-        fitting = [call for call in self._open if (given or call[0]) == call[0] and (name or call[1]) == call[1]]
+        fitting = [call for call in self._open if call.fits(given, name)]
+        if given:
+            fitting.sort(key=lambda call: call.call_id != given)
         if not fitting and not given:
             fitting = self._open[:1]
         if not fitting:
@@ -266,4 +281,4 @@ class _Messages:
                 param=where,
             )
         self._open.remove(fitting[0])
-        return fitting[0][0]
+        return fitting[0].call_id

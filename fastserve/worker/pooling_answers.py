@@ -15,7 +15,7 @@ from fastserve.openai.answers import encode_json
 PoolingWriterType = Callable[[PoolingResult, int], bytes]
 """(result, number of tokens) -> body of the answer"""
 _BYTES = 4
-"""Of a number."""
+"""Bytes of a number as float32."""
 
 
 def rows(result: PoolingResult) -> Iterator[bytes]:

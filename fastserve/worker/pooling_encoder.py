@@ -25,7 +25,7 @@ class EncodedText:
 
     pieces: list[list[int]]
     first_length: int | None = None
-    """Of a pair: number of tokens with token type 0."""
+    """Number of tokens with token type 0, if the text is a pair of texts."""
 
 
 class TextEncoder:

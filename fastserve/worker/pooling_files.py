@@ -37,8 +37,8 @@ _MAX_SIZE = 10**6
 
 
 def pooling_kind(folder: Path, task: str | None = None) -> PoolingKind | None:
-    """What the model in `folder` does if it pools; None: it generates. `task`: generate, embed or classify, in place of
-    what config.json suggests. Raises StartupError for an unreadable file."""
+    """The kind of the pooling model in `folder`; None: the model generates. `task` (generate, embed or classify)
+    overrides what config.json suggests. Raises StartupError for an unreadable file."""
     if task is not None:
         return None if task == "generate" else cast(PoolingKind, task)
     config = read_json(folder / "config.json")

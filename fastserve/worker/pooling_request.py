@@ -38,7 +38,7 @@ _SAME_PROMPTS = (
 )
 """Names of prompts that say the same."""
 _BYTES_PER_FLOAT = {"float": 22, "base64": 16 / 3}
-"""Of an answer."""
+"""Bytes of one number in an answer."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PoolingJob:
 @dataclass(frozen=True)
 class PoolingLimits:
     max_tokens: int
-    """Of all texts of a request."""
+    """Maximum tokens of all texts of a request together."""
     max_answer_bytes: int
     long_texts: LongTexts | None
     """None: OpenAI's routes refuse what is too long, and FastChat's splits it."""

@@ -79,7 +79,7 @@ class JobResult:
         """All generated choices."""
         self._prediction = None if job.predicted_ids is None else Prediction(job.predicted_ids, 0)
         self._answer_ids: list[int] = []
-        """Of the one choice of a job with a prediction."""
+        """Tokens of the answer of a job with a prediction, which has one choice."""
 
     def add(self, delta: ChoiceDelta) -> None:
         self.runs[delta.choice].add(delta)

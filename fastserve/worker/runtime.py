@@ -45,7 +45,7 @@ class Runtime:
     pool: PromptPool
     service: GenerationService
     pooling: PoolingService | None
-    """Of a model that embeds or classifies; None: it generates."""
+    """The service of a model that embeds or classifies; None: the model generates."""
     conversation: Conversation
     handlers: Sequence[ModelHandler]
     heartbeat_interval_s: float

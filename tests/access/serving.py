@@ -11,6 +11,7 @@ from typing import Any
 from fastserve.config import ApiServerConfig, ControllerConfig, WorkerConfig
 from fastserve.control.app import create_app as create_controller
 from fastserve.demo import demo_model_path
+from fastserve.engine.contract import PoolingInfo
 from fastserve.engine.fake import FakeEngine, FakeOptions
 from fastserve.gateway.app import create_app as create_server
 from fastserve.serving.listen import bind
@@ -51,12 +52,16 @@ async def run_server(controller: str, **settings: Any) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def run_worker(controller: str | None = None, **settings: Any) -> AsyncIterator[str]:
-    """A worker on the fake engine; without a controller, a lone one."""
+async def run_worker(
+    controller: str | None = None, *, pooling: PoolingInfo | None = None, **settings: Any
+) -> AsyncIterator[str]:
+    """A worker on the fake engine; without a controller, a lone one. `pooling`: of one that embeds or classifies."""
     if controller is None:
         settings["no_register"] = True
     else:
         settings["controller_address"] = controller
+    if pooling is not None:
+        settings["task"] = pooling.kind
     config = WorkerConfig(engine="fake", heartbeat_interval_s=0.05, **settings)
     folder = Path(demo_model_path())
     made: list[ModelWorker] = []
@@ -67,7 +72,7 @@ async def run_worker(controller: str | None = None, **settings: Any) -> AsyncIte
     def make(address: str) -> Any:
         setup = WorkerSetup(
             config=config,
-            engine=FakeEngine(FakeOptions(vocab_size=4096)),
+            engine=FakeEngine(FakeOptions(vocab_size=4096, pooling=pooling)),
             model_dir=folder,
             tokenizer_dir=folder,
             model_names=config.model_names or (MODEL,),

@@ -144,7 +144,7 @@ async def test_a_key_is_replaced_while_the_cluster_serves(http: aiohttp.ClientSe
     path = tmp_path / "cluster.key"
     path.write_text(old + "\n")
     path.chmod(0o600)
-    key = {"cluster_key_file": str(path)}
+    key: dict[str, Any] = {"cluster_key_file": str(path)}
 
     async def is_valid(token: str) -> bool:
         return (await ask(http, "GET", url, headers={"Authorization": f"Bearer {token}"}))[0] == 200

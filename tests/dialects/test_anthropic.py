@@ -12,6 +12,7 @@ import anthropic
 import pytest
 
 from fastserve.engine.fake import Script
+from fastserve.text.tokenizer import Tokenizer
 from tests.dialects.conftest import Serve, Served
 from tests.worker.conftest import MODEL
 
@@ -119,6 +120,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"thinking": "yes"}, 400, "invalid_request_error", "thinking"),
     ({"output_config": {"format": {"type": "xml"}}}, 400, None, "output_config.format"),
     ({"mcp_servers": [{"url": "x"}]}, 400, None, "mcp_servers"),
+    ({"thread": {"type": "create"}}, 400, None, "thread"),
 ]
 """Changes of BODY: status, type and field of the error."""
 
@@ -132,6 +134,26 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served)
             assert (code, answer["type"], answer["request_id"]) == (status, "error", "r-1"), answer
             assert answer["error"]["type"] == (kind or "invalid_request_error")
             assert param is None or answer["error"]["param"] == param, answer
+
+
+async def test_the_tool_runner_sends_all_messages_where_the_server_keeps_none(
+    serve: Serve, tokenizer: Tokenizer
+) -> None:
+    """It sends only the new ones, unless the server refuses the field `thread` as Anthropic's does."""
+    texts = ['<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>', "sunny"]
+    cities: list[str] = []
+
+    @anthropic.beta_async_tool
+    async def get_weather(city: str) -> str:
+        """Get the weather in a city"""
+        cities.append(city)
+        return "sunny, 21 degrees"
+
+    async with serve(lambda request, info: tokenizer.encode(texts[len(cities)], add_special_tokens=False)) as served:
+        runner = client_of(served).beta.messages.tool_runner(**BODY | {"max_tokens": 100}, tools=[get_weather])
+        last = await runner.until_done()
+    assert cities == ["Paris"]
+    assert [block.text for block in last.content if block.type == "text"] == ["sunny"]
 
 
 async def test_the_api_servers_own_errors_have_anthropics_shape(served: Served) -> None:

@@ -17,7 +17,7 @@ from fastserve.errors import FastserveError, InvalidRequestError, NoWorkerError
 from fastserve.openai.answers import Usage
 from fastserve.openai.anthropic import MessagesRequest
 from fastserve.text.parts import Part, ReasoningPart, TextPart, ToolCallPart
-from fastserve.worker.anthropic_request import MessagesJob, chat_fields
+from fastserve.worker.anthropic_request import MessagesJob, to_chat
 from fastserve.worker.choice import ChoiceDelta
 from fastserve.worker.jobs import Job
 from fastserve.worker.ollama_request import chat_messages
@@ -30,7 +30,7 @@ TURN: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
 
 
 def fields_of(**more: Any) -> dict[str, Any]:
-    return chat_fields(MessagesRequest(**{"model": "m", "max_tokens": 5, "messages": [TURN], **more}))
+    return dict(to_chat(MessagesRequest(**{"model": "m", "max_tokens": 5, "messages": [TURN], **more})).fields)
 
 
 # ---- requests of Anthropic's clients ----------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_whatever_a_field_holds_is_translated_or_refused_by_name(name: str, valu
         value = {"type": value}
     refused = None
     try:
-        chat_fields(MessagesRequest.model_construct(**{"model": "m", "messages": [TURN], name: value}))
+        to_chat(MessagesRequest.model_construct(**{"model": "m", "messages": [TURN], name: value}))
     except InvalidRequestError as error:
         refused = error.param
     assert refused is None or refused.startswith(name)
@@ -158,10 +158,11 @@ def test_whatever_a_field_holds_is_translated_or_refused_by_name(name: str, valu
 # ---- messages of Ollama's clients -------------------------------------------------------------------------------
 
 
-def test_results_find_the_calls_of_ollamas_messages() -> None:
-    def call(name: str, **more: Any) -> dict[str, Any]:
-        return {"function": {"name": name, "arguments": {"a": 1}}, **more}
+def call(name: str, **more: Any) -> dict[str, Any]:
+    return {"function": {"name": name, "arguments": {"a": 1}}, **more}
 
+
+def test_results_find_the_calls_of_ollamas_messages() -> None:
     messages = chat_messages(
         [
             TURN,
@@ -173,13 +174,23 @@ def test_results_find_the_calls_of_ollamas_messages() -> None:
             {"role": "tool", "content": "4", "tool_call_id": "mine"},
         ]
     )
-    ids = [call["id"] for call in messages[1]["tool_calls"]]
+    ids = [made["id"] for made in messages[1]["tool_calls"]]
     assert len(set(ids)) == 3
     assert [message["tool_call_id"] for message in messages if message["role"] == "tool"] == [
         *(ids[1], ids[0], ids[2], "mine")
     ]
     assert messages[1]["reasoning_content"] == "hm"
     assert messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a":1}'}
+
+
+def test_results_of_calls_without_ids_may_have_ids_of_the_clients_own() -> None:
+    calls = {"role": "assistant", "tool_calls": [call("f"), call("g"), call("f", id="mine")]}
+    results = [{"role": "tool", "content": given, "tool_call_id": given} for given in ("made-1", "mine", "made-2")]
+    messages = chat_messages([TURN, calls, *results])
+    ids = [made["id"] for made in messages[1]["tool_calls"]]
+    assert [message["tool_call_id"] for message in messages[2:]] == [ids[0], "mine", ids[1]]
+    with pytest.raises(InvalidRequestError, match="result of no call"):
+        chat_messages([TURN, {"role": "assistant", "tool_calls": [call("f", id="mine")]}, results[0]])
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------

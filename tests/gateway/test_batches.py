@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +15,7 @@ import openai
 import pytest
 from aiohttp import web
 
+from fastserve.errors import ServiceError
 from fastserve.gateway.batches.lines import InputReader, OutputFile, check_input
 from fastserve.gateway.batches.runner import BatchRunner
 from fastserve.gateway.batches.spare import SpareCapacity
@@ -162,6 +166,23 @@ async def test_a_key_sees_only_what_is_its_own(tmp_path: Path) -> None:
             assert [each async for each in two.files.list()] == []
 
 
+async def test_lists_have_as_many_entries_as_asked_for(cluster: Cluster) -> None:
+    async with sdk(cluster) as client:
+        made = [await client.files.create(file=b"{}", purpose="user_data") for _ in range(3)]
+        page = await client.files.list(limit=2, order="asc")
+        assert [file.id for file in page.data] == [file.id for file in made[:2]]
+        assert page.has_more
+    for query, param in (
+        ("limit=0", "limit"),
+        ("limit=two", "limit"),
+        ("order=up", "order"),
+        ("after=" + "x" * 200, "after"),
+    ):
+        for path in ("/v1/files", "/v1/batches"):
+            async with cluster.http.get(f"{cluster.url}{path}?{query}") as response:
+                assert (response.status, (await response.json())["error"]["param"]) == (400, param)
+
+
 async def test_a_cancelled_batch_keeps_the_answers_that_it_has(cluster: Cluster) -> None:
     hold = asyncio.Event()
 
@@ -235,7 +256,7 @@ async def test_a_batch_goes_on_where_its_process_died(tmp_path: Path) -> None:
 
     first = asyncio.create_task(run(runner_of(store, sender(3))))
     await until(lambda: len(asked) == 3)
-    output = tmp_path / "files" / "batch_1_output.jsonl"
+    output = tmp_path / "files" / "file-1-output"
     await until(lambda: output.exists() and output.read_bytes().count(b"\n") == 3)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
@@ -328,3 +349,161 @@ def test_lines_that_were_not_written_to_their_end_are_cut_off(tmp_path: Path) ->
     reader = InputReader(path, frozenset({"b"}))
     assert [each.custom_id for each in reader.read()] == ["a", "c"]
     assert reader.read() == []
+
+
+# ---- disks and processes that fail in the middle ----------------------------------------------------------------
+
+
+def custom_ids(store: BatchStore, file_id: str | None) -> list[str]:
+    assert file_id is not None
+    return sorted(json.loads(each)["custom_id"] for each in store.path_of(file_id).read_text().splitlines())
+
+
+async def test_a_frozen_process_writes_nothing_to_a_batch_that_another_one_took(tmp_path: Path) -> None:
+    now = 1000.0
+    store = await make_store(tmp_path, lines("a", "b"), lambda: now)
+    thaw = asyncio.Event()
+
+    async def send_late(path: str, body: bytes, number: str) -> tuple[int, bytes]:
+        await thaw.wait()
+        return 200, b'"late"'
+
+    rest = asyncio.Event()
+
+    async def send(path: str, body: bytes, number: str) -> tuple[int, bytes]:
+        if b'"b"' in body:
+            await rest.wait()
+        return 200, b"{}"
+
+    first = asyncio.create_task(run(runner_of(store, send_late)))
+    async with asyncio.timeout(10):
+        while (await store.batch("", "batch_1")).status != "in_progress":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    now += SILENCE_S + 1
+    second = asyncio.create_task(run(runner_of(store, send)))
+    output = tmp_path / "files" / "file-1-output"
+    await until(output.exists, 10)
+    thaw.set()
+    await asyncio.sleep(0.1)
+    rest.set()
+    await until_ended(store)
+    for task in (first, second):
+        task.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    batch = await store.batch("", "batch_1")
+    assert (batch.status, batch.request_counts.completed) == ("completed", 2)
+    assert custom_ids(store, batch.output_file_id) == ["a", "b"]
+    assert b"late" not in store.path_of(batch.output_file_id or "").read_bytes()
+    store.close()
+
+
+@pytest.mark.parametrize("moment", ["add_file", "update"])
+async def test_a_batch_whose_end_cannot_be_written_ends_later_with_all_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    now = 1000.0
+    store = await make_store(tmp_path, lines("a", "b"), lambda: now)
+    asked: list[bytes] = []
+    is_broken = True
+    works = getattr(store, moment)
+
+    async def send(path: str, body: bytes, number: str) -> tuple[int, bytes]:
+        asked.append(body)
+        return 200, b"{}"
+
+    async def fails_at_the_end(first: Any, second: Any) -> Any:
+        nonlocal now, is_broken
+        if is_broken and (isinstance(second, File) or second.status == "completed"):
+            is_broken = False
+            now += SILENCE_S + 1
+            raise ServiceError("The disk is full.")
+        return await works(first, second)
+
+    monkeypatch.setattr(store, moment, fails_at_the_end)
+    task = asyncio.create_task(run(runner_of(store, send)))
+    await until_ended(store)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    batch = await store.batch("", "batch_1")
+    assert (batch.status, batch.request_counts.completed, len(asked)) == ("completed", 2, 2)
+    assert custom_ids(store, batch.output_file_id) == ["a", "b"]
+    files, _ = await store.files("", after=None, limit=10, descending=True, purpose="batch_output")
+    assert [each.id for each in files] == [batch.output_file_id]
+    store.close()
+
+
+async def test_a_full_disk_interrupts_a_batch_and_loses_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    store = await make_store(tmp_path, lines("a", "b", "c"), lambda: now)
+    writes = OutputFile.append
+    num_writes = 0
+
+    def append(file: OutputFile, line: dict[str, Any]) -> None:
+        nonlocal now, num_writes
+        num_writes += 1
+        if num_writes == 2:
+            now += SILENCE_S + 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        writes(file, line)
+
+    async def send(path: str, body: bytes, number: str) -> tuple[int, bytes]:
+        return 200, b"{}"
+
+    monkeypatch.setattr(OutputFile, "append", append)
+    task = asyncio.create_task(run(runner_of(store, send)))
+    await until_ended(store)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    batch = await store.batch("", "batch_1")
+    assert (batch.status, batch.request_counts.completed) == ("completed", 3)
+    assert custom_ids(store, batch.output_file_id) == ["a", "b", "c"]
+    store.close()
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path) -> None:
+    """In a process of its own, whose files may have 1,000 bytes."""
+    path = tmp_path / "out"
+    script = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from fastserve.gateway.batches.lines import OutputFile\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "file = OutputFile(Path(sys.argv[1]))\n"
+        "file.append({'custom_id': 'a'})\n"
+        "try: file.append({'custom_id': 'b', 'text': 'x' * 2000})\n"
+        "except OSError: file.append({'custom_id': 'c'})\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert OutputFile(path).recover() == {"a", "c"}
+
+
+def test_lines_that_a_broken_disk_has_garbled_are_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b'{"custom_id":"a"}\n\0\0\0\n{"custom_id":"b"}\n')
+    assert OutputFile(path).recover() == {"a"}
+    assert path.read_bytes() == b'{"custom_id":"a"}\n'
+
+
+async def test_a_batch_whose_input_is_gone_ends(tmp_path: Path) -> None:
+    store = await make_store(tmp_path, lines("a"), lambda: 1000.0)
+    claimed = await store.claim("dead")
+    assert claimed is not None
+    claimed[1].status = "in_progress"
+    await store.update("dead", claimed[1])
+    await store.let_go("dead")
+    store.path_of(claimed[1].input_file_id).unlink()
+
+    async def send(path: str, body: bytes, number: str) -> tuple[int, bytes]:
+        return 200, b"{}"
+
+    task = asyncio.create_task(run(runner_of(store, send)))
+    async with asyncio.timeout(10):
+        while (batch := await store.batch("", "batch_1")).status != "failed":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert batch.errors is not None
+    assert [error.code for error in batch.errors.data] == ["file_not_found"]
+    store.close()

@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .fastchat import CannotMakeError, FastChat, find_or_make
+from tests.environments import CannotMakeError
+
+from .fastchat import FastChat, find_or_make
 from .processes import Service, wait_until
 
 MODEL = "fastserve-demo"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.environments import CannotMakeError, made_in
 
 VARIABLE = "FASTSERVE_FSCHAT_PYTHON"
 """Environment variable: the Python of an environment with FastChat. If unset, the tests make one."""
 PACKAGE = "fschat==0.2.36"
 REQUIREMENTS = Path(__file__).with_name("requirements-fastchat.txt")
-MAKING_TIMEOUT_S = 240.0
 
 _VERSIONS = """
 import json, sys
@@ -29,10 +28,6 @@ import runpy, sys
 sys.path.append(sys.argv.pop(1))
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
-
-
-class CannotMakeError(Exception):
-    """The environment cannot be made here, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -81,40 +76,7 @@ def find_or_make(environ: Mapping[str, str], folder: Path) -> FastChat:
 def _made_in(folder: Path) -> Path:
     if sys.version_info >= (3, 14):
         raise CannotMakeError("FastChat 0.2.36 needs pydantic 1, which ends with Python 3.13")
-    recipe = hashlib.sha256(REQUIREMENTS.read_bytes() + f"{PACKAGE} {sys.version}".encode()).hexdigest()
-    env_folder = folder / recipe[:16]
-    if not env_folder.exists():
-        # Made elsewhere and then renamed, so that an interrupted run leaves no incomplete environment.
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / "env"
-            _make(made)
-            try:
-                made.rename(env_folder)
-            except OSError:
-                if not env_folder.exists():  # another run was faster
-                    raise
-    return _python_of(env_folder)
-
-
-def _make(env_folder: Path) -> None:
-    pip = [str(_python_of(env_folder)), "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1"]
-    for command in (
-        [sys.executable, "-m", "venv", str(env_folder)],
-        # Most of it is never imported, and what is compiles itself then.
-        [*pip, "install", "--quiet", "--no-compile", "--requirement", str(REQUIREMENTS)],
-        [*pip, "install", "--quiet", "--no-compile", "--no-deps", PACKAGE],
-    ):
-        try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=MAKING_TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise CannotMakeError(f"making it took longer than {MAKING_TIMEOUT_S:g} s") from error
-        if ended.returncode:
-            last = (ended.stderr or ended.stdout).strip().splitlines()[-1:]
-            raise CannotMakeError(f"{command[2]} failed: {''.join(last)}")
-
-
-def _python_of(env_folder: Path) -> Path:
-    return env_folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return made_in(folder, REQUIREMENTS, PACKAGE)
 
 
 def _output(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:

@@ -119,7 +119,7 @@ def test_our_refusals_come_through_with_their_sentences(api_server: str) -> None
     assert error["code"] == 40302
     assert "'best_of'" in error["message"]
     error = post(api_server, "/v1/embeddings", {"model": MODEL, "input": ["x"]}, status=400)
-    assert "embeddings are not supported" in error["message"]
+    assert f"The model '{MODEL}' does not support embeddings" in error["message"]
 
 
 def test_its_other_chat_route(api_server: str) -> None:

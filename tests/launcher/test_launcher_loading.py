@@ -41,7 +41,8 @@ def test_a_quantized_model_answers_through_the_api_server(sandbox: Sandbox, form
         )
     assert answer.choices[0].message.content == "12"
     worker = psutil.Process(sandbox.services()["model_worker"])
-    settings = " ".join(word for child in worker.children() for word in child.cmdline())
+    [engine] = [child.pid for child in worker.children() if "fastserve.engine.process" in child.cmdline()]
+    settings = Path(f"/proc/{engine}/fd/0").read_text(encoding="utf-8")
     assert ('"quantize":"int8"' if form == "8bit" else '"method":"gptq"') in settings, (
         "the engine did not get the setting"
     )

@@ -91,8 +91,8 @@ def test_an_error_for_each_of_a_million_values_is_not_written_out() -> None:
     [
         ("GET", "/nothing", "There is no route 'GET /nothing'."),
         ("POST", "/v1/nothing", "There is no route 'POST /v1/nothing'."),
-        ("POST", "/v1/embeddings", "'POST /v1/embeddings' is not supported yet."),
-        ("GET", "/v1/files/file-abc/content", "'GET /v1/files/file-abc/content' is not supported yet."),
+        ("POST", "/v1/images/edits", "'POST /v1/images/edits' is not supported yet."),
+        ("GET", "/v1/uploads/upload-abc/parts", "'GET /v1/uploads/upload-abc/parts' is not supported yet."),
         ("GET", "/" + "a" * 10_000, "There is no route 'GET /aaaaa"),
         ("GET", "/%1b%5b31m%0aforged", "There is no route 'GET /\\x1b[31m\\nforged'."),
     ],

@@ -197,9 +197,9 @@ def test_pages_of_other_sites_are_kept_out_of_every_service(
 
 
 def test_an_unknown_route_is_named(services: dict[str, Service], name: str) -> None:
-    reply = services[name].ask("/v1/embeddings", "POST", b"{}", "Content-Type: application/json\r\n")
+    reply = services[name].ask("/v1/images/edits", "POST", b"{}", "Content-Type: application/json\r\n")
     assert reply.status == 404
-    assert "'POST /v1/embeddings' is not supported yet." in reply.error["message"]
+    assert "'POST /v1/images/edits' is not supported yet." in reply.error["message"]
     assert f"POST {POSTS[name]}" in reply.error["message"]
 
 

@@ -56,6 +56,19 @@ def test_tool_messages_and_nulls(reference: PreTrainedTokenizerFast) -> None:
     assert '"arguments": {"a": 1}' in expected
 
 
+def test_calls_without_content_where_the_template_knows_no_tools() -> None:
+    source = "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "x"},
+    ]
+    assert ChatTemplate({"default": source}, TOKENS).render(chat) == "<user>1+1<assistant><tool>2"
+    with pytest.raises(InvalidRequestError, match="no attribute 'weather'"):
+        ChatTemplate({"default": source + "{{ messages[0].weather + 'x' }}"}, TOKENS).render(chat)
+
+
 def test_a_refusal_is_the_clients_error() -> None:
     template = ChatTemplate({"default": GEMMA}, TOKENS)
     with pytest.raises(InvalidRequestError, match="System role not supported") as caught:

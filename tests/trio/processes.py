@@ -130,7 +130,8 @@ class Trio:
         self.workers = [
             Service(f"worker-{number}", "model_worker", [*to_controller, *sizes], folder) for number in (1, 2)
         ]
-        self.server = Service("server", "openai_api_server", to_controller, folder)
+        stores = ["--responses-store", str(folder / "responses.db"), "--batches-folder", str(folder / "batches")]
+        self.server = Service("server", "openai_api_server", [*to_controller, *stores], folder)
 
     @property
     def services(self) -> list[Service]:

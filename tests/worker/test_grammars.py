@@ -153,7 +153,8 @@ def test_what_is_known_to_compile_is_bounded(maker: GrammarMaker) -> None:
 
 def test_a_body_with_a_format_gets_a_thread() -> None:
     assert preparing_bytes(b'{"messages": []}') < INLINE_BYTES
-    for name in ("response_format", "structured_outputs", "guided_json", "grammar", "regex", "ebnf", "json_schema"):
+    fields = ("response_format", "structured_outputs", "guided_json", "grammar", "regex", "ebnf", "json_schema")
+    for name in (*fields, "format", "output_format", "strict", "tool_choice"):
         assert preparing_bytes(f'{{"{name}": 1}}'.encode()) > INLINE_BYTES
 
 

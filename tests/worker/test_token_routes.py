@@ -114,6 +114,8 @@ async def test_unknown_models_and_several_in_one_request(running: tuple[Running,
             ("/tokenize", {"prompt": "x", "model": "nobody"}),
             ("/detokenize", {"tokens": [1], "model": "nobody"}),
             ("/api/v1/token_check", {"prompts": [{"model": "nobody", "prompt": "x"}]}),
+            ("/tokenize", {"prompt": "x", "model": ""}),
+            ("/api/v1/token_check", {"prompts": [{"model": "", "prompt": "x"}]}),
         ):
             status, answer = await ask(worker, url + path, body)
             assert (status, answer["error"]["param"]) == (404, "model"), answer

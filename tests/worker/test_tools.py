@@ -149,6 +149,22 @@ async def test_a_schema_that_is_only_shown_is_not_compiled(running: Running, ans
     await ask(running, tools=[{"type": "function", "function": {"name": "x", "parameters": BAD}}])
 
 
+async def test_forced_calls_have_no_arguments_that_the_schema_does_not_name(running: Running) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    for schema, is_closed in (
+        (city, True),
+        ({"type": "object", "properties": {}}, True),
+        ({**city, "required": ["land"]}, False),
+        ({**city, "additionalProperties": {"type": "integer"}}, False),
+        ({**city, "minProperties": 2}, False),
+        ({"type": "object"}, False),
+    ):
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        fields = {"tools": [tool], "tool_choice": "required"}
+        job = running.runtime.jobs.chat_from_fields(BODY | fields, running_caller())
+        assert ('"additionalProperties": false' in job.prompts[0].params.grammar) == is_closed, schema
+
+
 def running_caller() -> Any:
     from fastserve.worker.caller import Caller
 
@@ -199,7 +215,7 @@ async def test_logprobs_of_calls_arrive_once(running: Running, answer: dict[str,
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a" * 65}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a" * 129}}]}, "tools.0.function.name"),
         ({"tools": [WEATHER, WEATHER]}, "tools.1"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
@@ -235,6 +251,28 @@ async def test_malformed_fields_are_refused_by_name(running: Running, fields: di
     error = await refused(running, **fields)
     assert error["param"] == param
     assert f"'{param}'" in error["message"]
+
+
+async def test_a_schema_that_calls_must_obey_is_refused_by_its_place(running: Running, answer: dict[str, str]) -> None:
+    answer["text"] = "Fine."
+    wrong = {"type": "object", "properties": {"a": {}, "b": {"items": {"not": {}}}}}
+    function = {"name": "x", "parameters": wrong}
+    tools = [NOW, {"type": "function", "function": function}]
+    strict = [NOW, {"type": "function", "function": {**function, "strict": True}}]
+    place = "parameters.properties.b.items"
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"tools": strict}, "tools.1.function"),
+        ({"tools": tools, "tool_choice": "required"}, "tools.1.function"),
+        ({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tools.1.function"),
+        ({"tools": None, "functions": [function], "function_call": {"name": "x"}}, "functions.0"),
+    ]
+    for fields, where in refusals:
+        error = await refused(running, **fields)
+        assert error["param"] == f"{where}.{place}"
+        assert f"'{where}.{place}'" in error["message"]
+    named = {"type": "function", "function": {"name": "now"}}
+    for choice in ({"tools": tools}, {"tools": tools, "tool_choice": named}, {"tools": strict, "tool_choice": "none"}):
+        await ask(running, **choice)
 
 
 async def test_each_answer_of_a_tool_belongs_to_a_call(running: Running, answer: dict[str, str]) -> None:

@@ -71,9 +71,9 @@ class Policy:
         self._ahead_tokens = max(1, settings.max_num_batched_tokens // AHEAD_SHARE)
         self._recent = RECENT_STEPS * settings.max_num_batched_tokens
         self._service = 0.0
-        """Of all clients, without their weights."""
+        """Total service of all clients, before it is divided by their weights."""
         self._highest = 0.0
-        """Of all counters."""
+        """The highest counter of a client."""
         self._behind_at = -math.inf
         """The service of all when a client was last served that had less than another."""
 

@@ -18,7 +18,7 @@ JSON_LINES = "application/x-ndjson"
 
 class Api(Protocol):
     media_type: str
-    """Of streams: SERVER_SENT_EVENTS, with or without names of events, or JSON_LINES, whose events are lines."""
+    """Media type of streams: SERVER_SENT_EVENTS, whose events may have names, or JSON_LINES, whose events are lines."""
     event_start: bytes
     """How server-sent events without a name begin, up to the brace of their JSON."""
     end_of_errors: bytes

@@ -20,7 +20,9 @@ class TokensApi(OpenAIApi):
                     f"Invalid value for 'prompts.{at}.model': {shown(model)}. Ask for one model in a request.",
                     param=f"prompts.{at}.model",
                 )
-        return (models[0] if models else None) or only_base(dispatcher, "Give one of them as 'model'."), False
+        if not models or models[0] is None:
+            return only_base(dispatcher, "Give one of them as 'model'."), False
+        return models[0], False
 
 
 TOKENS = TokensApi()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -50,9 +51,9 @@ class BatchLine:
 class CheckedInput:
     num_requests: int
     model: str | None
-    """If all requests name the same."""
+    """Name of the model, if all requests name the same one."""
     errors: list[BatchError]
-    """If there are any, nothing is run."""
+    """Errors of the file. If there are any, no request is run."""
 
 
 def check_input(path: Path, endpoint: str, max_requests: int) -> CheckedInput:
@@ -141,28 +142,42 @@ class OutputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_lines = 0
+        self._lock = threading.Lock()
 
     def recover(self) -> frozenset[str]:
-        """Ids of the requests that have their answer here. A line that was not written to its end is cut off."""
+        """Ids of the requests that have their answer here. What follows the last line that is whole is cut off."""
         if not self.path.exists():
             return frozenset()
         ids = set()
         end = 0
         with self.path.open("r+b") as file:
             for content in file:
+                try:
+                    answered = _decode_answered(content)
+                except (msgspec.MsgspecError, UnicodeDecodeError):
+                    break
                 if not content.endswith(b"\n"):
                     break
                 end += len(content)
-                ids.add(_decode_answered(content).custom_id)
+                ids.add(answered.custom_id)
             file.truncate(end)
         self.num_lines = len(ids)
         return frozenset(ids)
 
     def append(self, line: dict[str, Any]) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with open(descriptor, "ab") as file:
-            file.write(_encode(line) + b"\n")
-        self.num_lines += 1
+        """Raises OSError if the line cannot be written, and then leaves nothing of it."""
+        content = _encode(line) + b"\n"
+        with self._lock:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with open(descriptor, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    while content:
+                        content = content[file.write(content) :]
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self.num_lines += 1
 
 
 def answer_line(number: str, custom_id: str, status: int, request_id: str, body: bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse
 
 from fastserve.errors import EntryNotFoundError, InvalidRequestError, UnsupportedCapabilityError
+from fastserve.gateway.api_docs import answers_with, json_body, may_refuse
 from fastserve.gateway.batches.runner import BatchRunner
 from fastserve.gateway.batches.store import BatchStore
 from fastserve.openai.answers import JSON, encode_json
@@ -21,6 +22,12 @@ from fastserve.openai.batches import MAX_METADATA, PURPOSES, Batch, BatchRequest
 from fastserve.openai.body import RequestBounds, read_fields, shown, validate
 
 MAX_NAME_CHARS = 255
+_UPLOAD = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": list(PURPOSES)}},
+}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}}
 _BOUNDS = RequestBounds()
 
 
@@ -56,9 +63,9 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(encode_json(content), status_code=status, media_type=JSON)
 
 
-@router.post("/v1/files")
+@router.post("/v1/files", openapi_extra=_FORM, responses=may_refuse(429))
 async def upload(request: Request, store: StoreDep, owner: OwnerDep) -> Response:
-    """Upload a file: a form with `file` and `purpose`."""
+    """Upload a file: multipart/form-data with `file` and `purpose` (`batch` for /v1/batches)."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise InvalidRequestError(
             "Send the file as multipart/form-data with the fields 'file' and 'purpose'.", param="file"
@@ -109,7 +116,9 @@ async def get_file(file_id: str, store: StoreDep, owner: OwnerDep) -> Response:
     return _json(await store.file(owner, file_id))
 
 
-@router.get("/v1/files/{file_id}/content")
+@router.get(
+    "/v1/files/{file_id}/content", response_class=FileResponse, responses=answers_with("application/octet-stream")
+)
 async def get_content(file_id: str, store: StoreDep, owner: OwnerDep) -> Response:
     """The content of a file."""
     file = await store.file(owner, file_id)
@@ -119,14 +128,14 @@ async def get_content(file_id: str, store: StoreDep, owner: OwnerDep) -> Respons
     return FileResponse(path, media_type="application/octet-stream")
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", responses=may_refuse(409))
 async def delete_file(file_id: str, store: StoreDep, owner: OwnerDep) -> Response:
     """Delete a file that no batch still reads."""
     await store.delete_file(owner, file_id)
     return _json({"id": file_id, "object": "file", "deleted": True})
 
 
-@router.post("/v1/batches")
+@router.post("/v1/batches", openapi_extra=json_body(BatchRequest), responses=may_refuse(404, 429))
 async def create_batch(request: Request, store: StoreDep, owner: OwnerDep) -> Response:
     """Run the requests of a file of JSON lines with spare capacity."""
     batches = cast(Batches, request.state.batches)
@@ -175,7 +184,7 @@ async def get_batch(batch_id: str, store: StoreDep, owner: OwnerDep) -> Response
     return _json(await store.batch(owner, batch_id))
 
 
-@router.post("/v1/batches/{batch_id}/cancel")
+@router.post("/v1/batches/{batch_id}/cancel", responses=may_refuse(409))
 async def cancel_batch(batch_id: str, store: StoreDep, owner: OwnerDep) -> Response:
     """End a batch. The answers that it has are kept."""
     return _json(await store.cancel(owner, batch_id))

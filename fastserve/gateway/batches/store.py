@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,11 @@ _ENDED = ", ".join(f"'{status}'" for status in ENDED)
 class BatchBounds:
     max_files: int
     max_file_bytes: int
-    """Of all files together."""
+    """Maximum size of all files together."""
     max_batches: int
-    """That have not ended."""
+    """Maximum number of batches that have not ended."""
     max_requests: int
-    """Of one batch."""
+    """Maximum number of requests in one batch."""
 
 
 class BatchStore:
@@ -68,7 +68,7 @@ class BatchStore:
         self._rows.close()
 
     def path_of(self, file_id: str) -> Path:
-        """Where the content of a file is. `file_id`: made here, or found in a row."""
+        """Path of a file's content. `file_id`: one that this class made, or read from the database."""
         return self._contents / file_id
 
     async def new_content(self) -> tuple[str, Path]:
@@ -78,7 +78,7 @@ class BatchStore:
         return file_id, self.path_of(file_id)
 
     async def add_file(self, owner: str, file: File) -> None:
-        """Add the row of a file whose content is in place. Raises OverloadedError beyond the bounds."""
+        """Add or replace the row of a file whose content is in place. Raises OverloadedError beyond the bounds."""
 
         def add(rows: sqlite3.Connection) -> None:
             number, total = rows.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
@@ -89,7 +89,7 @@ class BatchStore:
                     "(--max-batch-files, --max-batch-file-bytes). Delete files that are not needed any more."
                 )
             rows.execute(
-                "INSERT INTO files SELECT ?, ?, ?, coalesce(max(number), 0) + 1, ?, ? FROM files",
+                "INSERT OR REPLACE INTO files SELECT ?, ?, ?, coalesce(max(number), 0) + 1, ?, ? FROM files",
                 (file.id, owner, file.created_at, file.bytes, _encode(file)),
             )
 
@@ -204,9 +204,9 @@ class BatchStore:
 
         return await self._rows.run(mark)
 
-    async def claim(self, runner: str) -> tuple[str, Batch] | None:
+    async def claim(self, runner: str, running: Collection[str] = ()) -> tuple[str, Batch] | None:
         """Take the oldest batch that no live process runs: its owner and the batch, or None. `runner`: name of this
-        process."""
+        process; `running`: ids of the batches that it runs."""
         if self.is_empty:
             return None
 
@@ -214,8 +214,8 @@ class BatchStore:
             now = self.clock()
             row = rows.execute(
                 f"SELECT owner, id FROM batches WHERE status NOT IN ({_ENDED}) AND alive_at < ? "
-                "ORDER BY number LIMIT 1",
-                (now - SILENCE_S,),
+                f"AND id NOT IN ({', '.join('?' * len(running))}) ORDER BY number LIMIT 1",
+                (now - SILENCE_S, *running),
             ).fetchone()
             if row is None:
                 return None
@@ -229,8 +229,7 @@ class BatchStore:
         process has taken it."""
 
         def write(rows: sqlite3.Connection) -> bool:
-            (holder,) = rows.execute("SELECT runner FROM batches WHERE id = ?", (batch.id,)).fetchone()
-            if holder != runner:
+            if rows.execute("SELECT 1 FROM batches WHERE id = ? AND runner = ?", (batch.id, runner)).fetchone() is None:
                 return False
             before = _read_batch(rows, batch.id)
             is_cancelled = before.status == "cancelling" and batch.status not in ENDED

@@ -41,7 +41,7 @@ class Run:
     response_id: str
     request: ClientRequest
     api: ResponsesApi
-    """That of the request, which has been given the queued response."""
+    """The API object of the request; it knows the queued response already."""
 
 
 class _Recorder:

@@ -30,7 +30,7 @@ class NewResponse:
     content: bytes
     """JSON of the response object."""
     items: Sequence[Item]
-    """Those that its request has sent."""
+    """Input items that its request has sent."""
     previous: str | None = None
     conversation: str | None = None
     """Ids of what its request refers to."""
@@ -53,7 +53,7 @@ class StoredResponse:
 
 @dataclass(frozen=True)
 class Page:
-    """What to list: at most `limit` items behind the item `after`, in ascending or descending order."""
+    """A page of a list: at most `limit` items behind the item `after`, in ascending or descending order."""
 
     after: str | None = None
     limit: int = 20
@@ -254,7 +254,7 @@ class Store:
         return await self._database.run(work)
 
     async def find_items(self, owner: str, item_ids: Iterable[str]) -> dict[str, bytes]:
-        """Those of the items that are stored, by id."""
+        """The stored ones among these items, by id."""
 
         def work(connection: sqlite3.Connection) -> dict[str, bytes]:
             found = {}

@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.responses import Response
 
 from fastserve.errors import EntryNotFoundError, InvalidRequestError
+from fastserve.gateway.api_docs import answers_with, json_body, may_refuse
+from fastserve.gateway.apis import SERVER_SENT_EVENTS
 from fastserve.gateway.stored.background import replay
 from fastserve.gateway.stored.entries import Page, Store, not_found
 from fastserve.gateway.stored.items import Item, input_items
@@ -51,9 +53,9 @@ def _caller(request: Request) -> _Caller:
 
 
 def _page(
-    after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
-    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(description="Id of the last item of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="Most items of a page. Default: 20.")] = 20,
+    order: Annotated[Literal["asc", "desc"], Query(description="desc (the default) lists the newest first.")] = "desc",
 ) -> Page:
     return Page(after, limit, is_ascending=order == "asc")
 
@@ -81,14 +83,16 @@ def _list(items: Sequence[Item], *, has_more: bool) -> Response:
 # ---- responses ------------------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/responses/{response_id}")
+@router.get("/v1/responses/{response_id}", responses=answers_with(SERVER_SENT_EVENTS))
 async def get_response(
     response_id: str,
     caller: CallerDep,
-    stream: bool = False,
-    starting_after: Annotated[int, Query(ge=-1, le=2**31)] = -1,
+    stream: Annotated[bool, Query(description="Whether to send the events of a background response.")] = False,
+    starting_after: Annotated[
+        int, Query(ge=-1, le=2**31, description="With stream: number of the last event that the client has.")
+    ] = -1,
 ) -> Response:
-    """A stored response; with `stream=true` its events, behind number `starting_after`."""
+    """A stored response; with `stream=true` its events after number `starting_after`."""
     found = await caller.store.response(caller.owner, response_id)
     if not stream:
         return _json(found.content)
@@ -128,7 +132,9 @@ async def list_input_items(response_id: str, caller: CallerDep, page: PageDep) -
 
 class ConversationRequest(BaseModel):
     items: Annotated[list[dict[str, Any]], Field(max_length=MAX_NEW_ITEMS, fail_fast=True)] | None = None
+    """Up to 20 items, as in `input` of /v1/responses."""
     metadata: dict[str, str] | None = None
+    """Up to 16 names of at most 64 characters, with texts of at most 512."""
 
     @field_validator("metadata", mode="before")
     @classmethod
@@ -160,7 +166,9 @@ def _required(items: Sequence[Item]) -> None:
         )
 
 
-@router.post("/v1/conversations")
+@router.post(
+    "/v1/conversations", openapi_extra=json_body(ConversationRequest, required=False), responses=may_refuse(404)
+)
 async def create_conversation(request: Request, caller: CallerDep) -> Response:
     """A new conversation, with up to 20 items."""
     asked, items = await _read(request, may_be_empty=True)
@@ -169,11 +177,11 @@ async def create_conversation(request: Request, caller: CallerDep) -> Response:
 
 @router.get("/v1/conversations/{conversation_id}")
 async def get_conversation(conversation_id: str, caller: CallerDep) -> Response:
-    """A conversation."""
+    """One conversation, without its items."""
     return _json(await caller.store.conversation(caller.owner, conversation_id))
 
 
-@router.post("/v1/conversations/{conversation_id}")
+@router.post("/v1/conversations/{conversation_id}", openapi_extra=json_body(ConversationRequest))
 async def update_conversation(conversation_id: str, request: Request, caller: CallerDep) -> Response:
     """Replace a conversation's metadata."""
     asked, _ = await _read(request)
@@ -194,7 +202,7 @@ async def list_items(conversation_id: str, caller: CallerDep, page: PageDep) -> 
     return _list(items, has_more=has_more)
 
 
-@router.post("/v1/conversations/{conversation_id}/items")
+@router.post("/v1/conversations/{conversation_id}/items", openapi_extra=json_body(ConversationRequest))
 async def add_items(conversation_id: str, request: Request, caller: CallerDep) -> Response:
     """Add up to 20 items to a conversation."""
     _, items = await _read(request)

@@ -1,4 +1,4 @@
-"""What the routes of stored responses use; made by the application's lifespan."""
+"""Objects that the routes of stored responses use; the application's lifespan makes them."""
 
 from __future__ import annotations
 

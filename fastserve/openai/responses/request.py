@@ -91,58 +91,86 @@ class StreamOptions(BaseModel):
 class TextFormat(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     type: Literal["text", "json_object", "json_schema"]
+    """json_schema: the answer follows `schema`."""
     name: str | None = None
+    """Name of the schema, which the answer returns."""
     schema_: Any = Field(None, alias="schema")
+    """A JSON schema."""
     strict: Flag | None = None
+    """Returned in the answer; the schema is always followed."""
     description: str | None = None
+    """Returned in the answer."""
 
 
 class TextOptions(BaseModel):
     format: TextFormat | None = None
+    """Format of the answer. Default: text."""
     verbosity: Literal["low", "medium", "high"] | None = None
-    """Without effect: no open model has it."""
+    """Accepted; no effect: no open model has it."""
 
 
 class ReasoningOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    """As `reasoning_effort` of a chat."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Without effect: the answer has the reasoning itself."""
+    """Accepted; no effect: the answer has the reasoning itself."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """Accepted; no effect: the older name of summary."""
 
 
 class ConversationRef(BaseModel):
     id: str
+    """Id of a conversation that was created with /v1/conversations."""
 
 
 class ResponsesRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str
+    """Name of a model or of an adapter."""
     input: Any = None
     """A string, or a list of items."""
     instructions: str | None = None
+    """The system message of this response alone: later responses do not inherit it."""
     stream: Flag | None = None
+    """Whether the answer comes as typed server-sent events."""
     stream_options: StreamOptions | None = None
+    """With stream: what its events contain."""
     store: Flag | None = None
+    """Whether the response is stored. Default: on."""
     background: Flag | None = None
+    """Whether the response is answered at once, and generated behind it. Needs store."""
     previous_response_id: str | None = None
+    """A stored response whose input and output come before this input."""
     conversation: ConversationRef | None = None
+    """A conversation, or its id: its items come before the input, and input and output are added to it."""
     max_output_tokens: Integer | None = Field(None, ge=MIN_OUTPUT_TOKENS)
+    """Maximum tokens of reasoning and answer together."""
     max_tool_calls: Integer | None = Field(None, ge=1, le=MAX_COUNT)
-    """Without effect: it counts calls of hosted tools."""
+    """Accepted; no effect: it counts calls of hosted tools."""
     tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Functions and custom tools that the model may call. Hosted tools are left out or refused (responses.md)."""
     tool_choice: Any = None
     """`auto`, `none`, `required`, or an object."""
     parallel_tool_calls: Flag | None = None
+    """Whether an answer may have several calls. Default: on."""
     text: TextOptions | None = None
+    """Format and verbosity of the answer."""
     reasoning: ReasoningOptions | None = None
+    """How much the model reasons."""
     include: Annotated[list[Literal[INCLUDES]], Field(max_length=64, fail_fast=True)] | None = None  # type: ignore[valid-type]
+    """`message.output_text.logprobs` adds logprobs to the answer; the others have no effect."""
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Number of likeliest tokens at each place of the logprobs."""
     temperature: Number | None = Field(None, ge=0, le=2)
+    """0 is greedy. Default: the model's own, else 1."""
     top_p: Number | None = Field(None, ge=0, le=1)
+    """0 is greedy. Default: the model's own, else 1."""
     truncation: Literal["auto", "disabled"] | None = None
+    """disabled (the default): input that is too long is refused. auto is refused by name."""
     metadata: dict[str, str] | None = None
+    """Up to 16 names of at most 64 characters, with texts of at most 512; stored with the response."""
 
     @field_validator("metadata", mode="before")
     @classmethod

@@ -68,7 +68,9 @@ def chat_tools(tools: Sequence[Fields] | None, choice: Any) -> ChatTools:
             raise invalid(f"{where}.type", kind, "There is no such type of tool. Declare a function.")
     fields: Fields = {"tools": nested} if nested else {}
     if choice is not None:
-        chosen = _choice(choice, {(tool["type"], tool.get("name")) for tool in offered})
+        # Other names are refused with the rest of the tools.
+        named = {(tool["type"], tool["name"]) for tool in offered if isinstance(tool.get("name"), str)}
+        chosen = _choice(choice, named)
         if nested or chosen not in ("auto", "none"):
             fields["tool_choice"] = chosen
     custom = frozenset(str(tool.get("name")) for tool in offered if tool["type"] == "custom")

@@ -1,4 +1,4 @@
-"""What the forms of tool calls share: the calls of an answer, and readers of calls that are written as JSON."""
+"""Code shared by the forms of tool calls: the calls of an answer, and readers of calls that are written as JSON."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class _Arguments:
         self._quote = quote
         self._ends = ends
         self._open: list[str] = []
-        """What closes the open objects, arrays and strings, innermost last."""
+        """Marks that close the open objects, arrays and strings, innermost last."""
 
     @property
     def closing(self) -> str:

@@ -26,8 +26,8 @@ class JsonText:
         self._stack: list[str] = []
         """Brackets that close the open arrays and objects, innermost last."""
         self._next = "value"
-        """What may come: value, item (value or ]), key, member (key or }), colon, comma; or the inside of a token:
-        string, name (a string that is a key), escape, hex, number, word."""
+        """The token that may come next: value, item (value or ]), key, member (key or }), colon, comma; or the inside
+        of a token: string, name (a string that is a key), escape, hex, number, word."""
         self._token = ""
         self._is_name = False
 

@@ -112,7 +112,7 @@ class OllamaWriter:
         return {"model": self._model, "created_at": timestamp(time.time())}
 
     def _last(self, finish_reason: str, usage: Usage) -> Fields:
-        """The end, with durations in nanoseconds. Those of a whole answer are not told apart."""
+        """The end, with durations in nanoseconds. A whole answer has all of its time in one of them."""
         started, now = self._job.caller.arrived_s, time.monotonic()
         first = self._first_s or started
         return {

@@ -1,0 +1,13 @@
+"""llama-index in its own environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import RunScript
+
+
+@pytest.mark.clients
+@pytest.mark.timeout(600)
+def test_llama_index_works(run_script: RunScript) -> None:
+    run_script("llama_index_client.py")
