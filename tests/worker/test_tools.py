@@ -112,6 +112,43 @@ async def test_required_and_named_calls_are_enforced_by_a_grammar(running: Runni
         assert job.output.calls_finish_reason == reason
 
 
+BAD = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string", "pattern": "(?=x)"}}}}
+REMOTE = {"type": "object", "properties": {"a": {"$ref": "https://example.com/schema"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tools.1.function.parameters.properties.a.items"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tools.1.function.parameters.properties.a.items",
+        ),
+        ({"strict": True}, "tools.1.function.parameters.properties.a.items"),
+        ({"parameters": REMOTE, "tool_choice": "required"}, "tools.1.function.parameters.properties.a.$ref"),
+        ({"old": True, "function_call": {"name": "x"}}, "functions.1.parameters.properties.a.items"),
+        ({"parameters": {}, "tool_choice": "required", "min_tokens": 3}, "min_tokens"),
+        ({"parameters": {}, "strict": True, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+async def test_a_schema_of_arguments_that_cannot_be_enforced_is_refused_with_its_place(
+    running: Running, fields: dict[str, Any], param: str
+) -> None:
+    function = {"name": "x", "parameters": fields.pop("parameters", BAD), "strict": fields.pop("strict", False)}
+    if fields.pop("old", False):
+        fields |= {"tools": None, "functions": [WEATHER["function"], function]}
+    else:
+        fields["tools"] = [WEATHER, {"type": "function", "function": function}]
+    error = await refused(running, **fields)
+    assert error["param"] == param
+    assert f"'{param}'" in error["message"]
+
+
+async def test_a_schema_that_is_only_shown_is_not_compiled(running: Running, answer: dict[str, str]) -> None:
+    answer["text"] = "ok"
+    await ask(running, tools=[{"type": "function", "function": {"name": "x", "parameters": BAD}}])
+
+
 async def test_forced_calls_have_no_arguments_that_the_schema_does_not_name(running: Running) -> None:
     city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     for schema, is_closed in (
@@ -295,3 +332,56 @@ async def test_reasoning_of_the_history_reaches_the_template(thinking: Running, 
     for name in ("reasoning", "reasoning_content"):
         history = [*HELLO, {"role": "assistant", "content": "a", name: "because"}, *HELLO]
         await ask(thinking, messages=history, reasoning_effort="low")
+
+
+ONE_FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}}
+
+
+async def test_a_format_begins_after_the_reasoning(thinking: Running, answer: dict[str, str]) -> None:
+    answer["text"] = "<think>\nhm\n</think>\n\n7"
+    message = (await ask(thinking, tools=None, **ONE_FORMAT))["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", "7")
+    grammar = thinking.engine.requests[-1].params.grammar
+    assert grammar.startswith("start: ("), "it may think"
+    assert "thought" in grammar
+    assert "integer" in grammar
+
+
+async def test_usage_is_the_same_in_every_api(thinking: Running, answer: dict[str, str]) -> None:
+    answer["text"] = "<think>\nI know.\n</think>\n\nSo be it."
+    model = {"model": MODEL}
+    usage = (await ask(thinking, tools=None))["usage"]
+    num_input, num_output = usage["prompt_tokens"], usage["completion_tokens"]
+    num_reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert 1 < num_reasoning < num_output
+    _, response = await thinking.post("/v1/responses", model | {"input": HELLO})
+    assert response["usage"] == {
+        "input_tokens": num_input,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": num_output,
+        "output_tokens_details": {"reasoning_tokens": num_reasoning},
+        "total_tokens": num_input + num_output,
+    }
+    _, message = await thinking.post("/v1/messages", model | {"messages": HELLO, "max_tokens": 100})
+    counts = message["usage"]
+    assert [block["type"] for block in message["content"]] == ["thinking", "text"]
+    assert counts["input_tokens"] + counts["cache_read_input_tokens"] == num_input
+    assert (counts["cache_read_input_tokens"], counts["output_tokens"]) == (cached, num_output)
+    _, ollama = await thinking.post("/api/chat", model | {"messages": HELLO, "stream": False})
+    assert (ollama["message"]["thinking"], ollama["message"]["content"]) == ("I know.", "So be it.")
+    assert (ollama["prompt_eval_count"], ollama["eval_count"]) == (num_input, num_output)
+
+
+async def test_a_budget_of_thinking_reaches_the_engine_from_every_api(
+    thinking: Running, answer: dict[str, str]
+) -> None:
+    answer["text"] = "ok"
+    await ask(thinking, tools=None, thinking_token_budget=5)
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 5}}
+    status, _ = await thinking.post("/v1/messages", body)
+    assert status == 200
+    first, second = (request.params.thinking for request in thinking.engine.requests[-2:])
+    assert first is not None
+    assert first == second
+    assert (first.max_tokens, first.ends) == (5, ("</think>",))
