@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from fastserve.engine.contract import ThinkingBudget
 from fastserve.errors import FastserveError, InvalidRequestError
 from fastserve.observability.text import printable
+from fastserve.text.grammar_tokenizer import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -216,5 +217,5 @@ class GrammarState:
         """Why the answer cannot go on, or None."""
         if not self.matcher.is_error():
             return None
-        reason = printable(self.matcher.get_error().split("\n")[0], _SHOWN_CHARS)
+        reason = printable(in_words(self.matcher.get_error().split("\n")[0]), _SHOWN_CHARS)
         return f"The answer cannot go on under its grammar: {reason}."

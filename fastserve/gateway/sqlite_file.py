@@ -38,9 +38,13 @@ class SqliteFile:
         self._connection: sqlite3.Connection | None = None
         self._opened: os.stat_result | None = None
 
-    async def run(self, work: Callable[[sqlite3.Connection], ResultT], *, writes: bool = True) -> ResultT:
-        """Run `work` in one transaction. Raises ServiceError if the file cannot be used."""
-        return await asyncio.wrap_future(self._thread.submit(self._transact, work, writes))
+    async def run(
+        self, work: Callable[[sqlite3.Connection], ResultT], *, writes: bool = True, may_be_lost: bool = False
+    ) -> ResultT:
+        """Run `work` in one transaction. `may_be_lost`: the result holds even if nothing can be written, as on a full
+        disk. Raises ServiceError if the file cannot be used.
+        """
+        return await asyncio.wrap_future(self._thread.submit(self._transact, work, writes, may_be_lost))
 
     def open_now(self) -> None:
         """Raises StartupError if the file cannot be used."""
@@ -103,7 +107,7 @@ class SqliteFile:
             )
         connection.executescript(f"BEGIN IMMEDIATE; {self._tables} PRAGMA user_version = {self._version}; COMMIT;")
 
-    def _transact(self, work: Callable[[sqlite3.Connection], ResultT], writes: bool) -> ResultT:
+    def _transact(self, work: Callable[[sqlite3.Connection], ResultT], writes: bool, may_be_lost: bool) -> ResultT:
         try:
             connection = self._open()
             connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
@@ -111,10 +115,14 @@ class SqliteFile:
                 result = work(connection)
                 if writes:
                     self.before_commit(connection)
-                connection.execute("COMMIT")
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
+                try:
+                    connection.execute("COMMIT")
+                except sqlite3.OperationalError:
+                    if not may_be_lost:
+                        raise
+            finally:
+                if connection.in_transaction:  # after some errors SQLite itself has ended it
+                    connection.execute("ROLLBACK")
         except (OSError, sqlite3.Error) as error:
             raise ServiceError(
                 f"The file of {self._option} cannot be used now ({error}). Try again in a moment.",

@@ -32,6 +32,11 @@ def parser_limits(fuel: int) -> LLParserLimits:
     )
 
 
+def in_words(reason: str) -> str:
+    """llguidance's reason for an error, without the name that it has for a dead end."""
+    return reason.replace("NoExtensionBias", "no text matches it from there on")
+
+
 def require_grammars(tokenizer: Tokenizer, end_token_ids: Sequence[int]) -> None:
     """Raises UnsupportedCapabilityError if answers of a model cannot have a grammar."""
     if not tokenizer.knows_token_bytes:

@@ -66,8 +66,8 @@ class PartParser(Protocol):
         ...
 
     @property
-    def num_calls(self) -> int:
-        """Tool calls that have begun."""
+    def has_calls(self) -> bool:
+        """Whether the answer has tool calls and, after its end, none of them was cut off."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class TextParser:
     """Returns all text as TextPart."""
 
     is_reasoning = False
-    num_calls = 0
+    has_calls = False
     is_complete = False
 
     def __init__(self, choice: int = 0) -> None:

@@ -211,7 +211,7 @@ class Choice:
         parts, self._parts = self._parts, []
         if finish_reason is not None:
             parts += self._parser.finish(cut_off=finish_reason == "length" or self._stops.stopped is not None)
-            if finish_reason == "stop" and self._parser.num_calls:
+            if finish_reason == "stop" and self._parser.has_calls:
                 finish_reason = self._options.calls_finish_reason
         tokens = self._take_passed_tokens(ended=finish_reason is not None) if self._options.logprobs else None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None

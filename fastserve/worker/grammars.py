@@ -18,7 +18,7 @@ from fastserve.openai.body import join, shown
 from fastserve.openai.structured import AnswerFormat
 from fastserve.openai.tools import FunctionTool
 from fastserve.text import grammar
-from fastserve.text.grammar_tokenizer import parser_limits, require_grammars, small_grammar_tokenizer
+from fastserve.text.grammar_tokenizer import in_words, parser_limits, require_grammars, small_grammar_tokenizer
 from fastserve.text.json_schema import DATA_KEYWORDS, MAP_KEYWORDS
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.worker.prompt_pool import INLINE_BYTES
@@ -202,7 +202,7 @@ def _first_lines(message: str) -> str:
     for prefix in ("failed to compile JSON schema: ",):
         if prefix in text:
             text = text.split(prefix, 1)[1]
-    return text
+    return in_words(text)
 
 
 def _error(param: str, reason: str, value: Any = None) -> InvalidRequestError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,46 @@ async def test_a_deleted_file_is_made_anew_for_all_processes(tmp_path: Path, del
     assert await words(later) == ["new", "newer"]
     assert path.stat().st_mode & 0o777 == 0o600
     later.close()
+
+
+FULL_DISK = """
+import asyncio, resource, signal, sys
+from pathlib import Path
+from fastserve.errors import ServiceError
+from tests.gateway.test_sqlite_file import add, file_at, words
+
+async def main():
+    file = file_at(Path(sys.argv[1]))
+    await add(file, "kept")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+    for _ in range(2):
+        try:
+            await add(file, "x" * 100_000)
+        except ServiceError as error:
+            print(error.message)
+
+    def touch(rows):
+        rows.execute("UPDATE words SET word = word || ?", ("y" * 100_000,))
+        return "read"
+
+    print(await file.run(touch, may_be_lost=True), await words(file))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    await add(file, "later")
+    print(await words(file))
+    file.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_full_disk_is_named_and_reading_goes_on(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "words.sqlite3")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    *refused, read, later = run.stdout.splitlines()
+    assert len(refused) == 2
+    assert all("disk" in line and "rollback" not in line for line in refused), refused
+    assert read == "read ['kept']"
+    assert later == "['kept', 'later']"

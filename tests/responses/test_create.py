@@ -23,7 +23,7 @@ class Marked:
     """Parses `<kind>text` pieces: think, text, call. Text goes out letter by letter, as a stream would."""
 
     is_reasoning = False
-    num_calls = 0
+    has_calls = False
     is_complete = False
 
     def __init__(self, choice: int = 0) -> None:

@@ -38,7 +38,7 @@ class ReasoningPart(Part, frozen=True):
 class ReasoningParser:
     """Parses text between markers as reasoning, and holds back incomplete markers."""
 
-    num_calls = 0
+    has_calls = False
     is_complete = False
 
     def __init__(self, choice: int = 0) -> None:

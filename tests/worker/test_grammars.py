@@ -107,6 +107,8 @@ ROOT = "response_format.json_schema.schema"
         ({"guided_regex": "(a"}, "guided_regex", "unclosed"),
         ({"grammar": 'root ::= "a'}, "grammar", "nd of input"),
         ({"grammar": 'root ::= "a" nobody'}, "grammar", "nobody"),
+        ({"grammar": 'root ::= "a" item\nitem ::= item "b"'}, "grammar", "no text matches"),
+        ({"guided_regex": r"[^\x00-\x{10FFFF}]"}, "guided_regex", "no text matches"),
         ({"ebnf": "root ::= " + "(" * 5000}, "ebnf", "nested"),
         ({"guided_grammar": "start: (" + "(" * 500}, "guided_grammar", ""),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "guided_json"),

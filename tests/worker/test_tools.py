@@ -197,6 +197,25 @@ async def test_a_call_that_the_limit_cuts_off(running: Running, answer: dict[str
     assert arguments.startswith("{")
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ("Oslo", CALL, "stop"),
+        ("city", CALL, "stop"),
+        ("Oslo", CALL.replace("Oslo", "Rome") + "\n" + CALL, "stop"),
+        ("</tool_call>", CALL, "tool_calls"),
+        ("behind", CALL + " behind", "tool_calls"),
+    ],
+)
+async def test_a_call_that_a_stop_string_cuts_off_is_not_said_to_be_whole(
+    running: Running, answer: dict[str, str], stop: str, text: str, reason: str
+) -> None:
+    answer["text"] = text
+    choice = (await ask(running, stop=[stop]))["choices"][0]
+    assert choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == reason
+
+
 async def test_logprobs_of_calls_arrive_once(running: Running, answer: dict[str, str], tokenizer: Tokenizer) -> None:
     answer["text"] = f"So: {CALL}"
     num_tokens = len(tokenizer.encode(answer["text"], add_special_tokens=False))

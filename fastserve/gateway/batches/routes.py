@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse
 
-from fastserve.errors import EntryNotFoundError, InvalidRequestError, UnsupportedCapabilityError
+from fastserve.errors import EntryNotFoundError, InvalidRequestError, ServiceError, UnsupportedCapabilityError
 from fastserve.gateway.api_docs import answers_with, json_body, may_refuse
 from fastserve.gateway.batches.runner import BatchRunner
 from fastserve.gateway.batches.store import BatchStore
@@ -84,6 +84,11 @@ async def upload(request: Request, store: StoreDep, owner: OwnerDep) -> Response
             name = (file.filename or "file")[:MAX_NAME_CHARS]
             made = File(file_id, size, int(store.clock()), name, str(purpose))
             await store.add_file(owner, made)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise ServiceError(
+                f"The file cannot be written now ({error.strerror}). Try again in a moment.", code="store_unavailable"
+            ) from error
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -179,7 +179,9 @@ class Store:
 
     async def response(self, owner: str, response_id: str) -> StoredResponse:
         """Raises EntryNotFoundError."""
-        return await self._database.run(lambda connection: self._response(connection, owner, response_id))
+        return await self._database.run(
+            lambda connection: self._response(connection, owner, response_id), may_be_lost=True
+        )
 
     async def delete_response(self, owner: str, response_id: str) -> None:
         """Raises EntryNotFoundError."""
@@ -219,7 +221,7 @@ class Store:
             ).fetchall()
             return rows, not found.is_running and len(rows) < MAX_EVENTS_AT_ONCE
 
-        return await self._database.run(work)
+        return await self._database.run(work, may_be_lost=True)
 
     async def context(self, owner: str, response_id: str) -> list[Item]:
         """The items of a response and of those before it, oldest first: what comes before the input of the next one.
@@ -237,7 +239,7 @@ class Store:
                 )
             return self._chain(connection, owner, found, param)
 
-        return await self._database.run(work)
+        return await self._database.run(work, may_be_lost=True)
 
     async def input_items(self, owner: str, response_id: str, page: Page) -> tuple[list[Item], bool]:
         """Items that a response was generated from. Raises EntryNotFoundError and InvalidRequestError."""
@@ -251,7 +253,7 @@ class Store:
             own = _items(connection, response_id, "AND NOT is_output")
             return page.of([*before, *own])
 
-        return await self._database.run(work)
+        return await self._database.run(work, may_be_lost=True)
 
     async def find_items(self, owner: str, item_ids: Iterable[str]) -> dict[str, bytes]:
         """The stored ones among these items, by id."""
@@ -344,7 +346,9 @@ class Store:
 
     async def conversation(self, owner: str, conversation_id: str) -> dict[str, Any]:
         """Raises EntryNotFoundError."""
-        return await self._database.run(lambda connection: self._conversation(connection, owner, conversation_id))
+        return await self._database.run(
+            lambda connection: self._conversation(connection, owner, conversation_id), may_be_lost=True
+        )
 
     async def update_conversation(self, owner: str, conversation_id: str, metadata: dict[str, str]) -> dict[str, Any]:
         """Raises EntryNotFoundError."""
@@ -372,7 +376,7 @@ class Store:
             self._conversation(connection, owner, conversation_id)
             return _items(connection, conversation_id)
 
-        return await self._database.run(work)
+        return await self._database.run(work, may_be_lost=True)
 
     async def conversation_context(self, owner: str, conversation_id: str) -> list[Item]:
         """All items, as those before the input of a request. Raises EntryNotFoundError and BodyTooLargeError."""
@@ -383,7 +387,7 @@ class Store:
             self._check_size(items, "conversation")
             return items
 
-        return await self._database.run(work)
+        return await self._database.run(work, may_be_lost=True)
 
     async def delete_item(self, owner: str, conversation_id: str, item_id: str) -> dict[str, Any]:
         """Returns the conversation. Raises EntryNotFoundError."""

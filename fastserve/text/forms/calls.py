@@ -36,7 +36,8 @@ class Calls:
         self._parameters = parameters
         self._make_id = make_id
         self._max_calls = max_calls
-        self._is_open = False
+        self.is_open = False
+        """Whether a call has begun and not ended."""
         self._has_arguments = False
 
     def has(self, name: str) -> bool:
@@ -52,7 +53,7 @@ class Calls:
         call_id = self._make_id(self.num_begun) if call_id is None else call_id
         self._parts.append(ToolCallPart(self.num_begun, call_id, name))
         self.num_begun += 1
-        self._is_open, self._has_arguments = True, False
+        self.is_open, self._has_arguments = True, False
 
     def add(self, arguments: str) -> None:
         if arguments:
@@ -62,14 +63,14 @@ class Calls:
     def end(self) -> None:
         if not self._has_arguments:
             self.add("{}")
-        self._is_open = False
+        self.is_open = False
         self.scan.hold()
         if self.num_begun == self._max_calls:
             raise AnswerEndError
 
     def give_up(self) -> None:
         """End a call that is open."""
-        if self._is_open:
+        if self.is_open:
             self.end()
 
 

@@ -47,6 +47,8 @@ class AnswerParser:
         self._parts: list[Part] = []
         self._scan = Scanner()
         self._calls = Calls(self._scan, self._parts, options.parameters or {}, make_id, options.max_calls)
+        self._is_cut_off = False
+        """Whether the answer has ended within a call that the model would have gone on with."""
         self._is_reasoning = options.starts_in_reasoning
         self._num_calls_before_reasoning = 0
         self._space = ""
@@ -66,8 +68,8 @@ class AnswerParser:
         return self._is_reasoning and self._calls.num_begun == self._num_calls_before_reasoning
 
     @property
-    def num_calls(self) -> int:
-        return self._calls.num_begun
+    def has_calls(self) -> bool:
+        return self._calls.num_begun > 0 and not self._is_cut_off
 
     def push(self, text: str) -> list[Part]:
         if text and not self.is_complete:
@@ -79,6 +81,7 @@ class AnswerParser:
         if not self.is_complete:
             self._scan.close()
             self._advance()
+            self._is_cut_off = cut_off and self._calls.is_open
             if self._calls.closing is not None and not cut_off:
                 self._calls.add(self._calls.closing)
             self.is_complete = True
