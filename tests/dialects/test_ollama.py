@@ -96,7 +96,12 @@ async def test_an_empty_request_loads_and_unloads_without_effect(served: Served)
     assert (await client.generate(model=MODEL)).done_reason == "load"
     assert (await client.generate(model=MODEL, keep_alive=0)).done_reason == "unload"
     assert (await client.chat(model=MODEL, keep_alive="5m")).done_reason == "load"
-    for fields in ({}, {"messages": []}, {"messages": None, "tools": None, "format": None, "options": None}):
+    neutral: list[dict[str, Any]] = [
+        {},
+        {"messages": []},
+        {"messages": None, "tools": None, "format": None, "options": None},
+    ]
+    for fields in neutral:
         async with served.http.post(served.url + "/api/chat", json={"model": MODEL} | fields) as response:
             line = json.loads(await response.text())
             assert response.content_type == "application/x-ndjson"
