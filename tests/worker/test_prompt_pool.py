@@ -12,7 +12,7 @@ import pytest
 
 from fastserve.errors import InvalidRequestError, OverloadedError
 from fastserve.text.fast_tokenizer import FastTokenizer
-from fastserve.worker import openai_routes
+from fastserve.worker import prepare
 from fastserve.worker.caller import Caller
 from fastserve.worker.prompt_pool import INLINE_BYTES, LONG_BYTES, PromptPool
 from tests.worker.conftest import MODEL, Running, RunWorker, until
@@ -219,7 +219,7 @@ async def test_a_priority_above_others_takes_the_right_to_it(
         def unprivileged(request: Any) -> Caller:
             return Caller("id", None, 0.0, may_prioritise=False)
 
-        monkeypatch.setattr(openai_routes, "caller_of", unprivileged)
+        monkeypatch.setattr(prepare, "caller_of", unprivileged)
         status, answer = await _chat(running, priority=-5)
         assert (status, answer["error"]["code"], answer["error"]["param"]) == (403, "permission_denied", "priority")
         assert (await _chat(running, priority=5))[0] == 200

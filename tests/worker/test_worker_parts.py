@@ -109,7 +109,7 @@ def test_a_parameter_comes_from_the_request_then_the_model_then_the_default(name
 
 
 def test_every_sampling_parameter_of_a_request_reaches_the_engine() -> None:
-    made_of_others = {"bad_token_ids", "grammar"}
+    made_of_others = {"bad_token_ids", "grammar", "thinking"}
     by_name = set(SamplingParams.__struct_fields__) - made_of_others
     assert by_name <= CompletionRequest.model_fields.keys(), "they go by their names"
     fields = {
