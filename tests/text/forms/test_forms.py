@@ -91,7 +91,7 @@ def test_calls_are_found_in_every_cut(form: str) -> None:
 def test_all_cuts_of_short_texts_and_many_of_long_ones(form: str) -> None:
     for before, calls, after in CALLS.values():
         text = before + RENDER[form](calls) + after
-        check_cuts(options_of(form, THINK), text, 1000 if len(text) > 300 else 100, max_chars=300)
+        check_cuts(options_of(form, THINK), text, 10_000 if len(text) > 300 else 100, max_chars=300)
 
 
 @pytest.mark.parametrize("form", RENDER)
