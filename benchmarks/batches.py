@@ -29,7 +29,7 @@ from benchmarks.load import WORDS, percentile
 from tests.processes import free_ports
 
 START_S = 120.0
-NUM_BATCHED = 20_000
+NUM_BATCHED = 5_000
 SETTLE_S = 4.0
 """Time before each arm, in which the batch of the arm before ends or that of this one begins."""
 
@@ -133,11 +133,11 @@ async def measure(options: argparse.Namespace, url: str) -> None:
     async with aiohttp.ClientSession(timeout=timeout) as http:
         await online(http, url, options.rate, 5.0, 0)
         for seed in range(1, options.rounds + 1):
-            times["alone"] += await online(http, url, options.rate, options.duration_s, seed)
+            times["alone"] += await online(http, url, options.rate, options.duration_s, 2 * seed)
             batch = await start_batch(http, url)
             await asyncio.sleep(SETTLE_S)
             before, begin = await answered(http, url, batch), time.perf_counter()
-            times["beside a batch"] += await online(http, url, options.rate, options.duration_s, seed)
+            times["beside a batch"] += await online(http, url, options.rate, options.duration_s, 2 * seed + 1)
             batched.append((await answered(http, url, batch) - before) / (time.perf_counter() - begin))
             async with http.post(f"{url}/v1/batches/{batch}/cancel") as response:
                 response.raise_for_status()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import random
 import statistics
 import subprocess
@@ -91,16 +92,18 @@ def make_texts(count: int) -> list[str]:
     return [" ".join(source.choice(WORDS) for _ in range(source.choice(LENGTHS))) for _ in range(count)]
 
 
-async def ask(url: str, texts: list[str], num_clients: int) -> tuple[float, dict[str, list[float]]]:
-    """Seconds, and the vectors by text. Each client sends its texts one by one."""
-    found: dict[str, list[float]] = {}
+async def ask(url: str, texts: list[str], num_clients: int) -> tuple[float, dict[str, Any]]:
+    """Seconds, and the vectors by text. Each client sends text after text, and asks for base64 as OpenAI's does."""
+    found: dict[str, Any] = {}
     left = iter(texts)
 
     async def client(http: aiohttp.ClientSession) -> None:
         for text in left:
-            async with http.post(url + "/v1/embeddings", json={"model": "m", "input": text}) as response:
+            body = {"model": "m", "input": text, "encoding_format": "base64"}
+            async with http.post(url + "/v1/embeddings", json=body) as response:
                 response.raise_for_status()
-                found[text] = (await response.json())["data"][0]["embedding"]
+                vector = (await response.json())["data"][0]["embedding"]
+                found[text] = np.frombuffer(base64.b64decode(vector), dtype=np.float32)
 
     async with aiohttp.ClientSession() as http:
         begin = time.perf_counter()

@@ -230,7 +230,7 @@ class ApiServerConfig(AccessOptions, ServerConfig):
     max_batches: int = limit(100, "batches that wait or run")
     max_batch_requests: int = limit(50_000, "requests of one batch")
     batch_concurrency: int = limit(
-        8, "requests of batches at once on each worker that answers no others; beside others it is one"
+        8, "requests of batches at once on each worker after some quiet seconds; beside others it is one"
     )
 
 

@@ -318,10 +318,9 @@ async def test_two_processes_never_run_one_batch(tmp_path: Path) -> None:
     other.close()
 
 
-async def test_one_request_a_worker_runs_beside_those_of_clients() -> None:
-    in_flight, most = 0, 0
-    spare = SpareCapacity(lambda _: (2, in_flight), max_idle=3)
-    running = 0
+async def test_one_request_a_worker_runs_beside_those_of_clients_and_more_when_it_is_quiet() -> None:
+    in_flight, most, running, now = 0, 0, 0, 100.0
+    spare = SpareCapacity(lambda _: (2, in_flight), max_idle=3, clock=lambda: now)
 
     async def use() -> None:
         nonlocal running, most, in_flight
@@ -333,11 +332,23 @@ async def test_one_request_a_worker_runs_beside_those_of_clients() -> None:
             running -= 1
             in_flight -= 1
 
-    await asyncio.gather(*(use() for _ in range(12)))
-    assert most == 6
-    in_flight, most = 5, 0  # somebody else's
-    await asyncio.gather(*(use() for _ in range(6)))
-    assert most == 2
+    async def most_at_once(others: int, quiet_s: float) -> int:
+        """Others ask, and are quiet after it for so long while requests of a batch wait."""
+        nonlocal in_flight, most, now
+        async with spare.use(MODEL):
+            in_flight, most = 1 + others, 0
+            waiting = [asyncio.create_task(use()) for _ in range(12)]
+            await asyncio.sleep(0.01)
+            in_flight -= others
+            now += quiet_s
+            await asyncio.sleep(0.01)
+        in_flight -= 1
+        await asyncio.gather(*waiting)
+        return most
+
+    assert await most_at_once(others=5, quiet_s=0.0) == 2
+    assert await most_at_once(others=0, quiet_s=1.0) == 4
+    assert await most_at_once(others=0, quiet_s=60.0) == 6
 
 
 def test_lines_that_were_not_written_to_their_end_are_cut_off(tmp_path: Path) -> None:
