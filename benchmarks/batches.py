@@ -25,10 +25,9 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.load import WORDS, percentile
+from benchmarks.load import WORDS, percentile, wait_ready
 from tests.processes import free_ports
 
-START_S = 120.0
 NUM_BATCHED = 5_000
 SETTLE_S = 4.0
 """Time before each arm, in which the batch of the arm before ends or that of this one begins."""
@@ -60,18 +59,6 @@ def cluster(model: str) -> Iterator[str]:
                 service.terminate()
             for service in services:
                 service.wait()
-
-
-async def ready(url: str) -> None:
-    async with aiohttp.ClientSession() as http, asyncio.timeout(START_S):
-        while True:
-            try:
-                async with http.get(url + "/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.2)
 
 
 def body_of(source: random.Random, num_tokens: int) -> dict[str, Any]:
@@ -126,7 +113,7 @@ async def online(http: aiohttp.ClientSession, url: str, rate: float, duration_s:
 
 
 async def measure(options: argparse.Namespace, url: str) -> None:
-    await ready(url)
+    await wait_ready(url)
     times: dict[str, list[float]] = {"alone": [], "beside a batch": []}
     batched: list[float] = []
     timeout = aiohttp.ClientTimeout(total=None)

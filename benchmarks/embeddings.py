@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from benchmarks.load import wait_ready
 from fastserve.engine.pooling.forward import OWN_ATTENTION
 from tests.processes import free_ports
 
@@ -109,18 +110,6 @@ async def ask(url: str, texts: list[str], num_clients: int) -> tuple[float, dict
         begin = time.perf_counter()
         await asyncio.gather(*(client(http) for _ in range(num_clients)))
         return time.perf_counter() - begin, found
-
-
-async def wait_ready(url: str) -> None:
-    async with aiohttp.ClientSession() as http, asyncio.timeout(60):
-        while True:
-            try:
-                async with http.get(url + "/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.1)
 
 
 def timed(work: Callable[[], Any]) -> float:

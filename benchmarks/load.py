@@ -117,6 +117,19 @@ async def send(
     outcome.samples.append(Sample(times[0] - begin, time.perf_counter() - begin, num_tokens or len(times), gaps))
 
 
+async def wait_ready(url: str, timeout_s: float = 120.0) -> None:
+    """Wait until a service says that it can answer."""
+    async with aiohttp.ClientSession() as http, asyncio.timeout(timeout_s):
+        while True:
+            try:
+                async with http.get(url + "/ready") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.1)
+
+
 def percentile(values: list[float], percent: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(percent / 100 * len(ordered)))] if ordered else float("nan")

@@ -63,8 +63,8 @@ class DecodedToken:
 
 
 def token_text(data: bytes) -> str:
-    """A token's name in logprobs: its text, or for a part of a character its bytes, such as `bytes:\\xe4\\xbd`, which
-    unlike U+FFFD tells such tokens apart."""
+    """A token's name in logprobs: its text, or for a part of a character its bytes, such as `bytes:\\xe4\\xbd`:
+    as U+FFFD all such tokens would have one name."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -67,7 +67,7 @@ class ChatRequest(TemplateFields, ToolFields, GenerationRequest):
     """With logprobs: number of likeliest tokens at each place."""
     prediction: Prediction | None = None
     """Text that the answer is expected to contain. Its tokens are drafts of speculative decoding: the answer is the
-    same, and comes faster where they are right. Usage tells how many were."""
+    same, and comes faster where they are right. Usage has the numbers of accepted and rejected ones."""
     verbosity: Literal["low", "medium", "high"] | None = None
     """Passed to the chat template."""
 

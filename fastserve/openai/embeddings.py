@@ -16,7 +16,7 @@ from fastserve.openai.parameters import KnownFields
 MAX_DIMENSIONS = 1_000_000
 _TEXT_LISTS = ("documents", "items", "queries", "text_1", "text_2", "data_1", "data_2")
 _LONG_FIELDS = frozenset({"input", "query", *_TEXT_LISTS})
-"""As large as the body may be."""
+"""Fields that may be as long as the whole body."""
 _STRINGS_PER_TEXT = 4
 """Strings of a document that is an object."""
 KNOWN_FIELDS = KnownFields(

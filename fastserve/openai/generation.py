@@ -161,7 +161,7 @@ class GenerationRequest(StructuredFields, AcceptedFields):
     return_token_ids: Flag | None = None
     """Whether the answer has `prompt_token_ids`, and each choice or chunk its `token_ids`."""
     return_tokens_as_token_ids: Flag | None = None
-    """Whether tokens of logprobs are named `token_id:ID`, which unlike their texts tells all of them apart."""
+    """Whether tokens of logprobs are named `token_id:ID`. Several tokens may have the same text, none the same id."""
     stream_interval: Integer | None = Field(None, ge=1, le=MAX_COUNT)
     """Tokens between two chunks of a stream. Default: the worker's --stream-interval."""
     request_id: str | None = None

@@ -37,7 +37,7 @@ MAX_EFFORT_CHARS = 32
 class MessagesJob:
     job: Job
     max_tokens: int
-    """As the client asked; the context may have less room."""
+    """The client's max_tokens, which the context may lower."""
     shows_thinking: bool
     """Whether the answer has the text of thinking; else its blocks are empty."""
 

@@ -73,7 +73,7 @@ class AnswerOptions:
     echoed: str = ""
     """Text of the final message with which a chat's answer begins."""
     counts_reasoning: bool = False
-    """Whether usage tells how many tokens are reasoning."""
+    """Whether usage has the number of reasoning tokens."""
     has_function_call: bool = False
     """Whether a call is written as `function_call`, for old clients."""
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -15,7 +15,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from fastserve.errors import ServiceError
+from fastserve.errors import OverloadedError, ServiceError
 from fastserve.gateway.batches.lines import InputReader, OutputFile, check_input
 from fastserve.gateway.batches.runner import BatchRunner
 from fastserve.gateway.batches.spare import SpareCapacity
@@ -231,6 +231,29 @@ async def make_store(folder: Path, content: bytes, clock: Callable[[], float], w
     await store.add_file("", File(file_id, len(content), now, "in", "batch"))
     await store.add_batch("", Batch("batch_1", CHAT_PATH, file_id, "24h", now, now + window_s))
     return store
+
+
+async def test_files_that_are_kept_bound_batches_too(tmp_path: Path) -> None:
+    """One input could be run again and again, with new answers each time."""
+    bounds = BatchBounds(max_files=1, max_file_bytes=2**20, max_batches=10, max_requests=50)
+    store = BatchStore(tmp_path, bounds, lambda: 1000.0)
+    file = File("file-1", 1, 1000, "in", "batch")
+    await store.add_file("", file)
+    with pytest.raises(OverloadedError, match="--max-batch-files"):
+        await store.add_batch("", Batch("batch_1", CHAT_PATH, file.id, "24h", 1000, 2000))
+    store.close()
+
+
+async def test_the_oldest_ended_batches_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.gateway.batches.store.MAX_ENDED", 2)
+    store = BatchStore(tmp_path, BOUNDS, lambda: 1000.0)
+    for number in range(5):
+        status: Any = "validating" if number == 0 else "completed"
+        await store.add_batch("", Batch(f"batch_{number}", CHAT_PATH, "f", "24h", 1000, 2000, status))
+    await store.add_batch("", Batch("batch_5", CHAT_PATH, "f", "24h", 1000, 2000))
+    kept, _ = await store.batches("", after=None, limit=10, descending=False)
+    assert [batch.id for batch in kept] == ["batch_0", "batch_3", "batch_4", "batch_5"]
+    store.close()
 
 
 def runner_of(store: BatchStore, send: Any) -> BatchRunner:

@@ -107,7 +107,7 @@ def padded_fields(model: PreTrainedModel, batch: TextBatch, device: torch.device
 
 
 def has_token_types(model: PreTrainedModel) -> bool:
-    """Whether the model tells the two texts of a pair apart by token types."""
+    """Whether the model has a token type for each of the two texts of a pair."""
     num_types = getattr(model.config.get_text_config(), "type_vocab_size", 0)
     return "token_type_ids" in inspect.signature(model.forward).parameters and num_types > 1
 

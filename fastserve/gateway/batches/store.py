@@ -18,6 +18,8 @@ from fastserve.openai.batches import ENDED, OUTPUT_PURPOSE, Batch, File
 from fastserve.openai.body import shown
 
 VERSION = 1
+MAX_ENDED = 10_000
+"""Ended batches that are kept, the newest ones. Their files are kept until they are deleted."""
 SILENCE_S = 15.0
 """A batch whose process gave no sign of life for this long is taken over by another one."""
 _TABLES = """
@@ -81,19 +83,23 @@ class BatchStore:
         """Add or replace the row of a file whose content is in place. Raises OverloadedError beyond the bounds."""
 
         def add(rows: sqlite3.Connection) -> None:
-            number, total = rows.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
-            is_output = file.purpose == OUTPUT_PURPOSE  # what has been computed is kept
-            if not is_output and (number >= self.bounds.max_files or total + file.bytes > self.bounds.max_file_bytes):
-                raise OverloadedError(
-                    f"{number} files with {total} bytes are kept here, and the server takes no more "
-                    "(--max-batch-files, --max-batch-file-bytes). Delete files that are not needed any more."
-                )
+            if file.purpose != OUTPUT_PURPOSE:  # what has been computed is kept
+                self._check_room(rows, file.bytes)
             rows.execute(
                 "INSERT OR REPLACE INTO files SELECT ?, ?, ?, coalesce(max(number), 0) + 1, ?, ? FROM files",
                 (file.id, owner, file.created_at, file.bytes, _encode(file)),
             )
 
         await self._rows.run(add)
+
+    def _check_room(self, rows: sqlite3.Connection, num_bytes: int) -> None:
+        """Raises OverloadedError if there is no room for one more file of this size."""
+        number, total = rows.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
+        if number >= self.bounds.max_files or total + num_bytes > self.bounds.max_file_bytes:
+            raise OverloadedError(
+                f"{number} files with {total} bytes are kept here, and the server takes no more "
+                "(--max-batch-files, --max-batch-file-bytes). Delete files that are not needed any more."
+            )
 
     async def file(self, owner: str, file_id: str) -> File:
         """Raises EntryNotFoundError."""
@@ -169,6 +175,12 @@ class BatchStore:
                 raise OverloadedError(
                     f"{running} batches wait or run here, which is the maximum (--max-batches). Try again later."
                 )
+            self._check_room(rows, 0)  # for its answers: one input can be run again and again
+            rows.execute(
+                f"DELETE FROM batches WHERE id IN (SELECT id FROM batches WHERE status IN ({_ENDED}) "
+                "ORDER BY number DESC LIMIT -1 OFFSET ?)",
+                (MAX_ENDED,),
+            )
             rows.execute(
                 "INSERT INTO batches SELECT ?, ?, ?, coalesce(max(number), 0) + 1, ?, '', 0, ? FROM batches",
                 (batch.id, owner, batch.created_at, batch.status, _encode(batch)),

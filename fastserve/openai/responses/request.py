@@ -112,7 +112,7 @@ class TextOptions(BaseModel):
 class ReasoningOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    """As `reasoning_effort` of a chat."""
+    """The same as `reasoning_effort` of a chat."""
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted; no effect: the answer has the reasoning itself."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
